@@ -9,9 +9,12 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic as _untyped_intrinsic
 
-_U64 = ir.IntType(64)
+
+def intrinsic(function: Any) -> Any:
+    """Numba's decorator, with a type."""
+    return _untyped_intrinsic(function)
 
 
 @intrinsic
@@ -75,7 +78,7 @@ def _fetch(operation: str, ordering: str) -> Any:
 
 @intrinsic
 def cas_acq_rel(typingctx: Any, words: Any, i: Any, expected: Any, desired: Any) -> Any:
-    """``cas_acq_rel(words, i, expected, desired)``: store ``desired`` if the word is ``expected``; return what it was."""
+    """``cas_acq_rel(words, i, expected, desired)``: store ``desired`` if ``expected`` is there; return what was."""
     if not _is_words(words):
         return None
 
@@ -92,3 +95,17 @@ load_relaxed = _load("monotonic")
 fetch_or_release = _fetch("or", "release")
 fetch_and_acquire = _fetch("and", "acquire")
 fetch_add_acq_rel = _fetch("add", "acq_rel")
+
+
+@intrinsic
+def store_release(typingctx: Any, words: Any, i: Any, value: Any) -> Any:
+    """``store_release(words, i, value)``."""
+    if not _is_words(words):
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = _element(context, builder, signature.args[0], args[0], args[1])
+        builder.store_atomic(args[2], pointer, "release", 8)
+        return context.get_dummy_value()
+
+    return types.none(words, types.intp, types.uint64), codegen

@@ -9,6 +9,7 @@ turns the cache off.
 """
 
 import ast
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from numba import njit
-from numba.core.caching import FunctionCache, _CacheLocator, CompileResultCacheImpl
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -40,10 +41,9 @@ def jit_fastmath(function: F) -> F:
 
 def _with_cache(dispatcher: Any, function: F) -> F:
     if cache_folder() is not None:
-        try:
+        # no place to write, or no source to stamp: compile in each process instead
+        with contextlib.suppress(OSError, RuntimeError):
             dispatcher._cache = _Cache(function)
-        except (OSError, RuntimeError):  # no place to write, or no source to stamp: compile in each process instead
-            pass
     compiled: F = dispatcher
     return compiled
 
