@@ -1,0 +1,274 @@
+"""The attention calls: check the arguments, choose a backend, launch, return.
+
+All of them take NumPy arrays, torch CPU tensors, or objects with ``__dlpack__`` or ``__array_interface__``, in any
+mixture, and return torch tensors where ``q`` is one, else NumPy arrays. bfloat16 is ``torch.bfloat16`` or
+``ml_dtypes.bfloat16``. No gradient is recorded. The calls are synchronous, may be made from several threads at once,
+and share the threads of `kvtoolkit.cpu.threads`; results do not depend on the number of threads.
+"""
+
+import sys
+from typing import Any
+
+import numpy as np
+
+from kvtoolkit import cpu
+from kvtoolkit.checks import (
+    check_backend,
+    check_caches,
+    check_heads,
+    check_indices,
+    check_layout,
+    check_options,
+    check_output,
+    check_per_head,
+    check_rows,
+)
+from kvtoolkit.cpu.arrays import Operand, is_on_device, is_torch, operand
+from kvtoolkit.cpu.merge import merge_rows
+from kvtoolkit.errors import ShapeError
+from kvtoolkit.tables import GRANULE
+
+
+def paged_attention(
+    q: Any,
+    k_cache: Any,
+    v_cache: Any,
+    block_table: Any,
+    seq_lens: Any,
+    *,
+    layout: str = "NHD",
+    cu_seqlens_q: Any = None,
+    softmax_scale: float | None = None,
+    causal: bool = True,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: Any = None,
+    alibi_slopes: Any = None,
+    out: Any = None,
+    return_lse: bool = False,
+    num_splits: int = 0,
+    backend: str | None = None,
+) -> Any:
+    """Attend the newest tokens of each sequence to its cached keys and values: decode, verify, chunked or full prefill.
+
+    Query ``i`` of the ``n`` of a row stands at position ``seq_len - n + i``. One before position 0 sees nothing under
+    ``causal``: its ``out`` is 0 and its ``lse`` -inf, or the sink's logit. A padding row gives 0 and -inf.
+    A score is ``softmax_scale * q.k``, then ``softcap * tanh(score / softcap)``, then
+    ``score - slope * |position - j|``: the order of flash-attn.
+
+    Args:
+        q: ``[num_tokens, num_q_heads, head_dim]`` float32, float16 or bfloat16, last axis contiguous, ``head_dim`` a
+            multiple of 8, ``num_q_heads`` one of ``num_kv_heads``.
+        k_cache: ``[num_blocks, block_size, num_kv_heads, head_dim]`` for layout ``"NHD"``,
+            ``[num_blocks, num_kv_heads, block_size, head_dim]`` for ``"HND"``; dtype of ``q``, any block size, any
+            strides but the last axis contiguous; ``v_cache`` alike. Slots past a sequence's end are never used.
+        block_table: ``[batch, max_blocks_per_seq]`` int32 block ids in ``[0, num_blocks)``; those past a row's end are
+            not read.
+        seq_lens: ``[batch]`` int32, tokens in the cache, the new ones included; 0 = padding row.
+        cu_seqlens_q: ``[batch + 1]`` int32, row ``b`` asks ``q[cu[b]:cu[b + 1]]``; None = one query per row.
+        softmax_scale: factor on q.k; default ``head_dim ** -0.5``.
+        causal: a query sees no later position; bottom-right aligned.
+        window_size: a query sees positions ``position - left`` to ``position + right``; -1 = unbounded.
+        softcap: bound of the scores; 0 = off.
+        sinks: ``[num_q_heads]`` float32, an extra logit in each head's denominator, without a value; -inf = none.
+        alibi_slopes: ``[num_q_heads]`` float32.
+        out: array or tensor to write, shaped and typed as ``q``, last axis contiguous; it may be ``q`` itself.
+        num_splits: splits of each sequence, merged by their log-sum-exp; 0 = automatic, by the row alone, so that a
+            row's result never depends on the batch around it.
+        backend: ``"cpu"``, or None to choose by where the arrays lie.
+
+    Returns:
+        ``out``; with ``return_lse`` also ``lse`` ``[num_tokens, num_q_heads]`` float32, natural log.
+
+    Raises:
+        ShapeError: a shape, dtype, stride or value is not as above, or a row is longer than its table; nothing was
+            written.
+        UnsupportedError: no kernel for this head_dim or backend.
+
+    Source: block tables, Kwon et al. 2023 (arXiv:2309.06180), sec. 4.
+    """
+    check_layout(layout)
+    return _attention(
+        q, k_cache, v_cache, block_table, None, seq_lens, layout, cu_seqlens_q, softmax_scale, causal, window_size,
+        softcap, sinks, alibi_slopes, out, return_lse, num_splits, backend,
+    )  # fmt: skip
+
+
+def variable_block_attention(
+    q: Any,
+    k_cache: Any,
+    v_cache: Any,
+    block_table: Any,
+    block_starts: Any,
+    seq_lens: Any,
+    *,
+    cu_seqlens_q: Any = None,
+    softmax_scale: float | None = None,
+    causal: bool = True,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: Any = None,
+    alibi_slopes: Any = None,
+    out: Any = None,
+    return_lse: bool = False,
+    num_splits: int = 0,
+    backend: str | None = None,
+) -> Any:
+    """Attend as `paged_attention`, to blocks of 1-8 granules of 8 tokens, all lengths mixed within one sequence.
+
+    Where the tokens lie does not matter: every partition into blocks, and `paged_attention` on the same tokens, gives
+    the same bits.
+
+    Args:
+        k_cache: ``[num_granules, num_kv_heads, 8, head_dim]``, dtype of ``q``, last axis contiguous; ``v_cache`` alike.
+        block_table: ``[batch, max_entries]`` int32 entries (`kvtoolkit.tables`) in the hot tier, -1 = empty.
+        block_starts: ``[batch, max_entries]`` int32, first logical granule of each entry: 0, then where the one before
+            ends.
+
+    Everything else is as in `paged_attention`.
+
+    Raises:
+        ShapeError: a shape, dtype, stride or value is not as above, or a row is longer than its entries; nothing was
+            written.
+        UnsupportedError: no kernel for this head_dim or backend, or an entry in another tier.
+    """
+    return _attention(
+        q, k_cache, v_cache, block_table, block_starts, seq_lens, None, cu_seqlens_q, softmax_scale, causal,
+        window_size, softcap, sinks, alibi_slopes, out, return_lse, num_splits, backend,
+    )  # fmt: skip
+
+
+def _attention(
+    q: Any, k_cache: Any, v_cache: Any, block_table: Any, block_starts: Any, seq_lens: Any, layout: str | None,
+    cu_seqlens_q: Any, softmax_scale: float | None, causal: bool, window_size: tuple[int, int], softcap: float,
+    sinks: Any, alibi_slopes: Any, out: Any, return_lse: bool, num_splits: int, backend: str | None,
+) -> Any:  # fmt: skip
+    check_backend(backend, is_on_device(q))
+    window = check_options(softmax_scale, window_size, softcap, num_splits)
+    queries = operand(q, "q")
+    keys, values = operand(k_cache, "k_cache"), operand(v_cache, "v_cache")
+    check_rows(queries, "q", "[num_tokens, num_q_heads, head_dim]", 3)
+    num_tokens, num_q_heads, head_dim = queries.shape
+    check_caches(keys, values, queries.dtype, layout or "HND", head_dim, None)
+    check_heads(num_q_heads, keys.shape[2 if layout == "NHD" else 1], head_dim)
+
+    table, lengths = operand(block_table, "block_table"), operand(seq_lens, "seq_lens")
+    check_indices(table, "block_table", ("batch", "max_entries"))
+    batch, max_entries = table.shape
+    check_indices(lengths, "seq_lens", (batch,))
+    starts = bounds = None
+    if layout is None:
+        if keys.shape[2] != GRANULE:
+            raise ShapeError(f"k_cache: expected [num_granules, num_kv_heads, 8, head_dim], got {keys.shape}")
+        starts = operand(block_starts, "block_starts")
+        check_indices(starts, "block_starts", (batch, max_entries))
+    if cu_seqlens_q is not None:
+        bounds = operand(cu_seqlens_q, "cu_seqlens_q")
+        check_indices(bounds, "cu_seqlens_q", (batch + 1,))
+    elif num_tokens != batch:
+        raise ShapeError(f"q: expected one token per row, {batch}, where cu_seqlens_q is None, got {num_tokens}")
+    sink_logits = slopes = None
+    if sinks is not None:
+        sink_logits = operand(sinks, "sinks")
+        check_per_head(sink_logits, "sinks", num_q_heads, infinite=True)
+    if alibi_slopes is not None:
+        slopes = operand(alibi_slopes, "alibi_slopes")
+        check_per_head(slopes, "alibi_slopes", num_q_heads, infinite=False)
+
+    if out is None:
+        out = _empty_like(q, queries)
+        target = operand(out, "out")
+    else:
+        target = operand(out, "out")
+        check_output(target, "out", queries.shape, queries.dtype)
+    lse = _empty_lse(q, queries) if return_lse else None
+    cpu.attend(
+        queries, keys, values, table, starts, lengths, out=target, lse=lse, cu_seqlens_q=bounds,
+        softmax_scale=softmax_scale, causal=causal, window_size=window, softcap=softcap, sinks=sink_logits,
+        alibi_slopes=slopes, num_splits=num_splits, layout=layout or "HND", check=True,
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def append(key: Any, value: Any, k_cache: Any, v_cache: Any, slot_mapping: Any, *, layout: str) -> None:
+    """Write each new token's key and value to its slot of the cache, in place.
+
+    Args:
+        key: ``[num_tokens, num_kv_heads, head_dim]``, last axis contiguous, dtype of the caches; ``value`` alike.
+        k_cache: ``[num_blocks, block_size, num_kv_heads, head_dim]`` for layout ``"NHD"``,
+            ``[num_blocks, num_kv_heads, block_size, head_dim]`` for ``"HND"`` (granule arenas: ``"HND"``, block size
+            8); any strides but the last axis contiguous; ``v_cache`` alike.
+        slot_mapping: ``[num_tokens]`` int64, ``block * block_size + i``; -1 = skip. No slot may be named twice.
+
+    Raises:
+        ShapeError: a shape, dtype, stride or slot is not as above; nothing was written.
+        UnsupportedError: an array does not lie in host memory.
+
+    May be called from several threads at once, for different slots.
+    """
+    check_layout(layout)
+    check_backend(None, is_on_device(key))
+    new_keys, new_values = operand(key, "key"), operand(value, "value")
+    keys, values = operand(k_cache, "k_cache"), operand(v_cache, "v_cache")
+    check_rows(new_keys, "key", "[num_tokens, num_kv_heads, head_dim]", 3)
+    check_rows(new_values, "value", "[num_tokens, num_kv_heads, head_dim]", 3)
+    num_tokens, num_heads, head_dim = new_keys.shape
+    if new_values.shape != new_keys.shape or new_values.dtype != new_keys.dtype:
+        raise ShapeError(
+            f"value: expected as key, {new_keys.shape} {new_keys.dtype}, got {new_values.shape} {new_values.dtype}"
+        )
+    check_caches(keys, values, new_keys.dtype, layout, head_dim, num_heads)
+    if not (keys.writable and values.writable):
+        raise ShapeError("k_cache, v_cache: expected writable arrays, got a read-only one")
+    slots = operand(slot_mapping, "slot_mapping")
+    check_indices(slots, "slot_mapping", (num_tokens,), "int64")
+    cpu.append(new_keys, new_values, keys, values, slots, layout=layout, check=True)
+
+
+def merge_states(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any) -> tuple[Any, Any]:
+    """Merge the attention over two disjoint sets of keys into the attention over both.
+
+    Args:
+        out_a: ``[num_tokens, num_q_heads, head_dim]`` float32, float16 or bfloat16, last axis contiguous; ``out_b``
+            alike. Where a side's lse is -inf, its ``out`` is not used.
+        lse_a: ``[num_tokens, num_q_heads]`` float32, natural log, contiguous; -inf = no keys; ``lse_b`` alike.
+
+    Returns:
+        New ``(out, lse)``, typed as ``out_a`` and ``lse_a``. Two empty sides give 0 and -inf.
+
+    Raises:
+        ShapeError: a shape, dtype or stride is not as above.
+        UnsupportedError: head_dim is not a multiple of 8, or an array does not lie in host memory.
+
+    Source: Ye et al. 2025 (FlashInfer, arXiv:2501.01005), composition of attention states.
+    """
+    check_backend(None, is_on_device(out_a))
+    a, b = operand(out_a, "out_a"), operand(out_b, "out_b")
+    check_rows(a, "out_a", "[num_tokens, num_q_heads, head_dim]", 3)
+    check_rows(b, "out_b", "[num_tokens, num_q_heads, head_dim]", 3)
+    if b.shape != a.shape or b.dtype != a.dtype:
+        raise ShapeError(f"out_b: expected as out_a, {a.shape} {a.dtype}, got {b.shape} {b.dtype}")
+    check_heads(a.shape[1], 1, a.shape[2])
+    sides = []
+    for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):
+        side = operand(lse, name)
+        if side.shape != a.shape[:2] or side.dtype != "float32":
+            raise ShapeError(f"{name}: expected {a.shape[:2]} float32, got {side.shape} {side.dtype}")
+        if a.shape[0] > 1 and side.strides != (a.shape[1], 1):
+            raise ShapeError(f"{name}: expected a contiguous array, got strides {side.strides} (elements)")
+        sides.append(side)
+    out, merged = _empty_like(out_a, a), _empty_lse(out_a, a)
+    merge_rows(operand(out, "out"), operand(merged, "lse"), a, sides[0], b, sides[1])
+    return out, merged
+
+
+def _empty_like(array: Any, described: Operand) -> Any:
+    if is_torch(array):
+        return sys.modules["torch"].empty(described.shape, dtype=array.dtype)
+    return np.empty(described.shape, array.dtype if isinstance(array, np.ndarray) else described.dtype)
+
+
+def _empty_lse(array: Any, described: Operand) -> Any:
+    if is_torch(array):
+        return sys.modules["torch"].empty(described.shape[:2], dtype=sys.modules["torch"].float32)
+    return np.empty(described.shape[:2], np.float32)

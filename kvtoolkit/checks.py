@@ -1,0 +1,126 @@
+"""What every attention call asks of its arguments before anything is written; each refusal says name, expected, got."""
+
+import math
+from typing import Any
+
+from kvtoolkit.cpu.arrays import DTYPE_CODES, Operand
+from kvtoolkit.errors import ShapeError, UnsupportedError
+
+BACKENDS = ("cpu", "cuda", "numba")
+LAYOUTS = ("NHD", "HND")
+
+
+def check_backend(backend: str | None, on_device: bool) -> None:
+    """Refuse every backend but the CPU's, which is the default for host arrays."""
+    if backend is not None and backend not in BACKENDS:
+        raise UnsupportedError(f"backend: expected None or one of {', '.join(BACKENDS)}, got {backend!r}")
+    if on_device and backend == "cpu":
+        raise UnsupportedError("backend: 'cpu' works on arrays in host memory, got one on a device")
+    if on_device or backend in ("cuda", "numba"):
+        raise UnsupportedError(
+            f"backend: {backend or 'cuda'!r} has no attention kernels in this version; "
+            "move the arrays to host memory and use backend='cpu'"
+        )
+
+
+def check_layout(layout: str) -> None:
+    if layout not in LAYOUTS:
+        raise ShapeError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
+
+
+def check_rows(array: Operand, name: str, shape: str, ndim: int) -> None:
+    """Refuse what is not an array of ``ndim`` axes, the last one contiguous, of a dtype that a cache may have."""
+    if len(array.shape) != ndim:
+        raise ShapeError(f"{name}: expected {shape}, got shape {array.shape}")
+    if array.dtype not in DTYPE_CODES:
+        raise ShapeError(f"{name}: expected float32, float16 or bfloat16, got {array.dtype}")
+    if array.strides[-1] != 1 and array.shape[-1] > 1:
+        raise ShapeError(f"{name}: expected the last axis contiguous, got strides {array.strides} (elements)")
+    if array.address & 1:
+        raise ShapeError(f"{name}: expected aligned elements, got address {array.address:#x}")
+
+
+def check_caches(keys: Operand, values: Operand, dtype: str, layout: str, head_dim: int, num_heads: int | None) -> None:
+    """Refuse caches that differ from each other or from the tokens; ``num_heads`` None leaves the heads open."""
+    shape = "[num_blocks, block_size, num_kv_heads, head_dim]"
+    if layout == "HND":
+        shape = "[num_blocks, num_kv_heads, block_size, head_dim]"
+    check_rows(keys, "k_cache", shape, 4)
+    check_rows(values, "v_cache", shape, 4)
+    if keys.shape != values.shape:
+        raise ShapeError(f"v_cache: expected the shape of k_cache, {keys.shape}, got {values.shape}")
+    for name, cache in (("k_cache", keys), ("v_cache", values)):
+        if cache.dtype != dtype:
+            raise ShapeError(f"{name}: expected the dtype of the tokens, {dtype}, got {cache.dtype}")
+    found = keys.shape[1 if layout == "HND" else 2]
+    if keys.shape[3] != head_dim:
+        raise ShapeError(f"k_cache: expected head_dim {head_dim} as in the tokens, got {keys.shape[3]}")
+    if num_heads is not None and found != num_heads:
+        raise ShapeError(f"k_cache: expected {num_heads} kv heads as in the tokens, got {found}")
+    if found < 1 or keys.shape[1] < 1 or keys.shape[2] < 1:
+        raise ShapeError(f"k_cache: expected {shape} with at least one head and slot, got {keys.shape}")
+
+
+def check_heads(num_q_heads: int, num_kv_heads: int, head_dim: int) -> None:
+    if num_q_heads < 1 or num_q_heads % num_kv_heads:
+        raise ShapeError(f"q: expected num_q_heads to be a multiple of num_kv_heads {num_kv_heads}, got {num_q_heads}")
+    if head_dim < 8 or head_dim % 8:
+        raise UnsupportedError(f"q: no kernel for head_dim {head_dim}; it must be a multiple of 8")
+
+
+def check_indices(array: Operand, name: str, shape: tuple[int | str, ...], dtype: str = "int32") -> None:
+    """Refuse what is not an index array of ``shape``, where a string stands for any size."""
+    good = array.dtype == dtype and len(array.shape) == len(shape)
+    if not good or any(want != got for want, got in zip(shape, array.shape, strict=True) if not isinstance(want, str)):
+        raise ShapeError(f"{name}: expected [{', '.join(map(str, shape))}] {dtype}, got {array.shape} {array.dtype}")
+    if array.strides[-1] != 1 and array.shape[-1] > 1:
+        raise ShapeError(f"{name}: expected the last axis contiguous, got strides {array.strides} (elements)")
+
+
+def check_per_head(array: Operand, name: str, num_q_heads: int, infinite: bool) -> None:
+    """Refuse what is not ``[num_q_heads]`` float32 of numbers; with ``infinite``, -inf is one."""
+    if array.shape != (num_q_heads,) or array.dtype != "float32" or (array.strides[0] != 1 and num_q_heads > 1):
+        raise ShapeError(
+            f"{name}: expected [num_q_heads = {num_q_heads}] float32, contiguous, got {array.shape} {array.dtype}"
+        )
+    for value in array.owner.tolist():
+        if not (math.isfinite(value) or (infinite and value == -math.inf)):
+            raise ShapeError(f"{name}: expected finite values{' or -inf' if infinite else ''}, got {value}")
+
+
+def check_output(out: Operand, name: str, shape: tuple[int, ...], dtype: str) -> None:
+    if out.shape != shape or out.dtype != dtype:
+        raise ShapeError(f"{name}: expected {shape} {dtype}, got {out.shape} {out.dtype}")
+    if not out.writable:
+        raise ShapeError(f"{name}: expected a writable array, got a read-only one")
+    if out.strides[-1] != 1 and shape[-1] > 1:
+        raise ShapeError(f"{name}: expected the last axis contiguous, got strides {out.strides} (elements)")
+    if any(stride == 0 and size > 1 for stride, size in zip(out.strides, shape, strict=True)):
+        raise ShapeError(f"{name}: expected every element in a place of its own, got strides {out.strides} (elements)")
+
+
+def check_options(
+    softmax_scale: float | None, window_size: tuple[int, int], softcap: float, num_splits: int
+) -> tuple[int, int]:
+    """Refuse numbers that make no sense; returns the window as two integers."""
+    if softmax_scale is not None and not _is_finite(softmax_scale):
+        raise ShapeError(f"softmax_scale: expected a finite number or None, got {softmax_scale!r}")
+    if not _is_finite(softcap) or softcap < 0:
+        raise ShapeError(f"softcap: expected a finite number from 0 (off) on, got {softcap!r}")
+    try:
+        left, right = window_size
+        window = left.__index__(), right.__index__()
+    except (TypeError, ValueError, AttributeError):
+        raise ShapeError(f"window_size: expected (left, right), two integers, got {window_size!r}") from None
+    if window[0] < -1 or window[1] < -1:
+        raise ShapeError(f"window_size: expected integers from -1 (unbounded) on, got {window_size!r}")
+    if not isinstance(num_splits, int) or num_splits < 0:
+        raise ShapeError(f"num_splits: expected an integer from 0 (automatic) on, got {num_splits!r}")
+    return window
+
+
+def _is_finite(number: Any) -> bool:
+    try:
+        return math.isfinite(number)
+    except (TypeError, OverflowError):
+        return False

@@ -1,0 +1,179 @@
+"""Write new tokens into a paged cache and copy granules inside it: bytes, so one compilation serves every dtype."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from allocators._bits import fetch_add_acq_rel, load_acquire
+from allocators._jit import jit
+from kvtoolkit.cpu import threads
+from kvtoolkit.cpu.arrays import ITEMSIZES, operand
+from kvtoolkit.cpu.kernel import yield_core
+from kvtoolkit.cpu.vector import copy_bytes, read_i64
+from kvtoolkit.errors import ShapeError
+
+_TOKENS_PER_ITEM = 64
+_int: Any = np.int64  # a cast in compiled code
+_BYTES_PER_THREAD = 400_000  # about what one core copies while another wakes
+
+(
+    KEY, KEY_TOKEN, KEY_HEAD,           # address, then strides in bytes
+    VALUE, VALUE_TOKEN, VALUE_HEAD,
+    KEYS, KEYS_BLOCK, KEYS_HEAD, KEYS_SLOT,
+    VALUES, VALUES_BLOCK, VALUES_HEAD, VALUES_SLOT,
+    SLOTS, NUM_TOKENS, NUM_HEADS, ROW_BYTES, BLOCK_SIZE, NUM_SLOTS,
+    NUM_FIELDS,
+) = range(21)  # fmt: skip
+
+
+@jit
+def first_bad_slot(problem: Any) -> int:
+    """Index of the first slot that is neither -1 nor inside the cache; -1 if there is none."""
+    for token in range(problem[NUM_TOKENS]):
+        slot = read_i64(problem[SLOTS] + 8 * token)
+        if slot < -1 or slot >= problem[NUM_SLOTS]:
+            return token
+    return -1
+
+
+@jit
+def _append_tokens(problem: Any, begin: int, end: int) -> None:
+    block_size = problem[BLOCK_SIZE]
+    nbytes = problem[ROW_BYTES]
+    for token in range(begin, end):
+        slot = read_i64(problem[SLOTS] + 8 * token)
+        if slot < 0:
+            continue
+        block = slot // block_size
+        slot -= block * block_size
+        key = problem[KEYS] + block * problem[KEYS_BLOCK] + slot * problem[KEYS_SLOT]
+        value = problem[VALUES] + block * problem[VALUES_BLOCK] + slot * problem[VALUES_SLOT]
+        new_key = problem[KEY] + token * problem[KEY_TOKEN]
+        new_value = problem[VALUE] + token * problem[VALUE_TOKEN]
+        for head in range(problem[NUM_HEADS]):
+            copy_bytes(key + head * problem[KEYS_HEAD], new_key + head * problem[KEY_HEAD], nbytes)
+            copy_bytes(value + head * problem[VALUES_HEAD], new_value + head * problem[VALUE_HEAD], nbytes)
+
+
+@jit
+def append_items(problem: Any, counters: Any, is_caller: int) -> None:
+    """Claim 64 tokens at a time until none are left; the calling thread then waits for those in other hands."""
+    tokens = problem[NUM_TOKENS]
+    items = (tokens + _TOKENS_PER_ITEM - 1) // _TOKENS_PER_ITEM
+    while True:
+        item = _int(fetch_add_acq_rel(counters, 0, np.uint64(1)))
+        if item >= items:
+            break
+        _append_tokens(problem, item * _TOKENS_PER_ITEM, min(tokens, (item + 1) * _TOKENS_PER_ITEM))
+        fetch_add_acq_rel(counters, 1, np.uint64(1))
+    if is_caller:
+        while _int(load_acquire(counters, 1)) < items:
+            yield_core()
+
+
+def append(
+    key: Any,
+    value: Any,
+    k_cache: Any,
+    v_cache: Any,
+    slot_mapping: Any,
+    *,
+    layout: str = "HND",
+    dtype: str | None = None,
+    check: bool = False,
+) -> None:
+    """Copy each token's key and value to its slot, with arguments that are known to be right.
+
+    As `kvtoolkit.append`, which comes here after its checks. Shapes, strides and dtypes are *not* checked, and without
+    ``check`` neither are the slots; a wrong one writes to foreign memory. The arrays may be `Operand`s.
+
+    Args:
+        key: ``[num_tokens, num_kv_heads, head_dim]``, last axis contiguous; ``value`` alike.
+        k_cache: ``[num_granules, num_kv_heads, 8, head_dim]``, or any block size in ``layout``; ``v_cache`` alike.
+        slot_mapping: ``[num_tokens]`` int64, contiguous, ``block * block_size + i``; -1 = skip.
+        dtype: ``"bfloat16"`` if 16-bit integer arrays hold bfloat16.
+
+    Raises:
+        ShapeError: with ``check``, a slot lies outside the cache; nothing has been written.
+
+    May be called from several threads at once, for different slots.
+    """
+    key, value = operand(key, "key", dtype), operand(value, "value", dtype)
+    keys, values = operand(k_cache, "k_cache", dtype), operand(v_cache, "v_cache", dtype)
+    slots = operand(slot_mapping, "slot_mapping")
+    head_axis, slot_axis = (1, 2) if layout == "HND" else (2, 1)
+    num_tokens, num_heads, head_dim = key.shape
+    block_size = keys.shape[slot_axis]
+    size = ITEMSIZES[keys.dtype]
+    row_bytes = head_dim * size
+    problem = np.array(
+        (
+            key.address, key.strides[0] * size, key.strides[1] * size,
+            value.address, value.strides[0] * size, value.strides[1] * size,
+            keys.address, keys.strides[0] * size, keys.strides[head_axis] * size, keys.strides[slot_axis] * size,
+            values.address,
+            values.strides[0] * size, values.strides[head_axis] * size, values.strides[slot_axis] * size,
+            slots.address, num_tokens, num_heads, row_bytes, block_size, block_size * keys.shape[0],
+        ),
+        dtype=np.int64,
+    )  # fmt: skip
+    if check and (bad := first_bad_slot(problem)) >= 0:
+        raise ShapeError(
+            f"slot_mapping: expected slots within [0, {block_size * keys.shape[0]}) or -1, "
+            f"got {slots.owner[bad]} for token {bad}"
+        )
+    helpers = min(threads.num_threads() - 1, 2 * num_tokens * num_heads * row_bytes // _BYTES_PER_THREAD)
+    counters = np.zeros(2, np.uint64)
+    if helpers > 0:
+        threads.run(lambda: append_items(problem, counters, 0), helpers)
+    append_items(problem, counters, 1)
+
+
+@jit
+def _copy_blocks(address: int, stride: int, nbytes: int, sources: Any, targets: Any) -> None:
+    for i in range(len(sources)):
+        if sources[i] != targets[i]:
+            copy_bytes(address + targets[i] * stride, address + sources[i] * stride, nbytes)
+
+
+def copy_granules(arenas: Any, src: ArrayLike, dst: ArrayLike) -> None:
+    """Copy whole granules inside arenas: granule ``src[i]`` to ``dst[i]``, for every ``i``, one after the other.
+
+    Args:
+        arenas: one NumPy array ``[..., num_granules, num_kv_heads, 8, head_dim]`` of any dtype, or a sequence of them;
+            the last three axes contiguous. Every leading index (a layer, K or V) is copied alike.
+        src: granules to read, integers in ``[0, num_granules)``; ``dst`` alike, to write.
+
+    Raises:
+        ShapeError: an index is out of range, ``src`` and ``dst`` differ in length, or the axes are not contiguous.
+
+    A granule may be read after an earlier copy has written it: order the moves accordingly. Thread-safe for disjoint
+    granules.
+    """
+    sources = np.ascontiguousarray(src, dtype=np.int64).reshape(-1)
+    targets = np.ascontiguousarray(dst, dtype=np.int64).reshape(-1)
+    if len(sources) != len(targets):
+        raise ShapeError(f"dst: expected as many granules as src, {len(sources)}, got {len(targets)}")
+    if not len(sources):
+        return
+    lowest = min(sources.min(), targets.min())
+    highest = max(sources.max(), targets.max())
+    several: Sequence[np.ndarray] = [arenas] if isinstance(arenas, np.ndarray) else list(arenas)
+    for arena in several:
+        if arena.ndim < 4 or lowest < 0 or highest >= arena.shape[-4]:
+            raise ShapeError(
+                f"src, dst: expected granules of arenas [..., num_granules, num_kv_heads, 8, head_dim], "
+                f"got {lowest} to {highest} for an arena of shape {arena.shape}"
+            )
+        inner = (arena.shape[-2] * arena.shape[-1] * arena.itemsize, arena.shape[-1] * arena.itemsize, arena.itemsize)
+        if arena.strides[-3:] != inner:
+            raise ShapeError(f"arenas: expected the last three axes contiguous, got strides {arena.strides}")
+    for arena in several:
+        nbytes = arena[(0,) * (arena.ndim - 3)].nbytes
+        stride = arena.strides[-4]
+        address = arena.__array_interface__["data"][0]
+        for leading in np.ndindex(arena.shape[:-4]):
+            start = address + sum(i * step for i, step in zip(leading, arena.strides, strict=False))
+            _copy_blocks(start, stride, nbytes, sources, targets)

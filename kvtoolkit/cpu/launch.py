@@ -1,0 +1,166 @@
+"""Run the attention kernel on host arrays: fill in the problem, plan it, share the items among threads."""
+
+import threading
+from typing import Any
+
+import numpy as np
+
+from kvtoolkit.cpu import kernel, threads
+from kvtoolkit.cpu.arrays import DTYPE_CODES, Operand, operand
+from kvtoolkit.errors import ShapeError, UnsupportedError
+
+_WORK_PER_THREAD = 600_000  # multiply-adds that take about as long as waking a thread
+_local = threading.local()
+_PARTIAL_TAIL = 16
+_ABSENT = Operand(0, (0, 0), (0, 0), "", None)
+
+
+def attend(
+    q: Any,
+    k_cache: Any,
+    v_cache: Any,
+    block_table: Any,
+    block_starts: Any,
+    seq_lens: Any,
+    *,
+    out: Any,
+    lse: Any = None,
+    cu_seqlens_q: Any = None,
+    softmax_scale: float | None = None,
+    causal: bool = True,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: Any = None,
+    alibi_slopes: Any = None,
+    num_splits: int = 0,
+    layout: str = "HND",
+    dtype: str | None = None,
+    check: bool = False,
+) -> None:
+    """Attend, writing to ``out`` and ``lse``, with arguments that are known to be right.
+
+    The calls of `kvtoolkit.attention` come here after their checks; kvtoolkit's own cache, whose arrays cannot be
+    wrong, comes directly. Shapes, strides and dtypes are *not* checked; a wrong one reads or writes foreign memory.
+
+    Args:
+        q: ``[num_tokens, num_q_heads, head_dim]``, last axis contiguous; ``out`` alike.
+        k_cache: ``[num_granules, num_kv_heads, 8, head_dim]`` with ``block_starts``, else any block size in ``layout``;
+            ``v_cache`` alike. Every array may also be an `Operand` made once by `kvtoolkit.cpu.operand`, which saves
+            about a microsecond each.
+        block_table: ``[batch, max_entries]`` int32 entries, or block ids where ``block_starts`` is None.
+        block_starts: ``[batch, max_entries]`` int32, first logical granule of each entry, or None.
+        seq_lens: ``[batch]`` int32, contiguous, the new tokens included; 0 = padding row.
+        lse: ``[num_tokens, num_q_heads]`` float32, contiguous, or None.
+        cu_seqlens_q: ``[batch + 1]`` int32, contiguous, or None where each row has one query.
+        dtype: ``"bfloat16"`` if 16-bit integer arrays hold bfloat16.
+        check: look at all lengths and table entries that will be read, before anything is written.
+
+    Raises:
+        ShapeError: with ``check``, a length or an entry is out of range.
+        UnsupportedError: with ``check``, an entry lies in a tier other than hot.
+
+    May be called from several threads at once. The result does not depend on the number of threads.
+    """
+    q = operand(q, "q", dtype)
+    keys = operand(k_cache, "k_cache", dtype)
+    values = operand(v_cache, "v_cache", dtype)
+    out = operand(out, "out", dtype)
+    table = operand(block_table, "block_table")
+    starts = _ABSENT if block_starts is None else operand(block_starts, "block_starts")
+    lengths = operand(seq_lens, "seq_lens")
+    head_axis, slot_axis = (1, 2) if layout == "HND" else (2, 1)
+    num_tokens, num_q_heads, head_dim = q.shape
+    num_kv_heads = keys.shape[head_axis]
+    batch, max_entries = table.shape
+    group_size = num_q_heads // num_kv_heads
+    left, right = window_size
+    if causal:
+        right = 0
+    q_strides, out_strides, k_strides, v_strides = q.strides, out.strides, keys.strides, values.strides
+    # in the order of the names in `kernel`
+    problem = np.array(
+        (
+            q.address, q_strides[0], q_strides[1],
+            out.address, out_strides[0], out_strides[1],
+            0 if lse is None else operand(lse, "lse").address,
+            keys.address, k_strides[0], k_strides[head_axis], k_strides[slot_axis],
+            values.address, v_strides[0], v_strides[head_axis], v_strides[slot_axis],
+            table.address, table.strides[0],
+            starts.address, starts.strides[0],
+            lengths.address,
+            0 if cu_seqlens_q is None else operand(cu_seqlens_q, "cu_seqlens_q").address,
+            0 if alibi_slopes is None else operand(alibi_slopes, "alibi_slopes").address,
+            0 if sinks is None else operand(sinks, "sinks").address,
+            0,
+            DTYPE_CODES[keys.dtype], batch, num_tokens, num_kv_heads, group_size, head_dim,
+            keys.shape[slot_axis], keys.shape[0], max_entries,
+            left, right, num_splits,
+        ),
+        dtype=np.int64,
+    )  # fmt: skip
+    plan = np.empty((batch + 1, kernel.PLAN_COLUMNS), np.int64)
+    code, row, value = kernel.plan_items(problem, plan, int(check))
+    if code != kernel.PLAN_OK:
+        _refuse(code, row, value, problem)
+    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    _run(problem, plan, float(scale), float(softcap))
+
+
+def _run(problem: Any, plan: Any, scale: float, softcap: float) -> None:
+    items, num_partials, work = plan[-1, [kernel.FIRST_ITEM, kernel.FIRST_PARTIAL, kernel.WORK]].tolist()
+    group_size, head_dim = int(problem[kernel.GROUP_SIZE]), int(problem[kernel.HEAD_DIM])
+    width = -(-head_dim // 16) * 16
+    if num_partials:
+        partials = np.empty(num_partials * (width + _PARTIAL_TAIL), np.float32)
+        problem[kernel.PARTIALS] = partials.ctypes.data
+    counters = np.zeros(2, np.uint64)
+    helpers = min(threads.num_threads() - 1, items - 1, work // _WORK_PER_THREAD)
+    if helpers > 0:
+
+        def help_out() -> None:
+            kernel.run_items(problem, plan, scale, softcap, _scratch(group_size, head_dim), counters, 0)
+
+        threads.run(help_out, helpers)
+    kernel.run_items(problem, plan, scale, softcap, _scratch(group_size, head_dim), counters, 1)
+
+
+def _scratch(group_size: int, head_dim: int) -> int:
+    """Address of this thread's scratch, on a cache line; a thread keeps the largest it ever needed."""
+    kept: dict[tuple[int, int], int] | None = getattr(_local, "addresses", None)
+    if kept is not None and (address := kept.get((group_size, head_dim))) is not None:
+        return address
+    nbytes = int(kernel.scratch_bytes(group_size, head_dim)) + 64
+    if kept is None or _local.buffer.nbytes < nbytes:
+        _local.buffer = np.empty(nbytes, np.uint8)
+        _local.addresses = {}
+    address = int(_local.buffer.ctypes.data) + 63 & ~63
+    _local.addresses[group_size, head_dim] = address
+    return address
+
+
+def _refuse(code: int, row: int, value: int, problem: Any) -> None:
+    max_entries, num_blocks = problem[kernel.MAX_ENTRIES], problem[kernel.NUM_BLOCKS]
+    block_size = problem[kernel.BLOCK_SIZE]
+    if code == kernel.BAD_CU_SEQLENS:
+        raise ShapeError(
+            f"cu_seqlens_q: expected to ascend from 0 to num_tokens = {problem[kernel.NUM_TOKENS]}, "
+            f"got {value} at index {row}"
+        )
+    if code == kernel.BAD_SEQ_LEN:
+        raise ShapeError(f"seq_lens: expected lengths from 0 on, got {value} in row {row}")
+    if code == kernel.BAD_COVERAGE:
+        raise ShapeError(
+            f"seq_lens: row {row} holds {value} tokens, more than its block_table covers "
+            f"({max_entries} entries at most, {block_size} tokens to a block, up to the first empty entry)"
+        )
+    if code == kernel.BAD_STARTS:
+        raise ShapeError(
+            f"block_starts: expected each entry to begin where the one before it ends, the first at 0; "
+            f"entry {value} of row {row} does not"
+        )
+    if code == kernel.BAD_TIER:
+        raise UnsupportedError(
+            f"block_table: expected entries in the hot tier, entry {value} of row {row} is in another; "
+            "use tiered_attention"
+        )
+    raise ShapeError(f"block_table: expected blocks within [0, {num_blocks}), got {value} in row {row}")
