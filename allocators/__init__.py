@@ -16,6 +16,7 @@ from allocators.errors import (
     OutOfBlocksError,
     SnapshotError,
     UnknownAllocatorError,
+    UnknownStreamError,
 )
 from allocators.lockfree import LockFreeAllocator
 from allocators.paged import PagedAllocator
@@ -42,6 +43,7 @@ __all__ = [
     "SlabAllocator",
     "SnapshotError",
     "UnknownAllocatorError",
+    "UnknownStreamError",
     "create",
     "find",
     "names",

@@ -50,6 +50,9 @@ def _best_start(mask: int, order: int) -> int:
 
 # Everything one needs to know about a byte of the mask, for all 256 of them.
 _POPCOUNT = np.array([mask.bit_count() for mask in range(256)], np.int64)
+_NUM_RUNS = np.array(
+    [[len(_aligned_runs(mask, order)) for mask in range(256)] for order in range(_NUM_ORDERS)], np.int64
+)
 _BEST_START = np.array([[_best_start(mask, order) for mask in range(256)] for order in range(_NUM_ORDERS)], np.int64)
 # Superblocks are kept in sets by (free granules, largest free order), so the fullest that fits is in the first set
 # of its order's search path that has a member. Set of a mask, -1 for a full superblock:
@@ -121,7 +124,7 @@ class BuddyAllocator(HostAllocator):
     def _allocate(self, sizes: Int32Array, starts: Int32Array, partial: bool) -> int:
         if partial:
             return int(_allocate_in_order(self._pool, sizes, starts))
-        order = np.argsort(-sizes, kind="stable") if len(sizes) > 1 and sizes.max() > SUPERBLOCK else _NO_ORDER
+        order = np.argsort(-sizes, kind="stable") if len(sizes) and sizes.max() > SUPERBLOCK else _NO_ORDER
         return int(_allocate_all(self._pool, sizes, order, starts))
 
     def _free(self, starts: Int32Array, sizes: Int32Array) -> int:
@@ -142,7 +145,7 @@ class BuddyAllocator(HostAllocator):
     def _free_blocks_unlocked(self) -> dict[int, int]:
         kinds_of = np.bincount(self._pool.masks, minlength=256)
         return {
-            size: int(sum(len(_aligned_runs(mask, order)) * int(kinds_of[mask]) for mask in range(1, 256)))
+            size: int(_NUM_RUNS[order] @ kinds_of)
             for order, size in enumerate((8, 16, 32, 64))
             if size in self.block_sizes
         }

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from allocators._jit import jit
-from allocators.errors import InvalidFreeError, InvalidSizeError, LeaseError
+from allocators.errors import InvalidFreeError, InvalidSizeError, LeaseError, SnapshotError, UnknownStreamError
 from allocators.protocol import (
     AllocatorStats,
     BlockAllocator,
@@ -105,6 +105,11 @@ class EpochPool(BlockAllocator):
         return self._epoch
 
     @property
+    def streams(self) -> tuple[Hashable, ...]:
+        """The streams that must report `complete`."""
+        return tuple(self._completed)
+
+    @property
     def num_in_limbo(self) -> int:
         """Granules retired and not freed yet."""
         return int(np.count_nonzero(self._states == _LIMBO))
@@ -149,7 +154,7 @@ class EpochPool(BlockAllocator):
 
         Raises:
             InvalidSizeError: the epoch has not begun.
-            KeyError: no such stream.
+            UnknownStreamError: nobody registered it.
         """
         with self._lock:
             if isinstance(epoch, bool) or not isinstance(epoch, int | np.integer) or not 0 <= epoch <= self._epoch:
@@ -157,7 +162,7 @@ class EpochPool(BlockAllocator):
                     f"epoch: expected an int from 0 to the current one, {self._epoch}, got {epoch!r}"
                 )
             if stream is not None and stream not in self._completed:
-                raise KeyError(f"stream: expected one of {list(self._completed)}, got {stream!r}")
+                raise UnknownStreamError(f"stream: expected one of {list(self._completed)}, got {stream!r}")
             for name in self._completed if stream is None else (stream,):
                 self._completed[name] = max(self._completed[name], int(epoch))
             if epoch == self._epoch:
@@ -203,6 +208,8 @@ class EpochPool(BlockAllocator):
 
     def restore(self, data: bytes) -> None:
         """Return to a snapshot; leases that are open now are void afterwards."""
+        if not isinstance(data, bytes | bytearray | memoryview):
+            raise SnapshotError(f"snapshot: expected bytes, got {type(data).__name__}")
         with self._lock:
             length = int.from_bytes(data[:8], "little")
             arrays = unpack_snapshot(data[8 : 8 + length], self._identity(), self._state())

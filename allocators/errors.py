@@ -25,6 +25,10 @@ class LeaseError(AllocatorError, RuntimeError):
     """A lease is used after its end, or its blocks are touched around it."""
 
 
+class UnknownStreamError(AllocatorError, LookupError):
+    """No stream of this name was registered with the pool."""
+
+
 class SnapshotError(AllocatorError, ValueError):
     """A snapshot is damaged, or was taken from another kind or size of pool."""
 

@@ -275,7 +275,8 @@ def _claim_in_slab(pool: _Pool, w: int, order: int) -> Any:
         # granule of it keeps the owner from changing now, so one more look decides.
         if load_acquire(pool.owner, w) == tag:
             return w * 64 + start
-        fetch_or_release(pool.free, w, run)
+        # under another size, part of this run may be live: give back the bits that were free, not all of the run
+        fetch_or_release(pool.free, w, word & run)
         fetch_add_acq_rel(pool.control, _VERSION, _ONE)
 
 

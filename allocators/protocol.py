@@ -132,7 +132,7 @@ def as_counts(values: ArrayLike, name: str) -> Int32Array:
     """``values`` as a contiguous int32 vector, or InvalidSizeError; floats are refused, not rounded."""
     if type(values) is np.ndarray and values.dtype == np.int32 and values.ndim == 1 and values.flags.c_contiguous:
         return values
-    array = np.asarray(values)
+    array = _as_array(values, name)
     if array.ndim != 1:
         raise InvalidSizeError(f"{name}: expected a one-dimensional array of integers, got shape {array.shape}")
     if array.size == 0:
@@ -143,6 +143,13 @@ def as_counts(values: ArrayLike, name: str) -> Int32Array:
         bad = int(array[np.argmax(np.abs(array.astype(np.float64)))])
         raise InvalidSizeError(f"{name}: expected granules within a pool of at most {MAX_GRANULES}, got {bad}")
     return np.ascontiguousarray(array, np.int32)
+
+
+def _as_array(values: ArrayLike, name: str) -> NDArray[Any]:
+    try:
+        return np.asarray(values)
+    except ValueError as error:  # lists of several lengths
+        raise InvalidSizeError(f"{name}: expected a one-dimensional array of integers, got {values!r}") from error
 
 
 def check_num_granules(num_granules: int) -> int:
@@ -159,8 +166,8 @@ def check_num_granules(num_granules: int) -> int:
 
 def check_block_sizes(block_sizes: ArrayLike) -> tuple[int, ...]:
     """``block_sizes`` in tokens as an ascending tuple of some of 8, 16, 32, 64, or InvalidSizeError."""
-    array = np.asarray(block_sizes)
-    sizes = tuple(sorted(array.tolist())) if array.ndim == 1 else ()
+    array = _as_array(block_sizes, "block_sizes")
+    sizes = tuple(sorted(array.tolist())) if array.ndim == 1 and array.dtype.kind in "iu" else ()
     if not sizes or len(set(sizes)) != len(sizes) or not set(sizes) <= {8, 16, 32, 64}:
         raise InvalidSizeError(f"block_sizes: expected some of 8, 16, 32, 64 tokens, each once, got {block_sizes!r}")
     return sizes
