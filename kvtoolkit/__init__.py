@@ -1,5 +1,37 @@
 """kvtoolkit: the KV cache of LLM inference as parts that can be swapped and measured against each other."""
 
+from allocators import BlockAllocator, create
 from kvtoolkit._version import __version__
+from kvtoolkit.cache import KVCache, Lease
+from kvtoolkit.config import CacheConfig
+from kvtoolkit.errors import (
+    CacheFullError,
+    CacheSnapshotError,
+    ConfigError,
+    KVToolkitError,
+    SequenceError,
+    ShapeError,
+    StepError,
+    UnsupportedError,
+)
+from kvtoolkit.stats import CacheStats
+from kvtoolkit.step import Step
 
-__all__ = ["__version__"]
+__all__ = [
+    "BlockAllocator",
+    "CacheConfig",
+    "CacheFullError",
+    "CacheSnapshotError",
+    "CacheStats",
+    "ConfigError",
+    "KVCache",
+    "KVToolkitError",
+    "Lease",
+    "SequenceError",
+    "ShapeError",
+    "Step",
+    "StepError",
+    "UnsupportedError",
+    "__version__",
+    "create",
+]

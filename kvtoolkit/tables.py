@@ -28,7 +28,7 @@ TIER_HOT, TIER_WARM, TIER_COLD, TIER_HOST16, TIER_HOST_COLD = range(5)
 
 @jit
 def pack_entry(granule: int, num_granules: int, tier: int) -> Any:
-    """The entry of ``num_granules`` (1-8) consecutive granules that begin at ``granule``; also callable when compiled."""
+    """The entry of ``num_granules`` (1-8) granules that begin at ``granule``; compiled code may call it too."""
     return np.int32(granule | ((num_granules - 1) << 24) | (tier << 27))
 
 

@@ -1,0 +1,240 @@
+"""The configuration of a cache: one frozen, validated object, from Python or from a TOML file."""
+
+import dataclasses
+import difflib
+import math
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from allocators import AllocatorError, find
+from kvtoolkit.errors import ConfigError, UnsupportedError
+from kvtoolkit.growth import NAMES as GROWTH_NAMES
+from kvtoolkit.growth import GrowthPolicy, growth_policy
+from kvtoolkit.tables import MAX_GRANULES
+
+DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_BACKENDS = ("cpu", "cuda", "numba")
+_TOKENS_PER_SUPERBLOCK = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """What a `KVCache` is made of. Checked when made; ConfigError says which field, what was expected and what came.
+
+    Give either ``num_tokens`` or ``memory``; both are rounded to whole superblocks of 64 tokens (``num_tokens`` up,
+    ``memory`` down).
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str = "float16"
+    """``float32``, ``float16`` or ``bfloat16``."""
+    num_tokens: int | None = None
+    """Token slots in the pool."""
+    memory: int | str | None = None
+    """Bytes of keys and values, all layers, or such as ``"512 MiB"``."""
+    allocator: str = "buddy"
+    """``paged``, ``buddy``, ``slab``, ``lockfree``, an entry point's name, or ``"package.module:Class"``."""
+    allocator_options: Mapping[str, Any] = field(default_factory=dict)
+    """Further keyword arguments of the allocator's class, such as ``{"layout": "slab"}`` of ``lockfree``."""
+    block_sizes: tuple[int, ...] | None = None
+    """Sizes on offer in tokens, of 8, 16, 32, 64. Default: all; of a fixed growth policy, its own; of ``paged``, 16."""
+    growth: str | None = None
+    """See `kvtoolkit.growth`. Default: ``adaptive``, or the fixed policy of the only block size."""
+    prefix_caching: bool = True
+    """Whether full granules become findable by later prompts."""
+    eviction: str = "lru"
+    """``lru``, ``lfu``, or ``"package.module:Class"``: which cached prefix goes first when memory is needed."""
+    max_seqs: int = 256
+    """Sequences open at once."""
+    max_seq_len: int | None = None
+    """Tokens in one sequence. Default: all of the pool."""
+    max_entries: int | None = None
+    """Entries in one row of the block table; a row that is full stalls. Default: enough for blocks of 8 tokens."""
+    migrate_budget: int = 64
+    """Most merges in one step."""
+    tiers: Mapping[str, Any] | None = None
+    """Quantized and host tiers; not in this version."""
+    backend: str = "cpu"
+    device: int | None = None
+    """CUDA device, for the GPU backends."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "num_kv_heads", "head_dim", "max_seqs"):
+            _require_int(name, getattr(self, name), 1)
+        _require_int("max_seqs", self.max_seqs, 1, 1 << 20)
+        _require_int("migrate_budget", self.migrate_budget, 0)
+        for name in ("max_seq_len", "max_entries", "num_tokens"):
+            if getattr(self, name) is not None:
+                _require_int(name, getattr(self, name), 1)
+        if self.head_dim % 8:
+            raise ConfigError(f"head_dim: expected a multiple of 8, got {self.head_dim}")
+        _require_one_of("dtype", self.dtype, tuple(DTYPES))
+        _require_one_of("backend", self.backend, _BACKENDS)
+        if not isinstance(self.prefix_caching, bool):
+            raise ConfigError(f"prefix_caching: expected true or false, got {self.prefix_caching!r}")
+        if not isinstance(self.allocator_options, Mapping):
+            raise ConfigError(f"allocator_options: expected a table, got {self.allocator_options!r}")
+        if self.tiers is not None:
+            raise UnsupportedError("tiers: expected none, quantized tiers are not in this version")
+        if self.backend != "cpu":
+            raise UnsupportedError(
+                f"backend: expected 'cpu', the GPU backends are not in this version, got {self.backend!r}"
+            )
+        if (self.num_tokens is None) == (self.memory is None):
+            raise ConfigError(f"expected one of num_tokens and memory, got {self.num_tokens!r} and {self.memory!r}")
+        if not isinstance(self.allocator, str):
+            raise ConfigError(f"allocator: expected a name or 'package.module:Class', got {self.allocator!r}")
+        try:
+            find(self.allocator)
+        except AllocatorError as error:
+            raise ConfigError(str(error)) from error
+        self._settle_sizes()
+        if not 0 < self.num_granules <= MAX_GRANULES:
+            raise ConfigError(
+                f"num_tokens or memory: expected a pool of {_TOKENS_PER_SUPERBLOCK} to {MAX_GRANULES * 8} tokens, "
+                f"got {self.num_granules * 8}"
+            )
+
+    def _settle_sizes(self) -> None:
+        """Fill in `block_sizes` and `growth` from each other, and refuse what does not go together."""
+        sizes, growth = self.block_sizes, self.growth
+        if growth is not None:
+            _require_one_of("growth", growth, GROWTH_NAMES)
+        if sizes is None:
+            if growth is not None and growth.startswith("fixed"):
+                sizes = (int(growth.removeprefix("fixed")),)
+            else:
+                sizes = (16,) if self.allocator == "paged" else (8, 16, 32, 64)
+        try:
+            sizes = tuple(sorted(set(sizes)))
+        except TypeError:
+            raise ConfigError(f"block_sizes: expected some of 8, 16, 32, 64, got {sizes!r}") from None
+        if not sizes or not set(sizes) <= {8, 16, 32, 64}:
+            raise ConfigError(f"block_sizes: expected some of 8, 16, 32, 64, got {self.block_sizes!r}")
+        if self.allocator == "paged" and len(sizes) != 1:
+            raise ConfigError(f"block_sizes: expected one size for the paged allocator, got {sizes}")
+        if growth is None:
+            growth = f"fixed{sizes[0]}" if len(sizes) == 1 else "adaptive"
+        if growth.startswith("fixed") and int(growth.removeprefix("fixed")) not in sizes:
+            raise ConfigError(f"growth: expected a fixed size among block_sizes {sizes}, got {growth!r}")
+        if growth in ("append", "lazy_merge") and 8 not in sizes:
+            raise ConfigError(f"growth: {growth!r} needs 8 among block_sizes, got {sizes}")
+        if growth_policy(growth).merges and 64 not in sizes:
+            raise ConfigError(f"growth: {growth!r} needs 64 among block_sizes, got {sizes}")
+        object.__setattr__(self, "block_sizes", sizes)
+        object.__setattr__(self, "growth", growth)
+        object.__setattr__(self, "allocator_options", dict(self.allocator_options))
+
+    # -- what follows from the fields --------------------------------------------------------------------------------
+
+    @property
+    def num_granules(self) -> int:
+        """Granules (8 token slots) in the pool."""
+        if self.num_tokens is not None:
+            return -(-self.num_tokens // _TOKENS_PER_SUPERBLOCK) * 8
+        assert self.memory is not None
+        return parse_nbytes(self.memory) // (self.nbytes_per_token * _TOKENS_PER_SUPERBLOCK) * 8
+
+    @property
+    def nbytes_per_token(self) -> int:
+        """Bytes of keys and values of one token, all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * DTYPES[self.dtype]
+
+    @property
+    def growth_policy(self) -> GrowthPolicy:
+        """The policy that `growth` names."""
+        assert self.growth is not None
+        return growth_policy(self.growth)
+
+    @property
+    def seq_len_limit(self) -> int:
+        """`max_seq_len`, or the whole pool."""
+        return min(self.max_seq_len or self.num_granules * 8, self.num_granules * 8)
+
+    @property
+    def entries_limit(self) -> int:
+        """`max_entries`, or as many as the longest sequence can need."""
+        return self.max_entries or math.ceil(self.seq_len_limit / 8)
+
+    # -- files -------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "CacheConfig":
+        """A configuration from a mapping of field names, as `to_dict` gives it."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                close = difflib.get_close_matches(key, known, 1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise ConfigError(f"{key!r}: expected one of {', '.join(known)}{hint}")
+        missing = [name for name in ("num_layers", "num_kv_heads", "head_dim") if name not in values]
+        if missing:
+            raise ConfigError(f"expected {', '.join(missing)} to be given")
+        values = dict(values)
+        if isinstance(values.get("block_sizes"), list):
+            values["block_sizes"] = tuple(values["block_sizes"])
+        return cls(**values)
+
+    @classmethod
+    def load(cls, path: str | Path, **overrides: Any) -> "CacheConfig":
+        """Read a TOML file whose keys, or those of its table ``[cache]``, are the fields; ``overrides`` win.
+
+        Raises:
+            ConfigError: the file is not there, is not TOML, or a field is wrong.
+        """
+        try:
+            document = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: cannot be read: {error}") from error
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{path}: expected TOML, got a syntax error: {error}") from error
+        table = document.get("cache", document)
+        if not isinstance(table, dict):
+            raise ConfigError(f"{path}: expected [cache] to be a table, got {table!r}")
+        try:
+            return cls.from_dict({**table, **overrides})
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that are not None, as `from_dict` and a TOML file take them."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["block_sizes"] = list(values["block_sizes"])
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def parse_nbytes(value: int | str) -> int:
+    """Bytes from an int or a text such as ``"512 MiB"`` or ``"1.5GB"`` (decimal units without the i)."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        if value <= 0:
+            raise ConfigError(f"memory: expected a positive number of bytes, got {value}")
+        return value
+    match = (
+        re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", value, re.IGNORECASE)
+        if isinstance(value, str)
+        else None
+    )
+    if match is None:
+        raise ConfigError(f"memory: expected bytes or a text such as '512 MiB', got {value!r}")
+    number, prefix, binary = match.groups()
+    base = 1024 if binary else 1000
+    return int(float(number) * base ** " KMGT".index(prefix.upper() or " "))
+
+
+def _require_int(name: str, value: Any, low: int, high: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        bound = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise ConfigError(f"{name}: expected an int {bound}, got {value!r}")
+
+
+def _require_one_of(name: str, value: Any, expected: tuple[str, ...]) -> None:
+    if value not in expected:
+        close = difflib.get_close_matches(value, expected, 1) if isinstance(value, str) else []
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(f"{name}: expected one of {', '.join(expected)}, got {value!r}{hint}")

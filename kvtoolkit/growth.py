@@ -1,0 +1,90 @@
+"""Growth policies: which block sizes a sequence gets as it grows, and whether small blocks are merged later.
+
+| name | block at the tail | merge |
+|---|---|---|
+| ``fixed8`` ... ``fixed64`` | that size, also for prompts | no |
+| ``append`` | 8 tokens for ever | no |
+| ``proportional`` | 64 from 512 tokens on, 32 from 256, 16 from 128, else 8: waste is at most an eighth | no |
+| ``lazy_merge`` | 8 tokens | one copy into a 64 when 64 tokens are full |
+| ``adaptive`` | 64 while over 10 % of the pool is free, 32 over 6 %, 16 over 3.5 %, else 8 | as ``lazy_merge`` |
+
+Whatever the policy (but for the fixed ones), a prompt is laid out largest block first. ``adaptive`` keeps 1 % of the
+superblocks back, so that merging goes on when memory is short.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from allocators._jit import jit
+from kvtoolkit.errors import ConfigError
+
+FIXED, BY_LENGTH, BY_FREE_MEMORY = range(3)
+
+
+@dataclass(frozen=True)
+class GrowthPolicy:
+    """A growth policy as figures that compiled code can read. Sizes in granules."""
+
+    name: str
+    rule: int
+    """FIXED: `tail`; BY_LENGTH and BY_FREE_MEMORY: the thresholds of `tail_size`."""
+    tail: int = 1
+    largest: int = 8
+    merges: bool = False
+    reserve: float = 0.0
+    """Share of the superblocks kept back as targets for merging."""
+
+
+_POLICIES = {
+    policy.name: policy
+    for policy in (
+        *(GrowthPolicy(f"fixed{8 * n}", FIXED, tail=n, largest=n) for n in (1, 2, 4, 8)),
+        GrowthPolicy("append", FIXED),
+        GrowthPolicy("proportional", BY_LENGTH),
+        GrowthPolicy("lazy_merge", FIXED, merges=True),
+        GrowthPolicy("adaptive", BY_FREE_MEMORY, merges=True, reserve=0.01),
+    )
+}
+
+NAMES = tuple(_POLICIES)
+
+
+def growth_policy(name: str) -> GrowthPolicy:
+    """The policy called ``name``; ConfigError if there is none."""
+    if name not in _POLICIES:
+        raise ConfigError(f"growth: expected one of {', '.join(NAMES)}, got {name!r}")
+    return _POLICIES[name]
+
+
+@jit
+def tail_size(rule: int, tail: int, length: int, free_share: float) -> Any:
+    """Granules of the next block of a sequence of ``length`` tokens, while ``free_share`` of the memory is free."""
+    if rule == BY_LENGTH:
+        return 8 if length >= 512 else 4 if length >= 256 else 2 if length >= 128 else 1
+    if rule == BY_FREE_MEMORY:
+        return 8 if free_share > 0.10 else 4 if free_share > 0.06 else 2 if free_share > 0.035 else 1
+    return tail
+
+
+@jit
+def split(needed: int, tail: int, largest: int, offered: NDArray[np.int32], out: NDArray[np.int32], first: int) -> Any:
+    """Write the block sizes that cover ``needed`` granules to ``out[first:]``, largest first; returns the new end.
+
+    ``offered`` lists the sizes on offer, descending. The sum is ``needed`` rounded up to a multiple of ``tail``.
+    """
+    rest = (needed + tail - 1) // tail * tail
+    end = first
+    for size in offered:
+        if size > largest:
+            continue
+        while rest >= size:
+            out[end] = size
+            end += 1
+            rest -= size
+    if rest > 0:  # smaller than anything on offer
+        out[end] = offered[-1]
+        end += 1
+    return end

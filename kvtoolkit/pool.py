@@ -1,0 +1,144 @@
+"""The cache's side of an allocator: what to do when a request does not fit, and the blocks kept back for merging.
+
+free + held by rows + cached + kept back (+ pinned) == num_granules
+"""
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from allocators import BlockAllocator, create
+from kvtoolkit.config import CacheConfig
+from kvtoolkit.errors import CacheFullError
+from kvtoolkit.eviction import eviction_policy
+from kvtoolkit.prefix import CACHED, Evictor, Int32Array, make_granules, make_nodes
+from kvtoolkit.rows import coalesce
+from kvtoolkit.tables import MAX_BLOCK_GRANULES
+
+
+class Pool:
+    """An allocator whose freed prefixes stay findable until their memory is needed.
+
+    Not thread-safe by itself: the cache's lock covers it.
+    """
+
+    def __init__(self, config: CacheConfig) -> None:
+        num_granules = config.num_granules
+        self.policy = config.growth_policy
+        self.allocator: BlockAllocator = create(
+            config.allocator, num_granules, block_sizes=config.block_sizes, **config.allocator_options
+        )
+        self.num_granules = num_granules
+        # sizes the cache asks for, in granules, descending
+        self.offered = np.array(sorted((size // 8 for size in self.allocator.block_sizes), reverse=True), np.int32)
+        self.granules = make_granules(num_granules)
+        self.nodes = make_nodes(num_granules)
+        self.evictor = Evictor(eviction_policy(config.eviction), self.nodes, self.granules)
+        self.freed = np.empty(num_granules, np.int32)
+        """Where compiled code lists granules to be freed; `free_listed` takes them from here."""
+        self._run_starts = np.empty(num_granules, np.int32)
+        self._run_sizes = np.empty(num_granules, np.int32)
+        self.num_evicted = 0
+        self.reserve = int(self.policy.reserve * (num_granules // MAX_BLOCK_GRANULES))
+        self.kept_back: list[int] = []
+        """First granules of the blocks of 64 tokens kept back for merging."""
+        self.replenish()
+
+    @property
+    def num_cached(self) -> int:
+        """Granules that no row holds but that are still findable."""
+        return int(self.nodes.counts[CACHED])
+
+    @property
+    def num_used(self) -> int:
+        """Granules held by rows, granules pinned inside the allocator included."""
+        return self.num_granules - self.allocator.num_free - self.num_cached - MAX_BLOCK_GRANULES * len(self.kept_back)
+
+    def allocate_some(self, sizes: ArrayLike) -> Int32Array:
+        """Blocks in the order asked for, -1 from the first that does not fit."""
+        return self.allocator.allocate(sizes, partial=True)
+
+    def allocate_all(self, sizes: list[int], what: str) -> list[list[tuple[int, int]]]:
+        """For each size the runs that make it up (one if possible), evicting if need be; CacheFullError or all."""
+        self.make_room(sum(sizes))
+        granted: list[list[tuple[int, int]]] = []
+        for size in sizes:
+            runs = self.fit(size)
+            if runs is None:
+                self.free_runs([run for runs in granted for run in runs])
+                raise CacheFullError(
+                    f"{what}: expected room for {len(sizes)} blocks of {min(sizes)} to {max(sizes)} granules, got "
+                    f"{self.allocator.num_free} granules free and {self.num_cached} that could be evicted"
+                )
+            granted.append(runs)
+        return granted
+
+    def fit(self, needed: int) -> list[tuple[int, int]] | None:
+        """Runs of at least ``needed`` granules by any sizes on offer, evicting if need be; None if there is no way."""
+        runs: list[tuple[int, int]] = []
+        while needed > 0:
+            for size in self._sizes_to_try(needed):
+                start = int(self.allocator.allocate([size], partial=True)[0])
+                if start >= 0:
+                    runs.append((start, size))
+                    needed -= size
+                    break
+            else:
+                if not self.evict(needed):
+                    self.free_runs(runs)
+                    return None
+        return runs
+
+    def _sizes_to_try(self, needed: int) -> list[int]:
+        """The best fitting size, then smaller ones, then larger ones."""
+        offered = [int(size) for size in self.offered if size <= self.policy.largest]
+        fitting = min((size for size in offered if size >= needed), default=offered[0])
+        return [size for size in offered if size <= fitting] + [size for size in offered[::-1] if size > fitting]
+
+    def make_room(self, wanted: int) -> None:
+        """Evict until ``wanted`` granules are free or nothing is left to evict."""
+        missing = wanted - self.allocator.num_free
+        if missing > 0 and self.num_cached:
+            self.evict(missing)
+
+    def evict(self, wanted: int) -> int:
+        """Evict about ``wanted`` cached granules; returns how many."""
+        count = self.evictor.evict(wanted, self.freed)
+        self.num_evicted += count
+        self.free_listed(count)
+        return count
+
+    def free_listed(self, count: int) -> None:
+        """Free the first ``count`` granules of `freed`."""
+        if count:
+            runs = coalesce(self.freed, count, self._run_starts, self._run_sizes)
+            self.allocator.free(self._run_starts[:runs], self._run_sizes[:runs])
+
+    def free_runs(self, runs: list[tuple[int, int]]) -> None:
+        """Free ``(start, size)`` runs."""
+        if runs:
+            self.allocator.free([start for start, _ in runs], [size for _, size in runs])
+
+    # -- blocks for merging ------------------------------------------------------------------------------------------
+
+    def take_targets(self, wanted: int) -> Int32Array:
+        """Up to ``wanted`` blocks of 64 tokens to merge into: fresh ones, then those kept back. Never evicts."""
+        fresh = self.allocate_some(np.full(wanted, MAX_BLOCK_GRANULES, np.int32))
+        targets = fresh[fresh >= 0].tolist()
+        while len(targets) < wanted and self.kept_back:
+            targets.append(self.kept_back.pop())
+        return np.array(targets, np.int32)
+
+    def replenish(self) -> None:
+        """Keep back as many blocks of 64 tokens as the policy wants, if there are that many."""
+        missing = self.reserve - len(self.kept_back)
+        if missing > 0 and self.allocator.largest_free >= MAX_BLOCK_GRANULES:
+            starts = self.allocate_some(np.full(missing, MAX_BLOCK_GRANULES, np.int32))
+            self.kept_back += starts[starts >= 0].tolist()
+
+    def give_up_reserve(self) -> bool:
+        """Free what is kept back, when the last blocks are needed; returns whether there was any."""
+        if not self.kept_back:
+            return False
+        self.free_runs([(start, MAX_BLOCK_GRANULES) for start in self.kept_back])
+        self.kept_back = []
+        return True

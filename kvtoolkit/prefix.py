@@ -1,0 +1,303 @@
+"""The prefix index: finds the granules that already hold the beginning of a prompt.
+
+One node per published granule, a trie of granules: a node is its parent plus the 8 tokens it holds, and it is found
+through a hash table keyed by both. Tokens are compared, so a hash collision costs time, never a wrong hit. A node's
+``uid`` is never used twice, so a sequence that remembers the node it ended on can tell whether that is still there.
+
+    granules.node[nodes.granule[n]] == n for every node in use
+    counts[CACHED] == number of published granules that no row holds: found by `open`, evicted when memory is needed
+
+Source: prefix sharing by content, as radix trees in SGLang (Zheng et al. 2024, arXiv:2312.07104, sec. 3); here at
+granule (8 token) granularity.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from allocators._jit import jit
+from kvtoolkit.eviction import CachedGranules, EvictionPolicy
+
+Int32Array = NDArray[np.int32]
+Int64Array = NDArray[np.int64]
+
+ROOT, BROKEN = -1, -2
+"""Chain ends that are no node: nothing yet, and a row whose tokens are not all known."""
+ROOT_UID = 0
+CACHED, NEXT_UID, CLOCK, NUM_SPARE = range(4)
+
+_K1, _K2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)
+_SHIFT = np.uint64(29)
+
+
+class Granules(NamedTuple):
+    """Per granule of the pool."""
+
+    refs: Int32Array
+    """Rows that hold it."""
+    node: Int32Array
+    """Its node in the index, or -1."""
+
+
+class Nodes(NamedTuple):
+    """Per node of the index; as many as granules, since each holds one."""
+
+    uid: Int64Array
+    """0 while unused."""
+    parent_uid: Int64Array
+    tokens: Int64Array
+    """``[num_granules, 8]``"""
+    last_used: Int64Array
+    parent: Int32Array
+    granule: Int32Array
+    first_child: Int32Array
+    next_sibling: Int32Array
+    previous_sibling: Int32Array
+    next_in_bucket: Int32Array
+    depth: Int32Array
+    num_uses: Int32Array
+    buckets: Int32Array
+    spare: Int32Array
+    """Stack of unused nodes, ``counts[NUM_SPARE]`` deep."""
+    counts: Int64Array
+
+
+def make_granules(num_granules: int) -> Granules:
+    """Nothing held, nothing published."""
+    return Granules(np.zeros(num_granules, np.int32), np.full(num_granules, -1, np.int32))
+
+
+def make_nodes(num_granules: int) -> Nodes:
+    """An empty index for a pool of this size."""
+
+    def int32s(fill: int) -> Int32Array:
+        return np.full(num_granules, fill, np.int32)
+
+    counts = np.zeros(4, np.int64)
+    counts[NEXT_UID] = ROOT_UID + 1
+    counts[NUM_SPARE] = num_granules
+    return Nodes(
+        uid=np.zeros(num_granules, np.int64),
+        parent_uid=np.zeros(num_granules, np.int64),
+        tokens=np.zeros((num_granules, 8), np.int64),
+        last_used=np.zeros(num_granules, np.int64),
+        parent=int32s(-1),
+        granule=int32s(-1),
+        first_child=int32s(-1),
+        next_sibling=int32s(-1),
+        previous_sibling=int32s(-1),
+        next_in_bucket=int32s(-1),
+        depth=int32s(0),
+        num_uses=int32s(0),
+        buckets=np.full(1 << max(4, (2 * num_granules - 1).bit_length()), -1, np.int32),
+        spare=np.arange(num_granules, dtype=np.int32)[::-1].copy(),
+        counts=counts,
+    )
+
+
+class Evictor:
+    """Takes cached granules out of the index in the order a policy gives, scoring all of them once per queue."""
+
+    def __init__(self, policy: EvictionPolicy, nodes: Nodes, granules: Granules) -> None:
+        self._policy = policy
+        self._nodes = nodes
+        self._granules = granules
+        self._queue = np.empty(0, np.int32)
+        self._stamps = np.empty(0, np.int64)
+        self._next = 0
+
+    def evict(self, wanted: int, freed: Int32Array) -> int:
+        """Unpublish ``wanted`` cached granules, or a few more, or all; ``freed`` receives them. Returns how many."""
+        num_freed = 0
+        while num_freed < wanted and self._nodes.counts[CACHED] > 0:
+            if self._next == len(self._queue):
+                self._score()
+            num_freed, self._next = _evict(
+                self._nodes, self._granules, self._queue, self._stamps, self._next, wanted, freed, num_freed
+            )
+        return num_freed
+
+    def forget(self) -> None:
+        """Drop the queue, after the index was replaced."""
+        self._queue, self._stamps, self._next = np.empty(0, np.int32), np.empty(0, np.int64), 0
+
+    def _score(self) -> None:
+        nodes = self._nodes
+        used = np.flatnonzero(nodes.uid)
+        cached = used[self._granules.refs[nodes.granule[used]] == 0]
+        figures = CachedGranules(nodes.last_used[cached], nodes.num_uses[cached], nodes.depth[cached])
+        order = np.lexsort((-figures.depth, np.asarray(self._policy.score(figures), np.float64)))
+        self._queue = cached[order].astype(np.int32)
+        self._stamps = nodes.last_used[self._queue]
+        self._next = 0
+
+
+@jit
+def _hash(parent_uid: int, tokens: Int64Array, first: int) -> Any:
+    digest = np.uint64(parent_uid) * _K1
+    for i in range(first, first + 8):
+        digest = (digest ^ np.uint64(tokens[i])) * _K2
+        digest ^= digest >> _SHIFT
+    return digest
+
+
+@jit
+def find_node(nodes: Nodes, parent_uid: int, tokens: Int64Array, first: int) -> Any:
+    """The node that holds ``tokens[first:first + 8]`` after the node ``parent_uid``, or -1."""
+    node = nodes.buckets[_hash(parent_uid, tokens, first) & np.uint64(len(nodes.buckets) - 1)]
+    while node >= 0:
+        if nodes.parent_uid[node] == parent_uid:
+            same = True
+            for i in range(8):
+                same = same and nodes.tokens[node, i] == tokens[first + i]
+            if same:
+                return node
+        node = nodes.next_in_bucket[node]
+    return -1
+
+
+@jit
+def publish(
+    nodes: Nodes, granules: Granules, parent: int, parent_uid: int, depth: int, tokens: Int64Array, granule: int
+) -> Any:
+    """Make a full granule findable; returns its node. Nothing may hold these tokens after this parent yet."""
+    nodes.counts[NUM_SPARE] -= 1
+    node = nodes.spare[nodes.counts[NUM_SPARE]]
+    nodes.uid[node] = nodes.counts[NEXT_UID]
+    nodes.counts[NEXT_UID] += 1
+    nodes.parent[node], nodes.parent_uid[node] = parent, parent_uid
+    nodes.tokens[node] = tokens
+    nodes.granule[node] = granule
+    nodes.depth[node] = depth
+    nodes.num_uses[node] = 0
+    nodes.last_used[node] = nodes.counts[CLOCK]
+    nodes.first_child[node] = -1
+    nodes.previous_sibling[node] = -1
+    nodes.next_sibling[node] = -1
+    if parent >= 0:
+        sibling = nodes.first_child[parent]
+        nodes.next_sibling[node] = sibling
+        if sibling >= 0:
+            nodes.previous_sibling[sibling] = node
+        nodes.first_child[parent] = node
+    bucket = _hash(parent_uid, tokens, 0) & np.uint64(len(nodes.buckets) - 1)
+    nodes.next_in_bucket[node] = nodes.buckets[bucket]
+    nodes.buckets[bucket] = node
+    granules.node[granule] = node
+    return node
+
+
+@jit
+def _remove(nodes: Nodes, granules: Granules, node: int) -> None:
+    """Take one node without children out of the index."""
+    bucket = _hash(nodes.parent_uid[node], nodes.tokens[node], 0) & np.uint64(len(nodes.buckets) - 1)
+    if nodes.buckets[bucket] == node:
+        nodes.buckets[bucket] = nodes.next_in_bucket[node]
+    else:
+        before = nodes.buckets[bucket]
+        while nodes.next_in_bucket[before] != node:
+            before = nodes.next_in_bucket[before]
+        nodes.next_in_bucket[before] = nodes.next_in_bucket[node]
+    previous, following = nodes.previous_sibling[node], nodes.next_sibling[node]
+    if previous >= 0:
+        nodes.next_sibling[previous] = following
+    elif nodes.parent[node] >= 0:
+        nodes.first_child[nodes.parent[node]] = following
+    if following >= 0:
+        nodes.previous_sibling[following] = previous
+    nodes.uid[node] = 0
+    granules.node[nodes.granule[node]] = -1
+    nodes.spare[nodes.counts[NUM_SPARE]] = node
+    nodes.counts[NUM_SPARE] += 1
+
+
+@jit
+def unpublish(nodes: Nodes, granules: Granules, node: int, freed: Int32Array, num_freed: int) -> Any:
+    """Take a node and all that follows it out of the index.
+
+    What follows an unfindable granule could not be found either. Granules that no row holds are appended to ``freed``;
+    returns their new number.
+    """
+    current = node
+    while True:
+        while nodes.first_child[current] >= 0:
+            current = nodes.first_child[current]
+        parent, granule = nodes.parent[current], nodes.granule[current]
+        _remove(nodes, granules, current)
+        if granules.refs[granule] == 0:
+            nodes.counts[CACHED] -= 1
+            freed[num_freed] = granule
+            num_freed += 1
+        if current == node:
+            return num_freed
+        current = parent
+
+
+@jit
+def _evict(
+    nodes: Nodes,
+    granules: Granules,
+    queue: Int32Array,
+    stamps: Int64Array,
+    first: int,
+    wanted: int,
+    freed: Int32Array,
+    num_freed: int,
+) -> Any:
+    """Unpublish from ``queue[first:]`` until enough is freed; skips nodes that were used since they were scored."""
+    i = first
+    while i < len(queue) and num_freed < wanted:
+        node = queue[i]
+        if nodes.uid[node] != 0 and nodes.last_used[node] == stamps[i] and granules.refs[nodes.granule[node]] == 0:
+            num_freed = unpublish(nodes, granules, node, freed, num_freed)
+        i += 1
+    return num_freed, i
+
+
+@jit
+def hold(nodes: Nodes, granules: Granules, granule: int) -> None:
+    """One row more holds the granule."""
+    if granules.refs[granule] == 0 and granules.node[granule] >= 0:
+        nodes.counts[CACHED] -= 1
+    granules.refs[granule] += 1
+
+
+@jit
+def release(nodes: Nodes, granules: Granules, granule: int, freed: Int32Array, num_freed: int) -> Any:
+    """One row less holds the granule; if none is left it stays findable, or joins ``freed``. Returns their number."""
+    granules.refs[granule] -= 1
+    if granules.refs[granule] > 0:
+        return num_freed
+    node = granules.node[granule]
+    if node >= 0:
+        nodes.counts[CACHED] += 1
+        nodes.last_used[node] = nodes.counts[CLOCK]
+        return num_freed
+    freed[num_freed] = granule
+    return num_freed + 1
+
+
+@jit
+def move_granule(nodes: Nodes, granules: Granules, source: int, target: int) -> None:
+    """Re-point what knows ``source`` to ``target``, which nobody knew."""
+    granules.refs[target] = granules.refs[source]
+    granules.refs[source] = 0
+    node = granules.node[source]
+    granules.node[target] = node
+    granules.node[source] = -1
+    if node >= 0:
+        nodes.granule[node] = target
+
+
+@jit
+def match(nodes: Nodes, tokens: Int64Array, most: int, found: Int32Array) -> Any:
+    """Follow the trie along ``tokens`` for up to ``most`` granules; ``found`` receives the nodes. Returns how many."""
+    uid = ROOT_UID
+    for i in range(most):
+        node = find_node(nodes, uid, tokens, i * 8)
+        if node < 0:
+            return i
+        found[i] = node
+        uid = nodes.uid[node]
+    return most

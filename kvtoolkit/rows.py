@@ -1,0 +1,663 @@
+"""The rows of the block table, one per sequence, and the compiled moves on them.
+
+    info[s, CAPACITY] == sum of the entry lengths of row s      (granules)
+    info[s, LENGTH] <= 8 * info[s, CAPACITY]                    (tokens)
+    starts[s, e + 1] == starts[s, e] + length of entries[s, e];  starts[s, 0] == 0
+
+Every sequence has one cache line of figures (`info`), which is what keeps a step of thousands of rows cheap.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from allocators._jit import jit
+from kvtoolkit.growth import split, tail_size
+from kvtoolkit.prefix import (
+    BROKEN,
+    ROOT,
+    ROOT_UID,
+    Granules,
+    Int32Array,
+    Int64Array,
+    Nodes,
+    find_node,
+    hold,
+    move_granule,
+    publish,
+    release,
+)
+from kvtoolkit.tables import MAX_GRANULES, entry_granule, entry_length, pack_entry
+
+# columns of `info`
+GENERATION, STATE, LENGTH, CAPACITY, NUM_ENTRIES, STAMP, MARK, CHAIN = range(8)
+# values of STATE
+CLOSED, OPEN, IN_STEP, PREEMPTED, PINNED = range(5)
+STATE_NAMES = ("closed", "open", "in a step", "preempted", "pinned")
+# values of Step.status
+OK, OUT_OF_BLOCKS, ROW_FULL, AT_MAX_LEN = range(4)
+STATUS_NAMES = ("ok", "out of blocks", "row full", "at max_seq_len")
+
+ID_BITS = 20
+"""A sequence id is its generation above its row, so that the id of a closed sequence never comes back."""
+
+# what `check_ids` may find wrong
+BAD_ID, BAD_STATE, BAD_TWICE = 1, 2, 3
+
+
+class Rows(NamedTuple):
+    """State of all rows."""
+
+    info: Int64Array
+    """``[max_seqs, 8]``, columns above."""
+    entries: Int32Array
+    """``[max_seqs, max_entries]``"""
+    starts: Int32Array
+    """``[max_seqs, max_entries]`` first logical granule of each entry."""
+    chain_uid: Int64Array
+    """``[max_seqs]`` uid of the index node in the column CHAIN."""
+    pending: Int64Array
+    """``[max_seqs, 8]`` tokens of the granule that is being filled."""
+    clock: Int64Array
+    """``[2]``: the last stamp of a changed row, the last mark."""
+
+
+class StepArrays(NamedTuple):
+    """The arrays of one step; the first few are what kernels see."""
+
+    table: Int32Array
+    """``[batch, width]``"""
+    starts: Int32Array
+    """``[batch, width]``"""
+    seq_lens: Int32Array
+    cu_seqlens_q: Int32Array
+    slot_mapping: Int64Array
+    status: NDArray[np.int8]
+    rows: Int32Array
+    """Row of the cache that stands in each row of the step."""
+    counts: Int32Array
+    """New tokens of each row."""
+    stamps: Int64Array
+    """STAMP of the row that `table` holds a copy of."""
+    filled: Int32Array
+    """Entries of `table` in use."""
+    work: Int32Array
+    """``[2, batch]`` rows of the step that need blocks; rows of the cache to merge."""
+
+
+def make_rows(max_seqs: int, max_entries: int) -> Rows:
+    """All rows closed."""
+    return Rows(
+        info=np.zeros((max_seqs, 8), np.int64),
+        entries=np.full((max_seqs, max_entries), -1, np.int32),
+        starts=np.full((max_seqs, max_entries), -1, np.int32),
+        chain_uid=np.zeros(max_seqs, np.int64),
+        pending=np.zeros((max_seqs, 8), np.int64),
+        clock=np.zeros(2, np.int64),
+    )
+
+
+@jit
+def check_ids(rows: Rows, ids: Int64Array, states: int, out: Int32Array) -> Any:
+    """Write the row of every id to ``out``; returns ``(0, 0)`` or what is wrong and where. Changes only marks.
+
+    ``states`` has bit ``s`` set if rows in state ``s`` are welcome.
+    """
+    rows.clock[1] += 1
+    mark = rows.clock[1]
+    for i in range(len(ids)):
+        row = ids[i] & ((1 << ID_BITS) - 1)
+        if ids[i] < 0 or row >= len(rows.info) or rows.info[row, GENERATION] != ids[i] >> ID_BITS:
+            return BAD_ID, i
+        found = rows.info[row, STATE]
+        if not (states >> found) & 1:
+            return BAD_ID if found == CLOSED else BAD_STATE, i
+        if rows.info[row, MARK] == mark:
+            return BAD_TWICE, i
+        rows.info[row, MARK] = mark
+        out[i] = row
+    return 0, 0
+
+
+@jit
+def plan(rows: Rows, step: StepArrays, batch: int, max_len: int, merges: bool) -> Any:
+    """Find the rows that need blocks or may be merged. Nothing is changed but the arrays of the step.
+
+    Returns:
+        ``(bad, need, merge, total)``: the first row with an impossible count or -1, how many rows wait in
+        ``step.work[0]`` and ``[1]``, and all new tokens.
+    """
+    num_need, num_merge, total = 0, 0, 0
+    for b in range(batch):
+        row, count = step.rows[b], step.counts[b]
+        if count < 0 or count > 8 * MAX_GRANULES:
+            return b, 0, 0, 0
+        total += count
+        length = rows.info[row, LENGTH]
+        step.status[b] = OK
+        if length + count > max_len:
+            step.status[b] = AT_MAX_LEN
+        elif length + count > 8 * rows.info[row, CAPACITY]:
+            step.work[0, num_need] = b
+            num_need += 1
+        if merges and length & 63 == 0 and length > 0 and mergeable(rows, row, length >> 3) >= 0:
+            step.work[1, num_merge] = row
+            num_merge += 1
+    return -1, num_need, num_merge, total
+
+
+@jit
+def mergeable(rows: Rows, row: int, end: int) -> Any:
+    """The first entry of those that cover exactly granules ``[end - 8, end)`` if they are several; else -1."""
+    e = rows.info[row, NUM_ENTRIES] - 1
+    while e >= 0 and rows.starts[row, e] >= end:
+        e -= 1
+    last = e
+    while e > 0 and rows.starts[row, e] > end - 8:
+        e -= 1
+    if last < 0 or last == e or rows.starts[row, e] != end - 8:
+        return -1
+    if rows.starts[row, last] + entry_length(rows.entries[row, last]) != end:
+        return -1
+    return e
+
+
+@jit
+def choose_sizes(
+    rows: Rows,
+    step: StepArrays,
+    num_need: int,
+    num_free: int,
+    num_cached: int,
+    num_granules: int,
+    rule: int,
+    tail: int,
+    largest: int,
+    offered: Int32Array,
+    sizes: Int32Array,
+    ends: Int32Array,
+) -> Any:
+    """Block sizes for the rows that need blocks, in order; ``ends[i]`` is where those of row i end.
+
+    A row that would exceed what is free or could be freed gets status OUT_OF_BLOCKS and no sizes. Returns
+    ``(number of blocks, their granules)``.
+    """
+    end, total, available = 0, 0, num_free + num_cached
+    for i in range(num_need):
+        b = step.work[0, i]
+        row = step.rows[b]
+        length = rows.info[row, LENGTH] + step.counts[b]
+        needed = (length + 7) // 8 - rows.info[row, CAPACITY]
+        if needed > available:
+            step.status[b] = OUT_OF_BLOCKS
+        else:
+            first = end
+            size = min(tail_size(rule, tail, length, available / num_granules), largest)
+            end = split(needed, size, largest, offered, sizes, first)
+            for k in range(first, end):
+                total += sizes[k]
+                available -= sizes[k]
+            available = max(available, 0)
+        ends[i] = end
+    return end, total
+
+
+@jit
+def attach(rows: Rows, granules: Granules, row: int, starts: Int32Array, sizes: Int32Array) -> Any:
+    """Append freshly allocated blocks to a row. Returns False, and changes nothing, if the row has too few entries."""
+    count, capacity = rows.info[row, NUM_ENTRIES], rows.info[row, CAPACITY]
+    if count + _entries_needed(rows, row, starts, sizes) > rows.entries.shape[1]:
+        return False
+    for k in range(len(starts)):
+        for granule in range(starts[k], starts[k] + sizes[k]):
+            granules.refs[granule] = 1
+        count = _append_run(rows, row, count, capacity, starts[k], sizes[k])
+        capacity += sizes[k]
+    rows.info[row, NUM_ENTRIES], rows.info[row, CAPACITY] = count, capacity
+    touch(rows, row)
+    return True
+
+
+@jit
+def _joins(entry: int, start: int, size: int) -> Any:
+    """Whether a run continues an entry within one superblock, so that both can be one entry."""
+    granule, length = entry_granule(entry), entry_length(entry)
+    return granule + length == start and granule >> 3 == (start + size - 1) >> 3
+
+
+@jit
+def _entries_needed(rows: Rows, row: int, starts: Int32Array, sizes: Int32Array) -> Any:
+    count = rows.info[row, NUM_ENTRIES]
+    granule, length, needed = -1, 0, 0
+    if count > 0:
+        granule, length = entry_granule(rows.entries[row, count - 1]), entry_length(rows.entries[row, count - 1])
+    for k in range(len(starts)):
+        if granule >= 0 and granule + length == starts[k] and granule >> 3 == (starts[k] + sizes[k] - 1) >> 3:
+            length += sizes[k]
+        else:
+            granule, length, needed = starts[k], sizes[k], needed + 1
+    return needed
+
+
+@jit
+def _append_run(rows: Rows, row: int, count: int, capacity: int, start: int, size: int) -> Any:
+    """Add a run at logical granule ``capacity``, as a part of the last entry if it continues it; the new count."""
+    if count > 0 and _joins(rows.entries[row, count - 1], start, size):
+        entry = rows.entries[row, count - 1]
+        rows.entries[row, count - 1] = pack_entry(entry_granule(entry), entry_length(entry) + size, 0)
+        return count
+    rows.entries[row, count] = pack_entry(start, size, 0)
+    rows.starts[row, count] = capacity
+    return count + 1
+
+
+@jit
+def touch(rows: Rows, row: int) -> None:
+    """Note that the entries of a row have changed."""
+    rows.clock[0] += 1
+    rows.info[row, STAMP] = rows.clock[0]
+
+
+@jit
+def find_entry(rows: Rows, row: int, granule: int) -> Any:
+    """The entry that holds a logical granule below the row's capacity."""
+    low, high = 0, rows.info[row, NUM_ENTRIES] - 1
+    while low < high:
+        middle = (low + high + 1) >> 1
+        if rows.starts[row, middle] <= granule:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+@jit
+def granule_at(rows: Rows, row: int, granule: int) -> Any:
+    """The granule of the pool at a logical granule of a row."""
+    e = find_entry(rows, row, granule)
+    return entry_granule(rows.entries[row, e]) + granule - rows.starts[row, e]
+
+
+@jit
+def list_granules(rows: Rows, row: int, count: int, out: Int32Array) -> None:
+    """Write the first ``count`` granules of a row to ``out``."""
+    written, e = 0, 0
+    while written < count:
+        granule = entry_granule(rows.entries[row, e])
+        for i in range(min(entry_length(rows.entries[row, e]), count - written)):
+            out[written + i] = granule + i
+        written += entry_length(rows.entries[row, e])
+        e += 1
+
+
+@jit
+def fill(rows: Rows, step: StepArrays, batch: int) -> Any:
+    """Write what kernels see: tables (only rows that changed), lengths, offsets and slots. Returns the new tokens."""
+    total = 0
+    step.cu_seqlens_q[0] = 0
+    for b in range(batch):
+        row, count = step.rows[b], step.counts[b]
+        if step.status[b] != OK:
+            step.seq_lens[b] = 0
+            for i in range(count):
+                step.slot_mapping[total + i] = -1
+        else:
+            length = rows.info[row, LENGTH]
+            step.seq_lens[b] = length + count
+            if count > 0:
+                e = rows.info[row, NUM_ENTRIES] - 1
+                first = length >> 3
+                while rows.starts[row, e] > first:
+                    e -= 1
+                base = (entry_granule(rows.entries[row, e]) - rows.starts[row, e]) * 8
+                end = (rows.starts[row, e] + entry_length(rows.entries[row, e])) * 8
+                for i in range(count):
+                    if length + i == end:
+                        e += 1
+                        base = (entry_granule(rows.entries[row, e]) - rows.starts[row, e]) * 8
+                        end += entry_length(rows.entries[row, e]) * 8
+                    step.slot_mapping[total + i] = base + length + i
+            rows.info[row, STATE] = IN_STEP
+        total += count
+        step.cu_seqlens_q[b + 1] = total
+        if step.stamps[b] != rows.info[row, STAMP]:
+            copy_row(rows, step, b, row)
+    return total
+
+
+@jit
+def copy_row(rows: Rows, step: StepArrays, b: int, row: int) -> None:
+    """Copy a row's entries into row ``b`` of the step."""
+    count = rows.info[row, NUM_ENTRIES]
+    for e in range(count):
+        step.table[b, e] = rows.entries[row, e]
+        step.starts[b, e] = rows.starts[row, e]
+    for e in range(count, step.filled[b]):
+        step.table[b, e] = -1
+        step.starts[b, e] = -1
+    step.filled[b] = count
+    step.stamps[b] = rows.info[row, STAMP]
+
+
+@jit
+def widest(rows: Rows, step: StepArrays, batch: int) -> Any:
+    """Entries of the longest row of a step."""
+    width = 0
+    for b in range(batch):
+        width = max(width, rows.info[step.rows[b], NUM_ENTRIES])
+    return width
+
+
+@jit
+def advance(rows: Rows, step: StepArrays, batch: int) -> None:
+    """End a step whose tokens are not told: lengths advance, and what comes later cannot be published."""
+    for b in range(batch):
+        if step.status[b] == OK:
+            row = step.rows[b]
+            rows.info[row, LENGTH] += step.counts[b]
+            rows.info[row, STATE] = OPEN
+            if step.counts[b] > 0:
+                rows.info[row, CHAIN] = BROKEN
+
+
+@jit
+def advance_and_publish(
+    rows: Rows, step: StepArrays, batch: int, tokens: Int64Array, nodes: Nodes, granules: Granules
+) -> Any:
+    """End a step: lengths advance, full granules become findable. Returns how many did."""
+    published, first = 0, 0
+    for b in range(batch):
+        row, count = step.rows[b], step.counts[b]
+        if step.status[b] == OK:
+            length = rows.info[row, LENGTH]
+            rows.info[row, LENGTH] = length + count
+            rows.info[row, STATE] = OPEN
+            if rows.info[row, CHAIN] != BROKEN:
+                for i in range(count):
+                    place = (length + i) & 7
+                    rows.pending[row, place] = tokens[first + i]
+                    if place == 7:
+                        published += _publish_full(rows, row, (length + i) >> 3, nodes, granules)
+        first += count
+    return published
+
+
+@jit
+def _publish_full(rows: Rows, row: int, index: int, nodes: Nodes, granules: Granules) -> Any:
+    """The granule ``index`` of a row is full: publish it, or follow the one that holds the same already."""
+    parent, uid = rows.info[row, CHAIN], rows.chain_uid[row]
+    if parent == BROKEN:
+        return 0
+    if parent != ROOT and nodes.uid[parent] != uid:  # evicted meanwhile: nothing can follow it
+        rows.info[row, CHAIN] = BROKEN
+        return 0
+    node, new = find_node(nodes, uid, rows.pending[row], 0), 0
+    if node < 0:
+        granule = granule_at(rows, row, index)
+        node = publish(nodes, granules, parent, uid, index, rows.pending[row], granule)
+        new = 1
+    rows.info[row, CHAIN], rows.chain_uid[row] = node, nodes.uid[node]
+    return new
+
+
+@jit
+def adopt(rows: Rows, row: int, found: Int32Array, count: int, nodes: Nodes, granules: Granules) -> Any:
+    """Make an empty row hold the granules of the first ``count`` nodes found; returns how many its entries can name."""
+    entries, previous = 0, -2
+    for i in range(count):
+        granule = nodes.granule[found[i]]
+        joins = granule == previous + 1 and granule & 7 != 0
+        if not joins:
+            if entries == rows.entries.shape[1]:
+                count = i
+                break
+            entries += 1
+        previous = granule
+    held = 0
+    for i in range(count):
+        node = found[i]
+        hold(nodes, granules, nodes.granule[node])
+        nodes.num_uses[node] += 1
+        held = _append_run(rows, row, held, i, nodes.granule[node], 1)
+    rows.info[row, NUM_ENTRIES] = held
+    rows.info[row, CAPACITY] = count
+    rows.info[row, LENGTH] = 8 * count
+    rows.info[row, CHAIN] = found[count - 1] if count else ROOT
+    rows.chain_uid[row] = nodes.uid[found[count - 1]] if count else ROOT_UID
+    touch(rows, row)
+    return count
+
+
+@jit
+def shrink(rows: Rows, row: int, keep: int, nodes: Nodes, granules: Granules, freed: Int32Array, num_freed: int) -> Any:
+    """Let go of a row's granules from ``keep`` on, last first. Returns the new number of ``freed`` granules."""
+    count = rows.info[row, NUM_ENTRIES]
+    while count > 0 and rows.info[row, CAPACITY] > keep:
+        entry, first = rows.entries[row, count - 1], rows.starts[row, count - 1]
+        stay = max(0, keep - first)
+        for i in range(entry_length(entry) - 1, stay - 1, -1):
+            num_freed = release(nodes, granules, entry_granule(entry) + i, freed, num_freed)
+        if stay > 0:
+            rows.entries[row, count - 1] = pack_entry(entry_granule(entry), stay, 0)
+            rows.info[row, CAPACITY] = first + stay
+        else:
+            count -= 1
+            rows.entries[row, count] = -1
+            rows.starts[row, count] = -1
+            rows.info[row, CAPACITY] = first
+    rows.info[row, NUM_ENTRIES] = count
+    touch(rows, row)
+    return num_freed
+
+
+@jit
+def hold_first(rows: Rows, row: int, keep: int, nodes: Nodes, granules: Granules) -> None:
+    """Hold the first ``keep`` granules of a row once more."""
+    e = 0
+    while e < rows.info[row, NUM_ENTRIES] and rows.starts[row, e] < keep:
+        for i in range(min(entry_length(rows.entries[row, e]), keep - rows.starts[row, e])):
+            hold(nodes, granules, entry_granule(rows.entries[row, e]) + i)
+        e += 1
+
+
+@jit
+def copy_first(source_rows: Rows, source: int, rows: Rows, row: int, keep: int) -> None:
+    """Copy the entries of another row's first ``keep`` granules, which are held already, into an empty row."""
+    e = 0
+    while e < source_rows.info[source, NUM_ENTRIES] and source_rows.starts[source, e] < keep:
+        entry, first = source_rows.entries[source, e], source_rows.starts[source, e]
+        rows.entries[row, e] = pack_entry(entry_granule(entry), min(entry_length(entry), keep - first), 0)
+        rows.starts[row, e] = first
+        e += 1
+    rows.info[row, NUM_ENTRIES] = e
+    rows.info[row, CAPACITY] = keep
+    touch(rows, row)
+
+
+@jit
+def copy_tokens(source_rows: Rows, source: int, rows: Rows, row: int) -> None:
+    """Copy what a row knows of its tokens: length, place in the index, tokens of the granule being filled."""
+    rows.info[row, LENGTH] = source_rows.info[source, LENGTH]
+    rows.info[row, CHAIN] = source_rows.info[source, CHAIN]
+    rows.chain_uid[row] = source_rows.chain_uid[source]
+    rows.pending[row] = source_rows.pending[source]
+
+
+@jit
+def walk_back(rows: Rows, row: int, length: int, nodes: Nodes) -> None:
+    """Take back what a row knows of its tokens to its first ``length``, which is not above what it holds."""
+    steps = (rows.info[row, LENGTH] >> 3) - (length >> 3)
+    node, uid = rows.info[row, CHAIN], rows.chain_uid[row]
+    for _ in range(steps):
+        if node < 0 or nodes.uid[node] != uid:
+            rows.info[row, CHAIN] = BROKEN
+            return
+        rows.pending[row] = nodes.tokens[node]
+        node, uid = nodes.parent[node], nodes.parent_uid[node]
+    rows.info[row, CHAIN], rows.chain_uid[row] = node, uid
+
+
+@jit
+def list_chain(rows: Rows, row: int, nodes: Nodes, out_nodes: Int32Array, out_uids: Int64Array) -> Any:
+    """Write the index nodes of a row's full granules, in order; returns how many, 0 where the chain is broken."""
+    node, uid = rows.info[row, CHAIN], rows.chain_uid[row]
+    if node < 0 or nodes.uid[node] != uid:
+        return 0
+    count = nodes.depth[node] + 1
+    for i in range(count - 1, -1, -1):
+        out_nodes[i], out_uids[i] = node, nodes.uid[node]
+        node = nodes.parent[node]
+    return count
+
+
+@jit
+def spare_end(rows: Rows, row: int, keep: int, granules: Granules) -> Any:
+    """How far the entry that ends a row's first ``keep`` granules may stay whole, as room to grow.
+
+    Only over granules that no other row holds and that are not findable, since they will be overwritten.
+    """
+    if keep == 0:
+        return 0
+    e = find_entry(rows, row, keep - 1)
+    end = rows.starts[row, e] + entry_length(rows.entries[row, e])
+    base = entry_granule(rows.entries[row, e]) - rows.starts[row, e]
+    while keep < end and granules.refs[base + keep] == 1 and granules.node[base + keep] < 0:
+        keep += 1
+    return keep
+
+
+@jit
+def coalesce(freed: Int32Array, count: int, starts: Int32Array, sizes: Int32Array) -> Any:
+    """Join neighbours in a list of granules into runs; returns how many there are."""
+    num_runs = 0
+    for i in range(count):
+        granule = freed[i]
+        if num_runs > 0 and granule == starts[num_runs - 1] - 1:
+            starts[num_runs - 1] = granule
+            sizes[num_runs - 1] += 1
+        elif num_runs > 0 and granule == starts[num_runs - 1] + sizes[num_runs - 1]:
+            sizes[num_runs - 1] += 1
+        else:
+            starts[num_runs], sizes[num_runs] = granule, 1
+            num_runs += 1
+    return num_runs
+
+
+@jit
+def is_private(rows: Rows, row: int, first: int, end: int, granules: Granules) -> Any:
+    """Whether no other row holds any of a row's granules ``[first, end)``."""
+    private = True
+    for index in range(first, end):
+        private = private and granules.refs[granule_at(rows, row, index)] == 1
+    return private
+
+
+@jit
+def merge(rows: Rows, row: int, end: int, target: int, nodes: Nodes, granules: Granules, sources: Int32Array) -> None:
+    """Put the block ``target`` of 8 granules in place of a row's granules ``[end - 8, end)``, which are private.
+
+    ``sources`` receives the 8 granules that were there; the caller has copied them, and frees them.
+    """
+    first = mergeable(rows, row, end)
+    last = first
+    index = 0
+    while last < rows.info[row, NUM_ENTRIES] and rows.starts[row, last] < end:
+        for i in range(entry_length(rows.entries[row, last])):
+            source = entry_granule(rows.entries[row, last]) + i
+            sources[index] = source
+            move_granule(nodes, granules, source, target + index)
+            index += 1
+        last += 1
+    rows.entries[row, first] = pack_entry(target, 8, 0)
+    removed = last - first - 1
+    count = rows.info[row, NUM_ENTRIES]
+    for e in range(first + 1, count - removed):
+        rows.entries[row, e] = rows.entries[row, e + removed]
+        rows.starts[row, e] = rows.starts[row, e + removed]
+    for e in range(count - removed, count):
+        rows.entries[row, e] = -1
+        rows.starts[row, e] = -1
+    rows.info[row, NUM_ENTRIES] = count - removed
+    touch(rows, row)
+
+
+@jit
+def keep_private_merges(rows: Rows, candidates: Int32Array, ends: Int32Array, granules: Granules) -> Any:
+    """Move the candidates whose 8 granules no other row holds to the front; returns how many there are."""
+    kept = 0
+    for i in range(len(candidates)):
+        if is_private(rows, candidates[i], ends[i] - 8, ends[i], granules):
+            candidates[kept], ends[kept] = candidates[i], ends[i]
+            kept += 1
+    return kept
+
+
+@jit
+def merge_all(
+    rows: Rows,
+    candidates: Int32Array,
+    ends: Int32Array,
+    targets: Int32Array,
+    nodes: Nodes,
+    granules: Granules,
+    sources: Int32Array,
+) -> None:
+    """`merge` for as many candidates as there are targets; ``sources`` receives 8 granules of each."""
+    for i in range(len(targets)):
+        merge(rows, candidates[i], ends[i], targets[i], nodes, granules, sources[8 * i : 8 * i + 8])
+
+
+@jit
+def attach_all(
+    rows: Rows,
+    granules: Granules,
+    step: StepArrays,
+    first: int,
+    num_need: int,
+    starts: Int32Array,
+    sizes: Int32Array,
+    ends: Int32Array,
+    refused: Int32Array,
+) -> Any:
+    """Give the rows that need blocks theirs, up to the first that did not get all of them.
+
+    Returns:
+        ``(i, num_refused)``: that row's place in ``step.work[0]`` (``num_need`` if there is none), and how many
+        granules of rows with too few entries stand in ``refused``.
+    """
+    num_refused = 0
+    for i in range(first, num_need):
+        b = step.work[0, i]
+        begin = ends[i - 1] if i > 0 else 0
+        if step.status[b] != OK:
+            continue
+        if ends[i] > begin and starts[ends[i] - 1] < 0:
+            return i, num_refused
+        if not attach(rows, granules, step.rows[b], starts[begin : ends[i]], sizes[begin : ends[i]]):
+            step.status[b] = ROW_FULL
+            for k in range(begin, ends[i]):
+                for granule in range(starts[k], starts[k] + sizes[k]):
+                    refused[num_refused] = granule
+                    num_refused += 1
+    return num_need, num_refused
+
+
+@jit
+def close_rows(rows: Rows, closing: Int32Array, nodes: Nodes, granules: Granules, freed: Int32Array) -> Any:
+    """Let go of everything the rows hold and end their ids; returns the number of ``freed`` granules."""
+    num_freed = 0
+    for row in closing:
+        num_freed = shrink(rows, row, 0, nodes, granules, freed, num_freed)
+        rows.info[row, STATE] = CLOSED
+    return num_freed
+
+
+@jit
+def relocate(rows: Rows, row: int, e: int, target: int, nodes: Nodes, granules: Granules) -> None:
+    """Point an entry, whose granules are private, at a copy of them that begins at ``target``."""
+    entry = rows.entries[row, e]
+    for i in range(entry_length(entry)):
+        move_granule(nodes, granules, entry_granule(entry) + i, target + i)
+    rows.entries[row, e] = pack_entry(target, entry_length(entry), 0)
+    touch(rows, row)

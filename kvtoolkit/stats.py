@@ -1,0 +1,109 @@
+"""The figures of a cache: what its memory holds, and what keeping it cost."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvtoolkit.config import CacheConfig
+from kvtoolkit.pool import Pool
+from kvtoolkit.rows import CAPACITY, CLOSED, LENGTH, NUM_ENTRIES, PREEMPTED, STATE, Rows
+
+
+@dataclass
+class Counters:
+    """What a cache counts as it goes."""
+
+    num_steps: int = 0
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    copied_tokens: int = 0
+    num_merges: int = 0
+    num_failed_merges: int = 0
+    num_stalls: int = 0
+    num_preempted: int = 0
+    peak_granules: int = 0
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """A moment's figures of one cache. Tokens unless the name says otherwise."""
+
+    num_seqs: int
+    """Open sequences, pinned copies included, preempted ones not."""
+    num_preempted_seqs: int
+    num_tokens: int
+    """Held by the open sequences; a token that two of them share counts twice."""
+    capacity: int
+    """Slots in the pool."""
+    used: int
+    """Slots that sequences hold, a shared one counted once."""
+    cached: int
+    """Slots that no sequence holds but that later prompts can find."""
+    free: int
+    kept_back: int
+    """Slots kept back as targets for merging."""
+    waste: float
+    """Share of the slots held that hold no token: room at the ends of sequences."""
+    blocks: Mapping[int, int]
+    """Entries of the block table by their length in tokens."""
+    entries_per_seq: float
+    peak_used: int
+    """Most slots that sequences ever held."""
+    prompt_tokens: int
+    """Tokens of all prompts opened so far."""
+    reused_tokens: int
+    """Tokens found in the cache instead of being computed."""
+    copied_tokens: int
+    """Tokens copied by forks, merges and compaction, all layers of one token counted once."""
+    num_merges: int
+    num_failed_merges: int
+    """Merges that found no free block of 64 tokens."""
+    num_evicted: int
+    """Granules evicted from the prefix index."""
+    num_stalls: int
+    """Rows of steps that got no memory."""
+    num_preempted: int
+    """Preemptions so far."""
+    num_steps: int
+    metadata_nbytes: int
+    """Bytes of the block table, the index and the allocator."""
+    nbytes: int
+    """Bytes of keys and values."""
+
+
+def collect(rows: Rows, pool: Pool, counters: Counters, config: CacheConfig) -> CacheStats:
+    """Count everything up."""
+    info = rows.info
+    live = np.flatnonzero((info[:, STATE] != CLOSED) & (info[:, STATE] != PREEMPTED))
+    lengths, capacities, counts = info[live, LENGTH], info[live, CAPACITY], info[live, NUM_ENTRIES]
+    slots = int(capacities.sum()) * 8
+    width = int(counts.max(initial=0))
+    entries = rows.entries[live, :width]
+    sizes = (((entries >> 24) & 7) + 1)[np.arange(width) < counts[:, None]] * 8
+    allocator = pool.allocator.stats()
+    return CacheStats(
+        num_seqs=len(live),
+        num_preempted_seqs=int(np.count_nonzero(info[:, STATE] == PREEMPTED)),
+        num_tokens=int(lengths.sum()),
+        capacity=pool.num_granules * 8,
+        used=pool.num_used * 8,
+        cached=pool.num_cached * 8,
+        free=allocator.num_free * 8,
+        kept_back=64 * len(pool.kept_back),
+        waste=(slots - int(lengths.sum())) / slots if slots else 0.0,
+        blocks={int(size): int(count) for size, count in zip(*np.unique(sizes, return_counts=True), strict=True)},
+        entries_per_seq=float(counts.mean()) if len(live) else 0.0,
+        peak_used=counters.peak_granules * 8,
+        prompt_tokens=counters.prompt_tokens,
+        reused_tokens=counters.reused_tokens,
+        copied_tokens=counters.copied_tokens,
+        num_merges=counters.num_merges,
+        num_failed_merges=counters.num_failed_merges,
+        num_evicted=pool.num_evicted,
+        num_stalls=counters.num_stalls,
+        num_preempted=counters.num_preempted,
+        num_steps=counters.num_steps,
+        metadata_nbytes=allocator.metadata_nbytes + sum(array.nbytes for array in (*rows, *pool.nodes, *pool.granules)),
+        nbytes=config.nbytes_per_token * pool.num_granules * 8,
+    )

@@ -1,0 +1,120 @@
+"""One step of a batch: where the new tokens go, what attention reads, for all layers."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from kvtoolkit.errors import StepError
+from kvtoolkit.rows import OK, STATUS_NAMES, StepArrays
+
+if TYPE_CHECKING:
+    from kvtoolkit.cache import KVCache
+
+
+class Step:
+    """What `KVCache.begin_step` returns; serves all layers, until `KVCache.end_step`.
+
+    The arrays belong to the cache and are valid until the step ends. Rows stand in the order of ``seq_ids``. As a
+    context manager a step that was not ended is aborted: its tokens are forgotten, its blocks stay with the sequences.
+
+    Attributes:
+        seq_ids: ``[batch]`` int64.
+        ok: ``[batch]`` bool; a row that is not ok got no memory for its tokens. Its ``seq_lens`` is 0, its slots are
+            -1, its queries give zeros; nothing of it changes at `end_step`.
+        status: ``[batch]`` int8, why: `kvtoolkit.rows.STATUS_NAMES`.
+        num_new_tokens: ``[batch]`` int32.
+        block_table: ``[batch, max_entries]`` int32 entries, -1 = empty.
+        block_starts: ``[batch, max_entries]`` int32, first logical granule of each entry.
+        seq_lens: ``[batch]`` int32 tokens, the new ones included.
+        cu_seqlens_q: ``[batch + 1]`` int32, where the new tokens of each row begin.
+        slot_mapping: ``[num_tokens]`` int64, ``granule * 8 + i`` of every new token.
+    """
+
+    __slots__ = (
+        "_arrays",
+        "_cache",
+        "_is_open",
+        "block_starts",
+        "block_table",
+        "cu_seqlens_q",
+        "num_new_tokens",
+        "ok",
+        "seq_ids",
+        "seq_lens",
+        "slot_mapping",
+        "status",
+    )
+
+    def __init__(self, cache: "KVCache", seq_ids: NDArray[np.int64], arrays: StepArrays, num_tokens: int) -> None:
+        batch = len(seq_ids)
+        self._cache = cache
+        self._arrays = arrays
+        self._is_open = True
+        self.seq_ids = seq_ids
+        self.num_new_tokens = arrays.counts[:batch]
+        self.block_table = arrays.table[:batch]
+        self.block_starts = arrays.starts[:batch]
+        self.seq_lens = arrays.seq_lens[:batch]
+        self.cu_seqlens_q = arrays.cu_seqlens_q[: batch + 1]
+        self.slot_mapping = arrays.slot_mapping[:num_tokens]
+        self.status = arrays.status[:batch]
+        self.ok = self.status == OK
+
+    def append(self, layer: int, key: Any, value: Any) -> None:
+        """Store the keys and values of this step's new tokens.
+
+        Args:
+            layer: 0 to ``num_layers - 1``.
+            key: ``[num_tokens, num_kv_heads, head_dim]`` of the cache's dtype, NumPy array or CPU tensor; ``value``
+                alike. Rows of tokens whose slot is -1 are skipped.
+
+        Raises:
+            ShapeError: a shape or dtype is not as above.
+            StepError: the step has ended.
+        """
+        self._require_open()
+        self._cache._append(self, layer, key, value)
+
+    def attend(self, layer: int, q: Any, **options: Any) -> Any:
+        """Attend the new tokens to everything their sequences hold, these tokens included.
+
+        Args:
+            layer: 0 to ``num_layers - 1``.
+            q: ``[num_tokens, num_q_heads, head_dim]`` of the cache's dtype.
+            options: as `kvtoolkit.variable_block_attention` takes them.
+
+        Returns:
+            ``[num_tokens, num_q_heads, head_dim]``, a tensor if ``q`` is one; with ``return_lse`` also ``lse``.
+        """
+        self._require_open()
+        return self._cache._attend(self, layer, q, options)
+
+    def explain(self) -> list[str]:
+        """A sentence for every row that is not ok."""
+        return [
+            f"sequence {int(seq_id)}: {STATUS_NAMES[status]}"
+            for seq_id, status in zip(self.seq_ids, self.status, strict=True)
+            if status != OK
+        ]
+
+    def _require_open(self) -> None:
+        if not self._is_open:
+            raise StepError("expected an open step, got one that has ended; begin_step makes a new one")
+
+    def __enter__(self) -> "Step":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._is_open:
+            self._cache.abort_step(self)
+
+
+def as_tokens(token_ids: ArrayLike, expected: int) -> NDArray[np.int64]:
+    """Token ids as a flat int64 vector of the expected length, or StepError."""
+    tokens = np.asarray(token_ids)
+    if tokens.dtype.kind not in "iu" and tokens.size:
+        raise StepError(f"token_ids: expected integers, got {tokens.dtype}")
+    if tokens.ndim != 1 or len(tokens) != expected:
+        raise StepError(f"token_ids: expected [{expected}], one for every new token, got {list(tokens.shape)}")
+    return np.ascontiguousarray(tokens, np.int64)

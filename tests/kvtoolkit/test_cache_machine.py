@@ -1,0 +1,260 @@
+"""Whole caches driven in any order, every read compared with plain Python token lists."""
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+
+from kvtoolkit import CacheConfig, CacheFullError, KVCache
+from kvtoolkit.tables import unpack_entries
+
+NUM_LAYERS, NUM_HEADS, HEAD_DIM = 2, 2, 8
+
+CONFIGS = [
+    {"allocator": "buddy", "growth": "adaptive"},
+    {"allocator": "buddy", "growth": "lazy_merge"},
+    {"allocator": "buddy", "growth": "append"},
+    {"allocator": "buddy", "growth": "proportional"},
+    {"allocator": "buddy", "growth": "fixed32"},
+    {"allocator": "slab", "growth": "adaptive"},
+    {"allocator": "slab", "growth": "lazy_merge"},
+    {"allocator": "lockfree", "growth": "adaptive"},
+    {"allocator": "lockfree", "growth": "lazy_merge", "allocator_options": {"layout": "slab"}},
+    {"allocator": "paged", "growth": "fixed8"},
+    {"allocator": "paged", "growth": "fixed16"},
+    {"allocator": "paged", "growth": "fixed64"},
+]
+
+
+def key_of(tokens: list[int], layer: int) -> np.ndarray:
+    """Keys that give away the token, its position and the layer; values are their negatives."""
+    positions = np.arange(len(tokens))
+    base = np.asarray(tokens, np.float32) * 1000 + positions + layer * 0.25
+    return np.broadcast_to(base[:, None, None], (len(tokens), NUM_HEADS, HEAD_DIM)) + np.arange(HEAD_DIM) * 0.001
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Each sequence holds its own tokens, whatever happens to the others."""
+
+    config: dict = {}
+
+    @initialize(
+        superblocks=st.sampled_from([2, 3, 8, 24]),
+        max_seqs=st.sampled_from([3, 8]),
+        max_entries=st.sampled_from([None, None, 6]),
+        eviction=st.sampled_from(["lru", "lfu"]),
+    )
+    def make(self, superblocks, max_seqs, max_entries, eviction):
+        config = CacheConfig(
+            num_layers=NUM_LAYERS,
+            num_kv_heads=NUM_HEADS,
+            head_dim=HEAD_DIM,
+            dtype="float32",
+            num_tokens=64 * superblocks,
+            max_seqs=max_seqs,
+            max_entries=max_entries,
+            eviction=eviction,
+            migrate_budget=2,
+            **self.config,
+        )
+        self.cache = KVCache(config)
+        self.tokens: dict[int, list[int]] = {}
+        self.preempted: dict[int, tuple[str, list[int]]] = {}
+        self.leases: list[tuple] = []
+
+    def some(self, data, pool=None, least=1, most=4):
+        ids = sorted(self.tokens if pool is None else pool)
+        return data.draw(st.lists(st.sampled_from(ids), min_size=least, max_size=most, unique=True))
+
+    def run_step(self, ids, chunks, publish=True):
+        """Append ``chunks`` to the sequences ``ids``; only rows that are ok take theirs."""
+        step = self.cache.begin_step(ids, [len(chunk) for chunk in chunks])
+        lengths = np.array([len(self.tokens[seq]) for seq in ids])
+        total = sum(map(len, chunks))
+        for layer in range(NUM_LAYERS):
+            key = np.zeros((total, NUM_HEADS, HEAD_DIM), np.float32)
+            for b, (seq, chunk) in enumerate(zip(ids, chunks, strict=True)):
+                first, end = step.cu_seqlens_q[b : b + 2]
+                key[first:end] = key_of(self.tokens[seq] + chunk, layer)[lengths[b] :]
+            step.append(layer, key, -key)
+        for b, (seq, chunk) in enumerate(zip(ids, chunks, strict=True)):
+            if step.ok[b]:
+                assert step.seq_lens[b] == lengths[b] + len(chunk)
+                self.tokens[seq] = self.tokens[seq] + chunk
+            else:
+                assert step.seq_lens[b] == 0
+        self.cache.end_step(step, [t for chunk in chunks for t in chunk] if publish else None)
+
+    @precondition(lambda self: len(self.tokens) < 8)
+    @rule(data=st.data(), count=st.integers(1, 2))
+    def open(self, data, count):
+        # few different tokens and long runs, so that prefixes meet
+        prompts = [
+            [data.draw(st.integers(0, 1))] * data.draw(st.integers(0, 140)) + data.draw(st.lists(st.integers(0, 2), max_size=9))
+            for _ in range(count)
+        ]
+        try:
+            ids, cached = self.cache.open(prompts)
+        except CacheFullError:
+            assert len(self.tokens) + len(self.preempted) + sum(len(l[1]) for l in self.leases) + count > self.cache.config.max_seqs
+            return
+        for seq, prompt, hit in zip(ids.tolist(), prompts, cached.tolist(), strict=True):
+            assert hit % 8 == 0
+            assert hit < max(1, len(prompt))
+            self.tokens[seq] = prompt[:hit]
+        if data.draw(st.booleans()):
+            self.run_step(ids.tolist(), [prompt[hit:] for prompt, hit in zip(prompts, cached.tolist(), strict=True)])
+
+    @precondition(lambda self: self.tokens)
+    @rule(data=st.data(), publish=st.sampled_from([True, True, True, False]))
+    def step(self, data, publish):
+        ids = self.some(data)
+        chunks = [data.draw(st.lists(st.integers(0, 1), max_size=3) | st.just([1] * 9)) for _ in ids]
+        self.run_step(ids, chunks, publish)
+
+    @precondition(lambda self: self.tokens)
+    @rule(data=st.data(), rounds=st.integers(1, 40))
+    def decode(self, data, rounds):
+        ids = self.some(data)
+        for _ in range(rounds):
+            self.run_step(ids, [[1] for _ in ids])
+
+    @precondition(lambda self: self.tokens)
+    @rule(data=st.data(), count=st.integers(0, 30))
+    def abort_step(self, data, count):
+        with self.cache.begin_step(self.some(data), count):
+            pass
+
+    @precondition(lambda self: self.tokens)
+    @rule(data=st.data(), n=st.integers(0, 2))
+    def fork(self, data, n):
+        ids = self.some(data, most=2)
+        try:
+            children = self.cache.fork(ids, n)
+        except CacheFullError:
+            return
+        for seq, row in zip(ids, children.tolist(), strict=True):
+            for child in row:
+                self.tokens[child] = list(self.tokens[seq])
+
+    @precondition(lambda self: self.tokens)
+    @rule(data=st.data())
+    def reorder(self, data):
+        ids = self.some(data)
+        parents = [data.draw(st.integers(0, len(ids) - 1)) for _ in ids]
+        try:
+            self.cache.reorder(ids, parents)
+        except CacheFullError:
+            return
+        self.tokens |= {seq: list(tokens) for seq, tokens in zip(ids, [self.tokens[ids[p]] for p in parents], strict=True)}
+
+    @precondition(lambda self: self.tokens)
+    @rule(data=st.data())
+    def truncate(self, data):
+        ids = self.some(data)
+        lens = [data.draw(st.integers(0, len(self.tokens[seq]))) for seq in ids]
+        try:
+            self.cache.truncate(ids, lens)
+        except CacheFullError:
+            return
+        for seq, length in zip(ids, lens, strict=True):
+            self.tokens[seq] = self.tokens[seq][:length]
+
+    @precondition(lambda self: self.tokens)
+    @rule(data=st.data())
+    def close(self, data):
+        ids = self.some(data)
+        self.cache.close(ids)
+        for seq in ids:
+            del self.tokens[seq]
+
+    @precondition(lambda self: self.tokens)
+    @rule(data=st.data(), to=st.sampled_from(["drop", "host"]))
+    def preempt(self, data, to):
+        ids = self.some(data)
+        self.cache.preempt(ids, to)
+        for seq in ids:
+            self.preempted[seq] = (to, self.tokens.pop(seq))
+
+    @precondition(lambda self: self.preempted)
+    @rule(data=st.data())
+    def restore(self, data):
+        ids = self.some(data, self.preempted)
+        for seq, ok in zip(ids, self.cache.restore(ids).tolist(), strict=True):
+            if ok:
+                to, tokens = self.preempted.pop(seq)
+                held = int(self.cache.lengths([seq])[0])
+                assert held == len(tokens) if to == "host" else held % 8 == 0
+                self.tokens[seq] = tokens[:held]
+
+    @rule(budget=st.sampled_from([0, 64, 1000]))
+    def compact(self, budget):
+        assert self.cache.compact(budget) <= budget
+
+    @precondition(lambda self: self.tokens)
+    @rule(data=st.data())
+    def pin(self, data):
+        ids = self.some(data, most=2)
+        try:
+            lease = self.cache.pin(ids)
+        except CacheFullError:
+            return
+        self.leases.append((lease, [list(self.tokens[seq]) for seq in ids]))
+
+    @precondition(lambda self: self.leases)
+    @rule(keep=st.booleans())
+    def end_lease(self, keep):
+        lease, held = self.leases.pop(0)
+        if keep:
+            for seq, tokens in zip(lease.commit().tolist(), held, strict=True):
+                self.tokens[seq] = tokens
+        else:
+            lease.abort()
+
+    @precondition(lambda self: not self.leases)
+    @rule()
+    def snapshot(self):
+        self.cache = KVCache.from_snapshot(self.cache.config, self.cache.snapshot())
+
+    @invariant()
+    def reads_are_right(self):
+        self.cache.check_integrity()
+        ids = sorted(self.tokens)
+        if not ids:
+            return
+        with self.cache.begin_step(ids, 0) as step:
+            for b, seq in enumerate(ids):
+                tokens = self.tokens[seq]
+                assert step.ok[b]
+                assert step.seq_lens[b] == len(tokens)
+                granules, sizes, _ = unpack_entries(step.block_table[b])
+                used = np.concatenate([np.arange(g, g + n) for g, n in zip(granules, sizes, strict=True) if n] or [[]])
+                starts = step.block_starts[b][sizes > 0]
+                assert starts.tolist() == np.concatenate([[0], np.cumsum(sizes[sizes > 0])[:-1]])[: len(starts)].tolist()
+                for layer in range(NUM_LAYERS):
+                    for cache, sign in ((self.cache.key_cache(layer), 1), (self.cache.value_cache(layer), -1)):
+                        held = cache[used.astype(int)].transpose(0, 2, 1, 3).reshape(-1, NUM_HEADS, HEAD_DIM)
+                        np.testing.assert_array_equal(held[: len(tokens)] * sign, key_of(tokens, layer).astype(np.float32))
+
+    def teardown(self):
+        if not hasattr(self, "cache"):
+            return
+        for lease, _ in self.leases:
+            lease.abort()
+        self.cache.close([*self.tokens, *self.preempted])
+        self.cache.check_integrity()
+        stats = self.cache.stats()
+        assert stats.used == 8 * self.cache.allocator.stats().pinned
+        assert stats.free + stats.cached + stats.kept_back + stats.used == stats.capacity
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: "-".join(map(str, c.values())))
+def test_every_read_returns_what_the_sequence_was_given(config):
+    machine = type("Machine", (CacheMachine,), {"config": config})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=30, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )
