@@ -254,7 +254,7 @@ def merge_states(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any) -> tuple[Any, A
         side = operand(lse, name)
         if side.shape != a.shape[:2] or side.dtype != "float32":
             raise ShapeError(f"{name}: expected {a.shape[:2]} float32, got {side.shape} {side.dtype}")
-        if a.shape[0] > 1 and side.strides != (a.shape[1], 1):
+        if a.shape[0] > 1 and a.shape[1] > 0 and side.strides != (a.shape[1], 1):
             raise ShapeError(f"{name}: expected a contiguous array, got strides {side.strides} (elements)")
         sides.append(side)
     out, merged = _empty_like(out_a, a), _empty_lse(out_a, a)

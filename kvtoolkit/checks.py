@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from kvtoolkit.cpu.arrays import DTYPE_CODES, Operand
+from kvtoolkit.cpu.arrays import DTYPE_CODES, ITEMSIZES, Operand
 from kvtoolkit.errors import ShapeError, UnsupportedError
 
 BACKENDS = ("cpu", "cuda", "numba")
@@ -34,9 +34,9 @@ def check_rows(array: Operand, name: str, shape: str, ndim: int) -> None:
         raise ShapeError(f"{name}: expected {shape}, got shape {array.shape}")
     if array.dtype not in DTYPE_CODES:
         raise ShapeError(f"{name}: expected float32, float16 or bfloat16, got {array.dtype}")
-    if array.strides[-1] != 1 and array.shape[-1] > 1:
+    if array.strides[-1] != 1 and _is_scattered(array):
         raise ShapeError(f"{name}: expected the last axis contiguous, got strides {array.strides} (elements)")
-    if array.address & 1:
+    if array.address % ITEMSIZES[array.dtype]:
         raise ShapeError(f"{name}: expected aligned elements, got address {array.address:#x}")
 
 
@@ -71,10 +71,23 @@ def check_heads(num_q_heads: int, num_kv_heads: int, head_dim: int) -> None:
 def check_indices(array: Operand, name: str, shape: tuple[int | str, ...], dtype: str = "int32") -> None:
     """Refuse what is not an index array of ``shape``, where a string stands for any size."""
     good = array.dtype == dtype and len(array.shape) == len(shape)
-    if not good or any(want != got for want, got in zip(shape, array.shape, strict=True) if not isinstance(want, str)):
+    for want, got in zip(shape, array.shape, strict=False):
+        good = good and (want == got or type(want) is str)
+    if not good:
         raise ShapeError(f"{name}: expected [{', '.join(map(str, shape))}] {dtype}, got {array.shape} {array.dtype}")
-    if array.strides[-1] != 1 and array.shape[-1] > 1:
+    if array.strides[-1] != 1 and _is_scattered(array):
         raise ShapeError(f"{name}: expected the last axis contiguous, got strides {array.strides} (elements)")
+
+
+def _is_scattered(array: Operand) -> bool:
+    """Whether the stride of the last axis matters: not where there is no second element."""
+    return array.shape[-1] > 1 and 0 not in array.shape
+
+
+def _repeats(array: Operand) -> bool:
+    """Whether two elements share a place, as after a broadcast."""
+    repeated = any(stride == 0 and size > 1 for stride, size in zip(array.strides, array.shape, strict=True))
+    return repeated and 0 not in array.shape
 
 
 def check_per_head(array: Operand, name: str, num_q_heads: int, infinite: bool) -> None:
@@ -93,9 +106,9 @@ def check_output(out: Operand, name: str, shape: tuple[int, ...], dtype: str) ->
         raise ShapeError(f"{name}: expected {shape} {dtype}, got {out.shape} {out.dtype}")
     if not out.writable:
         raise ShapeError(f"{name}: expected a writable array, got a read-only one")
-    if out.strides[-1] != 1 and shape[-1] > 1:
+    if out.strides[-1] != 1 and _is_scattered(out):
         raise ShapeError(f"{name}: expected the last axis contiguous, got strides {out.strides} (elements)")
-    if any(stride == 0 and size > 1 for stride, size in zip(out.strides, shape, strict=True)):
+    if 0 in out.strides and _repeats(out):
         raise ShapeError(f"{name}: expected every element in a place of its own, got strides {out.strides} (elements)")
 
 

@@ -4,6 +4,7 @@ NumPy has no bfloat16: it is ``torch.bfloat16``, ``ml_dtypes.bfloat16``, or raw 
 never imported here: a torch tensor can only come from a program that has imported it.
 """
 
+import ctypes
 import sys
 from typing import Any, NamedTuple
 
@@ -31,6 +32,28 @@ class Operand(NamedTuple):
     owner: Any
     writable: bool = True
 
+
+_read_pointer = ctypes.c_size_t.from_address
+_DATA_FIELD = object.__basicsize__
+
+
+def _slow_address(array: np.ndarray) -> int:
+    return int(array.__array_interface__["data"][0])
+
+
+def _fast_address(array: np.ndarray) -> int:
+    # the data pointer is the first field behind the object header: a tenth of the time of the official way,
+    # which builds a dict, and there are nine arrays to a call
+    return _read_pointer(id(array) + _DATA_FIELD).value
+
+
+def _knows_layout() -> bool:
+    probe = np.arange(4)[1:]
+    return sys.implementation.name == "cpython" and _fast_address(probe) == _slow_address(probe)
+
+
+address_of = _fast_address if _knows_layout() else _slow_address
+"""The address of an array's first element."""
 
 _NUMPY_NAMES: dict[Any, str] = {}
 _TORCH_NAMES: dict[Any, str] = {}
@@ -116,9 +139,8 @@ def _numpy_operand(array: np.ndarray, name: str, dtype: str | None) -> Operand:
     if dtype is not None and array.itemsize == ITEMSIZES[dtype] and found in ("uint16", "int16"):
         found = dtype
     itemsize = array.itemsize
-    address, read_only = array.__array_interface__["data"]
     strides = tuple([stride // itemsize for stride in array.strides])
-    return Operand(address, array.shape, strides, found, array, not read_only)
+    return Operand(address_of(array), array.shape, strides, found, array, array.flags.writeable)
 
 
 def _torch_operand(tensor: Any, name: str) -> Operand:

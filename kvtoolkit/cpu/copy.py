@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 from allocators._bits import fetch_add_acq_rel, load_acquire
 from allocators._jit import jit
 from kvtoolkit.cpu import threads
-from kvtoolkit.cpu.arrays import ITEMSIZES, operand
+from kvtoolkit.cpu.arrays import ITEMSIZES, address_of, operand
 from kvtoolkit.cpu.kernel import yield_core
 from kvtoolkit.cpu.vector import copy_bytes, read_i64
 from kvtoolkit.errors import ShapeError
@@ -173,7 +173,7 @@ def copy_granules(arenas: Any, src: ArrayLike, dst: ArrayLike) -> None:
     for arena in several:
         nbytes = arena[(0,) * (arena.ndim - 3)].nbytes
         stride = arena.strides[-4]
-        address = arena.__array_interface__["data"][0]
+        address = address_of(arena)
         for leading in np.ndindex(arena.shape[:-4]):
             start = address + sum(i * step for i, step in zip(leading, arena.strides, strict=False))
             _copy_blocks(start, stride, nbytes, sources, targets)

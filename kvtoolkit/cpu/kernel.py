@@ -60,7 +60,7 @@ from kvtoolkit.tables import entry_granule, entry_length, entry_tier
 ) = range(37)  # fmt: skip
 
 # columns of the plan, one line per row of the batch and one more that closes the sums
-FIRST_ITEM, FIRST_PARTIAL, SPLITS, SPLIT_TILES, WORK = range(5)
+FIRST_ITEM, FIRST_PARTIAL, WORK, SPLITS, SPLIT_TILES = range(5)
 PLAN_COLUMNS = 5
 
 # what `plan_items` found wrong
@@ -100,6 +100,12 @@ def _tokens(problem: Any, row: int) -> Any:
 def queries_per_item(group_size: int) -> int:
     """Query tokens of one item."""
     return max(1, ROWS_PER_ITEM // group_size)
+
+
+@jit
+def partial_floats(head_dim: int) -> int:
+    """Floats of one partial result: the sums, then peak and mass in a tail that keeps the next one aligned."""
+    return (head_dim + 15) // 16 * 16 + _PARTIAL_TAIL
 
 
 @jit
@@ -356,7 +362,7 @@ def _attend_item(
             )  # fmt: skip
         else:
             index = plan[row, FIRST_PARTIAL] + ((first_query + i) * q_heads + q_head) * splits + split
-            partial = problem[PARTIALS] + 4 * index * (width + _PARTIAL_TAIL)
+            partial = problem[PARTIALS] + 4 * index * partial_floats(head_dim)
             for d in range(0, width, 16):
                 store_f32(partial + 4 * d, load_f32(out_rows + 4 * (width * r + d)))
             write_f32(partial + 4 * width, read_f32(peaks + 4 * r))
@@ -404,7 +410,7 @@ def _combine_splits(problem: Any, plan: Any, scratch: int) -> None:
     """Merge the partial results of every row with several splits, in the order of the splits."""
     q_heads = problem[NUM_KV_HEADS] * problem[GROUP_SIZE]
     width = (problem[HEAD_DIM] + 15) // 16 * 16
-    stride = 4 * (width + _PARTIAL_TAIL)
+    stride = 4 * partial_floats(problem[HEAD_DIM])
     for row in range(problem[BATCH]):
         splits = plan[row, SPLITS]
         if splits == 1:

@@ -6,12 +6,11 @@ from typing import Any
 import numpy as np
 
 from kvtoolkit.cpu import kernel, threads
-from kvtoolkit.cpu.arrays import DTYPE_CODES, Operand, operand
+from kvtoolkit.cpu.arrays import DTYPE_CODES, Operand, address_of, operand
 from kvtoolkit.errors import ShapeError, UnsupportedError
 
-_WORK_PER_THREAD = 600_000  # multiply-adds that take about as long as waking a thread
+_WORK_PER_THREAD = 2_500_000  # multiply-adds: some 100 us, several times what waking a thread takes
 _local = threading.local()
-_PARTIAL_TAIL = 16
 _ABSENT = Operand(0, (0, 0), (0, 0), "", None)
 
 
@@ -103,24 +102,23 @@ def attend(
     if code != kernel.PLAN_OK:
         _refuse(code, row, value, problem)
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-    _run(problem, plan, float(scale), float(softcap))
+    _run(problem, plan, float(scale), float(softcap), group_size, head_dim)
 
 
-def _run(problem: Any, plan: Any, scale: float, softcap: float) -> None:
-    items, num_partials, work = plan[-1, [kernel.FIRST_ITEM, kernel.FIRST_PARTIAL, kernel.WORK]].tolist()
-    group_size, head_dim = int(problem[kernel.GROUP_SIZE]), int(problem[kernel.HEAD_DIM])
-    width = -(-head_dim // 16) * 16
+def _run(problem: Any, plan: Any, scale: float, softcap: float, group_size: int, head_dim: int) -> None:
+    items, num_partials, work = plan[-1].tolist()[: kernel.WORK + 1]
     if num_partials:
-        partials = np.empty(num_partials * (width + _PARTIAL_TAIL), np.float32)
-        problem[kernel.PARTIALS] = partials.ctypes.data
+        partials = np.empty(num_partials * kernel.partial_floats(head_dim), np.float32)
+        problem[kernel.PARTIALS] = address_of(partials)
     counters = np.zeros(2, np.uint64)
-    helpers = min(threads.num_threads() - 1, items - 1, work // _WORK_PER_THREAD)
-    if helpers > 0:
+    if work > _WORK_PER_THREAD:
+        helpers = min(threads.num_threads() - 1, items - 1, work // _WORK_PER_THREAD)
+        if helpers > 0:
 
-        def help_out() -> None:
-            kernel.run_items(problem, plan, scale, softcap, _scratch(group_size, head_dim), counters, 0)
+            def help_out() -> None:
+                kernel.run_items(problem, plan, scale, softcap, _scratch(group_size, head_dim), counters, 0)
 
-        threads.run(help_out, helpers)
+            threads.run(help_out, helpers)
     kernel.run_items(problem, plan, scale, softcap, _scratch(group_size, head_dim), counters, 1)
 
 
