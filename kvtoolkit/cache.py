@@ -21,7 +21,6 @@ from kvtoolkit.pool import Pool
 from kvtoolkit.prefix import CLOCK, ROOT, ROOT_UID, match, unpublish
 from kvtoolkit.rows import (
     CAPACITY,
-    CHAIN,
     GENERATION,
     ID_BITS,
     IN_STEP,
@@ -157,35 +156,38 @@ class KVCache:
         """
         ids = seq_ids.copy() if _is_ids(seq_ids) else _as_ids(seq_ids)
         batch = len(ids)
+        if type(num_new_tokens) is not int:
+            counts = _as_counts(num_new_tokens, batch)
+            total = int(counts.sum())
+        elif 0 <= num_new_tokens <= MAX_GRANULES * GRANULE:
+            counts, total = num_new_tokens, batch * num_new_tokens
+        else:
+            raise StepError(f"num_new_tokens: expected 0 to {MAX_GRANULES * GRANULE}, got {num_new_tokens}")
         with self._lock:
-            arrays = self._take_arrays(batch)
+            arrays = self._take_arrays(batch, total)
+            arrays.counts[:batch] = counts
+            policy = self._pool.policy
+            code, where, num_need, num_merge, width = rows.begin(
+                self._rows, arrays, ids, self.config.seq_len_limit, policy.merges
+            )
+            if code:
+                self._spare_arrays.append(arrays)
+                raise self._bad_id(code, int(ids[where]), (OPEN,))
             try:
-                code, where = rows.check_ids(self._rows, ids, 1 << OPEN, arrays.rows)
-                if code:
-                    raise self._bad_id(code, int(ids[where]), (OPEN,))
-                if type(num_new_tokens) is int:
-                    arrays.counts[:batch] = min(max(num_new_tokens, -1), 2**31 - 1)
-                else:
-                    arrays.counts[:batch] = _as_counts(num_new_tokens, batch)
-                policy = self._pool.policy
-                bad, num_need, num_merge, total = rows.plan(
-                    self._rows, arrays, batch, self.config.seq_len_limit, policy.merges
-                )
-                if bad >= 0:
-                    raise StepError(
-                        f"num_new_tokens: expected 0 to {MAX_GRANULES * GRANULE}, got "
-                        f"{num_new_tokens if isinstance(num_new_tokens, int) else int(arrays.counts[bad])}"
-                    )
                 if num_merge:
-                    merging = arrays.work[1, : min(num_merge, self.config.migrate_budget)].copy()
-                    self._merge(merging, (self._rows.info[merging, LENGTH] >> 3).astype(np.int32))
+                    self._merge_tails(arrays, num_merge)
                 if num_need:
                     self._grow(arrays, num_need)
-                arrays = self._fit_arrays(arrays, batch, total)
-                rows.fill(self._rows, arrays, batch)
+                    width = max(width, rows.complete(self._rows, arrays, num_need))
             except BaseException:
+                rows.reopen(self._rows, arrays, batch)
                 self._spare_arrays.append(arrays)
                 raise
+            if width > arrays.table.shape[1]:
+                arrays = _widen(arrays, width)
+                rows.sync_tables(self._rows, arrays, batch)
+            elif num_merge:
+                rows.sync_tables(self._rows, arrays, batch)
             return Step(self, ids, arrays, total)
 
     def end_step(self, step: Step, token_ids: ArrayLike | None = None) -> None:
@@ -216,7 +218,7 @@ class KVCache:
         """End a step as if it had not happened; blocks it took stay with their sequences as room to grow."""
         with self._lock:
             self._require_own(step)
-            self._rows.info[step._arrays.rows[: len(step.seq_ids)][step.ok], STATE] = OPEN
+            rows.reopen(self._rows, step._arrays, len(step.seq_ids))
             self._end(step)
 
     def _end(self, step: Step) -> None:
@@ -272,6 +274,7 @@ class KVCache:
             self._sizes,
             self._ends,
         )
+        first = refused = 0
         if num_blocks:
             pool.make_room(wanted)
             sizes = self._sizes[:num_blocks]
@@ -282,7 +285,8 @@ class KVCache:
             pool.free_listed(refused)
             for i in range(first, num_need):
                 self._grow_hard(arrays, i, starts)
-        self._counters.num_stalls += int(np.count_nonzero(arrays.status[arrays.work[0, :num_need]]))
+        if first < num_need or refused or num_blocks < num_need:
+            self._counters.num_stalls += int(np.count_nonzero(arrays.status[arrays.work[0, :num_need]]))
         self._note_use()
 
     def _grow_hard(self, arrays: StepArrays, i: int, starts: Int32Array) -> None:
@@ -312,6 +316,11 @@ class KVCache:
         starts = np.array([start for start, _ in runs], np.int32)
         sizes = np.array([size for _, size in runs], np.int32)
         return bool(rows.attach(self._rows, self._pool.granules, row, starts, sizes))
+
+    def _merge_tails(self, arrays: StepArrays, num_merge: int) -> None:
+        """Merge the last 64 tokens of rows where these have just become full."""
+        candidates = arrays.rows[arrays.work[1, : min(num_merge, self.config.migrate_budget)]]
+        self._merge(candidates, (self._rows.info[candidates, LENGTH] >> 3).astype(np.int32))
 
     def _merge(self, candidates: Int32Array, ends: Int32Array) -> int:
         """Copy 8 granules in small blocks into one block of 64 tokens, for as many candidates as there is room."""
@@ -441,6 +450,8 @@ class KVCache:
             self._rows.info[which],
             self._rows.entries[which, :width],
             self._rows.starts[which, :width],
+            self._rows.marks[which],
+            self._rows.chain[which],
             self._rows.chain_uid[which],
             self._rows.pending[which],
             self._rows.clock.copy(),
@@ -689,7 +700,7 @@ class KVCache:
         info[opened, GENERATION] += 1
         info[opened, STATE] = OPEN
         info[opened, LENGTH] = 0
-        info[opened, CHAIN] = ROOT
+        self._rows.chain[opened] = ROOT
         self._rows.chain_uid[opened] = ROOT_UID
         return opened
 
@@ -724,24 +735,17 @@ class KVCache:
 
     # -- arrays of steps ---------------------------------------------------------------------------------------------
 
-    def _take_arrays(self, batch: int) -> StepArrays:
+    def _take_arrays(self, batch: int, num_tokens: int) -> StepArrays:
         """Arrays that no open step uses; those of the last step if possible, whose tables are nearly right."""
-        while self._spare_arrays:
+        arrays = None
+        while self._spare_arrays and arrays is None:
             arrays = self._spare_arrays.pop()
-            if len(arrays.rows) >= batch:
-                return arrays
-        return _make_arrays(max(8, 1 << (batch - 1).bit_length()), 16, 256)
-
-    def _fit_arrays(self, arrays: StepArrays, batch: int, num_tokens: int) -> StepArrays:
-        """The arrays, with room for the widest row and all new tokens."""
+            if len(arrays.rows) < batch:
+                arrays = None
+        if arrays is None:
+            arrays = _make_arrays(max(8, 1 << (batch - 1).bit_length()), 16)
         if num_tokens > len(arrays.slot_mapping):
             arrays = arrays._replace(slot_mapping=np.empty(1 << (num_tokens - 1).bit_length(), np.int64))
-        width = int(rows.widest(self._rows, arrays, batch))
-        if width > arrays.table.shape[1]:
-            table = np.full((len(arrays.rows), 1 << (width - 1).bit_length()), -1, np.int32)
-            arrays.stamps[:] = -1
-            arrays.filled[:] = 0
-            arrays = arrays._replace(table=table, starts=table.copy())
         return arrays
 
     def _note_use(self) -> None:
@@ -797,14 +801,22 @@ class Lease:
             self.abort()
 
 
-def _make_arrays(batch: int, width: int, num_tokens: int) -> StepArrays:
+def _widen(arrays: StepArrays, width: int) -> StepArrays:
+    """The arrays, with empty tables for rows of ``width`` entries."""
+    table = np.full((len(arrays.rows), 1 << (width - 1).bit_length()), -1, np.int32)
+    arrays.stamps[:] = -1
+    arrays.filled[:] = 0
+    return arrays._replace(table=table, starts=table.copy())
+
+
+def _make_arrays(batch: int, width: int) -> StepArrays:
     table = np.full((batch, width), -1, np.int32)
     return StepArrays(
         table=table,
         starts=table.copy(),
         seq_lens=np.zeros(batch, np.int32),
         cu_seqlens_q=np.zeros(batch + 1, np.int32),
-        slot_mapping=np.empty(num_tokens, np.int64),
+        slot_mapping=np.empty(batch, np.int64),
         status=np.zeros(batch, np.int8),
         rows=np.zeros(batch, np.int32),
         counts=np.zeros(batch, np.int32),
@@ -831,7 +843,9 @@ def _as_counts(num_new_tokens: ArrayLike, batch: int) -> Int64Array:
         raise StepError(f"num_new_tokens: expected integers, got {counts.dtype}")
     if counts.shape not in ((batch,), ()):
         raise StepError(f"num_new_tokens: expected a number or [{batch}] of them, got shape {list(counts.shape)}")
-    return np.clip(counts, -1, 2**31 - 1)
+    if counts.size and not (counts.min() >= 0 and counts.max() <= MAX_GRANULES * GRANULE):
+        raise StepError(f"num_new_tokens: expected 0 to {MAX_GRANULES * GRANULE}, got {counts.min()} to {counts.max()}")
+    return np.broadcast_to(counts, (batch,)).astype(np.int64)
 
 
 def _as_prompt(prompt: ArrayLike, index: int) -> Int64Array:

@@ -167,7 +167,8 @@ def publish(
     nodes.uid[node] = nodes.counts[NEXT_UID]
     nodes.counts[NEXT_UID] += 1
     nodes.parent[node], nodes.parent_uid[node] = parent, parent_uid
-    nodes.tokens[node] = tokens
+    for i in range(8):
+        nodes.tokens[node, i] = tokens[i]
     nodes.granule[node] = granule
     nodes.depth[node] = depth
     nodes.num_uses[node] = 0

@@ -4,7 +4,11 @@
     info[s, LENGTH] <= 8 * info[s, CAPACITY]                    (tokens)
     starts[s, e + 1] == starts[s, e] + length of entries[s, e];  starts[s, 0] == 0
 
-Every sequence has one cache line of figures (`info`), which is what keeps a step of thousands of rows cheap.
+    info[s, TAIL_FIRST] == 8 * starts of the last entry         (tokens)
+    info[s, TAIL_BASE] + p == slot of position p >= TAIL_FIRST
+
+Every sequence has one cache line of figures (`info`), and a decode step reads nothing else of most of them: that
+is what keeps a step of thousands of rows cheap.
 """
 
 from typing import Any, NamedTuple
@@ -28,10 +32,10 @@ from kvtoolkit.prefix import (
     publish,
     release,
 )
-from kvtoolkit.tables import MAX_GRANULES, entry_granule, entry_length, pack_entry
+from kvtoolkit.tables import entry_granule, entry_length, pack_entry
 
 # columns of `info`
-GENERATION, STATE, LENGTH, CAPACITY, NUM_ENTRIES, STAMP, MARK, CHAIN = range(8)
+GENERATION, STATE, LENGTH, CAPACITY, NUM_ENTRIES, STAMP, TAIL_BASE, TAIL_FIRST = range(8)
 # values of STATE
 CLOSED, OPEN, IN_STEP, PREEMPTED, PINNED = range(5)
 STATE_NAMES = ("closed", "open", "in a step", "preempted", "pinned")
@@ -42,21 +46,25 @@ STATUS_NAMES = ("ok", "out of blocks", "row full", "at max_seq_len")
 ID_BITS = 20
 """A sequence id is its generation above its row, so that the id of a closed sequence never comes back."""
 
-# what `check_ids` may find wrong
-BAD_ID, BAD_STATE, BAD_TWICE = 1, 2, 3
+# what `check_ids` and `begin` may find wrong
+BAD_ID, BAD_STATE, BAD_TWICE, BAD_COUNT = 1, 2, 3, 4
 
 
 class Rows(NamedTuple):
     """State of all rows."""
 
     info: Int64Array
-    """``[max_seqs, 8]``, columns above."""
+    """``[max_seqs, 8]``, columns above: STAMP changes whenever the entries do."""
     entries: Int32Array
     """``[max_seqs, max_entries]``"""
     starts: Int32Array
     """``[max_seqs, max_entries]`` first logical granule of each entry."""
+    marks: Int64Array
+    """``[max_seqs]`` the last call that named the row, to find an id that stands twice."""
+    chain: Int32Array
+    """``[max_seqs]`` index node of the last full granule, ROOT or BROKEN."""
     chain_uid: Int64Array
-    """``[max_seqs]`` uid of the index node in the column CHAIN."""
+    """``[max_seqs]`` its uid: whether it still is what it was."""
     pending: Int64Array
     """``[max_seqs, 8]`` tokens of the granule that is being filled."""
     clock: Int64Array
@@ -83,7 +91,7 @@ class StepArrays(NamedTuple):
     filled: Int32Array
     """Entries of `table` in use."""
     work: Int32Array
-    """``[2, batch]`` rows of the step that need blocks; rows of the cache to merge."""
+    """``[2, batch]`` rows of the step that need blocks; those that may be merged."""
 
 
 def make_rows(max_seqs: int, max_entries: int) -> Rows:
@@ -92,6 +100,8 @@ def make_rows(max_seqs: int, max_entries: int) -> Rows:
         info=np.zeros((max_seqs, 8), np.int64),
         entries=np.full((max_seqs, max_entries), -1, np.int32),
         starts=np.full((max_seqs, max_entries), -1, np.int32),
+        marks=np.zeros(max_seqs, np.int64),
+        chain=np.full(max_seqs, ROOT, np.int32),
         chain_uid=np.zeros(max_seqs, np.int64),
         pending=np.zeros((max_seqs, 8), np.int64),
         clock=np.zeros(2, np.int64),
@@ -113,38 +123,146 @@ def check_ids(rows: Rows, ids: Int64Array, states: int, out: Int32Array) -> Any:
         found = rows.info[row, STATE]
         if not (states >> found) & 1:
             return BAD_ID if found == CLOSED else BAD_STATE, i
-        if rows.info[row, MARK] == mark:
+        if rows.marks[row] == mark:
             return BAD_TWICE, i
-        rows.info[row, MARK] = mark
+        rows.marks[row] = mark
         out[i] = row
     return 0, 0
 
 
 @jit
-def plan(rows: Rows, step: StepArrays, batch: int, max_len: int, merges: bool) -> Any:
-    """Find the rows that need blocks or may be merged. Nothing is changed but the arrays of the step.
+def begin(rows: Rows, step: StepArrays, ids: Int64Array, max_len: int, merges: bool) -> Any:
+    """Check the ids and counts of a step, fill in what needs no memory, and find the rows that do.
+
+    Rows that are well off are complete afterwards, but for tables wider than the arrays (see `sync_tables`); those in
+    ``step.work[0]`` need blocks and then `complete`, those in ``step.work[1]`` may be merged.
 
     Returns:
-        ``(bad, need, merge, total)``: the first row with an impossible count or -1, how many rows wait in
-        ``step.work[0]`` and ``[1]``, and all new tokens.
+        ``(code, where, num_need, num_merge, width)``: what is wrong with which row (0 if nothing, and then the widest
+        row), and how many rows stand in either half of ``step.work``. If something is wrong, nothing has changed.
     """
-    num_need, num_merge, total = 0, 0, 0
-    for b in range(batch):
-        row, count = step.rows[b], step.counts[b]
-        if count < 0 or count > 8 * MAX_GRANULES:
-            return b, 0, 0, 0
-        total += count
+    rows.clock[1] += 1
+    mark = rows.clock[1]
+    num_need, num_merge, total, width = 0, 0, 0, 0
+    num_rows = len(rows.info)
+    step.cu_seqlens_q[0] = 0
+    for b in range(len(ids)):
+        row, count = ids[b] & ((1 << ID_BITS) - 1), step.counts[b]
+        code = 0
+        if ids[b] < 0 or row >= num_rows or rows.info[row, GENERATION] != ids[b] >> ID_BITS:
+            code = BAD_ID
+        elif rows.marks[row] == mark:
+            code = BAD_TWICE
+        elif rows.info[row, STATE] != OPEN:
+            code = BAD_ID if rows.info[row, STATE] == CLOSED else BAD_STATE
+        elif count < 0 or total + count > len(step.slot_mapping):
+            code = BAD_COUNT
+        if code != 0:
+            reopen(rows, step, b)
+            return code, b, 0, 0, 0
+        rows.marks[row] = mark
+        step.rows[b] = row
         length = rows.info[row, LENGTH]
+        first = total
+        total += count
+        step.cu_seqlens_q[b + 1] = total
+        width = max(width, rows.info[row, NUM_ENTRIES])
         step.status[b] = OK
         if length + count > max_len:
-            step.status[b] = AT_MAX_LEN
+            stall(step, b, AT_MAX_LEN)
         elif length + count > 8 * rows.info[row, CAPACITY]:
             step.work[0, num_need] = b
             num_need += 1
+        else:
+            rows.info[row, STATE] = IN_STEP
+            step.seq_lens[b] = length + count
+            if length >= rows.info[row, TAIL_FIRST]:
+                base = rows.info[row, TAIL_BASE] + length
+                for i in range(count):
+                    step.slot_mapping[first + i] = base + i
+            else:
+                _fill_slots(rows, step, row, first, count)
+        if step.stamps[b] != rows.info[row, STAMP] and rows.info[row, NUM_ENTRIES] <= step.table.shape[1]:
+            copy_row(rows, step, b, row)
         if merges and length & 63 == 0 and length > 0 and mergeable(rows, row, length >> 3) >= 0:
-            step.work[1, num_merge] = row
+            step.work[1, num_merge] = b
             num_merge += 1
-    return -1, num_need, num_merge, total
+    return 0, 0, num_need, num_merge, width
+
+
+@jit
+def reopen(rows: Rows, step: StepArrays, batch: int) -> None:
+    """Take the rows of a step out of it."""
+    for b in range(batch):
+        if rows.info[step.rows[b], STATE] == IN_STEP:
+            rows.info[step.rows[b], STATE] = OPEN
+
+
+@jit
+def stall(step: StepArrays, b: int, status: int) -> None:
+    """Let row ``b`` of a step do nothing, and say why."""
+    step.status[b] = status
+    step.seq_lens[b] = 0
+    for i in range(step.cu_seqlens_q[b], step.cu_seqlens_q[b + 1]):
+        step.slot_mapping[i] = -1
+
+
+@jit
+def complete(rows: Rows, step: StepArrays, num_need: int) -> Any:
+    """Fill in the rows that `begin` left open, now that they have got their blocks or a status; the widest of them."""
+    width = 0
+    for k in range(num_need):
+        b = step.work[0, k]
+        row = step.rows[b]
+        if step.status[b] != OK:
+            stall(step, b, step.status[b])
+        else:
+            rows.info[row, STATE] = IN_STEP
+            step.seq_lens[b] = rows.info[row, LENGTH] + step.counts[b]
+            _fill_slots(rows, step, row, step.cu_seqlens_q[b], step.counts[b])
+        width = max(width, rows.info[row, NUM_ENTRIES])
+        if step.stamps[b] != rows.info[row, STAMP] and rows.info[row, NUM_ENTRIES] <= step.table.shape[1]:
+            copy_row(rows, step, b, row)
+    return width
+
+
+@jit
+def _fill_slots(rows: Rows, step: StepArrays, row: int, first: int, count: int) -> None:
+    """Write the slots of a row's next ``count`` positions, which it has room for, to ``slot_mapping[first:]``."""
+    if count == 0:
+        return
+    length = rows.info[row, LENGTH]
+    e = find_entry(rows, row, length >> 3)
+    base = (entry_granule(rows.entries[row, e]) - rows.starts[row, e]) * 8
+    end = (rows.starts[row, e] + entry_length(rows.entries[row, e])) * 8
+    for i in range(count):
+        if length + i == end:
+            e += 1
+            base = (entry_granule(rows.entries[row, e]) - rows.starts[row, e]) * 8
+            end += entry_length(rows.entries[row, e]) * 8
+        step.slot_mapping[first + i] = base + length + i
+
+
+@jit
+def sync_tables(rows: Rows, step: StepArrays, batch: int) -> None:
+    """Copy the entries of every row that changed since the step's arrays saw it."""
+    for b in range(batch):
+        if step.stamps[b] != rows.info[step.rows[b], STAMP]:
+            copy_row(rows, step, b, step.rows[b])
+
+
+@jit
+def copy_row(rows: Rows, step: StepArrays, b: int, row: int) -> None:
+    """Copy a row's entries into row ``b`` of the step."""
+    count = rows.info[row, NUM_ENTRIES]
+    for e in range(count):
+        step.table[b, e] = rows.entries[row, e]
+        step.starts[b, e] = rows.starts[row, e]
+    for e in range(count, step.filled[b]):
+        step.table[b, e] = -1
+        step.starts[b, e] = -1
+    step.filled[b] = count
+    step.stamps[b] = rows.info[row, STAMP]
 
 
 @jit
@@ -257,6 +375,12 @@ def touch(rows: Rows, row: int) -> None:
     """Note that the entries of a row have changed."""
     rows.clock[0] += 1
     rows.info[row, STAMP] = rows.clock[0]
+    last = rows.info[row, NUM_ENTRIES] - 1
+    if last < 0:
+        rows.info[row, TAIL_FIRST] = rows.info[row, TAIL_BASE] = 0
+    else:
+        rows.info[row, TAIL_FIRST] = 8 * rows.starts[row, last]
+        rows.info[row, TAIL_BASE] = 8 * (entry_granule(rows.entries[row, last]) - rows.starts[row, last])
 
 
 @jit
@@ -292,64 +416,6 @@ def list_granules(rows: Rows, row: int, count: int, out: Int32Array) -> None:
 
 
 @jit
-def fill(rows: Rows, step: StepArrays, batch: int) -> Any:
-    """Write what kernels see: tables (only rows that changed), lengths, offsets and slots. Returns the new tokens."""
-    total = 0
-    step.cu_seqlens_q[0] = 0
-    for b in range(batch):
-        row, count = step.rows[b], step.counts[b]
-        if step.status[b] != OK:
-            step.seq_lens[b] = 0
-            for i in range(count):
-                step.slot_mapping[total + i] = -1
-        else:
-            length = rows.info[row, LENGTH]
-            step.seq_lens[b] = length + count
-            if count > 0:
-                e = rows.info[row, NUM_ENTRIES] - 1
-                first = length >> 3
-                while rows.starts[row, e] > first:
-                    e -= 1
-                base = (entry_granule(rows.entries[row, e]) - rows.starts[row, e]) * 8
-                end = (rows.starts[row, e] + entry_length(rows.entries[row, e])) * 8
-                for i in range(count):
-                    if length + i == end:
-                        e += 1
-                        base = (entry_granule(rows.entries[row, e]) - rows.starts[row, e]) * 8
-                        end += entry_length(rows.entries[row, e]) * 8
-                    step.slot_mapping[total + i] = base + length + i
-            rows.info[row, STATE] = IN_STEP
-        total += count
-        step.cu_seqlens_q[b + 1] = total
-        if step.stamps[b] != rows.info[row, STAMP]:
-            copy_row(rows, step, b, row)
-    return total
-
-
-@jit
-def copy_row(rows: Rows, step: StepArrays, b: int, row: int) -> None:
-    """Copy a row's entries into row ``b`` of the step."""
-    count = rows.info[row, NUM_ENTRIES]
-    for e in range(count):
-        step.table[b, e] = rows.entries[row, e]
-        step.starts[b, e] = rows.starts[row, e]
-    for e in range(count, step.filled[b]):
-        step.table[b, e] = -1
-        step.starts[b, e] = -1
-    step.filled[b] = count
-    step.stamps[b] = rows.info[row, STAMP]
-
-
-@jit
-def widest(rows: Rows, step: StepArrays, batch: int) -> Any:
-    """Entries of the longest row of a step."""
-    width = 0
-    for b in range(batch):
-        width = max(width, rows.info[step.rows[b], NUM_ENTRIES])
-    return width
-
-
-@jit
 def advance(rows: Rows, step: StepArrays, batch: int) -> None:
     """End a step whose tokens are not told: lengths advance, and what comes later cannot be published."""
     for b in range(batch):
@@ -358,7 +424,7 @@ def advance(rows: Rows, step: StepArrays, batch: int) -> None:
             rows.info[row, LENGTH] += step.counts[b]
             rows.info[row, STATE] = OPEN
             if step.counts[b] > 0:
-                rows.info[row, CHAIN] = BROKEN
+                rows.chain[row] = BROKEN
 
 
 @jit
@@ -373,7 +439,7 @@ def advance_and_publish(
             length = rows.info[row, LENGTH]
             rows.info[row, LENGTH] = length + count
             rows.info[row, STATE] = OPEN
-            if rows.info[row, CHAIN] != BROKEN:
+            if rows.chain[row] != BROKEN:
                 for i in range(count):
                     place = (length + i) & 7
                     rows.pending[row, place] = tokens[first + i]
@@ -386,18 +452,18 @@ def advance_and_publish(
 @jit
 def _publish_full(rows: Rows, row: int, index: int, nodes: Nodes, granules: Granules) -> Any:
     """The granule ``index`` of a row is full: publish it, or follow the one that holds the same already."""
-    parent, uid = rows.info[row, CHAIN], rows.chain_uid[row]
+    parent, uid = rows.chain[row], rows.chain_uid[row]
     if parent == BROKEN:
         return 0
     if parent != ROOT and nodes.uid[parent] != uid:  # evicted meanwhile: nothing can follow it
-        rows.info[row, CHAIN] = BROKEN
+        rows.chain[row] = BROKEN
         return 0
     node, new = find_node(nodes, uid, rows.pending[row], 0), 0
     if node < 0:
         granule = granule_at(rows, row, index)
         node = publish(nodes, granules, parent, uid, index, rows.pending[row], granule)
         new = 1
-    rows.info[row, CHAIN], rows.chain_uid[row] = node, nodes.uid[node]
+    rows.chain[row], rows.chain_uid[row] = node, nodes.uid[node]
     return new
 
 
@@ -423,7 +489,7 @@ def adopt(rows: Rows, row: int, found: Int32Array, count: int, nodes: Nodes, gra
     rows.info[row, NUM_ENTRIES] = held
     rows.info[row, CAPACITY] = count
     rows.info[row, LENGTH] = 8 * count
-    rows.info[row, CHAIN] = found[count - 1] if count else ROOT
+    rows.chain[row] = found[count - 1] if count else ROOT
     rows.chain_uid[row] = nodes.uid[found[count - 1]] if count else ROOT_UID
     touch(rows, row)
     return count
@@ -479,29 +545,31 @@ def copy_first(source_rows: Rows, source: int, rows: Rows, row: int, keep: int) 
 def copy_tokens(source_rows: Rows, source: int, rows: Rows, row: int) -> None:
     """Copy what a row knows of its tokens: length, place in the index, tokens of the granule being filled."""
     rows.info[row, LENGTH] = source_rows.info[source, LENGTH]
-    rows.info[row, CHAIN] = source_rows.info[source, CHAIN]
+    rows.chain[row] = source_rows.chain[source]
     rows.chain_uid[row] = source_rows.chain_uid[source]
-    rows.pending[row] = source_rows.pending[source]
+    for i in range(8):
+        rows.pending[row, i] = source_rows.pending[source, i]
 
 
 @jit
 def walk_back(rows: Rows, row: int, length: int, nodes: Nodes) -> None:
     """Take back what a row knows of its tokens to its first ``length``, which is not above what it holds."""
     steps = (rows.info[row, LENGTH] >> 3) - (length >> 3)
-    node, uid = rows.info[row, CHAIN], rows.chain_uid[row]
+    node, uid = rows.chain[row], rows.chain_uid[row]
     for _ in range(steps):
         if node < 0 or nodes.uid[node] != uid:
-            rows.info[row, CHAIN] = BROKEN
+            rows.chain[row] = BROKEN
             return
-        rows.pending[row] = nodes.tokens[node]
+        for i in range(8):
+            rows.pending[row, i] = nodes.tokens[node, i]
         node, uid = nodes.parent[node], nodes.parent_uid[node]
-    rows.info[row, CHAIN], rows.chain_uid[row] = node, uid
+    rows.chain[row], rows.chain_uid[row] = node, uid
 
 
 @jit
 def list_chain(rows: Rows, row: int, nodes: Nodes, out_nodes: Int32Array, out_uids: Int64Array) -> Any:
     """Write the index nodes of a row's full granules, in order; returns how many, 0 where the chain is broken."""
-    node, uid = rows.info[row, CHAIN], rows.chain_uid[row]
+    node, uid = rows.chain[row], rows.chain_uid[row]
     if node < 0 or nodes.uid[node] != uid:
         return 0
     count = nodes.depth[node] + 1
