@@ -4,17 +4,16 @@ import hypothesis
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from allocators.epochs import EpochPool
 from allocators.testing.epoch_machine import EpochMachine
-from allocators.testing.machine import AllocatorMachine, Make
+from allocators.testing.machine import AllocatorMachine, Make, is_epoch_pool
 
 
 def conformance_machine(make: Make) -> type[AllocatorMachine]:
     """The state machine for the allocators that ``make()`` returns; ``machine.TestCase`` is a test for pytest.
 
-    An `EpochPool` gets the rules of limbo, streams and leases too.
+    An `EpochPool`, or what has its methods, gets the rules of limbo, streams and leases too.
     """
-    base = EpochMachine if isinstance(make(), EpochPool) else AllocatorMachine
+    base = EpochMachine if is_epoch_pool(make()) else AllocatorMachine
     return type(base.__name__, (base,), {"make": staticmethod(make)})
 
 

@@ -168,8 +168,10 @@ class EpochMachine(AllocatorMachine):
         if outer is None:
             return
         inner = self.open_lease([self.sizes[pick % len(self.sizes)] for pick in inner_picks], outer)
-        if inner is not None and commit_inside:
-            self.commit(self.futures.index(inner))
+        if inner is not None:
+            self.must_refuse("commit of a lease with an open one inside", outer.lease.commit)
+            if commit_inside:
+                self.commit(self.futures.index(inner))
         self.abort_future(outer)
         skip = () if self.order_free else ("snapshot()", "epoch snapshot")
         for name, was, now in zip(before[0], before[1:], self.fingerprint()[1:], strict=True):

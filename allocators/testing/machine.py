@@ -10,7 +10,6 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from allocators.epochs import EpochPool
 from allocators.errors import AllocatorError, ContendedError, IntegrityError, OutOfBlocksError, SnapshotError
 from allocators.protocol import GRANULE, SUPERBLOCK, BlockAllocator
 from allocators.testing.failure import expect, fail
@@ -469,8 +468,14 @@ class AllocatorMachine(RuleBasedStateMachine):
 
 
 def base_of(pool: BlockAllocator) -> BlockAllocator:
-    """The allocator inside an `EpochPool`, or the pool itself."""
-    return pool.inner if isinstance(pool, EpochPool) else pool
+    """The allocator inside an epoch pool, or the pool itself."""
+    inner: BlockAllocator = pool.inner if is_epoch_pool(pool) else pool  # type: ignore[attr-defined]
+    return inner
+
+
+def is_epoch_pool(pool: BlockAllocator) -> bool:
+    """Whether the pool has limbo and leases around an inner allocator, as `EpochPool`."""
+    return all(hasattr(pool, name) for name in ("inner", "streams", "retire", "complete", "lease"))
 
 
 def sizes_on_offer(pool: BlockAllocator) -> tuple[int, ...]:

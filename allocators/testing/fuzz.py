@@ -1,0 +1,190 @@
+"""Run the conformance kit for as long as you like: the engine of ``kvtoolkit fuzz``."""
+
+import argparse
+import ast
+import importlib.util
+import random
+import shlex
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TextIO
+
+from allocators.epochs import EpochPool
+from allocators.errors import AllocatorError
+from allocators.protocol import BlockAllocator
+from allocators.registry import create
+from allocators.testing.conformance import run_conformance
+from allocators.testing.threads import run_threads
+
+_POOL_SIZES = (8, 24, 64, 200, 512, 1024)
+_KINDS = ("calls", "calls", "epochs", "threads")
+"""What the rounds try, in turn."""
+
+
+def fuzz(
+    spec: str,
+    seconds: float = 60.0,
+    seed: int = 0,
+    num_granules: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    stream: TextIO | None = None,
+    *,
+    first_round: int = 0,
+) -> int:
+    """Try to break an allocator until the time is over. The same seed tries the same calls in the same order.
+
+    Args:
+        spec: name or ``"package.module:Class"``, as for `allocators.create`.
+        seconds: after which no new round begins; the first is always run.
+        seed: of everything that is drawn. What threads do to each other is not drawn.
+        num_granules: size of the pool; None for several in turn.
+        options: of the allocator.
+        stream: where to report; None for standard output.
+        first_round: where to begin, to come back to a failure at once.
+
+    Returns:
+        0, or 1 after a failure, which has been printed with the calls that lead there and the command to repeat it.
+    """
+    out = sys.stdout if stream is None else stream
+    options = dict(options or {})
+    try:
+        create(spec, num_granules or _POOL_SIZES[0], **options)
+    except AllocatorError as error:
+        print(f"fuzz: {error}", file=out)
+        return 1
+    print(f"fuzz: {spec}, seed {seed}, {seconds:g} s", file=out, flush=True)
+    began = time.monotonic()
+    number = first_round
+    with _Progress(out, seconds) as progress:
+        while number == first_round or time.monotonic() - began < seconds:
+            size = num_granules or random.Random(f"{seed} {number}").choice(_POOL_SIZES)
+            kind = _KINDS[number % len(_KINDS)]
+            failure = _run_round(spec, kind, size, options, seed, number)
+            if failure is not None:
+                progress.stop()
+                again = replay_command(spec, seed, num_granules, options, number)
+                _report(failure, f"round {number}, {kind}, {size} granules", again, out)
+                return 1
+            number += 1
+            progress.show(time.monotonic() - began, number - first_round, kind, size)
+    print(f"fuzz: {number - first_round} rounds, nothing found", file=out, flush=True)
+    return 0
+
+
+def replay_command(spec: str, seed: int, num_granules: int | None, options: Mapping[str, Any], first_round: int) -> str:
+    """The command line that runs one round again."""
+    words = ["kvtoolkit", "fuzz", "--allocator", spec, "--seconds", "0", "--seed", str(seed)]
+    if num_granules is not None:
+        words += ["--num-granules", str(num_granules)]
+    for key, value in options.items():
+        words += ["--option", f"{key}={value}"]
+    return shlex.join([*words, "--first-round", str(first_round)])
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``kvtoolkit fuzz``, for `main`."""
+    parser.add_argument("--allocator", required=True, help="a name, or package.module:Class")
+    parser.add_argument("--seconds", type=float, default=60.0, help="how long to try (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything drawn (default %(default)s)")
+    parser.add_argument("--num-granules", type=int, help="size of the pool (default: several in turn)")
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="KEY=VALUE", help="an option of the allocator; repeatable"
+    )
+    parser.add_argument("--first-round", type=int, default=0, help="begin at this round (default %(default)s)")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run `fuzz` with parsed arguments; returns the exit status."""
+    try:
+        options = parse_options(args.option)
+    except ValueError as error:
+        print(f"fuzz: {error}", file=sys.stderr)
+        return 2
+    return fuzz(
+        args.allocator, args.seconds, args.seed, args.num_granules, options, sys.stdout, first_round=args.first_round
+    )
+
+
+def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """``["layout=slab", "block_sizes=[8, 16]"]`` as a dict; a value that is no Python literal is a string.
+
+    Raises:
+        ValueError: a pair has no equals sign.
+    """
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise ValueError(f"option: expected KEY=VALUE, got {pair!r}")
+        try:
+            options[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[key] = value
+    return options
+
+
+def _run_round(
+    spec: str, kind: str, num_granules: int, options: dict[str, Any], seed: int, number: int
+) -> Exception | None:
+    def make() -> BlockAllocator:
+        return create(spec, num_granules, **options)
+
+    round_seed = seed * 1_000_003 + number
+    rounds: dict[str, Callable[[], None]] = {
+        "calls": lambda: run_conformance(make, max_examples=50, seed=round_seed),
+        "epochs": lambda: run_conformance(lambda: EpochPool(make()), max_examples=50, seed=round_seed),
+        "threads": lambda: run_threads(make, max_examples=10, num_ops=500, seed=round_seed),
+    }
+    try:
+        rounds[kind]()
+    except Exception as failure:
+        return failure
+    return None
+
+
+def _report(failure: Exception, where: str, command: str, out: TextIO) -> None:
+    print(f"fuzz: FAILED in {where}", file=out)
+    print("".join(traceback.format_exception_only(failure)), file=out)
+    print(f"again: {command}", file=out, flush=True)
+
+
+class _Progress:
+    """A line that is rewritten where rich is installed and somebody watches, else a line every ten seconds."""
+
+    def __init__(self, out: TextIO, seconds: float) -> None:
+        self._out = out
+        self._seconds = seconds
+        self._shown = 0.0
+        self._status: Any = None
+        if out.isatty() and importlib.util.find_spec("rich") is not None:
+            from rich.console import Console
+
+            self._status = Console(file=out).status("round 0")
+
+    def show(self, elapsed: float, rounds: int, kind: str, num_granules: int) -> None:
+        line = f"{elapsed:.0f} of {self._seconds:g} s, {rounds} rounds, last: {kind}, {num_granules} granules"
+        if self._status is not None:
+            self._status.update(line)
+        elif elapsed - self._shown >= 10:
+            self._shown = elapsed
+            print(line, file=self._out, flush=True)
+
+    def stop(self) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+    def __enter__(self) -> "_Progress":
+        if self._status is not None:
+            self._status.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+
+if __name__ == "__main__":
+    _parser = argparse.ArgumentParser("python -m allocators.testing.fuzz", description=__doc__)
+    add_arguments(_parser)
+    sys.exit(main(_parser.parse_args()))
