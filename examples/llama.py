@@ -1,0 +1,63 @@
+"""A Llama-like model that reads and writes a kvtoolkit cache: the forward pass an engine of your own would have.
+
+The weights and small modules come from a transformers model; attention is a `kvtoolkit.Step`. Tokens of all sequences
+are packed into one row of tokens, so a step may mix prompts, parts of prompts and single decoded tokens.
+"""
+
+import torch
+
+from kvtoolkit import CacheConfig, Step
+
+
+class PackedLlama:
+    """Runs a transformers Llama or Qwen model on packed tokens."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model.eval()
+        self.config = model.config
+        self.head_dim = getattr(model.config, "head_dim", None) or (
+            model.config.hidden_size // model.config.num_attention_heads
+        )
+        self.dtype = str(model.dtype).removeprefix("torch.")
+
+    def cache_config(self, path: str | None = None, **options) -> CacheConfig:
+        """A cache that fits this model, as the TOML file at ``path`` and ``options`` want it."""
+        shape = {
+            "num_layers": self.config.num_hidden_layers,
+            "num_kv_heads": self.config.num_key_value_heads,
+            "head_dim": self.head_dim,
+            "dtype": self.dtype,
+        }
+        return CacheConfig.load(path, **shape, **options) if path else CacheConfig(**shape, **options)
+
+    @torch.inference_mode()
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, step: Step) -> torch.Tensor:
+        """Logits ``[batch, vocab_size]`` after the last new token of each row of the step.
+
+        Args:
+            tokens: ``[num_tokens]`` int64, the new tokens of all rows, one row after the other.
+            positions: ``[num_tokens]`` int64, their positions in their sequences.
+        """
+        decoder = self.model.model
+        hidden = decoder.embed_tokens(tokens)
+        cos, sin = (table[0].unsqueeze(1) for table in decoder.rotary_emb(hidden, positions.unsqueeze(0)))
+        for index, layer in enumerate(decoder.layers):
+            attention, normed = layer.self_attn, layer.input_layernorm(hidden)
+            q, k, v = (
+                project(normed).view(len(tokens), -1, self.head_dim)
+                for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
+            if hasattr(attention, "q_norm"):  # Qwen 3
+                q, k = attention.q_norm(q), attention.k_norm(k)
+            step.append(index, rotate(k, cos, sin), v)
+            attended = step.attend(index, rotate(q, cos, sin))
+            hidden = hidden + attention.o_proj(attended.reshape(len(tokens), -1))
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        last = torch.from_numpy(step.cu_seqlens_q[1:] - 1)
+        return self.model.lm_head(decoder.norm(hidden[last]))
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding of ``x`` ``[num_tokens, heads, head_dim]``; the halves of a head are the pairs."""
+    low, high = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-high, low), dim=-1) * sin
