@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kvtoolkit import attention, compaction, rows, snapshots
+from kvtoolkit import access, compaction, rows, snapshots
 from kvtoolkit.config import CacheConfig
 from kvtoolkit.cpu import copy_granules
 from kvtoolkit.errors import CacheFullError, SequenceError, StepError
@@ -85,6 +85,7 @@ class KVCache:
         )
         self._key_caches = [layer[0] for layer in self._key_values]
         self._value_caches = [layer[1] for layer in self._key_values]
+        self._arenas = access.Arenas(self._key_values, config.dtype)
         self._spare_arrays: list[StepArrays] = []
         self._sizes = np.empty(config.num_granules + config.max_seqs + 8, np.int32)
         self._ends = np.empty(config.max_seqs, np.int32)
@@ -177,8 +178,7 @@ class KVCache:
                 if num_merge:
                     self._merge_tails(arrays, num_merge)
                 if num_need:
-                    self._grow(arrays, num_need)
-                    width = max(width, rows.complete(self._rows, arrays, num_need))
+                    width = max(width, self._grow(arrays, num_need))
             except BaseException:
                 rows.reopen(self._rows, arrays, batch)
                 self._spare_arrays.append(arrays)
@@ -232,22 +232,11 @@ class KVCache:
 
     def _append(self, step: Step, layer: int, key: Any, value: Any) -> None:
         self._check_layer(layer)
-        attention.append(
-            key, value, self._key_caches[layer], self._value_caches[layer], step.slot_mapping, layout="HND"
-        )
+        access.append(self._arenas, layer, key, value, step._operands)
 
     def _attend(self, step: Step, layer: int, q: Any, options: dict[str, Any]) -> Any:
         self._check_layer(layer)
-        return attention.variable_block_attention(
-            q,
-            self._key_caches[layer],
-            self._value_caches[layer],
-            step.block_table,
-            step.block_starts,
-            step.seq_lens,
-            cu_seqlens_q=step.cu_seqlens_q,
-            **options,
-        )
+        return access.attend(self._arenas, layer, q, step._operands, **options)
 
     def _check_layer(self, layer: int) -> None:
         if not 0 <= layer < len(self._key_caches):
@@ -255,16 +244,20 @@ class KVCache:
 
     # -- growth ------------------------------------------------------------------------------------------------------
 
-    def _grow(self, arrays: StepArrays, num_need: int) -> None:
-        """Give blocks to the rows that need them, in order; set the status of those that get none."""
+    def _grow(self, arrays: StepArrays, num_need: int) -> int:
+        """Give blocks to the rows that need them, in order, and complete them; returns the widest of them.
+
+        The status of those that get none says why.
+        """
         pool, policy = self._pool, self._pool.policy
         if len(pool.kept_back) < pool.reserve:
             pool.replenish()
+        num_free = pool.allocator.num_free
         num_blocks, wanted = rows.choose_sizes(
             self._rows,
             arrays,
             num_need,
-            pool.allocator.num_free + 8 * len(pool.kept_back),
+            num_free + 8 * len(pool.kept_back),
             pool.num_cached,
             pool.num_granules,
             policy.rule,
@@ -274,20 +267,23 @@ class KVCache:
             self._sizes,
             self._ends,
         )
-        first = refused = 0
-        if num_blocks:
+        if wanted > num_free:
             pool.make_room(wanted)
-            sizes = self._sizes[:num_blocks]
-            starts = pool.allocate_some(sizes)
-            first, refused = rows.attach_all(
-                self._rows, pool.granules, arrays, 0, num_need, starts, sizes, self._ends, pool.freed
-            )
-            pool.free_listed(refused)
+        sizes = self._sizes[:num_blocks]
+        starts = pool.allocate_some(sizes)
+        first, num_refused, width = rows.attach_all(
+            self._rows, pool.granules, arrays, 0, num_need, starts, sizes, self._ends, pool.freed
+        )
+        if num_refused:
+            pool.free_listed(num_refused)
+        if first < num_need:
             for i in range(first, num_need):
                 self._grow_hard(arrays, i, starts)
-        if first < num_need or refused or num_blocks < num_need:
+            width = rows.complete(self._rows, arrays, num_need)
+        if num_blocks < num_need or num_refused or first < num_need:
             self._counters.num_stalls += int(np.count_nonzero(arrays.status[arrays.work[0, :num_need]]))
         self._note_use()
+        return int(width)
 
     def _grow_hard(self, arrays: StepArrays, i: int, starts: Int32Array) -> None:
         """Find room for one row by whatever sizes there are: memory is short or in small pieces."""

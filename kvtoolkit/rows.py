@@ -688,11 +688,11 @@ def attach_all(
     ends: Int32Array,
     refused: Int32Array,
 ) -> Any:
-    """Give the rows that need blocks theirs, up to the first that did not get all of them.
+    """Give the rows that need blocks theirs, up to the first that did not get all of them; complete them if all did.
 
     Returns:
-        ``(i, num_refused)``: that row's place in ``step.work[0]`` (``num_need`` if there is none), and how many
-        granules of rows with too few entries stand in ``refused``.
+        ``(i, num_refused, width)``: that row's place in ``step.work[0]`` (``num_need`` if there is none), how many
+        granules of rows with too few entries stand in ``refused``, and the widest row if all are complete.
     """
     num_refused = 0
     for i in range(first, num_need):
@@ -701,14 +701,14 @@ def attach_all(
         if step.status[b] != OK:
             continue
         if ends[i] > begin and starts[ends[i] - 1] < 0:
-            return i, num_refused
+            return i, num_refused, 0
         if not attach(rows, granules, step.rows[b], starts[begin : ends[i]], sizes[begin : ends[i]]):
             step.status[b] = ROW_FULL
             for k in range(begin, ends[i]):
                 for granule in range(starts[k], starts[k] + sizes[k]):
                     refused[num_refused] = granule
                     num_refused += 1
-    return num_need, num_refused
+    return num_need, num_refused, complete(rows, step, num_need)
 
 
 @jit

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from kvtoolkit.access import StepOperands
+from kvtoolkit.cpu.arrays import operand
 from kvtoolkit.errors import StepError
 from kvtoolkit.rows import OK, STATUS_NAMES, StepArrays
 
@@ -15,8 +17,9 @@ if TYPE_CHECKING:
 class Step:
     """What `KVCache.begin_step` returns; serves all layers, until `KVCache.end_step`.
 
-    The arrays belong to the cache and are valid until the step ends. Rows stand in the order of ``seq_ids``. As a
-    context manager a step that was not ended is aborted: its tokens are forgotten, its blocks stay with the sequences.
+    The arrays belong to the cache; the next `KVCache.begin_step` may write them again. Rows stand in the order of
+    ``seq_ids``. As a context manager a step that was not ended is aborted: its tokens are forgotten, its blocks stay
+    with the sequences.
 
     Attributes:
         seq_ids: ``[batch]`` int64.
@@ -35,11 +38,11 @@ class Step:
         "_arrays",
         "_cache",
         "_is_open",
+        "_operands",
         "block_starts",
         "block_table",
         "cu_seqlens_q",
         "num_new_tokens",
-        "ok",
         "seq_ids",
         "seq_lens",
         "slot_mapping",
@@ -59,19 +62,24 @@ class Step:
         self.cu_seqlens_q = arrays.cu_seqlens_q[: batch + 1]
         self.slot_mapping = arrays.slot_mapping[:num_tokens]
         self.status = arrays.status[:batch]
-        self.ok = self.status == OK
+
+    @property
+    def ok(self) -> NDArray[np.bool_]:
+        """``[batch]`` bool: which rows got what they need. See `Step`."""
+        return self.status == OK
 
     def append(self, layer: int, key: Any, value: Any) -> None:
         """Store the keys and values of this step's new tokens.
 
         Args:
             layer: 0 to ``num_layers - 1``.
-            key: ``[num_tokens, num_kv_heads, head_dim]`` of the cache's dtype, NumPy array or CPU tensor; ``value``
-                alike. Rows of tokens whose slot is -1 are skipped.
+            key: ``[num_tokens, num_kv_heads, head_dim]`` of the cache's dtype, NumPy array or CPU tensor, last axis
+                contiguous; ``value`` alike. Rows of tokens whose slot is -1 are skipped. For a bfloat16 cache also
+                uint16 arrays of its bits.
 
         Raises:
-            ShapeError: a shape or dtype is not as above.
-            StepError: the step has ended.
+            ShapeError: a shape, dtype or stride is not as above; nothing was written.
+            StepError: the step has ended, or there is no such layer.
         """
         self._require_open()
         self._cache._append(self, layer, key, value)
@@ -81,11 +89,16 @@ class Step:
 
         Args:
             layer: 0 to ``num_layers - 1``.
-            q: ``[num_tokens, num_q_heads, head_dim]`` of the cache's dtype.
-            options: as `kvtoolkit.variable_block_attention` takes them.
+            q: ``[num_tokens, num_q_heads, head_dim]``, of the dtypes that `append` takes, last axis contiguous.
+            options: as `kvtoolkit.variable_block_attention` takes them, but for ``cu_seqlens_q``.
 
         Returns:
-            ``[num_tokens, num_q_heads, head_dim]``, a tensor if ``q`` is one; with ``return_lse`` also ``lse``.
+            ``[num_tokens, num_q_heads, head_dim]`` typed as ``q``, a tensor if ``q`` is one; with ``return_lse`` also
+            ``lse`` ``[num_tokens, num_q_heads]`` float32, natural log.
+
+        Raises:
+            ShapeError: a shape, dtype, stride or option is not as above.
+            StepError: the step has ended, or there is no such layer.
         """
         self._require_open()
         return self._cache._attend(self, layer, q, options)
