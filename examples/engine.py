@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from examples.llama import PackedLlama
-from kvtoolkit import CacheConfig, CacheFullError, KVCache
+from kvtoolkit import CacheConfig, CacheFullError, CacheStats, KVCache
 
 
 @dataclass
@@ -33,6 +33,25 @@ class Request:
     @property
     def tokens(self) -> list[int]:
         return self.prompt + self.output
+
+
+@dataclass
+class Averages:
+    """Figures of the cache, as the mean over all steps: at the end of a run it is empty again."""
+
+    num_steps: int = 0
+    waste: float = 0.0
+    entries_per_seq: float = 0.0
+    blocks: dict[int, float] = field(default_factory=dict)
+
+    def add(self, stats: CacheStats) -> None:
+        self.num_steps += 1
+        self.waste += (stats.waste - self.waste) / self.num_steps
+        self.entries_per_seq += (stats.entries_per_seq - self.entries_per_seq) / self.num_steps
+        for size in sorted({*self.blocks, *stats.blocks}):
+            mean = self.blocks.get(size, 0.0)
+            self.blocks[size] = mean + (stats.blocks.get(size, 0) - mean) / self.num_steps
+        self.blocks = dict(sorted(self.blocks.items()))
 
 
 class Engine:
@@ -64,6 +83,7 @@ class Engine:
         self.running: list[Request] = []  # in order of admission: the last one is the first to be preempted
         self.num_prefilled = 0
         self.num_decoded = 0
+        self.averages = Averages()
 
     def add(self, request: Request) -> None:
         """Queue a request."""
@@ -82,6 +102,7 @@ class Engine:
         while self.waiting or self.running:
             self.admit()
             self.step()
+            self.averages.add(self.cache.stats())
             on_step(self)
 
     def admit(self) -> None:

@@ -1,0 +1,160 @@
+"""SmolLM2-135M answers prompts on the engine of `examples.engine`: `python -m examples.generate --help`."""
+
+import argparse
+import sys
+import time
+
+import torch
+
+from examples.engine import Engine, Request
+from examples.llama import PackedLlama
+from kvtoolkit import CacheStats, KVToolkitError
+from kvtoolkit.integrations.smollm2 import load_smollm2
+
+PROMPTS = [
+    "What is the capital of France, and what is it known for?",
+    "Explain in two sentences why the sky is blue.",
+    "Write a haiku about the sea.",
+    "List three uses of a paper clip.",
+    "Why do we need sleep?",
+    "Tell me a very short story about a lighthouse keeper.",
+    "What is the difference between a frog and a toad?",
+    "Give me a simple recipe for pancakes.",
+]
+SYSTEM = "You are a helpful assistant. Answer briefly, in plain words, and say so if you do not know."
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m examples.generate", description=__doc__)
+    parser.add_argument("prompts", nargs="*", default=PROMPTS, metavar="PROMPT", help="default: eight of our own")
+    parser.add_argument("--config", help="a TOML file such as examples/cache.toml; the options below win over it")
+    parser.add_argument("--allocator", help="paged, buddy, slab, lockfree, or package.module:Class")
+    parser.add_argument("--growth", help="fixed8 ... fixed64, append, proportional, lazy_merge, adaptive")
+    parser.add_argument("--num-tokens", type=int, help="token slots in the pool (default 8192)")
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--max-batch", type=int, default=16, help="requests that run at once")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    try:
+        with Progress() as progress:
+            progress.show("loading SmolLM2-135M-Instruct", 0, 1)
+            model, tokenizer = load_smollm2(
+                dtype=getattr(torch, options.dtype), progress=lambda text, done: progress.show(text, done, 1)
+            )
+            packed = PackedLlama(model)
+            engine = Engine(
+                packed,
+                packed.cache_config(options.config, **cache_options(options)),
+                eos_token_id=tokenizer.eos_token_id,
+                max_batch=options.max_batch,
+            )
+            requests = [
+                Request(encode(tokenizer, prompt), options.max_new_tokens, options.temperature, options.seed + i)
+                for i, prompt in enumerate(options.prompts)
+            ]
+            for request in requests:
+                engine.add(request)
+            seconds = run(engine, requests, progress)
+    except (KVToolkitError, ValueError) as error:
+        print(f"generate: {error}", file=sys.stderr)
+        return 2
+    for prompt, request in zip(options.prompts, requests, strict=True):
+        print(f"\n> {prompt}\n{tokenizer.decode(request.output, skip_special_tokens=True).strip()}")
+    report(engine, seconds)
+    return 0
+
+
+def cache_options(options: argparse.Namespace) -> dict[str, object]:
+    given = {name: getattr(options, name) for name in ("allocator", "growth", "num_tokens")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if options.config is None:
+        given = {"num_tokens": 8192, "max_seqs": 64} | given
+    return given
+
+
+def encode(tokenizer, prompt: str) -> list[int]:
+    """The prompt as a chat. The system message is the same for all, so its keys and values are computed once."""
+    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": prompt}]
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+
+
+def run(engine: Engine, requests: list[Request], progress: "Progress") -> float:
+    """Run to the end; returns the seconds it took."""
+    wanted = sum(request.max_new_tokens for request in requests)
+    start = time.perf_counter()
+
+    def on_step(engine: Engine) -> None:
+        finished = sum(request.max_new_tokens - len(request.output) for request in requests if done(request))
+        text = f"generating, {len(engine.running)} running, {len(engine.waiting)} waiting"
+        progress.show(text, engine.num_decoded + finished, wanted)
+
+    engine.run(on_step)
+    return time.perf_counter() - start
+
+
+def done(request: Request) -> bool:
+    return bool(request.output) and request.seq_id is None
+
+
+def report(engine: Engine, seconds: float) -> None:
+    """Speed, and the cache's own figures."""
+    stats: CacheStats = engine.cache.stats()
+    config, average = engine.cache.config, engine.averages
+    print(
+        f"\n{engine.num_decoded} tokens in {seconds:.1f} s: {engine.num_decoded / seconds:.1f} tokens per second, "
+        f"{engine.num_prefilled} prompt tokens computed"
+    )
+    print(
+        f"cache       {config.allocator}, growth {config.growth}, {stats.capacity} slots, {stats.nbytes / 1e6:.0f} MB"
+    )
+    print(f"peak use    {stats.peak_used} slots ({stats.peak_used / stats.capacity:.0%})")
+    print(f"waste       {average.waste:.1%} of the slots held, mean over {stats.num_steps} steps")
+    print(f"blocks      {', '.join(f'{n:.1f} of {size}' for size, n in average.blocks.items())} tokens, mean per step")
+    print(f"entries     {average.entries_per_seq:.1f} per sequence, mean over steps")
+    print(
+        f"copied      {stats.copied_tokens} tokens, {stats.num_merges} merges ({stats.num_failed_merges} found no room)"
+    )
+    print(f"reused      {stats.reused_tokens} of {stats.prompt_tokens} prompt tokens found in the cache")
+    print(f"preempted   {stats.num_preempted} times, {stats.num_evicted} granules evicted")
+
+
+class Progress:
+    """A progress bar on the terminal: rich's if it is installed, else a line now and then."""
+
+    def __init__(self) -> None:
+        try:
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+            from rich.progress import Progress as Bar
+
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            self.bar = Bar(*columns, transient=True)
+            self.task = self.bar.add_task("", total=1)
+        except ImportError:
+            self.bar = None
+        self.last = ("", -1.0)
+
+    def show(self, text: str, done: float, total: float) -> None:
+        if self.bar:
+            self.bar.update(self.task, description=text, completed=done, total=total)
+        elif text.split(",")[0] != self.last[0] or done / total >= self.last[1] + 0.1:
+            self.last = (text.split(",")[0], done / total)
+            print(f"{text} ({done / total:.0%})", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> "Progress":
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.bar:
+            self.bar.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
