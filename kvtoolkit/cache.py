@@ -230,13 +230,13 @@ class KVCache:
             raise StepError(f"step: expected one of this cache, got {step!r}")
         step._require_open()
 
-    def _append(self, step: Step, layer: int, key: Any, value: Any) -> None:
+    def _append(self, layer: int, key: Any, value: Any, step: access.StepOperands) -> None:
         self._check_layer(layer)
-        access.append(self._arenas, layer, key, value, step._operands)
+        access.append(self._arenas, layer, key, value, step)
 
-    def _attend(self, step: Step, layer: int, q: Any, options: dict[str, Any]) -> Any:
+    def _attend(self, layer: int, q: Any, step: access.StepOperands, options: dict[str, Any]) -> Any:
         self._check_layer(layer)
-        return access.attend(self._arenas, layer, q, step._operands, **options)
+        return access.attend(self._arenas, layer, q, step, **options)
 
     def _check_layer(self, layer: int) -> None:
         if not 0 <= layer < len(self._key_caches):

@@ -62,6 +62,7 @@ class Step:
         self.cu_seqlens_q = arrays.cu_seqlens_q[: batch + 1]
         self.slot_mapping = arrays.slot_mapping[:num_tokens]
         self.status = arrays.status[:batch]
+        self._operands: StepOperands | None = None
 
     @property
     def ok(self) -> NDArray[np.bool_]:
@@ -82,7 +83,7 @@ class Step:
             StepError: the step has ended, or there is no such layer.
         """
         self._require_open()
-        self._cache._append(self, layer, key, value)
+        self._cache._append(layer, key, value, self._operands or self._describe())
 
     def attend(self, layer: int, q: Any, **options: Any) -> Any:
         """Attend the new tokens to everything their sequences hold, these tokens included.
@@ -101,7 +102,18 @@ class Step:
             StepError: the step has ended, or there is no such layer.
         """
         self._require_open()
-        return self._cache._attend(self, layer, q, options)
+        return self._cache._attend(layer, q, self._operands or self._describe(), options)
+
+    def _describe(self) -> StepOperands:
+        """The arrays of the step as the kernels of all its layers want them."""
+        self._operands = StepOperands(
+            operand(self.block_table, "block_table"),
+            operand(self.block_starts, "block_starts"),
+            operand(self.seq_lens, "seq_lens"),
+            operand(self.cu_seqlens_q, "cu_seqlens_q"),
+            operand(self.slot_mapping, "slot_mapping"),
+        )
+        return self._operands
 
     def explain(self) -> list[str]:
         """A sentence for every row that is not ok."""
