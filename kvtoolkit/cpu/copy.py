@@ -16,7 +16,7 @@ from kvtoolkit.errors import ShapeError
 
 _TOKENS_PER_ITEM = 64
 _int: Any = np.int64  # a cast in compiled code
-_BYTES_PER_THREAD = 400_000  # about what one core copies while another wakes
+_BYTES_PER_THREAD = 2_000_000  # some 100 us, several times what waking a thread takes
 
 (
     KEY, KEY_TOKEN, KEY_HEAD,           # address, then strides in bytes

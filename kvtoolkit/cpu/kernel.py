@@ -35,6 +35,7 @@ from kvtoolkit.cpu.vector import (
     store,
     store8,
     store_f32,
+    total,
     write_f32,
     write_i64,
 )
@@ -110,10 +111,10 @@ def partial_floats(head_dim: int) -> int:
 
 @jit
 def scratch_bytes(group_size: int, head_dim: int) -> int:
-    """Bytes that a thread's scratch needs, see `_scratch`."""
+    """Bytes that a thread's scratch needs: the arrays at the head of `_attend_item`."""
     rows = max(ROWS_PER_ITEM, group_size)
     width = (head_dim + 15) // 16 * 16
-    return 8 * TILE * width + 4 * rows * (TILE + 2 * width) + 2 * (4 * rows + 64) + 16 * TILE
+    return 8 * TILE * width + 4 * rows * (TILE + 2 * width) + 64 * rows + 4 * rows + 16 * TILE
 
 
 @jit
@@ -282,8 +283,8 @@ def _attend_item(
     out_rows = q_rows + 4 * width * most
     k_offsets = out_rows + 4 * width * most
     v_offsets = k_offsets + 8 * TILE
-    peaks = v_offsets + 8 * TILE
-    masses = peaks + 4 * most + 64
+    masses = v_offsets + 8 * TILE
+    peaks = masses + 64 * most
 
     zero = splat(_single(0.0))
     if seq_len > 0:
@@ -299,7 +300,7 @@ def _attend_item(
                 store_f32(q_rows + 4 * (r * width + d), multiply(factor, load8(dtype, source + itemsize * d)))
     for r in range(rows):
         write_f32(peaks + 4 * r, _single(-math.inf))
-        write_f32(masses + 4 * r, _single(0.0))
+        store_f32(masses + 64 * r, zero)
         for d in range(0, width, 16):
             store_f32(out_rows + 4 * (r * width + d), zero)
 
@@ -346,7 +347,7 @@ def _attend_item(
                 last = min(last, position + right - start)
             if first > 0 or last < TILE - 1:
                 mask_scores(line, first, last)
-            absorb_scores(line, peaks + 4 * r, masses + 4 * r, out_rows + 4 * width * r, width)
+            absorb_scores(line, peaks + 4 * r, masses + 64 * r, out_rows + 4 * width * r, width)
         weigh_values(out_rows, scores, v_tile, width, rows, end)
         tile += 1
 
@@ -358,7 +359,7 @@ def _attend_item(
         if splits == 1:
             _finish(
                 problem, token + first_query + i, q_head, seq_len,
-                out_rows + 4 * width * r, read_f32(peaks + 4 * r), read_f32(masses + 4 * r),
+                out_rows + 4 * width * r, read_f32(peaks + 4 * r), total(load_f32(masses + 64 * r)),
             )  # fmt: skip
         else:
             index = plan[row, FIRST_PARTIAL] + ((first_query + i) * q_heads + q_head) * splits + split
@@ -366,7 +367,7 @@ def _attend_item(
             for d in range(0, width, 16):
                 store_f32(partial + 4 * d, load_f32(out_rows + 4 * (width * r + d)))
             write_f32(partial + 4 * width, read_f32(peaks + 4 * r))
-            write_f32(partial + 4 * (width + 1), read_f32(masses + 4 * r))
+            write_f32(partial + 4 * (width + 1), total(load_f32(masses + 64 * r)))
 
 
 @jit

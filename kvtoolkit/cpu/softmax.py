@@ -1,7 +1,9 @@
 """The online softmax of one tile: scores in, weights out, running maximum, sum and output kept per query row.
 
-Source: Milakov & Gimelshein 2018 (arXiv:1805.02867), alg. 3. State of a row: ``peak``, the largest score so far;
-``mass``, the sum of exp(score - peak); ``out``, the sum of exp(score - peak) * value.
+Source: Milakov & Gimelshein 2018 (arXiv:1805.02867), alg. 3, with one difference: ``peak`` need not be the largest
+score so far, only within `_HEADROOM` of it, for finding a maximum among the lanes costs more than the weights
+themselves. State of a row: ``peak``; ``mass``, 16 lanes that add up to the sum of exp(score - peak); ``out``, the sum
+of exp(score - peak) * value.
 """
 
 import math
@@ -11,9 +13,9 @@ import numpy as np
 from allocators._jit import jit
 from kvtoolkit.cpu.vector import (
     add,
+    any_above,
     distances,
     exp,
-    first_lane,
     keep_lanes,
     largest,
     load_f32,
@@ -27,6 +29,8 @@ from kvtoolkit.cpu.vector import (
     total,
     write_f32,
 )
+
+_HEADROOM = 8.0  # weights up to exp(8) lose nothing in float32
 
 
 @jit
@@ -56,27 +60,34 @@ def mask_scores(scores: int, first: int, last: int) -> None:
 
 @jit
 def absorb_scores(scores: int, peak: int, mass: int, out: int, width: int) -> None:
-    """Turn the 64 scores of a row into weights exp(score - peak) and bring the row's state to the new peak."""
+    """Turn the 64 scores of a row into weights exp(score - peak), and bring the row's state to the peak they need."""
     s0 = load_f32(scores)
     s1 = load_f32(scores + 64)
     s2 = load_f32(scores + 128)
     s3 = load_f32(scores + 192)
-    highest = largest(maximum(maximum(s0, s1), maximum(s2, s3)))
+    highest = maximum(maximum(s0, s1), maximum(s2, s3))
     old = read_f32(peak)
-    new = old
-    if highest > old:
-        new = highest
-    if new == -math.inf:
+    centre = splat(old)
+    if any_above(highest, np.float32(old + _HEADROOM)):
+        new = largest(highest)
+        centre = splat(new)
+        write_f32(peak, new)
+        if old > -math.inf:
+            rescale = exp(splat(np.float32(old - new)))
+            store_f32(mass, multiply(load_f32(mass), rescale))
+            for d in range(0, width, 16):
+                store_f32(out + 4 * d, multiply(load_f32(out + 4 * d), rescale))
+    elif old == -math.inf:
         # -inf - -inf is NaN: masked scores must leave the state alone. A NaN score is no maximum, but must be seen
-        if math.isnan(total(add(add(s0, s1), add(s2, s3)))):
-            write_f32(mass, np.float32(math.nan))
+        sums = add(add(s0, s1), add(s2, s3))
+        if math.isnan(total(sums)):
+            store_f32(mass, sums)
         zero = splat(np.float32(0.0))
         store_f32(scores, zero)
         store_f32(scores + 64, zero)
         store_f32(scores + 128, zero)
         store_f32(scores + 192, zero)
         return
-    centre = splat(new)
     s0 = exp(subtract(s0, centre))
     s1 = exp(subtract(s1, centre))
     s2 = exp(subtract(s2, centre))
@@ -85,11 +96,4 @@ def absorb_scores(scores: int, peak: int, mass: int, out: int, width: int) -> No
     store_f32(scores + 64, s1)
     store_f32(scores + 128, s2)
     store_f32(scores + 192, s3)
-    held = read_f32(mass)
-    if new > old:
-        rescale = exp(splat(np.float32(old - new)))
-        held = np.float32(held * first_lane(rescale))
-        for d in range(0, width, 16):
-            store_f32(out + 4 * d, multiply(load_f32(out + 4 * d), rescale))
-        write_f32(peak, new)
-    write_f32(mass, np.float32(held + total(add(add(s0, s1), add(s2, s3)))))
+    store_f32(mass, add(load_f32(mass), add(add(s0, s1), add(s2, s3))))

@@ -318,6 +318,17 @@ def total(typingctx: Any, vector: Any) -> Any:
     return types.float32(float32x16), codegen
 
 
+@intrinsic
+def any_above(typingctx: Any, vector: Any, bound: Any) -> Any:
+    """Whether any lane is larger than ``bound``: much cheaper than `largest`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        above = builder.fcmp_ordered(">", args[0], splat_of(builder, args[1]))
+        return builder.icmp_unsigned("!=", builder.bitcast(above, _I16), _I16(0))
+
+    return types.boolean(float32x16, types.float32), codegen
+
+
 def _emit_iota(builder: Any) -> Any:
     return ir.Constant(_VEC_I32, list(range(LANES)))
 

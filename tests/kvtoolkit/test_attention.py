@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from kvtoolkit import reference
 from kvtoolkit.attention import append, merge_states, paged_attention, variable_block_attention
 from kvtoolkit.cpu import num_threads, set_num_threads
+from kvtoolkit.cpu import threads as pool
 from tests.kvtoolkit.attention_cases import Case, assert_close, nan_filled, to_storage
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -159,14 +160,16 @@ def test_the_batch_around_a_row_does_not_change_its_bits(num_splits: int) -> Non
         assert np.array_equal(lse[asked], alone_lse)
 
 
-def test_chunked_prefill_gives_the_bits_of_one_prefill() -> None:
+@pytest.mark.parametrize("window", [(-1, -1), (70, -1)])
+def test_chunked_prefill_gives_the_bits_of_one_prefill(window: tuple[int, int]) -> None:
     case = Case([200], [200])
     arrays = case.variable()
-    out, _ = case.run(arrays)
+    out, _ = case.run(arrays, window_size=window)
     for begin, end in ((0, 64), (64, 101), (101, 200)):
         chunk = variable_block_attention(
-            case.q[begin:end], *arrays, np.array([end], np.int32), cu_seqlens_q=np.array([0, end - begin], np.int32)
-        )
+            case.q[begin:end], *arrays, np.array([end], np.int32), cu_seqlens_q=np.array([0, end - begin], np.int32),
+            window_size=window,
+        )  # fmt: skip
         assert np.array_equal(out[begin:end], chunk)
 
 
@@ -202,9 +205,9 @@ def test_several_python_threads_may_call_at_once() -> None:
     failures = []
 
     def work(i: int) -> None:
-        for _ in range(10):
-            if not np.array_equal(cases[i].run(arrays[i])[0], good[i]):
-                failures.append(i)
+        same = all(np.array_equal(cases[i].run(arrays[i])[0], good[i]) for _ in range(10))
+        if not same:
+            failures.append(i)
 
     workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
     for worker in workers:
@@ -215,7 +218,9 @@ def test_several_python_threads_may_call_at_once() -> None:
 
 
 def _attend_in_child(case: Case, arrays: tuple[np.ndarray, ...], good: np.ndarray) -> None:
-    raise SystemExit(0 if np.array_equal(case.run(arrays)[0], good) else 1)
+    started = threading.Event()
+    pool.run(started.set, 1)
+    raise SystemExit(0 if np.array_equal(case.run(arrays)[0], good) and started.wait(20) else 1)
 
 
 @pytest.mark.usefixtures("threads")
@@ -366,9 +371,9 @@ def test_append_writes_its_slots_and_nothing_else(layout: str, dtype: str) -> No
 def test_a_large_append_is_shared_among_threads() -> None:
     set_num_threads(4)
     rng = np.random.default_rng(0)
-    new = rng.standard_normal((2, 4000, 2, 64)).astype(np.float32)
-    caches = np.zeros((2, 500, 2, 8, 64), np.float32)
-    slots = rng.permutation(4000)
+    new = rng.standard_normal((2, 8000, 2, 64)).astype(np.float32)
+    caches = np.zeros((2, 1000, 2, 8, 64), np.float32)
+    slots = rng.permutation(8000)
     append(new[0], new[1], caches[0], caches[1], slots, layout="HND")
     for written, tokens in zip(caches, new, strict=True):
         assert np.array_equal(written[slots // 8, :, slots % 8], tokens)

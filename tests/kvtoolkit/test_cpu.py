@@ -5,12 +5,13 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from kvtoolkit import cpu
-from kvtoolkit.cpu import threads
+from kvtoolkit.cpu import kernel, threads
 from kvtoolkit.errors import ShapeError
 from tests.kvtoolkit.attention_cases import Case
 
@@ -84,6 +85,27 @@ def test_work_offered_to_the_pool_runs_in_other_threads() -> None:
     assert threading.get_ident() not in seen
 
 
+def test_a_call_returns_only_when_items_in_other_hands_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case([100])
+    arrays = case.variable()
+    compiled, shared = kernel.run_items, []
+
+    def one_item_is_taken(*arguments: Any) -> None:
+        *_, counters, _ = arguments
+        counters[0] += 1
+        shared.append(counters)
+        compiled(*arguments)
+
+    monkeypatch.setattr(kernel, "run_items", one_item_is_taken)
+    caller = threading.Thread(target=case.run, args=(arrays,))
+    caller.start()
+    caller.join(0.2)
+    assert caller.is_alive()
+    shared[0][1] += 1
+    caller.join(10)
+    assert not caller.is_alive()
+
+
 @pytest.mark.parametrize(("text", "wanted"), [("3", 3), ("", len(os.sched_getaffinity(0)))])
 def test_the_environment_sets_the_number_of_threads(text: str, wanted: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVTOOLKIT_NUM_THREADS", text)
@@ -97,6 +119,56 @@ def test_a_number_of_threads_that_makes_no_sense_is_refused(text: str, monkeypat
         threads._threads_from_environment()
     with pytest.raises(ValueError, match="count"):
         cpu.set_num_threads(0)
+
+
+GUARDED = """
+import ctypes, mmap
+import numpy as np
+from kvtoolkit.attention import append, merge_states
+from tests.kvtoolkit.attention_cases import Case
+
+kept = []
+
+def at_the_end_of_a_page(array):
+    pages = -(-array.nbytes // mmap.PAGESIZE)
+    memory = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
+    kept.append(memory)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + pages * mmap.PAGESIZE), mmap.PAGESIZE, 0) == 0
+    offset = pages * mmap.PAGESIZE - array.nbytes
+    copy = np.frombuffer(memory, array.dtype, array.size, offset).reshape(array.shape)
+    copy[:] = array
+    return copy
+
+def run(dtype, head_dim):
+    case = Case([100, 70, 64], [1, 70, 3], head_dim=head_dim, dtype=dtype)
+    arrays = case.variable((1,))
+    # the last granule in memory must be in use for its end to be read
+    last = int(arrays[2].max()) & 0xFFFFFF
+    arrays = (arrays[0][: last + 1], arrays[1][: last + 1], *arrays[2:])
+    case.q = at_the_end_of_a_page(case.q)
+    case.lengths = at_the_end_of_a_page(case.lengths)
+    case.cu_seqlens_q = at_the_end_of_a_page(case.cu_seqlens_q)
+    case.check(tuple(map(at_the_end_of_a_page, arrays)))
+
+for dtype in ("float32", "float16", "bfloat16"):
+    for head_dim in (40, 64):
+        run(dtype, head_dim)
+new = at_the_end_of_a_page(np.ones((3, 2, 40), np.float32))
+cache = at_the_end_of_a_page(np.zeros((2, 2, 8, 40), np.float32))
+append(new, new, cache, cache.copy(), at_the_end_of_a_page(np.array([0, 15, -1])), layout="HND")
+lse = at_the_end_of_a_page(np.zeros((3, 2), np.float32))
+merge_states(new, lse, new, lse)
+"""
+
+
+def test_nothing_is_read_past_the_end_of_an_array() -> None:
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    finished = subprocess.run(
+        [sys.executable, "-c", GUARDED], env=environment, cwd=root, capture_output=True, text=True, timeout=300
+    )
+    assert finished.returncode == 0, finished.stderr
 
 
 PORTABLE = """
