@@ -9,7 +9,17 @@ from hypothesis.stateful import invariant, precondition, rule
 from allocators.epochs import EpochPool, Lease
 from allocators.errors import AllocatorError, LeaseError, OutOfBlocksError
 from allocators.testing.failure import expect, fail
-from allocators.testing.machine import PICK, PICKS, SHUFFLE, SOME_PICKS, AllocatorMachine, call, columns, free_set
+from allocators.testing.machine import (
+    FEW_PICKS,
+    PICK,
+    PICKS,
+    SHUFFLE,
+    SOME_PICKS,
+    AllocatorMachine,
+    call,
+    columns,
+    free_set,
+)
 from allocators.testing.model import Run
 
 _MAX_STREAMS = 3
@@ -98,7 +108,7 @@ class EpochMachine(AllocatorMachine):
 
     # -- leases ------------------------------------------------------------------------------------------------------
 
-    @rule(picks=PICKS, within=st.none() | PICK)
+    @rule(picks=FEW_PICKS, within=st.none() | PICK)
     def lease(self, picks: list[int], within: int | None) -> None:
         """Blocks for a future, maybe inside another."""
         parent = None if within is None or not self.futures else self.futures[within % len(self.futures)]
@@ -160,7 +170,7 @@ class EpochMachine(AllocatorMachine):
         if future.parent:
             future.parent.children.remove(future)
 
-    @rule(picks=PICKS, inner_picks=PICKS, commit_inside=st.booleans())
+    @rule(picks=FEW_PICKS, inner_picks=FEW_PICKS, commit_inside=st.booleans())
     def speculate(self, picks: list[int], inner_picks: list[int], commit_inside: bool) -> None:
         """A future and one inside it, then abort: the pool is exactly as before."""
         before, free_before = self.fingerprint(), self.free_set()

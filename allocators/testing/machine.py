@@ -20,6 +20,7 @@ Make = Callable[[], BlockAllocator]
 
 PICKS = st.lists(st.integers(0, 99), max_size=10)
 SOME_PICKS = st.lists(st.integers(0, 99), min_size=1, max_size=10)
+FEW_PICKS = st.lists(st.integers(0, 99), max_size=4)
 PICK = st.integers(0, 99)
 SHUFFLE = st.integers(0, 999)
 

@@ -67,7 +67,7 @@ def _edit(
     edit: tuple[str, str],
     *,
     kill: Any = None,
-    num_granules: int = 24,
+    num_granules: int = 64,
     **options: Any,
 ) -> Mutant:
     """A mutant by one edit of the source of the allocator, compiled when it is first made."""
@@ -114,8 +114,8 @@ def _quotas(make: Callable[[], BlockAllocator]) -> None:
 
 
 def _races(make: Callable[[], BlockAllocator]) -> None:
-    for seed in range(20):
-        race_to_free(make, seed=seed)
+    for seed in range(30):
+        race_to_free(make, num_threads=2, num_rounds=3, seed=seed)
 
 
 # -- defects that a subclass can plant ---------------------------------------------------------------------------------
@@ -301,6 +301,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "an epoch ends when the first stream has finished it",
         "epochs:EpochPool",
         ("return min(self._completed.values())", "return max(self._completed.values())"),
+        streams=("compute", "copy"),
     ),
     Mutant(
         "epochs-advance-frees",
@@ -337,7 +338,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "lockfree-unserialised-free",
         "frees do not follow one another",
-        lambda: _without_lock(LockFreeAllocator(1 << 15)),
+        lambda: _without_lock(LockFreeAllocator(1 << 18)),
         _races,
     ),
     Mutant("buddy-look-then-take", "two threads may be given one place", lambda: _blind(_ReadsThenTakes(256)), _loops),
@@ -356,7 +357,7 @@ MUTANTS: tuple[Mutant, ...] = (
             "        seen = word\n        pool.free[w] = word & ~_run_mask(start, order)\n        if",
         ),
         kill=_loops,
-        num_granules=256,
+        num_granules=64,
     ),
     _edit(
         "lockfree-no-undoers",
