@@ -49,6 +49,7 @@ def publish(words, value):
     _bits.store_release(words, 0, value)
 
 
+@settings(deadline=None)
 @given(word=WORDS)
 def test_counting(word):
     zeros, ones = zeros_and_ones(np.uint64(word))
@@ -56,6 +57,7 @@ def test_counting(word):
     assert ones == word.bit_count()
 
 
+@settings(deadline=None)
 @given(values=st.lists(WORDS, min_size=4, max_size=4), operand=WORDS)
 def test_atomics_return_what_was_there_and_leave_what_they_say(values, operand):
     words = np.array(values, np.uint64)
@@ -81,7 +83,7 @@ def test_nothing_is_lost_between_threads():
     assert (words[0], words[8]) == (200_000, 200_000)
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)  # the first call compiles
 @given(
     size=st.sampled_from([1, 64, 65, 5000, 300_000]),
     calls=st.lists(st.tuples(st.booleans(), st.integers(0, 1), st.integers(0, 299_999)), max_size=30),

@@ -102,9 +102,9 @@ def test_snapshots():
         pool.restore("text")
     with pytest.raises(SnapshotError, match="damaged or truncated"):
         pool.restore(data[:-1])
-    with pytest.raises(SnapshotError, match="'kind': 'buddy'.*got one of.*'kind': 'slab'"):
+    with pytest.raises(SnapshotError, match=r"'kind': 'buddy'.*got one of.*'kind': 'slab'"):
         pool.restore(SlabAllocator(24).snapshot())
-    with pytest.raises(SnapshotError, match="'num_granules': 24.*'num_granules': 32"):
+    with pytest.raises(SnapshotError, match=r"'num_granules': 24.*'num_granules': 32"):
         pool.restore(BuddyAllocator(32).snapshot())
     with pytest.raises(SnapshotError, match="layout"):
         LockFreeAllocator(24).restore(LockFreeAllocator(24, layout="slab").snapshot())

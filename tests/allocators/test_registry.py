@@ -57,5 +57,5 @@ def test_unknown_spec_is_named(spec, message):
 
 
 def test_unknown_option_is_named():
-    with pytest.raises(InvalidSizeError, match="BuddyAllocator does not take these options.*layout"):
+    with pytest.raises(InvalidSizeError, match=r"BuddyAllocator does not take these options.*layout"):
         create("buddy", 24, layout="slab")
