@@ -410,16 +410,6 @@ exp = _unary(exp_of)
 tanh = _unary(tanh_of)
 
 
-@intrinsic
-def first_lane(typingctx: Any, vector: Any) -> Any:
-    """Lane 0, as a scalar."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.extract_element(args[0], _I32(0))
-
-    return types.float32(float32x16), codegen
-
-
 # -- scalars at an address ------------------------------------------------------------------------------------------
 
 

@@ -30,7 +30,7 @@ def nan_filled(shape: tuple[int, ...], dtype: str) -> np.ndarray:
 
 @dataclass
 class Case:
-    """One batch: ``seq_lens`` tokens per row, of which the last ``new`` ask; the caches come from `paged`, `variable`."""
+    """One batch: ``seq_lens`` tokens per row, of which the last ``new`` ask; `paged` and `variable` lay them out."""
 
     seq_lens: list[int]
     new: list[int] | None = None

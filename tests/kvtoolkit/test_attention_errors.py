@@ -232,5 +232,5 @@ def test_arrays_on_a_device_are_refused() -> None:
     meta = arrays[0].to("meta")
     with pytest.raises(UnsupportedError, match="host memory"):
         paged_attention(meta, *arrays[1:])
-    with pytest.raises(UnsupportedError, match="k_cache: .*host memory.*meta"):
+    with pytest.raises(UnsupportedError, match=r"k_cache: .*host memory.*meta"):
         paged_attention(arrays[0], arrays[1].to("meta"), *arrays[2:])
