@@ -2,6 +2,7 @@
 
 from allocators import BlockAllocator, create
 from kvtoolkit._version import __version__
+from kvtoolkit.attention import append, merge_states, paged_attention, variable_block_attention
 from kvtoolkit.cache import KVCache, Lease
 from kvtoolkit.config import CacheConfig
 from kvtoolkit.errors import (
@@ -14,6 +15,7 @@ from kvtoolkit.errors import (
     StepError,
     UnsupportedError,
 )
+from kvtoolkit.sources import get_include
 from kvtoolkit.stats import CacheStats
 from kvtoolkit.step import Step
 
@@ -33,5 +35,10 @@ __all__ = [
     "StepError",
     "UnsupportedError",
     "__version__",
+    "append",
     "create",
+    "get_include",
+    "merge_states",
+    "paged_attention",
+    "variable_block_attention",
 ]

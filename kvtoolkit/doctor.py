@@ -60,8 +60,9 @@ def backends(findings: list[Finding]) -> list[Finding]:
     ]
 
 
-def report(stream: TextIO = sys.stdout) -> int:
+def report(stream: TextIO | None = None) -> int:
     """Print the findings; returns an exit status: 1 if the CPU backend does not work or something is broken."""
+    stream = stream or sys.stdout
     findings = examine()
     results = backends(findings)
     width = max(len(finding.name) for finding in findings)

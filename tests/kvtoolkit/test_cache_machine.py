@@ -1,10 +1,19 @@
 """Whole caches driven in any order, every read compared with plain Python token lists."""
 
+from typing import ClassVar
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from kvtoolkit import CacheConfig, CacheFullError, KVCache
 from kvtoolkit.tables import unpack_entries
@@ -37,7 +46,7 @@ def key_of(tokens: list[int], layer: int) -> np.ndarray:
 class CacheMachine(RuleBasedStateMachine):
     """Each sequence holds its own tokens, whatever happens to the others."""
 
-    config: dict = {}
+    config: ClassVar[dict] = {}
 
     @initialize(
         superblocks=st.sampled_from([2, 3, 8, 24]),
@@ -91,13 +100,17 @@ class CacheMachine(RuleBasedStateMachine):
     def open(self, data, count):
         # few different tokens and long runs, so that prefixes meet
         prompts = [
-            [data.draw(st.integers(0, 1))] * data.draw(st.integers(0, 140)) + data.draw(st.lists(st.integers(0, 2), max_size=9))
+            [data.draw(st.integers(0, 1))] * data.draw(st.integers(0, 140))
+            + data.draw(st.lists(st.integers(0, 2), max_size=9))
             for _ in range(count)
         ]
         try:
             ids, cached = self.cache.open(prompts)
         except CacheFullError:
-            assert len(self.tokens) + len(self.preempted) + sum(len(l[1]) for l in self.leases) + count > self.cache.config.max_seqs
+            assert (
+                len(self.tokens) + len(self.preempted) + sum(len(held) for _, held in self.leases) + count
+                > self.cache.config.max_seqs
+            )
             return
         for seq, prompt, hit in zip(ids.tolist(), prompts, cached.tolist(), strict=True):
             assert hit % 8 == 0
@@ -147,7 +160,9 @@ class CacheMachine(RuleBasedStateMachine):
             self.cache.reorder(ids, parents)
         except CacheFullError:
             return
-        self.tokens |= {seq: list(tokens) for seq, tokens in zip(ids, [self.tokens[ids[p]] for p in parents], strict=True)}
+        self.tokens |= {
+            seq: list(tokens) for seq, tokens in zip(ids, [self.tokens[ids[p]] for p in parents], strict=True)
+        }
 
     @precondition(lambda self: self.tokens)
     @rule(data=st.data())
@@ -231,11 +246,15 @@ class CacheMachine(RuleBasedStateMachine):
                 granules, sizes, _ = unpack_entries(step.block_table[b])
                 used = np.concatenate([np.arange(g, g + n) for g, n in zip(granules, sizes, strict=True) if n] or [[]])
                 starts = step.block_starts[b][sizes > 0]
-                assert starts.tolist() == np.concatenate([[0], np.cumsum(sizes[sizes > 0])[:-1]])[: len(starts)].tolist()
+                assert (
+                    starts.tolist() == np.concatenate([[0], np.cumsum(sizes[sizes > 0])[:-1]])[: len(starts)].tolist()
+                )
                 for layer in range(NUM_LAYERS):
                     for cache, sign in ((self.cache.key_cache(layer), 1), (self.cache.value_cache(layer), -1)):
                         held = cache[used.astype(int)].transpose(0, 2, 1, 3).reshape(-1, NUM_HEADS, HEAD_DIM)
-                        np.testing.assert_array_equal(held[: len(tokens)] * sign, key_of(tokens, layer).astype(np.float32))
+                        np.testing.assert_array_equal(
+                            held[: len(tokens)] * sign, key_of(tokens, layer).astype(np.float32)
+                        )
 
     def teardown(self):
         if not hasattr(self, "cache"):
@@ -255,6 +274,6 @@ def test_every_read_returns_what_the_sequence_was_given(config):
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=30, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )

@@ -1,0 +1,237 @@
+"""Every misuse of a cache is refused by name, and leaves the cache as it was."""
+
+import numpy as np
+import pytest
+
+from kvtoolkit import (
+    CacheConfig,
+    CacheFullError,
+    CacheSnapshotError,
+    KVCache,
+    SequenceError,
+    ShapeError,
+    StepError,
+)
+
+
+def make(**fields):
+    shape = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 16, "dtype": "float32", "num_tokens": 128, "max_seqs": 4}
+    return KVCache(CacheConfig(**{**shape, **fields}))
+
+
+@pytest.fixture
+def cache():
+    """Two sequences of 20 tokens, one of them preempted to the host, and one that is closed."""
+    cache = make()
+    seq_ids, _ = cache.open([[1] * 21, [2] * 21, [3]])
+    with cache.begin_step(seq_ids, 20) as step:
+        key = np.ones((60, 2, 16), np.float32)
+        for layer in range(2):
+            step.append(layer, key, key)
+        cache.end_step(step, np.repeat([1, 2, 3], 20))
+    cache.close(seq_ids[2:])
+    cache.preempt(seq_ids[1:2], "host")
+    cache.ids = seq_ids
+    return cache
+
+
+CALLS = [
+    (lambda c: c.begin_step([99], 1), SequenceError, "got 99, unknown or closed"),
+    (lambda c: c.begin_step([-1], 1), SequenceError, "got -1, unknown or closed"),
+    (lambda c: c.begin_step([c.ids[2]], 1), SequenceError, "unknown or closed"),
+    (lambda c: c.begin_step([c.ids[0], c.ids[0]], 1), SequenceError, "expected every sequence once, got .* twice"),
+    (lambda c: c.begin_step([c.ids[1]], 1), SequenceError, "expected sequences that are open, got .* preempted"),
+    (lambda c: c.begin_step([0.5], 1), SequenceError, r"seq_ids: expected \[batch\] integers, got float64 \[1\]"),
+    (
+        lambda c: c.begin_step([[c.ids[0]]], 1),
+        SequenceError,
+        r"seq_ids: expected \[batch\] integers, got int64 \[1, 1\]",
+    ),
+    (lambda c: c.begin_step(c.ids[:1], -1), StepError, "num_new_tokens: expected 0 to .*, got -1"),
+    (lambda c: c.begin_step(c.ids[:1], [-3]), StepError, "num_new_tokens: expected 0 to .*, got -3"),
+    (lambda c: c.begin_step(c.ids[:1], [1, 2]), StepError, r"expected a number or \[1\] of them, got shape \[2\]"),
+    (lambda c: c.begin_step(c.ids[:1], 1.5), StepError, "num_new_tokens: expected integers, got float64"),
+    (lambda c: c.begin_step(c.ids[:1], 10**12), StepError, "num_new_tokens: expected 0 to .*, got 1000000000000"),
+    (lambda c: c.open([[1.5]]), SequenceError, r"prompts\[0\]: expected a vector of token ids, got float64"),
+    (
+        lambda c: c.open([[1], [[2]]]),
+        SequenceError,
+        r"prompts\[1\]: expected a vector of token ids, got int64 \[1, 1\]",
+    ),
+    (lambda c: c.open([[1]] * 9), CacheFullError, r"open: expected at most 2 new sequences \(max_seqs is 4\), got 9"),
+    (lambda c: c.close([c.ids[2]]), SequenceError, "expected sequences that are open or preempted, got"),
+    (lambda c: c.close([c.ids[0], c.ids[0]]), SequenceError, "twice"),
+    (lambda c: c.fork(c.ids[:1], -1), SequenceError, "n: expected a number of copies, got -1"),
+    (lambda c: c.fork(c.ids[:1], 9), CacheFullError, "fork: expected at most 2 new sequences"),
+    (lambda c: c.fork(c.ids[1:2], 1), SequenceError, "preempted"),
+    (lambda c: c.reorder(c.ids[:1], [1]), SequenceError, r"parents: expected 0 to 0, got \[1\]"),
+    (lambda c: c.reorder(c.ids[:1], [0, 0]), SequenceError, r"parents: expected \[1\] integers"),
+    (lambda c: c.reorder(c.ids[:1], [0.0]), SequenceError, "parents: expected .* integers, got float64"),
+    (
+        lambda c: c.truncate(c.ids[:1], [21]),
+        SequenceError,
+        r"new_lens\[0\]: expected 0 to 20, the present length, got 21",
+    ),
+    (lambda c: c.truncate(c.ids[:1], [-1]), SequenceError, r"new_lens\[0\]: expected 0 to 20"),
+    (lambda c: c.truncate(c.ids[:1], [1.0]), SequenceError, "new_lens: expected .* integers, got float64"),
+    (lambda c: c.preempt(c.ids[:1], "disk"), SequenceError, "to: expected 'drop' or 'host', got 'disk'"),
+    (lambda c: c.preempt(c.ids[1:2]), SequenceError, "expected sequences that are open, got .* preempted"),
+    (lambda c: c.restore(c.ids[:1]), SequenceError, "expected sequences that are preempted, got .* open"),
+    (lambda c: c.pin(c.ids[1:2]), SequenceError, "preempted"),
+    (lambda c: c.compact(-1), StepError, "max_tokens: expected a number of tokens, got -1"),
+    (lambda c: c.compact(1.5), StepError, "max_tokens: expected a number of tokens, got 1.5"),
+    (lambda c: c.end_step("step"), StepError, "step: expected one of this cache, got 'step'"),
+    (lambda c: c.end_step(make().begin_step([], 1)), StepError, "step: expected one of this cache"),
+    (lambda c: c.key_cache(2), StepError, "layer: expected 0 to 1, got 2"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), CALLS)
+def test_a_wrong_call_is_refused_and_changes_nothing(cache, call, error, message):
+    before = cache.snapshot()
+    with pytest.raises(error, match=message):
+        call(cache)
+    cache.check_integrity()
+    # marks of ids that were looked at are not state
+    assert without_marks(cache.snapshot()) == without_marks(before)
+
+
+def without_marks(snapshot: bytes) -> dict:
+    import io
+
+    with np.load(io.BytesIO(snapshot)) as file:
+        arrays = {name: file[name] for name in file.files if name not in ("rows.marks", "rows.clock")}
+    return {name: array.tobytes() for name, array in arrays.items()}
+
+
+STEP_CALLS = [
+    (lambda s, k: s.append(2, k, k), StepError, "layer: expected 0 to 1, got 2"),
+    (lambda s, k: s.append(0, k[:1], k), ShapeError, "expected .* got"),
+    (lambda s, k: s.append(0, k[:, :1], k[:, :1]), ShapeError, "expected .* got"),
+    (lambda s, k: s.append(0, k[:, :, :8], k[:, :, :8]), ShapeError, "expected .* got"),
+    (lambda s, k: s.append(0, k.astype(np.float64), k), ShapeError, "float64"),
+    (lambda s, k: s.append(0, k.astype(np.float16), k.astype(np.float16)), ShapeError, "float16"),
+    (lambda s, k: s.attend(-1, k), StepError, "layer: expected 0 to 1, got -1"),
+    (lambda s, k: s.attend(0, k[:1]), ShapeError, "expected .* got"),
+    (lambda s, k: s.attend(0, k[:, :, :8]), ShapeError, "expected .* got"),
+    (lambda s, k: s.attend(0, k.repeat(2, 1)[:, :3]), ShapeError, "expected .* got"),
+    (lambda s, k: s.attend(0, k.astype(np.float16)), ShapeError, "float16"),
+    (lambda s, k: s.attend(0, k, softmax_scale=float("nan")), ShapeError, "softmax_scale"),
+    (lambda s, k: s.attend(0, k, softcap=float("nan")), ShapeError, "softcap"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), STEP_CALLS)
+def test_wrong_arrays_are_refused_and_nothing_is_written(cache, call, error, message):
+    with cache.begin_step(cache.ids[:1], 2) as step:
+        before = cache.key_cache(0).copy()
+        with pytest.raises(error, match=message):
+            call(step, np.full((2, 2, 16), 7, np.float32))
+        assert np.array_equal(cache.key_cache(0), before)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([1], r"token_ids: expected \[2\], one for every new token, got \[1\]"),
+        ([[1, 2]], r"token_ids: expected \[2\]"),
+        ([1.0, 2.0], "token_ids: expected integers, got float64"),
+    ],
+)
+def test_wrong_token_ids_leave_the_step_open(cache, tokens, message):
+    step = cache.begin_step(cache.ids[:1], 2)
+    with pytest.raises(StepError, match=message):
+        cache.end_step(step, tokens)
+    cache.end_step(step, [1, 2])
+    assert cache.lengths(cache.ids[:1]).tolist() == [22]
+
+
+def test_a_step_cannot_be_used_after_its_end(cache):
+    step = cache.begin_step(cache.ids[:1], 1)
+    cache.end_step(step)
+    key = np.ones((1, 2, 16), np.float32)
+    for call in (
+        lambda: step.append(0, key, key),
+        lambda: step.attend(0, key),
+        lambda: cache.end_step(step),
+        lambda: cache.abort_step(step),
+    ):
+        with pytest.raises(StepError, match="expected an open step, got one that has ended"):
+            call()
+
+
+def test_a_sequence_in_a_step_is_left_alone_until_it_ends(cache):
+    seq = cache.ids[:1]
+    with cache.begin_step(seq, 1):
+        for call in (
+            lambda: cache.begin_step(seq, 1),
+            lambda: cache.close(seq),
+            lambda: cache.fork(seq, 1),
+            lambda: cache.truncate(seq, [0]),
+            lambda: cache.preempt(seq),
+        ):
+            with pytest.raises(SequenceError, match="in a step"):
+                call()
+        with pytest.raises(StepError, match="snapshot: expected no open step"):
+            cache.snapshot()
+    cache.close(seq)
+
+
+def test_a_full_pool_stalls_rows_and_names_the_reason():
+    cache = make(num_tokens=64)
+    seq_ids, _ = cache.open([[1], [2]])
+    step = cache.begin_step(seq_ids, [60, 60])
+    assert step.ok.tolist() == [True, False]
+    assert step.explain() == [f"sequence {seq_ids[1]}: out of blocks"]
+    assert step.seq_lens.tolist() == [60, 0]
+    assert (step.slot_mapping[60:] == -1).all()
+    cache.end_step(step)
+    assert cache.lengths(seq_ids).tolist() == [60, 0]
+
+
+def test_a_full_row_and_the_longest_sequence_stall_with_their_own_reasons():
+    cache = make(num_tokens=1024, growth="append", max_entries=2, max_seq_len=512)
+    seq_ids, _ = cache.open([[1], [2]])
+    with cache.begin_step(seq_ids, [200, 513]) as step:
+        assert [reason.partition(": ")[2] for reason in step.explain()] == ["row full", "at max_seq_len"]
+    cache.check_integrity()
+
+
+def test_a_fork_that_does_not_fit_forks_nothing():
+    cache = make(num_tokens=64)
+    seq_ids, _ = cache.open([[1]])
+    cache.end_step(cache.begin_step(seq_ids, 60))
+    with pytest.raises(CacheFullError, match="fork: expected room for 1 blocks of 1 to 1 granules"):
+        cache.fork(seq_ids, 1)
+    cache.check_integrity()
+    assert cache.stats().num_seqs == 1
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[:100],
+        lambda data: b"",
+        lambda data: data[: len(data) // 2] + b"\0" * 64 + data[len(data) // 2 + 64 :],
+        lambda data: b"not a snapshot",
+    ],
+)
+def test_a_damaged_snapshot_is_refused(cache, damage):
+    data = damage(cache.snapshot())
+    with pytest.raises(CacheSnapshotError):
+        KVCache.from_snapshot(cache.config, data)
+
+
+def test_a_snapshot_of_another_configuration_is_refused(cache):
+    data = cache.snapshot()
+    with pytest.raises(CacheSnapshotError, match="differs in growth"):
+        KVCache.from_snapshot(CacheConfig(**{**cache.config.to_dict(), "growth": "append"}), data)
+
+
+def test_an_ended_lease_is_refused(cache):
+    lease = cache.pin(cache.ids[:1])
+    with pytest.raises(StepError, match="snapshot: expected no open lease"):
+        cache.snapshot()
+    lease.abort()
+    with pytest.raises(SequenceError, match="expected an open lease, got one that has ended"):
+        lease.commit()

@@ -1,0 +1,139 @@
+"""Configurations: what is filled in, what is refused, and how they travel through files."""
+
+import numpy as np
+import pytest
+
+from kvtoolkit import CacheConfig, ConfigError, KVCache, UnsupportedError
+from kvtoolkit.config import parse_nbytes
+
+SHAPE = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 16}
+
+
+def make(**fields):
+    return CacheConfig(**{**SHAPE, "num_tokens": 512, **fields})
+
+
+def test_sizes_are_rounded_to_whole_superblocks():
+    assert make(num_tokens=65).num_granules == 16
+    per_superblock = 64 * make().nbytes_per_token
+    assert make(num_tokens=None, memory=3 * per_superblock - 1).num_granules == 16
+
+
+@pytest.mark.parametrize(
+    ("fields", "sizes", "growth"),
+    [
+        ({}, (8, 16, 32, 64), "adaptive"),
+        ({"allocator": "paged"}, (16,), "fixed16"),
+        ({"allocator": "paged", "growth": "fixed64"}, (64,), "fixed64"),
+        ({"growth": "fixed32"}, (32,), "fixed32"),
+        ({"block_sizes": (32,)}, (32,), "fixed32"),
+        ({"block_sizes": (64, 8)}, (8, 64), "adaptive"),
+    ],
+)
+def test_block_sizes_and_growth_follow_from_each_other(fields, sizes, growth):
+    config = make(**fields)
+    assert (config.block_sizes, config.growth) == (sizes, growth)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_layers": 0}, "num_layers: expected an int of at least 1, got 0"),
+        ({"num_kv_heads": True}, "num_kv_heads: expected an int of at least 1, got True"),
+        ({"head_dim": 12}, "head_dim: expected a multiple of 8, got 12"),
+        ({"dtype": "float64"}, "dtype: expected one of float32, float16, bfloat16, got 'float64'"),
+        ({"dtype": "flaot16"}, "did you mean 'float16'"),
+        ({"num_tokens": -5}, "num_tokens: expected an int of at least 1, got -5"),
+        ({"num_tokens": 1 << 40}, "expected a pool of 64 to 134217728 tokens"),
+        ({"memory": "1 GiB"}, "expected one of num_tokens and memory"),
+        ({"num_tokens": None}, "expected one of num_tokens and memory"),
+        ({"num_tokens": None, "memory": "lots"}, "memory: expected bytes or a text such as '512 MiB', got 'lots'"),
+        ({"num_tokens": None, "memory": 10}, "expected a pool of 64"),
+        ({"allocator": "budy"}, "expected one of buddy, lockfree, paged, slab, or 'package.module:Class', got 'budy'"),
+        ({"allocator": "no.such.module:Class"}, "'no.such.module:Class' cannot be imported"),
+        ({"growth": "lazy"}, "growth: expected one of fixed8"),
+        ({"growth": "append", "allocator": "paged"}, "growth: 'append' needs 8 among block_sizes, got \\(16,\\)"),
+        ({"growth": "fixed8", "block_sizes": (16,)}, "growth: expected a fixed size among block_sizes"),
+        ({"growth": "adaptive", "block_sizes": (8, 16)}, "growth: 'adaptive' needs 64"),
+        ({"block_sizes": (24,)}, "block_sizes: expected some of 8, 16, 32, 64, got \\(24,\\)"),
+        ({"block_sizes": (8, 16), "allocator": "paged"}, "expected one size for the paged allocator"),
+        ({"prefix_caching": 1}, "prefix_caching: expected true or false, got 1"),
+        ({"max_seqs": 1 << 30}, "max_seqs: expected an int from 1 to 1048576"),
+        ({"migrate_budget": -1}, "migrate_budget: expected an int of at least 0"),
+        ({"allocator_options": 3}, "allocator_options: expected a table, got 3"),
+        ({"backend": "gpu"}, "backend: expected one of cpu, cuda, numba, got 'gpu'"),
+    ],
+)
+def test_a_wrong_field_is_named_with_what_was_expected(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        make(**fields)
+
+
+@pytest.mark.parametrize("fields", [{"tiers": {"hot": 256}}, {"backend": "cuda"}])
+def test_what_is_not_there_yet_says_so(fields):
+    with pytest.raises(UnsupportedError, match="not in this version"):
+        make(**fields)
+
+
+def test_an_unknown_eviction_policy_is_refused_when_the_cache_is_made():
+    with pytest.raises(ConfigError, match="eviction: expected one of lru, lfu or 'package.module:Class', got 'mru'"):
+        KVCache(make(eviction="mru"))
+
+
+def test_options_of_the_allocator_are_refused_by_name():
+    with pytest.raises(ValueError, match="LockFreeAllocator does not take these options: .*color"):
+        KVCache(make(allocator="lockfree", allocator_options={"color": "red"}))
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"), [("512 MiB", 512 << 20), ("1.5GB", 1_500_000_000), ("64k", 64_000), ("7", 7), (4096, 4096)]
+)
+def test_sizes_may_carry_units(text, nbytes):
+    assert parse_nbytes(text) == nbytes
+
+
+def test_a_configuration_survives_its_dictionary():
+    config = make(allocator="lockfree", allocator_options={"layout": "slab"}, growth="lazy_merge")
+    assert CacheConfig.from_dict(config.to_dict()) == config
+
+
+def test_a_toml_file_gives_the_fields_and_overrides_win(tmp_path):
+    path = tmp_path / "cache.toml"
+    path.write_text('[cache]\nnum_layers = 2\nnum_kv_heads = 2\nhead_dim = 16\nnum_tokens = 640\nallocator = "slab"\n')
+    config = CacheConfig.load(path, growth="append")
+    assert (config.num_tokens, config.allocator, config.growth) == (640, "slab", "append")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[cache]\nnum_layers = ", "expected TOML, got a syntax error"),
+        ('[cache]\nallocator = "bud', "expected TOML, got a syntax error"),
+        ("cache = 3\n", r"expected \[cache\] to be a table, got 3"),
+        ("[cache]\nnum_layer = 2\n", "'num_layer': expected one of .*did you mean 'num_layers'"),
+        ("[cache]\nnum_layers = 2\n", "expected num_kv_heads, head_dim to be given"),
+        ("[cache]\nnum_layers = 2\nnum_kv_heads = 2\nhead_dim = nan\nnum_tokens = 64\n", "head_dim: expected an int"),
+        ("\xff", "expected TOML"),
+    ],
+)
+def test_a_bad_file_is_named_with_what_is_wrong(tmp_path, text, message):
+    path = tmp_path / "bad.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=rf"bad\.toml: .*{message}"):
+        CacheConfig.load(path)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"absent\.toml: cannot be read"):
+        CacheConfig.load(tmp_path / "absent.toml")
+
+
+def test_an_allocator_of_ones_own_serves_a_cache():
+    config = make(allocator="tests.kvtoolkit.own_allocator:CountingBuddy")
+    cache = KVCache(config)
+    seq_ids, _ = cache.open([[1, 2, 3]])
+    step = cache.begin_step(seq_ids, 3)
+    key = np.ones((3, 2, 16), np.float16)
+    step.append(0, key, key)
+    cache.end_step(step, [1, 2, 3])
+    assert cache.allocator.num_calls > 0
