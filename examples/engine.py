@@ -111,6 +111,8 @@ class Engine:
             request, stats = self.waiting[0], self.cache.stats()
             if self.running and stats.free + stats.cached < len(request.tokens) + 64 * (len(self.running) + 1):
                 return
+            if any(other.num_held == 0 and other.prompt[:8] == request.prompt[:8] for other in self.running):
+                return  # one step later the beginning they share is in the cache
             self.waiting.popleft()
             if request.preempted:
                 self.cache.restore([request.seq_id])

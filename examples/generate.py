@@ -1,10 +1,9 @@
 """SmolLM2-135M answers prompts on the engine of `examples.engine`: `python -m examples.generate --help`."""
 
 import argparse
+import itertools
 import sys
 import time
-
-import torch
 
 from examples.engine import Engine, Request
 from examples.llama import PackedLlama
@@ -43,9 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
         with Progress() as progress:
-            progress.show("loading SmolLM2-135M-Instruct", 0, 1)
+            stages = itertools.count()
             model, tokenizer = load_smollm2(
-                dtype=getattr(torch, options.dtype), progress=lambda text, done: progress.show(text, done, 1)
+                options.dtype, progress=lambda text: progress.show(f"SmolLM2: {text}", next(stages), 3)
             )
             packed = PackedLlama(model)
             engine = Engine(
