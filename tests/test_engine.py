@@ -74,7 +74,8 @@ def test_tokens_equal_those_of_transformers(model, plenty):
 @pytest.mark.parametrize(
     "options",
     [
-        {},
+        {"prefix_caching": False},
+        {"prefix_caching": False, "allocator": "lockfree", "allocator_options": {"layout": "slab"}},
         {"allocator": "slab", "growth": "lazy_merge"},
         {"allocator": "lockfree", "growth": "append"},
         {"allocator": "paged"},
@@ -85,7 +86,9 @@ def test_tokens_equal_those_of_transformers(model, plenty):
 def test_a_quarter_of_the_memory_gives_the_same_tokens(model, plenty, options):
     needed = sum(sorted(len(r.prompt) + r.max_new_tokens for r in requests())[-8:])
     outputs, engine = run(model, num_tokens=needed // 4, **options)
-    assert engine.cache.stats().num_preempted > 0
+    stats = engine.cache.stats()
+    # without a shared beginning to save memory, requests have to give theirs up
+    assert stats.num_evicted if engine.cache.config.prefix_caching else stats.num_preempted
     assert outputs == plenty
 
 
