@@ -109,8 +109,8 @@ class Engine:
         """Let waiting requests in while their prompts seem to fit."""
         while self.waiting and len(self.running) < self.max_batch:
             request, stats = self.waiting[0], self.cache.stats()
-            if self.running and stats.free + stats.cached < len(request.tokens) + 64 * (len(self.running) + 1):
-                return
+            if self.running and stats.free + stats.cached < len(request.tokens) + 8 * (len(self.running) + 1):
+                return  # it, and a granule for each to go on, would not fit
             if any(other.num_held == 0 and other.prompt[:8] == request.prompt[:8] for other in self.running):
                 return  # one step later the beginning they share is in the cache
             self.waiting.popleft()
