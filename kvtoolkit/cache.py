@@ -8,7 +8,7 @@ findable, is always full and never written; it moves only while one row holds it
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -83,8 +83,8 @@ class KVCache:
             (config.num_layers, 2, config.num_granules, config.num_kv_heads, GRANULE, config.head_dim),
             _STORAGE[config.dtype],
         )
-        self._key_caches = [layer[0] for layer in self._key_values]
-        self._value_caches = [layer[1] for layer in self._key_values]
+        self._key_caches: list[NDArray[Any]] = [layer[0] for layer in self._key_values]
+        self._value_caches: list[NDArray[Any]] = [layer[1] for layer in self._key_values]
         self._arenas = access.Arenas(self._key_values, config.dtype)
         self._spare_arrays: list[StepArrays] = []
         self._sizes = np.empty(config.num_granules + config.max_seqs + 8, np.int32)
@@ -136,7 +136,9 @@ class KVCache:
     def lengths(self, seq_ids: ArrayLike) -> Int32Array:
         """``[batch]`` int32 tokens that each sequence holds; 0 while preempted by ``"drop"``."""
         with self._lock:
-            return self._rows.info[self._rows_of(seq_ids, (OPEN, IN_STEP, PREEMPTED, PINNED)), LENGTH].astype(np.int32)
+            which = self._rows_of(seq_ids, (OPEN, IN_STEP, PREEMPTED, PINNED))
+            lengths: Int32Array = self._rows.info[which, LENGTH].astype(np.int32)
+            return lengths
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
@@ -157,6 +159,7 @@ class KVCache:
         """
         ids = seq_ids.copy() if _is_ids(seq_ids) else _as_ids(seq_ids)
         batch = len(ids)
+        counts: int | Int64Array
         if type(num_new_tokens) is not int:
             counts = _as_counts(num_new_tokens, batch)
             total = int(counts.sum())
@@ -709,7 +712,8 @@ class KVCache:
             self._closed_rows.append(row)
 
     def _ids_of(self, which: Int32Array) -> Int64Array:
-        return (self._rows.info[which, GENERATION] << ID_BITS) | which
+        ids: Int64Array = (self._rows.info[which, GENERATION] << ID_BITS) | which
+        return ids
 
     def _rows_of(self, seq_ids: ArrayLike, states: tuple[int, ...]) -> Int32Array:
         """The rows of ids that are each in one of the states, or SequenceError."""
@@ -822,7 +826,7 @@ def _make_arrays(batch: int, width: int) -> StepArrays:
     )
 
 
-def _is_ids(values: Any) -> bool:
+def _is_ids(values: Any) -> TypeGuard[Int64Array]:
     return type(values) is np.ndarray and values.dtype == np.int64 and values.ndim == 1 and values.flags.c_contiguous
 
 

@@ -34,8 +34,8 @@ def _windows(cache: "KVCache") -> list[tuple[int, int]]:
     info = cache._rows.info
     table, granules = cache._rows, cache._pool.granules
     return [
-        (int(row), end)
-        for row in np.flatnonzero(info[:, STATE] == OPEN)
+        (row, end)
+        for row in np.flatnonzero(info[:, STATE] == OPEN).tolist()
         for end in range(8, int(info[row, LENGTH] >> 3) + 1, 8)
         if rows.mergeable(table, row, end) >= 0 and rows.is_private(table, row, end - 8, end, granules)
     ]

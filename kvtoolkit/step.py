@@ -67,7 +67,8 @@ class Step:
     @property
     def ok(self) -> NDArray[np.bool_]:
         """``[batch]`` bool: which rows got what they need. See `Step`."""
-        return self.status == OK
+        ok: NDArray[np.bool_] = self.status == OK
+        return ok
 
     def append(self, layer: int, key: Any, value: Any) -> None:
         """Store the keys and values of this step's new tokens.
