@@ -3,7 +3,7 @@
 from allocators import BlockAllocator, create
 from kvtoolkit._version import __version__
 from kvtoolkit.attention import append, merge_states, paged_attention, variable_block_attention
-from kvtoolkit.cache import KVCache, Lease
+from kvtoolkit.cache import KVCache
 from kvtoolkit.config import CacheConfig
 from kvtoolkit.errors import (
     CacheFullError,
@@ -15,6 +15,7 @@ from kvtoolkit.errors import (
     StepError,
     UnsupportedError,
 )
+from kvtoolkit.lease import Lease
 from kvtoolkit.sources import get_include
 from kvtoolkit.stats import CacheStats
 from kvtoolkit.step import Step

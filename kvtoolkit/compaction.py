@@ -4,35 +4,31 @@ Merging at the tail of a growing sequence (`kvtoolkit.growth`) never revisits a 
 rows, whenever the engine has time.
 """
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from kvtoolkit import rows
 from kvtoolkit.rows import LENGTH, NUM_ENTRIES, OPEN, STATE
-
-if TYPE_CHECKING:
-    from kvtoolkit.cache import KVCache
+from kvtoolkit.sequences import Sequences
 
 _MAX_USELESS_MOVES = 8
 
 
-def compact(cache: "KVCache", max_tokens: int) -> int:
+def compact(sequences: Sequences, max_tokens: int) -> int:
     """See `KVCache.compact`; the caller holds the lock."""
-    before = cache._counters.copied_tokens
-    if 64 in cache._pool.allocator.block_sizes:
-        _merge_rows(cache, max_tokens)
-        left = max_tokens - (cache._counters.copied_tokens - before)
-        if _windows(cache) and left >= 64:
-            _gather_free_space(cache, left)
-            _merge_rows(cache, max_tokens - (cache._counters.copied_tokens - before))
-    return cache._counters.copied_tokens - before
+    before = sequences.counters.copied_tokens
+    if 64 in sequences.pool.allocator.block_sizes:
+        _merge_rows(sequences, max_tokens)
+        left = max_tokens - (sequences.counters.copied_tokens - before)
+        if _windows(sequences) and left >= 64:
+            _gather_free_space(sequences, left)
+            _merge_rows(sequences, max_tokens - (sequences.counters.copied_tokens - before))
+    return sequences.counters.copied_tokens - before
 
 
-def _windows(cache: "KVCache") -> list[tuple[int, int]]:
+def _windows(sequences: Sequences) -> list[tuple[int, int]]:
     """``(row, end)`` of every 8 full granules of an open row that lie in several entries."""
-    info = cache._rows.info
-    table, granules = cache._rows, cache._pool.granules
+    info = sequences.rows.info
+    table, granules = sequences.rows, sequences.pool.granules
     return [
         (row, end)
         for row in np.flatnonzero(info[:, STATE] == OPEN).tolist()
@@ -41,18 +37,18 @@ def _windows(cache: "KVCache") -> list[tuple[int, int]]:
     ]
 
 
-def _merge_rows(cache: "KVCache", max_tokens: int) -> None:
+def _merge_rows(sequences: Sequences, max_tokens: int) -> None:
     # one at a time: merging one window shortens its row
-    for row, end in _windows(cache)[: max_tokens // 64]:
-        if not cache._merge(np.array([row], np.int32), np.array([end], np.int32)):
+    for row, end in _windows(sequences)[: max_tokens // 64]:
+        if not sequences.merge(np.array([row], np.int32), np.array([end], np.int32)):
             return
 
 
-def _gather_free_space(cache: "KVCache", max_tokens: int) -> None:
+def _gather_free_space(sequences: Sequences, max_tokens: int) -> None:
     """Move blocks out of the emptiest superblocks into fuller ones."""
-    pool, table = cache._pool, cache._rows
+    pool, table = sequences.pool, sequences.rows
     in_use = ((pool.granules.refs > 0) | (pool.granules.node >= 0)).reshape(-1, 8).sum(axis=1)
-    moves = sorted(_movable(cache), key=lambda move: (in_use[move[2] // 8], move[2]))
+    moves = sorted(_movable(sequences), key=lambda move: (in_use[move[2] // 8], move[2]))
     useless = 0
     for row, e, granule, length in moves:
         if useless == _MAX_USELESS_MOVES or max_tokens < 8 * length:
@@ -65,7 +61,7 @@ def _gather_free_space(cache: "KVCache", max_tokens: int) -> None:
             useless += 1
             continue
         sources = np.arange(granule, granule + length, dtype=np.int32)
-        cache._copy(sources, np.arange(target, target + length, dtype=np.int32), 8 * length)
+        sequences.copy(sources, np.arange(target, target + length, dtype=np.int32), 8 * length)
         rows.relocate(table, row, e, target, pool.nodes, pool.granules)
         pool.free_runs([(granule, length)])
         in_use[granule // 8] -= length
@@ -73,10 +69,10 @@ def _gather_free_space(cache: "KVCache", max_tokens: int) -> None:
         max_tokens -= 8 * length
 
 
-def _movable(cache: "KVCache") -> list[tuple[int, int, int, int]]:
+def _movable(sequences: Sequences) -> list[tuple[int, int, int, int]]:
     """``(row, entry, granule, length)`` of the blocks below 64 tokens that one open row alone holds."""
-    info, entries, refs = cache._rows.info, cache._rows.entries, cache._pool.granules.refs
-    offered = set(cache._pool.offered.tolist())
+    info, entries, refs = sequences.rows.info, sequences.rows.entries, sequences.pool.granules.refs
+    offered = set(sequences.pool.offered.tolist())
     found = []
     for row in np.flatnonzero(info[:, STATE] == OPEN):
         for e in range(int(info[row, NUM_ENTRIES])):

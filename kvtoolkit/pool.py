@@ -14,6 +14,9 @@ from kvtoolkit.prefix import CACHED, Evictor, Int32Array, make_granules, make_no
 from kvtoolkit.rows import coalesce
 from kvtoolkit.tables import MAX_BLOCK_GRANULES
 
+Runs = list[tuple[int, int]]
+"""``(first granule, granules)`` of pieces of memory."""
+
 
 class Pool:
     """An allocator whose freed prefixes stay findable until their memory is needed.
@@ -57,10 +60,10 @@ class Pool:
         """Blocks in the order asked for, -1 from the first that does not fit."""
         return self.allocator.allocate(sizes, partial=True)
 
-    def allocate_all(self, sizes: list[int], what: str) -> list[list[tuple[int, int]]]:
+    def allocate_all(self, sizes: list[int], what: str) -> list[Runs]:
         """For each size the runs that make it up (one if possible), evicting if need be; CacheFullError or all."""
         self.make_room(sum(sizes))
-        granted: list[list[tuple[int, int]]] = []
+        granted: list[Runs] = []
         for size in sizes:
             runs = self.fit(size)
             if runs is None:
@@ -72,9 +75,9 @@ class Pool:
             granted.append(runs)
         return granted
 
-    def fit(self, needed: int) -> list[tuple[int, int]] | None:
+    def fit(self, needed: int) -> Runs | None:
         """Runs of at least ``needed`` granules by any sizes on offer, evicting if need be; None if there is no way."""
-        runs: list[tuple[int, int]] = []
+        runs: Runs = []
         while needed > 0:
             for size in self._sizes_to_try(needed):
                 start = int(self.allocator.allocate([size], partial=True)[0])
@@ -113,7 +116,7 @@ class Pool:
             runs = coalesce(self.freed, count, self._run_starts, self._run_sizes)
             self.allocator.free(self._run_starts[:runs], self._run_sizes[:runs])
 
-    def free_runs(self, runs: list[tuple[int, int]]) -> None:
+    def free_runs(self, runs: Runs) -> None:
         """Free ``(start, size)`` runs."""
         if runs:
             self.allocator.free([start for start, _ in runs], [size for _, size in runs])

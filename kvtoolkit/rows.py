@@ -14,10 +14,8 @@ is what keeps a step of thousands of rows cheap.
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from allocators._jit import jit
-from kvtoolkit.growth import split, tail_size
 from kvtoolkit.prefix import (
     BROKEN,
     ROOT,
@@ -26,10 +24,8 @@ from kvtoolkit.prefix import (
     Int32Array,
     Int64Array,
     Nodes,
-    find_node,
     hold,
     move_granule,
-    publish,
     release,
 )
 from kvtoolkit.tables import entry_granule, entry_length, pack_entry
@@ -39,9 +35,6 @@ GENERATION, STATE, LENGTH, CAPACITY, NUM_ENTRIES, STAMP, TAIL_BASE, TAIL_FIRST =
 # values of STATE
 CLOSED, OPEN, IN_STEP, PREEMPTED, PINNED = range(5)
 STATE_NAMES = ("closed", "open", "in a step", "preempted", "pinned")
-# values of Step.status
-OK, OUT_OF_BLOCKS, ROW_FULL, AT_MAX_LEN = range(4)
-STATUS_NAMES = ("ok", "out of blocks", "row full", "at max_seq_len")
 
 ID_BITS = 20
 """A sequence id is its generation above its row, so that the id of a closed sequence never comes back."""
@@ -69,29 +62,6 @@ class Rows(NamedTuple):
     """``[max_seqs, 8]`` tokens of the granule that is being filled."""
     clock: Int64Array
     """``[2]``: the last stamp of a changed row, the last mark."""
-
-
-class StepArrays(NamedTuple):
-    """The arrays of one step; the first few are what kernels see."""
-
-    table: Int32Array
-    """``[batch, width]``"""
-    starts: Int32Array
-    """``[batch, width]``"""
-    seq_lens: Int32Array
-    cu_seqlens_q: Int32Array
-    slot_mapping: Int64Array
-    status: NDArray[np.int8]
-    rows: Int32Array
-    """Row of the cache that stands in each row of the step."""
-    counts: Int32Array
-    """New tokens of each row."""
-    stamps: Int64Array
-    """STAMP of the row that `table` holds a copy of."""
-    filled: Int32Array
-    """Entries of `table` in use."""
-    work: Int32Array
-    """``[2, batch]`` rows of the step that need blocks; those that may be merged."""
 
 
 def make_rows(max_seqs: int, max_entries: int) -> Rows:
@@ -131,141 +101,6 @@ def check_ids(rows: Rows, ids: Int64Array, states: int, out: Int32Array) -> Any:
 
 
 @jit
-def begin(rows: Rows, step: StepArrays, ids: Int64Array, max_len: int, merges: bool) -> Any:
-    """Check the ids and counts of a step, fill in what needs no memory, and find the rows that do.
-
-    Rows that are well off are complete afterwards, but for tables wider than the arrays (see `sync_tables`); those in
-    ``step.work[0]`` need blocks and then `complete`, those in ``step.work[1]`` may be merged.
-
-    Returns:
-        ``(code, where, num_need, num_merge, width)``: what is wrong with which row (0 if nothing, and then the widest
-        row), and how many rows stand in either half of ``step.work``. If something is wrong, nothing has changed.
-    """
-    rows.clock[1] += 1
-    mark = rows.clock[1]
-    num_need, num_merge, total, width = 0, 0, 0, 0
-    num_rows = len(rows.info)
-    step.cu_seqlens_q[0] = 0
-    for b in range(len(ids)):
-        row, count = ids[b] & ((1 << ID_BITS) - 1), step.counts[b]
-        code = 0
-        if ids[b] < 0 or row >= num_rows or rows.info[row, GENERATION] != ids[b] >> ID_BITS:
-            code = BAD_ID
-        elif rows.marks[row] == mark:
-            code = BAD_TWICE
-        elif rows.info[row, STATE] != OPEN:
-            code = BAD_ID if rows.info[row, STATE] == CLOSED else BAD_STATE
-        elif count < 0 or total + count > len(step.slot_mapping):
-            code = BAD_COUNT
-        if code != 0:
-            reopen(rows, step, b)
-            return code, b, 0, 0, 0
-        rows.marks[row] = mark
-        step.rows[b] = row
-        length = rows.info[row, LENGTH]
-        first = total
-        total += count
-        step.cu_seqlens_q[b + 1] = total
-        width = max(width, rows.info[row, NUM_ENTRIES])
-        step.status[b] = OK
-        if length + count > max_len:
-            stall(step, b, AT_MAX_LEN)
-        elif length + count > 8 * rows.info[row, CAPACITY]:
-            step.work[0, num_need] = b
-            num_need += 1
-        else:
-            rows.info[row, STATE] = IN_STEP
-            step.seq_lens[b] = length + count
-            if length >= rows.info[row, TAIL_FIRST]:
-                base = rows.info[row, TAIL_BASE] + length
-                for i in range(count):
-                    step.slot_mapping[first + i] = base + i
-            else:
-                _fill_slots(rows, step, row, first, count)
-        if step.stamps[b] != rows.info[row, STAMP] and rows.info[row, NUM_ENTRIES] <= step.table.shape[1]:
-            copy_row(rows, step, b, row)
-        if merges and length & 63 == 0 and length > 0 and mergeable(rows, row, length >> 3) >= 0:
-            step.work[1, num_merge] = b
-            num_merge += 1
-    return 0, 0, num_need, num_merge, width
-
-
-@jit
-def reopen(rows: Rows, step: StepArrays, batch: int) -> None:
-    """Take the rows of a step out of it."""
-    for b in range(batch):
-        if rows.info[step.rows[b], STATE] == IN_STEP:
-            rows.info[step.rows[b], STATE] = OPEN
-
-
-@jit
-def stall(step: StepArrays, b: int, status: int) -> None:
-    """Let row ``b`` of a step do nothing, and say why."""
-    step.status[b] = status
-    step.seq_lens[b] = 0
-    for i in range(step.cu_seqlens_q[b], step.cu_seqlens_q[b + 1]):
-        step.slot_mapping[i] = -1
-
-
-@jit
-def complete(rows: Rows, step: StepArrays, num_need: int) -> Any:
-    """Fill in the rows that `begin` left open, now that they have got their blocks or a status; the widest of them."""
-    width = 0
-    for k in range(num_need):
-        b = step.work[0, k]
-        row = step.rows[b]
-        if step.status[b] != OK:
-            stall(step, b, step.status[b])
-        else:
-            rows.info[row, STATE] = IN_STEP
-            step.seq_lens[b] = rows.info[row, LENGTH] + step.counts[b]
-            _fill_slots(rows, step, row, step.cu_seqlens_q[b], step.counts[b])
-        width = max(width, rows.info[row, NUM_ENTRIES])
-        if step.stamps[b] != rows.info[row, STAMP] and rows.info[row, NUM_ENTRIES] <= step.table.shape[1]:
-            copy_row(rows, step, b, row)
-    return width
-
-
-@jit
-def _fill_slots(rows: Rows, step: StepArrays, row: int, first: int, count: int) -> None:
-    """Write the slots of a row's next ``count`` positions, which it has room for, to ``slot_mapping[first:]``."""
-    if count == 0:
-        return
-    length = rows.info[row, LENGTH]
-    e = find_entry(rows, row, length >> 3)
-    base = (entry_granule(rows.entries[row, e]) - rows.starts[row, e]) * 8
-    end = (rows.starts[row, e] + entry_length(rows.entries[row, e])) * 8
-    for i in range(count):
-        if length + i == end:
-            e += 1
-            base = (entry_granule(rows.entries[row, e]) - rows.starts[row, e]) * 8
-            end += entry_length(rows.entries[row, e]) * 8
-        step.slot_mapping[first + i] = base + length + i
-
-
-@jit
-def sync_tables(rows: Rows, step: StepArrays, batch: int) -> None:
-    """Copy the entries of every row that changed since the step's arrays saw it."""
-    for b in range(batch):
-        if step.stamps[b] != rows.info[step.rows[b], STAMP]:
-            copy_row(rows, step, b, step.rows[b])
-
-
-@jit
-def copy_row(rows: Rows, step: StepArrays, b: int, row: int) -> None:
-    """Copy a row's entries into row ``b`` of the step."""
-    count = rows.info[row, NUM_ENTRIES]
-    for e in range(count):
-        step.table[b, e] = rows.entries[row, e]
-        step.starts[b, e] = rows.starts[row, e]
-    for e in range(count, step.filled[b]):
-        step.table[b, e] = -1
-        step.starts[b, e] = -1
-    step.filled[b] = count
-    step.stamps[b] = rows.info[row, STAMP]
-
-
-@jit
 def mergeable(rows: Rows, row: int, end: int) -> Any:
     """The first entry of those that cover exactly granules ``[end - 8, end)`` if they are several; else -1."""
     e = rows.info[row, NUM_ENTRIES] - 1
@@ -279,46 +114,6 @@ def mergeable(rows: Rows, row: int, end: int) -> Any:
     if rows.starts[row, last] + entry_length(rows.entries[row, last]) != end:
         return -1
     return e
-
-
-@jit
-def choose_sizes(
-    rows: Rows,
-    step: StepArrays,
-    num_need: int,
-    num_free: int,
-    num_cached: int,
-    num_granules: int,
-    rule: int,
-    tail: int,
-    largest: int,
-    offered: Int32Array,
-    sizes: Int32Array,
-    ends: Int32Array,
-) -> Any:
-    """Block sizes for the rows that need blocks, in order; ``ends[i]`` is where those of row i end.
-
-    A row that would exceed what is free or could be freed gets status OUT_OF_BLOCKS and no sizes. Returns
-    ``(number of blocks, their granules)``.
-    """
-    end, total, available = 0, 0, num_free + num_cached
-    for i in range(num_need):
-        b = step.work[0, i]
-        row = step.rows[b]
-        length = rows.info[row, LENGTH] + step.counts[b]
-        needed = (length + 7) // 8 - rows.info[row, CAPACITY]
-        if needed > available:
-            step.status[b] = OUT_OF_BLOCKS
-        else:
-            first = end
-            size = min(tail_size(rule, tail, length, available / num_granules), largest)
-            end = split(needed, size, largest, offered, sizes, first)
-            for k in range(first, end):
-                total += sizes[k]
-                available -= sizes[k]
-            available = max(available, 0)
-        ends[i] = end
-    return end, total
 
 
 @jit
@@ -413,58 +208,6 @@ def list_granules(rows: Rows, row: int, count: int, out: Int32Array) -> None:
             out[written + i] = granule + i
         written += entry_length(rows.entries[row, e])
         e += 1
-
-
-@jit
-def advance(rows: Rows, step: StepArrays, batch: int) -> None:
-    """End a step whose tokens are not told: lengths advance, and what comes later cannot be published."""
-    for b in range(batch):
-        if step.status[b] == OK:
-            row = step.rows[b]
-            rows.info[row, LENGTH] += step.counts[b]
-            rows.info[row, STATE] = OPEN
-            if step.counts[b] > 0:
-                rows.chain[row] = BROKEN
-
-
-@jit
-def advance_and_publish(
-    rows: Rows, step: StepArrays, batch: int, tokens: Int64Array, nodes: Nodes, granules: Granules
-) -> Any:
-    """End a step: lengths advance, full granules become findable. Returns how many did."""
-    published, first = 0, 0
-    for b in range(batch):
-        row, count = step.rows[b], step.counts[b]
-        if step.status[b] == OK:
-            length = rows.info[row, LENGTH]
-            rows.info[row, LENGTH] = length + count
-            rows.info[row, STATE] = OPEN
-            if rows.chain[row] != BROKEN:
-                for i in range(count):
-                    place = (length + i) & 7
-                    rows.pending[row, place] = tokens[first + i]
-                    if place == 7:
-                        published += _publish_full(rows, row, (length + i) >> 3, nodes, granules)
-        first += count
-    return published
-
-
-@jit
-def _publish_full(rows: Rows, row: int, index: int, nodes: Nodes, granules: Granules) -> Any:
-    """The granule ``index`` of a row is full: publish it, or follow the one that holds the same already."""
-    parent, uid = rows.chain[row], rows.chain_uid[row]
-    if parent == BROKEN:
-        return 0
-    if parent != ROOT and nodes.uid[parent] != uid:  # evicted meanwhile: nothing can follow it
-        rows.chain[row] = BROKEN
-        return 0
-    node, new = find_node(nodes, uid, rows.pending[row], 0), 0
-    if node < 0:
-        granule = granule_at(rows, row, index)
-        node = publish(nodes, granules, parent, uid, index, rows.pending[row], granule)
-        new = 1
-    rows.chain[row], rows.chain_uid[row] = node, nodes.uid[node]
-    return new
 
 
 @jit
@@ -674,41 +417,6 @@ def merge_all(
     """`merge` for as many candidates as there are targets; ``sources`` receives 8 granules of each."""
     for i in range(len(targets)):
         merge(rows, candidates[i], ends[i], targets[i], nodes, granules, sources[8 * i : 8 * i + 8])
-
-
-@jit
-def attach_all(
-    rows: Rows,
-    granules: Granules,
-    step: StepArrays,
-    first: int,
-    num_need: int,
-    starts: Int32Array,
-    sizes: Int32Array,
-    ends: Int32Array,
-    refused: Int32Array,
-) -> Any:
-    """Give the rows that need blocks theirs, up to the first that did not get all of them; complete them if all did.
-
-    Returns:
-        ``(i, num_refused, width)``: that row's place in ``step.work[0]`` (``num_need`` if there is none), how many
-        granules of rows with too few entries stand in ``refused``, and the widest row if all are complete.
-    """
-    num_refused = 0
-    for i in range(first, num_need):
-        b = step.work[0, i]
-        begin = ends[i - 1] if i > 0 else 0
-        if step.status[b] != OK:
-            continue
-        if ends[i] > begin and starts[ends[i] - 1] < 0:
-            return i, num_refused, 0
-        if not attach(rows, granules, step.rows[b], starts[begin : ends[i]], sizes[begin : ends[i]]):
-            step.status[b] = ROW_FULL
-            for k in range(begin, ends[i]):
-                for granule in range(starts[k], starts[k] + sizes[k]):
-                    refused[num_refused] = granule
-                    num_refused += 1
-    return num_need, num_refused, complete(rows, step, num_need)
 
 
 @jit

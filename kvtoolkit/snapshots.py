@@ -3,7 +3,7 @@
 import io
 import json
 import zipfile
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,33 +13,30 @@ from allocators.protocol import require
 from kvtoolkit.errors import CacheSnapshotError, StepError
 from kvtoolkit.prefix import CACHED
 from kvtoolkit.rows import CAPACITY, CLOSED, IN_STEP, LENGTH, NUM_ENTRIES, PINNED, PREEMPTED, STATE
-from kvtoolkit.stats import Counters
+from kvtoolkit.sequences import Counters, Preempted, Sequences
 from kvtoolkit.tables import unpack_entries
 
-if TYPE_CHECKING:
-    from kvtoolkit.cache import KVCache
 
-
-def pack_cache(cache: "KVCache") -> bytes:
+def pack(sequences: Sequences) -> bytes:
     """See `KVCache.snapshot`; the caller holds the lock."""
     for state, name in ((IN_STEP, "step"), (PINNED, "lease")):
-        if np.any(cache._rows.info[:, STATE] == state):
+        if np.any(sequences.rows.info[:, STATE] == state):
             raise StepError(f"snapshot: expected no open {name}; end it first")
-    pool = cache._pool
+    pool = sequences.pool
     held = np.flatnonzero((pool.granules.refs > 0) | (pool.granules.node >= 0))
     arrays: dict[str, NDArray[Any]] = {
-        "config": _as_bytes(json.dumps(cache.config.to_dict(), sort_keys=True).encode()),
-        "counters": np.array(list(vars(cache._counters).values()), np.int64),
+        "config": _as_bytes(json.dumps(sequences.config.to_dict(), sort_keys=True).encode()),
+        "counters": np.array(list(vars(sequences.counters).values()), np.int64),
         "allocator": _as_bytes(pool.allocator.snapshot()),
         "kept_back": np.array(pool.kept_back, np.int64),
-        "closed_rows": np.array(cache._closed_rows, np.int64),
+        "closed_rows": np.array(sequences.closed_rows, np.int64),
         "held": held,
-        "key_values": cache._key_values[:, :, held],
-        "preempted": np.array(sorted(cache._preempted), np.int64),
+        "key_values": sequences.key_values[:, :, held],
+        "preempted": np.array(sorted(sequences.preempted), np.int64),
     }
-    for group, table in (("rows", cache._rows), ("nodes", pool.nodes), ("granules", pool.granules)):
+    for group, table in (("rows", sequences.rows), ("nodes", pool.nodes), ("granules", pool.granules)):
         arrays |= {f"{group}.{name}": array for name, array in table._asdict().items()}
-    for row, saved in cache._preempted.items():
+    for row, saved in sequences.preempted.items():
         arrays[f"preempted.{row}.nodes"], arrays[f"preempted.{row}.uids"] = saved.nodes, saved.uids
         if saved.key_values is not None:
             arrays[f"preempted.{row}.key_values"] = saved.key_values
@@ -48,10 +45,8 @@ def pack_cache(cache: "KVCache") -> bytes:
     return stream.getvalue()
 
 
-def unpack_cache(cache: "KVCache", data: bytes) -> None:
+def unpack(sequences: Sequences, data: bytes) -> None:
     """Fill a fresh cache from a snapshot."""
-    from kvtoolkit.cache import Preempted
-
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
@@ -60,26 +55,26 @@ def unpack_cache(cache: "KVCache", data: bytes) -> None:
         raise CacheSnapshotError(
             f"snapshot: expected the bytes of KVCache.snapshot, got damaged ones: {error}"
         ) from error
-    expected = json.loads(json.dumps(cache.config.to_dict(), sort_keys=True))
+    expected = json.loads(json.dumps(sequences.config.to_dict(), sort_keys=True))
     if found != expected:
         differing = sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key))
         raise CacheSnapshotError(
             f"snapshot: expected one of this configuration, got one that differs in {', '.join(differing)}"
         )
-    pool = cache._pool
+    pool = sequences.pool
     try:
         pool.allocator.restore(arrays["allocator"].tobytes())
     except SnapshotError as error:
         raise CacheSnapshotError(str(error)) from error
-    for group, table in (("rows", cache._rows), ("nodes", pool.nodes), ("granules", pool.granules)):
+    for group, table in (("rows", sequences.rows), ("nodes", pool.nodes), ("granules", pool.granules)):
         for name, array in table._asdict().items():
             array[...] = arrays[f"{group}.{name}"]
     pool.kept_back = arrays["kept_back"].tolist()
     pool.evictor.forget()
-    cache._closed_rows = arrays["closed_rows"].tolist()
-    cache._counters = Counters(*arrays["counters"].tolist())
-    cache._key_values[:, :, arrays["held"]] = arrays["key_values"]
-    cache._preempted = {
+    sequences.closed_rows = arrays["closed_rows"].tolist()
+    sequences.counters = Counters(*arrays["counters"].tolist())
+    sequences.key_values[:, :, arrays["held"]] = arrays["key_values"]
+    sequences.preempted = {
         row: Preempted(
             arrays[f"preempted.{row}.nodes"],
             arrays[f"preempted.{row}.uids"],
@@ -93,14 +88,14 @@ def _as_bytes(data: bytes) -> NDArray[np.uint8]:
     return np.frombuffer(data, np.uint8)
 
 
-def check_cache(cache: "KVCache") -> None:
+def check(sequences: Sequences) -> None:
     """See `KVCache.check_integrity`; the caller holds the lock."""
-    table, pool = cache._rows, cache._pool
+    table, pool = sequences.rows, sequences.pool
     nodes, granules = pool.nodes, pool.granules
     pool.allocator.check_integrity()
     refs = np.zeros(pool.num_granules, np.int64)
     for row in range(len(table.info)):
-        refs += _check_row(cache, row)
+        refs += _check_row(sequences, row)
     require(np.array_equal(refs, granules.refs), "cache: refs are not the number of rows that hold each granule")
     used = np.flatnonzero(nodes.uid)
     require(len(np.unique(nodes.granule[used])) == len(used), "cache: two index nodes hold the same granule")
@@ -119,16 +114,16 @@ def check_cache(cache: "KVCache") -> None:
     )
     require(nodes.counts[CACHED] >= 0, "cache: a negative number of cached granules")
     closed = np.flatnonzero(table.info[:, STATE] == CLOSED)
-    require(np.array_equal(np.sort(cache._closed_rows), closed), "cache: the list of closed rows is wrong")
+    require(np.array_equal(np.sort(sequences.closed_rows), closed), "cache: the list of closed rows is wrong")
     require(
-        sorted(cache._preempted) == np.flatnonzero(table.info[:, STATE] == PREEMPTED).tolist(),
+        sorted(sequences.preempted) == np.flatnonzero(table.info[:, STATE] == PREEMPTED).tolist(),
         "cache: what is kept of preempted sequences does not match their rows",
     )
 
 
-def _check_row(cache: "KVCache", row: int) -> NDArray[np.int64]:
+def _check_row(sequences: Sequences, row: int) -> NDArray[np.int64]:
     """Check one row; returns how often it holds each granule (0 or 1)."""
-    table, granules = cache._rows, cache._pool.granules
+    table, granules = sequences.rows, sequences.pool.granules
     count, capacity, length = (int(table.info[row, column]) for column in (NUM_ENTRIES, CAPACITY, LENGTH))
     starts, sizes, tiers = unpack_entries(table.entries[row, :count])
     require(bool((sizes > 0).all() and (tiers == 0).all()), f"cache: row {row} has an empty entry among its entries")
@@ -140,7 +135,7 @@ def _check_row(cache: "KVCache", row: int) -> NDArray[np.int64]:
         require(count == 0, f"cache: row {row} is closed or preempted and still holds memory")
     else:
         require(length <= 8 * capacity, f"cache: row {row} has {length} tokens in {capacity} granules")
-    holds = np.zeros(cache._pool.num_granules, np.int64)
+    holds = np.zeros(sequences.pool.num_granules, np.int64)
     listed = np.concatenate(
         [np.arange(s, s + n) for s, n in zip(starts, sizes, strict=True)] or [np.empty(0, np.int64)]
     )

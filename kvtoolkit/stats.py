@@ -5,24 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvtoolkit.config import CacheConfig
-from kvtoolkit.pool import Pool
-from kvtoolkit.rows import CAPACITY, CLOSED, LENGTH, NUM_ENTRIES, PREEMPTED, STATE, Rows
-
-
-@dataclass
-class Counters:
-    """What a cache counts as it goes."""
-
-    num_steps: int = 0
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
-    copied_tokens: int = 0
-    num_merges: int = 0
-    num_failed_merges: int = 0
-    num_stalls: int = 0
-    num_preempted: int = 0
-    peak_granules: int = 0
+from kvtoolkit.rows import CAPACITY, CLOSED, LENGTH, NUM_ENTRIES, PREEMPTED, STATE
+from kvtoolkit.sequences import Sequences
 
 
 @dataclass(frozen=True)
@@ -72,8 +56,9 @@ class CacheStats:
     """Bytes of keys and values."""
 
 
-def collect(rows: Rows, pool: Pool, counters: Counters, config: CacheConfig) -> CacheStats:
+def collect(sequences: Sequences) -> CacheStats:
     """Count everything up."""
+    rows, pool, counters, config = sequences.rows, sequences.pool, sequences.counters, sequences.config
     info = rows.info
     live = np.flatnonzero((info[:, STATE] != CLOSED) & (info[:, STATE] != PREEMPTED))
     lengths, capacities, counts = info[live, LENGTH], info[live, CAPACITY], info[live, NUM_ENTRIES]

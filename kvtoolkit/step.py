@@ -3,12 +3,12 @@
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from kvtoolkit.access import StepOperands
 from kvtoolkit.cpu.arrays import operand
 from kvtoolkit.errors import StepError
-from kvtoolkit.rows import OK, STATUS_NAMES, StepArrays
+from kvtoolkit.passes import OK, STATUS_NAMES, StepArrays
 
 if TYPE_CHECKING:
     from kvtoolkit.cache import KVCache
@@ -25,7 +25,7 @@ class Step:
         seq_ids: ``[batch]`` int64.
         ok: ``[batch]`` bool; a row that is not ok got no memory for its tokens. Its ``seq_lens`` is 0, its slots are
             -1, its queries give zeros; nothing of it changes at `end_step`.
-        status: ``[batch]`` int8, why: `kvtoolkit.rows.STATUS_NAMES`.
+        status: ``[batch]`` int8, why: `kvtoolkit.passes.STATUS_NAMES`.
         num_new_tokens: ``[batch]`` int32.
         block_table: ``[batch, max_entries]`` int32 entries, -1 = empty.
         block_starts: ``[batch, max_entries]`` int32, first logical granule of each entry.
@@ -134,13 +134,3 @@ class Step:
     def __exit__(self, *exception: object) -> None:
         if self._is_open:
             self._cache.abort_step(self)
-
-
-def as_tokens(token_ids: ArrayLike, expected: int) -> NDArray[np.int64]:
-    """Token ids as a flat int64 vector of the expected length, or StepError."""
-    tokens = np.asarray(token_ids)
-    if tokens.dtype.kind not in "iu" and tokens.size:
-        raise StepError(f"token_ids: expected integers, got {tokens.dtype}")
-    if tokens.ndim != 1 or len(tokens) != expected:
-        raise StepError(f"token_ids: expected [{expected}], one for every new token, got {list(tokens.shape)}")
-    return np.ascontiguousarray(tokens, np.int64)

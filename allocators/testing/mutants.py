@@ -7,6 +7,7 @@ import importlib
 import inspect
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -16,9 +17,10 @@ import numpy as np
 
 from allocators.buddy import BuddyAllocator
 from allocators.epochs import EpochPool
+from allocators.errors import InvalidFreeError
 from allocators.lockfree import LockFreeAllocator
 from allocators.paged import PagedAllocator
-from allocators.protocol import BlockAllocator
+from allocators.protocol import BlockAllocator, as_counts
 from allocators.slab import SlabAllocator
 from allocators.testing.conformance import run_conformance
 from allocators.testing.failure import ConformanceFailure
@@ -185,6 +187,16 @@ class _ReadsThenTakes(BuddyAllocator):
         return starts
 
 
+class _ChecksThenFrees(LockFreeAllocator):
+    def free(self, starts: Any, sizes: Any) -> None:
+        for start, size in zip(np.atleast_1d(starts), np.atleast_1d(sizes), strict=True):
+            if not all(self._is_live(granule) for granule in range(int(start), int(start + size))):
+                raise InvalidFreeError("free already")
+        time.sleep(0)
+        with self._lock:
+            self._free(as_counts(starts, "starts"), as_counts(sizes, "sizes"))
+
+
 class _Hangs(PagedAllocator):
     """Waits for a free block instead of saying that there is none."""
 
@@ -340,9 +352,9 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("buddy-no-lock", "no lock", lambda: _without_lock(BuddyAllocator(4096)), _loops),
     Mutant("slab-no-lock", "no lock", lambda: _without_lock(SlabAllocator(4096)), _loops),
     Mutant(
-        "lockfree-unserialised-free",
-        "frees do not follow one another",
-        lambda: _without_lock(LockFreeAllocator(1 << 18)),
+        "lockfree-checks-then-frees",
+        "a free looks first and acts later",
+        lambda: _blind(_ChecksThenFrees(1 << 12)),
         _races,
     ),
     Mutant("buddy-look-then-take", "two threads may be given one place", lambda: _blind(_ReadsThenTakes(256)), _loops),

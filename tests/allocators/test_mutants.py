@@ -20,7 +20,7 @@ _EXPECTED = {
     "epochs-advance-frees": {"no reuse before the epoch ends"},
     "lease-commits-over-inner": {"misuse is refused"},
     "lockfree-no-undoers": {"exact exhaustion"},
-    "lockfree-unserialised-free": {"misuse is refused"},
+    "lockfree-checks-then-frees": {"misuse is refused"},
     "paged-waits": {"bounded time"},
 }
 
@@ -29,7 +29,9 @@ _EXPECTED = {
 def test_kit_kills(mutant):
     if mutant.is_race and (os.cpu_count() or 1) < 2:
         pytest.skip("needs two cores")
-    invariant = killed_by(mutant)
+    # whether threads meet at the wrong moment is a matter of chance, and of what else the machine does
+    attempts = (killed_by(mutant) for _ in range(5 if mutant.is_race else 1))
+    invariant = next((found for found in attempts if found is not None), None)
     assert invariant is not None, f"survived: {mutant.defect}"
     assert invariant in _EXPECTED.get(mutant.name, {invariant})
 

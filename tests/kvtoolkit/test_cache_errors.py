@@ -52,11 +52,11 @@ CALLS = [
     (lambda c: c.begin_step(c.ids[:1], [1, 2]), StepError, r"expected a number or \[1\] of them, got shape \[2\]"),
     (lambda c: c.begin_step(c.ids[:1], 1.5), StepError, "num_new_tokens: expected integers, got float64"),
     (lambda c: c.begin_step(c.ids[:1], 10**12), StepError, "num_new_tokens: expected 0 to .*, got 1000000000000"),
-    (lambda c: c.open([[1.5]]), SequenceError, r"prompts\[0\]: expected a vector of token ids, got float64"),
+    (lambda c: c.open([[1.5]]), SequenceError, r"prompts\[0\]: expected \[n\] integers, got float64"),
     (
         lambda c: c.open([[1], [[2]]]),
         SequenceError,
-        r"prompts\[1\]: expected a vector of token ids, got int64 \[1, 1\]",
+        r"prompts\[1\]: expected \[n\] integers, got int64 \[1, 1\]",
     ),
     (lambda c: c.open([[1]] * 9), CacheFullError, r"open: expected at most 2 new sequences \(max_seqs is 4\), got 9"),
     (lambda c: c.close([c.ids[2]]), SequenceError, "expected sequences that are open or preempted, got"),

@@ -1,0 +1,91 @@
+"""Room for the new tokens of a step: blocks for the rows that need them, by the growth policy if memory allows."""
+
+import numpy as np
+
+from kvtoolkit import passes
+from kvtoolkit.passes import OK, OUT_OF_BLOCKS, ROW_FULL, StepArrays
+from kvtoolkit.prefix import Int32Array
+from kvtoolkit.rows import CAPACITY, LENGTH
+from kvtoolkit.sequences import Sequences
+
+
+class Grower:
+    """Gives blocks to rows."""
+
+    def __init__(self, sequences: Sequences) -> None:
+        config = sequences.config
+        self._sequences = sequences
+        # scratch: a block for every granule, and one for the rest of every row
+        self._sizes = np.empty(config.num_granules + config.max_seqs + 8, np.int32)
+        self._ends = np.empty(config.max_seqs, np.int32)
+
+    def merge_tails(self, arrays: StepArrays, num_merge: int) -> None:
+        """Merge the last 64 tokens of the rows in ``arrays.work[1]``, where they have just become full."""
+        budget = self._sequences.config.migrate_budget
+        candidates = arrays.rows[arrays.work[1, : min(num_merge, budget)]]
+        ends = (self._sequences.rows.info[candidates, LENGTH] >> 3).astype(np.int32)
+        self._sequences.merge(candidates, ends)
+
+    def grow(self, arrays: StepArrays, num_need: int) -> int:
+        """Give blocks to the rows in ``arrays.work[0]``, in order, and complete them; returns the widest of them.
+
+        The status of those that get none says why.
+        """
+        sequences, pool, policy = self._sequences, self._sequences.pool, self._sequences.pool.policy
+        if len(pool.kept_back) < pool.reserve:
+            pool.replenish()
+        num_free = pool.allocator.num_free
+        num_blocks, wanted = passes.choose_sizes(
+            sequences.rows,
+            arrays,
+            num_need,
+            num_free + 8 * len(pool.kept_back),
+            pool.num_cached,
+            pool.num_granules,
+            policy.rule,
+            policy.tail,
+            policy.largest,
+            pool.offered,
+            self._sizes,
+            self._ends,
+        )
+        if wanted > num_free:
+            pool.make_room(wanted)
+        sizes = self._sizes[:num_blocks]
+        starts = pool.allocate_some(sizes)
+        first, num_refused, width = passes.attach_all(
+            sequences.rows, pool.granules, arrays, 0, num_need, starts, sizes, self._ends, pool.freed
+        )
+        if num_refused:
+            pool.free_listed(num_refused)
+        if first < num_need:
+            for i in range(first, num_need):
+                self._grow_hard(arrays, i, starts)
+            width = passes.complete(sequences.rows, arrays, num_need)
+        if num_blocks < num_need or num_refused or first < num_need:
+            sequences.counters.num_stalls += int(np.count_nonzero(arrays.status[arrays.work[0, :num_need]]))
+        sequences.note_use()
+        return int(width)
+
+    def _grow_hard(self, arrays: StepArrays, i: int, starts: Int32Array) -> None:
+        """Find room for one row by whatever sizes there are: memory is short or in small pieces."""
+        b = int(arrays.work[0, i])
+        if arrays.status[b] != OK:
+            return
+        sequences, pool, row = self._sequences, self._sequences.pool, int(arrays.rows[b])
+        place = slice(int(self._ends[i - 1]) if i else 0, int(self._ends[i]))
+        runs = [
+            (int(start), int(size)) for start, size in zip(starts[place], self._sizes[place], strict=True) if start >= 0
+        ]
+        info = sequences.rows.info[row]
+        needed = int(-(-(info[LENGTH] + arrays.counts[b]) // 8) - info[CAPACITY]) - sum(size for _, size in runs)
+        more = pool.fit(needed)
+        if more is None and pool.give_up_reserve():
+            more = pool.fit(needed)
+        if more is None:
+            arrays.status[b] = OUT_OF_BLOCKS
+        elif sequences.attach(row, runs + more):
+            return
+        else:
+            arrays.status[b] = ROW_FULL
+        pool.free_runs(runs + (more or []))

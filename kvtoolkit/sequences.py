@@ -1,0 +1,172 @@
+"""What a cache is made of: rows, pool and storage, with the moves that every call is built from.
+
+Every granule of the pool is in exactly one place: free in the allocator, held by rows (``refs`` of them), cached (no
+row holds it but a prompt can still find it), or kept back for merging. A granule that several rows hold, or that is
+findable, is always full and never written; it moves only while one row holds it, and the index follows.
+
+Nothing here takes a lock; `kvtoolkit.cache.KVCache` does.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from kvtoolkit import rows
+from kvtoolkit.config import CacheConfig
+from kvtoolkit.cpu import copy_granules
+from kvtoolkit.errors import CacheFullError, SequenceError
+from kvtoolkit.inputs import as_ids
+from kvtoolkit.pool import Pool, Runs
+from kvtoolkit.prefix import CLOCK, ROOT, ROOT_UID, Int32Array, Int64Array
+from kvtoolkit.rows import GENERATION, ID_BITS, LENGTH, OPEN, STATE, STATE_NAMES
+from kvtoolkit.tables import GRANULE
+
+_STORAGE = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
+
+
+@dataclass
+class Preempted:
+    """What is kept of a preempted sequence."""
+
+    nodes: Int32Array
+    uids: Int64Array
+    """Where its full granules stood in the index; for ``to="drop"``."""
+    key_values: NDArray[Any] | None
+    """``[num_layers, 2, num_granules, num_kv_heads, 8, head_dim]``; for ``to="host"``."""
+
+
+@dataclass
+class Counters:
+    """What a cache counts as it goes."""
+
+    num_steps: int = 0
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    copied_tokens: int = 0
+    num_merges: int = 0
+    num_failed_merges: int = 0
+    num_stalls: int = 0
+    num_preempted: int = 0
+    peak_granules: int = 0
+
+
+class Sequences:
+    """The state of a `KVCache`."""
+
+    def __init__(self, config: CacheConfig) -> None:
+        self.config = config
+        self.pool = Pool(config)
+        self.rows = rows.make_rows(config.max_seqs, config.entries_limit)
+        self.closed_rows = list(range(config.max_seqs))[::-1]
+        self.preempted: dict[int, Preempted] = {}
+        # zeros, not empty: the system hands out zeroed pages only when they are touched
+        self.key_values: NDArray[Any] = np.zeros(
+            (config.num_layers, 2, config.num_granules, config.num_kv_heads, GRANULE, config.head_dim),
+            _STORAGE[config.dtype],
+        )
+        self.counters = Counters()
+
+    # -- ids ---------------------------------------------------------------------------------------------------------
+
+    def ids_of(self, which: Int32Array) -> Int64Array:
+        """The ids of rows: their generation above their number."""
+        ids: Int64Array = (self.rows.info[which, GENERATION] << ID_BITS) | which
+        return ids
+
+    def rows_of(self, seq_ids: ArrayLike, states: tuple[int, ...]) -> Int32Array:
+        """The rows of ids that are each in one of the states, or SequenceError."""
+        ids = as_ids(seq_ids)
+        which = np.empty(len(ids), np.int32)
+        code, where = rows.check_ids(self.rows, ids, sum(1 << state for state in states), which)
+        if code:
+            raise self.bad_id(code, int(ids[where]), states)
+        return which
+
+    def bad_id(self, code: int, seq_id: int, states: tuple[int, ...]) -> SequenceError:
+        """The error for an id that compiled code did not like."""
+        wanted = " or ".join(STATE_NAMES[state] for state in states)
+        if code == rows.BAD_TWICE:
+            return SequenceError(f"seq_ids: expected every sequence once, got {seq_id} twice")
+        if code == rows.BAD_ID:
+            return SequenceError(f"seq_ids: expected sequences that are {wanted}, got {seq_id}, unknown or closed")
+        state = STATE_NAMES[self.rows.info[seq_id & ((1 << ID_BITS) - 1), STATE]]
+        return SequenceError(f"seq_ids: expected sequences that are {wanted}, got {seq_id}, which is {state}")
+
+    # -- opening and closing rows ------------------------------------------------------------------------------------
+
+    def require_closed_rows(self, count: int, what: str) -> None:
+        """CacheFullError unless ``count`` sequences more can be opened."""
+        if count > len(self.closed_rows):
+            raise CacheFullError(
+                f"{what}: expected at most {len(self.closed_rows)} new sequences (max_seqs is "
+                f"{self.config.max_seqs}), got {count}"
+            )
+
+    def new_rows(self, count: int, what: str) -> Int32Array:
+        """Open empty rows with new ids."""
+        self.require_closed_rows(count, what)
+        opened = np.array([self.closed_rows.pop() for _ in range(count)], np.int32)
+        info = self.rows.info
+        info[opened, GENERATION] += 1
+        info[opened, STATE] = OPEN
+        info[opened, LENGTH] = 0
+        self.rows.chain[opened] = ROOT
+        self.rows.chain_uid[opened] = ROOT_UID
+        return opened
+
+    def release_rows(self, closing: Int32Array) -> None:
+        """Let go of everything that rows hold, and end their ids."""
+        pool = self.pool
+        self.tick()
+        pool.free_listed(rows.close_rows(self.rows, closing, pool.nodes, pool.granules, pool.freed))
+        for row in closing.tolist():
+            self.preempted.pop(row, None)
+            self.closed_rows.append(row)
+
+    def tick(self) -> None:
+        """Advance the clock that says how recently a granule was used."""
+        self.pool.nodes.counts[CLOCK] += 1
+
+    # -- memory ------------------------------------------------------------------------------------------------------
+
+    def attach(self, row: int, runs: Runs) -> bool:
+        """Append freshly allocated runs to a row; False, and nothing done, if it has too few entries."""
+        starts = np.array([start for start, _ in runs], np.int32)
+        sizes = np.array([size for _, size in runs], np.int32)
+        return bool(rows.attach(self.rows, self.pool.granules, row, starts, sizes))
+
+    def copy(self, sources: ArrayLike, targets: ArrayLike, num_tokens: int) -> None:
+        """Copy granules, all layers, and count the tokens in them."""
+        copy_granules(self.key_values, sources, targets)
+        self.counters.copied_tokens += num_tokens
+
+    def merge(self, candidates: Int32Array, ends: Int32Array) -> int:
+        """Copy 8 granules in small blocks into one block of 64 tokens, for as many candidates as there is room.
+
+        Args:
+            candidates: rows.
+            ends: the logical granule at which the 8 end, for each; `kvtoolkit.rows.mergeable` has found them.
+
+        Returns:
+            How many were merged.
+        """
+        pool = self.pool
+        private = int(rows.keep_private_merges(self.rows, candidates, ends, pool.granules))
+        if not private:
+            return 0
+        targets = pool.take_targets(private)
+        if len(targets):
+            sources = np.empty(8 * len(targets), np.int32)
+            rows.merge_all(self.rows, candidates, ends, targets, pool.nodes, pool.granules, sources)
+            self.copy(sources, (targets[:, None] + np.arange(8, dtype=np.int32)).ravel(), 64 * len(targets))
+            pool.freed[: len(sources)] = sources
+            pool.free_listed(len(sources))
+        self.counters.num_merges += len(targets)
+        self.counters.num_failed_merges += private - len(targets)
+        return len(targets)
+
+    def note_use(self) -> None:
+        """Keep the peak."""
+        self.counters.peak_granules = max(self.counters.peak_granules, self.pool.num_used)

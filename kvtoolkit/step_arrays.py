@@ -1,0 +1,54 @@
+"""The arrays of steps, kept from one step to the next, so that their tables need only be brought up to date."""
+
+import numpy as np
+
+from kvtoolkit.passes import StepArrays
+
+
+class SpareArrays:
+    """Arrays that no open step uses."""
+
+    def __init__(self) -> None:
+        self._spare: list[StepArrays] = []
+
+    def take(self, batch: int, num_tokens: int) -> StepArrays:
+        """Arrays for so many rows and new tokens; those of the last step if they are large enough."""
+        arrays = None
+        while self._spare and arrays is None:
+            arrays = self._spare.pop()
+            if len(arrays.rows) < batch:
+                arrays = None
+        if arrays is None:
+            arrays = _make(max(8, 1 << (batch - 1).bit_length()), 16)
+        if num_tokens > len(arrays.slot_mapping):
+            arrays = arrays._replace(slot_mapping=np.empty(1 << (num_tokens - 1).bit_length(), np.int64))
+        return arrays
+
+    def give_back(self, arrays: StepArrays) -> None:
+        """End the use of arrays."""
+        self._spare.append(arrays)
+
+
+def widen(arrays: StepArrays, width: int) -> StepArrays:
+    """The arrays, with empty tables for rows of ``width`` entries."""
+    table = np.full((len(arrays.rows), 1 << (width - 1).bit_length()), -1, np.int32)
+    arrays.stamps[:] = -1
+    arrays.filled[:] = 0
+    return arrays._replace(table=table, starts=table.copy())
+
+
+def _make(batch: int, width: int) -> StepArrays:
+    table = np.full((batch, width), -1, np.int32)
+    return StepArrays(
+        table=table,
+        starts=table.copy(),
+        seq_lens=np.zeros(batch, np.int32),
+        cu_seqlens_q=np.zeros(batch + 1, np.int32),
+        slot_mapping=np.empty(batch, np.int64),
+        status=np.zeros(batch, np.int8),
+        rows=np.zeros(batch, np.int32),
+        counts=np.zeros(batch, np.int32),
+        stamps=np.full(batch, -1, np.int64),
+        filled=np.zeros(batch, np.int32),
+        work=np.zeros((2, batch), np.int32),
+    )
