@@ -233,17 +233,8 @@ class KVCache:
             raise StepError(f"step: expected one of this cache, got {step!r}")
         step._require_open()
 
-    def _append(self, layer: int, key: Any, value: Any, step: access.StepOperands) -> None:
-        self._check_layer(layer)
-        access.append(self._arenas, layer, key, value, step)
-
-    def _attend(self, layer: int, q: Any, step: access.StepOperands, options: dict[str, Any]) -> Any:
-        self._check_layer(layer)
-        return access.attend(self._arenas, layer, q, step, **options)
-
     def _check_layer(self, layer: int) -> None:
-        if not 0 <= layer < len(self._key_caches):
-            raise StepError(f"layer: expected 0 to {len(self._key_caches) - 1}, got {layer}")
+        self._arenas.require_layer(layer)
 
     # -- growth ------------------------------------------------------------------------------------------------------
 
