@@ -189,18 +189,6 @@ class KVCache:
             raise StepError(f"step: expected one of this cache, got {step!r}")
         step._require_open()
 
-    def _append(self, layer: int, key: Any, value: Any, step: access.StepOperands) -> None:
-        self._check_layer(layer)
-        access.append(self._arenas, layer, key, value, step)
-
-    def _attend(self, layer: int, q: Any, step: access.StepOperands, options: dict[str, Any]) -> Any:
-        self._check_layer(layer)
-        return access.attend(self._arenas, layer, q, step, **options)
-
-    def _check_layer(self, layer: int) -> None:
-        if not 0 <= layer < self.config.num_layers:
-            raise StepError(f"layer: expected 0 to {self.config.num_layers - 1}, got {layer}")
-
     # -- forks, beams, speculation -----------------------------------------------------------------------------------
 
     def fork(self, seq_ids: ArrayLike, n: int) -> Int64Array:
@@ -368,13 +356,13 @@ class KVCache:
 
     def key_cache(self, layer: int) -> NDArray[Any]:
         """``[num_granules, num_kv_heads, 8, head_dim]`` keys of a layer; uint16 for bfloat16. A view, not a copy."""
-        self._check_layer(layer)
+        self._arenas.require_layer(layer)
         keys: NDArray[Any] = self._sequences.key_values[layer, 0]
         return keys
 
     def value_cache(self, layer: int) -> NDArray[Any]:
         """As `key_cache`, of the values."""
-        self._check_layer(layer)
+        self._arenas.require_layer(layer)
         values: NDArray[Any] = self._sequences.key_values[layer, 1]
         return values
 

@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtoolkit.access import StepOperands
-from kvtoolkit.cpu.arrays import operand
+from kvtoolkit.access import StepAccess
 from kvtoolkit.errors import StepError
 from kvtoolkit.passes import OK, STATUS_NAMES, StepArrays
 
@@ -35,10 +34,10 @@ class Step:
     """
 
     __slots__ = (
+        "_access",
         "_arrays",
         "_cache",
         "_is_open",
-        "_operands",
         "block_starts",
         "block_table",
         "cu_seqlens_q",
@@ -62,7 +61,7 @@ class Step:
         self.cu_seqlens_q = arrays.cu_seqlens_q[: batch + 1]
         self.slot_mapping = arrays.slot_mapping[:num_tokens]
         self.status = arrays.status[:batch]
-        self._operands: StepOperands | None = None
+        self._access: StepAccess | None = None
 
     @property
     def ok(self) -> NDArray[np.bool_]:
@@ -84,7 +83,7 @@ class Step:
             StepError: the step has ended, or there is no such layer.
         """
         self._require_open()
-        self._cache._append(layer, key, value, self._operands or self._describe())
+        (self._access or self._make_access()).append(layer, key, value)
 
     def attend(self, layer: int, q: Any, **options: Any) -> Any:
         """Attend the new tokens to everything their sequences hold, these tokens included.
@@ -103,18 +102,18 @@ class Step:
             StepError: the step has ended, or there is no such layer.
         """
         self._require_open()
-        return self._cache._attend(layer, q, self._operands or self._describe(), options)
+        return (self._access or self._make_access()).attend(layer, q, **options)
 
-    def _describe(self) -> StepOperands:
-        """The arrays of the step as the kernels of all its layers want them."""
-        self._operands = StepOperands(
-            operand(self.block_table, "block_table"),
-            operand(self.block_starts, "block_starts"),
-            operand(self.seq_lens, "seq_lens"),
-            operand(self.cu_seqlens_q, "cu_seqlens_q"),
-            operand(self.slot_mapping, "slot_mapping"),
+    def _make_access(self) -> StepAccess:
+        self._access = StepAccess(
+            self._cache._arenas,
+            self.block_table,
+            self.block_starts,
+            self.seq_lens,
+            self.cu_seqlens_q,
+            self.slot_mapping,
         )
-        return self._operands
+        return self._access
 
     def explain(self) -> list[str]:
         """A sentence for every row that is not ok."""

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 from allocators._bits import fetch_add_acq_rel, load_acquire
 from allocators._jit import jit
 from kvtoolkit.cpu import threads
-from kvtoolkit.cpu.arrays import ITEMSIZES, address_of, operand
+from kvtoolkit.cpu.arrays import ITEMSIZES, Operand, address_of, operand
 from kvtoolkit.cpu.kernel import yield_core
 from kvtoolkit.cpu.vector import copy_bytes, read_i64
 from kvtoolkit.errors import ShapeError
@@ -83,7 +83,7 @@ def append(
     layout: str = "HND",
     dtype: str | None = None,
     check: bool = False,
-) -> None:
+) -> Any:
     """Copy each token's key and value to its slot, with arguments that are known to be right.
 
     As `kvtoolkit.append`, which comes here after its checks. Shapes, strides and dtypes are *not* checked, and without
@@ -94,6 +94,9 @@ def append(
         k_cache: ``[num_granules, num_kv_heads, 8, head_dim]``, or any block size in ``layout``; ``v_cache`` alike.
         slot_mapping: ``[num_tokens]`` int64, contiguous, ``block * block_size + i``; -1 = skip.
         dtype: ``"bfloat16"`` if 16-bit integer arrays hold bfloat16.
+
+    Returns:
+        What `append_alike` takes.
 
     Raises:
         ShapeError: with ``check``, a slot lies outside the cache; nothing has been written.
@@ -124,7 +127,25 @@ def append(
             f"slot_mapping: expected slots within [0, {block_size * keys.shape[0]}) or -1, "
             f"got {slots.owner[bad]} for token {bad}"
         )
-    helpers = min(threads.num_threads() - 1, 2 * num_tokens * num_heads * row_bytes // _BYTES_PER_THREAD)
+    _run(problem, num_tokens * num_heads * row_bytes)
+    return problem
+
+
+def append_alike(prepared: Any, key: Operand, value: Operand, k_cache: Operand, v_cache: Operand) -> None:
+    """Append once more where only the places of these four arrays differ, not their shapes, strides or dtypes.
+
+    ``prepared`` is what `append` returned for the same slots, which must still be alive.
+    """
+    problem = prepared.copy()  # a thread that woke late may still look at the one before
+    problem[KEY] = key.address
+    problem[VALUE] = value.address
+    problem[KEYS] = k_cache.address
+    problem[VALUES] = v_cache.address
+    _run(problem, key.shape[0] * int(problem[NUM_HEADS] * problem[ROW_BYTES]))
+
+
+def _run(problem: Any, nbytes: int) -> None:
+    helpers = min(threads.num_threads() - 1, 2 * nbytes // _BYTES_PER_THREAD)
     counters = np.zeros(2, np.uint64)
     if helpers > 0:
         threads.run(lambda: append_items(problem, counters, 0), helpers)

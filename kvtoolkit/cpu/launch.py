@@ -1,7 +1,7 @@
 """Run the attention kernel on host arrays: fill in the problem, plan it, share the items among threads."""
 
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,6 +12,17 @@ from kvtoolkit.errors import ShapeError, UnsupportedError
 _WORK_PER_THREAD = 2_500_000  # multiply-adds: some 100 us, several times what waking a thread takes
 _local = threading.local()
 _ABSENT = Operand(0, (0, 0), (0, 0), "", None)
+
+
+class Attention(NamedTuple):
+    """A call of `attend` made ready: fields and plan as `kernel` wants them."""
+
+    problem: Any
+    plan: Any
+    scale: float
+    softcap: float
+    group_size: int
+    head_dim: int
 
 
 def attend(
@@ -35,7 +46,7 @@ def attend(
     layout: str = "HND",
     dtype: str | None = None,
     check: bool = False,
-) -> None:
+) -> Attention:
     """Attend, writing to ``out`` and ``lse``, with arguments that are known to be right.
 
     The calls of `kvtoolkit.attention` come here after their checks; kvtoolkit's own cache, whose arrays cannot be
@@ -53,6 +64,9 @@ def attend(
         cu_seqlens_q: ``[batch + 1]`` int32, contiguous, or None where each row has one query.
         dtype: ``"bfloat16"`` if 16-bit integer arrays hold bfloat16.
         check: look at all lengths and table entries that will be read, before anything is written.
+
+    Returns:
+        What `attend_alike` takes.
 
     Raises:
         ShapeError: with ``check``, a length or an entry is out of range.
@@ -102,7 +116,23 @@ def attend(
     if code != kernel.PLAN_OK:
         _refuse(code, row, value, problem)
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-    _run(problem, plan, float(scale), float(softcap), group_size, head_dim)
+    prepared = Attention(problem, plan, float(scale), float(softcap), group_size, head_dim)
+    _run(*prepared)
+    return prepared
+
+
+def attend_alike(prepared: Attention, q: Operand, k_cache: Operand, v_cache: Operand, out: Operand) -> None:
+    """Attend once more where only the places of these four arrays differ, not their shapes, strides or dtypes.
+
+    ``prepared`` is what `attend` returned for the same table and lengths, without ``lse``: that is what the layers of
+    a step have in common. The arrays that `attend` was given must still be alive.
+    """
+    problem = prepared.problem.copy()  # a thread that woke late may still look at the one before
+    problem[kernel.Q] = q.address
+    problem[kernel.KEYS] = k_cache.address
+    problem[kernel.VALUES] = v_cache.address
+    problem[kernel.OUT] = out.address
+    _run(problem, prepared.plan, prepared.scale, prepared.softcap, prepared.group_size, prepared.head_dim)
 
 
 def _run(problem: Any, plan: Any, scale: float, softcap: float, group_size: int, head_dim: int) -> None:

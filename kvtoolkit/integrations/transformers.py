@@ -19,11 +19,13 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from kvtoolkit.cache import KVCache
 from kvtoolkit.config import DTYPES, CacheConfig
+from kvtoolkit.cpu import Operand
 from kvtoolkit.integrations.padded import PaddedBatch
 
 NAME = "kvtoolkit"
 """What the attention implementation is called in transformers."""
 
+_DTYPE_NAMES = {getattr(torch, name): name for name in DTYPES}
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -238,37 +240,54 @@ def attention_forward(
     batch, index = layer.batch, layer.index
     rows, num_heads, columns, head_dim = query.shape
     if index == 0:
-        _refuse(attention_mask, dropout, options)
+        _refuse(query, attention_mask, dropout, options)
         batch.begin(rows, columns, None if attention_mask is None else attention_mask.numpy())
-    step = batch.step
+    step, packed = batch.step, batch.packed
     assert step is not None
-    tokens = [
-        states.transpose(1, 2).reshape(rows * columns, states.shape[1], head_dim) for states in (query, key, value)
-    ]
-    packed = None if batch.packed is None else torch.from_numpy(batch.packed)
-    if packed is not None:
-        tokens = [states[packed] for states in tokens]
-    step.append(index, tokens[1], tokens[2])
     window, softcap, sinks = options.get("sliding_window"), options.get("softcap"), options.get("s_aux")
-    out = step.attend(
-        index,
-        tokens[0],
-        softmax_scale=scaling,
-        window_size=(window - 1, 0) if window else (-1, -1),
-        softcap=softcap or 0.0,
-        sinks=None if sinks is None else sinks.detach().float(),
-    )
-    if packed is not None:
-        padded = out.new_zeros((rows * columns, num_heads, head_dim))
-        padded[packed] = out
-        out = padded
+    chosen = {
+        "softmax_scale": scaling,
+        "window_size": (window - 1, 0) if window else (-1, -1),
+        "softcap": softcap or 0.0,
+        "sinks": None if sinks is None else sinks.detach().float(),
+    }
+    if packed is None:
+        step.append(index, _tokens_of(key), _tokens_of(value))
+        out = query.new_empty((rows, columns, num_heads, head_dim))
+        step.attend(index, _tokens_of(query), out=_tokens_of(out.transpose(1, 2)), **chosen)
+    else:
+        places = torch.from_numpy(packed)
+        key, value, query = (states.transpose(1, 2).flatten(0, 1)[places] for states in (key, value, query))
+        step.append(index, key, value)
+        out = query.new_zeros((rows * columns, num_heads, head_dim))
+        out[places] = step.attend(index, query, **chosen)
+        out = out.view(rows, columns, num_heads, head_dim)
     batch.next_layer = index + 1
     if batch.next_layer == batch.cache.config.num_layers:
         batch.end()
-    return out.view(rows, columns, num_heads, head_dim), None
+    return out, None
 
 
-def _refuse(mask: torch.Tensor | None, dropout: float, options: dict[str, Any]) -> None:
+def _tokens_of(states: torch.Tensor) -> Operand:
+    """``[batch, heads, columns, head_dim]`` seen as ``[batch * columns, heads, head_dim]``; a copy only if it must be.
+
+    What ``transpose(1, 2).flatten(0, 1)`` would give, without the two tensors in between: this is done for every
+    layer of every token.
+    """
+    batch, num_heads, columns, head_dim = states.shape
+    row, head, column, dim = states.stride()
+    if batch > 1 and columns > 1 and row != columns * column:
+        states = states.transpose(1, 2).contiguous()
+        head, column, dim = head_dim, num_heads * head_dim, 1
+    elif columns == 1:
+        column = row
+    name = _DTYPE_NAMES.get(states.dtype) or str(states.dtype)
+    return Operand(states.data_ptr(), (batch * columns, num_heads, head_dim), (column, head, dim), name, states)
+
+
+def _refuse(query: torch.Tensor, mask: torch.Tensor | None, dropout: float, options: dict[str, Any]) -> None:
+    if not query.is_cpu:
+        raise NotImplementedError(f"expected a model on the CPU, got one on {query.device}")
     if mask is not None and mask.ndim != 2:
         raise NotImplementedError(f"attention_mask: expected [batch, columns], got shape {tuple(mask.shape)}")
     if dropout:
