@@ -145,6 +145,17 @@ def test_truncating_forgets_and_spares_what_others_hold():
     assert cache.open([[*range(21), *[77] * 30]])[1].tolist() == [48]
 
 
+def test_a_rejected_draft_leaves_its_room_to_the_next_tokens():
+    cache = make()
+    (seq,), _ = cache.open([[1]])
+    cache.end_step(cache.begin_step([seq], 30))
+    used = cache.stats().used
+    for _ in range(5):
+        cache.end_step(cache.begin_step([seq], 8))
+        cache.truncate([seq], [30])
+        assert cache.stats().used == used
+
+
 def test_preempted_to_host_comes_back_whole_and_dropped_with_what_is_still_cached():
     cache = make(num_tokens=256)
     seq_ids, _ = cache.open([[1], [2]])
