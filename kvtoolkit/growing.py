@@ -4,6 +4,7 @@ import numpy as np
 
 from kvtoolkit import passes
 from kvtoolkit.passes import OK, OUT_OF_BLOCKS, ROW_FULL, StepArrays
+from kvtoolkit.pool import Runs
 from kvtoolkit.prefix import Int32Array
 from kvtoolkit.rows import CAPACITY, LENGTH
 from kvtoolkit.sequences import Sequences
@@ -54,38 +55,40 @@ class Grower:
         sizes = self._sizes[:num_blocks]
         starts = pool.allocate_some(sizes)
         first, num_refused, width = passes.attach_all(
-            sequences.rows, pool.granules, arrays, 0, num_need, starts, sizes, self._ends, pool.freed
+            sequences.rows, pool.granules, arrays, num_need, starts, sizes, self._ends, pool.freed
         )
-        if num_refused:
-            pool.free_listed(num_refused)
-        if first < num_need:
-            for i in range(first, num_need):
-                self._grow_hard(arrays, i, starts)
+        pool.free_listed(num_refused)
+        if first < num_need or num_refused:
+            self._grow_hard(arrays, first, num_need, starts)
             width = passes.complete(sequences.rows, arrays, num_need)
-        if num_blocks < num_need or num_refused or first < num_need:
+        if first < num_need or num_refused or num_blocks < num_need:
             sequences.counters.num_stalls += int(np.count_nonzero(arrays.status[arrays.work[0, :num_need]]))
         sequences.note_use()
         return int(width)
 
-    def _grow_hard(self, arrays: StepArrays, i: int, starts: Int32Array) -> None:
-        """Find room for one row by whatever sizes there are: memory is short or in small pieces."""
-        b = int(arrays.work[0, i])
-        if arrays.status[b] != OK:
-            return
+    def _grow_hard(self, arrays: StepArrays, first: int, num_need: int, starts: Int32Array) -> None:
+        """Go on where memory is short or in small pieces, or rows have few entries left."""
+        for i in range(num_need):
+            b = int(arrays.work[0, i])
+            if arrays.status[b] == ROW_FULL:
+                arrays.status[b] = OK
+                self._grow_row(arrays, b, [])
+            elif arrays.status[b] == OK and i >= first:
+                place = slice(int(self._ends[i - 1]) if i else 0, int(self._ends[i]))
+                granted = zip(starts[place].tolist(), self._sizes[place].tolist(), strict=True)
+                self._grow_row(arrays, b, [(start, size) for start, size in granted if start >= 0])
+
+    def _grow_row(self, arrays: StepArrays, b: int, runs: Runs) -> None:
+        """Find room for one row by whatever sizes there are, ``runs`` being a part of it; else set its status."""
         sequences, pool, row = self._sequences, self._sequences.pool, int(arrays.rows[b])
-        place = slice(int(self._ends[i - 1]) if i else 0, int(self._ends[i]))
-        runs = [
-            (int(start), int(size)) for start, size in zip(starts[place], self._sizes[place], strict=True) if start >= 0
-        ]
         info = sequences.rows.info[row]
         needed = int(-(-(info[LENGTH] + arrays.counts[b]) // 8) - info[CAPACITY]) - sum(size for _, size in runs)
-        more = pool.fit(needed)
-        if more is None and pool.give_up_reserve():
+        try:
             more = pool.fit(needed)
-        if more is None:
-            arrays.status[b] = OUT_OF_BLOCKS
-        elif sequences.attach(row, runs + more):
+        except BaseException:
+            pool.free_runs(runs)
+            raise
+        if more is not None and sequences.attach(row, runs + more):
             return
-        else:
-            arrays.status[b] = ROW_FULL
+        arrays.status[b] = OUT_OF_BLOCKS if more is None else ROW_FULL
         pool.free_runs(runs + (more or []))

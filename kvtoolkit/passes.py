@@ -229,7 +229,7 @@ def choose_sizes(
             step.status[b] = OUT_OF_BLOCKS
         else:
             first = end
-            size = min(tail_size(rule, tail, length, available / num_granules), largest)
+            size = min(tail_size(rule, tail, length, available / num_granules), largest, offered[0])
             end = split(needed, size, largest, offered, sizes, first)
             for k in range(first, end):
                 total += sizes[k]
@@ -296,7 +296,6 @@ def attach_all(
     rows: Rows,
     granules: Granules,
     step: StepArrays,
-    first: int,
     num_need: int,
     starts: Int32Array,
     sizes: Int32Array,
@@ -310,7 +309,7 @@ def attach_all(
         granules of rows with too few entries stand in ``refused``, and the widest row if all are complete.
     """
     num_refused = 0
-    for i in range(first, num_need):
+    for i in range(num_need):
         b = step.work[0, i]
         begin = ends[i - 1] if i > 0 else 0
         if step.status[b] != OK:

@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike
 
 from allocators import BlockAllocator, create
 from kvtoolkit.config import CacheConfig
-from kvtoolkit.errors import CacheFullError
+from kvtoolkit.errors import CacheFullError, ConfigError
 from kvtoolkit.eviction import eviction_policy
 from kvtoolkit.prefix import CACHED, Evictor, Int32Array, make_granules, make_nodes
 from kvtoolkit.rows import coalesce
@@ -58,38 +58,61 @@ class Pool:
 
     def allocate_some(self, sizes: ArrayLike) -> Int32Array:
         """Blocks in the order asked for, -1 from the first that does not fit."""
-        return self.allocator.allocate(sizes, partial=True)
+        starts = self.allocator.allocate(sizes, partial=True)
+        if not (isinstance(starts, np.ndarray) and starts.dtype == np.int32 and starts.shape == np.shape(sizes)):
+            raise ConfigError(
+                f"allocator: expected {type(self.allocator).__name__}.allocate to return [{np.size(sizes)}] int32 "
+                f"starts, got {starts!r:.80}"
+            )
+        return starts
 
-    def allocate_all(self, sizes: list[int], what: str) -> list[Runs]:
-        """For each size the runs that make it up (one if possible), evicting if need be; CacheFullError or all."""
-        self.make_room(sum(sizes))
-        granted: list[Runs] = []
-        for size in sizes:
-            runs = self.fit(size)
-            if runs is None:
-                self.free_runs([run for runs in granted for run in runs])
-                raise CacheFullError(
-                    f"{what}: expected room for {len(sizes)} blocks of {min(sizes)} to {max(sizes)} granules, got "
-                    f"{self.allocator.num_free} granules free and {self.num_cached} that could be evicted"
-                )
-            granted.append(runs)
-        return granted
+    def allocate_tails(self, count: int, what: str) -> tuple[Int32Array, Int32Array]:
+        """``count`` blocks of at least a granule, evicting if need be; ``(starts, sizes)``, or CacheFullError."""
+        self.make_room(count)
+        sizes = np.full(count, self.offered[-1], np.int32)
+        starts = self.allocate_some(sizes)
+        first = int(np.argmax(starts < 0)) if starts[-1] < 0 else count
+        try:
+            for i in range(first, count):
+                run = self.fit(1)
+                if run is None:
+                    raise CacheFullError(
+                        f"{what}: expected room for {count} copies of a partly filled granule, got room for {i}: "
+                        f"{self.allocator.num_free} granules free, {self.num_cached} cached"
+                    )
+                ((starts[i], sizes[i]),) = run
+                first = i + 1
+        except BaseException:
+            self.free_runs(list(zip(starts[:first].tolist(), sizes[:first].tolist(), strict=True)))
+            raise
+        return starts, sizes
 
     def fit(self, needed: int) -> Runs | None:
-        """Runs of at least ``needed`` granules by any sizes on offer, evicting if need be; None if there is no way."""
+        """Runs of at least ``needed`` granules by any sizes on offer; None if there is no way.
+
+        Evicts, and in the end gives up what is kept back for merging.
+        """
         runs: Runs = []
-        while needed > 0:
-            for size in self._sizes_to_try(needed):
-                start = int(self.allocator.allocate([size], partial=True)[0])
-                if start >= 0:
-                    runs.append((start, size))
-                    needed -= size
-                    break
-            else:
-                if not self.evict(needed):
-                    self.free_runs(runs)
-                    return None
+        try:
+            while needed > 0:
+                for size in self._sizes_to_try(needed):
+                    start = int(self.allocate_some([size])[0])
+                    if start >= 0:
+                        runs.append((start, size))
+                        needed -= size
+                        break
+                else:
+                    if not (self._eviction_may_help() and self.evict(needed)) and not self.give_up_reserve():
+                        self.free_runs(runs)
+                        return None
+        except BaseException:
+            self.free_runs(runs)
+            raise
         return runs
+
+    def _eviction_may_help(self) -> bool:
+        """Whether some place for the smallest block is held by no row; if not, evicting all would be in vain."""
+        return bool((self.granules.refs.reshape(-1, int(self.offered[-1])) == 0).all(axis=1).any())
 
     def _sizes_to_try(self, needed: int) -> list[int]:
         """The best fitting size, then smaller ones, then larger ones."""
@@ -105,10 +128,12 @@ class Pool:
 
     def evict(self, wanted: int) -> int:
         """Evict about ``wanted`` cached granules; returns how many."""
-        count = self.evictor.evict(wanted, self.freed)
-        self.num_evicted += count
-        self.free_listed(count)
-        return count
+        total = 0
+        while total < wanted and (count := self.evictor.evict(wanted - total, self.freed)):
+            self.free_listed(count)
+            self.num_evicted += count
+            total += count
+        return total
 
     def free_listed(self, count: int) -> None:
         """Free the first ``count`` granules of `freed`."""

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from allocators._jit import jit
+from kvtoolkit.errors import ConfigError
 from kvtoolkit.eviction import CachedGranules, EvictionPolicy
 
 Int32Array = NDArray[np.int32]
@@ -108,15 +109,19 @@ class Evictor:
         self._next = 0
 
     def evict(self, wanted: int, freed: Int32Array) -> int:
-        """Unpublish ``wanted`` cached granules, or a few more, or all; ``freed`` receives them. Returns how many."""
-        num_freed = 0
-        while num_freed < wanted and self._nodes.counts[CACHED] > 0:
+        """Unpublish ``wanted`` cached granules or so; ``freed`` receives them. Returns how many; 0 if none is left.
+
+        May stop early; ask again. The policy is asked before anything is unpublished, so if it raises nothing is lost.
+        """
+        while self._nodes.counts[CACHED] > 0:
             if self._next == len(self._queue):
                 self._score()
-            num_freed, self._next = _evict(
-                self._nodes, self._granules, self._queue, self._stamps, self._next, wanted, freed, num_freed
+            count, self._next = _evict(
+                self._nodes, self._granules, self._queue, self._stamps, self._next, wanted, freed, 0
             )
-        return num_freed
+            if count:
+                return int(count)
+        return 0
 
     def forget(self) -> None:
         """Drop the queue, after the index was replaced."""
@@ -127,10 +132,23 @@ class Evictor:
         used = np.flatnonzero(nodes.uid)
         cached = used[self._granules.refs[nodes.granule[used]] == 0]
         figures = CachedGranules(nodes.last_used[cached], nodes.num_uses[cached], nodes.depth[cached])
-        order = np.lexsort((-figures.depth, np.asarray(self._policy.score(figures), np.float64)))
+        order = np.lexsort((-figures.depth, self._scores(figures)))
         self._queue = cached[order].astype(np.int32)
         self._stamps = nodes.last_used[self._queue]
         self._next = 0
+
+    def _scores(self, figures: CachedGranules) -> NDArray[np.float64]:
+        scores = self._policy.score(figures)
+        try:
+            array = np.asarray(scores, np.float64)
+        except (TypeError, ValueError):
+            array = np.empty(0)
+        if array.shape != figures.depth.shape:
+            raise ConfigError(
+                f"eviction: expected {type(self._policy).__name__}.score to return [{len(figures.depth)}] numbers, "
+                f"got {scores!r:.80}"
+            )
+        return array
 
 
 @jit

@@ -14,6 +14,7 @@ is what keeps a step of thousands of rows cheap.
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from allocators._jit import jit
 from kvtoolkit.prefix import (
@@ -27,6 +28,7 @@ from kvtoolkit.prefix import (
     hold,
     move_granule,
     release,
+    unpublish,
 )
 from kvtoolkit.tables import entry_granule, entry_length, pack_entry
 
@@ -336,6 +338,87 @@ def spare_end(rows: Rows, row: int, keep: int, granules: Granules) -> Any:
     while keep < end and granules.refs[base + keep] == 1 and granules.node[base + keep] < 0:
         keep += 1
     return keep
+
+
+@jit
+def share_all(source_rows: Rows, sources: Int32Array, rows: Rows, targets: Int32Array, keeps: Int64Array) -> None:
+    """`copy_first` and `copy_tokens` for many rows."""
+    for i in range(len(sources)):
+        copy_first(source_rows, sources[i], rows, targets[i], keeps[i])
+        copy_tokens(source_rows, sources[i], rows, targets[i])
+
+
+@jit
+def hold_all(rows: Rows, which: Int32Array, keeps: Int64Array, nodes: Nodes, granules: Granules) -> None:
+    """`hold_first` for many rows."""
+    for i in range(len(which)):
+        hold_first(rows, which[i], keeps[i], nodes, granules)
+
+
+@jit
+def empty_all(rows: Rows, which: Int32Array, nodes: Nodes, granules: Granules, freed: Int32Array) -> Any:
+    """Let go of everything that many rows hold; returns the number of ``freed`` granules."""
+    num_freed = 0
+    for row in which:
+        num_freed = shrink(rows, row, 0, nodes, granules, freed, num_freed)
+    return num_freed
+
+
+@jit
+def attach_tails(rows: Rows, granules: Granules, which: Int32Array, starts: Int32Array, sizes: Int32Array) -> None:
+    """Append one freshly allocated block to each of many rows, which have an entry left for it."""
+    for i in range(len(which)):
+        attach(rows, granules, which[i], starts[i : i + 1], sizes[i : i + 1])
+
+
+@jit
+def list_partial(rows: Rows, which: Int32Array, lengths: Int64Array, positions: Int32Array, out: Int32Array) -> Any:
+    """Find the granules that would be partly filled at the given lengths.
+
+    ``positions`` receives the places in ``which`` of the rows that have one, ``out`` the granules; returns how many.
+    """
+    count = 0
+    for i in range(len(which)):
+        if lengths[i] & 7:
+            positions[count] = i
+            out[count] = granule_at(rows, which[i], lengths[i] >> 3)
+            count += 1
+    return count
+
+
+@jit
+def truncate_all(
+    rows: Rows,
+    which: Int32Array,
+    lengths: Int64Array,
+    is_copied: NDArray[np.bool_],
+    nodes: Nodes,
+    granules: Granules,
+    freed: Int32Array,
+) -> Any:
+    """Keep the first ``lengths[i]`` tokens of each row; returns the number of ``freed`` granules.
+
+    Where ``is_copied`` the partly filled granule is let go of too: the caller attaches its copy.
+    """
+    num_freed = 0
+    for i in range(len(which)):
+        row, length = which[i], lengths[i]
+        if length == rows.info[row, LENGTH]:
+            continue
+        walk_back(rows, row, length, nodes)
+        rows.info[row, LENGTH] = length
+        if is_copied[i]:
+            keep = length >> 3
+        else:
+            keep = (length + 7) >> 3
+            if length & 7:
+                # the granule will be written again: what it holds must no longer be found
+                node = granules.node[granule_at(rows, row, length >> 3)]
+                if node >= 0:
+                    num_freed = unpublish(nodes, granules, node, freed, num_freed)
+            keep = spare_end(rows, row, keep, granules)
+        num_freed = shrink(rows, row, keep, nodes, granules, freed, num_freed)
+    return num_freed
 
 
 @jit

@@ -23,6 +23,11 @@ class Attention(NamedTuple):
     softcap: float
     group_size: int
     head_dim: int
+    num_items: int
+    num_floats: int
+    """Of partial results."""
+    work: int
+    """Multiply-adds."""
 
 
 def attend(
@@ -116,8 +121,12 @@ def attend(
     if code != kernel.PLAN_OK:
         _refuse(code, row, value, problem)
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-    prepared = Attention(problem, plan, float(scale), float(softcap), group_size, head_dim)
-    _run(*prepared)
+    items, num_partials, work = plan[-1].tolist()[: kernel.WORK + 1]
+    num_floats = num_partials * kernel.partial_floats(head_dim) if num_partials else 0
+    prepared = Attention(
+        problem, plan, float(scale), float(softcap), group_size, head_dim, items, int(num_floats), work
+    )
+    _run(problem, prepared)
     return prepared
 
 
@@ -132,17 +141,17 @@ def attend_alike(prepared: Attention, q: Operand, k_cache: Operand, v_cache: Ope
     problem[kernel.KEYS] = k_cache.address
     problem[kernel.VALUES] = v_cache.address
     problem[kernel.OUT] = out.address
-    _run(problem, prepared.plan, prepared.scale, prepared.softcap, prepared.group_size, prepared.head_dim)
+    _run(problem, prepared)
 
 
-def _run(problem: Any, plan: Any, scale: float, softcap: float, group_size: int, head_dim: int) -> None:
-    items, num_partials, work = plan[-1].tolist()[: kernel.WORK + 1]
-    if num_partials:
-        partials = np.empty(num_partials * kernel.partial_floats(head_dim), np.float32)
+def _run(problem: Any, prepared: Attention) -> None:
+    _, plan, scale, softcap, group_size, head_dim, num_items, num_floats, work = prepared
+    if num_floats:
+        partials = np.empty(num_floats, np.float32)
         problem[kernel.PARTIALS] = address_of(partials)
     counters = np.zeros(2, np.uint64)
     if work > _WORK_PER_THREAD:
-        helpers = min(threads.num_threads() - 1, items - 1, work // _WORK_PER_THREAD)
+        helpers = min(threads.num_threads() - 1, num_items - 1, work // _WORK_PER_THREAD)
         if helpers > 0:
 
             def help_out() -> None:

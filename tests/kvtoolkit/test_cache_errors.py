@@ -201,7 +201,7 @@ def test_a_fork_that_does_not_fit_forks_nothing():
     cache = make(num_tokens=64)
     seq_ids, _ = cache.open([[1]])
     cache.end_step(cache.begin_step(seq_ids, 60))
-    with pytest.raises(CacheFullError, match="fork: expected room for 1 blocks of 1 to 1 granules"):
+    with pytest.raises(CacheFullError, match="fork: expected room for 1 copies of a partly filled granule, got room for 0"):
         cache.fork(seq_ids, 1)
     cache.check_integrity()
     assert cache.stats().num_seqs == 1
