@@ -45,6 +45,8 @@ class EpochPool(BlockAllocator):
     """
 
     def __init__(self, inner: BlockAllocator, *, streams: Iterable[Hashable] = ("default",)) -> None:
+        if not hasattr(inner, "num_free") or not hasattr(inner, "allocate"):
+            raise InvalidSizeError(f"inner: expected an allocator, got {inner!r}")
         if inner.num_free != inner.num_granules:
             raise InvalidSizeError(
                 f"inner: expected a pool with nothing handed out, got {inner.num_free} of {inner.num_granules} free"
@@ -128,7 +130,10 @@ class EpochPool(BlockAllocator):
     def register_stream(self, stream: Hashable) -> None:
         """Add a stream that must report `complete` too, for the current epoch and later ones."""
         with self._lock:
-            self._completed.setdefault(stream, self._epoch - 1)
+            try:
+                self._completed.setdefault(stream, self._epoch - 1)
+            except TypeError as error:
+                raise UnknownStreamError(f"stream: expected something hashable, got {stream!r}") from error
 
     def retire(self, starts: ArrayLike, sizes: ArrayLike) -> int:
         """Put live runs into the limbo of the current epoch; they are reusable once it is `complete`.
@@ -161,7 +166,7 @@ class EpochPool(BlockAllocator):
                 raise InvalidSizeError(
                     f"epoch: expected an int from 0 to the current one, {self._epoch}, got {epoch!r}"
                 )
-            if stream is not None and stream not in self._completed:
+            if stream is not None and stream not in list(self._completed):
                 raise UnknownStreamError(f"stream: expected one of {list(self._completed)}, got {stream!r}")
             for name in self._completed if stream is None else (stream,):
                 self._completed[name] = max(self._completed[name], int(epoch))

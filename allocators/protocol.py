@@ -148,7 +148,7 @@ def as_counts(values: ArrayLike, name: str) -> Int32Array:
 def _as_array(values: ArrayLike, name: str) -> NDArray[Any]:
     try:
         return np.asarray(values)
-    except ValueError as error:  # lists of several lengths
+    except (ValueError, TypeError, RuntimeError) as error:  # lists of several lengths, tensors on a device
         raise InvalidSizeError(f"{name}: expected a one-dimensional array of integers, got {values!r}") from error
 
 

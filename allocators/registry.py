@@ -23,8 +23,10 @@ _registered: dict[str, type[BlockAllocator]] = {
 
 def register(name: str, cls: type[BlockAllocator]) -> None:
     """Make ``cls`` available under ``name``; a name that is taken is replaced."""
-    if not name.isidentifier():
+    if not isinstance(name, str) or not name.isidentifier():
         raise UnknownAllocatorError(f"name: expected an identifier, got {name!r}")
+    if not callable(cls):
+        raise UnknownAllocatorError(f"cls: expected a class, got {cls!r}")
     _registered[name] = cls
 
 
@@ -84,7 +86,7 @@ def _load_path(path: str) -> type[BlockAllocator]:
         found: Any = importlib.import_module(module_name)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # whatever a plug-in does when it is imported
         raise UnknownAllocatorError(f"allocator: {path!r} cannot be imported: {error}") from error
     if not callable(found):
         raise UnknownAllocatorError(f"allocator: expected {path!r} to be a class, got {type(found).__name__}")

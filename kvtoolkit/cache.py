@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from kvtoolkit import access, compaction, passes, preemption, rows, sharing, snapshots
 from kvtoolkit.config import CacheConfig
-from kvtoolkit.errors import SequenceError, StepError
+from kvtoolkit.errors import ConfigError, SequenceError, StepError
 from kvtoolkit.growing import Grower
 from kvtoolkit.inputs import MAX_TOKENS, as_counts, as_ids, as_prompt, as_tokens, as_vector, is_ids
 from kvtoolkit.lease import Lease
@@ -39,6 +39,8 @@ class KVCache:
     """
 
     def __init__(self, config: CacheConfig) -> None:
+        if not isinstance(config, CacheConfig):
+            raise ConfigError(f"config: expected a CacheConfig, got {type(config).__name__}")
         self.config = config
         self.dtype = config.dtype
         self._lock = threading.RLock()
@@ -63,7 +65,10 @@ class KVCache:
             CacheFullError: more than ``max_seqs`` sequences would be open.
             SequenceError: a prompt is no vector of integers.
         """
-        tokens = [as_prompt(prompt, i) for i, prompt in enumerate(prompts)]
+        try:
+            tokens = [as_prompt(prompt, i) for i, prompt in enumerate(prompts)]
+        except TypeError:
+            raise SequenceError(f"prompts: expected a sequence of prompts, got {prompts!r:.80}") from None
         with self._lock:
             sequences, counters = self._sequences, self._sequences.counters
             opened = sequences.new_rows(len(tokens), "open")
@@ -205,6 +210,7 @@ class KVCache:
             raise SequenceError(f"n: expected a number of copies, got {n!r}")
         with self._lock:
             parents = self._sequences.rows_of(seq_ids, (OPEN,))
+            self._sequences.require_closed_rows(len(parents) * int(n), "fork")
             children = sharing.fork(self._sequences, np.repeat(parents, n), "fork")
             return self._sequences.ids_of(children).reshape(len(parents), int(n))
 
@@ -252,7 +258,7 @@ class KVCache:
     def pin(self, seq_ids: ArrayLike) -> Lease:
         """Hold what sequences hold now: it is not written, moved or freed until the lease ends.
 
-        The sequences themselves go on. The lease has rows of its own, which a step with 0 new tokens can read.
+        The sequences themselves go on. The lease has rows of its own, which count among ``max_seqs``.
 
         Raises:
             SequenceError: an id is not of an open sequence.
@@ -275,7 +281,7 @@ class KVCache:
         Raises:
             SequenceError: an id is not of an open sequence, or ``to`` is neither.
         """
-        if to not in ("drop", "host"):
+        if not (isinstance(to, str) and to in ("drop", "host")):
             raise SequenceError(f"to: expected 'drop' or 'host', got {to!r}")
         with self._lock:
             preemption.preempt(self._sequences, self._sequences.rows_of(seq_ids, (OPEN,)), to)

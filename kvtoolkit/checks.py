@@ -8,11 +8,13 @@ from kvtoolkit.errors import ShapeError, UnsupportedError
 
 BACKENDS = ("cpu", "cuda", "numba")
 LAYOUTS = ("NHD", "HND")
+_MOST = 1 << 31
+_LARGEST_FLOAT32 = 3.4028234e38  # the kernels compute in float32
 
 
 def check_backend(backend: str | None, on_device: bool) -> None:
     """Refuse every backend but the CPU's, which is the default for host arrays."""
-    if backend is not None and backend not in BACKENDS:
+    if backend is not None and not (isinstance(backend, str) and backend in BACKENDS):
         raise UnsupportedError(f"backend: expected None or one of {', '.join(BACKENDS)}, got {backend!r}")
     if on_device and backend == "cpu":
         raise UnsupportedError("backend: 'cpu' works on arrays in host memory, got one on a device")
@@ -24,7 +26,7 @@ def check_backend(backend: str | None, on_device: bool) -> None:
 
 
 def check_layout(layout: str) -> None:
-    if layout not in LAYOUTS:
+    if not (isinstance(layout, str) and layout in LAYOUTS):
         raise ShapeError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
 
 
@@ -125,15 +127,15 @@ def check_options(
         window = left.__index__(), right.__index__()
     except (TypeError, ValueError, AttributeError):
         raise ShapeError(f"window_size: expected (left, right), two integers, got {window_size!r}") from None
-    if window[0] < -1 or window[1] < -1:
-        raise ShapeError(f"window_size: expected integers from -1 (unbounded) on, got {window_size!r}")
-    if not isinstance(num_splits, int) or num_splits < 0:
-        raise ShapeError(f"num_splits: expected an integer from 0 (automatic) on, got {num_splits!r}")
+    if min(window) < -1 or max(window) >= _MOST:
+        raise ShapeError(f"window_size: expected integers from -1 (unbounded) to {_MOST - 1}, got {window_size!r}")
+    if not isinstance(num_splits, int) or not 0 <= num_splits < _MOST:
+        raise ShapeError(f"num_splits: expected an integer from 0 (automatic) to {_MOST - 1}, got {num_splits!r}")
     return window
 
 
 def _is_finite(number: Any) -> bool:
     try:
-        return math.isfinite(number)
-    except (TypeError, OverflowError):
+        return math.isfinite(number) and abs(float(number)) <= _LARGEST_FLOAT32
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         return False

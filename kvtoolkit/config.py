@@ -7,11 +7,13 @@ import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from allocators import AllocatorError, find
 from kvtoolkit.errors import ConfigError, UnsupportedError
+from kvtoolkit.eviction import eviction_policy
 from kvtoolkit.growth import NAMES as GROWTH_NAMES
 from kvtoolkit.growth import GrowthPolicy, growth_policy
 from kvtoolkit.tables import MAX_GRANULES
@@ -65,21 +67,28 @@ class CacheConfig:
     """CUDA device, for the GPU backends."""
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "num_kv_heads", "head_dim", "max_seqs"):
-            _require_int(name, getattr(self, name), 1)
+        for name in ("num_layers", "num_kv_heads", "head_dim"):
+            _require_int(name, getattr(self, name), 1, 1 << 16)
         _require_int("max_seqs", self.max_seqs, 1, 1 << 20)
         _require_int("migrate_budget", self.migrate_budget, 0)
         for name in ("max_seq_len", "max_entries", "num_tokens"):
             if getattr(self, name) is not None:
-                _require_int(name, getattr(self, name), 1)
+                _require_int(name, getattr(self, name), 1, 8 * MAX_GRANULES)
+        if self.device is not None:
+            _require_int("device", self.device, 0)
         if self.head_dim % 8:
             raise ConfigError(f"head_dim: expected a multiple of 8, got {self.head_dim}")
         _require_one_of("dtype", self.dtype, tuple(DTYPES))
         _require_one_of("backend", self.backend, _BACKENDS)
         if not isinstance(self.prefix_caching, bool):
             raise ConfigError(f"prefix_caching: expected true or false, got {self.prefix_caching!r}")
-        if not isinstance(self.allocator_options, Mapping):
-            raise ConfigError(f"allocator_options: expected a table, got {self.allocator_options!r}")
+        options = self.allocator_options
+        if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
+            raise ConfigError(f"allocator_options: expected a table with names as keys, got {options!r}")
+        for name in ("num_granules", "block_sizes"):
+            if name in options:
+                raise ConfigError(f"allocator_options: expected no {name!r}, which the cache gives itself")
+        eviction_policy(self.eviction)
         if self.tiers is not None:
             raise UnsupportedError("tiers: expected none, quantized tiers are not in this version")
         if self.backend != "cpu":
@@ -115,7 +124,7 @@ class CacheConfig:
             sizes = tuple(sorted(set(sizes)))
         except TypeError:
             raise ConfigError(f"block_sizes: expected some of 8, 16, 32, 64, got {sizes!r}") from None
-        if not sizes or not set(sizes) <= {8, 16, 32, 64}:
+        if not sizes or not set(sizes) <= {8, 16, 32, 64} or not all(type(size) is int for size in sizes):
             raise ConfigError(f"block_sizes: expected some of 8, 16, 32, 64, got {self.block_sizes!r}")
         if self.allocator == "paged" and len(sizes) != 1:
             raise ConfigError(f"block_sizes: expected one size for the paged allocator, got {sizes}")
@@ -167,6 +176,8 @@ class CacheConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "CacheConfig":
         """A configuration from a mapping of field names, as `to_dict` gives it."""
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"expected a mapping of field names, got {values!r}")
         known = [f.name for f in dataclasses.fields(cls)]
         for key in values:
             if key not in known:
@@ -189,10 +200,12 @@ class CacheConfig:
             ConfigError: the file is not there, is not TOML, or a field is wrong.
         """
         try:
-            document = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: cannot be read: {error}") from error
-        except tomllib.TOMLDecodeError as error:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, ValueError, TypeError) as error:
+            raise ConfigError(f"{path!s}: cannot be read: {error}") from error
+        try:
+            document = tomllib.loads(text)
+        except (tomllib.TOMLDecodeError, ValueError, RecursionError) as error:
             raise ConfigError(f"{path}: expected TOML, got a syntax error: {error}") from error
         table = document.get("cache", document)
         if not isinstance(table, dict):
@@ -224,7 +237,7 @@ def parse_nbytes(value: int | str) -> int:
         raise ConfigError(f"memory: expected bytes or a text such as '512 MiB', got {value!r}")
     number, prefix, binary = match.groups()
     base = 1024 if binary else 1000
-    return int(float(number) * base ** " KMGT".index(prefix.upper() or " "))
+    return int(Fraction(number) * base ** " KMGT".index(prefix.upper() or " "))
 
 
 def _require_int(name: str, value: Any, low: int, high: int | None = None) -> None:

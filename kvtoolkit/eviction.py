@@ -55,14 +55,16 @@ _POLICIES: dict[str, type[EvictionPolicy]] = {"lru": LRU, "lfu": LFU}
 
 def eviction_policy(spec: str) -> EvictionPolicy:
     """The policy of this name, or of the class at ``"package.module:Class"``; ConfigError if there is none."""
+    if not isinstance(spec, str):
+        raise ConfigError(f"eviction: expected a name or 'package.module:Class', got {spec!r}")
     if spec in _POLICIES:
         return _POLICIES[spec]()
-    module, _, name = str(spec).partition(":")
+    module, _, name = spec.partition(":")
     if not name:
         raise ConfigError(f"eviction: expected one of {', '.join(_POLICIES)} or 'package.module:Class', got {spec!r}")
     try:
         policy: EvictionPolicy = getattr(importlib.import_module(module), name)()
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever a plug-in does when it is imported
         raise ConfigError(f"eviction: {spec!r} cannot be made: {error}") from error
     if not callable(getattr(policy, "score", None)):
         raise ConfigError(f"eviction: expected {spec!r} to have a method `score`")

@@ -3,6 +3,8 @@
 free + held by rows + cached + kept back (+ pinned) == num_granules
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -14,6 +16,23 @@ from kvtoolkit.prefix import CACHED, Evictor, Int32Array, make_granules, make_no
 from kvtoolkit.rows import coalesce
 from kvtoolkit.tables import MAX_BLOCK_GRANULES
 
+
+@dataclass
+class Counters:
+    """What a cache counts as it goes."""
+
+    num_steps: int = 0
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    copied_tokens: int = 0
+    num_merges: int = 0
+    num_failed_merges: int = 0
+    num_stalls: int = 0
+    num_preempted: int = 0
+    num_evicted: int = 0
+    peak_granules: int = 0
+
+
 Runs = list[tuple[int, int]]
 """``(first granule, granules)`` of pieces of memory."""
 
@@ -24,7 +43,8 @@ class Pool:
     Not thread-safe by itself: the cache's lock covers it.
     """
 
-    def __init__(self, config: CacheConfig) -> None:
+    def __init__(self, config: CacheConfig, counters: Counters) -> None:
+        self.counters = counters
         num_granules = config.num_granules
         self.policy = config.growth_policy
         self.allocator: BlockAllocator = create(
@@ -40,7 +60,6 @@ class Pool:
         """Where compiled code lists granules to be freed; `free_listed` takes them from here."""
         self._run_starts = np.empty(num_granules, np.int32)
         self._run_sizes = np.empty(num_granules, np.int32)
-        self.num_evicted = 0
         self.reserve = int(self.policy.reserve * (num_granules // MAX_BLOCK_GRANULES))
         self.kept_back: list[int] = []
         """First granules of the blocks of 64 tokens kept back for merging."""
@@ -131,7 +150,7 @@ class Pool:
         total = 0
         while total < wanted and (count := self.evictor.evict(wanted - total, self.freed)):
             self.free_listed(count)
-            self.num_evicted += count
+            self.counters.num_evicted += count
             total += count
         return total
 

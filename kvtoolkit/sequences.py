@@ -18,7 +18,7 @@ from kvtoolkit.config import CacheConfig
 from kvtoolkit.cpu import copy_granules
 from kvtoolkit.errors import CacheFullError, SequenceError
 from kvtoolkit.inputs import as_ids
-from kvtoolkit.pool import Pool, Runs
+from kvtoolkit.pool import Counters, Pool, Runs
 from kvtoolkit.prefix import CLOCK, ROOT, ROOT_UID, Int32Array, Int64Array
 from kvtoolkit.rows import GENERATION, ID_BITS, LENGTH, OPEN, STATE, STATE_NAMES
 from kvtoolkit.tables import GRANULE
@@ -37,27 +37,13 @@ class Preempted:
     """``[num_layers, 2, num_granules, num_kv_heads, 8, head_dim]``; for ``to="host"``."""
 
 
-@dataclass
-class Counters:
-    """What a cache counts as it goes."""
-
-    num_steps: int = 0
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
-    copied_tokens: int = 0
-    num_merges: int = 0
-    num_failed_merges: int = 0
-    num_stalls: int = 0
-    num_preempted: int = 0
-    peak_granules: int = 0
-
-
 class Sequences:
     """The state of a `KVCache`."""
 
     def __init__(self, config: CacheConfig) -> None:
         self.config = config
-        self.pool = Pool(config)
+        self.counters = Counters()
+        self.pool = Pool(config, self.counters)
         self.rows = rows.make_rows(config.max_seqs, config.entries_limit)
         self.closed_rows = list(range(config.max_seqs))[::-1]
         self.preempted: dict[int, Preempted] = {}
@@ -66,7 +52,6 @@ class Sequences:
             (config.num_layers, 2, config.num_granules, config.num_kv_heads, GRANULE, config.head_dim),
             _STORAGE[config.dtype],
         )
-        self.counters = Counters()
 
     # -- ids ---------------------------------------------------------------------------------------------------------
 

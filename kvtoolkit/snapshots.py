@@ -13,7 +13,7 @@ from allocators.protocol import require
 from kvtoolkit.errors import CacheSnapshotError, StepError
 from kvtoolkit.prefix import CACHED
 from kvtoolkit.rows import CAPACITY, CLOSED, IN_STEP, LENGTH, NUM_ENTRIES, PINNED, PREEMPTED, STATE
-from kvtoolkit.sequences import Counters, Preempted, Sequences
+from kvtoolkit.sequences import Preempted, Sequences
 from kvtoolkit.tables import unpack_entries
 
 
@@ -46,15 +46,23 @@ def pack(sequences: Sequences) -> bytes:
 
 
 def unpack(sequences: Sequences, data: bytes) -> None:
-    """Fill a fresh cache from a snapshot."""
+    """Fill a fresh cache from a snapshot; after an error it is of no use."""
+    if not isinstance(data, bytes | bytearray | memoryview):
+        raise CacheSnapshotError(f"snapshot: expected bytes, got {type(data).__name__}")
     try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        found = json.loads(arrays["config"].tobytes())
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        _unpack(sequences, data)
+    except (OSError, ValueError, KeyError, IndexError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        if isinstance(error, CacheSnapshotError):
+            raise
         raise CacheSnapshotError(
             f"snapshot: expected the bytes of KVCache.snapshot, got damaged ones: {error}"
         ) from error
+
+
+def _unpack(sequences: Sequences, data: bytes) -> None:
+    with np.load(io.BytesIO(data), allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    found = json.loads(arrays["config"].tobytes())
     expected = json.loads(json.dumps(sequences.config.to_dict(), sort_keys=True))
     if found != expected:
         differing = sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key))
@@ -72,7 +80,7 @@ def unpack(sequences: Sequences, data: bytes) -> None:
     pool.kept_back = arrays["kept_back"].tolist()
     pool.evictor.forget()
     sequences.closed_rows = arrays["closed_rows"].tolist()
-    sequences.counters = Counters(*arrays["counters"].tolist())
+    vars(sequences.counters).update(zip(vars(sequences.counters), arrays["counters"].tolist(), strict=True))
     sequences.key_values[:, :, arrays["held"]] = arrays["key_values"]
     sequences.preempted = {
         row: Preempted(

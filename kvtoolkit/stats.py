@@ -85,7 +85,7 @@ def collect(sequences: Sequences) -> CacheStats:
         copied_tokens=counters.copied_tokens,
         num_merges=counters.num_merges,
         num_failed_merges=counters.num_failed_merges,
-        num_evicted=pool.num_evicted,
+        num_evicted=counters.num_evicted,
         num_stalls=counters.num_stalls,
         num_preempted=counters.num_preempted,
         num_steps=counters.num_steps,

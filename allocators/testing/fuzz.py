@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
 from allocators.epochs import EpochPool
-from allocators.errors import AllocatorError
+from allocators.errors import AllocatorError, UnknownAllocatorError
 from allocators.protocol import BlockAllocator
-from allocators.registry import create
+from allocators.registry import create, find
 from allocators.testing.conformance import run_conformance
 from allocators.testing.threads import run_threads
 
@@ -99,7 +99,10 @@ def main(args: argparse.Namespace) -> int:
     """Run `fuzz` with parsed arguments; returns the exit status."""
     try:
         options = parse_options(args.option)
-    except ValueError as error:
+        find(args.allocator)
+        if not args.seconds >= 0:
+            raise ValueError(f"--seconds: expected 0 or more, got {args.seconds}")
+    except (ValueError, UnknownAllocatorError) as error:
         print(f"fuzz: {error}", file=sys.stderr)
         return 2
     return fuzz(

@@ -116,7 +116,7 @@ def as_numpy_view(array: Any, name: str) -> np.ndarray:
             return np.asarray(array)
         if hasattr(array, "__dlpack__"):
             return np.from_dlpack(array)
-    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:
         raise UnsupportedError(f"{name}: NumPy cannot view this {type(array).__name__}: {error}") from error
     raise ShapeError(
         f"{name}: expected a NumPy array, a torch tensor, or an object with __dlpack__ or __array_interface__, "
@@ -139,7 +139,9 @@ def _numpy_operand(array: np.ndarray, name: str, dtype: str | None) -> Operand:
     if dtype is not None and array.itemsize == ITEMSIZES[dtype] and found in ("uint16", "int16"):
         found = dtype
     itemsize = array.itemsize
-    strides = tuple([stride // itemsize for stride in array.strides])
+    if not array.flags.c_contiguous and (not itemsize or any(stride % itemsize for stride in array.strides)):
+        raise ShapeError(f"{name}: expected strides in whole elements of {itemsize} bytes, got {array.strides} bytes")
+    strides = tuple([stride // itemsize for stride in array.strides]) if itemsize else array.strides
     return Operand(address_of(array), array.shape, strides, found, array, array.flags.writeable)
 
 
@@ -150,4 +152,7 @@ def _torch_operand(tensor: Any, name: str) -> Operand:
     if found is None:
         found = str(tensor.dtype).removeprefix("torch.")
         _TORCH_NAMES[tensor.dtype] = found
-    return Operand(tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), found, tensor)
+    try:
+        return Operand(tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), found, tensor)
+    except RuntimeError as error:  # sparse, or without storage
+        raise UnsupportedError(f"{name}: expected a dense tensor, got a {tensor.layout} one: {error}") from error

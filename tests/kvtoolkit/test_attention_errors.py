@@ -234,3 +234,28 @@ def test_arrays_on_a_device_are_refused() -> None:
         paged_attention(meta, *arrays[1:])
     with pytest.raises(UnsupportedError, match=r"k_cache: .*host memory.*meta"):
         paged_attention(arrays[0], arrays[1].to("meta"), *arrays[2:])
+
+
+def test_strides_that_are_no_whole_elements_are_refused():
+    q = np.zeros(3, dtype=[("x", "f4", (4, 8)), ("pad", "u1")])["x"]
+    cache = np.zeros((4, 16, 2, 8), np.float32)
+    with pytest.raises(ShapeError, match="q: expected strides in whole elements of 4 bytes, got"):
+        paged_attention(q, cache, cache, np.zeros((3, 1), np.int32), np.ones(3, np.int32))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window_size": (10**30, 0)},
+        {"num_splits": 2**63},
+        {"softmax_scale": 1e300},
+        {"softcap": 1e308},
+        {"softmax_scale": np.ones(2)},
+        {"layout": np.array(["NHD", "HND"])},
+    ],
+    ids=str,
+)
+def test_numbers_that_the_kernels_cannot_hold_are_refused(options):
+    q, cache = np.zeros((1, 2, 8), np.float32), np.zeros((1, 16, 2, 8), np.float32)
+    with pytest.raises(ShapeError, match=next(iter(options))):
+        paged_attention(q, cache, cache, np.zeros((1, 1), np.int32), np.ones(1, np.int32), **options)

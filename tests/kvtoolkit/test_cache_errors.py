@@ -1,5 +1,7 @@
 """Every misuse of a cache is refused by name, and leaves the cache as it was."""
 
+import io
+
 import numpy as np
 import pytest
 
@@ -82,6 +84,12 @@ CALLS = [
     (lambda c: c.compact(1.5), StepError, "max_tokens: expected a number of tokens, got 1.5"),
     (lambda c: c.end_step("step"), StepError, "step: expected one of this cache, got 'step'"),
     (lambda c: c.end_step(make().begin_step([], 1)), StepError, "step: expected one of this cache"),
+    (lambda c: c.open(None), SequenceError, "prompts: expected a sequence of prompts, got None"),
+    (lambda c: c.fork(c.ids[:1], 10**11), CacheFullError, "fork: expected at most 2 new sequences"),
+    (lambda c: c.lengths([[1], [2, 3]]), SequenceError, "seq_ids: expected integers, got something that is no array"),
+    (lambda c: c.preempt(c.ids[:1], np.array(["drop", "host"])), SequenceError, "to: expected 'drop' or 'host'"),
+    (lambda c: c.key_cache(None), StepError, "layer: expected 0 to 1, got None"),
+    (lambda c: c.key_cache(0.5), StepError, "layer: expected 0 to 1, got 0.5"),
     (lambda c: c.key_cache(2), StepError, "layer: expected 0 to 1, got 2"),
 ]
 
@@ -97,8 +105,6 @@ def test_a_wrong_call_is_refused_and_changes_nothing(cache, call, error, message
 
 
 def without_marks(snapshot: bytes) -> dict:
-    import io
-
     with np.load(io.BytesIO(snapshot)) as file:
         arrays = {name: file[name] for name in file.files if name not in ("rows.marks", "rows.clock")}
     return {name: array.tobytes() for name, array in arrays.items()}
@@ -201,7 +207,7 @@ def test_a_fork_that_does_not_fit_forks_nothing():
     cache = make(num_tokens=64)
     seq_ids, _ = cache.open([[1]])
     cache.end_step(cache.begin_step(seq_ids, 60))
-    with pytest.raises(CacheFullError, match="fork: expected room for 1 copies of a partly filled granule, got room for 0"):
+    with pytest.raises(CacheFullError, match="fork: expected room for 1 copies of a partly filled granule"):
         cache.fork(seq_ids, 1)
     cache.check_integrity()
     assert cache.stats().num_seqs == 1
@@ -214,12 +220,24 @@ def test_a_fork_that_does_not_fit_forks_nothing():
         lambda data: b"",
         lambda data: data[: len(data) // 2] + b"\0" * 64 + data[len(data) // 2 + 64 :],
         lambda data: b"not a snapshot",
+        lambda data: "text",
+        lambda data: without(data, "kept_back"),
+        lambda data: without(data, "held"),
     ],
 )
 def test_a_damaged_snapshot_is_refused(cache, damage):
     data = damage(cache.snapshot())
     with pytest.raises(CacheSnapshotError):
         KVCache.from_snapshot(cache.config, data)
+
+
+def without(data, name):
+    """A snapshot that lacks an array."""
+    with np.load(io.BytesIO(data)) as file:
+        arrays = {other: file[other] for other in file.files if other != name}
+    stream = io.BytesIO()
+    np.savez(stream, **arrays)
+    return stream.getvalue()
 
 
 def test_a_snapshot_of_another_configuration_is_refused(cache):

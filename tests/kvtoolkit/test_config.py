@@ -38,13 +38,13 @@ def test_block_sizes_and_growth_follow_from_each_other(fields, sizes, growth):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_layers": 0}, "num_layers: expected an int of at least 1, got 0"),
-        ({"num_kv_heads": True}, "num_kv_heads: expected an int of at least 1, got True"),
+        ({"num_layers": 0}, "num_layers: expected an int from 1 to 65536, got 0"),
+        ({"num_kv_heads": True}, "num_kv_heads: expected an int from 1 to 65536, got True"),
         ({"head_dim": 12}, "head_dim: expected a multiple of 8, got 12"),
         ({"dtype": "float64"}, "dtype: expected one of float32, float16, bfloat16, got 'float64'"),
         ({"dtype": "flaot16"}, "did you mean 'float16'"),
-        ({"num_tokens": -5}, "num_tokens: expected an int of at least 1, got -5"),
-        ({"num_tokens": 1 << 40}, "expected a pool of 64 to 134217728 tokens"),
+        ({"num_tokens": -5}, "num_tokens: expected an int from 1 to 134217728, got -5"),
+        ({"num_tokens": 1 << 40}, "num_tokens: expected an int from 1 to 134217728"),
         ({"memory": "1 GiB"}, "expected one of num_tokens and memory"),
         ({"num_tokens": None}, "expected one of num_tokens and memory"),
         ({"num_tokens": None, "memory": "lots"}, "memory: expected bytes or a text such as '512 MiB', got 'lots'"),
@@ -60,7 +60,7 @@ def test_block_sizes_and_growth_follow_from_each_other(fields, sizes, growth):
         ({"prefix_caching": 1}, "prefix_caching: expected true or false, got 1"),
         ({"max_seqs": 1 << 30}, "max_seqs: expected an int from 1 to 1048576"),
         ({"migrate_budget": -1}, "migrate_budget: expected an int of at least 0"),
-        ({"allocator_options": 3}, "allocator_options: expected a table, got 3"),
+        ({"allocator_options": 3}, "allocator_options: expected a table with names as keys, got 3"),
         ({"backend": "gpu"}, "backend: expected one of cpu, cuda, numba, got 'gpu'"),
     ],
 )
@@ -137,3 +137,44 @@ def test_an_allocator_of_ones_own_serves_a_cache():
     step.append(0, key, key)
     cache.end_step(step, [1, 2, 3])
     assert cache.allocator.num_calls > 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"block_sizes": (16.0,)}, "block_sizes: expected some of 8, 16, 32, 64"),
+        ({"num_tokens": None, "memory": "9" * 400}, "expected a pool of 64 to"),
+        ({"num_layers": 10**30}, "num_layers: expected an int from 1 to 65536"),
+        ({"max_entries": 10**20}, "max_entries: expected an int from 1 to"),
+        ({"device": "banana"}, "device: expected an int of at least 0, got 'banana'"),
+        ({"eviction": None}, "eviction: expected a name or 'package.module:Class', got None"),
+        ({"eviction": "nope"}, "eviction: expected one of lru, lfu"),
+        ({"allocator_options": {"block_sizes": [8]}}, "allocator_options: expected no 'block_sizes'"),
+        ({"allocator_options": {1: 2}}, "allocator_options: expected a table with names as keys"),
+        ({"allocator": ".x:y"}, "'.x:y' cannot be imported"),
+    ],
+)
+def test_odd_values_are_refused_when_the_configuration_is_made(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        make(**fields)
+
+
+@pytest.mark.parametrize("path", [None, 5, "a\0b"])
+def test_what_is_no_path_is_refused(path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        CacheConfig.load(path)
+
+
+@pytest.mark.parametrize("text", ["x = " + "[" * 5000, "num_layers = " + "9" * 5000])
+def test_a_file_that_no_parser_likes_is_refused(tmp_path, text):
+    path = tmp_path / "odd.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"odd\.toml"):
+        CacheConfig.load(path)
+
+
+def test_other_things_than_configurations_are_refused():
+    with pytest.raises(ConfigError, match="expected a mapping of field names, got None"):
+        CacheConfig.from_dict(None)
+    with pytest.raises(ConfigError, match="config: expected a CacheConfig, got dict"):
+        KVCache({})
