@@ -76,7 +76,13 @@ class StepAccess:
         keys, values = arenas.describe(key, "key"), arenas.describe(value, "value")
         form = (keys[1:4], values[1:4])
         if self._appended is not None and self._appended[0] == form and arenas.are_aligned(keys, values):
-            cpu.append_alike(self._appended[1], keys, values, arenas.keys[layer], arenas.values[layer])
+            cpu.append_alike(
+                self._appended[1],
+                keys.address,
+                values.address,
+                arenas.keys[layer].address,
+                arenas.values[layer].address,
+            )
             return
         expected = (self._num_tokens, arenas.num_kv_heads, arenas.head_dim)
         for new, name in ((keys, "key"), (values, "value")):
@@ -88,6 +94,25 @@ class StepAccess:
             check_rows(new, name, "[num_tokens, num_kv_heads, head_dim]", 3)
         prepared = cpu.append(keys, values, arenas.keys[layer], arenas.values[layer], self._slots)
         self._appended = form, prepared
+
+    def repeat(self, layer: int, key: int, value: int, q: int, out: int) -> bool:
+        """Append and attend as the layer before did, with arrays of the same shapes, strides and dtypes elsewhere.
+
+        Args:
+            layer: the layer.
+            key, value, q, out: addresses of the arrays.
+
+        Returns:
+            False, with nothing done, if there was no such layer before, or an address is not of a whole element.
+        """
+        arenas = self._arenas
+        if self._appended is None or self._attended is None or (key | value | q | out) & (arenas._itemsize - 1):
+            return False
+        arenas.require_layer(layer)
+        keys, values = arenas.keys[layer].address, arenas.values[layer].address
+        cpu.append_alike(self._appended[1], key, value, keys, values)
+        cpu.attend_alike(self._attended[1], q, keys, values, out)
+        return True
 
     def attend(
         self,
@@ -121,7 +146,13 @@ class StepAccess:
             and self._attended[0] == form
             and arenas.are_aligned(queries, target)
         ):
-            cpu.attend_alike(self._attended[1], queries, arenas.keys[layer], arenas.values[layer], target)
+            cpu.attend_alike(
+                self._attended[1],
+                queries.address,
+                arenas.keys[layer].address,
+                arenas.values[layer].address,
+                target.address,
+            )
             return out
         check_backend(backend, is_on_device(q))
         window = check_options(softmax_scale, window_size, softcap, num_splits)

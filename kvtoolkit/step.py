@@ -104,6 +104,16 @@ class Step:
         self._require_open()
         return (self._access or self._make_access()).attend(layer, q, **options)
 
+    def repeat(self, layer: int, key: int, value: int, q: int, out: int) -> bool:
+        """`append` and `attend` in one, for an engine that calls them for every layer of every token.
+
+        Does for this layer what the calls for the layer before did, for arrays at other addresses whose shapes,
+        strides and dtypes are the same, which the caller has made sure of. Returns False, with nothing done, if there
+        was no layer before, or its options included sinks, slopes or ``return_lse``.
+        """
+        self._require_open()
+        return self._access is not None and self._access.repeat(layer, key, value, q, out)
+
     def _make_access(self) -> StepAccess:
         self._access = StepAccess(
             self._cache._arenas,

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 from allocators._bits import fetch_add_acq_rel, load_acquire
 from allocators._jit import jit
 from kvtoolkit.cpu import threads
-from kvtoolkit.cpu.arrays import ITEMSIZES, Operand, address_of, operand
+from kvtoolkit.cpu.arrays import ITEMSIZES, address_of, operand
 from kvtoolkit.cpu.kernel import yield_core
 from kvtoolkit.cpu.vector import copy_bytes, read_i64
 from kvtoolkit.errors import ShapeError
@@ -131,17 +131,17 @@ def append(
     return problem
 
 
-def append_alike(prepared: Any, key: Operand, value: Operand, k_cache: Operand, v_cache: Operand) -> None:
-    """Append once more where only the places of these four arrays differ, not their shapes, strides or dtypes.
+def append_alike(prepared: Any, key: int, value: int, k_cache: int, v_cache: int) -> None:
+    """Append once more where only the addresses of these four arrays differ, not their shapes, strides or dtypes.
 
     ``prepared`` is what `append` returned for the same slots, which must still be alive.
     """
     problem = prepared.copy()  # a thread that woke late may still look at the one before
-    problem[KEY] = key.address
-    problem[VALUE] = value.address
-    problem[KEYS] = k_cache.address
-    problem[VALUES] = v_cache.address
-    _run(problem, key.shape[0] * int(problem[NUM_HEADS] * problem[ROW_BYTES]))
+    problem[KEY] = key
+    problem[VALUE] = value
+    problem[KEYS] = k_cache
+    problem[VALUES] = v_cache
+    _run(problem, int(problem[NUM_TOKENS] * problem[NUM_HEADS] * problem[ROW_BYTES]))
 
 
 def _run(problem: Any, nbytes: int) -> None:

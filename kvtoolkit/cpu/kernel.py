@@ -29,8 +29,10 @@ from kvtoolkit.cpu.vector import (
     load_f32,
     multiply,
     multiply_add,
+    prefetch,
     read_f32,
     read_i32,
+    read_i64,
     splat,
     store,
     store8,
@@ -75,6 +77,7 @@ PLAN_COLUMNS = 5
     BAD_TIER,
 ) = range(7)
 
+_MOST_ROWS_TO_PREFETCH = 16  # with more, arithmetic hides the way to memory
 ROWS_PER_ITEM = 96
 """Query rows (queries times group) that share a gathered tile: enough to hide the gather, few enough for the L2."""
 _AUTO_SPLIT_TILES = 8
@@ -114,7 +117,7 @@ def scratch_bytes(group_size: int, head_dim: int) -> int:
     """Bytes that a thread's scratch needs: the arrays at the head of `_attend_item`."""
     rows = max(ROWS_PER_ITEM, group_size)
     width = (head_dim + 15) // 16 * 16
-    return 8 * TILE * width + 4 * rows * (TILE + 2 * width) + 64 * rows + 4 * rows + 16 * TILE
+    return 8 * TILE * width + 4 * rows * (TILE + 2 * width) + 64 * rows + 4 * rows + 32 * TILE
 
 
 @jit
@@ -260,6 +263,15 @@ def _locate(problem: Any, row: int, position: int, count: int, first: int, entry
 
 
 @jit
+def _prefetch_rows(base: int, offsets: int, first: int, end: int, head_dim: int, itemsize: int) -> None:
+    """Ask for rows of a tile; the processor's own prefetcher does not see from one block to the next."""
+    for t in range(first, end):
+        address = base + itemsize * read_i64(offsets + 8 * t)
+        for line in range(0, head_dim * itemsize, 64):
+            prefetch(address + line)
+
+
+@jit
 def _attend_item(
     problem: Any, plan: Any, scale: float, softcap: float, scratch: int, row: int, head: int, block: int, split: int
 ) -> None:
@@ -283,7 +295,9 @@ def _attend_item(
     out_rows = q_rows + 4 * width * most
     k_offsets = out_rows + 4 * width * most
     v_offsets = k_offsets + 8 * TILE
-    masses = v_offsets + 8 * TILE
+    next_k_offsets = v_offsets + 8 * TILE
+    next_v_offsets = next_k_offsets + 8 * TILE
+    masses = next_v_offsets + 8 * TILE
     peaks = masses + 64 * most
 
     zero = splat(_single(0.0))
@@ -322,14 +336,28 @@ def _attend_item(
         entry = _find_entry(problem, row, max(first_key, tile * TILE) // problem[BLOCK_SIZE])
     k_base = problem[KEYS] + itemsize * head * problem[KEYS_HEAD]
     v_base = problem[VALUES] + itemsize * head * problem[VALUES_HEAD]
-    while tile < end_tile:
-        start = tile * TILE
-        begin = max(_int(0), first_key - start)
-        end = min(_int(TILE), end_key - start)
+    start = tile * TILE
+    begin = max(_int(0), first_key - start)
+    end = min(_int(TILE), end_key - start)
+    if tile < end_tile:
         entry = _locate(problem, row, start + begin, end - begin, begin, entry, k_offsets, v_offsets)
+    while tile < end_tile:
+        next_start = start + TILE
+        next_end = min(_int(TILE), end_key - next_start)
+        ahead = _int(0)
+        if tile + 1 < end_tile:
+            entry = _locate(problem, row, next_start, next_end, _int(0), entry, next_k_offsets, next_v_offsets)
+            if rows <= _MOST_ROWS_TO_PREFETCH:
+                ahead = next_end
+        # between the stages, a few lines at a time: more would only wait for each other
+        half = ahead // 2
+        _prefetch_rows(k_base, next_k_offsets, _int(0), half, head_dim, itemsize)
         gather_transposed(dtype, k_tile, k_base, k_offsets, head_dim)
+        _prefetch_rows(k_base, next_k_offsets, half, ahead, head_dim, itemsize)
         score_rows(scores, q_rows, k_tile, width, rows, head_dim)
+        _prefetch_rows(v_base, next_v_offsets, _int(0), half, head_dim, itemsize)
         gather_rows(dtype, v_tile, width, v_base, v_offsets, end, head_dim)
+        _prefetch_rows(v_base, next_v_offsets, half, ahead, head_dim, itemsize)
         for r in range(rows):
             i = r // group
             line = scores + 4 * TILE * r
@@ -350,6 +378,9 @@ def _attend_item(
             absorb_scores(line, peaks + 4 * r, masses + 64 * r, out_rows + 4 * width * r, width)
         weigh_values(out_rows, scores, v_tile, width, rows, end)
         tile += 1
+        start, end = next_start, next_end
+        k_offsets, next_k_offsets = next_k_offsets, k_offsets
+        v_offsets, next_v_offsets = next_v_offsets, v_offsets
 
     splits = plan[row, SPLITS]
     q_heads = problem[NUM_KV_HEADS] * group

@@ -130,17 +130,17 @@ def attend(
     return prepared
 
 
-def attend_alike(prepared: Attention, q: Operand, k_cache: Operand, v_cache: Operand, out: Operand) -> None:
-    """Attend once more where only the places of these four arrays differ, not their shapes, strides or dtypes.
+def attend_alike(prepared: Attention, q: int, k_cache: int, v_cache: int, out: int) -> None:
+    """Attend once more where only the addresses of these four arrays differ, not their shapes, strides or dtypes.
 
     ``prepared`` is what `attend` returned for the same table and lengths, without ``lse``: that is what the layers of
     a step have in common. The arrays that `attend` was given must still be alive.
     """
     problem = prepared.problem.copy()  # a thread that woke late may still look at the one before
-    problem[kernel.Q] = q.address
-    problem[kernel.KEYS] = k_cache.address
-    problem[kernel.VALUES] = v_cache.address
-    problem[kernel.OUT] = out.address
+    problem[kernel.Q] = q
+    problem[kernel.KEYS] = k_cache
+    problem[kernel.VALUES] = v_cache
+    problem[kernel.OUT] = out
     _run(problem, prepared)
 
 

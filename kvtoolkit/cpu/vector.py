@@ -441,6 +441,20 @@ def _scalar_store(numba_type: Any, llvm_type: Any, align: int) -> Any:
     return store
 
 
+@intrinsic
+def prefetch(typingctx: Any, address: Any) -> Any:
+    """``prefetch(address)``: ask for a cache line that will be read soon, into the second-level cache."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = pointer_to(builder, args[0], _I8)
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
+        function = builder.module.declare_intrinsic("llvm.prefetch", (pointer.type,), kind)
+        builder.call(function, [pointer, ir.Constant(_I32, 0), ir.Constant(_I32, 2), ir.Constant(_I32, 1)])
+        return context.get_dummy_value()
+
+    return types.none(types.int64), codegen
+
+
 write_f32 = _scalar_store(types.float32, _F32, 4)
 write_i64 = _scalar_store(types.int64, _I64, 8)
 

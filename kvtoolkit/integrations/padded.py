@@ -27,6 +27,7 @@ class PaddedBatch:
         num_columns: columns cached.
         step: the open step, or None.
         next_layer: layers that the forward has been through.
+        form: what the arrays and options of the last layer looked like; for the integration to keep.
         packed: ``[num_tokens]`` int64, where the step's tokens stand among its ``batch * columns``; None = all do.
     """
 
@@ -36,6 +37,7 @@ class PaddedBatch:
         self.num_columns = 0
         self.step: Step | None = None
         self.next_layer = 0
+        self.form: object = None
         self.packed: NDArray[np.int64] | None = None
         self._present: BoolArray | None = None  # [batch, num_columns]; None: no padding so far
         self._new_columns = 0

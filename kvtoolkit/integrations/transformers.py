@@ -245,6 +245,22 @@ def attention_forward(
     step, packed = batch.step, batch.packed
     assert step is not None
     window, softcap, sinks = options.get("sliding_window"), options.get("softcap"), options.get("s_aux")
+    if packed is None and columns == 1 and sinks is None:  # what is alike from layer to layer is settled once
+        form = (
+            query.shape,
+            query.stride(),
+            key.shape,
+            key.stride(),
+            value.stride(),
+            query.dtype,
+            key.dtype,
+            value.dtype,
+        )
+        out = query.new_empty((rows, columns, num_heads, head_dim))
+        alike = batch.form == (form, scaling, window, softcap)
+        batch.form = (form, scaling, window, softcap)
+        if alike and step.repeat(index, key.data_ptr(), value.data_ptr(), query.data_ptr(), out.data_ptr()):
+            return _layer_done(batch, index, out)
     chosen = {
         "softmax_scale": scaling,
         "window_size": (window - 1, 0) if window else (-1, -1),
@@ -262,6 +278,10 @@ def attention_forward(
         out = query.new_zeros((rows * columns, num_heads, head_dim))
         out[places] = step.attend(index, query, **chosen)
         out = out.view(rows, columns, num_heads, head_dim)
+    return _layer_done(batch, index, out)
+
+
+def _layer_done(batch: PaddedBatch, index: int, out: torch.Tensor) -> tuple[torch.Tensor, None]:
     batch.next_layer = index + 1
     if batch.next_layer == batch.cache.config.num_layers:
         batch.end()
