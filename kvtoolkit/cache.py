@@ -158,7 +158,7 @@ class KVCache:
         """End a step: the lengths of its rows advance, and granules that became full can be found by later prompts.
 
         Args:
-            step: the open step.
+            step: the open step. That every layer of it was appended is for the engine to see to; it is not checked.
             token_ids: ``[num_tokens]`` the tokens whose keys and values the step appended, in its order. Without them
                 nothing is published, and what these sequences append later is not either.
 
@@ -200,7 +200,7 @@ class KVCache:
         """Open ``n`` copies of each sequence. Full granules are shared; the last, partly filled one is copied.
 
         Returns:
-            ``[batch, n]`` int64 ids.
+            ``[batch, n]`` int64 ids; the parents stay open. ``ravel()`` it for calls that take ``[batch]``.
 
         Raises:
             SequenceError: an id is not of an open sequence.

@@ -96,7 +96,9 @@ class CacheConfig:
                 f"backend: expected 'cpu', the GPU backends are not in this version, got {self.backend!r}"
             )
         if (self.num_tokens is None) == (self.memory is None):
-            raise ConfigError(f"expected one of num_tokens and memory, got {self.num_tokens!r} and {self.memory!r}")
+            raise ConfigError(
+                f"expected exactly one of num_tokens and memory, got {self.num_tokens!r} and {self.memory!r}"
+            )
         if not isinstance(self.allocator, str):
             raise ConfigError(f"allocator: expected a name or 'package.module:Class', got {self.allocator!r}")
         try:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from allocators import BlockAllocator, create
+from allocators import BlockAllocator, InvalidSizeError, create
 from kvtoolkit.config import CacheConfig
 from kvtoolkit.errors import CacheFullError, ConfigError
 from kvtoolkit.eviction import eviction_policy
@@ -47,9 +47,12 @@ class Pool:
         self.counters = counters
         num_granules = config.num_granules
         self.policy = config.growth_policy
-        self.allocator: BlockAllocator = create(
-            config.allocator, num_granules, block_sizes=config.block_sizes, **config.allocator_options
-        )
+        try:
+            self.allocator: BlockAllocator = create(
+                config.allocator, num_granules, block_sizes=config.block_sizes, **config.allocator_options
+            )
+        except InvalidSizeError as error:
+            raise ConfigError(f"allocator_options: {error}") from error
         self.num_granules = num_granules
         # sizes the cache asks for, in granules, descending
         self.offered = np.array(sorted((size // 8 for size in self.allocator.block_sizes), reverse=True), np.int32)

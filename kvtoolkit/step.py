@@ -105,7 +105,7 @@ class Step:
         return (self._access or self._make_access()).attend(layer, q, **options)
 
     def repeat(self, layer: int, key: int, value: int, q: int, out: int) -> bool:
-        """`append` and `attend` in one, for an engine that calls them for every layer of every token.
+        """`append` and `attend` in one, on raw addresses: for integrations that have checked the arrays themselves.
 
         Does for this layer what the calls for the layer before did, for arrays at other addresses whose shapes,
         strides and dtypes are the same, which the caller has made sure of. Returns False, with nothing done, if there

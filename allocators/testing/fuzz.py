@@ -97,6 +97,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run `fuzz` with parsed arguments; returns the exit status."""
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # a console script does not look in the current folder by itself
     try:
         options = parse_options(args.option)
         find(args.allocator)

@@ -45,8 +45,8 @@ def test_block_sizes_and_growth_follow_from_each_other(fields, sizes, growth):
         ({"dtype": "flaot16"}, "did you mean 'float16'"),
         ({"num_tokens": -5}, "num_tokens: expected an int from 1 to 134217728, got -5"),
         ({"num_tokens": 1 << 40}, "num_tokens: expected an int from 1 to 134217728"),
-        ({"memory": "1 GiB"}, "expected one of num_tokens and memory"),
-        ({"num_tokens": None}, "expected one of num_tokens and memory"),
+        ({"memory": "1 GiB"}, "expected exactly one of num_tokens and memory"),
+        ({"num_tokens": None}, "expected exactly one of num_tokens and memory"),
         ({"num_tokens": None, "memory": "lots"}, "memory: expected bytes or a text such as '512 MiB', got 'lots'"),
         ({"num_tokens": None, "memory": 10}, "expected a pool of 64"),
         ({"allocator": "budy"}, "expected one of buddy, lockfree, paged, slab, or 'package.module:Class', got 'budy'"),
@@ -81,7 +81,7 @@ def test_an_unknown_eviction_policy_is_refused_when_the_cache_is_made():
 
 
 def test_options_of_the_allocator_are_refused_by_name():
-    with pytest.raises(ValueError, match="LockFreeAllocator does not take these options: .*color"):
+    with pytest.raises(ConfigError, match="allocator_options: LockFreeAllocator does not take these options: .*color"):
         KVCache(make(allocator="lockfree", allocator_options={"color": "red"}))
 
 
