@@ -200,3 +200,51 @@ def test_the_count_of_evictions_survives_a_snapshot():
     evicted = cache.stats().num_evicted
     assert evicted > 0
     assert KVCache.from_snapshot(cache.config, cache.snapshot()).stats().num_evicted == evicted
+
+
+class Crumbs(Failing):
+    """Has nothing but single granules to give."""
+
+    def allocate(self, sizes, *, partial=False):
+        starts = super().allocate(sizes, partial=partial)
+        if partial and np.max(sizes, initial=0) > 1:
+            super().free(starts[starts >= 0], np.asarray(sizes)[starts >= 0])
+            return np.full_like(starts, -1)
+        return starts
+
+
+@pytest.mark.parametrize("call", range(1, 20))
+def test_pieces_found_before_an_allocator_raises_go_back(call):
+    Failing.countdown = 10**9
+    cache = make(allocator="tests.kvtoolkit.test_cache_findings:Crumbs", growth="append")
+    seq_ids, _ = cache.open([[]])
+    put(cache, seq_ids, 40)
+    cache.preempt(seq_ids, "host")
+    Failing.countdown = call
+    with contextlib.suppress(OutOfBlocksError):
+        cache.restore(seq_ids)
+    Failing.countdown = 10**9
+    cache.check_integrity()
+
+
+def test_rows_that_were_well_off_are_free_again_when_a_plug_in_raises(moody):
+    cache = cached_twice()
+    seq_ids, _ = cache.open([[], []])
+    put(cache, seq_ids[:1], 4)
+
+    def fail(granules):
+        raise ZeroDivisionError("no idea")
+
+    moody.mood = staticmethod(fail)
+    with pytest.raises(ZeroDivisionError):
+        cache.begin_step(seq_ids, [1, 248])
+    cache.close(seq_ids)
+
+
+def test_a_row_without_entries_gives_back_what_was_found_for_it():
+    cache = make(num_tokens=1024, growth="append", max_entries=2)
+    seq_ids, _ = cache.open([[]])
+    with cache.begin_step(seq_ids, 200) as step:
+        assert step.explain()[0].endswith("row full")
+    cache.check_integrity()
+    assert cache.stats().free == 1024
