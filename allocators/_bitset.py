@@ -81,12 +81,6 @@ def lowest(sets: BitSets, s: int) -> Any:
 
 
 @jit
-def contains(sets: BitSets, s: int, i: int) -> Any:
-    """Whether ``i`` is in set ``s``."""
-    return (sets.members[s, i >> 6] >> np.uint64(i & 63)) & _ONE != 0
-
-
-@jit
 def is_empty(sets: BitSets, s: int) -> Any:
     """Whether set ``s`` has no member."""
     members = np.uint64(0)
