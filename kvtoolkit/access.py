@@ -7,34 +7,44 @@ import sys
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvtoolkit import cpu
-from kvtoolkit.checks import check_backend, check_heads, check_options, check_output, check_per_head, check_rows
-from kvtoolkit.cpu.arrays import ITEMSIZES, Operand, is_on_device, is_torch, operand
-from kvtoolkit.errors import ShapeError, StepError
+from kvtoolkit.checks import check_heads, check_options, check_output, check_per_head, check_rows
+from kvtoolkit.cpu.arrays import ITEMSIZES, Operand, is_torch, operand
+from kvtoolkit.errors import ShapeError, StepError, UnsupportedError
+from kvtoolkit.storage import Storage
 
 
 class Arenas:
     """The keys and values of every layer as the kernels want them.
 
     Args:
-        key_values: ``[num_layers, 2, num_granules, num_kv_heads, 8, head_dim]``.
+        storage: where they lie.
         dtype: ``float32``, ``float16`` or ``bfloat16``, the latter stored as uint16.
+        backend: of the cache.
     """
 
-    def __init__(self, key_values: NDArray[Any], dtype: str) -> None:
-        self.keys = [operand(layer[0], "k_cache", dtype) for layer in key_values]
-        self.values = [operand(layer[1], "v_cache", dtype) for layer in key_values]
-        self.dtype = dtype
-        self.num_kv_heads = key_values.shape[3]
-        self.head_dim = key_values.shape[5]
-        self._itemsize = ITEMSIZES[dtype]
+    def __init__(self, storage: Storage, dtype: str, backend: str) -> None:
+        self.keys, self.values = storage.keys, storage.values
+        self.dtype, self.backend, self.device = dtype, backend, storage.device
+        _, self.num_kv_heads, _, self.head_dim = self.keys[0].shape
+        # of addresses: an element on the host; the kernels of a device load rows by 16 bytes
+        self.alignment = ITEMSIZES[dtype] if storage.device < 0 else 16
         self._raw = "bfloat16" if dtype == "bfloat16" else None
+        self._describe = operand
+        if storage.device >= 0:
+            from kvtoolkit.device import device_operand
+
+            self._describe = device_operand
 
     def describe(self, array: Any, name: str) -> Operand:
         """An array of the caller; in a bfloat16 cache 16-bit integers are the bits of bfloat16."""
-        return operand(array, name, self._raw)
+        return self._describe(array, name, self._raw)
+
+    def check_backend(self, backend: str | None) -> None:
+        """UnsupportedError unless it is None or the cache's own."""
+        if backend not in (None, self.backend):
+            raise UnsupportedError(f"backend: expected None or {self.backend!r}, that of the cache, got {backend!r}")
 
     def require_layer(self, layer: int) -> None:
         """StepError unless there is such a layer."""
@@ -42,8 +52,8 @@ class Arenas:
             raise StepError(f"layer: expected 0 to {len(self.keys) - 1}, got {layer!r}")
 
     def are_aligned(self, one: Operand, other: Operand) -> bool:
-        """Whether both begin at a whole element; strides in elements do not tell."""
-        return not (one.address | other.address) & (self._itemsize - 1)
+        """Whether both begin where the kernels can load them; strides in elements do not tell."""
+        return not (one.address | other.address) & (self.alignment - 1)
 
 
 class StepAccess:
@@ -58,16 +68,23 @@ class StepAccess:
         self, arenas: Arenas, block_table: Any, block_starts: Any, seq_lens: Any, cu_seqlens_q: Any, slot_mapping: Any
     ) -> None:
         self._arenas = arenas
+        describe = arenas._describe
         self._tables = (
-            operand(block_table, "block_table"),
-            operand(block_starts, "block_starts"),
-            operand(seq_lens, "seq_lens"),
+            describe(block_table, "block_table"),
+            describe(block_starts, "block_starts"),
+            describe(seq_lens, "seq_lens"),
         )
-        self._cu_seqlens_q = operand(cu_seqlens_q, "cu_seqlens_q")
-        self._slots = operand(slot_mapping, "slot_mapping")
+        self._cu_seqlens_q = None if cu_seqlens_q is None else describe(cu_seqlens_q, "cu_seqlens_q")
+        self._slots = describe(slot_mapping, "slot_mapping")
         self._num_tokens = len(slot_mapping)
         self._appended: tuple[Any, Any] | None = None
-        self._attended: tuple[Any, cpu.Attention] | None = None
+        self._attended: tuple[Any, Any] | None = None
+
+    # the kernels; `kvtoolkit.device_access` has those of a device
+    _append = staticmethod(cpu.append)
+    _append_alike = staticmethod(cpu.append_alike)
+    _attend = staticmethod(cpu.attend)
+    _attend_alike = staticmethod(cpu.attend_alike)
 
     def append(self, layer: int, key: Any, value: Any) -> None:
         """Check a layer's new keys and values, and store them."""
@@ -76,7 +93,7 @@ class StepAccess:
         keys, values = arenas.describe(key, "key"), arenas.describe(value, "value")
         form = (keys[1:4], values[1:4])
         if self._appended is not None and self._appended[0] == form and arenas.are_aligned(keys, values):
-            cpu.append_alike(
+            self._append_alike(
                 self._appended[1],
                 keys.address,
                 values.address,
@@ -92,8 +109,9 @@ class StepAccess:
                     f"got {new.shape} {new.dtype}"
                 )
             check_rows(new, name, "[num_tokens, num_kv_heads, head_dim]", 3)
-        prepared = cpu.append(keys, values, arenas.keys[layer], arenas.values[layer], self._slots)
-        self._appended = form, prepared
+        prepared = self._append(keys, values, arenas.keys[layer], arenas.values[layer], self._slots)
+        if prepared is not None:
+            self._appended = form, prepared
 
     def repeat(self, layer: int, key: int, value: int, q: int, out: int) -> bool:
         """Append and attend as the layer before did, with arrays of the same shapes, strides and dtypes elsewhere.
@@ -106,12 +124,12 @@ class StepAccess:
             False, with nothing done, if there was no such layer before, or an address is not of a whole element.
         """
         arenas = self._arenas
-        if self._appended is None or self._attended is None or (key | value | q | out) & (arenas._itemsize - 1):
+        if self._appended is None or self._attended is None or (key | value | q | out) & (arenas.alignment - 1):
             return False
         arenas.require_layer(layer)
         keys, values = arenas.keys[layer].address, arenas.values[layer].address
-        cpu.append_alike(self._appended[1], key, value, keys, values)
-        cpu.attend_alike(self._attended[1], q, keys, values, out)
+        self._append_alike(self._appended[1], key, value, keys, values)
+        self._attend_alike(self._attended[1], q, keys, values, out)
         return True
 
     def attend(
@@ -135,7 +153,7 @@ class StepAccess:
         arenas.require_layer(layer)
         queries = arenas.describe(q, "q")
         if out is None:
-            out = _empty(q, queries, queries.shape)
+            out = self._empty(q, queries, queries.shape)
         target = arenas.describe(out, "out")
         options = (softmax_scale, causal, window_size, softcap, num_splits, backend)
         form = (queries[1:4], target[1:4], target.writable, options)
@@ -146,7 +164,7 @@ class StepAccess:
             and self._attended[0] == form
             and arenas.are_aligned(queries, target)
         ):
-            cpu.attend_alike(
+            self._attend_alike(
                 self._attended[1],
                 queries.address,
                 arenas.keys[layer].address,
@@ -154,24 +172,25 @@ class StepAccess:
                 target.address,
             )
             return out
-        check_backend(backend, is_on_device(q))
+        arenas.check_backend(backend)
         window = check_options(softmax_scale, window_size, softcap, num_splits)
         self._check_queries(queries)
         num_q_heads = queries.shape[1]
         check_output(target, "out", queries.shape, arenas.dtype)
         if sinks is not None:
-            sinks = operand(sinks, "sinks")
+            sinks = arenas._describe(sinks, "sinks")
             check_per_head(sinks, "sinks", num_q_heads, infinite=True)
         if alibi_slopes is not None:
-            alibi_slopes = operand(alibi_slopes, "alibi_slopes")
+            alibi_slopes = arenas._describe(alibi_slopes, "alibi_slopes")
             check_per_head(alibi_slopes, "alibi_slopes", num_q_heads, infinite=False)
-        lse = _empty(q, queries, queries.shape[:2], "float32") if return_lse else None
-        prepared = cpu.attend(
+        lse = self._empty(q, queries, queries.shape[:2], "float32") if return_lse else None
+        prepared = self._attend(
             queries, arenas.keys[layer], arenas.values[layer], *self._tables,
-            out=target, lse=lse, cu_seqlens_q=self._cu_seqlens_q, softmax_scale=softmax_scale, causal=causal,
-            window_size=window, softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes, num_splits=num_splits,
+            out=target, lse=None if lse is None else arenas._describe(lse, "lse"),
+            cu_seqlens_q=self._cu_seqlens_q, softmax_scale=softmax_scale, causal=causal, window_size=window,
+            softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes, num_splits=num_splits,
         )  # fmt: skip
-        if is_plain:
+        if is_plain and prepared is not None:
             self._attended = form, prepared
         return (out, lse) if return_lse else out
 
@@ -186,12 +205,12 @@ class StepAccess:
         check_rows(queries, "q", "[num_tokens, num_q_heads, head_dim]", 3)
         check_heads(shape[1], arenas.num_kv_heads, arenas.head_dim)
 
-
-def _empty(array: Any, described: Operand, shape: tuple[int, ...], dtype: str | None = None) -> Any:
-    """A new array or tensor, whichever ``array`` is, of its dtype or of ``dtype``."""
-    if is_torch(array):
-        torch = sys.modules["torch"]
-        return torch.empty(shape, dtype=getattr(torch, dtype) if dtype else array.dtype)
-    if isinstance(array, np.ndarray):
-        return np.empty(shape, dtype or array.dtype)
-    return np.empty(shape, dtype or described.dtype.replace("bfloat16", "uint16"))
+    @staticmethod
+    def _empty(array: Any, described: Operand, shape: tuple[int, ...], dtype: str | None = None) -> Any:
+        """A new array or tensor, whichever ``array`` is, of its dtype or of ``dtype``."""
+        if is_torch(array):
+            torch = sys.modules["torch"]
+            return torch.empty(shape, dtype=getattr(torch, dtype) if dtype else array.dtype)
+        if isinstance(array, np.ndarray):
+            return np.empty(shape, dtype or array.dtype)
+        return np.empty(shape, dtype or described.dtype.replace("bfloat16", "uint16"))

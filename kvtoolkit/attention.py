@@ -1,11 +1,21 @@
 """The attention calls: check the arguments, choose a backend, launch, return.
 
-All of them take NumPy arrays, torch CPU tensors, or objects with ``__dlpack__`` or ``__array_interface__``, in any
-mixture, and return torch tensors where ``q`` is one, else NumPy arrays. bfloat16 is ``torch.bfloat16`` or
-``ml_dtypes.bfloat16``. No gradient is recorded. The calls are synchronous, may be made from several threads at once,
-and share the threads of `kvtoolkit.cpu.threads`; results do not depend on the number of threads.
+On the host they take NumPy arrays, torch CPU tensors, or objects with ``__dlpack__`` or ``__array_interface__``, in any
+mixture, and return torch tensors where ``q`` is one, else NumPy arrays. They are synchronous, may be made from several
+threads at once, and share the threads of `kvtoolkit.cpu.threads`; results do not depend on the number of threads.
+
+On a GPU they take torch CUDA tensors, CuPy arrays, or objects with ``__cuda_array_interface__`` or ``__dlpack__``, all
+on one device, and return torch tensors where ``q`` is one, else CuPy arrays. They run on the current stream, torch's
+where ``q`` is a tensor, else CuPy's; nothing is copied and nothing is waited for, so they can be captured in a CUDA
+graph once they have run (`kvtoolkit.warmup` compiles beforehand). Calls on one stream share scratch memory: make them
+from one thread at a time. float16 and bfloat16, head_dim a multiple of 16 up to 256, rows of ``q``, ``out`` and the
+caches at multiples of 16 bytes. What lies in index arrays is not looked at, unless ``KVTOOLKIT_CHECK=1`` was set when
+kvtoolkit was imported: a wrong index reads or writes foreign memory.
+
+bfloat16 is ``torch.bfloat16`` or ``ml_dtypes.bfloat16``. No gradient is recorded.
 """
 
+import importlib
 import sys
 from typing import Any
 
@@ -13,7 +23,6 @@ import numpy as np
 
 from kvtoolkit import cpu
 from kvtoolkit.checks import (
-    check_backend,
     check_caches,
     check_heads,
     check_indices,
@@ -22,8 +31,9 @@ from kvtoolkit.checks import (
     check_output,
     check_per_head,
     check_rows,
+    choose_backend,
 )
-from kvtoolkit.cpu.arrays import Operand, is_on_device, is_torch, operand
+from kvtoolkit.cpu.arrays import is_on_device, is_torch, operand
 from kvtoolkit.cpu.merge import merge_rows
 from kvtoolkit.errors import ShapeError
 from kvtoolkit.tables import GRANULE
@@ -73,9 +83,11 @@ def paged_attention(
         sinks: ``[num_q_heads]`` float32, an extra logit in each head's denominator, without a value; -inf = none.
         alibi_slopes: ``[num_q_heads]`` float32.
         out: array or tensor to write, shaped and typed as ``q``, last axis contiguous; it may be ``q`` itself.
-        num_splits: splits of each sequence, merged by their log-sum-exp; 0 = automatic, by the row alone, so that a
-            row's result never depends on the batch around it.
-        backend: ``"cpu"``, or None to choose by where the arrays lie.
+        num_splits: splits of each sequence, merged by their log-sum-exp, so that a row's result does not depend on the
+            batch around it; 0 = automatic: on the CPU also by the row alone, on a GPU by what keeps it busy. Prefill
+            on a GPU is never split; at most 128.
+        backend: ``"cpu"``, ``"cuda"``, ``"numba"`` (the readable GPU kernels), or None to choose by where the arrays
+            lie.
 
     Returns:
         ``out``; with ``return_lse`` also ``lse`` ``[num_tokens, num_q_heads]`` float32, natural log.
@@ -142,17 +154,19 @@ def _attention(
     q: Any, k_cache: Any, v_cache: Any, block_table: Any, block_starts: Any, seq_lens: Any, layout: str | None,
     cu_seqlens_q: Any, softmax_scale: float | None, causal: bool, window_size: tuple[int, int], softcap: float,
     sinks: Any, alibi_slopes: Any, out: Any, return_lse: bool, num_splits: int, backend: str | None,
+    query_counts: tuple[int, int] | None = None,
 ) -> Any:  # fmt: skip
-    check_backend(backend, is_on_device(q))
+    chosen = choose_backend(backend, is_on_device(q))
+    describe = operand if chosen == "cpu" else _device().device_operand
     window = check_options(softmax_scale, window_size, softcap, num_splits)
-    queries = operand(q, "q")
-    keys, values = operand(k_cache, "k_cache"), operand(v_cache, "v_cache")
+    queries = describe(q, "q")
+    keys, values = describe(k_cache, "k_cache"), describe(v_cache, "v_cache")
     check_rows(queries, "q", "[num_tokens, num_q_heads, head_dim]", 3)
     num_tokens, num_q_heads, head_dim = queries.shape
     check_caches(keys, values, queries.dtype, layout or "HND", head_dim, None)
     check_heads(num_q_heads, keys.shape[2 if layout == "NHD" else 1], head_dim)
 
-    table, lengths = operand(block_table, "block_table"), operand(seq_lens, "seq_lens")
+    table, lengths = describe(block_table, "block_table"), describe(seq_lens, "seq_lens")
     check_indices(table, "block_table", ("batch", "max_entries"))
     batch, max_entries = table.shape
     check_indices(lengths, "seq_lens", (batch,))
@@ -160,37 +174,44 @@ def _attention(
     if layout is None:
         if keys.shape[2] != GRANULE:
             raise ShapeError(f"k_cache: expected [num_granules, num_kv_heads, 8, head_dim], got {keys.shape}")
-        starts = operand(block_starts, "block_starts")
+        starts = describe(block_starts, "block_starts")
         check_indices(starts, "block_starts", (batch, max_entries))
     if cu_seqlens_q is not None:
-        bounds = operand(cu_seqlens_q, "cu_seqlens_q")
+        bounds = describe(cu_seqlens_q, "cu_seqlens_q")
         check_indices(bounds, "cu_seqlens_q", (batch + 1,))
     elif num_tokens != batch:
         raise ShapeError(f"q: expected one token per row, {batch}, where cu_seqlens_q is None, got {num_tokens}")
     sink_logits = slopes = None
     if sinks is not None:
-        sink_logits = operand(sinks, "sinks")
+        sink_logits = describe(sinks, "sinks")
         check_per_head(sink_logits, "sinks", num_q_heads, infinite=True)
     if alibi_slopes is not None:
-        slopes = operand(alibi_slopes, "alibi_slopes")
+        slopes = describe(alibi_slopes, "alibi_slopes")
         check_per_head(slopes, "alibi_slopes", num_q_heads, infinite=False)
 
     if out is None:
-        out = _empty_like(q, queries)
-        target = operand(out, "out")
+        out = _empty(q, queries.shape, queries.dtype)
+        target = describe(out, "out")
     else:
-        target = operand(out, "out")
+        target = describe(out, "out")
         check_output(target, "out", queries.shape, queries.dtype)
-    lse = _empty_lse(q, queries) if return_lse else None
-    cpu.attend(
-        queries, keys, values, table, starts, lengths, out=target, lse=lse, cu_seqlens_q=bounds,
-        softmax_scale=softmax_scale, causal=causal, window_size=window, softcap=softcap, sinks=sink_logits,
-        alibi_slopes=slopes, num_splits=num_splits, layout=layout or "HND", check=True,
-    )  # fmt: skip
+    lse = _empty(q, queries.shape[:2], "float32") if return_lse else None
+    arguments = (queries, keys, values, table, starts, lengths)
+    options: dict[str, Any] = {
+        "out": target, "lse": lse if lse is None else describe(lse, "lse"), "cu_seqlens_q": bounds,
+        "softmax_scale": softmax_scale, "causal": causal, "window_size": window, "softcap": softcap,
+        "sinks": sink_logits, "alibi_slopes": slopes, "num_splits": num_splits, "layout": layout or "HND",
+    }  # fmt: skip
+    if chosen == "cpu":
+        cpu.attend(*arguments, **options, check=True)
+    else:
+        _device().attend_checked(chosen, *arguments, query_counts=query_counts, from_torch=is_torch(q), **options)
     return (out, lse) if return_lse else out
 
 
-def append(key: Any, value: Any, k_cache: Any, v_cache: Any, slot_mapping: Any, *, layout: str) -> None:
+def append(
+    key: Any, value: Any, k_cache: Any, v_cache: Any, slot_mapping: Any, *, layout: str, backend: str | None = None
+) -> None:
     """Write each new token's key and value to its slot of the cache, in place.
 
     Args:
@@ -199,17 +220,19 @@ def append(key: Any, value: Any, k_cache: Any, v_cache: Any, slot_mapping: Any, 
             ``[num_blocks, num_kv_heads, block_size, head_dim]`` for ``"HND"`` (granule arenas: ``"HND"``, block size
             8); any strides but the last axis contiguous; ``v_cache`` alike.
         slot_mapping: ``[num_tokens]`` int64, ``block * block_size + i``; -1 = skip. No slot may be named twice.
+        backend: as in `paged_attention`.
 
     Raises:
         ShapeError: a shape, dtype, stride or slot is not as above; nothing was written.
-        UnsupportedError: an array does not lie in host memory.
+        UnsupportedError: an array does not lie where the backend works.
 
     May be called from several threads at once, for different slots.
     """
     check_layout(layout)
-    check_backend(None, is_on_device(key))
-    new_keys, new_values = operand(key, "key"), operand(value, "value")
-    keys, values = operand(k_cache, "k_cache"), operand(v_cache, "v_cache")
+    chosen = choose_backend(backend, is_on_device(key))
+    describe = operand if chosen == "cpu" else _device().device_operand
+    new_keys, new_values = describe(key, "key"), describe(value, "value")
+    keys, values = describe(k_cache, "k_cache"), describe(v_cache, "v_cache")
     check_rows(new_keys, "key", "[num_tokens, num_kv_heads, head_dim]", 3)
     check_rows(new_values, "value", "[num_tokens, num_kv_heads, head_dim]", 3)
     num_tokens, num_heads, head_dim = new_keys.shape
@@ -220,12 +243,17 @@ def append(key: Any, value: Any, k_cache: Any, v_cache: Any, slot_mapping: Any, 
     check_caches(keys, values, new_keys.dtype, layout, head_dim, num_heads)
     if not (keys.writable and values.writable):
         raise ShapeError("k_cache, v_cache: expected writable arrays, got a read-only one")
-    slots = operand(slot_mapping, "slot_mapping")
+    slots = describe(slot_mapping, "slot_mapping")
     check_indices(slots, "slot_mapping", (num_tokens,), "int64")
-    cpu.append(new_keys, new_values, keys, values, slots, layout=layout, check=True)
+    if chosen == "cpu":
+        cpu.append(new_keys, new_values, keys, values, slots, layout=layout, check=True)
+    else:
+        _device().append_checked(
+            chosen, new_keys, new_values, keys, values, slots, layout=layout, from_torch=is_torch(key)
+        )
 
 
-def merge_states(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any) -> tuple[Any, Any]:
+def merge_states(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, *, backend: str | None = None) -> tuple[Any, Any]:
     """Merge the attention over two disjoint sets of keys into the attention over both.
 
     Args:
@@ -238,12 +266,13 @@ def merge_states(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any) -> tuple[Any, A
 
     Raises:
         ShapeError: a shape, dtype or stride is not as above.
-        UnsupportedError: head_dim is not a multiple of 8, or an array does not lie in host memory.
+        UnsupportedError: head_dim is not a multiple of 8, or an array does not lie where the backend works.
 
     Source: Ye et al. 2025 (FlashInfer, arXiv:2501.01005), composition of attention states.
     """
-    check_backend(None, is_on_device(out_a))
-    a, b = operand(out_a, "out_a"), operand(out_b, "out_b")
+    chosen = choose_backend(backend, is_on_device(out_a))
+    describe = operand if chosen == "cpu" else _device().device_operand
+    a, b = describe(out_a, "out_a"), describe(out_b, "out_b")
     check_rows(a, "out_a", "[num_tokens, num_q_heads, head_dim]", 3)
     check_rows(b, "out_b", "[num_tokens, num_q_heads, head_dim]", 3)
     if b.shape != a.shape or b.dtype != a.dtype:
@@ -251,24 +280,31 @@ def merge_states(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any) -> tuple[Any, A
     check_heads(a.shape[1], 1, a.shape[2])
     sides = []
     for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):
-        side = operand(lse, name)
+        side = describe(lse, name)
         if side.shape != a.shape[:2] or side.dtype != "float32":
             raise ShapeError(f"{name}: expected {a.shape[:2]} float32, got {side.shape} {side.dtype}")
         if a.shape[0] > 1 and a.shape[1] > 0 and side.strides != (a.shape[1], 1):
             raise ShapeError(f"{name}: expected a contiguous array, got strides {side.strides} (elements)")
         sides.append(side)
-    out, merged = _empty_like(out_a, a), _empty_lse(out_a, a)
-    merge_rows(operand(out, "out"), operand(merged, "lse"), a, sides[0], b, sides[1])
+    out, merged = _empty(out_a, a.shape, a.dtype), _empty(out_a, a.shape[:2], "float32")
+    states = (describe(out, "out"), describe(merged, "lse"), a, sides[0], b, sides[1])
+    if chosen == "cpu":
+        merge_rows(*states)
+    else:
+        _device().merge_checked(chosen, *states, from_torch=is_torch(out_a))
     return out, merged
 
 
-def _empty_like(array: Any, described: Operand) -> Any:
-    if is_torch(array):
-        return sys.modules["torch"].empty(described.shape, dtype=array.dtype)
-    return np.empty(described.shape, array.dtype if isinstance(array, np.ndarray) else described.dtype)
+def _device() -> Any:
+    """The calls for device arrays; imported when the first of them comes."""
+    return importlib.import_module("kvtoolkit.device")
 
 
-def _empty_lse(array: Any, described: Operand) -> Any:
-    if is_torch(array):
-        return sys.modules["torch"].empty(described.shape[:2], dtype=sys.modules["torch"].float32)
-    return np.empty(described.shape[:2], np.float32)
+def _empty(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
+    """A new array or tensor where ``like`` lies."""
+    if is_on_device(like):
+        return _device().empty(shape, dtype, like)
+    if is_torch(like):
+        torch = sys.modules["torch"]
+        return torch.empty(shape, dtype=getattr(torch, dtype))
+    return np.empty(shape, like.dtype if isinstance(like, np.ndarray) and dtype == "bfloat16" else dtype)

@@ -23,6 +23,7 @@ from kvtoolkit.sequences import Sequences
 from kvtoolkit.stats import CacheStats, collect
 from kvtoolkit.step import Step
 from kvtoolkit.step_arrays import SpareArrays, widen
+from kvtoolkit.upload import make_upload
 
 
 class KVCache:
@@ -47,7 +48,8 @@ class KVCache:
         self._sequences = Sequences(config)
         self._grower = Grower(self._sequences)
         self._arrays = SpareArrays()
-        self._arenas = access.Arenas(self._sequences.key_values, config.dtype)
+        self._upload = make_upload(config.backend, self._sequences.storage.device)
+        self._arenas = access.Arenas(self._sequences.storage, config.dtype, config.backend)
 
     # -- opening and closing -----------------------------------------------------------------------------------------
 
@@ -319,7 +321,8 @@ class KVCache:
             return compaction.compact(self._sequences, int(max_tokens))
 
     def sync(self) -> None:
-        """Wait until the device has done what was asked; nothing to do on the CPU."""
+        """Wait until the device has done what was asked on the current stream; nothing to do on the CPU."""
+        self._sequences.storage.sync()
 
     def stats(self) -> CacheStats:
         """Figures of this moment."""
@@ -360,17 +363,18 @@ class KVCache:
         """The allocator, for its figures. Blocks taken from it belong to the caller."""
         return self._sequences.pool.allocator
 
-    def key_cache(self, layer: int) -> NDArray[Any]:
-        """``[num_granules, num_kv_heads, 8, head_dim]`` keys of a layer; uint16 for bfloat16. A view, not a copy."""
-        self._arenas.require_layer(layer)
-        keys: NDArray[Any] = self._sequences.key_values[layer, 0]
-        return keys
+    def key_cache(self, layer: int) -> Any:
+        """``[num_granules, num_kv_heads, 8, head_dim]`` keys of a layer; uint16 for bfloat16. A view, not a copy.
 
-    def value_cache(self, layer: int) -> NDArray[Any]:
+        A NumPy array, on a GPU a CuPy array (``torch.from_dlpack`` makes a tensor of it).
+        """
+        self._arenas.require_layer(layer)
+        return self._sequences.storage.key_values[layer, 0]
+
+    def value_cache(self, layer: int) -> Any:
         """As `key_cache`, of the values."""
         self._arenas.require_layer(layer)
-        values: NDArray[Any] = self._sequences.key_values[layer, 1]
-        return values
+        return self._sequences.storage.key_values[layer, 1]
 
     def __repr__(self) -> str:
         stats = self.stats()

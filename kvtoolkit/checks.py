@@ -12,17 +12,20 @@ _MOST = 1 << 31
 _LARGEST_FLOAT32 = 3.4028234e38  # the kernels compute in float32
 
 
-def check_backend(backend: str | None, on_device: bool) -> None:
-    """Refuse every backend but the CPU's, which is the default for host arrays."""
-    if backend is not None and not (isinstance(backend, str) and backend in BACKENDS):
+def choose_backend(backend: str | None, on_device: bool) -> str:
+    """The backend that was asked for, or the fast one for where the arrays lie; UnsupportedError if they do not go
+    together."""
+    if backend is None:
+        return "cuda" if on_device else "cpu"
+    if not (isinstance(backend, str) and backend in BACKENDS):
         raise UnsupportedError(f"backend: expected None or one of {', '.join(BACKENDS)}, got {backend!r}")
     if on_device and backend == "cpu":
         raise UnsupportedError("backend: 'cpu' works on arrays in host memory, got one on a device")
-    if on_device or backend in ("cuda", "numba"):
+    if not on_device and backend != "cpu":
         raise UnsupportedError(
-            f"backend: {backend or 'cuda'!r} has no attention kernels in this version; "
-            "move the arrays to host memory and use backend='cpu'"
+            f"backend: {backend!r} works on arrays on a CUDA device, got one in host memory; move it, or use 'cpu'"
         )
+    return backend
 
 
 def check_layout(layout: str) -> None:
@@ -93,11 +96,14 @@ def _repeats(array: Operand) -> bool:
 
 
 def check_per_head(array: Operand, name: str, num_q_heads: int, infinite: bool) -> None:
-    """Refuse what is not ``[num_q_heads]`` float32 of numbers; with ``infinite``, -inf is one."""
+    """Refuse what is not ``[num_q_heads]`` float32 of numbers; with ``infinite``, -inf is one. On a device the numbers
+    are not looked at."""
     if array.shape != (num_q_heads,) or array.dtype != "float32" or (array.strides[0] != 1 and num_q_heads > 1):
         raise ShapeError(
             f"{name}: expected [num_q_heads = {num_q_heads}] float32, contiguous, got {array.shape} {array.dtype}"
         )
+    if array.device >= 0:
+        return
     for value in array.owner.tolist():
         if not (math.isfinite(value) or (infinite and value == -math.inf)):
             raise ShapeError(f"{name}: expected finite values{' or -inf' if infinite else ''}, got {value}")

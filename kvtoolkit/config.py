@@ -63,8 +63,9 @@ class CacheConfig:
     tiers: Mapping[str, Any] | None = None
     """Quantized and host tiers; not in this version."""
     backend: str = "cpu"
+    """``cpu``; ``cuda``: memory and kernels on a GPU; ``numba``: the same with the readable kernels."""
     device: int | None = None
-    """CUDA device, for the GPU backends."""
+    """CUDA device of the GPU backends. Default: the current one when the cache is made."""
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_kv_heads", "head_dim"):
@@ -92,9 +93,16 @@ class CacheConfig:
         if self.tiers is not None:
             raise UnsupportedError("tiers: expected none, quantized tiers are not in this version")
         if self.backend != "cpu":
-            raise UnsupportedError(
-                f"backend: expected 'cpu', the GPU backends are not in this version, got {self.backend!r}"
-            )
+            if self.dtype not in ("float16", "bfloat16"):
+                raise UnsupportedError(
+                    f"dtype: expected float16 or bfloat16 with backend {self.backend!r}, got {self.dtype}"
+                )
+            if self.head_dim % 16 or self.head_dim > 256:
+                raise UnsupportedError(
+                    f"head_dim: expected a multiple of 16 up to 256 with backend {self.backend!r}, got {self.head_dim}"
+                )
+        elif self.device is not None:
+            raise ConfigError(f"device: expected none with backend 'cpu', got {self.device}")
         if (self.num_tokens is None) == (self.memory is None):
             raise ConfigError(
                 f"expected exactly one of num_tokens and memory, got {self.num_tokens!r} and {self.memory!r}"

@@ -20,6 +20,10 @@ class UnsupportedError(KVToolkitError, NotImplementedError):
     """No kernel for this combination, or no such device here."""
 
 
+class CompileError(KVToolkitError, RuntimeError):
+    """A CUDA source does not compile; the message holds the options and the compiler's log."""
+
+
 class SequenceError(KVToolkitError, LookupError):
     """A sequence id is unknown, closed, given twice, or in a state that does not allow the call."""
 

@@ -20,7 +20,7 @@ def preempt(sequences: Sequences, batch: Int32Array, to: str) -> None:
         if to == "host":
             held = np.empty(used, np.int32)
             rows.list_granules(table, row, used, held)
-            saved = sequences.key_values[:, :, held]
+            saved = sequences.storage.read(held)
         else:
             count = rows.list_chain(table, row, pool.nodes, chain, uids)
             table.info[row, LENGTH] = 0
@@ -50,7 +50,7 @@ def restore(sequences: Sequences, row: int) -> bool:
             return False
         granules = np.empty(needed, np.int32)
         rows.list_granules(table, row, needed, granules)
-        sequences.key_values[:, :, granules] = saved.key_values
+        sequences.storage.write(granules, saved.key_values)
     table.info[row, STATE] = OPEN
     del sequences.preempted[row]
     sequences.note_use()

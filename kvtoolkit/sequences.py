@@ -15,15 +15,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from kvtoolkit import rows
 from kvtoolkit.config import CacheConfig
-from kvtoolkit.cpu import copy_granules
 from kvtoolkit.errors import CacheFullError, SequenceError
 from kvtoolkit.inputs import as_ids
 from kvtoolkit.pool import Counters, Pool, Runs
 from kvtoolkit.prefix import CLOCK, ROOT, ROOT_UID, Int32Array, Int64Array
 from kvtoolkit.rows import GENERATION, ID_BITS, LENGTH, OPEN, STATE, STATE_NAMES
-from kvtoolkit.tables import GRANULE
-
-_STORAGE = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
+from kvtoolkit.storage import make_storage
 
 
 @dataclass
@@ -47,11 +44,7 @@ class Sequences:
         self.rows = rows.make_rows(config.max_seqs, config.entries_limit)
         self.closed_rows = list(range(config.max_seqs))[::-1]
         self.preempted: dict[int, Preempted] = {}
-        # zeros, not empty: the system hands out zeroed pages only when they are touched
-        self.key_values: NDArray[Any] = np.zeros(
-            (config.num_layers, 2, config.num_granules, config.num_kv_heads, GRANULE, config.head_dim),
-            _STORAGE[config.dtype],
-        )
+        self.storage = make_storage(config)
 
     # -- ids ---------------------------------------------------------------------------------------------------------
 
@@ -124,7 +117,7 @@ class Sequences:
 
     def copy(self, sources: ArrayLike, targets: ArrayLike, num_tokens: int) -> None:
         """Copy granules, all layers, and count the tokens in them."""
-        copy_granules(self.key_values, sources, targets)
+        self.storage.copy(sources, targets)
         self.counters.copied_tokens += num_tokens
 
     def merge(self, candidates: Int32Array, ends: Int32Array) -> int:

@@ -6,8 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtoolkit.access import StepAccess
-from kvtoolkit.errors import StepError
+from kvtoolkit.errors import StepError, UnsupportedError
 from kvtoolkit.passes import OK, STATUS_NAMES, StepArrays
+from kvtoolkit.upload import DeviceTables
 
 if TYPE_CHECKING:
     from kvtoolkit.cache import KVCache
@@ -16,9 +17,9 @@ if TYPE_CHECKING:
 class Step:
     """What `KVCache.begin_step` returns; serves all layers, until `KVCache.end_step`.
 
-    The arrays belong to the cache; the next `KVCache.begin_step` may write them again. Rows stand in the order of
-    ``seq_ids``. As a context manager a step that was not ended is aborted: its tokens are forgotten, its blocks stay
-    with the sequences.
+    The arrays are NumPy's; `on_device` has those that kernels read on a GPU. They belong to the cache; the next
+    `KVCache.begin_step` may write them again. Rows stand in the order of ``seq_ids``. As a context manager a step that
+    was not ended is aborted: its tokens are forgotten, its blocks stay with the sequences.
 
     Attributes:
         seq_ids: ``[batch]`` int64.
@@ -37,6 +38,7 @@ class Step:
         "_access",
         "_arrays",
         "_cache",
+        "_device_tables",
         "_is_open",
         "block_starts",
         "block_table",
@@ -62,6 +64,7 @@ class Step:
         self.slot_mapping = arrays.slot_mapping[:num_tokens]
         self.status = arrays.status[:batch]
         self._access: StepAccess | None = None
+        self._device_tables: DeviceTables | None = None
 
     @property
     def ok(self) -> NDArray[np.bool_]:
@@ -74,9 +77,9 @@ class Step:
 
         Args:
             layer: 0 to ``num_layers - 1``.
-            key: ``[num_tokens, num_kv_heads, head_dim]`` of the cache's dtype, NumPy array or CPU tensor, last axis
-                contiguous; ``value`` alike. Rows of tokens whose slot is -1 are skipped. For a bfloat16 cache also
-                uint16 arrays of its bits.
+            key: ``[num_tokens, num_kv_heads, head_dim]`` of the cache's dtype, last axis contiguous: a NumPy array or
+                CPU tensor, on a GPU a CUDA tensor, CuPy array or the like; ``value`` alike. Rows of tokens whose slot
+                is -1 are skipped. For a bfloat16 cache also uint16 arrays of its bits.
 
         Raises:
             ShapeError: a shape, dtype or stride is not as above; nothing was written.
@@ -115,15 +118,34 @@ class Step:
         return self._access is not None and self._access.repeat(layer, key, value, q, out)
 
     def _make_access(self) -> StepAccess:
-        self._access = StepAccess(
-            self._cache._arenas,
-            self.block_table,
-            self.block_starts,
-            self.seq_lens,
-            self.cu_seqlens_q,
-            self.slot_mapping,
-        )
+        arenas = self._cache._arenas
+        if arenas.device >= 0:
+            from kvtoolkit.device_access import DeviceStepAccess
+
+            self._access = DeviceStepAccess(arenas, self.on_device, self.num_new_tokens)
+        else:
+            self._access = StepAccess(
+                arenas, self.block_table, self.block_starts, self.seq_lens, self.cu_seqlens_q, self.slot_mapping
+            )
         return self._access
+
+    @property
+    def on_device(self) -> DeviceTables:
+        """The arrays that kernels read, as CuPy arrays on the cache's device, for kernels of your own.
+
+        Raises:
+            StepError: the step has ended.
+            UnsupportedError: the cache is not on a device.
+        """
+        self._require_open()
+        if self._device_tables is None:
+            upload = self._cache._upload
+            if upload is None:
+                raise UnsupportedError("on_device: expected a cache with backend 'cuda' or 'numba', got 'cpu'")
+            self._device_tables = upload(
+                self.block_table, self.block_starts, self.seq_lens, self.cu_seqlens_q, self.slot_mapping
+            )
+        return self._device_tables
 
     def explain(self) -> list[str]:
         """A sentence for every row that is not ok."""

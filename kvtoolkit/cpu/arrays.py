@@ -21,7 +21,7 @@ ITEMSIZES = {
 
 
 class Operand(NamedTuple):
-    """Where a host array lies; it keeps the array alive."""
+    """Where an array lies; it keeps the array alive."""
 
     address: int
     shape: tuple[int, ...]
@@ -31,6 +31,8 @@ class Operand(NamedTuple):
     """NumPy's name, or ``"bfloat16"``."""
     owner: Any
     writable: bool = True
+    device: int = -1
+    """CUDA ordinal; -1 = host memory."""
 
 
 _read_pointer = ctypes.c_size_t.from_address

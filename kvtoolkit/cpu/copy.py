@@ -13,6 +13,7 @@ from kvtoolkit.cpu.arrays import ITEMSIZES, address_of, operand
 from kvtoolkit.cpu.kernel import yield_core
 from kvtoolkit.cpu.vector import copy_bytes, read_i64
 from kvtoolkit.errors import ShapeError
+from kvtoolkit.refusals import BAD_SLOT, refuse
 
 _TOKENS_PER_ITEM = 64
 _int: Any = np.int64  # a cast in compiled code
@@ -123,10 +124,7 @@ def append(
         dtype=np.int64,
     )  # fmt: skip
     if check and (bad := first_bad_slot(problem)) >= 0:
-        raise ShapeError(
-            f"slot_mapping: expected slots within [0, {block_size * keys.shape[0]}) or -1, "
-            f"got {slots.owner[bad]} for token {bad}"
-        )
+        refuse(BAD_SLOT, bad, slots.owner[bad], block_size=block_size, num_blocks=keys.shape[0])
     _run(problem, num_tokens * num_heads * row_bytes)
     return problem
 

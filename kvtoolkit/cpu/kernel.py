@@ -41,6 +41,7 @@ from kvtoolkit.cpu.vector import (
     write_f32,
     write_i64,
 )
+from kvtoolkit.refusals import BAD_BLOCK, BAD_COVERAGE, BAD_CU_SEQLENS, BAD_SEQ_LEN, BAD_STARTS, BAD_TIER, FINE
 from kvtoolkit.tables import entry_granule, entry_length, entry_tier
 
 (
@@ -65,17 +66,6 @@ from kvtoolkit.tables import entry_granule, entry_length, entry_tier
 # columns of the plan, one line per row of the batch and one more that closes the sums
 FIRST_ITEM, FIRST_PARTIAL, WORK, SPLITS, SPLIT_TILES = range(5)
 PLAN_COLUMNS = 5
-
-# what `plan_items` found wrong
-(
-    PLAN_OK,
-    BAD_SEQ_LEN,
-    BAD_COVERAGE,
-    BAD_BLOCK,
-    BAD_CU_SEQLENS,
-    BAD_STARTS,
-    BAD_TIER,
-) = range(7)
 
 _MOST_ROWS_TO_PREFETCH = 16  # with more, arithmetic hides the way to memory
 ROWS_PER_ITEM = 96
@@ -125,7 +115,7 @@ def plan_items(problem: Any, plan: Any, check: int) -> Any:
     """Cut the problem into items and, with ``check``, look at every length and every table entry that will be read.
 
     Fills ``plan`` ``[batch + 1, PLAN_COLUMNS]``; the last line holds the number of items, of partial results, and the
-    work in multiply-adds. Returns ``(code, row, value)``, code `PLAN_OK` if all is well.
+    work in multiply-adds. Returns ``(code, row, value)``, code `FINE` if all is well.
     """
     batch = problem[BATCH]
     block = queries_per_item(problem[GROUP_SIZE])
@@ -149,7 +139,7 @@ def plan_items(problem: Any, plan: Any, check: int) -> Any:
         seq_len = _int(read_i32(problem[SEQ_LENS] + 4 * row))
         if check:
             code, value = _check_row(problem, row, seq_len)
-            if code != PLAN_OK:
+            if code != FINE:
                 return code, _int(row), value
         tiles = (seq_len + TILE - 1) // TILE
         split_tiles = max(1, tiles)
@@ -169,7 +159,7 @@ def plan_items(problem: Any, plan: Any, check: int) -> Any:
     plan[batch, FIRST_ITEM] = items
     plan[batch, FIRST_PARTIAL] = partials
     plan[batch, WORK] = work
-    return PLAN_OK, _int(0), _int(0)
+    return FINE, _int(0), _int(0)
 
 
 @jit
@@ -186,7 +176,7 @@ def _check_row(problem: Any, row: int, seq_len: int) -> Any:
             block = _int(read_i32(table + 4 * i))
             if block < 0 or block >= problem[NUM_BLOCKS]:
                 return BAD_BLOCK, block
-        return PLAN_OK, _int(0)
+        return FINE, _int(0)
     starts = problem[STARTS] + 4 * row * problem[STARTS_ROW]
     covered = _int(0)
     i = 0
@@ -202,7 +192,7 @@ def _check_row(problem: Any, row: int, seq_len: int) -> Any:
             return BAD_BLOCK, _int(entry_granule(entry))
         covered += entry_length(entry)
         i += 1
-    return PLAN_OK, _int(0)
+    return FINE, _int(0)
 
 
 @jit

@@ -7,7 +7,7 @@ import numpy as np
 
 from kvtoolkit.cpu import kernel, threads
 from kvtoolkit.cpu.arrays import DTYPE_CODES, Operand, address_of, operand
-from kvtoolkit.errors import ShapeError, UnsupportedError
+from kvtoolkit.refusals import FINE, refuse
 
 _WORK_PER_THREAD = 2_500_000  # multiply-adds: some 100 us, several times what waking a thread takes
 _local = threading.local()
@@ -118,8 +118,11 @@ def attend(
     )  # fmt: skip
     plan = np.empty((batch + 1, kernel.PLAN_COLUMNS), np.int64)
     code, row, value = kernel.plan_items(problem, plan, int(check))
-    if code != kernel.PLAN_OK:
-        _refuse(code, row, value, problem)
+    if code != FINE:
+        block_size, num_blocks, entries = problem[kernel.BLOCK_SIZE], problem[kernel.NUM_BLOCKS], max_entries
+        refuse(
+            code, row, value, num_tokens=num_tokens, block_size=block_size, num_blocks=num_blocks, max_entries=entries
+        )
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     items, num_partials, work = plan[-1].tolist()[: kernel.WORK + 1]
     num_floats = num_partials * kernel.partial_floats(head_dim) if num_partials else 0
@@ -173,31 +176,3 @@ def _scratch(group_size: int, head_dim: int) -> int:
     address = int(_local.buffer.ctypes.data) + 63 & ~63
     _local.addresses[group_size, head_dim] = address
     return address
-
-
-def _refuse(code: int, row: int, value: int, problem: Any) -> None:
-    max_entries, num_blocks = problem[kernel.MAX_ENTRIES], problem[kernel.NUM_BLOCKS]
-    block_size = problem[kernel.BLOCK_SIZE]
-    if code == kernel.BAD_CU_SEQLENS:
-        raise ShapeError(
-            f"cu_seqlens_q: expected to ascend from 0 to num_tokens = {problem[kernel.NUM_TOKENS]}, "
-            f"got {value} at index {row}"
-        )
-    if code == kernel.BAD_SEQ_LEN:
-        raise ShapeError(f"seq_lens: expected lengths from 0 on, got {value} in row {row}")
-    if code == kernel.BAD_COVERAGE:
-        raise ShapeError(
-            f"seq_lens: row {row} holds {value} tokens, more than its block_table covers "
-            f"({max_entries} entries at most, {block_size} tokens to a block, up to the first empty entry)"
-        )
-    if code == kernel.BAD_STARTS:
-        raise ShapeError(
-            f"block_starts: expected each entry to begin where the one before it ends, the first at 0; "
-            f"entry {value} of row {row} does not"
-        )
-    if code == kernel.BAD_TIER:
-        raise UnsupportedError(
-            f"block_table: expected entries in the hot tier, entry {value} of row {row} is in another; "
-            "use tiered_attention"
-        )
-    raise ShapeError(f"block_table: expected blocks within [0, {num_blocks}), got {value} in row {row}")

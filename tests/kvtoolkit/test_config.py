@@ -69,10 +69,20 @@ def test_a_wrong_field_is_named_with_what_was_expected(fields, message):
         make(**fields)
 
 
-@pytest.mark.parametrize("fields", [{"tiers": {"hot": 256}}, {"backend": "cuda"}])
-def test_what_is_not_there_yet_says_so(fields):
+def test_what_is_not_there_yet_says_so():
     with pytest.raises(UnsupportedError, match="not in this version"):
-        make(**fields)
+        make(tiers={"hot": 256})
+
+
+@pytest.mark.parametrize("backend", ["cuda", "numba"])
+def test_what_the_gpu_backends_cannot_do_is_refused_when_the_config_is_made(backend):
+    with pytest.raises(UnsupportedError, match=f"dtype: .*'{backend}', got float32"):
+        make(backend=backend, dtype="float32")
+    with pytest.raises(UnsupportedError, match="head_dim: expected a multiple of 16 up to 256 .*, got 40"):
+        make(backend=backend, dtype="float16", head_dim=40)
+    with pytest.raises(ConfigError, match="device: expected none with backend 'cpu', got 0"):
+        make(device=0)
+    assert make(backend=backend, dtype="float16", head_dim=64, device=1).device == 1
 
 
 def test_an_unknown_eviction_policy_is_refused_when_the_cache_is_made():

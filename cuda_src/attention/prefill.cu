@@ -1,0 +1,236 @@
+// Prefill and long verify: 64 query rows of one sequence and kv head against all the keys that they see, per CTA.
+//
+//   q            [num_tokens, num_q_heads, head_dim]               scalar_t, rows of 16 bytes aligned
+//   k_cache      block, kv head and slot by strides, head_dim contiguous, rows aligned to 16 bytes; v_cache alike
+//   block_table  [batch, max_entries] int32: entries with block_starts, else block ids
+//   seq_lens     [batch] int32, tokens, the new ones included
+//   out          [num_tokens, num_q_heads, head_dim] scalar_t;     lse [num_tokens, num_q_heads] float32, natural log
+//
+// Launch:   grid = (blocks of rows, num_kv_heads), CTA 128 = 4 warps of 16 rows each, dynamic shared memory
+//           Layout::kBytes. Sequences with at most kMaxDecodeQueries queries are left to kvt_decode. sm_80 and later.
+//           Macros: KVT_HEAD_DIM, KVT_BF16, KVT_ENTRIES.
+// Numerics: scores and running state in float32, weights in scalar_t.
+// Source:   Dao 2023 (FlashAttention-2, arXiv:2307.08691), sec. 3; block tables, Kwon et al. 2023 (arXiv:2309.06180).
+//           Unlike there, a CTA takes the rows of a whole group of heads, so that K and V are read once for it.
+#include <kvt/attention.cuh>
+#include <kvt/locate.cuh>
+#include <kvt/ptx/async_copy.cuh>
+#include <kvt/ptx/matrix.cuh>
+#include <kvt/ptx/scalar.cuh>
+
+namespace kvt {
+
+#if KVT_BF16
+using scalar_t = ptx::BFloat16;
+#else
+using scalar_t = ptx::Half;
+#endif
+#if KVT_ENTRIES
+using Locator = LaneEntries;
+#else
+using Locator = BlockIds;
+#endif
+
+constexpr int kHeadDim = KVT_HEAD_DIM;
+constexpr int kRows = 64;
+constexpr int kThreads = 128;
+constexpr int kKeys = kHeadDim <= 128 ? 64 : 32;         // of a tile in shared memory
+constexpr int kChunks = kHeadDim / 8;                    // of 16 bytes, in a row
+constexpr int kPitch = (kChunks + 7) / 8 * 8;            // chunks from row to row; the XOR stays inside 8
+constexpr int kDimBlocks = kHeadDim / 16;
+static_assert(kHeadDim % 16 == 0, "an MMA covers 16 dims");
+
+// Shared memory, in bytes from its beginning.
+struct Layout {
+  static constexpr int kQueries = 0;
+  static constexpr int kKeysAt = kQueries + kRows * kPitch * 16;
+  static constexpr int kTileBytes = kKeys * kPitch * 16;
+  static constexpr int kValuesAt = kKeysAt + 2 * kTileBytes;      // two tiles of each
+  static constexpr int kRowsAt = kValuesAt + 2 * kTileBytes;      // [2][kKeys] pointers to keys, then to values
+  static constexpr int kBytes = kRowsAt + 2 * 2 * kKeys * 8;
+};
+
+// Where chunk `chunk` of a row lies: neighbouring rows differ in their bank group, as ldmatrix wants it.
+__device__ __forceinline__ unsigned chunk_address(unsigned base, int row, int chunk) {
+  return base + (row * kPitch + (chunk ^ (row & 7))) * 16;
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads) kvt_prefill(const __grid_constant__ AttentionParams p) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  const int warp = threadIdx.x >> 5;
+  const int lane = lane_id();
+  const int kv_head = blockIdx.y;
+  const RowBlock block = find_row_block<kRows>(p, blockIdx.x);
+  if (block.num_rows == 0 || block.num_queries <= kMaxDecodeQueries) return;
+  const KeyRange keys = visible_keys(p, block);
+  const int first_tile = keys.begin / kKeys;
+  const int num_tiles = max(0, (keys.end + kKeys - 1) / kKeys - first_tile);
+
+  const unsigned queries = ptx::shared_address(shared);
+  for (int i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
+    const int row = i / kChunks;
+    const int chunk = i % kChunks;
+    uint4 words{0, 0, 0, 0};
+    if (row < block.num_rows && num_tiles > 0) {
+      const RowPlace place = place_of_row(p, block, kv_head, row);
+      words = *reinterpret_cast<const uint4*>(p.q + place.token * p.q_token + place.q_head * p.q_head + chunk * 8);
+    }
+    ptx::store_shared_16(chunk_address(queries, row, chunk), words);
+  }
+
+  const auto row_pointers = reinterpret_cast<const unsigned short**>(shared + Layout::kRowsAt);
+  Locator locate(p, block.sequence);
+  if (num_tiles > 0) locate.seek(first_tile * kKeys);  // nothing of a padding row's table is read
+  // threads below kKeys look up where the keys and values of a tile lie
+  const auto locate_tile = [&](int tile) {
+    if (threadIdx.x < kKeys) {
+      const Place place = locate(min(tile * kKeys + static_cast<int>(threadIdx.x), block.seq_len - 1));
+      const unsigned short** const to = row_pointers + (tile & 1) * 2 * kKeys + threadIdx.x;
+      to[0] = p.k_cache + kv_head * p.k_head + place.block * p.k_block + place.slot * p.k_slot;
+      to[kKeys] = p.v_cache + kv_head * p.v_head + place.block * p.v_block + place.slot * p.v_slot;
+    }
+  };
+  const auto copy_tile = [&](int tile) {
+    const unsigned short* const* const from = row_pointers + (tile & 1) * 2 * kKeys;
+    const unsigned key_tile = queries + Layout::kKeysAt + (tile & 1) * Layout::kTileBytes;
+    const unsigned value_tile = queries + Layout::kValuesAt + (tile & 1) * Layout::kTileBytes;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < kKeys * kChunks; i += kThreads) {
+      const int row = i / kChunks;
+      const int chunk = i % kChunks;
+      ptx::copy_async_16(chunk_address(key_tile, row, chunk), from[row] + chunk * 8);
+      ptx::copy_async_16(chunk_address(value_tile, row, chunk), from[kKeys + row] + chunk * 8);
+    }
+  };
+
+  // this lane's rows of the warp's 16: g and g + 8
+  const int first_row = warp * 16 + (lane >> 2);
+  int position[2];
+  float slope[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = min(first_row + 8 * i, block.num_rows - 1);
+    position[i] = block.position(row, p.group_size);
+    const int q_head = place_of_row(p, block, kv_head, row).q_head;
+    slope[i] = p.alibi_slopes == nullptr ? 0.0f : p.alibi_slopes[q_head] * kLog2E;
+  }
+  float m[2] = {-kInfinity, -kInfinity};  // largest score so far, log2
+  float l[2] = {0.0f, 0.0f};              // sum of exp2(score - m) over this lane's keys
+  float o[2 * kDimBlocks][4];             // dims 8d + 2t and the next, of row g, then of row g + 8
+#pragma unroll
+  for (int d = 0; d < 2 * kDimBlocks; ++d) o[d][0] = o[d][1] = o[d][2] = o[d][3] = 0.0f;
+
+  if (num_tiles > 0) locate_tile(first_tile);
+  __syncthreads();
+  if (num_tiles > 0) copy_tile(first_tile);
+  ptx::commit_copies();
+  for (int tile = first_tile; tile < first_tile + num_tiles; ++tile) {
+    if (tile + 1 < first_tile + num_tiles) locate_tile(tile + 1);
+    __syncthreads();  // also: all warps are done with the tile that the next copies overwrite
+    if (tile + 1 < first_tile + num_tiles) copy_tile(tile + 1);
+    ptx::commit_copies();
+    ptx::wait_for_copies<1>();
+    __syncthreads();
+
+    const unsigned key_tile = queries + Layout::kKeysAt + (tile & 1) * Layout::kTileBytes;
+    const unsigned value_tile = queries + Layout::kValuesAt + (tile & 1) * Layout::kTileBytes;
+    float s[kKeys / 8][4];
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; ++n) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0.0f;
+#pragma unroll
+    for (int d = 0; d < kDimBlocks; ++d) {
+      unsigned a[4];
+      ptx::load_matrices(a, chunk_address(queries, warp * 16 + (lane & 15), 2 * d + (lane >> 4)));
+#pragma unroll
+      for (int n = 0; n < kKeys / 16; ++n) {
+        unsigned b[4];
+        const int key = 16 * n + (lane & 7) + (lane >> 4) * 8;
+        ptx::load_matrices(b, chunk_address(key_tile, key, 2 * d + (lane >> 3 & 1)));
+        scalar_t::multiply_add(s[2 * n], a[0], a[1], a[2], a[3], b[0], b[1]);
+        scalar_t::multiply_add(s[2 * n + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
+      }
+    }
+
+    const int first = tile * kKeys;
+    const bool is_partial = first < keys.full_begin || first + kKeys > keys.full_end;
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int key = first + 8 * n + 2 * (lane & 3) + (i & 1);
+        s[n][i] = scaled_score(p, s[n][i]);
+        if (p.alibi_slopes != nullptr) {
+          s[n][i] -= slope[i >> 1] * fabsf(static_cast<float>(position[i >> 1] - key));
+        }
+        if (is_partial && !is_visible(p, position[i >> 1], key, block.seq_len)) s[n][i] = -kInfinity;
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float highest = m[r];
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n) highest = fmaxf(highest, fmaxf(s[n][2 * r], s[n][2 * r + 1]));
+      highest = max_over_columns(highest);
+      const float base = highest == -kInfinity ? 0.0f : highest;  // -inf - -inf is NaN
+      const float shrink = ptx::exp2(m[r] - base);
+      m[r] = highest;
+      l[r] *= shrink;
+#pragma unroll
+      for (int d = 0; d < 2 * kDimBlocks; ++d) {
+        o[d][2 * r] *= shrink;
+        o[d][2 * r + 1] *= shrink;
+      }
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n) {
+        s[n][2 * r] = ptx::exp2(s[n][2 * r] - base);
+        s[n][2 * r + 1] = ptx::exp2(s[n][2 * r + 1] - base);
+        l[r] += s[n][2 * r] + s[n][2 * r + 1];
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kKeys / 16; ++n) {
+      // the fragment of the scores is that of an operand already
+      const unsigned a[4] = {scalar_t::pack(s[2 * n][0], s[2 * n][1]), scalar_t::pack(s[2 * n][2], s[2 * n][3]),
+                             scalar_t::pack(s[2 * n + 1][0], s[2 * n + 1][1]),
+                             scalar_t::pack(s[2 * n + 1][2], s[2 * n + 1][3])};
+#pragma unroll
+      for (int d = 0; d < kDimBlocks; ++d) {
+        unsigned b[4];
+        ptx::load_matrices_transposed(b, chunk_address(value_tile, 16 * n + (lane & 15), 2 * d + (lane >> 4)));
+        scalar_t::multiply_add(o[2 * d], a[0], a[1], a[2], a[3], b[0], b[1]);
+        scalar_t::multiply_add(o[2 * d + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
+      }
+    }
+  }
+  ptx::wait_for_copies<0>();
+
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = first_row + 8 * r;
+    float sum = sum_over_columns(l[r]);
+    if (row >= block.num_rows) continue;
+    const RowPlace place = place_of_row(p, block, kv_head, row);
+    float scale = 1.0f;
+    if (p.sinks != nullptr && block.seq_len > 0) {
+      const float sink = p.sinks[place.q_head] * kLog2E;
+      const float with_sink = fmaxf(m[r], sink);
+      if (with_sink > -kInfinity) {
+        scale = ptx::exp2(m[r] - with_sink);
+        sum = sum * scale + ptx::exp2(sink - with_sink);
+        m[r] = with_sink;
+      }
+    }
+    const float factor = sum > 0.0f ? scale / sum : sum == 0.0f ? 0.0f : sum;  // NaN stays NaN
+    unsigned short* const to = p.out + place.token * p.out_token + place.q_head * p.out_head + 2 * (lane & 3);
+#pragma unroll
+    for (int d = 0; d < 2 * kDimBlocks; ++d) {
+      *reinterpret_cast<unsigned*>(to + 8 * d) = scalar_t::pack(o[d][2 * r] * factor, o[d][2 * r + 1] * factor);
+    }
+    if (p.lse != nullptr && (lane & 3) == 0) {
+      const float lse = sum == 0.0f ? -kInfinity : (m[r] + log2f(sum)) * kLn2;
+      p.lse[static_cast<long long>(place.token) * p.num_kv_heads * p.group_size + place.q_head] = lse;
+    }
+  }
+}
+
+}  // namespace kvt

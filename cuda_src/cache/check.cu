@@ -1,0 +1,84 @@
+// Check: every length, table entry and slot that a launch would read, on the device, before it is launched.
+//
+// Launch:   one CTA of 256 threads; a thread takes every 256th row. Any architecture.
+// Result:   finding [3] int32: a code (0 = all is well; kvtoolkit/refusals.py), the row, the value. The lowest row
+//           that is wrong wins, so that the message does not change from run to run.
+#include <kvt/entry.cuh>
+
+namespace kvt {
+
+enum Finding : int { kFine, kBadSeqLen, kBadCoverage, kBadBlock, kBadCuSeqlens, kBadStarts, kBadTier, kBadSlot };
+
+// Filled in by kvtoolkit/cuda/check.py, in this order. Absent arrays are null.
+struct CheckParams {
+  int* finding;
+  const int* block_table;
+  const int* block_starts;
+  const int* seq_lens;
+  const int* cu_seqlens_q;
+  const long long* slot_mapping;
+  long long table_row, starts_row, num_slots;
+  int batch, num_tokens, block_size, num_blocks, max_entries;
+};
+
+struct Found {
+  int code, value;
+};
+
+__device__ Found check_row(const CheckParams& p, int row) {
+  const int seq_len = p.seq_lens[row];
+  if (p.cu_seqlens_q != nullptr) {
+    if (row == 0 && p.cu_seqlens_q[0] != 0) return {kBadCuSeqlens, p.cu_seqlens_q[0]};
+    const int next = p.cu_seqlens_q[row + 1];
+    if (next < p.cu_seqlens_q[row]) return {kBadCuSeqlens, next};
+    if (row == p.batch - 1 && next != p.num_tokens) return {kBadCuSeqlens, next};
+  }
+  if (seq_len < 0) return {kBadSeqLen, seq_len};
+  const int* const table = p.block_table + row * p.table_row;
+  const int blocks = seq_len / p.block_size + (seq_len % p.block_size != 0);
+  if (p.block_starts == nullptr) {
+    if (blocks > p.max_entries) return {kBadCoverage, seq_len};
+    for (int i = 0; i < blocks; ++i) {
+      if (table[i] < 0 || table[i] >= p.num_blocks) return {kBadBlock, table[i]};
+    }
+    return {kFine, 0};
+  }
+  const int* const starts = p.block_starts + row * p.starts_row;
+  int covered = 0;
+  for (int i = 0; covered < blocks; ++i) {
+    if (i == p.max_entries || table[i] < 0) return {kBadCoverage, seq_len};
+    const Entry entry{table[i]};
+    if (starts[i] != covered) return {kBadStarts, i};
+    if (entry.tier() != Tier::kHot) return {kBadTier, i};
+    if (entry.granule() + entry.num_granules() > p.num_blocks) return {kBadBlock, entry.granule()};
+    covered += entry.num_granules();
+  }
+  return {kFine, 0};
+}
+
+extern "C" __global__ void __launch_bounds__(256) kvt_check(const __grid_constant__ CheckParams p) {
+  __shared__ int lowest;
+  if (threadIdx.x == 0) lowest = 0x7FFFFFFF;
+  __syncthreads();
+  int mine = 0x7FFFFFFF;
+  Found found{kFine, 0};
+  const int count = p.slot_mapping == nullptr ? p.batch : p.num_tokens;
+  for (int row = threadIdx.x; row < count && found.code == kFine; row += 256) {
+    if (p.slot_mapping == nullptr) {
+      found = check_row(p, row);
+    } else if (p.slot_mapping[row] < -1 || p.slot_mapping[row] >= p.num_slots) {
+      found = {kBadSlot, static_cast<int>(p.slot_mapping[row])};
+    }
+    if (found.code != kFine) mine = row;
+  }
+  atomicMin(&lowest, mine);
+  __syncthreads();
+  if (threadIdx.x == 0 && lowest == 0x7FFFFFFF) p.finding[0] = kFine;
+  if (mine == lowest && mine != 0x7FFFFFFF) {
+    p.finding[0] = found.code;
+    p.finding[1] = mine;
+    p.finding[2] = found.value;
+  }
+}
+
+}  // namespace kvt

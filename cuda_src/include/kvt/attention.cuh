@@ -1,0 +1,133 @@
+// What the attention kernels have in common: parameters, which rows a CTA has, which keys it sees, the score rule.
+//
+// The query rows of a sequence and kv head are its query tokens times the group's heads, one after the other:
+// row = query * group_size + head. They share every byte of K and V, and are cut into blocks of rows.
+#pragma once
+
+#include <kvt/ptx/math.cuh>
+#include <kvt/warp.cuh>
+
+namespace kvt {
+
+#define kInfinity __int_as_float(0x7F800000)  // NVRTC has no constant for it
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+constexpr int kTile = 64;            // positions; splits are cut at multiples of it
+constexpr int kMaxDecodeQueries = 8;  // a row with more query tokens is a prefill
+
+// Filled in by kvtoolkit/cuda/attention.py, in this order. Strides in elements. Absent arrays are null.
+struct AttentionParams {
+  const unsigned short* q;
+  unsigned short* out;
+  float* lse;
+  const unsigned short* k_cache;
+  const unsigned short* v_cache;
+  const int* block_table;
+  const int* block_starts;
+  const int* seq_lens;
+  const int* cu_seqlens_q;
+  const float* alibi_slopes;
+  const float* sinks;
+  float* partials;
+  unsigned* counters;
+  long long q_token, q_head, out_token, out_head;
+  long long k_block, k_head, k_slot, v_block, v_head, v_slot;
+  long long table_row, starts_row;
+  int batch, num_tokens, num_kv_heads, group_size, block_size, max_entries;
+  int left, right;      // keys seen before and after a query's position; -1 = all
+  int max_splits;       // CTAs launched for each block of rows
+  int fixed_splits;     // 1: every sequence is cut into max_splits; 0: into as many as are worth it
+  int has_prefill;      // 1: rows with more than kMaxDecodeQueries queries are another kernel's
+  float scale_log2;     // softmax_scale * log2(e)
+  float cap_inner;      // softmax_scale / softcap
+  float cap_outer;      // softcap * log2(e); 0 = no cap
+};
+
+// One sequence of the batch and a block of its query rows.
+struct RowBlock {
+  int sequence;
+  int first_token;    // of the sequence's queries, in q
+  int num_queries;
+  int first_row;      // of the block
+  int num_rows;       // in the block; 0 = nothing to do
+  int seq_len;
+
+  // Position of the query that a row of the block belongs to.
+  __device__ __forceinline__ int position(int row, int group_size) const {
+    return seq_len - num_queries + (first_row + row) / group_size;
+  }
+};
+
+// The block numbered `index` of blocks of kRows rows. With cu_seqlens_q sequence b owns the numbers from
+// cu[b] * group / kRows + b on, rounded down: always enough, and no sum over the batch is needed to find it.
+template <int kRows>
+__device__ __forceinline__ RowBlock find_row_block(const AttentionParams& p, int index) {
+  RowBlock block;
+  if (p.cu_seqlens_q == nullptr) {
+    const int per_sequence = (p.group_size + kRows - 1) / kRows;
+    block.sequence = index / per_sequence;
+    block.first_token = block.sequence;
+    block.num_queries = 1;
+    block.first_row = (index - block.sequence * per_sequence) * kRows;
+  } else {
+    const auto first_of = [&](int b) {
+      return static_cast<int>(static_cast<long long>(p.cu_seqlens_q[b]) * p.group_size / kRows) + b;
+    };
+    block.sequence = last_where(p.batch, [&](int b) { return first_of(b) <= index; });
+    block.first_token = p.cu_seqlens_q[block.sequence];
+    block.num_queries = p.cu_seqlens_q[block.sequence + 1] - block.first_token;
+    block.first_row = (index - first_of(block.sequence)) * kRows;
+  }
+  block.num_rows = min(kRows, block.num_queries * p.group_size - block.first_row);
+  block.num_rows = max(block.num_rows, 0);
+  block.seq_len = p.seq_lens[block.sequence];
+  return block;
+}
+
+// Where a row of a block lies in q and out: its token and its query head.
+struct RowPlace {
+  int token;
+  int q_head;
+};
+
+__device__ __forceinline__ RowPlace place_of_row(const AttentionParams& p, const RowBlock& block, int kv_head, int row) {
+  const int query = (block.first_row + row) / p.group_size;
+  const int head = block.first_row + row - query * p.group_size;
+  return {block.first_token + query, kv_head * p.group_size + head};
+}
+
+// The keys that a block of rows sees: those in [begin, end) by some row, those in [full_begin, full_end) by every row.
+struct KeyRange {
+  int begin, end;
+  int full_begin, full_end;
+};
+
+__device__ __forceinline__ KeyRange visible_keys(const AttentionParams& p, const RowBlock& block) {
+  const int lowest = block.position(0, p.group_size);
+  const int highest = block.position(block.num_rows - 1, p.group_size);
+  KeyRange keys{0, block.seq_len, 0, block.seq_len};
+  if (p.left >= 0) {
+    keys.begin = max(0, lowest - p.left);
+    keys.full_begin = max(0, highest - p.left);
+  }
+  if (p.right >= 0) {
+    keys.end = min(block.seq_len, highest + p.right + 1);
+    keys.full_end = min(block.seq_len, lowest + p.right + 1);
+  }
+  return keys;
+}
+
+// Whether the query at `position` sees the key at `key`.
+__device__ __forceinline__ bool is_visible(const AttentionParams& p, int position, int key, int seq_len) {
+  return key < seq_len && (p.left < 0 || key >= position - p.left) && (p.right < 0 || key <= position + p.right);
+}
+
+// From q.k to the score in units of log2: scaled, capped.
+__device__ __forceinline__ float scaled_score(const AttentionParams& p, float product) {
+  if (p.cap_outer == 0.0f) return product * p.scale_log2;
+  // tanh(x) = 1 - 2 / (e^2x + 1): its absolute error is float32's, which is what a score needs
+  const float e = ptx::exp2(2.0f * kLog2E * p.cap_inner * product);
+  return p.cap_outer - 2.0f * p.cap_outer * ptx::reciprocal(e + 1.0f);
+}
+
+}  // namespace kvt

@@ -1,0 +1,43 @@
+// Loads and transposes of 8x8 matrices of 16-bit elements, one instruction per function.
+//
+// Fragment of one matrix: lane l holds row l / 4, columns 2 * (l % 4) and the next, packed in 32 bits.
+#pragma once
+
+namespace kvt::ptx {
+
+// ldmatrix.x4: four matrices; lane l gives the address of row l % 8 of matrix l / 8, a multiple of 16 bytes.
+__device__ __forceinline__ void load_matrices(unsigned (&fragment)[4], unsigned shared_row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+               : "r"(shared_row) : "memory");
+}
+
+// ldmatrix.x4.trans: the same, each matrix transposed on the way.
+__device__ __forceinline__ void load_matrices_transposed(unsigned (&fragment)[4], unsigned shared_row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+               : "r"(shared_row) : "memory");
+}
+
+// movmatrix.trans: the fragment of the transposed matrix.
+__device__ __forceinline__ unsigned transpose_matrix(unsigned fragment) {
+  unsigned transposed;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(fragment));
+  return transposed;
+}
+
+// ld.shared.v4.u32: 16 bytes.
+__device__ __forceinline__ uint4 load_shared_16(unsigned shared) {
+  uint4 words;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w) : "r"(shared) : "memory");
+  return words;
+}
+
+// st.shared.v4.u32: 16 bytes.
+__device__ __forceinline__ void store_shared_16(unsigned shared, uint4 words) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
+               :: "r"(shared), "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w) : "memory");
+}
+
+}  // namespace kvt::ptx

@@ -1,0 +1,18 @@
+"""The raw CUDA kernels: the low-level calls that run them unchecked, on device arrays."""
+
+from kvtoolkit.cuda.append import append, append_alike
+from kvtoolkit.cuda.arrays import device_operand
+from kvtoolkit.cuda.attention import Attention, attend, attend_alike
+from kvtoolkit.cuda.merge import merge_states
+from kvtoolkit.cuda.move import copy_granules
+
+__all__ = [
+    "Attention",
+    "append",
+    "append_alike",
+    "attend",
+    "attend_alike",
+    "copy_granules",
+    "device_operand",
+    "merge_states",
+]

@@ -1,0 +1,72 @@
+"""Look at tables, lengths and slots on the device before a launch, and wait for the answer: ``KVTOOLKIT_CHECK=1``."""
+
+import os
+
+import numpy as np
+
+from kvtoolkit.cpu.arrays import Operand
+from kvtoolkit.cuda import specs
+from kvtoolkit.cuda.launching import Launch, load_spec
+from kvtoolkit.refusals import BAD_CU_SEQLENS, FINE, refuse
+from kvtoolkit.runtime import is_capturing
+from kvtoolkit.runtime.kernels import packer
+from kvtoolkit.runtime.streams import on_stream
+
+ENABLED = os.environ.get("KVTOOLKIT_CHECK", "") not in ("", "0")
+"""Whether every launch is preceded by a check. Read from the environment at import."""
+
+_params = packer("6q3q5i")
+
+
+def check_tables(
+    block_table: Operand, block_starts: Operand | None, seq_lens: Operand, cu_seqlens_q: Operand | None,
+    num_tokens: int, block_size: int, num_blocks: int, stream: int,
+) -> None:  # fmt: skip
+    """Raise as the CPU kernels do if a length or an entry is wrong; synchronizes. Does nothing during a capture."""
+    batch, max_entries = block_table.shape
+    if is_capturing(stream) or batch == 0:
+        return
+    code, row, value = _run(
+        (block_table.address, block_starts.address if block_starts else 0, seq_lens.address,
+         cu_seqlens_q.address if cu_seqlens_q else 0, 0),
+        (block_table.strides[0], block_starts.strides[0] if block_starts else 0, 0),
+        (batch, num_tokens, block_size, num_blocks, max_entries), block_table.device, stream,
+    )  # fmt: skip
+    if code != FINE:
+        row += int(code == BAD_CU_SEQLENS and value != 0)
+        refuse(
+            code,
+            row,
+            value,
+            num_tokens=num_tokens,
+            block_size=block_size,
+            num_blocks=num_blocks,
+            max_entries=max_entries,
+        )
+
+
+def check_slots(slot_mapping: Operand, block_size: int, num_blocks: int, stream: int) -> None:
+    """Raise ShapeError if a slot is out of range; synchronizes. Does nothing during a capture."""
+    (num_tokens,) = slot_mapping.shape
+    if is_capturing(stream) or num_tokens == 0:
+        return
+    code, row, value = _run(
+        (0, 0, 0, 0, slot_mapping.address), (0, 0, block_size * num_blocks), (0, num_tokens, block_size, num_blocks, 0),
+        slot_mapping.device, stream,
+    )  # fmt: skip
+    if code != FINE:
+        refuse(code, row, value, block_size=block_size, num_blocks=num_blocks)
+
+
+def _run(
+    addresses: tuple[int, ...], sizes: tuple[int, ...], counts: tuple[int, ...], device: int, stream: int
+) -> list[int]:
+    import cupy
+
+    kernel = load_spec(specs.CHECK, device)
+    with on_stream(stream):
+        finding = cupy.zeros(3, np.int32)
+        parameters = _params.pack(finding.data.ptr, *addresses, *sizes, *counts)
+        Launch(kernel, (1,), specs.CHECK.threads, 0, parameters).run(stream)
+        found: list[int] = finding.get().tolist()
+    return found

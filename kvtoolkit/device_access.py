@@ -1,0 +1,60 @@
+"""What the layers of a step do with a cache on a device; see `kvtoolkit.access`."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtoolkit import cuda
+from kvtoolkit.access import Arenas, StepAccess
+from kvtoolkit.cpu.arrays import Operand
+from kvtoolkit.cuda.arrays import check_alignment, check_devices, empty
+from kvtoolkit.device import kernels_of, using
+from kvtoolkit.runtime import current_stream
+from kvtoolkit.upload import DeviceTables
+
+
+class DeviceStepAccess(StepAccess):
+    """`StepAccess` with the kernels of a device, on the stream that is current at each call."""
+
+    __slots__ = ("_from_torch", "_kernels", "_query_counts")
+
+    def __init__(self, arenas: Arenas, tables: DeviceTables, num_new_tokens: NDArray[np.int32]) -> None:
+        fewest, most = int(num_new_tokens.min(initial=1)), int(num_new_tokens.max(initial=1))
+        one_each = fewest == most == 1
+        super().__init__(
+            arenas, tables.block_table, tables.block_starts, tables.seq_lens, None if one_each else tables.cu_seqlens_q,
+            tables.slot_mapping,
+        )  # fmt: skip
+        self._query_counts = fewest, most
+        self._kernels = kernels_of(arenas.backend)
+
+    def _append(  # type: ignore[override]
+        self, key: Operand, value: Operand, k_cache: Operand, v_cache: Operand, slots: Operand
+    ) -> Any:
+        device = check_devices({"k_cache": k_cache, "key": key, "value": value})
+        with using(device):
+            return self._kernels.append(
+                key, value, k_cache, v_cache, slots, layout="HND", stream=current_stream(device)
+            )
+
+    def _append_alike(self, prepared: Any, key: int, value: int, k_cache: int, v_cache: int) -> None:
+        with using(self._arenas.device):
+            cuda.append_alike(prepared, key, value, k_cache, v_cache, stream=current_stream(self._arenas.device))
+
+    def _attend(self, q: Operand, k_cache: Operand, v_cache: Operand, *tables: Operand, **options: Any) -> Any:
+        names = ("out", "sinks", "alibi_slopes")
+        device = check_devices({"k_cache": k_cache, "q": q} | {name: options[name] for name in names})
+        if self._arenas.backend == "cuda":
+            check_alignment({"q": q, "out": options["out"]})
+            options["query_counts"] = self._query_counts
+        with using(device):
+            return self._kernels.attend(q, k_cache, v_cache, *tables, stream=current_stream(device), **options)
+
+    def _attend_alike(self, prepared: Any, q: int, k_cache: int, v_cache: int, out: int) -> None:
+        with using(self._arenas.device):
+            cuda.attend_alike(prepared, q, k_cache, v_cache, out, stream=current_stream(self._arenas.device))
+
+    @staticmethod
+    def _empty(array: Any, described: Operand, shape: tuple[int, ...], dtype: str | None = None) -> Any:
+        return empty(shape, dtype or described.dtype, array)

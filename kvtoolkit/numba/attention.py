@@ -1,0 +1,234 @@
+"""Paged attention as Numba kernels: the readable twins of the CUDA kernels `paged_attention` and its variable form.
+
+    q            [num_tokens, num_q_heads, head_dim]               uint16 words of float16 or bfloat16; out alike
+    k_cache      [num_blocks, num_kv_heads, block_size, head_dim]  alike, any strides, so NHD comes transposed
+    v_cache      as k_cache
+    block_table  [batch, max_entries] int32 ids or entries;        block_starts [batch, max_entries] int32, granules
+    seq_lens     [batch] int32, tokens, the new ones included;     0 = padding row, nothing of it is read
+    cu_seqlens_q [batch + 1] int32;                                [0] = one query per row
+    sinks        [num_q_heads] float32;                            [0] = none; alibi_slopes alike
+    lse          [num_tokens, num_q_heads] float32, natural log;   [0, 0] = not wanted
+
+Launch:   grid (num_tokens, num_kv_heads, ceil(group_size / 8)), any number of threads, 19 KiB static shared memory.
+Numerics: scores and running state in float32; a query that sees nothing gives out = 0, lse = -inf or the sink's logit.
+Source:   online softmax, Milakov & Gimelshein 2018 (arXiv:1805.02867), alg. 3; block tables, Kwon et al. 2023
+          (arXiv:2309.06180), sec. 4.
+
+One CTA walks all tiles of one query, for up to eight query heads that share a kv head. A query sees one run of
+positions, so that masks are the bounds of loops, and slots outside it, which may hold NaN, are never touched.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from kvtoolkit import tables
+from kvtoolkit.numba.device import NEG_INF, cuda, device, device_twin, float32, kernel, narrow, widen
+
+TILE = 64
+"""Consecutive positions between two updates of the softmax state."""
+MAX_HEAD_DIM = 256
+HEADS_PER_CTA = 8
+
+entry_granule = device_twin(tables.entry_granule)
+
+
+@kernel
+def paged_attention(
+    q: Any, k_cache: Any, v_cache: Any, block_table: Any, seq_lens: Any, cu_seqlens_q: Any, sinks: Any,
+    alibi_slopes: Any, out: Any, lse: Any, softmax_scale: float, left: int, right: int, softcap: float,
+    is_bfloat16: bool,
+) -> None:  # fmt: skip
+    """``block_table`` holds the id of each block; ``left`` and ``right`` bound what a query sees, -1 = unbounded."""
+    attend_query(
+        block_by_id, (block_table,), q, k_cache, v_cache, seq_lens, cu_seqlens_q, sinks, alibi_slopes, out, lse,
+        softmax_scale, left, right, softcap, is_bfloat16,
+    )  # fmt: skip
+
+
+@kernel
+def variable_block_attention(
+    q: Any, k_cache: Any, v_cache: Any, block_table: Any, block_starts: Any, seq_lens: Any, cu_seqlens_q: Any,
+    sinks: Any, alibi_slopes: Any, out: Any, lse: Any, softmax_scale: float, left: int, right: int, softcap: float,
+    is_bfloat16: bool,
+) -> None:  # fmt: skip
+    """``block_table`` holds entries of 1-8 granules, ``block_starts`` the logical granule where each begins."""
+    attend_query(
+        block_by_entry, (block_table, block_starts), q, k_cache, v_cache, seq_lens, cu_seqlens_q, sinks, alibi_slopes,
+        out, lse, softmax_scale, left, right, softcap, is_bfloat16,
+    )  # fmt: skip
+
+
+@device
+def block_by_id(block_tables: Any, row: int, block: int) -> Any:
+    """Where in the cache the row's ``block``-th block lies."""
+    (block_table,) = block_tables
+    return block_table[row, block]
+
+
+@device
+def block_by_entry(block_tables: Any, row: int, block: int) -> Any:
+    """Where in the cache the row's ``block``-th granule lies: in the last entry whose start is not above it."""
+    block_table, block_starts = block_tables
+    low = 0
+    high = block_table.shape[1] - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if block_table[row, middle] >= 0 and block_starts[row, middle] <= block:
+            low = middle
+        else:
+            high = middle - 1
+    return entry_granule(block_table[row, low]) + block - block_starts[row, low]
+
+
+@device
+def attend_query(
+    find_block: Any, block_tables: Any, q: Any, k_cache: Any, v_cache: Any, seq_lens: Any, cu_seqlens_q: Any,
+    sinks: Any, alibi_slopes: Any, out: Any, lse: Any, softmax_scale: float, left: int, right: int, softcap: float,
+    is_bfloat16: bool,
+) -> None:  # fmt: skip
+    token, kv_head = cuda.blockIdx.x, cuda.blockIdx.y
+    group_size = q.shape[1] // k_cache.shape[1]
+    first_row = cuda.blockIdx.z * HEADS_PER_CTA
+    rows = min(HEADS_PER_CTA, group_size - first_row)
+    q_head = kv_head * group_size + first_row  # of the first row; the state has one row per query head
+    head_dim = q.shape[2]
+    block_size = k_cache.shape[2]
+
+    q_rows = cuda.shared.array((HEADS_PER_CTA, MAX_HEAD_DIM), np.float32)
+    sums = cuda.shared.array((HEADS_PER_CTA, MAX_HEAD_DIM), np.float32)  # of exp(score - peak) * value
+    scores = cuda.shared.array((HEADS_PER_CTA, TILE), np.float32)  # then exp(score - peak)
+    peak = cuda.shared.array(HEADS_PER_CTA, np.float32)  # largest score so far
+    mass = cuda.shared.array(HEADS_PER_CTA, np.float32)  # sum of exp(score - peak)
+    rescale = cuda.shared.array(HEADS_PER_CTA, np.float32)  # exp(peak before this tile - peak)
+    blocks = cuda.shared.array(TILE, np.int64)  # where each position of the tile lies in the cache
+    slots = cuda.shared.array(TILE, np.int64)
+
+    row, position, first_key, end_key = visible_keys(token, seq_lens, cu_seqlens_q, left, right)
+    for i in range(cuda.threadIdx.x, rows * head_dim, cuda.blockDim.x):
+        r, d = i // head_dim, i % head_dim
+        q_rows[r, d] = softmax_scale * widen(q[token, q_head + r, d], is_bfloat16)
+        sums[r, d] = float32(0.0)
+    for r in range(cuda.threadIdx.x, rows, cuda.blockDim.x):
+        peak[r] = NEG_INF
+        mass[r] = float32(0.0)
+
+    for tile in range(first_key // TILE, (end_key + TILE - 1) // TILE):
+        start = tile * TILE
+        begin = max(first_key - start, 0)
+        end = min(end_key - start, TILE)
+        for t in range(begin + cuda.threadIdx.x, end, cuda.blockDim.x):
+            blocks[t] = find_block(block_tables, row, (start + t) // block_size)
+            slots[t] = (start + t) % block_size
+        cuda.syncthreads()
+        score_tile(
+            scores, q_rows, rows, k_cache, kv_head, blocks, slots, begin, end, head_dim, softcap, alibi_slopes, q_head,
+            start - position, is_bfloat16,
+        )  # fmt: skip
+        cuda.syncthreads()
+        absorb_scores(scores, peak, mass, rescale, rows, begin, end)
+        cuda.syncthreads()
+        weigh_values(sums, scores, rescale, rows, v_cache, kv_head, blocks, slots, begin, end, head_dim, is_bfloat16)
+        cuda.syncthreads()
+
+    cuda.syncthreads()  # the only one where there was no tile
+    for r in range(rows):
+        factor, log_sum = finish(peak[r], mass[r], sinks, q_head + r, seq_lens[row])
+        for d in range(cuda.threadIdx.x, head_dim, cuda.blockDim.x):
+            out[token, q_head + r, d] = narrow(factor * sums[r, d], is_bfloat16)
+        if cuda.threadIdx.x == 0 and lse.size > 0:
+            lse[token, q_head + r] = log_sum
+
+
+@device
+def visible_keys(token: int, seq_lens: Any, cu_seqlens_q: Any, left: int, right: int) -> Any:
+    """Row and position of a query, and the run of positions that it sees: the first one and the one past its last."""
+    row = token
+    queries_left = 1  # this one and those after it in its row
+    if cu_seqlens_q.size > 0:
+        low = 0
+        high = seq_lens.size - 1
+        while low < high:  # the last row that begins at or before the token: one without queries begins with the next
+            middle = (low + high + 1) // 2
+            if cu_seqlens_q[middle] <= token:
+                low = middle
+            else:
+                high = middle - 1
+        row = low
+        queries_left = cu_seqlens_q[row + 1] - token
+    seq_len = seq_lens[row]
+    position = seq_len - queries_left
+    first_key = 0
+    end_key = seq_len
+    if left >= 0:
+        first_key = max(first_key, position - left)
+    if right >= 0:
+        end_key = min(end_key, position + right + 1)
+    return row, position, first_key, end_key
+
+
+@device
+def score_tile(
+    scores: Any, q_rows: Any, rows: int, k_cache: Any, kv_head: int, blocks: Any, slots: Any, begin: int, end: int,
+    head_dim: int, softcap: float, alibi_slopes: Any, q_head: int, offset: int, is_bfloat16: bool,
+) -> None:  # fmt: skip
+    """One thread per score. ``offset`` is the tile's first position minus the query's."""
+    for i in range(cuda.threadIdx.x, rows * TILE, cuda.blockDim.x):
+        r, t = i // TILE, i % TILE
+        if begin <= t < end:
+            score = float32(0.0)
+            for d in range(head_dim):
+                score += q_rows[r, d] * widen(k_cache[blocks[t], kv_head, slots[t], d], is_bfloat16)
+            if softcap > 0:
+                score = softcap * math.tanh(score / softcap)
+            if alibi_slopes.size > 0:
+                score -= alibi_slopes[q_head + r] * float32(abs(offset + t))
+            scores[r, t] = score
+
+
+@device
+def absorb_scores(scores: Any, peak: Any, mass: Any, rescale: Any, rows: int, begin: int, end: int) -> None:
+    """One thread per row: bring its state to the peak that the tile's scores need, turn them into exp(score - peak)."""
+    for r in range(cuda.threadIdx.x, rows, cuda.blockDim.x):
+        new_peak = peak[r]
+        for t in range(begin, end):
+            new_peak = max(new_peak, scores[r, t])
+        # -inf - -inf is NaN: an empty state has nothing to rescale, and a score of -inf no weight
+        rescale[r] = float32(0.0) if peak[r] == NEG_INF else math.exp(peak[r] - new_peak)
+        total = mass[r] * rescale[r]
+        for t in range(begin, end):
+            weight = float32(0.0) if scores[r, t] == NEG_INF else math.exp(scores[r, t] - new_peak)
+            scores[r, t] = weight
+            total += weight
+        peak[r] = new_peak
+        mass[r] = total
+
+
+@device
+def weigh_values(
+    sums: Any, weights: Any, rescale: Any, rows: int, v_cache: Any, kv_head: int, blocks: Any, slots: Any, begin: int,
+    end: int, head_dim: int, is_bfloat16: bool,
+) -> None:  # fmt: skip
+    """One thread per element of the output."""
+    for i in range(cuda.threadIdx.x, rows * head_dim, cuda.blockDim.x):
+        r, d = i // head_dim, i % head_dim
+        total = sums[r, d] * rescale[r]
+        for t in range(begin, end):
+            total += weights[r, t] * widen(v_cache[blocks[t], kv_head, slots[t], d], is_bfloat16)
+        sums[r, d] = total
+
+
+@device
+def finish(peak: float, mass: float, sinks: Any, q_head: int, seq_len: int) -> Any:
+    """What to multiply the sums by, and the log-sum-exp, both with the sink's share; 0 and -inf if nothing was seen."""
+    top = peak
+    total = mass
+    share = float32(1.0)  # exp(peak - top)
+    if sinks.size > 0 and seq_len > 0 and sinks[q_head] > NEG_INF:
+        top = max(peak, sinks[q_head])
+        share = float32(0.0) if peak == NEG_INF else math.exp(peak - top)
+        total = mass * share + math.exp(sinks[q_head] - top)
+    if total == 0:
+        return float32(0.0), NEG_INF
+    return share / total, top + math.log(total)

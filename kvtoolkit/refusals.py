@@ -1,0 +1,50 @@
+"""What a check of lengths, tables and slots can find, as codes that compiled code returns, and the errors for them."""
+
+from kvtoolkit.errors import ShapeError, UnsupportedError
+
+# the same numbers stand in cuda_src/cache/check.cu
+FINE, BAD_SEQ_LEN, BAD_COVERAGE, BAD_BLOCK, BAD_CU_SEQLENS, BAD_STARTS, BAD_TIER, BAD_SLOT = range(8)
+
+
+def refuse(
+    code: int,
+    row: int,
+    value: int,
+    *,
+    num_tokens: int = 0,
+    block_size: int = 0,
+    num_blocks: int = 0,
+    max_entries: int = 0,
+) -> None:
+    """Raise the error for a finding other than `FINE`.
+
+    Args:
+        row: of the batch; of ``cu_seqlens_q`` its index, of ``slot_mapping`` the token.
+        value: what was found there.
+    """
+    if code == BAD_CU_SEQLENS:
+        raise ShapeError(
+            f"cu_seqlens_q: expected to ascend from 0 to num_tokens = {num_tokens}, got {value} at index {row}"
+        )
+    if code == BAD_SEQ_LEN:
+        raise ShapeError(f"seq_lens: expected lengths from 0 on, got {value} in row {row}")
+    if code == BAD_COVERAGE:
+        raise ShapeError(
+            f"seq_lens: row {row} holds {value} tokens, more than its block_table covers "
+            f"({max_entries} entries at most, {block_size} tokens to a block, up to the first empty entry)"
+        )
+    if code == BAD_STARTS:
+        raise ShapeError(
+            f"block_starts: expected each entry to begin where the one before it ends, the first at 0; "
+            f"entry {value} of row {row} does not"
+        )
+    if code == BAD_TIER:
+        raise UnsupportedError(
+            f"block_table: expected entries in the hot tier, entry {value} of row {row} is in another; "
+            "use tiered_attention"
+        )
+    if code == BAD_SLOT:
+        raise ShapeError(
+            f"slot_mapping: expected slots within [0, {block_size * num_blocks}) or -1, got {value} for token {row}"
+        )
+    raise ShapeError(f"block_table: expected blocks within [0, {num_blocks}), got {value} in row {row}")

@@ -1,0 +1,127 @@
+"""Kernels loaded on a device, once each, and their launch.
+
+A kernel is named by its source, its macros and its function. The first call on a device compiles it (or takes it from
+the disk cache) and loads it; every later one is a look-up. Loading inside a captured CUDA graph is not possible: see
+`kvtoolkit.warmup`.
+"""
+
+import struct
+import tempfile
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvtoolkit.errors import UnsupportedError
+from kvtoolkit.runtime.compiler import Build, KernelUsage, build
+
+_lock = threading.Lock()
+_loaded: dict[tuple[Any, ...], "Kernel"] = {}
+_devices: dict[int, tuple[str, int, int]] = {}
+
+
+class _Stream:
+    """What CuPy's launch wants of a stream: its pointer."""
+
+    __slots__ = ("ptr",)
+
+    def __init__(self, ptr: int) -> None:
+        self.ptr = ptr
+
+
+class Kernel:
+    """A kernel on one device.
+
+    Attributes:
+        usage: registers, spills and static shared memory.
+    """
+
+    def __init__(self, function: Any, usage: KernelUsage) -> None:
+        self.usage = usage
+        self._function = function
+
+    def launch(self, grid: tuple[int, ...], block: int, arguments: bytes, stream: int, smem_nbytes: int = 0) -> None:
+        """Run it, asynchronously.
+
+        Args:
+            grid: CTAs, up to three axes.
+            block: threads of a CTA.
+            arguments: the bytes of its only parameter, a struct, see `packer`.
+            stream: a CUDA stream's address; 0 = the legacy default stream.
+            smem_nbytes: dynamic shared memory of a CTA.
+        """
+        packed = np.frombuffer(arguments, f"V{len(arguments)}").reshape(())
+        self._function(grid, (block,), (packed,), smem_nbytes, stream=_Stream(stream))
+
+
+def packer(fields: str) -> struct.Struct:
+    """Packs the parameters of a kernel as its C struct has them: ``q`` pointers and 64 bit, ``i`` int, ``f`` float."""
+    return struct.Struct("@" + fields)
+
+
+def load(source: str, name: str, defines: Mapping[str, int], device: int, *, smem_nbytes: int = 0) -> Kernel:
+    """The kernel ``name`` of a source of ``cuda_src`` on a device.
+
+    Args:
+        source: such as ``"attention/decode.cu"``.
+        name: the ``extern "C"`` function.
+        defines: macros.
+        device: CUDA ordinal; it must be the current one.
+        smem_nbytes: most dynamic shared memory that it will be launched with.
+
+    Raises:
+        UnsupportedError: no CuPy, no NVRTC, or no such device here.
+        CompileError: it does not compile.
+    """
+    key = (source, name, device, *defines.items())
+    found = _loaded.get(key)
+    if found is not None:
+        return found
+    with _lock:
+        if key not in _loaded:
+            built = build(source, defines, _device(device)[0], announce=True)
+            _loaded[key] = _load(built, name, smem_nbytes)
+        return _loaded[key]
+
+
+def _load(built: Build, name: str, smem_nbytes: int) -> Kernel:
+    import cupy
+
+    # RawModule wants a file, of the cubin alone
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(built.cubin)
+        raw = cupy.RawModule(path=str(path)).get_function(name)
+        function = raw.kernel  # loads it
+    if smem_nbytes > 48 << 10:
+        raw.max_dynamic_shared_size_bytes = smem_nbytes
+    (usage,) = (usage for usage in built.usage if usage.name == name)
+    return Kernel(function, usage)
+
+
+def _device(device: int) -> tuple[str, int, int]:
+    """Compute capability, shared memory of a CTA and number of SMs of a device."""
+    if device not in _devices:
+        try:
+            import cupy
+
+            properties = cupy.cuda.runtime.getDeviceProperties(device)
+        except Exception as error:  # no CuPy, no driver, no such device
+            raise UnsupportedError(
+                f"no CUDA device {device} can be used here ({error}); see `kvtoolkit doctor`"
+            ) from error
+        arch = f"{properties['major']}{properties['minor']}"
+        _devices[device] = (arch, int(properties["sharedMemPerBlockOptin"]), int(properties["multiProcessorCount"]))
+    return _devices[device]
+
+
+def smem_limit(device: int) -> int:
+    """Bytes of shared memory that one CTA may have."""
+    return _device(device)[1]
+
+
+def num_sms(device: int) -> int:
+    """Multiprocessors."""
+    return _device(device)[2]

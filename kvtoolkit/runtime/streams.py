@@ -1,0 +1,62 @@
+"""Which stream a call runs on: the caller's current one, asked anew at every call, since graph capture changes it."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+
+def current_stream(device: int, from_torch: bool | None = None) -> int:
+    """The address of the current stream of a device; 0 is the legacy default stream.
+
+    Args:
+        device: CUDA ordinal.
+        from_torch: whose current stream, torch's or CuPy's; None = torch's where the program uses torch on the GPU.
+    """
+    torch = sys.modules.get("torch")
+    if from_torch is None:
+        from_torch = torch is not None and torch.cuda.is_initialized()
+    if from_torch:
+        assert torch is not None
+        return int(torch.cuda.current_stream(device).cuda_stream)
+    import cupy
+
+    return int(cupy.cuda.get_current_stream(device).ptr)
+
+
+def is_capturing(stream: int) -> bool:
+    """Whether a stream is being captured into a CUDA graph: nothing may be allocated, loaded or waited for."""
+    if stream == 0:
+        return False
+    import cupy
+
+    status: Any = cupy.cuda.runtime.streamIsCapturing(stream)
+    return bool(status)
+
+
+class _Foreign:
+    """A stream of somebody else, as CuPy takes it."""
+
+    def __init__(self, ptr: int) -> None:
+        self._ptr = ptr
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._ptr
+
+
+@contextlib.contextmanager
+def on_stream(stream: int) -> Iterator[None]:
+    """Make a stream, given by its address, CuPy's current one."""
+    import cupy
+
+    with cupy.cuda.Stream.from_external(_Foreign(stream)) if stream else cupy.cuda.Stream.null:
+        yield
+
+
+@contextlib.contextmanager
+def cupy_on_current_stream(device: int) -> Iterator[Any]:
+    """The module CuPy, working on `current_stream` of a device."""
+    import cupy
+
+    with cupy.cuda.Device(device), on_stream(current_stream(device)):
+        yield cupy

@@ -1,0 +1,62 @@
+"""NVRTC, reached through CuPy: it needs neither a GPU nor a driver. Our kernels include no header but their own."""
+
+import importlib
+from functools import cache
+from typing import Any
+
+from kvtoolkit.errors import CompileError, UnsupportedError
+
+OPTIONS = ("-std=c++17", "--ptxas-options=-v", "--generate-line-info", "--restrict", "-default-device")
+ARCHS = ("80", "86", "89", "90", "100", "120")
+"""Compute capabilities that every kernel compiles for."""
+
+
+@cache
+def nvrtc() -> Any:
+    """CuPy's binding of NVRTC.
+
+    Raises:
+        UnsupportedError: CuPy or NVRTC is not installed; says what to install.
+    """
+    try:
+        binding: Any = importlib.import_module("cupy_backends.cuda.libs.nvrtc")
+        binding.getVersion()
+    except Exception as error:  # CuPy raises many kinds, depending on what is missing
+        raise UnsupportedError(
+            "the GPU kernels need CuPy and NVRTC: pip install 'kvtoolkit[cuda13]' (driver 580 or later) or "
+            f"'kvtoolkit[cuda12]'; `kvtoolkit doctor` says more ({type(error).__name__}: {error})"
+        ) from error
+    return binding
+
+
+def version() -> str:
+    """NVRTC's version, such as ``"12.9"``."""
+    major, minor = nvrtc().getVersion()
+    return f"{major}.{minor}"
+
+
+def compile_source(source: str, name: str, headers: dict[str, str], options: tuple[str, ...]) -> tuple[bytes, str]:
+    """``(cubin, log)`` of one source.
+
+    Args:
+        source: CUDA C++.
+        name: what to call it in messages.
+        headers: text of every header it may include, by the name it includes it under.
+        options: for NVRTC.
+
+    Raises:
+        CompileError: with the options and NVRTC's log.
+    """
+    binding = nvrtc()
+    texts, names = ([text.encode() for text in part] for part in (headers.values(), headers))
+    program = binding.createProgram(source, name, texts, names)
+    try:
+        binding.compileProgram(program, options)
+        return binding.getCUBIN(program), binding.getProgramLog(program)
+    except binding.NVRTCError as error:
+        raise CompileError(
+            f"{name}: NVRTC {version()} cannot compile it ({error})\noptions: {' '.join(options)}\n"
+            f"{binding.getProgramLog(program)}"
+        ) from error
+    finally:
+        binding.destroyProgram(program)

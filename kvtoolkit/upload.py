@@ -1,0 +1,84 @@
+"""The arrays of a step on their way to the device: one asynchronous copy a step."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+_SLOTS = 4  # uploads that may be under way before the host waits
+_ALIGNMENT = 256  # of each array: whole cache lines
+
+
+class DeviceTables(NamedTuple):
+    """The arrays of a step as CuPy arrays on the device; see `kvtoolkit.Step`."""
+
+    block_table: Any
+    """``[batch, width]`` int32 entries"""
+    block_starts: Any
+    """``[batch, width]`` int32"""
+    seq_lens: Any
+    """``[batch]`` int32"""
+    cu_seqlens_q: Any
+    """``[batch + 1]`` int32"""
+    slot_mapping: Any
+    """``[num_tokens]`` int64"""
+
+
+class Upload:
+    """Copies the arrays of steps to a device, through pinned memory, on the current stream.
+
+    The device memory of a step is from CuPy's pool, which hands it out again in stream order; a pinned buffer is
+    written again when the copy out of it is done. The cache's lock covers it.
+    """
+
+    def __init__(self, device: int) -> None:
+        self._device = device
+        self._pinned: list[Any] = [None] * _SLOTS
+        self._done: list[Any] = [None] * _SLOTS
+        self._turn = 0
+
+    def __call__(self, *arrays: NDArray[Any]) -> DeviceTables:
+        """The arrays, in the order of `DeviceTables`, on the device."""
+        from kvtoolkit.runtime.streams import cupy_on_current_stream
+
+        offsets, end = [], 0
+        for array in arrays:
+            offsets.append(end)
+            end += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+        with cupy_on_current_stream(self._device) as cupy:
+            pinned = self._take(cupy, end)
+            for array, offset in zip(arrays, offsets, strict=True):
+                part = pinned[offset : offset + array.nbytes].view(array.dtype).reshape(array.shape)
+                np.copyto(part, array)
+            memory = cupy.empty(max(end, 1), np.uint8)
+            stream = cupy.cuda.get_current_stream()
+            cupy.cuda.runtime.memcpyAsync(
+                memory.data.ptr, pinned.ctypes.data, end, cupy.cuda.runtime.memcpyHostToDevice, stream.ptr
+            )
+            self._done[self._turn].record(stream)
+            self._turn = (self._turn + 1) % _SLOTS
+            views = [
+                cupy.ndarray(array.shape, array.dtype, memory.data + offset)
+                for array, offset in zip(arrays, offsets, strict=True)
+            ]
+        return DeviceTables(*views)
+
+    def _take(self, cupy: Any, nbytes: int) -> NDArray[np.uint8]:
+        """A pinned buffer that no copy reads any more."""
+        turn = self._turn
+        if self._done[turn] is None:
+            self._done[turn] = cupy.cuda.Event(disable_timing=True)
+        else:
+            self._done[turn].synchronize()
+        buffer = self._pinned[turn]
+        if buffer is None or buffer.nbytes < nbytes:
+            size = 1 << max(16, (nbytes - 1).bit_length())
+            buffer = self._pinned[turn] = np.frombuffer(cupy.cuda.alloc_pinned_memory(size), np.uint8, size)
+        taken: NDArray[np.uint8] = buffer
+        return taken
+
+
+def make_upload(backend: str, device: int) -> Callable[..., DeviceTables] | None:
+    """What brings the arrays of steps to where the kernels of a backend run; None on the CPU."""
+    return None if backend == "cpu" else Upload(device)

@@ -1,0 +1,166 @@
+"""The Numba kernels in Numba's CUDA simulator, against the float64 reference: their arithmetic, not their races.
+
+The simulator must be chosen before Numba is imported, so the tests of `TestInSimulator` run in a pytest of their own:
+``NUMBA_ENABLE_CUDASIM=1 pytest tests/kvtoolkit/test_numba_sim.py::TestInSimulator`` by hand. It takes 0.1 s for each
+query token and kv head, so there are few of them.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvtoolkit import numba as twins
+from kvtoolkit import reference
+from kvtoolkit.cpu import Operand, operand
+from kvtoolkit.errors import UnsupportedError
+from tests.kvtoolkit.attention_cases import Case, assert_close, nan_filled, to_storage
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SLOPES = np.array([0.5, 0.25, 0.0], np.float32)
+SINKS = np.array([-2.0, 30.0, -np.inf], np.float32)
+DTYPES = ("float16", "bfloat16")
+
+
+def run(*command: str, **environment: str) -> None:
+    result = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_twins_pass_in_the_simulator() -> None:
+    run(
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{Path(__file__).relative_to(ROOT)}::TestInSimulator",
+        NUMBA_ENABLE_CUDASIM="1",
+    )  # fmt: skip
+
+
+def test_importing_the_twins_leaves_cuda_alone() -> None:
+    run("-c", "import sys, kvtoolkit.numba; assert not any(name.startswith('numba.cuda') for name in sys.modules)")
+
+
+def described(array: Any, dtype: str) -> Any:
+    """An array as an `Operand`, its 16-bit words read as ``dtype``; anything else as it is."""
+    return operand(array, "array", dtype) if isinstance(array, np.ndarray) else array
+
+
+def attend(case: Case, arrays: tuple[np.ndarray, ...], layout: str = "HND", **options: Any) -> None:
+    """The twin agrees with the reference; three ``arrays`` are a paged cache, four hold entries."""
+    q, lengths, cu_seqlens_q, *cache = [
+        described(array, case.dtype) for array in (case.q, case.lengths, case.cu_seqlens_q, *arrays)
+    ]
+    k_cache, v_cache, table, starts = cache if len(cache) == 4 else (*cache, None)
+    out, lse = nan_filled(case.q.shape, case.dtype), np.full(case.q.shape[:2], np.nan, np.float32)
+    twins.attend(
+        q, k_cache, v_cache, table, starts, lengths, out=described(out, case.dtype), lse=operand(lse, "lse"),
+        cu_seqlens_q=cu_seqlens_q, layout=layout,
+        **{name: described(option, case.dtype) for name, option in options.items()},
+    )  # fmt: skip
+    assert_close(out, lse, *case.expected(arrays, layout, **options), case.dtype)
+
+
+class TestInSimulator:
+    __test__ = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
+
+    @pytest.mark.parametrize(("dtype", "layout"), [("float16", "NHD"), ("bfloat16", "HND")])
+    def test_decode_over_paged_blocks(self, dtype: str, layout: str) -> None:
+        case = Case([65, 0, 5], num_q_heads=4, head_dim=8, dtype=dtype)
+        attend(case, case.paged(5, layout), layout)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_decode_over_variable_blocks(self, dtype: str) -> None:
+        case = Case([130, 9], num_q_heads=3, num_kv_heads=1, head_dim=8, dtype=dtype)
+        attend(case, case.variable())
+
+    def test_rows_of_many_queries_with_sinks_and_slopes(self) -> None:
+        # a padding row that has a query, and queries before position 0
+        case = Case([66, 0, 2], [2, 1, 3], num_q_heads=3, num_kv_heads=1, head_dim=8, dtype="bfloat16")
+        attend(case, case.variable(), sinks=SINKS, alibi_slopes=SLOPES)
+
+    def test_an_acausal_window_and_a_softcap(self) -> None:
+        case = Case([90, 0, 70], [1, 0, 1], num_q_heads=3, num_kv_heads=1, head_dim=8, dtype="float16")
+        options = {"causal": False, "window_size": (20, 5), "softcap": 5.0, "softmax_scale": 0.1, "num_splits": 3}
+        attend(case, case.paged(16, "HND"), **options)
+
+    def test_a_group_of_more_heads_than_a_cta_takes(self) -> None:
+        case = Case([9], num_q_heads=10, num_kv_heads=1, head_dim=8, dtype="float16")
+        attend(case, case.variable())
+
+    def test_the_output_may_be_the_queries(self) -> None:
+        case = Case([9], num_q_heads=2, num_kv_heads=1, head_dim=8, dtype="float16")
+        arrays = case.paged(4, "HND")
+        expected, lse = case.expected(arrays, "HND")
+        q, k_cache, v_cache, table, lengths = [operand(array, "array") for array in (case.q, *arrays, case.lengths)]
+        twins.attend(q, k_cache, v_cache, table, None, lengths, out=q)
+        assert_close(case.q, lse, expected, lse, "float16")
+
+    @pytest.mark.parametrize(("dtype", "head_dim"), [("float32", 8), ("float16", 264)])
+    def test_what_has_no_kernel_is_refused(self, dtype: str, head_dim: int) -> None:
+        case = Case([1], head_dim=head_dim, dtype=dtype)
+        with pytest.raises(UnsupportedError, match="Numba kernel"):
+            attend(case, case.variable())
+
+    @pytest.mark.parametrize("layout", ["NHD", "HND"])
+    def test_append_writes_named_slots_and_nothing_else(self, layout: str) -> None:
+        rng = np.random.default_rng(0)
+        key, value = rng.standard_normal((2, 4, 2, 8)).astype(np.float16)
+        shape = (3, 5, 2, 8) if layout == "NHD" else (3, 2, 5, 8)
+        caches = rng.standard_normal((2, *shape)).astype(np.float16)
+        slots = np.array([14, -1, 0, 7], np.int64)
+        expected = caches.copy()
+        reference.append(key, value, *expected, slots, layout=layout)
+        twins.append(*[operand(array, "array") for array in (key, value, *caches, slots)], layout=layout)
+        np.testing.assert_array_equal(caches, expected)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_merged_states_are_those_of_both_sides(self, dtype: str) -> None:
+        rng = np.random.default_rng(0)
+        sides = [to_storage(rng.standard_normal((4, 2, 8)), dtype) for _ in "ab"]
+        lses = [(40 * rng.standard_normal((4, 2))).astype(np.float32) for _ in "ab"]
+        for side, empty in ((0, [1, 3]), (1, [2, 3])):
+            lses[side][empty] = -np.inf
+            sides[side][empty] = nan_filled((2, 2, 8), dtype)  # never to be read
+        out, lse = nan_filled((4, 2, 8), dtype), np.full((4, 2), np.nan, np.float32)
+        good = reference.merge_states(
+            reference.to_float64(sides[0], dtype), lses[0], reference.to_float64(sides[1], dtype), lses[1]
+        )
+        operands = [described(array, dtype) for array in (out, lse, sides[0], lses[0], sides[1], lses[1])]
+        twins.merge_states(*operands)
+        assert_close(out, lse, *good, dtype)
+        twins.merge_states(*operands[2:4], *operands[2:])  # in place
+        assert_close(sides[0], lses[0], *good, dtype)
+
+    def test_granules_are_copied_in_every_layer(self) -> None:
+        storage = np.random.default_rng(0).standard_normal((2, 7, 2, 8, 4)).astype(np.float16)
+        arena = storage[:, 1:6]  # layers do not touch
+        moves = np.array([[4, 0], [1, 3]], np.int32)
+        expected = storage.copy()
+        expected[:, 1:6][:, moves[1]] = arena[:, moves[0]]
+        twins.copy_granules(*[operand(array, "array") for array in (arena, *moves)])
+        np.testing.assert_array_equal(storage, expected)
+
+    def test_no_tokens_and_no_moves_are_no_work(self) -> None:
+        none = operand(np.zeros((0, 2, 8), np.float16), "key")
+        cache = operand(np.zeros((1, 2, 8, 8), np.float16), "cache")
+        twins.append(none, none, cache, cache, operand(np.zeros(0, np.int64), "slots"), layout="HND")
+        table, lengths = operand(np.zeros((0, 1), np.int32), "table"), operand(np.zeros(0, np.int32), "seq_lens")
+        twins.attend(none, cache, cache, table, None, lengths, out=none)
+        twins.copy_granules(Operand(0, (2, 3, 2, 8, 8), (384, 128, 64, 8, 1), "float16", None), lengths, lengths)
+
+    def test_bfloat16_rounds_to_nearest_even(self) -> None:
+        from kvtoolkit.numba.device import narrow, widen
+
+        # exact; two ties; just off a tie; the largest float32; infinities
+        floats = np.array(
+            [-1.5, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, 3.4028234e38, np.inf, -np.inf], np.float32
+        )
+        words = [narrow(value, True) for value in floats]
+        assert words == [0xBFC0, 0x3F80, 0x3F82, 0x3F81, 0x7F80, 0x7F80, 0xFF80]
+        assert [widen(word, True) for word in words[:3]] == [-1.5, 1.0, 1.015625]
+        assert np.isnan(widen(narrow(np.uint32(0x7F800001).view(np.float32), True), True))
