@@ -1,10 +1,9 @@
 """The raw CUDA kernels: the low-level calls that run them unchecked, on device arrays."""
 
-from kvtoolkit.cuda.append import append, append_alike
 from kvtoolkit.cuda.arrays import device_operand
 from kvtoolkit.cuda.attention import Attention, attend, attend_alike
+from kvtoolkit.cuda.cache import append, append_alike, copy_granules
 from kvtoolkit.cuda.merge import merge_states
-from kvtoolkit.cuda.move import copy_granules
 
 __all__ = [
     "Attention",

@@ -68,13 +68,13 @@ def attend(
         num_blocks = batch * -(-group_size // rows)
     else:
         num_blocks = num_tokens * group_size // rows + batch
-    capacity = max_entries * (64 if has_entries else block_size)
     splits, is_fixed = min(num_splits, MAX_SPLITS), 1
     if not num_splits:
         is_fixed = 0
         per_sm = 1 if head_dim >= 128 else 2
         busy = max(1, min(num_blocks, batch * -(-group_size * min(most, MAX_DECODE_QUERIES) // rows))) * num_kv_heads
-        splits = max(1, min(per_sm * num_sms(device) // busy, -(-capacity // 128), MAX_SPLITS))
+        # not by the width of the table, which growth policies differ in: CTAs that find nothing to do end at once
+        splits = max(1, min(per_sm * num_sms(device) // busy, MAX_SPLITS))
     partials = counters = 0
     if decodes and splits > 1:
         groups = num_blocks * num_kv_heads

@@ -18,7 +18,7 @@ from hypothesis.stateful import (
 from kvtoolkit import CacheConfig, CacheFullError, KVCache
 from kvtoolkit.tables import unpack_entries
 
-NUM_LAYERS, NUM_HEADS, HEAD_DIM = 2, 2, 8
+NUM_LAYERS, NUM_HEADS = 2, 2
 
 CONFIGS = [
     {"allocator": "buddy", "growth": "adaptive"},
@@ -36,17 +36,31 @@ CONFIGS = [
 ]
 
 
-def key_of(tokens: list[int], layer: int) -> np.ndarray:
-    """Keys that give away the token, its position and the layer; values are their negatives."""
+def key_of(tokens: list[int], layer: int, head_dim: int) -> np.ndarray:
+    """Keys that give away token, position, layer and head, exactly in any dtype; values are their negatives."""
     positions = np.arange(len(tokens))
-    base = np.asarray(tokens, np.float32) * 1000 + positions + layer * 0.25
-    return np.broadcast_to(base[:, None, None], (len(tokens), NUM_HEADS, HEAD_DIM)) + np.arange(HEAD_DIM) * 0.001
+    keys = np.ones((len(tokens), NUM_HEADS, head_dim), np.float32)
+    keys[..., 0] = np.asarray(tokens, np.float32)[:, None] + 1
+    keys[..., 1], keys[..., 2] = positions[:, None] // 64, positions[:, None] % 64
+    keys[..., 3] = layer
+    keys[..., 4] = np.arange(NUM_HEADS)
+    return keys
 
 
 class CacheMachine(RuleBasedStateMachine):
     """Each sequence holds its own tokens, whatever happens to the others."""
 
     config: ClassVar[dict] = {}
+    dtype: ClassVar[str] = "float32"
+    head_dim: ClassVar[int] = 8
+
+    def put(self, array):
+        """A NumPy array where the cache takes it from."""
+        return array.astype(self.dtype)
+
+    def get(self, array):
+        """What lies in the cache as a NumPy array."""
+        return array
 
     @initialize(
         superblocks=st.sampled_from([2, 3, 8, 24]),
@@ -58,8 +72,8 @@ class CacheMachine(RuleBasedStateMachine):
         config = CacheConfig(
             num_layers=NUM_LAYERS,
             num_kv_heads=NUM_HEADS,
-            head_dim=HEAD_DIM,
-            dtype="float32",
+            head_dim=self.head_dim,
+            dtype=self.dtype,
             num_tokens=64 * superblocks,
             max_seqs=max_seqs,
             max_entries=max_entries,
@@ -82,11 +96,11 @@ class CacheMachine(RuleBasedStateMachine):
         lengths = np.array([len(self.tokens[seq]) for seq in ids])
         total = sum(map(len, chunks))
         for layer in range(NUM_LAYERS):
-            key = np.zeros((total, NUM_HEADS, HEAD_DIM), np.float32)
+            key = np.zeros((total, NUM_HEADS, self.head_dim), np.float32)
             for b, (seq, chunk) in enumerate(zip(ids, chunks, strict=True)):
                 first, end = step.cu_seqlens_q[b : b + 2]
-                key[first:end] = key_of(self.tokens[seq] + chunk, layer)[lengths[b] :]
-            step.append(layer, key, -key)
+                key[first:end] = key_of(self.tokens[seq] + chunk, layer, self.head_dim)[lengths[b] :]
+            step.append(layer, self.put(key), self.put(-key))
         for b, (seq, chunk) in enumerate(zip(ids, chunks, strict=True)):
             if step.ok[b]:
                 assert step.seq_lens[b] == lengths[b] + len(chunk)
@@ -251,10 +265,9 @@ class CacheMachine(RuleBasedStateMachine):
                 )
                 for layer in range(NUM_LAYERS):
                     for cache, sign in ((self.cache.key_cache(layer), 1), (self.cache.value_cache(layer), -1)):
-                        held = cache[used.astype(int)].transpose(0, 2, 1, 3).reshape(-1, NUM_HEADS, HEAD_DIM)
-                        np.testing.assert_array_equal(
-                            held[: len(tokens)] * sign, key_of(tokens, layer).astype(np.float32)
-                        )
+                        held = self.get(cache)[used.astype(int)].transpose(0, 2, 1, 3)
+                        held = held.reshape(-1, NUM_HEADS, self.head_dim)[: len(tokens)]
+                        np.testing.assert_array_equal(held * sign, key_of(tokens, layer, self.head_dim))
 
     def teardown(self):
         if not hasattr(self, "cache"):

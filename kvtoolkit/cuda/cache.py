@@ -1,4 +1,4 @@
-"""Move granules inside an arena on a device: forks, merges, compaction."""
+"""Launch the kernels that write into a cache - append, and moves of whole granules - on arrays known to be right."""
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -9,9 +9,58 @@ from kvtoolkit.cuda.launching import Launch, load_spec
 from kvtoolkit.errors import ShapeError
 from kvtoolkit.runtime.kernels import num_sms, packer
 
+_append_params = packer("5q10q4i")
+_KEY, _VALUE, _KEYS, _VALUES = range(4)  # words of AppendParams
+
 MAX_MOVES = 448  # as in move.cu
-_head = packer("3q2i")
+_move_params = packer("3q2i")  # then the two lists
 _UNROLL = 4
+
+
+def append(
+    key: Operand, value: Operand, k_cache: Operand, v_cache: Operand, slot_mapping: Operand, *, layout: str = "HND",
+    stream: int = 0,
+) -> Launch | None:  # fmt: skip
+    """Append, asynchronously on ``stream``; see `kvtoolkit.cpu.append`. Returns what `append_alike` takes."""
+    num_tokens, num_heads, head_dim = key.shape
+    if num_tokens == 0:
+        return None
+    size = ITEMSIZES[key.dtype]
+    head_axis, slot_axis = (1, 2) if layout == "HND" else (2, 1)
+    strides = [s * size for one in (key, value) for s in one.strides[:2]] + [
+        cache.strides[axis] * size for cache in (k_cache, v_cache) for axis in (0, head_axis, slot_axis)
+    ]
+    addresses = (key.address, value.address, k_cache.address, v_cache.address)
+    row_nbytes = head_dim * size
+    vector = _widest(row_nbytes, *addresses, *strides)
+    parameters = _append_params.pack(
+        *addresses,
+        slot_mapping.address,
+        *strides,
+        num_tokens,
+        num_heads,
+        row_nbytes // vector,
+        k_cache.shape[slot_axis],
+    )
+    spec = specs.append(vector)
+    grid = (-(-num_tokens * num_heads * (row_nbytes // vector) // spec.threads),)
+    launch = Launch(load_spec(spec, key.device), grid, spec.threads, 0, parameters)
+    launch.run(stream)
+    return launch
+
+
+def append_alike(prepared: Launch | None, key: int, value: int, k_cache: int, v_cache: int, *, stream: int = 0) -> None:
+    """Append once more where only the addresses of these four arrays differ, by multiples of 16 bytes."""
+    if prepared is not None:
+        prepared.with_addresses({_KEY: key, _VALUE: value, _KEYS: k_cache, _VALUES: v_cache}).run(stream)
+
+
+def _widest(*numbers: int) -> int:
+    """The widest vector, 16 bytes at most, that divides all of them."""
+    together = 0
+    for number in numbers:
+        together |= number
+    return min(16, together & -together)
 
 
 def copy_granules(arena: Operand, src: ArrayLike, dst: ArrayLike, *, stream: int = 0) -> None:
@@ -44,6 +93,6 @@ def copy_granules(arena: Operand, src: ArrayLike, dst: ArrayLike, *, stream: int
         count = len(sources[some])
         listed = np.zeros((2, MAX_MOVES), np.int32)
         listed[0, :count], listed[1, :count] = sources[some], targets[some]
-        parameters = _head.pack(arena.address, arena.strides[0] * size, arena.strides[1] * size, vectors, count)
+        parameters = _move_params.pack(arena.address, arena.strides[0] * size, arena.strides[1] * size, vectors, count)
         ctas = min(-(-count * vectors // (256 * _UNROLL)), max(1, 16 * num_sms(arena.device) // num_arrays))
         Launch(kernel, (ctas, num_arrays), specs.MOVE.threads, 0, parameters + listed.tobytes()).run(stream)
