@@ -1,7 +1,7 @@
 // Check: every length, table entry and slot that a launch would read, on the device, before it is launched.
 //
 // Launch:   one CTA of 256 threads; a thread takes every 256th row. Any architecture.
-// Result:   finding [3] int32: a code (0 = all is well; kvtoolkit/refusals.py), the row, the value. The lowest row
+// Result:   finding [3] int32: a code (0 = all is well; kvtoolkit/refusals.py), the row or index, the value. The lowest row
 //           that is wrong wins, so that the message does not change from run to run.
 #include <kvt/entry.cuh>
 
@@ -22,38 +22,38 @@ struct CheckParams {
 };
 
 struct Found {
-  int code, value;
+  int code, index, value;
 };
 
 __device__ Found check_row(const CheckParams& p, int row) {
   const int seq_len = p.seq_lens[row];
   if (p.cu_seqlens_q != nullptr) {
-    if (row == 0 && p.cu_seqlens_q[0] != 0) return {kBadCuSeqlens, p.cu_seqlens_q[0]};
+    if (row == 0 && p.cu_seqlens_q[0] != 0) return {kBadCuSeqlens, 0, p.cu_seqlens_q[0]};
     const int next = p.cu_seqlens_q[row + 1];
-    if (next < p.cu_seqlens_q[row]) return {kBadCuSeqlens, next};
-    if (row == p.batch - 1 && next != p.num_tokens) return {kBadCuSeqlens, next};
+    if (next < p.cu_seqlens_q[row]) return {kBadCuSeqlens, row + 1, next};
+    if (row == p.batch - 1 && next != p.num_tokens) return {kBadCuSeqlens, row + 1, next};
   }
-  if (seq_len < 0) return {kBadSeqLen, seq_len};
+  if (seq_len < 0) return {kBadSeqLen, row, seq_len};
   const int* const table = p.block_table + row * p.table_row;
   const int blocks = seq_len / p.block_size + (seq_len % p.block_size != 0);
   if (p.block_starts == nullptr) {
-    if (blocks > p.max_entries) return {kBadCoverage, seq_len};
+    if (blocks > p.max_entries) return {kBadCoverage, row, seq_len};
     for (int i = 0; i < blocks; ++i) {
-      if (table[i] < 0 || table[i] >= p.num_blocks) return {kBadBlock, table[i]};
+      if (table[i] < 0 || table[i] >= p.num_blocks) return {kBadBlock, row, table[i]};
     }
-    return {kFine, 0};
+    return {kFine, 0, 0};
   }
   const int* const starts = p.block_starts + row * p.starts_row;
   int covered = 0;
   for (int i = 0; covered < blocks; ++i) {
-    if (i == p.max_entries || table[i] < 0) return {kBadCoverage, seq_len};
+    if (i == p.max_entries || table[i] < 0) return {kBadCoverage, row, seq_len};
     const Entry entry{table[i]};
-    if (starts[i] != covered) return {kBadStarts, i};
-    if (entry.tier() != Tier::kHot) return {kBadTier, i};
-    if (entry.granule() + entry.num_granules() > p.num_blocks) return {kBadBlock, entry.granule()};
+    if (starts[i] != covered) return {kBadStarts, row, i};
+    if (entry.tier() != Tier::kHot) return {kBadTier, row, i};
+    if (entry.granule() + entry.num_granules() > p.num_blocks) return {kBadBlock, row, entry.granule()};
     covered += entry.num_granules();
   }
-  return {kFine, 0};
+  return {kFine, 0, 0};
 }
 
 extern "C" __global__ void __launch_bounds__(256) kvt_check(const __grid_constant__ CheckParams p) {
@@ -61,13 +61,13 @@ extern "C" __global__ void __launch_bounds__(256) kvt_check(const __grid_constan
   if (threadIdx.x == 0) lowest = 0x7FFFFFFF;
   __syncthreads();
   int mine = 0x7FFFFFFF;
-  Found found{kFine, 0};
+  Found found{kFine, 0, 0};
   const int count = p.slot_mapping == nullptr ? p.batch : p.num_tokens;
   for (int row = threadIdx.x; row < count && found.code == kFine; row += 256) {
     if (p.slot_mapping == nullptr) {
       found = check_row(p, row);
     } else if (p.slot_mapping[row] < -1 || p.slot_mapping[row] >= p.num_slots) {
-      found = {kBadSlot, static_cast<int>(p.slot_mapping[row])};
+      found = {kBadSlot, row, static_cast<int>(p.slot_mapping[row])};
     }
     if (found.code != kFine) mine = row;
   }
@@ -76,7 +76,7 @@ extern "C" __global__ void __launch_bounds__(256) kvt_check(const __grid_constan
   if (threadIdx.x == 0 && lowest == 0x7FFFFFFF) p.finding[0] = kFine;
   if (mine == lowest && mine != 0x7FFFFFFF) {
     p.finding[0] = found.code;
-    p.finding[1] = mine;
+    p.finding[1] = found.index;
     p.finding[2] = found.value;
   }
 }

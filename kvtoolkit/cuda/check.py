@@ -7,7 +7,7 @@ import numpy as np
 from kvtoolkit.cpu.arrays import Operand
 from kvtoolkit.cuda import specs
 from kvtoolkit.cuda.launching import Launch, load_spec
-from kvtoolkit.refusals import BAD_CU_SEQLENS, FINE, refuse
+from kvtoolkit.refusals import FINE, refuse
 from kvtoolkit.runtime import is_capturing
 from kvtoolkit.runtime.kernels import packer
 from kvtoolkit.runtime.streams import on_stream
@@ -33,7 +33,6 @@ def check_tables(
         (batch, num_tokens, block_size, num_blocks, max_entries), block_table.device, stream,
     )  # fmt: skip
     if code != FINE:
-        row += int(code == BAD_CU_SEQLENS and value != 0)
         refuse(
             code,
             row,

@@ -151,6 +151,6 @@ def launch(function: Any, grid: tuple[int, ...], stream: int, *arguments: Any) -
     raw_stream = cuda.external_stream(stream) if stream and not SIMULATED else 0
     with warnings.catch_warnings():
         # a small batch is no mistake
-        warnings.filterwarnings("ignore", message="Grid size")
+        warnings.filterwarnings("ignore", message=".*Grid size")  # colour codes come first
         configured = function[grid, NUM_THREADS, raw_stream]
     configured(*arguments)

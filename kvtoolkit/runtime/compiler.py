@@ -72,7 +72,7 @@ def build(source: str, defines: Mapping[str, int], arch: str, *, announce: bool 
     Needs no GPU. May be called from several threads and processes at once.
     """
     text, headers = _read(source)
-    options = (*toolchain.OPTIONS, f"-arch=sm_{arch}", *(f"-D{name}={value}" for name, value in defines.items()))
+    options = (*toolchain.options(), f"-arch=sm_{arch}", *(f"-D{name}={value}" for name, value in defines.items()))
     key = _key(source, text, headers, options)
     folder = cache_folder("cubin")
     path = None if folder is None else folder / f"{Path(source).stem}-sm{arch}-{key[:32]}.cubin"

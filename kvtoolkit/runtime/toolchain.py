@@ -6,7 +6,6 @@ from typing import Any
 
 from kvtoolkit.errors import CompileError, UnsupportedError
 
-OPTIONS = ("-std=c++17", "--ptxas-options=-v", "--generate-line-info", "--restrict", "-default-device")
 ARCHS = ("80", "86", "89", "90", "100", "120")
 """Compute capabilities that every kernel compiles for."""
 
@@ -33,6 +32,13 @@ def version() -> str:
     """NVRTC's version, such as ``"12.9"``."""
     major, minor = nvrtc().getVersion()
     return f"{major}.{minor}"
+
+
+def options() -> tuple[str, ...]:
+    """What every source is compiled with."""
+    common = ("-std=c++17", "--ptxas-options=-v", "--generate-line-info", "--restrict", "-default-device")
+    # from 12.9 on NVRTC keeps results itself, and then has no log of registers and spills
+    return (*common, "--no-cache") if nvrtc().getVersion() >= (12, 9) else common
 
 
 def compile_source(source: str, name: str, headers: dict[str, str], options: tuple[str, ...]) -> tuple[bytes, str]:

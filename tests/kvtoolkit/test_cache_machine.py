@@ -252,6 +252,10 @@ class CacheMachine(RuleBasedStateMachine):
         ids = sorted(self.tokens)
         if not ids:
             return
+        caches = [
+            (self.get(self.cache.key_cache(layer)), self.get(self.cache.value_cache(layer)))
+            for layer in range(NUM_LAYERS)
+        ]
         with self.cache.begin_step(ids, 0) as step:
             for b, seq in enumerate(ids):
                 tokens = self.tokens[seq]
@@ -264,8 +268,8 @@ class CacheMachine(RuleBasedStateMachine):
                     starts.tolist() == np.concatenate([[0], np.cumsum(sizes[sizes > 0])[:-1]])[: len(starts)].tolist()
                 )
                 for layer in range(NUM_LAYERS):
-                    for cache, sign in ((self.cache.key_cache(layer), 1), (self.cache.value_cache(layer), -1)):
-                        held = self.get(cache)[used.astype(int)].transpose(0, 2, 1, 3)
+                    for cache, sign in zip(caches[layer], (1, -1), strict=True):
+                        held = cache[used.astype(int)].transpose(0, 2, 1, 3)
                         held = held.reshape(-1, NUM_HEADS, self.head_dim)[: len(tokens)]
                         np.testing.assert_array_equal(held * sign, key_of(tokens, layer, self.head_dim))
 

@@ -73,6 +73,9 @@ def test_keys_at_any_alignment_are_appended(tokens, heads, head_dim, offset, see
 def test_merged_states_are_the_attention_over_both(dtype, backend):
     import torch
 
+    if backend == "numba" and dtype == "float32":
+        pytest.skip("the twins take what the attention kernels take")
+
     kind = getattr(torch, dtype)
     out_a, out_b = (torch.randn(7, 5, 40, device="cuda").to(kind) for _ in range(2))
     lse_a, lse_b = (torch.randn(7, 5, device="cuda") * 3 for _ in range(2))
