@@ -8,6 +8,7 @@ from kvtoolkit.config import CacheConfig
 from kvtoolkit.errors import (
     CacheFullError,
     CacheSnapshotError,
+    CompileError,
     ConfigError,
     KVToolkitError,
     SequenceError,
@@ -19,6 +20,7 @@ from kvtoolkit.lease import Lease
 from kvtoolkit.sources import get_include
 from kvtoolkit.stats import CacheStats
 from kvtoolkit.step import Step
+from kvtoolkit.warm import warmup
 
 __all__ = [
     "BlockAllocator",
@@ -26,6 +28,7 @@ __all__ = [
     "CacheFullError",
     "CacheSnapshotError",
     "CacheStats",
+    "CompileError",
     "ConfigError",
     "KVCache",
     "KVToolkitError",
@@ -42,4 +45,5 @@ __all__ = [
     "merge_states",
     "paged_attention",
     "variable_block_attention",
+    "warmup",
 ]

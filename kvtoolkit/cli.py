@@ -1,4 +1,4 @@
-"""The command ``kvtoolkit``: doctor, fuzz and bench."""
+"""The command ``kvtoolkit``: doctor, fuzz, compile and bench."""
 
 import argparse
 import importlib
@@ -41,9 +41,11 @@ def _parser() -> argparse.ArgumentParser:
 
     _add(commands, "doctor", None, "say what is installed and which backends work here")
     _add(commands, "fuzz", "allocators.testing.fuzz", "test an allocator, ours or your own, with random programs")
+    _add(commands, "compile", "kvtoolkit.warm", "compile the GPU kernels for any architecture, no GPU needed")
     bench = commands.add_parser("bench", help="measure")
     benches = bench.add_subparsers(title="measurements", required=True, metavar="WHAT")
     _add(benches, "host", "kvtoolkit.bench.host", "host time of a decode step, and of each allocator")
+    _add(benches, "cache", "kvtoolkit.bench.cache", "append, and the moves of forks and merges, on a GPU")
     _add(benches, "generate", "kvtoolkit.bench.generate", "a real model on the CPU, beside transformers' own cache")
     return parser
 

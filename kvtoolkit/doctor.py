@@ -39,6 +39,8 @@ def examine() -> list[Finding]:
         _guarded("nvrtc", _nvrtc),
         _guarded("driver", _driver),
         _guarded("numba-cuda", _numba_cuda),
+        _guarded("cuda kernels", _cuda_kernels),
+        _guarded("numba kernels", _numba_kernels),
         _guarded("hypothesis", _hypothesis),
         _guarded("allocators", _allocators),
         _guarded("cuda sources", _cuda_sources),
@@ -49,15 +51,14 @@ def backends(findings: list[Finding]) -> list[Finding]:
     """What the findings mean for each backend."""
     state = {finding.name: finding for finding in findings}
     cpu = state["cpu kernels"]
-    gpu_parts = [state[name] for name in ("cupy", "nvrtc", "driver")]
-    missing = ", ".join(part.name for part in gpu_parts if part.state != OK)
-    here = f"lacks {missing}" if missing else "CuPy, NVRTC and a driver are here"
-    not_yet = f"{here}; this version of kvtoolkit has no GPU kernels yet"
-    return [
-        Finding("cpu", cpu.state, "attention, append and every allocator on the host", cpu.advice),
-        Finding("cuda", ABSENT, not_yet, "use backend='cpu'"),
-        Finding("numba", ABSENT, not_yet, "use backend='cpu'"),
-    ]
+    found = [Finding("cpu", cpu.state, "attention, append and every allocator on the host", cpu.advice)]
+    for name, what in (("cuda", "the fast kernels"), ("numba", "the readable kernels, slow")):
+        kernels = state[f"{name} kernels"]
+        missing = ", ".join(part for part in ("cupy", "nvrtc", "driver") if state[part].state != OK)
+        lacks = f"lacks {missing}" if missing else kernels.detail
+        detail = f"{what}, on arrays in GPU memory" if kernels.state == OK else lacks
+        found.append(Finding(name, kernels.state, detail, "" if kernels.state == OK else "use backend='cpu'"))
+    return found
 
 
 def report(stream: TextIO | None = None) -> int:
@@ -202,6 +203,33 @@ def _numba_cuda() -> Finding:
     if version is None:
         return Finding("numba-cuda", ABSENT, "optional: the readable GPU kernels")
     return Finding("numba-cuda", OK, version)
+
+
+def _cuda_kernels() -> Finding:
+    return _try_on_device("cuda")
+
+
+def _numba_kernels() -> Finding:
+    return _try_on_device("numba")
+
+
+def _try_on_device(backend: str) -> Finding:
+    """Run a small attention on the GPU."""
+    name = f"{backend} kernels"
+    if len(cupy_flavours()) != 1:
+        return Finding(name, ABSENT, "need CuPy")
+    import cupy
+
+    if not cupy.cuda.is_available():
+        return Finding(name, ABSENT, "need a CUDA device")
+    from kvtoolkit.attention import variable_block_attention
+
+    one, cache = cupy.ones((1, 1, 64), "float16"), cupy.ones((1, 1, 8, 64), "float16")
+    table, starts, lengths = (cupy.full(shape, n, "int32") for shape, n in (((1, 1), 0), ((1, 1), 0), ((1,), 5)))
+    out = variable_block_attention(one, cache, cache, table, starts, lengths, backend=backend)
+    if not bool((out == 1).all()):
+        return Finding(name, BROKEN, "attention gave a wrong result", "please report this device and driver")
+    return Finding(name, OK, "attention runs")
 
 
 def _hypothesis() -> Finding:

@@ -57,15 +57,17 @@ class DeviceStorage:
     """
 
     def __init__(self, config: CacheConfig) -> None:
+        from kvtoolkit.runtime.kernels import current_device
+
         try:
+            self.device = current_device() if config.device is None else config.device
             import cupy
 
-            self.device = cupy.cuda.runtime.getDevice() if config.device is None else config.device
             count = cupy.cuda.runtime.getDeviceCount()
         except Exception as error:  # no CuPy, no driver, no device
             raise UnsupportedError(
-                f"backend: {config.backend!r} needs CuPy and a CUDA device ({type(error).__name__}: {error}); "
-                "`kvtoolkit doctor` says what is missing, backend='cpu' works everywhere"
+                f"backend: {config.backend!r} needs CuPy and a CUDA device; `kvtoolkit doctor` says what is missing, "
+                f"backend='cpu' works everywhere ({error})"
             ) from error
         if self.device >= count:
             raise UnsupportedError(f"device: expected 0 to {count - 1}, got {self.device}")

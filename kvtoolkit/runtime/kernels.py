@@ -35,10 +35,10 @@ class Kernel:
     """A kernel on one device.
 
     Attributes:
-        usage: registers, spills and static shared memory.
+        usage: registers, spills and static shared memory, where the compiler told.
     """
 
-    def __init__(self, function: Any, usage: KernelUsage) -> None:
+    def __init__(self, function: Any, usage: KernelUsage | None) -> None:
         self.usage = usage
         self._function = function
 
@@ -97,8 +97,7 @@ def _load(built: Build, name: str, smem_nbytes: int) -> Kernel:
         function = raw.kernel  # loads it
     if smem_nbytes > 48 << 10:
         raw.max_dynamic_shared_size_bytes = smem_nbytes
-    (usage,) = (usage for usage in built.usage if usage.name == name)
-    return Kernel(function, usage)
+    return Kernel(function, next((usage for usage in built.usage if usage.name == name), None))
 
 
 def _device(device: int) -> tuple[str, int, int]:
@@ -115,6 +114,16 @@ def _device(device: int) -> tuple[str, int, int]:
         arch = f"{properties['major']}{properties['minor']}"
         _devices[device] = (arch, int(properties["sharedMemPerBlockOptin"]), int(properties["multiProcessorCount"]))
     return _devices[device]
+
+
+def current_device() -> int:
+    """The current CUDA device; UnsupportedError where there is none."""
+    try:
+        import cupy
+
+        return int(cupy.cuda.runtime.getDevice())
+    except Exception as error:  # no CuPy, no driver, no device
+        raise UnsupportedError(f"no CUDA device can be used here ({error}); see `kvtoolkit doctor`") from error
 
 
 def smem_limit(device: int) -> int:

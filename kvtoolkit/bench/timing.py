@@ -1,0 +1,124 @@
+"""How kernels are timed: replays of a CUDA graph with one call for each of many data sets, medians of CUDA events.
+
+Many data sets make the second-level cache cold; the graph leaves out what the host costs. The share that a kernel
+reaches is of what this GPU does in the same run: reading for kernels that read, copying for those that copy.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kvtoolkit.cuda.launching import Launch
+from kvtoolkit.runtime import load
+from kvtoolkit.runtime.kernels import num_sms, packer
+
+Call = Callable[[], Any]
+
+
+class Timing(NamedTuple):
+    """Microseconds of one call."""
+
+    us: float
+    """Median."""
+    p10: float
+    p90: float
+
+
+def time_graph(calls: Sequence[Call], replays: int = 40) -> Timing:
+    """Time calls by replaying a graph of all of them; they run once before it is captured."""
+    import torch
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in (calls[0], calls[-1]):
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    for _ in range(3):
+        graph.replay()
+    torch.cuda.synchronize()
+    return _timing(event_times(graph.replay, replays), len(calls))
+
+
+def event_times(call: Call, count: int) -> list[float]:
+    """Microseconds of each of ``count`` calls, by CUDA events."""
+    import torch
+
+    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
+    for begin, end in pairs:
+        begin.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) * 1e3 for begin, end in pairs]
+
+
+def host_us(call: Call, count: int = 50) -> float:
+    """Microseconds that one call takes of the host: the best of five means, the device never waited for."""
+    import torch
+
+    best = float("inf")
+    for _ in range(5):
+        call()
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(count):
+            call()
+        best = min(best, (time.perf_counter() - begin) / count * 1e6)
+        torch.cuda.synchronize()
+    return best
+
+
+def _timing(times: list[float], calls: int) -> Timing:
+    p10, median, p90 = np.percentile(times, [10, 50, 90]) / calls
+    return Timing(float(median), float(p10), float(p90))
+
+
+def copy_ceiling(nbytes: int = 1 << 30) -> float:
+    """GB/s of a large copy on the device, bytes read and written added."""
+    import torch
+
+    source = torch.randint(-(2**31), 2**31 - 1, (nbytes // 4,), dtype=torch.int32, device="cuda")
+    target = torch.empty_like(source)
+    for _ in range(3):
+        target.copy_(source)
+    return 2 * nbytes / float(np.median(event_times(lambda: target.copy_(source), 20))) / 1e3
+
+
+def read_ceiling(nbytes: int = 4 << 30) -> float:
+    """GB/s of a large streaming read: the best of a few grids."""
+    import torch
+
+    source = torch.randint(-(2**31), 2**31 - 1, (nbytes // 4,), dtype=torch.int32, device="cuda")
+    total = torch.zeros(1, dtype=torch.int32, device="cuda")
+    parameters = packer("3q").pack(source.data_ptr(), total.data_ptr(), nbytes // 16)
+    kernel = load("bench/read.cu", "kvt_read", {}, 0)
+    stream = torch.cuda.current_stream().cuda_stream
+    best = 0.0
+    for per_sm in (1, 2, 4):
+        launch = Launch(kernel, (per_sm * num_sms(0),), 512, 0, parameters)
+        launch.run(stream)
+        us = float(np.median(event_times(partial(launch.run, stream), 12)))
+        best = max(best, nbytes / us / 1e3)
+    return best
+
+
+def device_line() -> str:
+    """The GPU and the versions, for the head of a table."""
+    import cupy
+    import torch
+
+    from kvtoolkit._version import __version__
+
+    driver = cupy.cuda.runtime.driverGetVersion()
+    return (
+        f"kvtoolkit {__version__}, {torch.cuda.get_device_name()}, driver CUDA {driver // 1000}.{driver % 1000 // 10}, "
+        f"torch {torch.__version__}, CuPy {cupy.__version__}"
+    )

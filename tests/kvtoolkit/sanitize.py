@@ -1,0 +1,55 @@
+"""Every CUDA kernel once at awkward sizes, for the sanitizers:
+
+compute-sanitizer --tool memcheck  python -m tests.kvtoolkit.sanitize      (racecheck, synccheck, initcheck alike)
+"""
+
+import numpy as np
+
+from kvtoolkit.attention import append, merge_states
+from tests.kvtoolkit.attention_cases import Case
+from tests.kvtoolkit.gpu_cases import check, to_device
+from tests.kvtoolkit.test_attention import SINKS, SLOPES
+
+OPTIONS = {"window_size": (60, 2), "causal": False, "softcap": 30.0, "sinks": SINKS, "alibi_slopes": SLOPES}
+
+
+def main() -> None:
+    for head_dim in (64, 80, 128, 256):
+        case = Case([1, 0, 9, 130, 700], head_dim=head_dim, dtype="bfloat16")  # decode
+        check(case, case.variable(), num_splits=3)
+        check(case, case.paged(5, "NHD"))
+        case = Case([100, 0, 70, 12], [1, 0, 40, 8], head_dim=head_dim, dtype="float16")  # verify and prefill
+        check(case, case.variable(), **OPTIONS)
+        check(case, case.paged(16, "HND"), "HND")
+    case = Case([70, 300], num_q_heads=32, num_kv_heads=2, head_dim=128, dtype="float16")  # 16 rows
+    check(case, case.variable(), num_splits=2)
+
+    import cupy
+    import torch
+
+    from kvtoolkit import cuda
+    from kvtoolkit.cpu import Operand
+    from kvtoolkit.cuda.check import check_slots, check_tables
+
+    new = torch.randn(5, 3, 40, device="cuda").half()
+    caches = torch.zeros(2, 4, 3, 8, 40, device="cuda").half()
+    slots = to_device(np.array([0, 31, -1, 8, 9]), "")
+    append(new, new, *caches, slots, layout="HND")
+    append(new[..., 1:33], new[..., 3:35], *caches[..., :32].contiguous(), slots, layout="HND")
+    lse = torch.randn(5, 3, device="cuda")
+    merge_states(new, lse, new, lse)
+    arena = cupy.zeros((4, 600, 3, 8, 24), np.uint16)
+    described = Operand(arena.data.ptr, arena.shape, tuple(s // 2 for s in arena.strides), "float16", arena, True, 0)
+    cuda.copy_granules(described, np.arange(290), np.arange(300, 590))
+    table = to_device(np.array([[1, 2], [3, -1]], np.int32), "")
+    tables = [
+        cuda.device_operand(array, "array") for array in (table, to_device(np.array([9, 8], np.int32), ""), slots)
+    ]
+    check_tables(tables[0], None, tables[1], None, 2, 8, 4, 0)
+    check_slots(tables[2], 8, 4, 0)
+    torch.cuda.synchronize()
+    print("done")
+
+
+if __name__ == "__main__":
+    main()

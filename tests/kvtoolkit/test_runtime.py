@@ -1,0 +1,167 @@
+"""Compiling without a GPU: the disk cache, what changes its key, and every kernel for every architecture."""
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("cupy")
+
+from kvtoolkit import CacheConfig, CompileError, ConfigError, UnsupportedError, sources, warmup
+from kvtoolkit.cli import main
+from kvtoolkit.cuda import specs
+from kvtoolkit.runtime import build, compiler, toolchain
+from kvtoolkit.warm import row_of
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def own_sources(tmp_path, monkeypatch):
+    """A copy of the device code that a test may change, and a cache of its own."""
+    folder = tmp_path / "cuda_src"
+    shutil.copytree(sources.source_folder(), folder)
+    monkeypatch.setattr(compiler, "source_folder", lambda: folder)
+    (tmp_path / "cubin").mkdir()
+    monkeypatch.setattr(compiler, "cache_folder", lambda kind: tmp_path / kind)
+    return folder
+
+
+def test_a_source_is_compiled_once(own_sources):
+    first, second = build("cache/move.cu", {}, "90"), build("cache/move.cu", {}, "90")
+    assert first.seconds > 0
+    assert second.seconds == 0
+    assert (first.cubin, first.usage, first.path) == (second.cubin, second.usage, second.path)
+    assert first.cubin[:4] == b"\x7fELF"
+    assert [usage.name for usage in first.usage] == ["kvt_move"]
+    assert first.usage[0].registers > 0
+
+
+def test_source_headers_macros_and_architecture_are_all_in_the_key(own_sources):
+    paths = {build("cache/check.cu", {}, "90").path, build("cache/check.cu", {}, "80").path}
+    paths.add(build("cache/check.cu", {"UNUSED": 1}, "90").path)
+    header = own_sources / "include" / "kvt" / "entry.cuh"
+    header.write_text(header.read_text() + "// a change\n")
+    paths.add(build("cache/check.cu", {}, "90").path)
+    source = own_sources / "cache" / "check.cu"
+    source.write_text(source.read_text() + "// a change\n")
+    paths.add(build("cache/check.cu", {}, "90").path)
+    assert len(paths) == 5
+    # a header that an included header includes
+    before = build("attention/prefill.cu", {"KVT_HEAD_DIM": 64, "KVT_BF16": 0, "KVT_ENTRIES": 0}, "90").path
+    warp = own_sources / "include" / "kvt" / "warp.cuh"
+    warp.write_text(warp.read_text() + "// a change\n")
+    assert build("attention/prefill.cu", {"KVT_HEAD_DIM": 64, "KVT_BF16": 0, "KVT_ENTRIES": 0}, "90").path != before
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-1], lambda data: b"", lambda data: data[:200] + b"x" + data[201:]]
+)
+def test_a_damaged_file_is_compiled_again(own_sources, damage):
+    good = build("cache/move.cu", {}, "90")
+    good.path.write_bytes(damage(good.path.read_bytes()))
+    again = build("cache/move.cu", {}, "90")
+    assert again.seconds > 0
+    assert again.cubin == good.cubin
+    assert build("cache/move.cu", {}, "90").seconds == 0
+
+
+def test_where_nothing_is_writable_it_compiles_every_time(own_sources, monkeypatch):
+    monkeypatch.setattr(compiler, "cache_folder", lambda kind: None)
+    assert build("cache/move.cu", {}, "90").path is None
+    assert build("cache/move.cu", {}, "90").seconds > 0
+
+
+def test_a_source_that_does_not_compile_shows_options_and_log(own_sources):
+    source = own_sources / "cache" / "move.cu"
+    source.write_text(source.read_text().replace("uint4 words", "unit4 words"))
+    with pytest.raises(CompileError, match=r'(?s)cache/move.cu: .*options: .*-arch=sm_90.*"unit4" is undefined'):
+        build("cache/move.cu", {}, "90")
+    assert not list((own_sources.parent / "cubin").iterdir())
+
+
+def test_the_first_use_says_what_it_does(own_sources, capsys, monkeypatch):
+    build("cache/move.cu", {"KVT_X": 1}, "90", announce=True)
+    build("cache/move.cu", {"KVT_X": 1}, "90", announce=True)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("kvtoolkit: compiling cache/move.cu for sm_90 (x=1), first use; kept in ")
+    monkeypatch.setenv("KVTOOLKIT_QUIET", "1")
+    build("cache/move.cu", {"KVT_X": 2}, "90", announce=True)
+    assert not capsys.readouterr().err
+
+
+PROGRAM = """
+from kvtoolkit.runtime import build
+built = build("cache/append.cu", {"KVT_VECTOR": 16}, "90")
+print(len(built.cubin), built.path.name)
+"""
+
+
+def test_processes_at_once_agree_and_leave_one_file(tmp_path):
+    environment = {**os.environ, "KVTOOLKIT_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", PROGRAM]
+    running = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    said = {process.communicate(timeout=120)[0] for process in running}
+    assert len(said) == 1
+    assert len(list((tmp_path / "cubin").iterdir())) == 1
+
+
+def test_without_cupy_the_error_says_what_to_install(monkeypatch):
+    toolchain.nvrtc.cache_clear()
+    monkeypatch.setitem(sys.modules, "cupy_backends.cuda.libs.nvrtc", None)
+    with pytest.raises(UnsupportedError, match="pip install 'kvtoolkit\\[cuda13\\]'"):
+        toolchain.nvrtc()
+    toolchain.nvrtc.cache_clear()
+
+
+def every_kernel():
+    """Everything for sm_90, one head_dim for each other architecture."""
+    found = {}
+    for head_dim, dtype, group_size in itertools.product(specs.HEAD_DIMS, ("float16", "bfloat16"), (4, 16)):
+        kernels = specs.of_model(head_dim, dtype, group_size, specs.SMEM_LIMITS["90"], plain=True)
+        found |= {(spec, "90"): None for spec in kernels}
+    for arch, limit in specs.SMEM_LIMITS.items():
+        found |= {(spec, arch): None for spec in specs.of_model(128, "bfloat16", 4, limit, plain=True)}
+    return list(found)
+
+
+def test_every_kernel_compiles_for_every_architecture_and_spills_nothing():
+    wanted = every_kernel()
+    with ProcessPoolExecutor(2) as pool:
+        rows = list(pool.map(row_of, *zip(*wanted, strict=True), chunksize=4))
+    assert {row["arch"] for row in rows} == {f"sm_{arch}" for arch in specs.SMEM_LIMITS}
+    for row in rows:
+        assert row["ctas_per_sm"] >= 1, row
+        if row["macros"].get("KVT_HEAD_DIM", 0) <= 128:
+            assert row["spill_nbytes"] == 0, row
+
+
+def test_the_command_prints_registers_and_spills(capsys, tmp_path):
+    assert main(["compile", "--arch", "80", "--head-dim", "64", "--json", str(tmp_path / "table.json")]) == 0
+    out = capsys.readouterr().out
+    assert "kvt_decode" in out
+    assert "regs  spills" in out
+    rows = json.loads((tmp_path / "table.json").read_text())
+    assert [row["kernel"] for row in rows].count("kvt_decode") == 2
+    for arguments, message in (
+        (["--arch", "70"], "--arch: expected some of 80, 86, 89, 90, 100, 120 or all, got '70'"),
+        (["--head-dim", "40"], "no CUDA kernel for head_dim 40"),
+        (["--group-size", "0"], "--group-size: expected at least 1, got 0"),
+    ):
+        assert main(["compile", *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_warming_up_what_cannot_be_is_refused():
+    shape = {"num_layers": 1, "num_kv_heads": 2, "head_dim": 64, "num_tokens": 64}
+    with pytest.raises(ConfigError, match="backend: expected 'cuda', got 'cpu'"):
+        warmup(CacheConfig(**shape), 4)
+    with pytest.raises(ConfigError, match="num_q_heads: expected a multiple of num_kv_heads 2, got 3"):
+        warmup(CacheConfig(**shape, backend="cuda"), 3)
