@@ -1,5 +1,6 @@
 """The engine of the examples: whatever memory it has, every request gets the same tokens."""
 
+import copy
 import random
 
 import pytest
@@ -7,9 +8,13 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from examples import generate  # noqa: E402
 from examples.engine import Engine, Request  # noqa: E402
 from examples.llama import PackedLlama  # noqa: E402
 from kvtoolkit import CacheFullError  # noqa: E402
+from kvtoolkit.integrations.smollm2 import missing_packages  # noqa: E402
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.fixture(scope="module")
@@ -71,25 +76,29 @@ def test_tokens_equal_those_of_transformers(model, plenty):
         assert output == expected[0, prompt.shape[1] :].tolist()
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"prefix_caching": False},
-        {"prefix_caching": False, "allocator": "lockfree", "allocator_options": {"layout": "slab"}},
-        {"allocator": "slab", "growth": "lazy_merge"},
-        {"allocator": "lockfree", "growth": "append"},
-        {"allocator": "paged"},
-        {"allocator": "buddy", "growth": "proportional"},
-    ],
-    ids=str,
-)
-def test_a_quarter_of_the_memory_gives_the_same_tokens(model, plenty, options):
+SCARCE = [
+    {"prefix_caching": False},
+    {"prefix_caching": False, "allocator": "lockfree", "allocator_options": {"layout": "slab"}},
+    {"allocator": "slab", "growth": "lazy_merge"},
+    {"allocator": "lockfree", "growth": "append"},
+    {"allocator": "paged"},
+    {"allocator": "buddy", "growth": "proportional"},
+]
+
+
+def run_in_a_quarter(model, options):
+    """As `run`, in a quarter of the memory that eight requests need."""
     needed = sum(sorted(len(r.prompt) + r.max_new_tokens for r in requests())[-8:])
     outputs, engine = run(model, num_tokens=needed // 4, **options)
     stats = engine.cache.stats()
     # without a shared beginning to save memory, requests have to give theirs up
     assert stats.num_evicted if engine.cache.config.prefix_caching else stats.num_preempted
-    assert outputs == plenty
+    return outputs
+
+
+@pytest.mark.parametrize("options", SCARCE, ids=str)
+def test_a_quarter_of_the_memory_gives_the_same_tokens(model, plenty, options):
+    assert run_in_a_quarter(model, options) == plenty
 
 
 def test_what_prompts_share_is_computed_once(model):
@@ -115,3 +124,75 @@ def test_a_pool_too_small_for_one_request_says_so(model):
     engine.add(Request([1] * 50, 14))
     with pytest.raises(CacheFullError, match="the pool is too small for one request"):
         engine.run()
+
+
+# -- 16 bits, on a GPU too -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def half(request, model):
+    """The model in float16 on a device, where another batch around a request rounds its logits in another way."""
+    return copy.deepcopy(model).half().to(request.param)
+
+
+@pytest.fixture(scope="module")
+def plenty_of_half(half):
+    return run(half, num_tokens=4096)[0]
+
+
+def assert_likeliest(half, outputs):
+    """Every token is, after what its request held, the likeliest by float32, or nearly: rounding moves logits by .01."""
+    exact = copy.deepcopy(half).float().cpu()
+    for request, output in zip(requests(), outputs, strict=True):
+        assert len(output) == request.max_new_tokens
+        with torch.no_grad():
+            logits = exact(torch.tensor([request.prompt + output])).logits[0, len(request.prompt) - 1 : -1]
+        lead = logits.amax(1) - logits.gather(1, torch.tensor(output)[:, None])[:, 0]
+        print("LEAD", lead.max(), logits.std())
+        assert lead.max() < 0.05
+
+
+@pytest.mark.parametrize(
+    "options", [{"allocator": "paged", "growth": "fixed64"}, {"growth": "append"}, {"allocator": "lockfree"}], ids=str
+)
+def test_16_bit_tokens_do_not_depend_on_where_they_lie(half, plenty_of_half, options):
+    assert_likeliest(half, plenty_of_half)
+    assert run(half, num_tokens=4096, **options)[0] == plenty_of_half
+
+
+@pytest.mark.parametrize("options", SCARCE[::2], ids=str)
+def test_16_bit_tokens_are_right_in_a_quarter_of_the_memory(half, options):
+    assert_likeliest(half, run_in_a_quarter(half, options))
+
+
+@pytest.mark.gpu
+def test_the_cache_lies_beside_the_model(model):
+    on_device = PackedLlama(copy.deepcopy(model).half().to("cuda"))
+    config = on_device.cache_config(num_tokens=64)
+    assert (config.backend, config.device, config.dtype) == ("cuda", 0, "float16")
+
+
+# -- the demo --------------------------------------------------------------------------------------------------------
+
+
+def test_a_backend_that_is_not_here_says_so(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    path = tmp_path / "cache.toml"
+    path.write_text('cache = {num_tokens = 4096, backend = "numba"}')
+    assert generate.main(["--backend", "cuda"]) == 2
+    assert generate.main(["--config", str(path)]) == 2
+    err = capsys.readouterr().err
+    assert "generate: backend: 'cuda' needs a CUDA device that torch can use, found none" in err
+    assert "generate: backend: 'numba' needs a CUDA device" in err
+
+
+@pytest.mark.model
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", DEVICES)
+def test_the_demo_knows_the_capital_of_france(backend, capsys):
+    if missing := missing_packages():
+        pytest.skip(f"{', '.join(missing)} not installed")
+    assert generate.main(["--backend", backend, "--max-new-tokens", "12", "What is the capital of France?"]) == 0
+    out = capsys.readouterr().out
+    assert "Paris" in out
+    assert f" on {backend}" in out

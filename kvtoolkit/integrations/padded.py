@@ -5,6 +5,8 @@ present[b, c]        whether column c of row b holds a token; the others are pad
 lengths(row b)       == present[b].sum()
 """
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -23,22 +25,26 @@ class PaddedBatch:
 
     Attributes:
         cache: the `KVCache`.
+        device: CUDA ordinal of its memory; -1 = host.
         seq_ids: ``[batch]`` int64, or None before the first forward.
         num_columns: columns cached.
         step: the open step, or None.
         next_layer: layers that the forward has been through.
         form: what the arrays and options of the last layer looked like; for the integration to keep.
         packed: ``[num_tokens]`` int64, where the step's tokens stand among its ``batch * columns``; None = all do.
+        places: `packed` as the framework indexes with it; for the integration to keep.
     """
 
     def __init__(self, cache: KVCache) -> None:
         self.cache = cache
+        self.device = cache._arenas.device
         self.seq_ids: NDArray[np.int64] | None = None
         self.num_columns = 0
         self.step: Step | None = None
         self.next_layer = 0
         self.form: object = None
         self.packed: NDArray[np.int64] | None = None
+        self.places: Any = None
         self._present: BoolArray | None = None  # [batch, num_columns]; None: no padding so far
         self._new_columns = 0
         self._new_present: BoolArray | None = None

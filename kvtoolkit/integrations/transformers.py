@@ -5,7 +5,8 @@
     model.generate(**inputs, past_key_values=cache)
 
 For decoder-only models whose attention goes through `AttentionInterface`: Llama, Qwen, Mistral, Gemma and their like,
-with transformers 5.17 or later, on the CPU, without torch.compile. No gradient goes through the cache.
+with transformers 5.17 or later, on the CPU or on one CUDA device, without torch.compile. No gradient goes through the
+cache. On a GPU the host looks at the padding mask once a forward, since it decides how much memory each row takes.
 """
 
 from typing import Any
@@ -47,7 +48,8 @@ class TransformersCache(Cache):  # type: ignore[misc]
 
     Raises (from the model's forward):
         CacheFullError: the pool is full; nothing of the forward was kept.
-        NotImplementedError: a 4-D mask, a custom mask function, dropout, or attention that is not causal.
+        NotImplementedError: a 4-D mask, a custom mask function, dropout, attention that is not causal, or a model
+            elsewhere than the cache.
     """
 
     def __init__(self, kv_cache: KVCache) -> None:
@@ -56,16 +58,18 @@ class TransformersCache(Cache):  # type: ignore[misc]
 
     @classmethod
     def for_model(cls, model: PreTrainedModel, **options: Any) -> "TransformersCache":
-        """A cache of its own for a model.
+        """A cache of its own for a model, where the model is.
 
         Args:
-            model: a decoder-only model.
+            model: a decoder-only model, on the CPU or on one CUDA device.
             options: as `CacheConfig` takes them; ``num_tokens`` or ``memory`` must be there, and what says the shape
-                of the model (``num_layers`` and so on) need not.
+                of the model (``num_layers`` and so on) and where it is (``backend``, ``device``) need not.
 
         Raises:
             ConfigError: an option makes no sense.
-            NotImplementedError: the model has layers other than full and sliding-window attention.
+            UnsupportedError: no kernels for the model's dtype or head_dim on a GPU.
+            NotImplementedError: the model has layers other than full and sliding-window attention, or lies on several
+                devices.
         """
         return cls(KVCache(cache_config(model, **options)))
 
@@ -92,7 +96,8 @@ class TransformersCache(Cache):  # type: ignore[misc]
         Returns:
             Columns that need not be computed: the fewest over the rows.
         """
-        return self._batch.open(input_ids.numpy(), None if attention_mask is None else attention_mask.numpy())
+        mask = None if attention_mask is None else attention_mask.cpu().numpy()
+        return self._batch.open(input_ids.cpu().numpy(), mask)
 
     # -- what transformers calls -------------------------------------------------------------------------------------
 
@@ -106,7 +111,7 @@ class TransformersCache(Cache):  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row ``i`` continues row ``beam_idx[i]``; blocks are shared, not copied."""
-        self._batch.reorder(beam_idx.numpy())
+        self._batch.reorder(beam_idx.cpu().numpy())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row ``repeats`` times, copies beside each other; blocks are shared."""
@@ -114,7 +119,7 @@ class TransformersCache(Cache):  # type: ignore[misc]
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows of ``indices``, integers or a bool mask; the others are closed."""
-        self._batch.select(np.arange(self._batch.batch_size)[np.asarray(indices)])
+        self._batch.select(np.arange(self._batch.batch_size)[torch.as_tensor(indices).cpu().numpy()])
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` columns, as after rejected draft tokens.
@@ -195,14 +200,18 @@ class _Columns(int):
 
 
 def attention_mask(*, kv_length: int, allow_is_causal_skip: bool = True, **options: Any) -> torch.Tensor | None:
-    """The mask that `attention_forward` takes: 2-D, None where nothing is padded; without our cache that of SDPA."""
+    """The mask that `attention_forward` takes: 2-D, on the host, None where nothing is padded; without our cache that
+    of SDPA."""
     if not isinstance(kv_length, _Columns):
         mask: torch.Tensor | None = sdpa_mask(kv_length=kv_length, allow_is_causal_skip=allow_is_causal_skip, **options)
         return mask
     if not allow_is_causal_skip:
         raise NotImplementedError("kvtoolkit masks padding, causally; got a custom mask function")
     padding: torch.Tensor | None = options.get("attention_mask")
-    return None if padding is None or padding.all() else padding
+    if padding is None:
+        return None
+    padding = padding.cpu()
+    return None if padding.all() else padding
 
 
 def attention_forward(
@@ -238,16 +247,18 @@ def attention_forward(
         )
         return out, None
     batch, index = layer.batch, layer.index
-    rows, num_heads, columns, head_dim = query.shape
+    shape = query.shape
+    rows, num_heads, columns, head_dim = shape
     if index == 0:
-        _refuse(query, attention_mask, dropout, options)
-        batch.begin(rows, columns, None if attention_mask is None else attention_mask.numpy())
-    step, packed = batch.step, batch.packed
+        _refuse(query, attention_mask, dropout, options, batch.device)
+        batch.begin(rows, columns, None if attention_mask is None else attention_mask.cpu().numpy())
+        batch.places = None if batch.packed is None else torch.from_numpy(batch.packed).to(query.device)
+    step, places = batch.step, batch.places
     assert step is not None
     window, softcap, sinks = options.get("sliding_window"), options.get("softcap"), options.get("s_aux")
-    if packed is None and columns == 1 and sinks is None:  # what is alike from layer to layer is settled once
+    if places is None and columns == 1 and sinks is None:  # what is alike from layer to layer is settled once
         form = (
-            query.shape,
+            shape,
             query.stride(),
             key.shape,
             key.stride(),
@@ -255,10 +266,14 @@ def attention_forward(
             query.dtype,
             key.dtype,
             value.dtype,
+            query.get_device(),
+            scaling,
+            window,
+            softcap,
         )
         out = query.new_empty((rows, columns, num_heads, head_dim))
-        alike = batch.form == (form, scaling, window, softcap)
-        batch.form = (form, scaling, window, softcap)
+        alike = batch.form == form
+        batch.form = form
         if alike and step.repeat(index, key.data_ptr(), value.data_ptr(), query.data_ptr(), out.data_ptr()):
             return _layer_done(batch, index, out)
     chosen = {
@@ -267,12 +282,11 @@ def attention_forward(
         "softcap": softcap or 0.0,
         "sinks": None if sinks is None else sinks.detach().float(),
     }
-    if packed is None:
+    if places is None:
         step.append(index, _tokens_of(key), _tokens_of(value))
         out = query.new_empty((rows, columns, num_heads, head_dim))
         step.attend(index, _tokens_of(query), out=_tokens_of(out.transpose(1, 2)), **chosen)
     else:
-        places = torch.from_numpy(packed)
         key, value, query = (states.transpose(1, 2).flatten(0, 1)[places] for states in (key, value, query))
         step.append(index, key, value)
         out = query.new_zeros((rows * columns, num_heads, head_dim))
@@ -302,12 +316,19 @@ def _tokens_of(states: torch.Tensor) -> Operand:
     elif columns == 1:
         column = row
     name = _DTYPE_NAMES.get(states.dtype) or str(states.dtype)
-    return Operand(states.data_ptr(), (batch * columns, num_heads, head_dim), (column, head, dim), name, states)
+    shape, strides = (batch * columns, num_heads, head_dim), (column, head, dim)
+    return Operand(states.data_ptr(), shape, strides, name, states, True, states.get_device())
 
 
-def _refuse(query: torch.Tensor, mask: torch.Tensor | None, dropout: float, options: dict[str, Any]) -> None:
-    if not query.is_cpu:
-        raise NotImplementedError(f"expected a model on the CPU, got one on {query.device}")
+def _refuse(
+    query: torch.Tensor, mask: torch.Tensor | None, dropout: float, options: dict[str, Any], device: int
+) -> None:
+    expected = torch.device("cpu") if device < 0 else torch.device("cuda", device)
+    if query.device != expected:
+        raise NotImplementedError(
+            f"expected a model on {expected}, where the cache is, got one on {query.device}; "
+            "TransformersCache.for_model makes a cache where the model is"
+        )
     if mask is not None and mask.ndim != 2:
         raise NotImplementedError(f"attention_mask: expected [batch, columns], got shape {tuple(mask.shape)}")
     if dropout:
@@ -327,13 +348,17 @@ def cache_config(model: PreTrainedModel, **options: Any) -> CacheConfig:
     dtype = str(model.dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise NotImplementedError(f"expected a model in {', '.join(DTYPES)}, got {dtype}")
-    shape = {
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+        raise NotImplementedError("expected a model on one device, got one on several")
+    fitting = {
         "num_layers": config.num_hidden_layers,
         "num_kv_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         "dtype": dtype,
     }
-    return CacheConfig(**{**shape, **options})
+    if model.device.type == "cuda" and options.get("backend") != "cpu":
+        fitting |= {"backend": "cuda", "device": model.device.index}
+    return CacheConfig(**{**fitting, **options})
 
 
 AttentionInterface.register(NAME, attention_forward)

@@ -1,0 +1,125 @@
+"""Decode attention on a GPU, ours beside other people's kernels on the same tensors in the same run.
+
+Every figure is a replay of a CUDA graph with one call for each of many sets of blocks, so that the second-level cache
+is cold. Outputs are compared with float64 before anything is timed. The share is that of the bytes of keys and values,
+read once, over a streaming read of the same run.
+"""
+
+import argparse
+import json
+from typing import Any
+
+from kvtoolkit.bench.attention_cases import PEER_SHAPES, SHAPES, Case, Contender
+from kvtoolkit.bench.peers import PEERS, contenders
+from kvtoolkit.bench.timing import device_line, read_ceiling, time_graph
+from kvtoolkit.errors import ConfigError, UnsupportedError
+
+_MAX_ERROR = 4e-3  # relative L2; bfloat16's rounding alone is 1.7e-3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``kvtoolkit bench attention``."""
+    parser.add_argument("--shape", nargs="+", default=list(PEER_SHAPES), help="by name, or all")
+    parser.add_argument("--peer", action="append", default=[], help=f"one of {', '.join(PEERS)}; repeat it for several")
+    parser.add_argument("--block-size", type=int, default=16, help="tokens to a block")
+    parser.add_argument("--replays", type=int, default=40)
+    parser.add_argument("--json", metavar="PATH", help="also write the figures there")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Measure and print."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UnsupportedError("bench attention: expected a CUDA device, found none; `kvtoolkit doctor` says more")
+    names = list(SHAPES) if options.shape == ["all"] else options.shape
+    for name in names:
+        if name not in SHAPES:
+            raise ConfigError(f"--shape: expected some of {', '.join(SHAPES)} or all, got {name!r}")
+    ceiling = read_ceiling()
+    print(f"{device_line()}\nbfloat16, blocks of {options.block_size}; a large read: {ceiling:.0f} GB/s\n")
+    print(f"{'shape':<22}{'kernel':<24}{'us':>9}{'p10':>9}{'p90':>9}{'of read':>9}{'error':>10}{'ratio':>8}")
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        rows += _measure(Case(SHAPES[name], options.block_size), options, ceiling)
+        torch.cuda.empty_cache()
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump({"read_gbps": ceiling, "rows": rows}, file, indent=1)
+    return 0
+
+
+def _measure(case: Case, options: argparse.Namespace, ceiling: float) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    best = None
+    for contender in [*_peers(case, options.peer), *ours(case)]:
+        try:
+            row = _time(case, contender, options.replays, ceiling)
+        except Exception as error:  # a peer without a kernel for this shape
+            if contender.name.startswith("kvtoolkit"):
+                raise
+            print(f"{case.shape.name:<22}{contender.name:<24}{type(error).__name__}: {error!s:.60}", flush=True)
+            continue
+        is_ours = contender.name.startswith("kvtoolkit")
+        if not is_ours and row["error"] <= _MAX_ERROR:
+            best = min(best or row["us"], row["us"])
+        row["ratio"] = best / row["us"] if is_ours and best else None
+        found.append(row)
+        ratio = f"{row['ratio']:>8.3f}" if row["ratio"] else ""
+        print(
+            f"{row['shape']:<22}{row['kernel']:<24}{row['us']:>9.2f}{row['p10']:>9.2f}{row['p90']:>9.2f}"
+            f"{row['share_of_read']:>8.1%}{row['error']:>11.1e}{ratio}",
+            flush=True,
+        )
+    return found
+
+
+def _peers(case: Case, peers: list[str]) -> list[Contender]:
+    made = []
+    for peer in peers:
+        try:
+            made += list(contenders(peer, case))
+        except ConfigError:
+            raise
+        except Exception as error:  # not installed, or no kernel for this shape
+            print(f"{case.shape.name:<22}{peer:<24}{type(error).__name__}: {error!s:.60}", flush=True)
+    return made
+
+
+def ours(case: Case) -> list[Contender]:
+    """kvtoolkit on the peers' tensors."""
+    import torch
+
+    from kvtoolkit.attention import _attention
+
+    shape = case.shape
+    outs = [torch.empty_like(case.q) for _ in range(case.num_sets)]
+    bounds = None if shape.num_queries == 1 else case.cu_seqlens_q
+
+    def call(which: int) -> Any:
+        return _attention(
+            case.q, case.k_cache, case.v_cache, case.tables[which], None, case.seq_lens, "NHD", bounds, None, True,
+            (-1, -1), 0.0, None, None, outs[which], False, 0, None, (shape.num_queries, shape.num_queries),
+        )  # fmt: skip
+
+    return [Contender("kvtoolkit", [lambda which=which: call(which) for which in range(case.num_sets)])]
+
+
+def _time(case: Case, contender: Contender, replays: int, ceiling: float) -> dict[str, Any]:
+    import torch
+
+    error = 0.0
+    for which in (0, case.num_sets - 1):
+        error = max(error, case.error(which, contender.calls[which]()))
+    if contender.name.startswith("kvtoolkit") and not error <= _MAX_ERROR:
+        raise AssertionError(f"{case.shape.name}: kvtoolkit is off by {error:.1e}")
+    torch.cuda.synchronize()
+    timing = time_graph(contender.calls, replays)
+    return {
+        "shape": case.shape.name,
+        "kernel": contender.name,
+        **timing._asdict(),
+        "gbps": case.shape.kv_nbytes / timing.us / 1e3,
+        "share_of_read": case.shape.kv_nbytes / timing.us / 1e3 / ceiling,
+        "error": error,
+    }

@@ -1,0 +1,144 @@
+"""The decode shapes that attention is measured on, laid out in a paged pool that is larger than the cache."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+_POOL_NBYTES = 1 << 30  # the sets of a case span at least so much, many times the second-level cache
+_MAX_SETS = 64
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decode problem."""
+
+    name: str
+    lengths: tuple[int, ...]
+    num_q_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    num_queries: int = 1
+    """Query tokens of each sequence."""
+
+    @property
+    def batch(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def kv_nbytes(self) -> int:
+        """Of keys and values, 16 bit, read once."""
+        return sum(self.lengths) * self.num_kv_heads * self.head_dim * 4
+
+
+def _even(name: str, batch: int, length: int, **options: Any) -> Shape:
+    return Shape(name, (length,) * batch, **options)
+
+
+def _ragged(batch: int, low: int, high: int) -> tuple[int, ...]:
+    """Log-uniform lengths."""
+    drawn = np.exp(np.random.default_rng(0).uniform(math.log(low), math.log(high), batch)).round()
+    return tuple(int(n) for n in drawn.clip(low, high))
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        _even("b64_2k", 64, 2048),
+        _even("b16_8k", 16, 8192),
+        _even("b128_1k", 128, 1024),
+        _even("b256_1k", 256, 1024),
+        _even("b8_4k", 8, 4096),
+        _even("b1_8k", 1, 8192),
+        _even("b1_1k", 1, 1024),
+        _even("b1_128k", 1, 131072),
+        _even("b32_8k_g8", 32, 8192, num_q_heads=64),
+        _even("b16_8k_mha", 16, 8192, num_kv_heads=32),
+        Shape("b64_ragged", _ragged(64, 64, 16384)),
+        Shape("b256_ragged_h9_3_64", _ragged(256, 32, 4096), 9, 3, 64),
+        # no cliffs: groups, head_dims, several queries, skewed batches
+        _even("g1", 16, 4096, num_q_heads=8),
+        _even("g2", 32, 4096, num_q_heads=16),
+        _even("g5", 32, 4096, num_q_heads=40),
+        _even("g7", 64, 4096, num_q_heads=28, num_kv_heads=4),
+        _even("g16", 64, 4096, num_q_heads=128),
+        _even("d64", 64, 4096, head_dim=64),
+        _even("d256", 32, 4096, num_q_heads=16, head_dim=256),
+        _even("q1", 8, 4096),
+        _even("q2", 8, 4096, num_queries=2),
+        _even("q4", 8, 4096, num_queries=4),
+        _even("q8", 8, 4096, num_queries=8),
+        Shape("skew_128k", (131072,) + (4096,) * 31),
+        Shape("skew_128", (128,) * 32 + (4096,) * 32),
+    )
+}
+PEER_SHAPES = tuple(SHAPES)[:12]
+
+
+class Case:
+    """A shape in a pool of shuffled blocks, several sets of them: no two share a block.
+
+    Attributes:
+        k_cache: ``[num_blocks, block_size, num_kv_heads, head_dim]`` bfloat16; ``v_cache`` alike.
+        tables: ``[batch, max_blocks]`` int32 of each set.
+        q: ``[num_tokens, num_q_heads, head_dim]``; seq_lens: ``[batch]`` int32.
+    """
+
+    def __init__(self, shape: Shape, block_size: int = 16) -> None:
+        import torch
+
+        self.shape, self.block_size = shape, block_size
+        self.counts = [-(-n // block_size) for n in shape.lengths]
+        per_set = sum(self.counts)
+        self.num_sets = max(1, min(_MAX_SETS, -(-_POOL_NBYTES // shape.kv_nbytes)))
+        torch.manual_seed(1)
+        size = (per_set * self.num_sets, block_size, shape.num_kv_heads, shape.head_dim)
+        self.k_cache, self.v_cache = (torch.randn(size, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+        tokens = shape.batch * shape.num_queries
+        self.q = torch.randn(tokens, shape.num_q_heads, shape.head_dim, dtype=torch.bfloat16, device="cuda")
+        self.seq_lens = torch.tensor(shape.lengths, dtype=torch.int32, device="cuda")
+        self.cu_seqlens_q = torch.arange(shape.batch + 1, dtype=torch.int32, device="cuda") * shape.num_queries
+        ids = torch.randperm(size[0], device="cuda", dtype=torch.int32)
+        self.indices = list(ids.split(per_set))
+        width = max(self.counts)
+        places = torch.tensor(np.cumsum([0, *self.counts])[:-1], device="cuda")[:, None] + torch.arange(
+            width, device="cuda"
+        )
+        inside = torch.arange(width, device="cuda") < torch.tensor(self.counts, device="cuda")[:, None]
+        places = places.clamp(max=per_set - 1)
+        self.tables = [torch.where(inside, one[places], 0).int().contiguous() for one in self.indices]
+
+    def error(self, which: int, out: Any) -> float:
+        """Relative L2 error of a set's output, over a few of its sequences, against float64."""
+        import torch
+
+        shape = self.shape
+        group = shape.num_q_heads // shape.num_kv_heads
+        longest = int(np.argmax(shape.lengths))
+        wrong = total = 0.0
+        for row in {0, shape.batch // 3, shape.batch - 1, longest}:
+            n, queries = shape.lengths[row], shape.num_queries
+            blocks = self.tables[which][row, : self.counts[row]].long()
+            found = out[row * queries : (row + 1) * queries].double()
+            q = self.q[row * queries : (row + 1) * queries].double()
+            hidden = torch.ones(queries, n, device="cuda", dtype=torch.bool).triu(n - queries + 1)
+            for head in range(shape.num_kv_heads):
+                keys, values = (
+                    cache[blocks, :, head].reshape(-1, shape.head_dim)[:n].double()
+                    for cache in (self.k_cache, self.v_cache)
+                )
+                heads = slice(head * group, (head + 1) * group)
+                scores = torch.einsum("qhd,nd->hqn", q[:, heads], keys) * shape.head_dim**-0.5
+                weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+                good = torch.einsum("hqn,nd->qhd", weights, values)
+                wrong += float((found[:, heads] - good).square().sum())
+                total += float(good.square().sum())
+        return math.sqrt(wrong / total)
+
+
+class Contender(NamedTuple):
+    """One way to compute a case: a call for each set, which returns its output."""
+
+    name: str
+    calls: list[Any]

@@ -1,0 +1,100 @@
+"""Other people's paged decode kernels, on the tensors of a `Case`; each needs its package."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from kvtoolkit.bench.attention_cases import Case, Contender
+from kvtoolkit.errors import ConfigError
+
+PEERS = ("flashinfer", "xqa", "fa3")
+
+_workspace: Any = None
+
+
+def contenders(peer: str, case: Case) -> Iterator[Contender]:
+    """The variants of one peer for a case; ConfigError if there is no such peer."""
+    if peer not in PEERS:
+        raise ConfigError(f"--peer: expected some of {', '.join(PEERS)}, got {peer!r}")
+    if case.shape.num_queries == 1:
+        yield from {"flashinfer": _flashinfer, "xqa": _xqa, "fa3": _fa3}[peer](case)
+
+
+def _scratch() -> Any:
+    import torch
+
+    global _workspace
+    if _workspace is None:
+        _workspace = torch.zeros(512 << 20, dtype=torch.uint8, device="cuda")
+    return _workspace
+
+
+def _flashinfer(case: Case) -> Iterator[Contender]:
+    import torch
+    from flashinfer import BatchDecodeWithPagedKVCacheWrapper
+
+    shape = case.shape
+    starts = torch.tensor([0, *case.counts]).cumsum(0).int().cuda()
+    last = torch.tensor([(n - 1) % case.block_size + 1 for n in shape.lengths], dtype=torch.int32, device="cuda")
+    for name, tensor_cores, backend in (("cuda cores", False, "auto"), ("fa2", True, "fa2"), ("cudnn", False, "cudnn")):
+        wrapper = BatchDecodeWithPagedKVCacheWrapper(_scratch(), "NHD", use_tensor_cores=tensor_cores, backend=backend)
+        options = {"q_data_type": torch.bfloat16, "kv_data_type": torch.bfloat16, "o_data_type": torch.bfloat16}
+        if backend == "cudnn":
+            options["block_tables"] = case.tables[0]
+        wrapper.plan(
+            starts,
+            case.indices[0],
+            last,
+            shape.num_q_heads,
+            shape.num_kv_heads,
+            shape.head_dim,
+            case.block_size,
+            **options,
+        )
+
+        def run(which: int, wrapper: Any = wrapper, backend: str = backend) -> Any:
+            # the same plan serves every set: only the ids of its blocks differ
+            wrapper._paged_kv_indices_buf = case.indices[which]
+            if backend == "cudnn":
+                wrapper._block_tables = case.tables[which]
+            return wrapper.run(case.q, (case.k_cache, case.v_cache))
+
+        yield Contender(
+            f"FlashInfer {name}", [lambda which=which, run=run: run(which) for which in range(case.num_sets)]
+        )
+
+
+def _xqa(case: Case) -> Iterator[Contender]:
+    import torch
+    from flashinfer.decode import xqa_batch_decode_with_kv_cache
+
+    scratch = _scratch()
+    scratch.zero_()
+    width = max(case.counts) * case.block_size
+
+    def run(which: int) -> Any:
+        return xqa_batch_decode_with_kv_cache(
+            case.q, (case.k_cache, case.v_cache), scratch, case.tables[which], case.seq_lens.view(torch.uint32), width,
+            bmm1_scale=case.shape.head_dim**-0.5, bmm2_scale=1.0, kv_layout="NHD",
+        )  # fmt: skip
+
+    yield Contender("FlashInfer XQA", [lambda which=which: run(which) for which in range(case.num_sets)])
+
+
+def _fa3(case: Case) -> Iterator[Contender]:
+    import torch
+    from flash_attn_interface import flash_attn_with_kvcache, get_scheduler_metadata
+
+    shape = case.shape
+    plan = get_scheduler_metadata(
+        shape.batch, 1, max(case.counts) * case.block_size, shape.num_q_heads, shape.num_kv_heads, shape.head_dim,
+        case.seq_lens, qkv_dtype=torch.bfloat16, page_size=case.block_size, causal=False,
+    )  # fmt: skip
+
+    def run(which: int) -> Any:
+        out = flash_attn_with_kvcache(
+            case.q[:, None], case.k_cache, case.v_cache, cache_seqlens=case.seq_lens, page_table=case.tables[which],
+            softmax_scale=shape.head_dim**-0.5, causal=False, scheduler_metadata=plan, num_splits=0,
+        )  # fmt: skip
+        return (out[0] if isinstance(out, tuple) else out)[:, 0]
+
+    yield Contender("FA3, scheduled", [lambda which=which: run(which) for which in range(case.num_sets)])
