@@ -136,7 +136,7 @@ class Engine:
             if step.ok.any():
                 tokens = torch.tensor([token for _, chunk in batch for token in chunk])
                 positions = torch.cat([torch.arange(len(c)) + request.num_held for request, c in batch])
-                logits = self.model.forward(tokens, positions, step)
+                logits = self.model.forward(tokens, positions, step).cpu()  # once a step: sampling is done here
                 self.cache.end_step(step, tokens.numpy())
             fed, stalled = step.ok.copy(), step.explain()
         for row, (request, chunk) in enumerate(batch):

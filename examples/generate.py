@@ -5,9 +5,11 @@ import itertools
 import sys
 import time
 
+import torch
+
 from examples.engine import Engine, Request
 from examples.llama import PackedLlama
-from kvtoolkit import CacheStats, KVToolkitError
+from kvtoolkit import CacheConfig, CacheStats, KVToolkitError, UnsupportedError, warmup
 from kvtoolkit.integrations.smollm2 import load_smollm2
 
 PROMPTS = [
@@ -30,7 +32,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--allocator", help="paged, buddy, slab, lockfree, or package.module:Class")
     parser.add_argument("--growth", help="fixed8 ... fixed64, append, proportional, lazy_merge, adaptive")
     parser.add_argument("--num-tokens", type=int, help="token slots in the pool (default 8192)")
-    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
+    parser.add_argument("--backend", choices=["cpu", "cuda", "numba"], help="cuda, numba: all on a GPU (default cpu)")
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="default float32, on a GPU float16")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--max-batch", type=int, default=16, help="requests that run at once")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
@@ -41,18 +44,26 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
+        backend = backend_of(options)
+        device = "cpu" if backend == "cpu" else "cuda"
+        if device == "cuda" and not torch.cuda.is_available():
+            raise UnsupportedError(f"backend: {backend!r} needs a CUDA device that torch can use, found none")
         with Progress() as progress:
             stages = itertools.count()
             model, tokenizer = load_smollm2(
-                options.dtype, progress=lambda text: progress.show(f"SmolLM2: {text}", next(stages), 3)
+                options.dtype or {"cpu": "float32", "cuda": "float16"}[device],
+                progress=lambda text: progress.show(f"SmolLM2: {text}", next(stages), 3),
             )
-            packed = PackedLlama(model)
+            packed = PackedLlama(model.to(device))
             engine = Engine(
                 packed,
-                packed.cache_config(options.config, **cache_options(options)),
+                packed.cache_config(options.config, backend=backend, **cache_options(options)),
                 eos_token_id=tokenizer.eos_token_id,
                 max_batch=options.max_batch,
             )
+            if backend == "cuda":
+                progress.show("compiling the kernels", 0, 1)  # once on this machine, outside the time that is reported
+                warmup(engine.cache.config, model.config.num_attention_heads)
             requests = [
                 Request(encode(tokenizer, prompt), options.max_new_tokens, options.temperature, options.seed + i)
                 for i, prompt in enumerate(options.prompts)
@@ -67,6 +78,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"\n> {prompt}\n{tokenizer.decode(request.output, skip_special_tokens=True).strip()}")
     report(engine, seconds)
     return 0
+
+
+def backend_of(options: argparse.Namespace) -> str:
+    """The backend that the command line names, else the file, else the CPU."""
+    if options.backend or not options.config:
+        return options.backend or "cpu"
+    shape = {"num_layers": 1, "num_kv_heads": 1, "head_dim": 64}  # any: only the backend is asked for
+    return CacheConfig.load(options.config, **shape, **cache_options(options)).backend
 
 
 def cache_options(options: argparse.Namespace) -> dict[str, object]:
@@ -110,7 +129,8 @@ def report(engine: Engine, seconds: float) -> None:
         f"{engine.num_prefilled} prompt tokens computed"
     )
     print(
-        f"cache       {config.allocator}, growth {config.growth}, {stats.capacity} slots, {stats.nbytes / 1e6:.0f} MB"
+        f"cache       {config.allocator}, growth {config.growth}, {stats.capacity} slots, {stats.nbytes / 1e6:.0f} MB "
+        f"of {config.dtype} on {engine.model.device}"
     )
     print(f"peak use    {stats.peak_used} slots ({stats.peak_used / stats.capacity:.0%})")
     print(f"waste       {average.waste:.1%} of the slots held, mean over {stats.num_steps} steps")

@@ -10,10 +10,11 @@ from kvtoolkit import CacheConfig, Step
 
 
 class PackedLlama:
-    """Runs a transformers Llama or Qwen model on packed tokens."""
+    """Runs a transformers Llama or Qwen model on packed tokens, where the model is: on the CPU or on a GPU."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model.eval()
+        self.device = model.device
         self.config = model.config
         self.head_dim = getattr(model.config, "head_dim", None) or (
             model.config.hidden_size // model.config.num_attention_heads
@@ -21,24 +22,29 @@ class PackedLlama:
         self.dtype = str(model.dtype).removeprefix("torch.")
 
     def cache_config(self, path: str | None = None, **options) -> CacheConfig:
-        """A cache that fits this model, as the TOML file at ``path`` and ``options`` want it."""
-        shape = {
+        """A cache that fits this model and lies beside it, as the TOML file at ``path`` and ``options`` want it."""
+        fitting = {
             "num_layers": self.config.num_hidden_layers,
             "num_kv_heads": self.config.num_key_value_heads,
             "head_dim": self.head_dim,
             "dtype": self.dtype,
         }
-        return CacheConfig.load(path, **shape, **options) if path else CacheConfig(**shape, **options)
+        if self.device.type == "cuda":
+            fitting |= {"backend": "cuda", "device": self.device.index}
+        fitting |= options
+        return CacheConfig.load(path, **fitting) if path else CacheConfig(**fitting)
 
     @torch.inference_mode()
     def forward(self, tokens: torch.Tensor, positions: torch.Tensor, step: Step) -> torch.Tensor:
         """Logits ``[batch, vocab_size]`` after the last new token of each row of the step.
 
         Args:
-            tokens: ``[num_tokens]`` int64, the new tokens of all rows, one row after the other.
+            tokens: ``[num_tokens]`` int64, the new tokens of all rows, one row after the other, on any device.
             positions: ``[num_tokens]`` int64, their positions in their sequences.
         """
         decoder = self.model.model
+        last = torch.from_numpy(step.cu_seqlens_q[1:] - 1)
+        tokens, positions, last = (indices.to(self.device) for indices in (tokens, positions, last))
         hidden = decoder.embed_tokens(tokens)
         cos, sin = (table[0].unsqueeze(1) for table in decoder.rotary_emb(hidden, positions.unsqueeze(0)))
         for index, layer in enumerate(decoder.layers):
@@ -53,7 +59,6 @@ class PackedLlama:
             attended = step.attend(index, rotate(q, cos, sin))
             hidden = hidden + attention.o_proj(attended.reshape(len(tokens), -1))
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        last = torch.from_numpy(step.cu_seqlens_q[1:] - 1)
         return self.model.lm_head(decoder.norm(hidden[last]))
 
 

@@ -10,7 +10,7 @@ transformers = pytest.importorskip("transformers")
 
 from transformers import DynamicCache  # noqa: E402
 
-from kvtoolkit import CacheFullError, KVCache, ShapeError  # noqa: E402
+from kvtoolkit import CacheFullError, KVCache, ShapeError, UnsupportedError  # noqa: E402
 from kvtoolkit.integrations.smollm2 import load_smollm2, missing_packages  # noqa: E402
 from kvtoolkit.integrations.transformers import TransformersCache, cache_config, use_kvtoolkit  # noqa: E402
 
@@ -416,6 +416,30 @@ def test_models_of_another_make_are_refused(family, options, match):
     Model.config = config
     with pytest.raises(NotImplementedError, match=match):
         cache_config(Model, num_tokens=64)
+
+
+def test_a_model_on_a_gpu_gets_a_cache_beside_it():
+    class Model:
+        config, dtype, device = tiny().config, torch.bfloat16, torch.device("cuda", 1)
+
+    config = cache_config(Model, num_tokens=64)
+    assert (config.backend, config.device, config.dtype) == ("cuda", 1, "bfloat16")
+    assert (cache_config(Model, num_tokens=64, backend="numba").backend, config.device) == ("numba", 1)
+    assert cache_config(Model, num_tokens=64, backend="cpu").device is None
+    Model.dtype = torch.float32
+    with pytest.raises(UnsupportedError, match="dtype: expected float16 or bfloat16 with backend 'cuda', got float32"):
+        cache_config(Model, num_tokens=64)
+    Model.hf_device_map = {"model.layers.0": 0, "model.layers.1": "cpu"}
+    with pytest.raises(NotImplementedError, match="expected a model on one device"):
+        cache_config(Model, num_tokens=64)
+
+
+def test_a_model_elsewhere_than_its_cache_is_refused(model):
+    cache = cache_for(model)
+    cache._batch.device = 1  # as if its memory were there
+    with pytest.raises(NotImplementedError, match="expected a model on cuda:1, where the cache is, got one on cpu"):
+        model(**prompts(), past_key_values=cache)
+    assert cache.kv_cache.stats().num_seqs == 0
 
 
 def test_a_mask_may_not_change_what_is_cached(model):
