@@ -11,13 +11,14 @@ from kvtoolkit.cpu.arrays import Operand
 from kvtoolkit.cuda.arrays import check_alignment, check_devices, empty
 from kvtoolkit.device import kernels_of, using
 from kvtoolkit.runtime import current_stream
+from kvtoolkit.runtime.kernels import arch_of
 from kvtoolkit.upload import DeviceTables
 
 
 class DeviceStepAccess(StepAccess):
     """`StepAccess` with the kernels of a device, on the stream that is current at each call."""
 
-    __slots__ = ("_from_torch", "_kernels", "_query_counts")
+    __slots__ = ("_appended_layer", "_is_dependent", "_kernels", "_query_counts")
 
     def __init__(self, arenas: Arenas, tables: DeviceTables, num_new_tokens: NDArray[np.int32]) -> None:
         fewest, most = int(num_new_tokens.min(initial=1)), int(num_new_tokens.max(initial=1))
@@ -28,10 +29,14 @@ class DeviceStepAccess(StepAccess):
         )  # fmt: skip
         self._query_counts = fewest, most
         self._kernels = kernels_of(arenas.backend)
+        # a kernel may begin before the one in front of it has ended, where the device can do that
+        self._is_dependent = arenas.backend == "cuda" and arch_of(arenas.device) >= 90
+        self._appended_layer = 0  # address of the keys that were appended to last
 
     def _append(  # type: ignore[override]
         self, key: Operand, value: Operand, k_cache: Operand, v_cache: Operand, slots: Operand
     ) -> Any:
+        self._appended_layer = k_cache.address
         device = check_devices({"k_cache": k_cache, "key": key, "value": value})
         with using(device):
             return self._kernels.append(
@@ -39,8 +44,10 @@ class DeviceStepAccess(StepAccess):
             )
 
     def _append_alike(self, prepared: Any, key: int, value: int, k_cache: int, v_cache: int) -> None:
+        self._appended_layer = k_cache
         with using(self._arenas.device):
-            cuda.append_alike(prepared, key, value, k_cache, v_cache, stream=current_stream(self._arenas.device))
+            stream = current_stream(self._arenas.device)
+            cuda.append_alike(prepared, key, value, k_cache, v_cache, stream=stream, dependent=self._is_dependent)
 
     def _attend(self, q: Operand, k_cache: Operand, v_cache: Operand, *tables: Operand, **options: Any) -> Any:
         names = ("out", "sinks", "alibi_slopes")
@@ -52,8 +59,11 @@ class DeviceStepAccess(StepAccess):
             return self._kernels.attend(q, k_cache, v_cache, *tables, stream=current_stream(device), **options)
 
     def _attend_alike(self, prepared: Any, q: int, k_cache: int, v_cache: int, out: int) -> None:
+        # after the append of this layer everything older has been written
+        dependent = self._is_dependent and self._appended_layer == k_cache
         with using(self._arenas.device):
-            cuda.attend_alike(prepared, q, k_cache, v_cache, out, stream=current_stream(self._arenas.device))
+            stream = current_stream(self._arenas.device)
+            cuda.attend_alike(prepared, q, k_cache, v_cache, out, stream=stream, dependent=dependent)
 
     @staticmethod
     def _empty(array: Any, described: Operand, shape: tuple[int, ...], dtype: str | None = None) -> Any:

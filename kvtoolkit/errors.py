@@ -24,6 +24,10 @@ class CompileError(KVToolkitError, RuntimeError):
     """A CUDA source does not compile; the message holds the options and the compiler's log."""
 
 
+class DeviceError(KVToolkitError, RuntimeError):
+    """The CUDA driver refuses a launch."""
+
+
 class SequenceError(KVToolkitError, LookupError):
     """A sequence id is unknown, closed, given twice, or in a state that does not allow the call."""
 

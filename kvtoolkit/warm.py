@@ -37,11 +37,11 @@ def warmup(config: CacheConfig, num_q_heads: int, *, plain: bool = False) -> Non
     from kvtoolkit.cuda.launching import load_spec
     from kvtoolkit.device import using
     from kvtoolkit.runtime import smem_limit
-    from kvtoolkit.runtime.kernels import current_device
+    from kvtoolkit.runtime.kernels import arch_of, current_device
 
     device = current_device() if config.device is None else config.device
-    group_size = num_q_heads // config.num_kv_heads
-    wanted = list(specs.of_model(config.head_dim, config.dtype, group_size, smem_limit(device), plain=plain))
+    shape = (config.head_dim, config.dtype, num_q_heads, config.num_kv_heads)
+    wanted = list(specs.of_model(*shape, arch_of(device), smem_limit(device), plain=plain))
     with using(device):
         for spec in wanted:
             load_spec(spec, device)
@@ -53,10 +53,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--arch", nargs="+", default=["90"], metavar="CC", help="compute capabilities such as 90, or all"
     )
     parser.add_argument("--head-dim", type=int, nargs="+", default=[128], help="multiples of 16 up to 256")
-    parser.add_argument("--group-size", type=int, nargs="+", default=[4], help="query heads to a kv head")
+    parser.add_argument(
+        "--heads", type=heads, nargs="+", default=[(32, 8)], metavar="Q/KV", help="query and kv heads, such as 32/8"
+    )
     parser.add_argument("--dtype", nargs="+", choices=["float16", "bfloat16"], default=["bfloat16"])
     parser.add_argument("--plain", action="store_true", help="also the kernels for plain block ids")
     parser.add_argument("--json", metavar="PATH", help="also write the table there")
+
+
+def heads(text: str) -> tuple[int, int]:
+    """Query and kv heads from such as ``32/8``."""
+    q_heads, _, kv_heads = text.partition("/")
+    if not (q_heads.isdecimal() and kv_heads.isdecimal() and int(kv_heads) and int(q_heads)):
+        raise argparse.ArgumentTypeError(f"expected query and kv heads such as 32/8, got {text!r}")
+    if int(q_heads) % int(kv_heads):
+        raise argparse.ArgumentTypeError(f"expected the query heads to be a multiple of the kv heads, got {text!r}")
+    return int(q_heads), int(kv_heads)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -67,9 +79,7 @@ def main(options: argparse.Namespace) -> int:
             raise UnsupportedError(f"--arch: expected some of {', '.join(specs.SMEM_LIMITS)} or all, got {arch!r}")
     for head_dim in options.head_dim:
         specs.check_head_dim(head_dim, "float16")
-    if min(options.group_size) < 1:
-        raise ConfigError(f"--group-size: expected at least 1, got {min(options.group_size)}")
-    print(f"{'kernel':<18}{'arch':>6}  {'macros':<78}{'regs':>5}{'spills':>8}{'smem KiB':>10}{'CTAs/SM':>9}{'s':>7}")
+    print(f"{'kernel':<18}{'arch':>6}  {'macros':<104}{'regs':>5}{'spills':>8}{'smem KiB':>10}{'CTAs/SM':>9}{'s':>7}")
     rows: list[dict[str, Any]] = []
     for arch in archs:
         for spec in _specs(arch, options):
@@ -86,9 +96,11 @@ def _specs(arch: str, options: argparse.Namespace) -> list[specs.Spec]:
     found: dict[specs.Spec, None] = {}
     for head_dim in options.head_dim:
         for dtype in options.dtype:
-            for group_size in options.group_size:
+            for num_heads in options.heads:
                 limit = specs.SMEM_LIMITS[arch]
-                found |= dict.fromkeys(specs.of_model(head_dim, dtype, group_size, limit, plain=options.plain))
+                q_heads, kv_heads = num_heads
+                kernels = specs.of_model(head_dim, dtype, q_heads, kv_heads, int(arch), limit, plain=options.plain)
+                found |= dict.fromkeys(kernels)
     return list(found)
 
 
@@ -116,6 +128,6 @@ def line_of(row: dict[str, Any]) -> str:
     """A line of the table."""
     macros = " ".join(f"{name.removeprefix('KVT_').lower()}={value}" for name, value in row["macros"].items())
     return (
-        f"{row['kernel']:<18}{row['arch']:>6}  {macros:<78}{row['registers']:>5}{row['spill_nbytes']:>8}"
+        f"{row['kernel']:<18}{row['arch']:>6}  {macros:<104}{row['registers']:>5}{row['spill_nbytes']:>8}"
         f"{row['smem_nbytes'] / 1024:>10.1f}{row['ctas_per_sm']:>9}{row['seconds']:>7.2f}"
     )

@@ -6,20 +6,23 @@
 //   seq_lens     [batch] int32, tokens, the new ones included;     0 = padding row, nothing of it is read
 //   out          [num_tokens, num_q_heads, head_dim] scalar_t;     lse [num_tokens, num_q_heads] float32, natural log
 //
-// Launch:   grid = blocks of rows * max_splits * num_kv_heads, kv head fastest; CTA 32 * KVT_WARPS; dynamic shared
-//           memory KVT_WARPS * KVT_STAGES * bytes of 16 tokens of K and V. sm_80 and later.
-//           Macros: KVT_HEAD_DIM, KVT_BF16, KVT_ENTRIES, KVT_ROW_TILES (8 query rows each), KVT_WARPS, KVT_STAGES.
+// Launch:   CTA 32 * KVT_WARPS; the dynamic shared memory is kSharedBytes. sm_80 and later; the grid is
+//           planned (KVT_PLANNED): ranges * num_row_blocks * num_kv_heads, kv head fastest;
+//           even: blocks of rows * max_splits * num_kv_heads, kv head fastest; with KVT_CLUSTER the split fastest.
+//           Macros: KVT_HEAD_DIM, KVT_BF16, KVT_ENTRIES, KVT_ROW_TILES (8 query rows each), KVT_WARPS, KVT_STAGES,
+//           KVT_PLANNED, KVT_CLUSTER (CTAs that share one sequence and merge through shared memory, sm_90; 1 = none).
 // Numerics: scores and running state in float32, weights in scalar_t; an empty sequence gives out = 0, lse = -inf.
 // Source:   online softmax, Milakov & Gimelshein 2018 (arXiv:1805.02867), alg. 3; split-KV, Dao et al. 2023
 //           (Flash-Decoding); merge by the last CTA to arrive, as NVIDIA's XQA kernels do.
 //
 // Tokens are the 16 rows of an MMA and query rows its 8 columns (S^T = K Q^T, O^T = V^T P^T), so that a group of up to
 // 8 heads wastes nothing. A warp owns every KVT_WARPS-th step of 16 tokens and a FIFO of its own in shared memory: no
-// CTA barrier in the loop.
+// CTA barrier in the loop. The FIFO runs on from one sequence of the CTA's range to the next.
 #include <kvt/attention.cuh>
 #include <kvt/locate.cuh>
 #include <kvt/ptx/async_copy.cuh>
 #include <kvt/ptx/atomic.cuh>
+#include <kvt/ptx/cluster.cuh>
 #include <kvt/ptx/matrix.cuh>
 #include <kvt/ptx/scalar.cuh>
 
@@ -42,19 +45,21 @@ constexpr int kRows = 8 * kRowTiles;
 constexpr int kWarps = KVT_WARPS;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kStages = KVT_STAGES;
-constexpr int kStep = 16;                                // tokens
 constexpr int kChunks = kHeadDim / 8;                    // of 16 bytes, in a token's row
 constexpr int kPitch = (kChunks + 7) / 8 * 8;            // chunks from row to row; the XOR below stays inside 8
 constexpr int kHalfStage = kStep * kPitch * 16;          // bytes of K, then as many of V
 constexpr int kStageBytes = 2 * kHalfStage;
 constexpr int kDimPairs = (kHeadDim + 31) / 32;          // products of K and Q take 32 dims at a time
 constexpr int kDimBlocks = kHeadDim / 16;
+constexpr int kCluster = KVT_CLUSTER;
 constexpr int kMinSplitTiles = kWarps * kStep / kTile;   // a step for every warp
-constexpr int kMaxSplits = 128;
 constexpr int kRowPitch = kHeadDim + 4;                  // floats; rows 2t and dims g of a fragment in 32 banks
+constexpr int kFifoBytes = kWarps * kStages * kStageBytes;
+constexpr int kPartial = kRows * (kHeadDim + 2);         // floats: O, then m and l of each row
+constexpr int kSharedBytes = kFifoBytes + 4 * kWarps * kRows * (kRowPitch + 2);
 static_assert(kHeadDim % 16 == 0, "an MMA covers 16 dims");
-static_assert(kWarps * kStages * kStageBytes >= 4 * kRows * (kWarps * kRowPitch + 2 * kWarps), "room for the merge");
-static_assert(kWarps * kStages * kStageBytes >= 4 * kRows * (kMaxSplits + 2), "room for the weights of the splits");
+static_assert(kCluster == 1 || !KVT_PLANNED, "a cluster shares one sequence");
+static_assert(kFifoBytes >= 4 * kPartial, "the cluster's results lie where the tokens lay");
 
 // The running softmax of the columns (query rows) 2t and 2t + 1 of each row tile, over the tokens of one warp.
 struct State {
@@ -187,6 +192,10 @@ struct Merged {
   float l = 0.0f;
 };
 
+__device__ __forceinline__ void add_scaled(float4& sum, float weight, const float4& part) {
+  sum.x += weight * part.x, sum.y += weight * part.y, sum.z += weight * part.z, sum.w += weight * part.w;
+}
+
 // Write one row's output: 4 dims of it, and by one thread its log-sum-exp.
 __device__ __forceinline__ void write_row(
     const AttentionParams& p, const RowBlock& block, int kv_head, int row, int dim, float4 o, Merged sums) {
@@ -210,35 +219,176 @@ __device__ __forceinline__ void write_row(
   }
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads) kvt_decode(const __grid_constant__ AttentionParams p) {
-  extern __shared__ __align__(128) unsigned char shared[];
-  const int warp = threadIdx.x >> 5;
+// A block of rows and the steps of its sequence that this CTA takes.
+struct Piece {
+  RowBlock block;
+  int begin, end;       // steps
+  int num_pieces;       // of the sequence
+  int slot;             // of this one among the partial results
+  int first_slot;       // of the sequence's first
+
+  // Of the sequence's k-th piece.
+  __device__ __forceinline__ int slot_of(int k) const {
+#if KVT_PLANNED
+    return k == 0 ? first_slot : first_slot - 1 + 2 * k;
+#else
+    return first_slot + k;
+#endif
+  }
+};
+
+#if KVT_PLANNED
+
+// The pieces of one of the ranges that kvt_plan cut the batch into. A range has at most two pieces of sequences that
+// are cut: its first, which goes on with a sequence, has slot 2 * range, its last, which begins one, the next slot.
+class Schedule {
+ public:
+  __device__ __forceinline__ Schedule(const AttentionParams& p)
+      : range_(blockIdx.x / (p.num_kv_heads * p.num_row_blocks)), begin_(p.ranges[range_]), end_(p.ranges[range_ + 1]),
+        sequence_(begin_.x) {}
+
+  __device__ __forceinline__ bool next(const AttentionParams& p, Piece& piece) {
+    const int row_block = blockIdx.x / p.num_kv_heads % p.num_row_blocks;
+    while (sequence_ < end_.x || (sequence_ == end_.x && end_.y > 0)) {
+      const int sequence = sequence_++;
+      piece.block = row_block_at<kRows>(p, sequence, row_block * kRows);
+      if (piece.block.num_rows == 0 || (p.has_prefill && piece.block.num_queries > kMaxDecodeQueries)) continue;
+      const StepRange steps = visible_steps(p.left, p.right, piece.block.seq_len, piece.block.num_queries);
+      const bool goes_on = sequence == begin_.x && begin_.y > 0;
+      const bool is_cut = sequence == end_.x;
+      piece.begin = steps.begin + (goes_on ? begin_.y : 0);
+      piece.end = is_cut ? steps.begin + end_.y : steps.end;
+      piece.num_pieces = 1;
+      if (goes_on || is_cut) {
+        const int2 cut = p.sequences[sequence];  // its first range, and into how many it is cut
+        piece.num_pieces = cut.y;
+        piece.first_slot = 2 * cut.x + 1;
+        piece.slot = 2 * range_ + (goes_on ? 0 : 1);
+      }
+      return true;
+    }
+    return false;
+  }
+
+  // Of a piece's sequence and block of rows: where the CTAs that share it count their arrivals.
+  __device__ __forceinline__ int counter(const AttentionParams& p, const Piece& piece) const {
+    const int heads = p.num_kv_heads * p.num_row_blocks;
+    return piece.block.sequence * heads + blockIdx.x % heads;
+  }
+
+  __device__ __forceinline__ float* partial(const AttentionParams& p, int slot) const {
+    const int heads = p.num_kv_heads * p.num_row_blocks;
+    return p.partials + (static_cast<long long>(slot) * heads + blockIdx.x % heads) * kPartial;
+  }
+
+  __device__ __forceinline__ int kv_head(const AttentionParams& p) const { return blockIdx.x % p.num_kv_heads; }
+
+ private:
+  int range_;
+  int2 begin_, end_;   // sequence, and steps of it that belong to the range before
+  int sequence_;
+};
+
+#else
+
+// One piece: a split of one sequence, all of the same length, whatever the batch holds beside it.
+class Schedule {
+ public:
+  __device__ __forceinline__ Schedule(const AttentionParams& p) {
+    if (kCluster > 1) {
+      split_ = blockIdx.x % kCluster;
+      kv_head_ = blockIdx.x / kCluster % p.num_kv_heads;
+      index_ = blockIdx.x / kCluster / p.num_kv_heads;
+    } else {
+      kv_head_ = blockIdx.x % p.num_kv_heads;
+      split_ = blockIdx.x / p.num_kv_heads % p.max_splits;
+      index_ = blockIdx.x / p.num_kv_heads / p.max_splits;
+    }
+  }
+
+  __device__ __forceinline__ bool next(const AttentionParams& p, Piece& piece) {
+    if (is_done_) return false;
+    is_done_ = true;
+    piece.block = find_row_block<kRows>(p, index_);
+    if (piece.block.num_rows == 0 || (p.has_prefill && piece.block.num_queries > kMaxDecodeQueries)) return false;
+    const StepRange steps = visible_steps(p.left, p.right, piece.block.seq_len, piece.block.num_queries);
+    const int first_tile = steps.begin * kStep / kTile;
+    const int num_tiles = (steps.end * kStep + kTile - 1) / kTile - first_tile;
+    const int even_tiles = (num_tiles + p.max_splits - 1) / p.max_splits;
+    const int split_tiles = max(1, p.fixed_splits ? even_tiles : max(even_tiles, kMinSplitTiles));
+    piece.num_pieces = max(1, (num_tiles + split_tiles - 1) / split_tiles);
+    piece.begin = max(steps.begin, (first_tile + split_ * split_tiles) * (kTile / kStep));
+    piece.end = min(steps.end, (first_tile + (split_ + 1) * split_tiles) * (kTile / kStep));
+    piece.first_slot = index_ * p.max_splits;
+    piece.slot = piece.first_slot + split_;
+    // the CTAs of a cluster meet, with or without work
+    return split_ < piece.num_pieces || kCluster > 1;
+  }
+
+  __device__ __forceinline__ int counter(const AttentionParams& p, const Piece&) const {
+    return index_ * p.num_kv_heads + kv_head_;
+  }
+
+  __device__ __forceinline__ float* partial(const AttentionParams& p, int slot) const {
+    return p.partials + (static_cast<long long>(slot) * p.num_kv_heads + kv_head_) * kPartial;
+  }
+
+  __device__ __forceinline__ int kv_head(const AttentionParams&) const { return kv_head_; }
+
+ private:
+  int index_, split_, kv_head_;
+  bool is_done_ = false;
+};
+
+#endif
+
+// The steps that a warp will take, a few ahead of those that it takes: where their tokens lie.
+class Reader {
+ public:
+  __device__ __forceinline__ Reader(const AttentionParams& p, const Schedule& schedule)
+      : schedule_(schedule), locate_(p, 0), step_(0) {
+    piece_.end = 0;
+  }
+
+  // The next step's keys (lanes 0-15) or values (lanes 16-31), one token each; null where there is no next step.
+  __device__ __forceinline__ const unsigned short* next(const AttentionParams& p) {
+    while (!is_done_ && step_ >= piece_.end) {
+      is_done_ = !schedule_.next(p, piece_);
+      if (is_done_) break;
+      step_ = piece_.begin + (threadIdx.x >> 5);
+      if (step_ < piece_.end) {
+        locate_ = Locator(p, piece_.block.sequence);
+        locate_.seek(step_ * kStep);
+      }
+    }
+    if (is_done_) return nullptr;
+    const Place place = locate_.of_step(step_ * kStep, piece_.block.seq_len - 1);
+    step_ += kWarps;
+    const int kv_head = schedule_.kv_head(p);
+    return lane_id() < 16 ? p.k_cache + kv_head * p.k_head + place.block * p.k_block + place.slot * p.k_slot
+                          : p.v_cache + kv_head * p.v_head + place.block * p.v_block + place.slot * p.v_slot;
+  }
+
+  // Whether the step that `next` gave last holds tokens of the present queries, which a kernel before may be writing.
+  __device__ __forceinline__ bool is_new() const {
+    return (step_ - kWarps + 1) * kStep > piece_.block.seq_len - piece_.block.num_queries;
+  }
+
+ private:
+  Schedule schedule_;
+  Locator locate_;
+  Piece piece_;
+  int step_;
+  bool is_done_ = false;
+};
+
+__device__ __forceinline__ void load_queries(
+    const AttentionParams& p, const RowBlock& block, int kv_head, uint4 (&q)[kRowTiles][kDimPairs], Columns& columns) {
   const int lane = lane_id();
-  const int kv_head = blockIdx.x % p.num_kv_heads;
-  const int split = blockIdx.x / p.num_kv_heads % p.max_splits;
-  const int index = blockIdx.x / p.num_kv_heads / p.max_splits;
-
-  const RowBlock block = find_row_block<kRows>(p, index);
-  if (block.num_rows == 0 || (p.has_prefill && block.num_queries > kMaxDecodeQueries)) return;
-  const KeyRange keys = visible_keys(p, block);
-  const int first_tile = keys.begin / kTile;
-  const int num_tiles = max(0, (keys.end + kTile - 1) / kTile - first_tile);
-  const int even_tiles = (num_tiles + p.max_splits - 1) / p.max_splits;
-  const int split_tiles = max(1, p.fixed_splits ? even_tiles : max(even_tiles, kMinSplitTiles));
-  const int num_splits = max(1, (num_tiles + split_tiles - 1) / split_tiles);
-  if (split >= num_splits) return;
-  const int begin = (first_tile + split * split_tiles) * kTile;
-  const int end = min(keys.end, begin + split_tiles * kTile);
-  // steps of the CTA, then of this warp
-  const int first_step = max(begin, keys.begin) / kStep;
-  const int end_step = max(first_step, (end + kStep - 1) / kStep);
-  const int count = max(0, end_step - first_step - warp + kWarps - 1) / kWarps;
-
-  uint4 q[kRowTiles][kDimPairs];
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r) {
     const int row = 8 * r + (lane >> 2);
-    const bool is_row = row < block.num_rows && num_tiles > 0;
+    const bool is_row = row < block.num_rows && block.seq_len > 0;
     const RowPlace place = place_of_row(p, block, kv_head, is_row ? row : 0);
     const unsigned short* from = p.q + place.token * p.q_token + place.q_head * p.q_head + (lane & 3) * 8;
 #pragma unroll
@@ -246,148 +396,221 @@ extern "C" __global__ void __launch_bounds__(kThreads) kvt_decode(const __grid_c
       const bool is_dim = kHeadDim % 32 == 0 || 32 * d + (lane & 3) * 8 < kHeadDim;
       q[r][d] = is_row && is_dim ? *reinterpret_cast<const uint4*>(from + 32 * d) : uint4{0, 0, 0, 0};
     }
-  }
-  Columns columns;
-#pragma unroll
-  for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      const int row = min(8 * r + 2 * (lane & 3) + c, block.num_rows - 1);
-      columns.position[r][c] = block.position(row, p.group_size);
-      const int q_head = place_of_row(p, block, kv_head, row).q_head;
+      const int column = min(8 * r + 2 * (lane & 3) + c, block.num_rows - 1);
+      columns.position[r][c] = block.position(column, p.group_size);
+      const int q_head = place_of_row(p, block, kv_head, column).q_head;
       columns.slope[r][c] = p.alibi_slopes == nullptr ? 0.0f : p.alibi_slopes[q_head] * kLog2E;
     }
   }
+}
 
-  const unsigned fifo = ptx::shared_address(shared) + warp * kStages * kStageBytes;
-  if (kHeadDim % 32 != 0) {
-    // the last product takes dims that do not exist; Q is 0 there, and 0 * NaN is NaN
-    for (int i = lane; i < kStages * kStageBytes / 16; i += 32) ptx::store_shared_16(fifo + i * 16, {0, 0, 0, 0});
-    __syncwarp();
-  }
-  State state;
-  if (count > 0) {
-    const unsigned long long policy = ptx::evict_first_policy();
-    const int last = block.seq_len - 1;
-    Locator locate(p, block.sequence);
-    locate.seek((first_step + warp) * kStep);
-    const auto step_at = [&](int i) { return (first_step + warp + i * kWarps) * kStep; };
-    const auto row_of = [&](Place place) {
-      return lane < 16 ? p.k_cache + kv_head * p.k_head + place.block * p.k_block + place.slot * p.k_slot
-                       : p.v_cache + kv_head * p.v_head + place.block * p.v_block + place.slot * p.v_slot;
-    };
-#pragma unroll
-    for (int i = 0; i < kStages; ++i) {
-      if (i < count) copy_step(fifo + i * kStageBytes, row_of(locate.of_step(step_at(i), last)), policy);
-      ptx::commit_copies();
-    }
-    int stage = 0;
-    for (int i = 0; i < count; ++i) {
-      Place ahead{0, 0};
-      if (i + kStages < count) ahead = locate.of_step(step_at(i + kStages), last);  // on its way during the products
-      ptx::wait_for_copies<kStages - 1>();
-      __syncwarp();
-      attend_step(p, q, columns, keys, block.seq_len, fifo + stage * kStageBytes, step_at(i), state);
-      __syncwarp();
-      if (i + kStages < count) copy_step(fifo + stage * kStageBytes, row_of(ahead), policy);
-      ptx::commit_copies();
-      stage = stage + 1 == kStages ? 0 : stage + 1;
-    }
-    ptx::wait_for_copies<0>();
-  }
+// The warps' states of one piece, in shared memory.
+struct Scratch {
+  float* o;  // [kWarps][kRows][kRowPitch]
+  float* m;  // [kWarps][kRows]
+  float* l;  // [kWarps][kRows]
 
-  // the warps' results, over the stages
-  __syncthreads();
-  float* const warp_o = reinterpret_cast<float*>(shared);              // [kWarps][kRows][kRowPitch]
-  float* const warp_m = warp_o + kWarps * kRows * kRowPitch;           // [kWarps][kRows]
-  float* const warp_l = warp_m + kWarps * kRows;
+  __device__ __forceinline__ explicit Scratch(unsigned char* shared)
+      : o(reinterpret_cast<float*>(shared)), m(o + kWarps * kRows * kRowPitch), l(m + kWarps * kRows) {}
+
+  __device__ __forceinline__ void store(const State& state) const {
+    const int warp = threadIdx.x >> 5;
+    const int lane = lane_id();
 #pragma unroll
-  for (int r = 0; r < kRowTiles; ++r) {
+    for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      const int row = 8 * r + 2 * (lane & 3) + c;
-      const float l = sum_over_rows(state.l[r][c]);
-      if (lane < 4) {
-        warp_m[warp * kRows + row] = state.m[r][c];
-        warp_l[warp * kRows + row] = l;
-      }
-      float* const to = warp_o + (warp * kRows + row) * kRowPitch + (lane >> 2);
+      for (int c = 0; c < 2; ++c) {
+        const int row = 8 * r + 2 * (lane & 3) + c;
+        const float sum = sum_over_rows(state.l[r][c]);
+        if (lane < 4) {
+          m[warp * kRows + row] = state.m[r][c];
+          l[warp * kRows + row] = sum;
+        }
+        float* const to = o + (warp * kRows + row) * kRowPitch + (lane >> 2);
 #pragma unroll
-      for (int d = 0; d < kDimBlocks; ++d) {
-        to[16 * d] = state.o[r][d][c];
-        to[16 * d + 8] = state.o[r][d][c + 2];
+        for (int d = 0; d < kDimBlocks; ++d) {
+          to[16 * d] = state.o[r][d][c];
+          to[16 * d + 8] = state.o[r][d][c + 2];
+        }
       }
     }
   }
-  __syncthreads();
-  const int group = index * p.num_kv_heads + kv_head;
-  constexpr int kPartial = kRows * (kHeadDim + 2);
-  float* const partials = p.partials + static_cast<long long>(group) * p.max_splits * kPartial;
-  for (int i = threadIdx.x; i < block.num_rows * kHeadDim / 4; i += kThreads) {
-    const int row = i / (kHeadDim / 4);
-    const int dim = i % (kHeadDim / 4) * 4;
+
+  // 4 dims of a row over all warps.
+  __device__ __forceinline__ Merged merge(int row, int dim, float4& sum) const {
     Merged sums;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) sums.m = fmaxf(sums.m, warp_m[w * kRows + row]);
+    for (int w = 0; w < kWarps; ++w) sums.m = fmaxf(sums.m, m[w * kRows + row]);
     const float base = sums.m == -kInfinity ? 0.0f : sums.m;
-    float4 o{0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
-      const float weight = ptx::exp2(warp_m[w * kRows + row] - base);
-      const float4 part = *reinterpret_cast<const float4*>(warp_o + (w * kRows + row) * kRowPitch + dim);
-      o.x += weight * part.x, o.y += weight * part.y, o.z += weight * part.z, o.w += weight * part.w;
-      sums.l += weight * warp_l[w * kRows + row];
+      const float weight = ptx::exp2(m[w * kRows + row] - base);
+      add_scaled(sum, weight, *reinterpret_cast<const float4*>(o + (w * kRows + row) * kRowPitch + dim));
+      sums.l += weight * l[w * kRows + row];
     }
-    if (num_splits == 1) {
-      write_row(p, block, kv_head, row, dim, o, sums);
-    } else {
-      float* const partial = partials + split * kPartial;
-      *reinterpret_cast<float4*>(partial + row * kHeadDim + dim) = o;
-      if (dim == 0) {
-        partial[kRows * kHeadDim + row] = sums.m;
-        partial[kRows * kHeadDim + kRows + row] = sums.l;
-      }
-    }
+    return sums;
   }
-  if (num_splits == 1) return;
+};
 
-  // the CTA that arrives last merges the splits, in their order; the counter is then 0 again
+// The last CTA to arrive merges the pieces of a sequence, in their order; the counter is then 0 again.
+__device__ __forceinline__ void merge_pieces(const AttentionParams& p, const Schedule& schedule, const Piece& piece) {
   __shared__ bool is_last;
   __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) is_last = ptx::increment_acq_rel_gpu(p.counters + group, num_splits - 1) == num_splits - 1;
+  if (threadIdx.x == 0) {
+    const unsigned last = piece.num_pieces - 1;
+    is_last = ptx::increment_acq_rel_gpu(p.counters + schedule.counter(p, piece), last) == last;
+  }
   __syncthreads();
   if (!is_last) return;
   __threadfence();
-  float* const split_weight = reinterpret_cast<float*>(shared);        // [kMaxSplits][kRows]
-  float* const row_m = split_weight + kMaxSplits * kRows;              // [kRows]
-  float* const row_l = row_m + kRows;
-  for (int row = threadIdx.x; row < block.num_rows; row += kThreads) {
+  for (int i = threadIdx.x; i < piece.block.num_rows * kHeadDim / 4; i += kThreads) {
+    const int row = i / (kHeadDim / 4);
+    const int dim = i % (kHeadDim / 4) * 4;
     Merged sums;
-    for (int s = 0; s < num_splits; ++s) {
-      sums.m = fmaxf(sums.m, ptx::load_l2(partials + s * kPartial + kRows * kHeadDim + row));
+#pragma unroll 4
+    for (int k = 0; k < piece.num_pieces; ++k) {
+      sums.m = fmaxf(sums.m, ptx::load_l2(schedule.partial(p, piece.slot_of(k)) + kRows * kHeadDim + row));
     }
     const float base = sums.m == -kInfinity ? 0.0f : sums.m;
-    for (int s = 0; s < num_splits; ++s) {
-      const float* const partial = partials + s * kPartial + kRows * kHeadDim;
-      const float weight = ptx::exp2(ptx::load_l2(partial + row) - base);
-      split_weight[s * kRows + row] = weight;
-      sums.l += weight * ptx::load_l2(partial + kRows + row);
+    float4 o{0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 4
+    for (int k = 0; k < piece.num_pieces; ++k) {
+      const float* const partial = schedule.partial(p, piece.slot_of(k));
+      const float weight = ptx::exp2(ptx::load_l2(partial + kRows * kHeadDim + row) - base);
+      sums.l += weight * ptx::load_l2(partial + kRows * kHeadDim + kRows + row);
+      add_scaled(o, weight, ptx::load_l2_16(partial + row * kHeadDim + dim));
     }
-    row_m[row] = sums.m;
-    row_l[row] = sums.l;
+    write_row(p, piece.block, schedule.kv_head(p), row, dim, o, sums);
   }
-  __syncthreads();
-  for (int i = threadIdx.x; i < block.num_rows * kHeadDim / 4; i += kThreads) {
+}
+
+#if KVT_CLUSTER > 1
+
+// The CTAs of a cluster read each other's results from shared memory; each writes a part of the output.
+__device__ __forceinline__ void merge_cluster(
+    const AttentionParams& p, const Schedule& schedule, const Piece& piece, const Scratch& scratch, float* result) {
+  for (int i = threadIdx.x; i < piece.block.num_rows * kHeadDim / 4; i += kThreads) {
     const int row = i / (kHeadDim / 4);
     const int dim = i % (kHeadDim / 4) * 4;
     float4 o{0.0f, 0.0f, 0.0f, 0.0f};
-    for (int s = 0; s < num_splits; ++s) {
-      const float weight = split_weight[s * kRows + row];
-      const float4 part = ptx::load_l2_16(partials + s * kPartial + row * kHeadDim + dim);
-      o.x += weight * part.x, o.y += weight * part.y, o.z += weight * part.z, o.w += weight * part.w;
+    const Merged sums = scratch.merge(row, dim, o);
+    *reinterpret_cast<float4*>(result + row * kHeadDim + dim) = o;
+    if (dim == 0) {
+      result[kRows * kHeadDim + row] = sums.m;
+      result[kRows * kHeadDim + kRows + row] = sums.l;
     }
-    write_row(p, block, kv_head, row, dim, o, {row_m[row], row_l[row]});
+  }
+  ptx::cluster_barrier();
+  const unsigned here = ptx::shared_address(result);
+  for (int i = ptx::cluster_rank() * kThreads + threadIdx.x; i < piece.block.num_rows * kHeadDim / 4;
+       i += kCluster * kThreads) {
+    const int row = i / (kHeadDim / 4);
+    const int dim = i % (kHeadDim / 4) * 4;
+    float m[kCluster];
+    Merged sums;
+#pragma unroll
+    for (int k = 0; k < kCluster; ++k) {
+      m[k] = ptx::load_cluster(ptx::address_in_rank(here + 4 * (kRows * kHeadDim + row), k));
+      sums.m = fmaxf(sums.m, m[k]);
+    }
+    const float base = sums.m == -kInfinity ? 0.0f : sums.m;
+    float4 o{0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+    for (int k = 0; k < kCluster; ++k) {
+      const float weight = ptx::exp2(m[k] - base);
+      sums.l += weight * ptx::load_cluster(ptx::address_in_rank(here + 4 * (kRows * kHeadDim + kRows + row), k));
+      add_scaled(o, weight, ptx::load_cluster_16(ptx::address_in_rank(here + 4 * (row * kHeadDim + dim), k)));
+    }
+    write_row(p, piece.block, schedule.kv_head(p), row, dim, o, sums);
+  }
+  ptx::cluster_barrier();  // nobody ends while others read
+}
+
+#endif
+
+#if KVT_CLUSTER > 1
+#define KVT_CLUSTER_DIMS __cluster_dims__(KVT_CLUSTER, 1, 1)
+#else
+#define KVT_CLUSTER_DIMS
+#endif
+
+extern "C" __global__ void __launch_bounds__(kThreads, 1) KVT_CLUSTER_DIMS
+    kvt_decode(const __grid_constant__ AttentionParams p) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  const int warp = threadIdx.x >> 5;
+  if (p.wait_first) ptx::wait_for_dependencies();
+  Schedule schedule(p);
+  const int kv_head = schedule.kv_head(p);
+  const unsigned fifo = ptx::shared_address(shared) + warp * kStages * kStageBytes;
+  if (kHeadDim % 32 != 0) {
+    // the last product takes dims that do not exist; Q is 0 there, and 0 * NaN is NaN
+    for (int i = lane_id(); i < kStages * kStageBytes / 16; i += 32) ptx::store_shared_16(fifo + i * 16, {0, 0, 0, 0});
+    __syncwarp();
+  }
+
+  const unsigned long long policy = ptx::evict_first_policy();
+  Reader reader(p, schedule);
+#pragma unroll
+  for (int i = 0; i < kStages; ++i) {
+    const unsigned short* const row = reader.next(p);
+    if (row != nullptr) {
+      if (reader.is_new()) ptx::wait_for_dependencies();
+      copy_step(fifo + i * kStageBytes, row, policy);
+    }
+    ptx::commit_copies();
+  }
+  // from here on everything may be read; only now may the next kernel begin, so that what it finds written by kernels
+  // before this one is complete
+  ptx::wait_for_dependencies();
+  ptx::launch_dependents();
+
+  const Scratch scratch(shared + kFifoBytes);
+  int stage = 0;
+  Piece piece;
+  while (schedule.next(p, piece)) {
+    uint4 q[kRowTiles][kDimPairs];
+    Columns columns;
+    load_queries(p, piece.block, kv_head, q, columns);
+    const KeyRange keys = visible_keys(p, piece.block);
+    State state;
+    for (int step = piece.begin + warp; step < piece.end; step += kWarps) {
+      const unsigned short* const ahead = reader.next(p);  // its look-up is on its way during the products
+      ptx::wait_for_copies<kStages - 1>();
+      __syncwarp();
+      attend_step(p, q, columns, keys, piece.block.seq_len, fifo + stage * kStageBytes, step * kStep, state);
+      __syncwarp();
+      if (ahead != nullptr) copy_step(fifo + stage * kStageBytes, ahead, policy);
+      ptx::commit_copies();
+      stage = stage + 1 == kStages ? 0 : stage + 1;
+    }
+
+    __syncthreads();  // the scratch of the piece before has been read
+    scratch.store(state);
+    __syncthreads();
+#if KVT_CLUSTER > 1
+    merge_cluster(p, schedule, piece, scratch, reinterpret_cast<float*>(shared));
+#else
+    for (int i = threadIdx.x; i < piece.block.num_rows * kHeadDim / 4; i += kThreads) {
+      const int row = i / (kHeadDim / 4);
+      const int dim = i % (kHeadDim / 4) * 4;
+      float4 o{0.0f, 0.0f, 0.0f, 0.0f};
+      const Merged sums = scratch.merge(row, dim, o);
+      if (piece.num_pieces == 1) {
+        write_row(p, piece.block, kv_head, row, dim, o, sums);
+      } else {
+        float* const partial = schedule.partial(p, piece.slot);
+        *reinterpret_cast<float4*>(partial + row * kHeadDim + dim) = o;
+        if (dim == 0) {
+          partial[kRows * kHeadDim + row] = sums.m;
+          partial[kRows * kHeadDim + kRows + row] = sums.l;
+        }
+      }
+    }
+    if (piece.num_pieces > 1) merge_pieces(p, schedule, piece);
+#endif
   }
 }
 

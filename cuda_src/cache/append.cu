@@ -5,6 +5,8 @@
 //
 // Launch:   a thread per KVT_VECTOR bytes of a key and of its value, CTA 256. The vector divides the row and every
 //           address and stride. Any architecture.
+#include <kvt/ptx/cluster.cuh>
+
 namespace kvt {
 
 #if KVT_VECTOR == 16
@@ -30,6 +32,8 @@ struct AppendParams {
 };
 
 extern "C" __global__ void __launch_bounds__(256) kvt_append(const __grid_constant__ AppendParams p) {
+  ptx::wait_for_dependencies();
+  ptx::launch_dependents();  // after the wait: what the next kernel finds written by kernels before this one is complete
   const long long index = static_cast<long long>(blockIdx.x) * 256 + threadIdx.x;
   const unsigned vector = index % p.row_vectors;
   const long long row = index / p.row_vectors;

@@ -7,6 +7,7 @@ read once, over a streaming read of the same run.
 
 import argparse
 import json
+from functools import partial
 from typing import Any
 
 from kvtoolkit.bench.attention_cases import PEER_SHAPES, SHAPES, Case, Contender
@@ -87,22 +88,38 @@ def _peers(case: Case, peers: list[str]) -> list[Contender]:
 
 
 def ours(case: Case) -> list[Contender]:
-    """kvtoolkit on the peers' tensors."""
+    """kvtoolkit on the peers' tensors, as the layers of a step run it: the plan is made once and shared.
+
+    ``dependent`` lets a kernel begin while the one before it still runs, as a step does on sm_90.
+    """
     import torch
 
-    from kvtoolkit.attention import _attention
+    from kvtoolkit import cuda
 
     shape = case.shape
     outs = [torch.empty_like(case.q) for _ in range(case.num_sets)]
-    bounds = None if shape.num_queries == 1 else case.cu_seqlens_q
+    names = ("q", "k_cache", "v_cache", "seq_lens", "cu_seqlens_q")
+    q, keys, values, lengths, bounds = (cuda.device_operand(getattr(case, name), name) for name in names)
+    prepared = [
+        cuda.attend(
+            q, keys, values, cuda.device_operand(table, "table"), None, lengths, out=cuda.device_operand(out, "out"),
+            cu_seqlens_q=None if shape.num_queries == 1 else bounds, layout="NHD",
+            query_counts=(shape.num_queries, shape.num_queries), stream=torch.cuda.current_stream().cuda_stream,
+        )
+        for table, out in zip(case.tables, outs, strict=True)
+    ]  # fmt: skip
 
-    def call(which: int) -> Any:
-        return _attention(
-            case.q, case.k_cache, case.v_cache, case.tables[which], None, case.seq_lens, "NHD", bounds, None, True,
-            (-1, -1), 0.0, None, None, outs[which], False, 0, None, (shape.num_queries, shape.num_queries),
-        )  # fmt: skip
+    def call(which: int, dependent: bool) -> Any:
+        stream = torch.cuda.current_stream().cuda_stream
+        addresses = (q.address, keys.address, values.address, outs[which].data_ptr())
+        cuda.attend_alike(prepared[which], *addresses, stream=stream, dependent=dependent)
+        return outs[which]
 
-    return [Contender("kvtoolkit", [lambda which=which: call(which) for which in range(case.num_sets)])]
+    sets = range(case.num_sets)
+    return [
+        Contender("kvtoolkit", [partial(call, which, False) for which in sets]),
+        Contender("kvtoolkit, dependent", [partial(call, which, True) for which in sets]),
+    ]
 
 
 def _time(case: Case, contender: Contender, replays: int, ceiling: float) -> dict[str, Any]:

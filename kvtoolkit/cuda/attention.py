@@ -1,26 +1,46 @@
 """Launch the attention kernels on device arrays that are known to be right."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kvtoolkit.cpu.arrays import Operand
 from kvtoolkit.cuda import specs
 from kvtoolkit.cuda.launching import Launch, load_spec
+from kvtoolkit.cuda.plan import make_plan
 from kvtoolkit.cuda.workspace import workspace
 from kvtoolkit.runtime import smem_limit
-from kvtoolkit.runtime.kernels import num_sms, packer
+from kvtoolkit.runtime.kernels import arch_of, num_sms, packer
 
 MAX_DECODE_QUERIES = 8  # as in attention.cuh
-MAX_SPLITS = 128  # as in decode.cu
+MAX_SPLITS = 128
 _UNBOUNDED = 1 << 30  # a window as wide as any sequence; sums with positions stay in 32 bits
 _LOG2E = 1.4426950408889634
-_params = packer("13q12q11i3f")
+_params = packer("15q12q13i3f")
 _Q, _OUT, _KEYS, _VALUES = 0, 1, 3, 4  # words of AttentionParams
 
 
 class Attention(NamedTuple):
-    """A call of `attend` made ready."""
+    """A call of `attend` made ready for other layers."""
 
-    launches: tuple[Launch, ...]
+    decode: Launch | None
+    """Begins with a wait for the kernel before it."""
+    decode_early: Launch | None
+    """May be launched while the kernel before it still runs."""
+    prefill: Launch | None
+    memory: Any
+
+
+class _Schedule(NamedTuple):
+    """How the decode kernel shares its work among CTAs."""
+
+    spec: specs.Spec
+    grid: tuple[int, ...]
+    splits: int
+    is_fixed: bool
+    row_blocks: int
+    num_ranges: int
+    """0 = even, not planned."""
+    partials_nbytes: int
+    num_counters: int
 
 
 def attend(
@@ -49,67 +69,104 @@ def attend(
     group_size = num_q_heads // num_kv_heads
     device, has_entries = q.device, block_starts is not None
     if num_tokens == 0:
-        return Attention(())
-    if cu_seqlens_q is None:
-        fewest = most = 1
-    else:
-        fewest, most = query_counts or (0, num_tokens)
+        return Attention(None, None, None, None)
+    fewest, most = (1, 1) if cu_seqlens_q is None else query_counts or (0, num_tokens)
     decodes, prefills = fewest <= MAX_DECODE_QUERIES, most > MAX_DECODE_QUERIES
-    left, right = window_size
+    left, right = (min(side, _UNBOUNDED) for side in window_size)
     if causal:
         right = 0
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
 
-    spec = specs.decode(
-        head_dim, k_cache.dtype, has_entries, group_size * min(most, MAX_DECODE_QUERIES), smem_limit(device)
-    )
-    rows = spec.rows
-    if cu_seqlens_q is None:
-        num_blocks = batch * -(-group_size // rows)
-    else:
-        num_blocks = num_tokens * group_size // rows + batch
-    splits, is_fixed = min(num_splits, MAX_SPLITS), 1
-    if not num_splits:
-        is_fixed = 0
-        per_sm = 1 if head_dim >= 128 else 2
-        busy = max(1, min(num_blocks, batch * -(-group_size * min(most, MAX_DECODE_QUERIES) // rows))) * num_kv_heads
-        # not by the width of the table, which growth policies differ in: CTAs that find nothing to do end at once
-        splits = max(1, min(per_sm * num_sms(device) // busy, MAX_SPLITS))
+    schedule = plan = None
     partials = counters = 0
-    if decodes and splits > 1:
-        groups = num_blocks * num_kv_heads
-        scratch = workspace(device, stream, groups * splits * rows * (head_dim + 2) * 4, groups)
-        partials, counters = scratch.partials, scratch.counters
-    parameters = _params.pack(
-        q.address, out.address, lse.address if lse else 0, k_cache.address, v_cache.address, block_table.address,
-        block_starts.address if block_starts else 0, seq_lens.address, cu_seqlens_q.address if cu_seqlens_q else 0,
-        alibi_slopes.address if alibi_slopes else 0, sinks.address if sinks else 0, partials, counters,
-        *q.strides[:2], *out.strides[:2],
-        k_cache.strides[0], k_cache.strides[head_axis], k_cache.strides[slot_axis],
-        v_cache.strides[0], v_cache.strides[head_axis], v_cache.strides[slot_axis],
-        block_table.strides[0], block_starts.strides[0] if block_starts else 0,
-        batch, num_tokens, num_kv_heads, group_size, block_size, max_entries,
-        min(left, _UNBOUNDED), min(right, _UNBOUNDED), splits, is_fixed, int(prefills),
-        scale * _LOG2E, scale / softcap if softcap else 0.0, softcap * _LOG2E,
-    )  # fmt: skip
-    launches: list[Launch] = []
     if decodes:
-        kernel = load_spec(spec, device)
-        launches.append(
-            Launch(kernel, (num_blocks * splits * num_kv_heads,), spec.threads, spec.smem_nbytes, parameters)
+        rows = group_size * min(most, MAX_DECODE_QUERIES)
+        schedule = _schedule(
+            q, k_cache.dtype, num_kv_heads, batch, cu_seqlens_q is not None, has_entries, rows, num_splits
         )
+        if schedule.partials_nbytes:
+            scratch = workspace(device, stream, schedule.partials_nbytes, schedule.num_counters)
+            partials, counters = scratch.partials, scratch.counters
+        if schedule.num_ranges:
+            plan = make_plan(seq_lens, cu_seqlens_q, schedule.num_ranges, left, right, head_dim, prefills, stream)
+
+    def parameters(wait_first: bool) -> bytes:
+        return _params.pack(
+            q.address, out.address, lse.address if lse else 0, k_cache.address, v_cache.address, block_table.address,
+            block_starts.address if block_starts else 0, seq_lens.address, cu_seqlens_q.address if cu_seqlens_q else 0,
+            alibi_slopes.address if alibi_slopes else 0, sinks.address if sinks else 0, partials, counters,
+            plan.ranges if plan else 0, plan.sequences if plan else 0,
+            *q.strides[:2], *out.strides[:2],
+            k_cache.strides[0], k_cache.strides[head_axis], k_cache.strides[slot_axis],
+            v_cache.strides[0], v_cache.strides[head_axis], v_cache.strides[slot_axis],
+            block_table.strides[0], block_starts.strides[0] if block_starts else 0,
+            batch, num_tokens, num_kv_heads, group_size, block_size, max_entries, left, right,
+            schedule.splits if schedule else 1, int(schedule is not None and schedule.is_fixed),
+            schedule.row_blocks if schedule else 1, int(prefills), int(wait_first),
+            scale * _LOG2E, scale / softcap if softcap else 0.0, softcap * _LOG2E,
+        )  # fmt: skip
+
+    decode = early = prefill = None
+    if schedule is not None:
+        spec = schedule.spec
+        kernel = load_spec(spec, device)
+        decode = Launch(kernel, schedule.grid, spec.threads, spec.smem_nbytes, parameters(True))
+        early = decode._replace(parameters=parameters(False))
+        if plan is not None:
+            plan.launch.run(stream)
+        decode.run(stream)
     if prefills:
         spec = specs.prefill(head_dim, k_cache.dtype, has_entries)
-        kernel = load_spec(spec, device)
         grid = (num_tokens * group_size // spec.rows + batch, num_kv_heads)
-        launches.append(Launch(kernel, grid, spec.threads, spec.smem_nbytes, parameters))
-    for launch in launches:
-        launch.run(stream)
-    return Attention(tuple(launches))
+        prefill = Launch(load_spec(spec, device), grid, spec.threads, spec.smem_nbytes, parameters(True))
+        prefill.run(stream)
+    return Attention(decode, early, prefill, plan)
 
 
-def attend_alike(prepared: Attention, q: int, k_cache: int, v_cache: int, out: int, *, stream: int = 0) -> None:
-    """Attend once more where only the addresses of these four arrays differ; see `kvtoolkit.cpu.attend_alike`."""
+def _schedule(
+    q: Operand, dtype: str, num_kv_heads: int, batch: int, has_bounds: bool, has_entries: bool, most_rows: int,
+    num_splits: int,
+) -> _Schedule:  # fmt: skip
+    """Choose a schedule, by what the host knows: never by what lies in the tables, so that a graph stays right."""
+    num_tokens, num_q_heads, head_dim = q.shape
+    device, group_size = q.device, num_q_heads // num_kv_heads
+    limit = smem_limit(device)
+    spec = specs.decode(head_dim, dtype, has_entries, most_rows, limit)
+    rows = spec.rows
+    row_blocks = -(-most_rows // rows)
+    partial = rows * (head_dim + 2) * 4
+    if num_splits == 0 and 1 < batch <= specs.MAX_PLANNED:
+        heads = num_kv_heads * row_blocks
+        ranges = max(1, spec.per_sm * num_sms(device) // heads)
+        return _Schedule(
+            spec, (ranges * heads,), 1, False, row_blocks, ranges, 2 * ranges * heads * partial, batch * heads
+        )
+    # every sequence in even splits, and a block of rows found by its number
+    num_blocks = num_tokens * group_size // rows + batch if has_bounds else batch * -(-group_size // rows)
+    cluster, splits = 1, min(num_splits, MAX_SPLITS)
+    if num_splits == 0:
+        cluster = specs.cluster_size(arch_of(device), row_blocks * num_kv_heads) if batch == 1 else 1
+        splits = cluster
+        if cluster == 1:
+            splits = max(1, min(MAX_SPLITS, spec.per_sm * num_sms(device) // (batch * row_blocks * num_kv_heads)))
+    spec = specs.decode(head_dim, dtype, has_entries, most_rows, limit, planned=False, cluster=cluster)
+    groups = num_blocks * num_kv_heads
+    nbytes = groups * splits * partial if cluster == 1 and splits > 1 else 0
+    return _Schedule(spec, (groups * splits,), splits, num_splits > 0, row_blocks, 0, nbytes, groups)
+
+
+def attend_alike(
+    prepared: Attention, q: int, k_cache: int, v_cache: int, out: int, *, stream: int = 0, dependent: bool = False
+) -> None:
+    """Attend once more where only the addresses of these four arrays differ; see `kvtoolkit.cpu.attend_alike`.
+
+    Args:
+        dependent: let the kernel begin while the one before it still runs. Right where the kernel before wrote nothing
+            of the caches but the tokens of the present queries, and nothing of the tables: after `append`.
+    """
     addresses = {_Q: q, _OUT: out, _KEYS: k_cache, _VALUES: v_cache}
-    for launch in prepared.launches:
-        launch.with_addresses(addresses).run(stream)
+    decode = prepared.decode_early if dependent else prepared.decode
+    if decode is not None:
+        decode.with_addresses(addresses).run(stream, dependent=dependent)
+    if prepared.prefill is not None:
+        prepared.prefill.with_addresses(addresses).run(stream)

@@ -49,10 +49,17 @@ def append(
     return launch
 
 
-def append_alike(prepared: Launch | None, key: int, value: int, k_cache: int, v_cache: int, *, stream: int = 0) -> None:
-    """Append once more where only the addresses of these four arrays differ, by multiples of 16 bytes."""
+def append_alike(
+    prepared: Launch | None, key: int, value: int, k_cache: int, v_cache: int, *, stream: int = 0,
+    dependent: bool = False,
+) -> None:  # fmt: skip
+    """Append once more where only the addresses of these four arrays differ, by multiples of 16 bytes.
+
+    ``dependent`` lets the kernel start up while the one before it still runs; it waits for it before it reads.
+    """
     if prepared is not None:
-        prepared.with_addresses({_KEY: key, _VALUE: value, _KEYS: k_cache, _VALUES: v_cache}).run(stream)
+        moved = prepared.with_addresses({_KEY: key, _VALUE: value, _KEYS: k_cache, _VALUES: v_cache})
+        moved.run(stream, dependent=dependent)
 
 
 def _widest(*numbers: int) -> int:

@@ -18,9 +18,9 @@ class Launch(NamedTuple):
     smem_nbytes: int
     parameters: bytes
 
-    def run(self, stream: int) -> None:
-        """Launch it."""
-        self.kernel.launch(self.grid, self.threads, self.parameters, stream, self.smem_nbytes)
+    def run(self, stream: int, *, dependent: bool = False) -> None:
+        """Launch it; ``dependent``: it may begin while the kernel before it still runs, and waits for it itself."""
+        self.kernel.launch(self.grid, self.threads, self.parameters, stream, self.smem_nbytes, dependent=dependent)
 
     def with_addresses(self, addresses: dict[int, int]) -> "Launch":
         """The same with other pointers, by their place among the parameters' 8-byte words."""

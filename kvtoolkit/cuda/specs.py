@@ -11,7 +11,10 @@ SMEM_LIMITS = {"80": 166912, "86": 101376, "89": 101376, "90": 232448, "100": 23
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 """What models have; any multiple of 16 up to 256 compiles."""
 
-_RESERVED = 1024  # static shared memory and what the driver takes
+MAX_PLANNED = 12288
+"""Sequences that a plan may have: their costs lie in 48 KiB of shared memory."""
+
+_RESERVED = 256  # static shared memory
 
 
 class Spec(NamedTuple):
@@ -26,6 +29,8 @@ class Spec(NamedTuple):
     """Dynamic shared memory of a CTA."""
     rows: int = 1
     """Query rows of a CTA."""
+    per_sm: int = 1
+    """CTAs that an SM holds."""
 
 
 def check_head_dim(head_dim: int, dtype: str) -> None:
@@ -41,18 +46,39 @@ def row_bytes(head_dim: int) -> int:
     return -(-head_dim // 64) * 128
 
 
-def decode(head_dim: int, dtype: str, entries: bool, most_rows: int, smem_limit: int) -> Spec:
+def decode(
+    head_dim: int, dtype: str, entries: bool, most_rows: int, smem_limit: int, *, planned: bool = True, cluster: int = 1
+) -> Spec:
     """The decode kernel for blocks of up to ``most_rows`` query rows."""
     row_tiles = 2 if most_rows > 8 and head_dim <= 128 else 1
     step = 2 * 16 * row_bytes(head_dim)
-    shapes = ((8, 3), (8, 2), (4, 3), (4, 2)) if head_dim <= 128 else ((4, 3), (4, 2), (2, 3), (2, 2))
+    shapes = {
+        64: ((4, 3), (4, 2), (2, 2)),
+        128: ((8, 3), (8, 2), (4, 3), (4, 2)),
+        256: ((4, 3), (4, 2), (2, 3), (2, 2)),
+    }
+
+    def nbytes(shape: tuple[int, int]) -> int:
+        warps, stages = shape
+        return warps * (stages * step + 4 * 8 * row_tiles * (head_dim + 4 + 2))  # FIFOs, and the merge of the warps
+
     # the most bytes under way that fit
-    warps, stages = next(shape for shape in shapes if shape[0] * shape[1] * step + _RESERVED <= smem_limit)
+    widths = next(shapes[most] for most in shapes if head_dim <= most)
+    shape = next(shape for shape in widths if nbytes(shape) + _RESERVED <= smem_limit)
+    per_sm = min(3, (smem_limit + 1024) // (nbytes(shape) + 1024))  # the driver takes 1 KiB of each CTA
     defines = (
         ("KVT_HEAD_DIM", head_dim), ("KVT_BF16", int(dtype == "bfloat16")), ("KVT_ENTRIES", int(entries)),
-        ("KVT_ROW_TILES", row_tiles), ("KVT_WARPS", warps), ("KVT_STAGES", stages),
+        ("KVT_ROW_TILES", row_tiles), ("KVT_WARPS", shape[0]), ("KVT_STAGES", shape[1]),
+        ("KVT_PLANNED", int(planned)), ("KVT_CLUSTER", cluster),
     )  # fmt: skip
-    return Spec("attention/decode.cu", "kvt_decode", defines, 32 * warps, warps * stages * step, 8 * row_tiles)
+    # all of an SM's memory, so that CTAs of the next kernel do not crowd in while these run
+    smem = ((smem_limit + 1024) // per_sm - 1024 - 256) // 128 * 128
+    return Spec("attention/decode.cu", "kvt_decode", defines, 32 * shape[0], smem, 8 * row_tiles, per_sm)
+
+
+def plan(batch: int) -> Spec:
+    """The kernel that cuts a batch into ranges."""
+    return Spec("attention/plan.cu", "kvt_plan", (), 1024, 4 * batch)
 
 
 def prefill(head_dim: int, dtype: str, entries: bool) -> Spec:
@@ -77,12 +103,26 @@ def merge_states(dtype: str) -> Spec:
     return Spec("attention/merge_states.cu", "kvt_merge_states", (("KVT_DTYPE", code),), 256)
 
 
-def of_model(head_dim: int, dtype: str, group_size: int, smem_limit: int, *, plain: bool = False) -> Iterator[Spec]:
+def cluster_size(arch: int, num_heads: int) -> int:
+    """CTAs that share the only sequence of a batch: 64 in all, in clusters, where there are clusters; 1 = none."""
+    if arch < 90 or num_heads < 8:
+        return 1
+    return max(size for size in (1, 2, 4, 8) if size * num_heads <= 64 or size == 1)
+
+
+def of_model(
+    head_dim: int, dtype: str, num_q_heads: int, num_kv_heads: int, arch: int, smem_limit: int, *, plain: bool = False
+) -> Iterator[Spec]:
     """Every kernel that the cache of a model needs; ``plain`` adds those for caches of plain block ids."""
+    group_size = num_q_heads // num_kv_heads
     for entries in (True, False) if plain else (True,):
-        # decode, and verify with up to 8 tokens
-        yield from dict.fromkeys(
-            decode(head_dim, dtype, entries, rows, smem_limit) for rows in (group_size, 8 * group_size)
-        )
+        found: dict[Spec, None] = {}
+        for rows in (group_size, 8 * group_size):  # decode, and verify with up to 8 tokens
+            kernel = decode(head_dim, dtype, entries, rows, smem_limit)
+            cluster = cluster_size(arch, num_kv_heads * -(-rows // kernel.rows))
+            found[kernel] = None
+            found[decode(head_dim, dtype, entries, rows, smem_limit, planned=False)] = None
+            found[decode(head_dim, dtype, entries, rows, smem_limit, planned=False, cluster=cluster)] = None
+        yield from found
         yield prefill(head_dim, dtype, entries)
-    yield from (append(16), MOVE, CHECK, merge_states(dtype))
+    yield from (plan(1), append(16), MOVE, CHECK, merge_states(dtype))

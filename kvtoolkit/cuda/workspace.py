@@ -1,7 +1,8 @@
 """Scratch memory of the attention kernels, one piece per device and stream, kept for ever.
 
 It only grows, and what it has outgrown is kept too: a captured CUDA graph may hold its address. Kernels on one stream
-follow one another, so they can share it.
+follow one another, so they can share it. Nothing can be allocated while a graph is captured: a stream that was never
+used before its capture gets a spare piece, which every device has as large as its largest.
 """
 
 import threading
@@ -9,6 +10,10 @@ from typing import Any, NamedTuple
 
 from kvtoolkit.errors import UnsupportedError
 from kvtoolkit.runtime import is_capturing
+
+_MIN_PARTIALS = 4 << 20
+_MIN_COUNTERS = 1 << 16
+_PLANS_NBYTES = 1 << 20  # for plans made during a capture
 
 
 class Workspace(NamedTuple):
@@ -22,32 +27,78 @@ class Workspace(NamedTuple):
     memory: tuple[Any, ...]
 
 
+class _Plans:
+    """Memory for the plans of captured graphs, handed out once and never taken back."""
+
+    def __init__(self, memory: Any) -> None:
+        self.memory = memory
+        self.used = 0
+
+
 _lock = threading.Lock()
 _spaces: dict[tuple[int, int], Workspace] = {}
-_outgrown: list[Workspace] = []
+_spares: dict[int, Workspace] = {}
+_plans: dict[int, _Plans] = {}
+_outgrown: list[Any] = []
 
 
 def workspace(device: int, stream: int, partials_nbytes: int, num_counters: int) -> Workspace:
     """Scratch of at least these sizes; UnsupportedError if it had to grow while the stream is captured."""
     found = _spaces.get((device, stream))
-    if found is not None and found.partials_nbytes >= partials_nbytes and found.num_counters >= num_counters:
+    if found is not None and _fits(found, partials_nbytes, num_counters):
         return found
-    if is_capturing(stream):
-        raise UnsupportedError(
-            "attention: expected its scratch memory to be there before a CUDA graph is captured; run the same call "
-            "once on this stream before the capture"
-        )
-    import cupy
-
     with _lock:
-        found = _spaces.get((device, stream))
+        spare = _spares.get(device)
+        if is_capturing(stream):
+            if spare is None or not _fits(spare, partials_nbytes, num_counters):
+                raise UnsupportedError(
+                    "attention: expected its scratch memory to be there before a CUDA graph is captured; run the same "
+                    "call once before the capture, on any stream"
+                )
+            _spaces[device, stream] = _spares.pop(device)
+            return spare
         if found is not None:
             partials_nbytes = max(partials_nbytes, 2 * found.partials_nbytes)
             num_counters = max(num_counters, 2 * found.num_counters)
             _outgrown.append(found)
-        partials = cupy.cuda.Memory(max(partials_nbytes, 1 << 20))
-        counters = cupy.cuda.Memory(4 * max(num_counters, 4096))
-        cupy.cuda.runtime.memsetAsync(counters.ptr, 0, counters.size, stream)
-        made = Workspace(partials.ptr, partials.size, counters.ptr, counters.size // 4, (partials, counters))
-        _spaces[device, stream] = made
+        made = _spaces[device, stream] = _make(partials_nbytes, num_counters)
+        if spare is None or not _fits(spare, made.partials_nbytes, made.num_counters):
+            _spares[device] = _make(made.partials_nbytes, made.num_counters)
+        if device not in _plans:
+            import cupy
+
+            _plans[device] = _Plans(cupy.cuda.Memory(_PLANS_NBYTES))
         return made
+
+
+def plan_memory(device: int, stream: int, nbytes: int) -> tuple[int, Any]:
+    """``(address, owner)`` of memory for a plan, which lasts as long as its owner, for a captured one for ever."""
+    import cupy
+
+    if not is_capturing(stream):
+        memory = cupy.empty(nbytes, "uint8")
+        return memory.data.ptr, memory
+    with _lock:
+        plans = _plans.get(device)
+        if plans is None or plans.used + nbytes > plans.memory.size:
+            raise UnsupportedError(
+                f"attention: expected room for the plans of captured CUDA graphs, {_PLANS_NBYTES} bytes in all on a "
+                "device that has run attention before; run the call once before the capture, or capture fewer graphs"
+            )
+        address = plans.memory.ptr + plans.used
+        plans.used += -(-nbytes // 256) * 256
+        return address, plans.memory
+
+
+def _fits(space: Workspace, partials_nbytes: int, num_counters: int) -> bool:
+    return space.partials_nbytes >= partials_nbytes and space.num_counters >= num_counters
+
+
+def _make(partials_nbytes: int, num_counters: int) -> Workspace:
+    import cupy
+
+    partials = cupy.cuda.Memory(max(partials_nbytes, _MIN_PARTIALS))
+    counters = cupy.cuda.Memory(4 * max(num_counters, _MIN_COUNTERS))
+    cupy.cuda.runtime.memset(counters.ptr, 0, counters.size)
+    cupy.cuda.runtime.deviceSynchronize()  # any stream may use it from now on
+    return Workspace(partials.ptr, partials.size, counters.ptr, counters.size // 4, (partials, counters))

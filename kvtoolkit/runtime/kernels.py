@@ -12,23 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from kvtoolkit.errors import UnsupportedError
+from kvtoolkit.runtime import driver
 from kvtoolkit.runtime.compiler import Build, KernelUsage, build
 
 _lock = threading.Lock()
 _loaded: dict[tuple[Any, ...], "Kernel"] = {}
 _devices: dict[int, tuple[str, int, int]] = {}
-
-
-class _Stream:
-    """What CuPy's launch wants of a stream: its pointer."""
-
-    __slots__ = ("ptr",)
-
-    def __init__(self, ptr: int) -> None:
-        self.ptr = ptr
+_modules: list[Any] = []
 
 
 class Kernel:
@@ -38,22 +29,25 @@ class Kernel:
         usage: registers, spills and static shared memory, where the compiler told.
     """
 
-    def __init__(self, function: Any, usage: KernelUsage | None) -> None:
+    def __init__(self, function: int, usage: KernelUsage | None) -> None:
         self.usage = usage
         self._function = function
 
-    def launch(self, grid: tuple[int, ...], block: int, arguments: bytes, stream: int, smem_nbytes: int = 0) -> None:
-        """Run it, asynchronously.
+    def launch(
+        self, grid: tuple[int, ...], threads: int, parameters: bytes, stream: int, smem_nbytes: int = 0, *,
+        dependent: bool = False,
+    ) -> None:  # fmt: skip
+        """Run it, asynchronously; see `kvtoolkit.runtime.driver.launch`.
 
         Args:
-            grid: CTAs, up to three axes.
-            block: threads of a CTA.
-            arguments: the bytes of its only parameter, a struct, see `packer`.
+            grid: CTAs, one or two axes.
+            threads: of a CTA.
+            parameters: the bytes of its only parameter, a struct, see `packer`.
             stream: a CUDA stream's address; 0 = the legacy default stream.
             smem_nbytes: dynamic shared memory of a CTA.
+            dependent: let it begin while the kernel before it still runs.
         """
-        packed = np.frombuffer(arguments, f"V{len(arguments)}").reshape(())
-        self._function(grid, (block,), (packed,), smem_nbytes, stream=_Stream(stream))
+        driver.launch(self._function, grid, threads, smem_nbytes, stream, parameters, dependent)
 
 
 def packer(fields: str) -> struct.Struct:
@@ -94,7 +88,8 @@ def _load(built: Build, name: str, smem_nbytes: int) -> Kernel:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(built.cubin)
         raw = cupy.RawModule(path=str(path)).get_function(name)
-        function = raw.kernel  # loads it
+        function = int(raw.kernel.ptr)  # loads it
+        _modules.append(raw)  # or it would be unloaded
     if smem_nbytes > 48 << 10:
         raw.max_dynamic_shared_size_bytes = smem_nbytes
     return Kernel(function, next((usage for usage in built.usage if usage.name == name), None))
@@ -129,6 +124,11 @@ def current_device() -> int:
 def smem_limit(device: int) -> int:
     """Bytes of shared memory that one CTA may have."""
     return _device(device)[1]
+
+
+def arch_of(device: int) -> int:
+    """Compute capability, such as 90."""
+    return int(_device(device)[0])
 
 
 def num_sms(device: int) -> int:

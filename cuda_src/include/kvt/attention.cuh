@@ -29,15 +29,19 @@ struct AttentionParams {
   const float* alibi_slopes;
   const float* sinks;
   float* partials;
-  unsigned* counters;
+  unsigned* counters;      // all 0 between kernels
+  const int2* ranges;      // made by kvt_plan, see plan.cu; null where the schedule is even
+  const int2* sequences;
   long long q_token, q_head, out_token, out_head;
   long long k_block, k_head, k_slot, v_block, v_head, v_slot;
   long long table_row, starts_row;
   int batch, num_tokens, num_kv_heads, group_size, block_size, max_entries;
-  int left, right;      // keys seen before and after a query's position; -1 = all
-  int max_splits;       // CTAs launched for each block of rows
-  int fixed_splits;     // 1: every sequence is cut into max_splits; 0: into as many as are worth it
-  int has_prefill;      // 1: rows with more than kMaxDecodeQueries queries are another kernel's
+  int left, right;         // keys seen before and after a query's position; -1 = all
+  int max_splits;          // even schedule: CTAs for each block of rows
+  int fixed_splits;        // even schedule, 1: every sequence is cut into max_splits; 0: as many as are worth it
+  int num_row_blocks;      // planned schedule: blocks of rows that a sequence may have
+  int has_prefill;         // 1: sequences with more than kMaxDecodeQueries queries are another kernel's
+  int wait_first;          // 1: whatever this kernel reads may still be written when it begins
   float scale_log2;     // softmax_scale * log2(e)
   float cap_inner;      // softmax_scale / softcap
   float cap_outer;      // softcap * log2(e); 0 = no cap
@@ -58,30 +62,33 @@ struct RowBlock {
   }
 };
 
-// The block numbered `index` of blocks of kRows rows. With cu_seqlens_q sequence b owns the numbers from
+// The block of rows that begins at row `first_row` of a sequence.
+template <int kRows>
+__device__ __forceinline__ RowBlock row_block_at(const AttentionParams& p, int sequence, int first_row) {
+  RowBlock block;
+  block.sequence = sequence;
+  block.first_token = p.cu_seqlens_q == nullptr ? sequence : p.cu_seqlens_q[sequence];
+  block.num_queries = p.cu_seqlens_q == nullptr ? 1 : p.cu_seqlens_q[sequence + 1] - block.first_token;
+  block.first_row = first_row;
+  block.num_rows = max(0, min(kRows, block.num_queries * p.group_size - first_row));
+  block.seq_len = p.seq_lens[sequence];
+  return block;
+}
+
+// The block numbered `index` of all blocks of kRows rows. With cu_seqlens_q sequence b owns the numbers from
 // cu[b] * group / kRows + b on, rounded down: always enough, and no sum over the batch is needed to find it.
 template <int kRows>
 __device__ __forceinline__ RowBlock find_row_block(const AttentionParams& p, int index) {
-  RowBlock block;
   if (p.cu_seqlens_q == nullptr) {
     const int per_sequence = (p.group_size + kRows - 1) / kRows;
-    block.sequence = index / per_sequence;
-    block.first_token = block.sequence;
-    block.num_queries = 1;
-    block.first_row = (index - block.sequence * per_sequence) * kRows;
-  } else {
-    const auto first_of = [&](int b) {
-      return static_cast<int>(static_cast<long long>(p.cu_seqlens_q[b]) * p.group_size / kRows) + b;
-    };
-    block.sequence = last_where(p.batch, [&](int b) { return first_of(b) <= index; });
-    block.first_token = p.cu_seqlens_q[block.sequence];
-    block.num_queries = p.cu_seqlens_q[block.sequence + 1] - block.first_token;
-    block.first_row = (index - first_of(block.sequence)) * kRows;
+    const int sequence = index / per_sequence;
+    return row_block_at<kRows>(p, sequence, (index - sequence * per_sequence) * kRows);
   }
-  block.num_rows = min(kRows, block.num_queries * p.group_size - block.first_row);
-  block.num_rows = max(block.num_rows, 0);
-  block.seq_len = p.seq_lens[block.sequence];
-  return block;
+  const auto first_of = [&](int b) {
+    return static_cast<int>(static_cast<long long>(p.cu_seqlens_q[b]) * p.group_size / kRows) + b;
+  };
+  const int sequence = last_where(p.batch, [&](int b) { return first_of(b) <= index; });
+  return row_block_at<kRows>(p, sequence, (index - first_of(sequence)) * kRows);
 }
 
 // Where a row of a block lies in q and out: its token and its query head.
@@ -102,19 +109,36 @@ struct KeyRange {
   int full_begin, full_end;
 };
 
+__device__ __forceinline__ KeyRange visible_keys(int left, int right, int seq_len, int lowest, int highest) {
+  KeyRange keys{0, seq_len, 0, seq_len};
+  if (left >= 0) {
+    keys.begin = max(0, lowest - left);
+    keys.full_begin = max(0, highest - left);
+  }
+  if (right >= 0) {
+    keys.end = min(seq_len, highest + right + 1);
+    keys.full_end = min(seq_len, lowest + right + 1);
+  }
+  return keys;
+}
+
 __device__ __forceinline__ KeyRange visible_keys(const AttentionParams& p, const RowBlock& block) {
   const int lowest = block.position(0, p.group_size);
   const int highest = block.position(block.num_rows - 1, p.group_size);
-  KeyRange keys{0, block.seq_len, 0, block.seq_len};
-  if (p.left >= 0) {
-    keys.begin = max(0, lowest - p.left);
-    keys.full_begin = max(0, highest - p.left);
-  }
-  if (p.right >= 0) {
-    keys.end = min(block.seq_len, highest + p.right + 1);
-    keys.full_end = min(block.seq_len, lowest + p.right + 1);
-  }
-  return keys;
+  return visible_keys(p.left, p.right, block.seq_len, lowest, highest);
+}
+
+// The steps of kStep positions in which any query of a sequence sees a key; the same for all its blocks of rows.
+constexpr int kStep = 16;
+
+struct StepRange {
+  int begin, end;  // end >= begin
+};
+
+__device__ __forceinline__ StepRange visible_steps(int left, int right, int seq_len, int num_queries) {
+  const KeyRange keys = visible_keys(left, right, seq_len, seq_len - num_queries, seq_len - 1);
+  const int begin = keys.begin / kStep;
+  return {begin, max(begin, (keys.end + kStep - 1) / kStep)};
 }
 
 // Whether the query at `position` sees the key at `key`.

@@ -1,0 +1,133 @@
+// Plan: cut the batch into ranges of equal cost, once a step, on the device, for all layers.
+//
+//   seq_lens     [batch] int32;   cu_seqlens_q  [batch + 1] int32 or null = one query each
+//   ranges       [num_ranges + 1] (sequence, steps of it that belong to the range before): where each range begins
+//   sequences    [batch] (first range, number of ranges) that hold a part of each sequence
+//
+// The steps of all sequences stand in one row, each sequence with an overhead in front of its steps: what it costs to
+// begin and to end it. A range ends where its share of the cost is reached, but leaves no less than min_steps of a
+// sequence on either side. Where there is too little for all ranges, the last ones are empty.
+//
+// Launch:   CTA 1024, grid = CTAs that share the sequences; each works out all ranges for itself; dynamic shared
+//           memory 4 * batch. Any architecture.
+// Source:   equal ranges with an overhead, as in FlashMLA's scheduler (deepseek-ai), here without a serial loop.
+#include <kvt/attention.cuh>
+#include <kvt/ptx/cluster.cuh>
+
+namespace kvt {
+
+constexpr int kThreads = 1024;
+constexpr int kMaxRanges = 1024;
+
+// Filled in by kvtoolkit/cuda/plan.py, in this order.
+struct PlanParams {
+  const int* seq_lens;
+  const int* cu_seqlens_q;
+  int2* ranges;
+  int2* sequences;
+  int batch, num_ranges;
+  int left, right;
+  int overhead, min_steps;  // steps
+  int has_prefill;          // 1: sequences with more than kMaxDecodeQueries queries cost nothing here
+};
+
+__device__ __forceinline__ int num_steps(const PlanParams& p, int sequence) {
+  const int queries = p.cu_seqlens_q == nullptr ? 1 : p.cu_seqlens_q[sequence + 1] - p.cu_seqlens_q[sequence];
+  if (queries == 0 || (p.has_prefill && queries > kMaxDecodeQueries)) return 0;
+  const StepRange steps = visible_steps(p.left, p.right, p.seq_lens[sequence], queries);
+  return steps.end - steps.begin;
+}
+
+// Where the place `key` comes in an ascending list: how many of `count` are not above it.
+__device__ __forceinline__ int count_up_to(const int2* places, int count, int2 key) {
+  int low = 0;
+  int high = count;
+  while (low < high) {
+    const int middle = (low + high) >> 1;
+    const int2 place = places[middle];
+    if (place.x < key.x || (place.x == key.x && place.y <= key.y)) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads) kvt_plan(const __grid_constant__ PlanParams p) {
+  extern __shared__ int ends[];  // [batch] cost of the sequences up to each, it included
+  __shared__ int2 ranges[kMaxRanges + 1];
+  __shared__ int warp_sums[32];
+  ptx::wait_for_dependencies();
+  ptx::launch_dependents();
+  const int each = (p.batch + kThreads - 1) / kThreads;
+  const int first = threadIdx.x * each;
+  const int last = min(p.batch, first + each);
+
+  int sum = 0;
+  for (int b = first; b < last; ++b) {
+    const int steps = num_steps(p, b);
+    sum += steps > 0 ? steps + p.overhead : 1;
+    ends[b] = sum;
+  }
+  // the sums of the threads before: within the warp, then of the warps before
+  const int lane = lane_id();
+  int inclusive = sum;
+#pragma unroll
+  for (int d = 1; d < 32; d <<= 1) {
+    const int below = __shfl_up_sync(kAllLanes, inclusive, d);
+    if (lane >= d) inclusive += below;
+  }
+  if (lane == 31) warp_sums[threadIdx.x >> 5] = inclusive;
+  __syncthreads();
+  int of_warps = warp_sums[lane];
+#pragma unroll
+  for (int d = 1; d < 32; d <<= 1) {
+    const int below = __shfl_up_sync(kAllLanes, of_warps, d);
+    if (lane >= d) of_warps += below;
+  }
+  const int total = __shfl_sync(kAllLanes, of_warps, 31);
+  const int warp = threadIdx.x >> 5;
+  const int before_warp = __shfl_sync(kAllLanes, of_warps, max(0, warp - 1));
+  const int before = (warp > 0 ? before_warp : 0) + inclusive - sum;
+  for (int b = first; b < last; ++b) ends[b] += before;
+  __syncthreads();
+
+  const int used = max(1, min(p.num_ranges, total / (p.min_steps + p.overhead)));
+  for (int i = threadIdx.x; i <= p.num_ranges; i += kThreads) {
+    int2 place{p.batch, 0};
+    if (i < used) {
+      const int cost = static_cast<long long>(total) * i / used;
+      int low = 0;
+      int high = p.batch - 1;
+      while (low < high) {  // the first sequence that ends above the cost
+        const int middle = (low + high) >> 1;
+        if (ends[middle] > cost) {
+          high = middle;
+        } else {
+          low = middle + 1;
+        }
+      }
+      const int start = low > 0 ? ends[low - 1] : 0;
+      const int steps = ends[low] - start - p.overhead;  // not above 0: nothing to cut
+      const int inside = cost - start - p.overhead;
+      if (inside < p.min_steps) {
+        place = {low, 0};
+      } else if (steps - inside < p.min_steps) {
+        place = {low + 1, 0};
+      } else {
+        place = {low, inside};
+      }
+    }
+    ranges[i] = place;
+    if (blockIdx.x == 0) p.ranges[i] = place;
+  }
+  __syncthreads();
+  for (int b = blockIdx.x * kThreads + threadIdx.x; b < p.batch; b += gridDim.x * kThreads) {
+    const int begins = count_up_to(ranges, p.num_ranges + 1, {b, 0});         // ranges that begin up to its first step
+    const int inside = count_up_to(ranges, p.num_ranges + 1, {b, 0x7FFFFFFF}) - begins;
+    p.sequences[b] = {begins - 1, inside + 1};
+  }
+}
+
+}  // namespace kvt
