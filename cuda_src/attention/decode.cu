@@ -84,9 +84,14 @@ struct Columns {
   float slope[kRowTiles][2];   // ALiBi, times log2(e); 0 where there is none
 };
 
-// Copy the K and V of 16 tokens to a stage. Lanes 0-15 know where the keys lie, lanes 16-31 the values.
-__device__ __forceinline__ void copy_step(unsigned stage, const unsigned short* row, unsigned long long policy) {
+// Copy the K and V of 16 tokens to a stage: token l % 16 lies at the place that lane l knows.
+__device__ __forceinline__ void copy_step(
+    const AttentionParams& p, int kv_head, unsigned stage, Place place, unsigned long long policy) {
   const int lane = lane_id();
+  // lanes 0-15 work out where the keys lie, lanes 16-31 the values
+  const unsigned short* const row =
+      lane < 16 ? p.k_cache + kv_head * p.k_head + place.block * p.k_block + place.slot * p.k_slot
+                : p.v_cache + kv_head * p.v_head + place.block * p.v_block + place.slot * p.v_slot;
 #pragma unroll
   for (int i = 0; i < kStep * kChunks / 32; ++i) {
     const int piece = i * 32 + lane;
@@ -350,8 +355,9 @@ class Reader {
     piece_.end = 0;
   }
 
-  // The next step's keys (lanes 0-15) or values (lanes 16-31), one token each; null where there is no next step.
-  __device__ __forceinline__ const unsigned short* next(const AttentionParams& p) {
+  // Look up the next step: where token l % 16 of it lies, for lane l; a negative block where there is no next step.
+  // Nothing is done with what was loaded, so that nobody waits for it yet.
+  __device__ __forceinline__ Place next(const AttentionParams& p) {
     while (!is_done_ && step_ >= piece_.end) {
       is_done_ = !schedule_.next(p, piece_);
       if (is_done_) break;
@@ -361,17 +367,15 @@ class Reader {
         locate_.seek(step_ * kStep);
       }
     }
-    if (is_done_) return nullptr;
+    if (is_done_) return {-1, 0};
     const Place place = locate_.of_step(step_ * kStep, piece_.block.seq_len - 1);
     step_ += kWarps;
-    const int kv_head = schedule_.kv_head(p);
-    return lane_id() < 16 ? p.k_cache + kv_head * p.k_head + place.block * p.k_block + place.slot * p.k_slot
-                          : p.v_cache + kv_head * p.v_head + place.block * p.v_block + place.slot * p.v_slot;
+    return place;
   }
 
   // Whether the step that `next` gave last holds tokens of the present queries, which a kernel before may be writing.
   __device__ __forceinline__ bool is_new() const {
-    return (step_ - kWarps + 1) * kStep > piece_.block.seq_len - piece_.block.num_queries;
+    return !is_done_ && (step_ - kWarps + 1) * kStep > piece_.block.seq_len - piece_.block.num_queries;
   }
 
  private:
@@ -553,15 +557,22 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) KVT_CLUSTER_DIMS
 
   const unsigned long long policy = ptx::evict_first_policy();
   Reader reader(p, schedule);
+  // all look-ups first, so that they are under way together
+  Place places[kStages + 1];
+  bool are_new[kStages];
 #pragma unroll
   for (int i = 0; i < kStages; ++i) {
-    const unsigned short* const row = reader.next(p);
-    if (row != nullptr) {
-      if (reader.is_new()) ptx::wait_for_dependencies();
-      copy_step(fifo + i * kStageBytes, row, policy);
-    }
+    places[i] = reader.next(p);
+    are_new[i] = reader.is_new();
+  }
+  places[kStages] = reader.next(p);
+#pragma unroll
+  for (int i = 0; i < kStages; ++i) {
+    if (are_new[i]) ptx::wait_for_dependencies();
+    if (places[i].block >= 0) copy_step(p, kv_head, fifo + i * kStageBytes, places[i], policy);
     ptx::commit_copies();
   }
+  Place ahead = places[kStages];
   // from here on everything may be read; only now may the next kernel begin, so that what it finds written by kernels
   // before this one is complete
   ptx::wait_for_dependencies();
@@ -577,13 +588,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) KVT_CLUSTER_DIMS
     const KeyRange keys = visible_keys(p, piece.block);
     State state;
     for (int step = piece.begin + warp; step < piece.end; step += kWarps) {
-      const unsigned short* const ahead = reader.next(p);  // its look-up is on its way during the products
       ptx::wait_for_copies<kStages - 1>();
       __syncwarp();
       attend_step(p, q, columns, keys, piece.block.seq_len, fifo + stage * kStageBytes, step * kStep, state);
       __syncwarp();
-      if (ahead != nullptr) copy_step(fifo + stage * kStageBytes, ahead, policy);
+      if (ahead.block >= 0) copy_step(p, kv_head, fifo + stage * kStageBytes, ahead, policy);
       ptx::commit_copies();
+      ahead = reader.next(p);  // it has until the next step to arrive
       stage = stage + 1 == kStages ? 0 : stage + 1;
     }
 

@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", nargs="+", default=list(PEER_SHAPES), help="by name, or all")
     parser.add_argument("--peer", action="append", default=[], help=f"one of {', '.join(PEERS)}; repeat it for several")
     parser.add_argument("--block-size", type=int, default=16, help="tokens to a block")
+    parser.add_argument("--layout", choices=["HND", "NHD"], default="HND", help="of the blocks, for all kernels")
     parser.add_argument("--replays", type=int, default=40)
     parser.add_argument("--json", metavar="PATH", help="also write the figures there")
 
@@ -38,11 +39,13 @@ def main(options: argparse.Namespace) -> int:
         if name not in SHAPES:
             raise ConfigError(f"--shape: expected some of {', '.join(SHAPES)} or all, got {name!r}")
     ceiling = read_ceiling()
-    print(f"{device_line()}\nbfloat16, blocks of {options.block_size}; a large read: {ceiling:.0f} GB/s\n")
+    print(
+        f"{device_line()}\nbfloat16, {options.layout} blocks of {options.block_size}; a large read: {ceiling:.0f} GB/s\n"
+    )
     print(f"{'shape':<22}{'kernel':<24}{'us':>9}{'p10':>9}{'p90':>9}{'of read':>9}{'error':>10}{'ratio':>8}")
     rows: list[dict[str, Any]] = []
     for name in names:
-        rows += _measure(Case(SHAPES[name], options.block_size), options, ceiling)
+        rows += _measure(Case(SHAPES[name], options.block_size, options.layout), options, ceiling)
         torch.cuda.empty_cache()
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:

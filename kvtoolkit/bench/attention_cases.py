@@ -80,21 +80,24 @@ class Case:
     """A shape in a pool of shuffled blocks, several sets of them: no two share a block.
 
     Attributes:
-        k_cache: ``[num_blocks, block_size, num_kv_heads, head_dim]`` bfloat16; ``v_cache`` alike.
+        storage: keys and values, contiguous in ``layout``.
+        k_cache: ``[num_blocks, block_size, num_kv_heads, head_dim]`` bfloat16, a view of them; ``v_cache`` alike.
         tables: ``[batch, max_blocks]`` int32 of each set.
         q: ``[num_tokens, num_q_heads, head_dim]``; seq_lens: ``[batch]`` int32.
     """
 
-    def __init__(self, shape: Shape, block_size: int = 16) -> None:
+    def __init__(self, shape: Shape, block_size: int = 16, layout: str = "HND") -> None:
         import torch
 
-        self.shape, self.block_size = shape, block_size
+        self.shape, self.block_size, self.layout = shape, block_size, layout
         self.counts = [-(-n // block_size) for n in shape.lengths]
         per_set = sum(self.counts)
         self.num_sets = max(1, min(_MAX_SETS, -(-_POOL_NBYTES // shape.kv_nbytes)))
         torch.manual_seed(1)
-        size = (per_set * self.num_sets, block_size, shape.num_kv_heads, shape.head_dim)
-        self.k_cache, self.v_cache = (torch.randn(size, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+        inner = (block_size, shape.num_kv_heads) if layout == "NHD" else (shape.num_kv_heads, block_size)
+        size = (per_set * self.num_sets, *inner, shape.head_dim)
+        self.storage = tuple(torch.randn(size, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+        self.k_cache, self.v_cache = (one if layout == "NHD" else one.transpose(1, 2) for one in self.storage)
         tokens = shape.batch * shape.num_queries
         self.q = torch.randn(tokens, shape.num_q_heads, shape.head_dim, dtype=torch.bfloat16, device="cuda")
         self.seq_lens = torch.tensor(shape.lengths, dtype=torch.int32, device="cuda")

@@ -36,7 +36,9 @@ def _flashinfer(case: Case) -> Iterator[Contender]:
     starts = torch.tensor([0, *case.counts]).cumsum(0).int().cuda()
     last = torch.tensor([(n - 1) % case.block_size + 1 for n in shape.lengths], dtype=torch.int32, device="cuda")
     for name, tensor_cores, backend in (("cuda cores", False, "auto"), ("fa2", True, "fa2"), ("cudnn", False, "cudnn")):
-        wrapper = BatchDecodeWithPagedKVCacheWrapper(_scratch(), "NHD", use_tensor_cores=tensor_cores, backend=backend)
+        wrapper = BatchDecodeWithPagedKVCacheWrapper(
+            _scratch(), case.layout, use_tensor_cores=tensor_cores, backend=backend
+        )
         options = {"q_data_type": torch.bfloat16, "kv_data_type": torch.bfloat16, "o_data_type": torch.bfloat16}
         if backend == "cudnn":
             options["block_tables"] = case.tables[0]
@@ -56,7 +58,7 @@ def _flashinfer(case: Case) -> Iterator[Contender]:
             wrapper._paged_kv_indices_buf = case.indices[which]
             if backend == "cudnn":
                 wrapper._block_tables = case.tables[which]
-            return wrapper.run(case.q, (case.k_cache, case.v_cache))
+            return wrapper.run(case.q, case.storage)
 
         yield Contender(
             f"FlashInfer {name}", [lambda which=which, run=run: run(which) for which in range(case.num_sets)]
@@ -72,8 +74,8 @@ def _xqa(case: Case) -> Iterator[Contender]:
 
     def run(which: int) -> Any:
         return xqa_batch_decode_with_kv_cache(
-            case.q, (case.k_cache, case.v_cache), scratch, case.tables[which], case.seq_lens.view(torch.uint32), width,
-            bmm1_scale=case.shape.head_dim**-0.5, bmm2_scale=1.0, kv_layout="NHD",
+            case.q, case.storage, scratch, case.tables[which], case.seq_lens.view(torch.uint32), width,
+            bmm1_scale=case.shape.head_dim**-0.5, bmm2_scale=1.0, kv_layout=case.layout,
         )  # fmt: skip
 
     yield Contender("FlashInfer XQA", [lambda which=which: run(which) for which in range(case.num_sets)])

@@ -5,6 +5,7 @@ follow one another, so they can share it. Nothing can be allocated while a graph
 used before its capture gets a spare piece, which every device has as large as its largest.
 """
 
+import atexit
 import threading
 from typing import Any, NamedTuple
 
@@ -40,6 +41,13 @@ _spaces: dict[tuple[int, int], Workspace] = {}
 _spares: dict[int, Workspace] = {}
 _plans: dict[int, _Plans] = {}
 _outgrown: list[Any] = []
+
+
+@atexit.register
+def _free_all() -> None:
+    """CuPy cannot free memory any more once the interpreter takes modules apart."""
+    for kept in (_spaces, _spares, _plans, _outgrown):
+        kept.clear()
 
 
 def workspace(device: int, stream: int, partials_nbytes: int, num_counters: int) -> Workspace:

@@ -5,6 +5,7 @@ the disk cache) and loads it; every later one is a look-up. Loading inside a cap
 `kvtoolkit.warmup`.
 """
 
+import atexit
 import struct
 import tempfile
 import threading
@@ -20,6 +21,7 @@ _lock = threading.Lock()
 _loaded: dict[tuple[Any, ...], "Kernel"] = {}
 _devices: dict[int, tuple[str, int, int]] = {}
 _modules: list[Any] = []
+atexit.register(_modules.clear)  # CuPy cannot unload them any more once the interpreter takes modules apart
 
 
 class Kernel:

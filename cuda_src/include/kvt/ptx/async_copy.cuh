@@ -17,9 +17,10 @@ __device__ __forceinline__ unsigned long long evict_first_policy() {
   return policy;
 }
 
-// cp.async.cg.shared.global, 16 bytes past L1, with an L2 policy. Both addresses are multiples of 16.
+// cp.async.cg.shared.global, 16 bytes past L1, with an L2 policy, asking for the 128 bytes around it.
+// Both addresses are multiples of 16.
 __device__ __forceinline__ void copy_async_16(unsigned to_shared, const void* from, unsigned long long policy) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;"
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;"
                :: "r"(to_shared), "l"(from), "l"(policy) : "memory");
 }
 
