@@ -18,9 +18,11 @@ from kvtoolkit.upload import DeviceTables
 class DeviceStepAccess(StepAccess):
     """`StepAccess` with the kernels of a device, on the stream that is current at each call."""
 
-    __slots__ = ("_appended_layer", "_is_dependent", "_kernels", "_query_counts")
+    __slots__ = ("_appended_layer", "_is_dependent", "_kernels", "_max_seq_len", "_query_counts")
 
-    def __init__(self, arenas: Arenas, tables: DeviceTables, num_new_tokens: NDArray[np.int32]) -> None:
+    def __init__(
+        self, arenas: Arenas, tables: DeviceTables, num_new_tokens: NDArray[np.int32], seq_lens: NDArray[np.int32]
+    ) -> None:
         fewest, most = int(num_new_tokens.min(initial=1)), int(num_new_tokens.max(initial=1))
         one_each = fewest == most == 1
         super().__init__(
@@ -28,6 +30,7 @@ class DeviceStepAccess(StepAccess):
             tables.slot_mapping,
         )  # fmt: skip
         self._query_counts = fewest, most
+        self._max_seq_len = int(seq_lens.max(initial=0))
         self._kernels = kernels_of(arenas.backend)
         # a kernel may begin before the one in front of it has ended, where the device can do that
         self._is_dependent = arenas.backend == "cuda" and arch_of(arenas.device) >= 90
@@ -54,7 +57,7 @@ class DeviceStepAccess(StepAccess):
         device = check_devices({"k_cache": k_cache, "q": q} | {name: options[name] for name in names})
         if self._arenas.backend == "cuda":
             check_alignment({"q": q, "out": options["out"]})
-            options["query_counts"] = self._query_counts
+            options |= {"query_counts": self._query_counts, "max_seq_len": self._max_seq_len}
         with using(device):
             return self._kernels.attend(q, k_cache, v_cache, *tables, stream=current_stream(device), **options)
 

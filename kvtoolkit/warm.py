@@ -14,7 +14,7 @@ _SM_REGISTERS = 65536
 _SM_THREADS = {"80": 2048, "86": 1536, "89": 1536, "90": 2048, "100": 2048, "120": 1536}
 
 
-def warmup(config: CacheConfig, num_q_heads: int, *, plain: bool = False) -> None:
+def warmup(config: CacheConfig, num_q_heads: int) -> None:
     """Compile and load every kernel that a cache and its attention need, on the cache's device.
 
     After it nothing is compiled or loaded at the first call, nor inside a captured CUDA graph. (Scratch memory for the
@@ -23,7 +23,6 @@ def warmup(config: CacheConfig, num_q_heads: int, *, plain: bool = False) -> Non
     Args:
         config: of the cache; its backend must be ``"cuda"``.
         num_q_heads: query heads of the model.
-        plain: also the kernels of `kvtoolkit.paged_attention`, for caches of plain block ids.
 
     Raises:
         ConfigError: the backend is another, or ``num_q_heads`` is not a multiple of ``num_kv_heads``.
@@ -41,7 +40,7 @@ def warmup(config: CacheConfig, num_q_heads: int, *, plain: bool = False) -> Non
 
     device = current_device() if config.device is None else config.device
     shape = (config.head_dim, config.dtype, num_q_heads, config.num_kv_heads)
-    wanted = list(specs.of_model(*shape, arch_of(device), smem_limit(device), plain=plain))
+    wanted = list(specs.of_model(*shape, arch_of(device), smem_limit(device)))
     with using(device):
         for spec in wanted:
             load_spec(spec, device)
@@ -57,7 +56,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--heads", type=heads, nargs="+", default=[(32, 8)], metavar="Q/KV", help="query and kv heads, such as 32/8"
     )
     parser.add_argument("--dtype", nargs="+", choices=["float16", "bfloat16"], default=["bfloat16"])
-    parser.add_argument("--plain", action="store_true", help="also the kernels for plain block ids")
     parser.add_argument("--json", metavar="PATH", help="also write the table there")
 
 
@@ -99,7 +97,7 @@ def _specs(arch: str, options: argparse.Namespace) -> list[specs.Spec]:
             for num_heads in options.heads:
                 limit = specs.SMEM_LIMITS[arch]
                 q_heads, kv_heads = num_heads
-                kernels = specs.of_model(head_dim, dtype, q_heads, kv_heads, int(arch), limit, plain=options.plain)
+                kernels = specs.of_model(head_dim, dtype, q_heads, kv_heads, int(arch), limit)
                 found |= dict.fromkeys(kernels)
     return list(found)
 

@@ -2,15 +2,16 @@
 //
 //   q            [num_tokens, num_q_heads, head_dim]               scalar_t, rows of 16 bytes aligned
 //   k_cache      block, kv head and slot by strides, head_dim contiguous, rows aligned to 16 bytes; v_cache alike
-//   block_table  [batch, max_entries] int32: entries with block_starts, else block ids
+//   block_table  [batch, max_blocks] int32 block ids; entries come as a list of granules, see expand.cu
 //   seq_lens     [batch] int32, tokens, the new ones included;     0 = padding row, nothing of it is read
 //   out          [num_tokens, num_q_heads, head_dim] scalar_t;     lse [num_tokens, num_q_heads] float32, natural log
 //
-// Launch:   CTA 32 * KVT_WARPS; the dynamic shared memory is kSharedBytes. sm_80 and later; the grid is
-//           planned (KVT_PLANNED): ranges * num_row_blocks * num_kv_heads, kv head fastest;
-//           even: blocks of rows * max_splits * num_kv_heads, kv head fastest; with KVT_CLUSTER the split fastest.
-//           Macros: KVT_HEAD_DIM, KVT_BF16, KVT_ENTRIES, KVT_ROW_TILES (8 query rows each), KVT_WARPS, KVT_STAGES,
-//           KVT_PLANNED, KVT_CLUSTER (CTAs that share one sequence and merge through shared memory, sm_90; 1 = none).
+// Launch:   CTA 32 * KVT_WARPS; the dynamic shared memory is kSharedBytes, and an Inbox. sm_80 and later; the grid is
+//           planned (KVT_PLANNED):  (num_kv_heads, num_row_blocks, ranges)
+//           even:                   (num_kv_heads * blocks of rows, max_splits)
+//           even with KVT_CLUSTER:  (KVT_CLUSTER, num_kv_heads, blocks of rows)
+//           Macros: KVT_HEAD_DIM, KVT_BF16, KVT_ROW_TILES (8 query rows each), KVT_WARPS, KVT_STAGES, KVT_PLANNED,
+//           KVT_CLUSTER (CTAs that share one sequence and merge through shared memory, sm_90; 1 = none).
 // Numerics: scores and running state in float32, weights in scalar_t; an empty sequence gives out = 0, lse = -inf.
 // Source:   online softmax, Milakov & Gimelshein 2018 (arXiv:1805.02867), alg. 3; split-KV, Dao et al. 2023
 //           (Flash-Decoding); merge by the last CTA to arrive, as NVIDIA's XQA kernels do.
@@ -33,11 +34,6 @@ using scalar_t = ptx::BFloat16;
 #else
 using scalar_t = ptx::Half;
 #endif
-#if KVT_ENTRIES
-using Locator = WarpEntries;
-#else
-using Locator = BlockIds;
-#endif
 
 constexpr int kHeadDim = KVT_HEAD_DIM;
 constexpr int kRowTiles = KVT_ROW_TILES;
@@ -52,6 +48,7 @@ constexpr int kStageBytes = 2 * kHalfStage;
 constexpr int kDimPairs = (kHeadDim + 31) / 32;          // products of K and Q take 32 dims at a time
 constexpr int kDimBlocks = kHeadDim / 16;
 constexpr int kCluster = KVT_CLUSTER;
+using Locator = StepBlocks<kWarps>;
 constexpr int kMinSplitTiles = kWarps * kStep / kTile;   // a step for every warp
 constexpr int kRowPitch = kHeadDim + 4;                  // floats; rows 2t and dims g of a fragment in 32 banks
 constexpr int kFifoBytes = kWarps * kStages * kStageBytes;
@@ -59,7 +56,6 @@ constexpr int kPartial = kRows * (kHeadDim + 2);         // floats: O, then m an
 constexpr int kSharedBytes = kFifoBytes + 4 * kWarps * kRows * (kRowPitch + 2);
 static_assert(kHeadDim % 16 == 0, "an MMA covers 16 dims");
 static_assert(kCluster == 1 || !KVT_PLANNED, "a cluster shares one sequence");
-static_assert(kFifoBytes >= 4 * kPartial, "the cluster's results lie where the tokens lay");
 
 // The running softmax of the columns (query rows) 2t and 2t + 1 of each row tile, over the tokens of one warp.
 struct State {
@@ -249,14 +245,12 @@ struct Piece {
 class Schedule {
  public:
   __device__ __forceinline__ Schedule(const AttentionParams& p)
-      : range_(blockIdx.x / (p.num_kv_heads * p.num_row_blocks)), begin_(p.ranges[range_]), end_(p.ranges[range_ + 1]),
-        sequence_(begin_.x) {}
+      : begin_(p.ranges[blockIdx.z]), end_(p.ranges[blockIdx.z + 1]), sequence_(begin_.x) {}
 
   __device__ __forceinline__ bool next(const AttentionParams& p, Piece& piece) {
-    const int row_block = blockIdx.x / p.num_kv_heads % p.num_row_blocks;
     while (sequence_ < end_.x || (sequence_ == end_.x && end_.y > 0)) {
       const int sequence = sequence_++;
-      piece.block = row_block_at<kRows>(p, sequence, row_block * kRows);
+      piece.block = row_block_at<kRows>(p, sequence, blockIdx.y * kRows);
       if (piece.block.num_rows == 0 || (p.has_prefill && piece.block.num_queries > kMaxDecodeQueries)) continue;
       const StepRange steps = visible_steps(p.left, p.right, piece.block.seq_len, piece.block.num_queries);
       const bool goes_on = sequence == begin_.x && begin_.y > 0;
@@ -268,7 +262,7 @@ class Schedule {
         const int2 cut = p.sequences[sequence];  // its first range, and into how many it is cut
         piece.num_pieces = cut.y;
         piece.first_slot = 2 * cut.x + 1;
-        piece.slot = 2 * range_ + (goes_on ? 0 : 1);
+        piece.slot = 2 * blockIdx.z + (goes_on ? 0 : 1);
       }
       return true;
     }
@@ -277,19 +271,17 @@ class Schedule {
 
   // Of a piece's sequence and block of rows: where the CTAs that share it count their arrivals.
   __device__ __forceinline__ int counter(const AttentionParams& p, const Piece& piece) const {
-    const int heads = p.num_kv_heads * p.num_row_blocks;
-    return piece.block.sequence * heads + blockIdx.x % heads;
+    return (piece.block.sequence * p.num_row_blocks + blockIdx.y) * p.num_kv_heads + blockIdx.x;
   }
 
   __device__ __forceinline__ float* partial(const AttentionParams& p, int slot) const {
-    const int heads = p.num_kv_heads * p.num_row_blocks;
-    return p.partials + (static_cast<long long>(slot) * heads + blockIdx.x % heads) * kPartial;
+    const long long block = static_cast<long long>(slot) * p.num_row_blocks + blockIdx.y;
+    return p.partials + (block * p.num_kv_heads + blockIdx.x) * kPartial;
   }
 
-  __device__ __forceinline__ int kv_head(const AttentionParams& p) const { return blockIdx.x % p.num_kv_heads; }
+  __device__ __forceinline__ int kv_head() const { return blockIdx.x; }
 
  private:
-  int range_;
   int2 begin_, end_;   // sequence, and steps of it that belong to the range before
   int sequence_;
 };
@@ -301,13 +293,13 @@ class Schedule {
  public:
   __device__ __forceinline__ Schedule(const AttentionParams& p) {
     if (kCluster > 1) {
-      split_ = blockIdx.x % kCluster;
-      kv_head_ = blockIdx.x / kCluster % p.num_kv_heads;
-      index_ = blockIdx.x / kCluster / p.num_kv_heads;
+      split_ = blockIdx.x;
+      kv_head_ = blockIdx.y;
+      index_ = blockIdx.z;
     } else {
-      kv_head_ = blockIdx.x % p.num_kv_heads;
-      split_ = blockIdx.x / p.num_kv_heads % p.max_splits;
-      index_ = blockIdx.x / p.num_kv_heads / p.max_splits;
+      split_ = blockIdx.y;
+      index_ = blockIdx.x / p.num_kv_heads;
+      kv_head_ = blockIdx.x - index_ * p.num_kv_heads;
     }
   }
 
@@ -338,7 +330,7 @@ class Schedule {
     return p.partials + (static_cast<long long>(slot) * p.num_kv_heads + kv_head_) * kPartial;
   }
 
-  __device__ __forceinline__ int kv_head(const AttentionParams&) const { return kv_head_; }
+  __device__ __forceinline__ int kv_head() const { return kv_head_; }
 
  private:
   int index_, split_, kv_head_;
@@ -347,30 +339,73 @@ class Schedule {
 
 #endif
 
-// The steps that a warp will take, a few ahead of those that it takes: where their tokens lie.
+// The fragments of a block's queries: dims 32d + 8t to 32d + 8t + 7 of row 8r + g.
+struct Queries {
+  uint4 q[kRowTiles][kDimPairs];
+  int sequence = -1;
+
+  __device__ __forceinline__ void load(const AttentionParams& p, const RowBlock& block, int kv_head) {
+    const int lane = lane_id();
+    sequence = block.sequence;
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+      const int row = 8 * r + (lane >> 2);
+      const bool is_row = row < block.num_rows;
+      const RowPlace place = place_of_row(p, block, kv_head, is_row ? row : 0);
+      const unsigned short* from = p.q + place.token * p.q_token + place.q_head * p.q_head + (lane & 3) * 8;
+#pragma unroll
+      for (int d = 0; d < kDimPairs; ++d) {
+        const bool is_dim = kHeadDim % 32 == 0 || 32 * d + (lane & 3) * 8 < kHeadDim;
+        q[r][d] = is_row && is_dim ? *reinterpret_cast<const uint4*>(from + 32 * d) : uint4{0, 0, 0, 0};
+      }
+    }
+  }
+};
+
+__device__ __forceinline__ Columns columns_of(const AttentionParams& p, const RowBlock& block, int kv_head) {
+  Columns columns;
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const int row = min(8 * r + 2 * (lane_id() & 3) + c, block.num_rows - 1);
+      columns.position[r][c] = block.position(row, p.group_size);
+      columns.slope[r][c] = 0.0f;
+      if (p.alibi_slopes != nullptr) {
+        columns.slope[r][c] = p.alibi_slopes[place_of_row(p, block, kv_head, row).q_head] * kLog2E;
+      }
+    }
+  }
+  return columns;
+}
+
+// The steps that a warp will take, a few ahead of those that it takes: where their tokens lie, and the next queries.
 class Reader {
  public:
-  __device__ __forceinline__ Reader(const AttentionParams& p, const Schedule& schedule)
-      : schedule_(schedule), locate_(p, 0), step_(0) {
-    piece_.end = 0;
+  Queries queries;  // of the sequence that the look-ups are in, where there are registers for them
+
+  __device__ __forceinline__ Reader(const AttentionParams& p, const Schedule& schedule, const Piece& piece)
+      : schedule_(schedule), locate_(p, piece.block.sequence), piece_(piece),
+        step_(piece.begin + static_cast<int>(threadIdx.x >> 5)) {
+    if (step_ < piece_.end) locate_.seek(step_, piece_.block.seq_len - 1);
   }
 
   // Look up the next step: where token l % 16 of it lies, for lane l; a negative block where there is no next step.
   // Nothing is done with what was loaded, so that nobody waits for it yet.
-  __device__ __forceinline__ Place next(const AttentionParams& p) {
+  __device__ __forceinline__ Place next(const AttentionParams& p, bool may_load_queries) {
     while (!is_done_ && step_ >= piece_.end) {
       is_done_ = !schedule_.next(p, piece_);
       if (is_done_) break;
-      step_ = piece_.begin + (threadIdx.x >> 5);
+      step_ = piece_.begin + static_cast<int>(threadIdx.x >> 5);
       if (step_ < piece_.end) {
         locate_ = Locator(p, piece_.block.sequence);
-        locate_.seek(step_ * kStep);
+        locate_.seek(step_, piece_.block.seq_len - 1);
+        if (kRowTiles == 1 && may_load_queries) queries.load(p, piece_.block, schedule_.kv_head());
       }
     }
     if (is_done_) return {-1, 0};
-    const Place place = locate_.of_step(step_ * kStep, piece_.block.seq_len - 1);
     step_ += kWarps;
-    return place;
+    return locate_.next();
   }
 
   // Whether the step that `next` gave last holds tokens of the present queries, which a kernel before may be writing.
@@ -385,30 +420,6 @@ class Reader {
   int step_;
   bool is_done_ = false;
 };
-
-__device__ __forceinline__ void load_queries(
-    const AttentionParams& p, const RowBlock& block, int kv_head, uint4 (&q)[kRowTiles][kDimPairs], Columns& columns) {
-  const int lane = lane_id();
-#pragma unroll
-  for (int r = 0; r < kRowTiles; ++r) {
-    const int row = 8 * r + (lane >> 2);
-    const bool is_row = row < block.num_rows && block.seq_len > 0;
-    const RowPlace place = place_of_row(p, block, kv_head, is_row ? row : 0);
-    const unsigned short* from = p.q + place.token * p.q_token + place.q_head * p.q_head + (lane & 3) * 8;
-#pragma unroll
-    for (int d = 0; d < kDimPairs; ++d) {
-      const bool is_dim = kHeadDim % 32 == 0 || 32 * d + (lane & 3) * 8 < kHeadDim;
-      q[r][d] = is_row && is_dim ? *reinterpret_cast<const uint4*>(from + 32 * d) : uint4{0, 0, 0, 0};
-    }
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      const int column = min(8 * r + 2 * (lane & 3) + c, block.num_rows - 1);
-      columns.position[r][c] = block.position(column, p.group_size);
-      const int q_head = place_of_row(p, block, kv_head, column).q_head;
-      columns.slope[r][c] = p.alibi_slopes == nullptr ? 0.0f : p.alibi_slopes[q_head] * kLog2E;
-    }
-  }
-}
 
 // The warps' states of one piece, in shared memory.
 struct Scratch {
@@ -487,50 +498,56 @@ __device__ __forceinline__ void merge_pieces(const AttentionParams& p, const Sch
       sums.l += weight * ptx::load_l2(partial + kRows * kHeadDim + kRows + row);
       add_scaled(o, weight, ptx::load_l2_16(partial + row * kHeadDim + dim));
     }
-    write_row(p, piece.block, schedule.kv_head(p), row, dim, o, sums);
+    write_row(p, piece.block, schedule.kv_head(), row, dim, o, sums);
   }
 }
 
 #if KVT_CLUSTER > 1
 
-// The CTAs of a cluster read each other's results from shared memory; each writes a part of the output.
+// What the CTAs of a cluster send each other: each owns a part of the output, and gets all results for it.
+struct Inbox {
+  static constexpr int kTasks = kRows * kHeadDim / 4;                      // of 4 dims
+  static constexpr int kOwned = (kTasks + kCluster - 1) / kCluster;
+  float4 o[kCluster][kOwned];
+  float m[kCluster][kRows];
+  float l[kCluster][kRows];
+};
 __device__ __forceinline__ void merge_cluster(
-    const AttentionParams& p, const Schedule& schedule, const Piece& piece, const Scratch& scratch, float* result) {
-  for (int i = threadIdx.x; i < piece.block.num_rows * kHeadDim / 4; i += kThreads) {
+    const AttentionParams& p, const Schedule& schedule, const Piece& piece, const Scratch& scratch, Inbox* inbox) {
+  const unsigned rank = ptx::cluster_rank();
+  const int num_tasks = piece.block.num_rows * kHeadDim / 4;
+  ptx::cluster_wait();  // all have begun, so there is somebody to send to
+  for (int i = threadIdx.x; i < num_tasks; i += kThreads) {
     const int row = i / (kHeadDim / 4);
-    const int dim = i % (kHeadDim / 4) * 4;
     float4 o{0.0f, 0.0f, 0.0f, 0.0f};
-    const Merged sums = scratch.merge(row, dim, o);
-    *reinterpret_cast<float4*>(result + row * kHeadDim + dim) = o;
-    if (dim == 0) {
-      result[kRows * kHeadDim + row] = sums.m;
-      result[kRows * kHeadDim + kRows + row] = sums.l;
+    const Merged sums = scratch.merge(row, i % (kHeadDim / 4) * 4, o);
+    const unsigned to = ptx::shared_address(&inbox->o[rank][i % Inbox::kOwned]);
+    ptx::store_cluster_16(ptx::address_in_rank(to, i / Inbox::kOwned), o);
+    const int dim = i % (kHeadDim / 4);
+    if (dim < kCluster) {
+      ptx::store_cluster(ptx::address_in_rank(ptx::shared_address(&inbox->m[rank][row]), dim), sums.m);
+      ptx::store_cluster(ptx::address_in_rank(ptx::shared_address(&inbox->l[rank][row]), dim), sums.l);
     }
   }
-  ptx::cluster_barrier();
-  const unsigned here = ptx::shared_address(result);
-  for (int i = ptx::cluster_rank() * kThreads + threadIdx.x; i < piece.block.num_rows * kHeadDim / 4;
-       i += kCluster * kThreads) {
+  ptx::cluster_arrive();
+  ptx::cluster_wait();
+  for (int own = threadIdx.x; own < Inbox::kOwned; own += kThreads) {
+    const int i = rank * Inbox::kOwned + own;
+    if (i >= num_tasks) break;
     const int row = i / (kHeadDim / 4);
-    const int dim = i % (kHeadDim / 4) * 4;
-    float m[kCluster];
     Merged sums;
 #pragma unroll
-    for (int k = 0; k < kCluster; ++k) {
-      m[k] = ptx::load_cluster(ptx::address_in_rank(here + 4 * (kRows * kHeadDim + row), k));
-      sums.m = fmaxf(sums.m, m[k]);
-    }
+    for (int k = 0; k < kCluster; ++k) sums.m = fmaxf(sums.m, inbox->m[k][row]);
     const float base = sums.m == -kInfinity ? 0.0f : sums.m;
     float4 o{0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
     for (int k = 0; k < kCluster; ++k) {
-      const float weight = ptx::exp2(m[k] - base);
-      sums.l += weight * ptx::load_cluster(ptx::address_in_rank(here + 4 * (kRows * kHeadDim + kRows + row), k));
-      add_scaled(o, weight, ptx::load_cluster_16(ptx::address_in_rank(here + 4 * (row * kHeadDim + dim), k)));
+      const float weight = ptx::exp2(inbox->m[k][row] - base);
+      sums.l += weight * inbox->l[k][row];
+      add_scaled(o, weight, inbox->o[k][own]);
     }
-    write_row(p, piece.block, schedule.kv_head(p), row, dim, o, sums);
+    write_row(p, piece.block, schedule.kv_head(), row, i % (kHeadDim / 4) * 4, o, sums);
   }
-  ptx::cluster_barrier();  // nobody ends while others read
 }
 
 #endif
@@ -545,9 +562,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) KVT_CLUSTER_DIMS
     kvt_decode(const __grid_constant__ AttentionParams p) {
   extern __shared__ __align__(128) unsigned char shared[];
   const int warp = threadIdx.x >> 5;
+#if KVT_CLUSTER > 1
+  ptx::cluster_arrive();
+#endif
   if (p.wait_first) ptx::wait_for_dependencies();
   Schedule schedule(p);
-  const int kv_head = schedule.kv_head(p);
+  const int kv_head = schedule.kv_head();
   const unsigned fifo = ptx::shared_address(shared) + warp * kStages * kStageBytes;
   if (kHeadDim % 32 != 0) {
     // the last product takes dims that do not exist; Q is 0 there, and 0 * NaN is NaN
@@ -555,46 +575,50 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) KVT_CLUSTER_DIMS
     __syncwarp();
   }
 
+  Piece piece;
+  if (!schedule.next(p, piece)) return;
   const unsigned long long policy = ptx::evict_first_policy();
-  Reader reader(p, schedule);
-  // all look-ups first, so that they are under way together
-  Place places[kStages + 1];
-  bool are_new[kStages];
-#pragma unroll
+  Queries queries;
+  if (p.wait_first) queries.load(p, piece.block, kv_head);
+  Reader reader(p, schedule, piece);
+  Place ahead = reader.next(p, false);
+#pragma unroll 1
   for (int i = 0; i < kStages; ++i) {
-    places[i] = reader.next(p);
-    are_new[i] = reader.is_new();
-  }
-  places[kStages] = reader.next(p);
-#pragma unroll
-  for (int i = 0; i < kStages; ++i) {
-    if (are_new[i]) ptx::wait_for_dependencies();
-    if (places[i].block >= 0) copy_step(p, kv_head, fifo + i * kStageBytes, places[i], policy);
+    if (reader.is_new()) ptx::wait_for_dependencies();
+    if (ahead.block >= 0) copy_step(p, kv_head, fifo + i * kStageBytes, ahead, policy);
     ptx::commit_copies();
+    if (i == 0) {
+      // from here on everything may be read; only now may the next kernel begin, so that what it finds written by
+      // kernels before this one is complete
+      ptx::wait_for_dependencies();
+      ptx::launch_dependents();
+      // before the other stages, or it would arrive after them
+      if (!p.wait_first) queries.load(p, piece.block, kv_head);
+    }
+    ahead = reader.next(p, true);
   }
-  Place ahead = places[kStages];
-  // from here on everything may be read; only now may the next kernel begin, so that what it finds written by kernels
-  // before this one is complete
-  ptx::wait_for_dependencies();
-  ptx::launch_dependents();
 
   const Scratch scratch(shared + kFifoBytes);
   int stage = 0;
-  Piece piece;
-  while (schedule.next(p, piece)) {
-    uint4 q[kRowTiles][kDimPairs];
-    Columns columns;
-    load_queries(p, piece.block, kv_head, q, columns);
+  do {
+    if (queries.sequence != piece.block.sequence) {
+      if (reader.queries.sequence == piece.block.sequence) {
+        queries = reader.queries;
+      } else {
+        queries.load(p, piece.block, kv_head);
+      }
+    }
+    const Columns columns = columns_of(p, piece.block, kv_head);
     const KeyRange keys = visible_keys(p, piece.block);
     State state;
     for (int step = piece.begin + warp; step < piece.end; step += kWarps) {
       ptx::wait_for_copies<kStages - 1>();
       __syncwarp();
-      attend_step(p, q, columns, keys, piece.block.seq_len, fifo + stage * kStageBytes, step * kStep, state);
+      attend_step(p, queries.q, columns, keys, piece.block.seq_len, fifo + stage * kStageBytes, step * kStep, state);
       __syncwarp();
       if (ahead.block >= 0) copy_step(p, kv_head, fifo + stage * kStageBytes, ahead, policy);
       ptx::commit_copies();
-      ahead = reader.next(p);  // it has until the next step to arrive
+      ahead = reader.next(p, true);  // it has until the next step to arrive
       stage = stage + 1 == kStages ? 0 : stage + 1;
     }
 
@@ -602,7 +626,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) KVT_CLUSTER_DIMS
     scratch.store(state);
     __syncthreads();
 #if KVT_CLUSTER > 1
-    merge_cluster(p, schedule, piece, scratch, reinterpret_cast<float*>(shared));
+    merge_cluster(p, schedule, piece, scratch, reinterpret_cast<Inbox*>(shared + kSharedBytes));
 #else
     for (int i = threadIdx.x; i < piece.block.num_rows * kHeadDim / 4; i += kThreads) {
       const int row = i / (kHeadDim / 4);
@@ -622,7 +646,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) KVT_CLUSTER_DIMS
     }
     if (piece.num_pieces > 1) merge_pieces(p, schedule, piece);
 #endif
-  }
+  } while (schedule.next(p, piece));
 }
 
 }  // namespace kvt

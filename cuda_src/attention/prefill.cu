@@ -2,13 +2,13 @@
 //
 //   q            [num_tokens, num_q_heads, head_dim]               scalar_t, rows of 16 bytes aligned
 //   k_cache      block, kv head and slot by strides, head_dim contiguous, rows aligned to 16 bytes; v_cache alike
-//   block_table  [batch, max_entries] int32: entries with block_starts, else block ids
+//   block_table  [batch, max_blocks] int32 block ids; entries come as a list of granules, see expand.cu
 //   seq_lens     [batch] int32, tokens, the new ones included
 //   out          [num_tokens, num_q_heads, head_dim] scalar_t;     lse [num_tokens, num_q_heads] float32, natural log
 //
 // Launch:   grid = (blocks of rows, num_kv_heads), CTA 128 = 4 warps of 16 rows each, dynamic shared memory
 //           Layout::kBytes. Sequences with at most kMaxDecodeQueries queries are left to kvt_decode. sm_80 and later.
-//           Macros: KVT_HEAD_DIM, KVT_BF16, KVT_ENTRIES.
+//           Macros: KVT_HEAD_DIM, KVT_BF16.
 // Numerics: scores and running state in float32, weights in scalar_t.
 // Source:   Dao 2023 (FlashAttention-2, arXiv:2307.08691), sec. 3; block tables, Kwon et al. 2023 (arXiv:2309.06180).
 //           Unlike there, a CTA takes the rows of a whole group of heads, so that K and V are read once for it.
@@ -24,11 +24,6 @@ namespace kvt {
 using scalar_t = ptx::BFloat16;
 #else
 using scalar_t = ptx::Half;
-#endif
-#if KVT_ENTRIES
-using Locator = LaneEntries;
-#else
-using Locator = BlockIds;
 #endif
 
 constexpr int kHeadDim = KVT_HEAD_DIM;
@@ -79,8 +74,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) kvt_prefill(const __grid_
   }
 
   const auto row_pointers = reinterpret_cast<const unsigned short**>(shared + Layout::kRowsAt);
-  Locator locate(p, block.sequence);
-  if (num_tiles > 0) locate.seek(first_tile * kKeys);  // nothing of a padding row's table is read
+  const BlockIds locate(p, block.sequence);
   // threads below kKeys look up where the keys and values of a tile lie
   const auto locate_tile = [&](int tile) {
     if (threadIdx.x < kKeys) {

@@ -39,9 +39,8 @@ def main(options: argparse.Namespace) -> int:
         if name not in SHAPES:
             raise ConfigError(f"--shape: expected some of {', '.join(SHAPES)} or all, got {name!r}")
     ceiling = read_ceiling()
-    print(
-        f"{device_line()}\nbfloat16, {options.layout} blocks of {options.block_size}; a large read: {ceiling:.0f} GB/s\n"
-    )
+    print(device_line())
+    print(f"bfloat16, {options.layout} blocks of {options.block_size}; a large read: {ceiling:.0f} GB/s\n")
     print(f"{'shape':<22}{'kernel':<24}{'us':>9}{'p10':>9}{'p90':>9}{'of read':>9}{'error':>10}{'ratio':>8}")
     rows: list[dict[str, Any]] = []
     for name in names:

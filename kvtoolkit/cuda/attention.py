@@ -4,17 +4,18 @@ from typing import Any, NamedTuple
 
 from kvtoolkit.cpu.arrays import Operand
 from kvtoolkit.cuda import specs
+from kvtoolkit.cuda.expand import make_granules
 from kvtoolkit.cuda.launching import Launch, load_spec
 from kvtoolkit.cuda.plan import make_plan
 from kvtoolkit.cuda.workspace import workspace
-from kvtoolkit.runtime import smem_limit
+from kvtoolkit.runtime import is_capturing, smem_limit
 from kvtoolkit.runtime.kernels import arch_of, num_sms, packer
 
 MAX_DECODE_QUERIES = 8  # as in attention.cuh
 MAX_SPLITS = 128
 _UNBOUNDED = 1 << 30  # a window as wide as any sequence; sums with positions stay in 32 bits
 _LOG2E = 1.4426950408889634
-_params = packer("15q12q13i3f")
+_params = packer("14q11q14i3f4x")
 _Q, _OUT, _KEYS, _VALUES = 0, 1, 3, 4  # words of AttentionParams
 
 
@@ -48,7 +49,7 @@ def attend(
     seq_lens: Operand, *, out: Operand, lse: Operand | None = None, cu_seqlens_q: Operand | None = None,
     softmax_scale: float | None = None, causal: bool = True, window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0, sinks: Operand | None = None, alibi_slopes: Operand | None = None, num_splits: int = 0,
-    layout: str = "HND", query_counts: tuple[int, int] | None = None, stream: int = 0,
+    layout: str = "HND", query_counts: tuple[int, int] | None = None, max_seq_len: int | None = None, stream: int = 0,
 ) -> Attention:  # fmt: skip
     """Attend, writing to ``out`` and ``lse``, asynchronously on ``stream``.
 
@@ -57,6 +58,7 @@ def attend(
 
     Args:
         query_counts: fewest and most query tokens of the rows, where the host knows them: it spares a launch.
+        max_seq_len: tokens of the longest row, where the host knows: it spares memory.
         stream: a CUDA stream's address.
 
     Returns:
@@ -65,9 +67,8 @@ def attend(
     num_tokens, num_q_heads, head_dim = q.shape
     head_axis, slot_axis = (1, 2) if layout == "HND" else (2, 1)
     num_kv_heads, block_size = k_cache.shape[head_axis], k_cache.shape[slot_axis]
-    batch, max_entries = block_table.shape
-    group_size = num_q_heads // num_kv_heads
-    device, has_entries = q.device, block_starts is not None
+    batch, group_size = block_table.shape[0], num_q_heads // num_kv_heads
+    device = q.device
     if num_tokens == 0:
         return Attention(None, None, None, None)
     fewest, most = (1, 1) if cu_seqlens_q is None else query_counts or (0, num_tokens)
@@ -76,14 +77,21 @@ def attend(
     if causal:
         right = 0
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    block_shift = block_size.bit_length() - 1 if block_size & (block_size - 1) == 0 else -1
 
+    ids_per_step = 1 if block_size % 16 == 0 else 2 if block_size == 8 else 0
+
+    granules = None
+    if block_starts is not None:
+        # a captured graph will meet longer sequences than now
+        longest = None if is_capturing(stream) else max_seq_len
+        granules = make_granules(block_table, block_starts, seq_lens, longest, stream)
+    ids = block_table if granules is None else granules.table
     schedule = plan = None
     partials = counters = 0
     if decodes:
         rows = group_size * min(most, MAX_DECODE_QUERIES)
-        schedule = _schedule(
-            q, k_cache.dtype, num_kv_heads, batch, cu_seqlens_q is not None, has_entries, rows, num_splits
-        )
+        schedule = _schedule(q, num_kv_heads, batch, cu_seqlens_q is not None, rows, num_splits)
         if schedule.partials_nbytes:
             scratch = workspace(device, stream, schedule.partials_nbytes, schedule.num_counters)
             partials, counters = scratch.partials, scratch.counters
@@ -92,21 +100,23 @@ def attend(
 
     def parameters(wait_first: bool) -> bytes:
         return _params.pack(
-            q.address, out.address, lse.address if lse else 0, k_cache.address, v_cache.address, block_table.address,
-            block_starts.address if block_starts else 0, seq_lens.address, cu_seqlens_q.address if cu_seqlens_q else 0,
+            q.address, out.address, lse.address if lse else 0, k_cache.address, v_cache.address, ids.address,
+            seq_lens.address, cu_seqlens_q.address if cu_seqlens_q else 0,
             alibi_slopes.address if alibi_slopes else 0, sinks.address if sinks else 0, partials, counters,
             plan.ranges if plan else 0, plan.sequences if plan else 0,
             *q.strides[:2], *out.strides[:2],
             k_cache.strides[0], k_cache.strides[head_axis], k_cache.strides[slot_axis],
             v_cache.strides[0], v_cache.strides[head_axis], v_cache.strides[slot_axis],
-            block_table.strides[0], block_starts.strides[0] if block_starts else 0,
-            batch, num_tokens, num_kv_heads, group_size, block_size, max_entries, left, right,
+            ids.strides[0],
+            batch, num_tokens, num_kv_heads, group_size, block_size, block_shift, ids_per_step, left, right,
             schedule.splits if schedule else 1, int(schedule is not None and schedule.is_fixed),
             schedule.row_blocks if schedule else 1, int(prefills), int(wait_first),
             scale * _LOG2E, scale / softcap if softcap else 0.0, softcap * _LOG2E,
         )  # fmt: skip
 
     decode = early = prefill = None
+    if granules is not None:
+        granules.launch.run(stream)
     if schedule is not None:
         spec = schedule.spec
         kernel = load_spec(spec, device)
@@ -116,31 +126,29 @@ def attend(
             plan.launch.run(stream)
         decode.run(stream)
     if prefills:
-        spec = specs.prefill(head_dim, k_cache.dtype, has_entries)
+        spec = specs.prefill(head_dim, k_cache.dtype)
         grid = (num_tokens * group_size // spec.rows + batch, num_kv_heads)
         prefill = Launch(load_spec(spec, device), grid, spec.threads, spec.smem_nbytes, parameters(True))
         prefill.run(stream)
-    return Attention(decode, early, prefill, plan)
+    return Attention(decode, early, prefill, (plan, granules))
 
 
 def _schedule(
-    q: Operand, dtype: str, num_kv_heads: int, batch: int, has_bounds: bool, has_entries: bool, most_rows: int,
-    num_splits: int,
-) -> _Schedule:  # fmt: skip
+    q: Operand, num_kv_heads: int, batch: int, has_bounds: bool, most_rows: int, num_splits: int
+) -> _Schedule:
     """Choose a schedule, by what the host knows: never by what lies in the tables, so that a graph stays right."""
     num_tokens, num_q_heads, head_dim = q.shape
     device, group_size = q.device, num_q_heads // num_kv_heads
     limit = smem_limit(device)
-    spec = specs.decode(head_dim, dtype, has_entries, most_rows, limit)
+    spec = specs.decode(head_dim, q.dtype, most_rows, limit)
     rows = spec.rows
     row_blocks = -(-most_rows // rows)
     partial = rows * (head_dim + 2) * 4
     if num_splits == 0 and 1 < batch <= specs.MAX_PLANNED:
         heads = num_kv_heads * row_blocks
         ranges = max(1, spec.per_sm * num_sms(device) // heads)
-        return _Schedule(
-            spec, (ranges * heads,), 1, False, row_blocks, ranges, 2 * ranges * heads * partial, batch * heads
-        )
+        grid = (num_kv_heads, row_blocks, ranges)
+        return _Schedule(spec, grid, 1, False, row_blocks, ranges, 2 * ranges * heads * partial, batch * heads)
     # every sequence in even splits, and a block of rows found by its number
     num_blocks = num_tokens * group_size // rows + batch if has_bounds else batch * -(-group_size // rows)
     cluster, splits = 1, min(num_splits, MAX_SPLITS)
@@ -149,10 +157,11 @@ def _schedule(
         splits = cluster
         if cluster == 1:
             splits = max(1, min(MAX_SPLITS, spec.per_sm * num_sms(device) // (batch * row_blocks * num_kv_heads)))
-    spec = specs.decode(head_dim, dtype, has_entries, most_rows, limit, planned=False, cluster=cluster)
+    spec = specs.decode(head_dim, q.dtype, most_rows, limit, planned=False, cluster=cluster)
     groups = num_blocks * num_kv_heads
     nbytes = groups * splits * partial if cluster == 1 and splits > 1 else 0
-    return _Schedule(spec, (groups * splits,), splits, num_splits > 0, row_blocks, 0, nbytes, groups)
+    grid = (groups, splits, 1) if cluster == 1 else (cluster, num_kv_heads, num_blocks)
+    return _Schedule(spec, grid, splits, num_splits > 0, row_blocks, 0, nbytes, groups)
 
 
 def attend_alike(

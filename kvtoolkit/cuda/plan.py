@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from kvtoolkit.cpu.arrays import Operand
 from kvtoolkit.cuda import specs
 from kvtoolkit.cuda.launching import Launch, load_spec
-from kvtoolkit.cuda.workspace import plan_memory
+from kvtoolkit.cuda.workspace import step_memory
 from kvtoolkit.runtime.kernels import packer
 
 _params = packer("4q7i4x")
@@ -29,7 +29,7 @@ def make_plan(
 ) -> Plan:  # fmt: skip
     """Memory for a plan of these lengths and the launch that fills it; nothing is launched yet."""
     (batch,) = seq_lens.shape
-    address, memory = plan_memory(seq_lens.device, stream, 8 * (num_ranges + 1 + batch))
+    address, memory = step_memory(seq_lens.device, stream, 8 * (num_ranges + 1 + batch))
     sequences = address + 8 * (num_ranges + 1)
     overhead = max(2, 512 // head_dim)  # in steps of 16 tokens: what a sequence costs to begin and to end
     parameters = _params.pack(

@@ -47,7 +47,7 @@ def row_bytes(head_dim: int) -> int:
 
 
 def decode(
-    head_dim: int, dtype: str, entries: bool, most_rows: int, smem_limit: int, *, planned: bool = True, cluster: int = 1
+    head_dim: int, dtype: str, most_rows: int, smem_limit: int, *, planned: bool = True, cluster: int = 1
 ) -> Spec:
     """The decode kernel for blocks of up to ``most_rows`` query rows."""
     row_tiles = 2 if most_rows > 8 and head_dim <= 128 else 1
@@ -60,15 +60,16 @@ def decode(
 
     def nbytes(shape: tuple[int, int]) -> int:
         warps, stages = shape
-        return warps * (stages * step + 4 * 8 * row_tiles * (head_dim + 4 + 2))  # FIFOs, and the merge of the warps
+        inbox = 8 * row_tiles * (4 * head_dim + 8 * cluster) if cluster > 1 else 0
+        return warps * (stages * step + 4 * 8 * row_tiles * (head_dim + 4 + 2)) + inbox  # FIFOs, the merge of the warps
 
     # the most bytes under way that fit
     widths = next(shapes[most] for most in shapes if head_dim <= most)
     shape = next(shape for shape in widths if nbytes(shape) + _RESERVED <= smem_limit)
     per_sm = min(3, (smem_limit + 1024) // (nbytes(shape) + 1024))  # the driver takes 1 KiB of each CTA
     defines = (
-        ("KVT_HEAD_DIM", head_dim), ("KVT_BF16", int(dtype == "bfloat16")), ("KVT_ENTRIES", int(entries)),
-        ("KVT_ROW_TILES", row_tiles), ("KVT_WARPS", shape[0]), ("KVT_STAGES", shape[1]),
+        ("KVT_HEAD_DIM", head_dim), ("KVT_BF16", int(dtype == "bfloat16")), ("KVT_ROW_TILES", row_tiles),
+        ("KVT_WARPS", shape[0]), ("KVT_STAGES", shape[1]),
         ("KVT_PLANNED", int(planned)), ("KVT_CLUSTER", cluster),
     )  # fmt: skip
     # all of an SM's memory, so that CTAs of the next kernel do not crowd in while these run
@@ -81,10 +82,10 @@ def plan(batch: int) -> Spec:
     return Spec("attention/plan.cu", "kvt_plan", (), 1024, 4 * batch)
 
 
-def prefill(head_dim: int, dtype: str, entries: bool) -> Spec:
+def prefill(head_dim: int, dtype: str) -> Spec:
     """The prefill kernel."""
     keys, row = (64 if head_dim <= 128 else 32), row_bytes(head_dim)
-    defines = (("KVT_HEAD_DIM", head_dim), ("KVT_BF16", int(dtype == "bfloat16")), ("KVT_ENTRIES", int(entries)))
+    defines = (("KVT_HEAD_DIM", head_dim), ("KVT_BF16", int(dtype == "bfloat16")))
     return Spec("attention/prefill.cu", "kvt_prefill", defines, 128, 64 * row + 4 * keys * row + 32 * keys, 64)
 
 
@@ -93,6 +94,7 @@ def append(vector: int) -> Spec:
     return Spec("cache/append.cu", "kvt_append", (("KVT_VECTOR", vector),), 256)
 
 
+EXPAND = Spec("attention/expand.cu", "kvt_expand", (), 256)
 MOVE = Spec("cache/move.cu", "kvt_move", (), 256)
 CHECK = Spec("cache/check.cu", "kvt_check", (), 256)
 
@@ -111,18 +113,16 @@ def cluster_size(arch: int, num_heads: int) -> int:
 
 
 def of_model(
-    head_dim: int, dtype: str, num_q_heads: int, num_kv_heads: int, arch: int, smem_limit: int, *, plain: bool = False
+    head_dim: int, dtype: str, num_q_heads: int, num_kv_heads: int, arch: int, smem_limit: int
 ) -> Iterator[Spec]:
-    """Every kernel that the cache of a model needs; ``plain`` adds those for caches of plain block ids."""
+    """Every kernel that the cache of a model needs."""
     group_size = num_q_heads // num_kv_heads
-    for entries in (True, False) if plain else (True,):
-        found: dict[Spec, None] = {}
-        for rows in (group_size, 8 * group_size):  # decode, and verify with up to 8 tokens
-            kernel = decode(head_dim, dtype, entries, rows, smem_limit)
-            cluster = cluster_size(arch, num_kv_heads * -(-rows // kernel.rows))
-            found[kernel] = None
-            found[decode(head_dim, dtype, entries, rows, smem_limit, planned=False)] = None
-            found[decode(head_dim, dtype, entries, rows, smem_limit, planned=False, cluster=cluster)] = None
-        yield from found
-        yield prefill(head_dim, dtype, entries)
-    yield from (plan(1), append(16), MOVE, CHECK, merge_states(dtype))
+    found: dict[Spec, None] = {}
+    for rows in (group_size, 8 * group_size):  # decode, and verify with up to 8 tokens
+        kernel = decode(head_dim, dtype, rows, smem_limit)
+        cluster = cluster_size(arch, num_kv_heads * -(-rows // kernel.rows))
+        found[kernel] = None
+        found[decode(head_dim, dtype, rows, smem_limit, planned=False)] = None
+        found[decode(head_dim, dtype, rows, smem_limit, planned=False, cluster=cluster)] = None
+    yield from found
+    yield from (prefill(head_dim, dtype), plan(1), EXPAND, append(16), MOVE, CHECK, merge_states(dtype))

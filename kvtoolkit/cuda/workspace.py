@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 from kvtoolkit.errors import UnsupportedError
 from kvtoolkit.runtime import is_capturing
+from kvtoolkit.runtime.streams import on_stream
 
 _MIN_PARTIALS = 4 << 20
 _MIN_COUNTERS = 1 << 16
-_PLANS_NBYTES = 1 << 20  # for plans made during a capture
+_CAPTURED_NBYTES = 32 << 20  # for what steps make during a capture
 
 
 class Workspace(NamedTuple):
@@ -28,8 +29,8 @@ class Workspace(NamedTuple):
     memory: tuple[Any, ...]
 
 
-class _Plans:
-    """Memory for the plans of captured graphs, handed out once and never taken back."""
+class _Captured:
+    """Memory for the plans and lists of captured graphs, handed out once and never taken back."""
 
     def __init__(self, memory: Any) -> None:
         self.memory = memory
@@ -39,14 +40,14 @@ class _Plans:
 _lock = threading.Lock()
 _spaces: dict[tuple[int, int], Workspace] = {}
 _spares: dict[int, Workspace] = {}
-_plans: dict[int, _Plans] = {}
+_captured: dict[int, _Captured] = {}
 _outgrown: list[Any] = []
 
 
 @atexit.register
 def _free_all() -> None:
     """CuPy cannot free memory any more once the interpreter takes modules apart."""
-    for kept in (_spaces, _spares, _plans, _outgrown):
+    for kept in (_spaces, _spares, _captured, _outgrown):
         kept.clear()
 
 
@@ -72,30 +73,34 @@ def workspace(device: int, stream: int, partials_nbytes: int, num_counters: int)
         made = _spaces[device, stream] = _make(partials_nbytes, num_counters)
         if spare is None or not _fits(spare, made.partials_nbytes, made.num_counters):
             _spares[device] = _make(made.partials_nbytes, made.num_counters)
-        if device not in _plans:
+        if device not in _captured:
             import cupy
 
-            _plans[device] = _Plans(cupy.cuda.Memory(_PLANS_NBYTES))
+            _captured[device] = _Captured(cupy.cuda.Memory(_CAPTURED_NBYTES))
         return made
 
 
-def plan_memory(device: int, stream: int, nbytes: int) -> tuple[int, Any]:
-    """``(address, owner)`` of memory for a plan, which lasts as long as its owner, for a captured one for ever."""
+def step_memory(device: int, stream: int, nbytes: int) -> tuple[int, Any]:
+    """``(address, owner)`` of memory for the plan or the list of a step.
+
+    It lasts as long as its owner; of a captured step for ever.
+    """
     import cupy
 
     if not is_capturing(stream):
-        memory = cupy.empty(nbytes, "uint8")
+        with on_stream(stream):  # its memory is handed out again in the order of this stream
+            memory = cupy.empty(nbytes, "uint8")
         return memory.data.ptr, memory
     with _lock:
-        plans = _plans.get(device)
-        if plans is None or plans.used + nbytes > plans.memory.size:
+        captured = _captured.get(device)
+        if captured is None or captured.used + nbytes > captured.memory.size:
             raise UnsupportedError(
-                f"attention: expected room for the plans of captured CUDA graphs, {_PLANS_NBYTES} bytes in all on a "
-                "device that has run attention before; run the call once before the capture, or capture fewer graphs"
+                f"attention: expected room for the plans of captured CUDA graphs, {_CAPTURED_NBYTES >> 20} MiB in all "
+                "on a device that has run attention before; run the call once before the capture, or capture less"
             )
-        address = plans.memory.ptr + plans.used
-        plans.used += -(-nbytes // 256) * 256
-        return address, plans.memory
+        address = captured.memory.ptr + captured.used
+        captured.used += -(-nbytes // 256) * 256
+        return address, captured.memory
 
 
 def _fits(space: Workspace, partials_nbytes: int, num_counters: int) -> bool:

@@ -47,7 +47,7 @@ def launch(
 
     Args:
         function: its ``CUfunction``.
-        grid: CTAs, one or two axes.
+        grid: CTAs, up to three axes.
         parameters: the bytes of the struct.
         dependent: let it begin while the kernel before it still runs; it must wait for it on the device.
 
@@ -55,9 +55,9 @@ def launch(
         DeviceError: the driver refuses.
     """
     held = np.frombuffer(parameters, np.uint8)
-    rows = grid[1] if len(grid) > 1 else 1
+    x, y, z = (*grid, 1, 1)[:3]
     config = _config.pack(
-        grid[0], rows, 1, threads, 1, 1, smem_nbytes, stream, _dependent_address if dependent else 0, int(dependent)
+        x, y, z, threads, 1, 1, smem_nbytes, stream, _dependent_address if dependent else 0, int(dependent)
     )
     addresses = _pointer.pack(address_of(held))
     status = _library().cuLaunchKernelEx(config, function, addresses, None)

@@ -42,7 +42,7 @@ class Kernel:
         """Run it, asynchronously; see `kvtoolkit.runtime.driver.launch`.
 
         Args:
-            grid: CTAs, one or two axes.
+            grid: CTAs, up to three axes.
             threads: of a CTA.
             parameters: the bytes of its only parameter, a struct, see `packer`.
             stream: a CUDA stream's address; 0 = the legacy default stream.

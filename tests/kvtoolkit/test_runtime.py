@@ -54,10 +54,10 @@ def test_source_headers_macros_and_architecture_are_all_in_the_key(own_sources):
     paths.add(build("cache/check.cu", {}, "90").path)
     assert len(paths) == 5
     # a header that an included header includes
-    before = build("attention/prefill.cu", {"KVT_HEAD_DIM": 64, "KVT_BF16": 0, "KVT_ENTRIES": 0}, "90").path
+    before = build("attention/prefill.cu", {"KVT_HEAD_DIM": 64, "KVT_BF16": 0}, "90").path
     warp = own_sources / "include" / "kvt" / "warp.cuh"
     warp.write_text(warp.read_text() + "// a change\n")
-    assert build("attention/prefill.cu", {"KVT_HEAD_DIM": 64, "KVT_BF16": 0, "KVT_ENTRIES": 0}, "90").path != before
+    assert build("attention/prefill.cu", {"KVT_HEAD_DIM": 64, "KVT_BF16": 0}, "90").path != before
 
 
 @pytest.mark.parametrize(
@@ -125,10 +125,10 @@ def every_kernel():
     """Everything for sm_90, one head_dim for each other architecture."""
     found = {}
     for head_dim, dtype, num_heads in itertools.product(specs.HEAD_DIMS, ("float16", "bfloat16"), (32, 128)):
-        kernels = specs.of_model(head_dim, dtype, num_heads, 8, 90, specs.SMEM_LIMITS["90"], plain=True)
+        kernels = specs.of_model(head_dim, dtype, num_heads, 8, 90, specs.SMEM_LIMITS["90"])
         found |= {(spec, "90"): None for spec in kernels}
     for arch, limit in specs.SMEM_LIMITS.items():
-        found |= {(spec, arch): None for spec in specs.of_model(128, "bfloat16", 32, 8, int(arch), limit, plain=True)}
+        found |= {(spec, arch): None for spec in specs.of_model(128, "bfloat16", 32, 8, int(arch), limit)}
     return list(found)
 
 

@@ -23,7 +23,6 @@ struct AttentionParams {
   const unsigned short* k_cache;
   const unsigned short* v_cache;
   const int* block_table;
-  const int* block_starts;
   const int* seq_lens;
   const int* cu_seqlens_q;
   const float* alibi_slopes;
@@ -34,8 +33,10 @@ struct AttentionParams {
   const int2* sequences;
   long long q_token, q_head, out_token, out_head;
   long long k_block, k_head, k_slot, v_block, v_head, v_slot;
-  long long table_row, starts_row;
-  int batch, num_tokens, num_kv_heads, group_size, block_size, max_entries;
+  long long table_row;
+  int batch, num_tokens, num_kv_heads, group_size, block_size;
+  int block_shift;         // log2(block_size); -1 where it is no power of two
+  int ids_per_step;        // block ids of 16 tokens that begin at a multiple of 16: 1, 2; 0 = any number
   int left, right;         // keys seen before and after a query's position; -1 = all
   int max_splits;          // even schedule: CTAs for each block of rows
   int fixed_splits;        // even schedule, 1: every sequence is cut into max_splits; 0: as many as are worth it
@@ -56,9 +57,14 @@ struct RowBlock {
   int num_rows;       // in the block; 0 = nothing to do
   int seq_len;
 
-  // Position of the query that a row of the block belongs to.
+  // The query that a row of the block belongs to.
+  __device__ __forceinline__ int query(int row, int group_size) const {
+    return num_queries == 1 ? 0 : (first_row + row) / group_size;
+  }
+
+  // Its position.
   __device__ __forceinline__ int position(int row, int group_size) const {
-    return seq_len - num_queries + (first_row + row) / group_size;
+    return seq_len - num_queries + query(row, group_size);
   }
 };
 
@@ -98,7 +104,7 @@ struct RowPlace {
 };
 
 __device__ __forceinline__ RowPlace place_of_row(const AttentionParams& p, const RowBlock& block, int kv_head, int row) {
-  const int query = (block.first_row + row) / p.group_size;
+  const int query = block.query(row, p.group_size);
   const int head = block.first_row + row - query * p.group_size;
   return {block.first_token + query, kv_head * p.group_size + head};
 }

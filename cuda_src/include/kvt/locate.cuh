@@ -1,114 +1,86 @@
-// Where the tokens of a sequence lie: from positions to blocks and slots, for plain block ids and for entries.
+// Where the tokens of a sequence lie: from positions to blocks and slots, by a row of block ids.
+//
+// Entries of several lengths come here as a list of granules (kvt_expand): block ids of 8 tokens.
 #pragma once
 
 #include <kvt/attention.cuh>
-#include <kvt/entry.cuh>
 
 namespace kvt {
 
 struct Place {
-  int block;  // granule, where the table holds entries
+  int block;
   int slot;
 };
 
-// Plain block ids: one look-up a token.
+// One lane on its own, any position below seq_len.
 struct BlockIds {
   const int* ids;
   int block_size;
+  int shift;
 
   __device__ __forceinline__ BlockIds(const AttentionParams& p, int sequence)
-      : ids(p.block_table + sequence * p.table_row), block_size(p.block_size) {}
+      : ids(p.block_table + sequence * p.table_row), block_size(p.block_size), shift(p.block_shift) {}
 
-  // Look-ups will be from `position` on.
-  __device__ __forceinline__ void seek(int position) {}
+  __device__ __forceinline__ int index_of(int position) const {
+    return shift >= 0 ? position >> shift : position / block_size;
+  }
 
-  // For one lane: any position below seq_len, ascending or not.
-  __device__ __forceinline__ Place operator()(int position) {
-    const int index = position / block_size;
+  __device__ __forceinline__ Place operator()(int position) const {
+    const int index = index_of(position);
     return {ids[index], position - index * block_size};
   }
-
-  // For a whole warp: 16 positions from `first` on, lanes l and l + 16 get the place of first + l, clamped to `last`.
-  __device__ __forceinline__ Place of_step(int first, int last) {
-    return (*this)(min(first + (lane_id() & 15), last));
-  }
 };
 
-// Entries, walked by a whole warp: 32 neighbouring ones lie in the lanes' registers, so a look-up is a ballot.
-struct WarpEntries {
-  const int* entries;
-  const int* starts;
-  int count;
-  int base;    // first entry in the registers
-  int entry;   // of this lane
-  int start;
+// A warp that takes every kStride-th step of 16 tokens. Where a step lies in one block, or in two of 8 tokens, the
+// lanes hold the ids of the next 16 or 32 steps, and have those after them on the way: a look-up that is made when it
+// is needed waits behind all the keys and values that have been asked for.
+template <int kStride>
+class StepBlocks {
+ public:
+  __device__ __forceinline__ StepBlocks(const AttentionParams& p, int sequence)
+      : ids_(p, sequence), per_step_(p.ids_per_step) {}
 
-  __device__ __forceinline__ WarpEntries(const AttentionParams& p, int sequence)
-      : entries(p.block_table + sequence * p.table_row), starts(p.block_starts + sequence * p.starts_row),
-        count(p.max_entries) {}
-
-  __device__ __forceinline__ void seek(int position) {
-    const int granule = position / kGranule;
-    load(last_where(count, [&](int e) { return entries[e] >= 0 && starts[e] <= granule; }));
-  }
-
-  __device__ __forceinline__ void load(int first) {
-    base = first;
-    const int e = first + lane_id();
-    entry = e < count ? entries[e] : kEmptyEntry;
-    start = entry < 0 ? 0x7FFFFFFF : starts[e];
-  }
-
-  // The granule of the pool at a logical granule, not below one asked for before by more than 31 entries.
-  __device__ __forceinline__ int granule_at(int granule) {
-    unsigned before = __ballot_sync(kAllLanes, start <= granule);
-    while (before == kAllLanes) {
-      load(base + 31);
-      before = __ballot_sync(kAllLanes, start <= granule);
+  // The next look-up is of `step`; `last` is the last position that may be looked up.
+  __device__ __forceinline__ void seek(int step, int last) {
+    used_ = 0;
+    last_ = last;
+    step_ = step;
+    if (per_step_ > 0) {
+      now_ = load(step);
+      then_ = load(step + 32 / per_step_ * kStride);
     }
-    const int owner = 31 - __clz(before | 1u);
-    const Entry found{__shfl_sync(kAllLanes, entry, owner)};
-    return found.granule() + granule - __shfl_sync(kAllLanes, start, owner);
   }
 
-  __device__ __forceinline__ Place of_step(int first, int last) {
-    const int low = granule_at(first / kGranule);
-    const int high = granule_at(min(first + kGranule, last) / kGranule);
-    const int position = min(first + (lane_id() & 15), last);
-    return {position / kGranule == first / kGranule ? low : high, position % kGranule};
-  }
-};
-
-// Entries, walked by one lane on its own, upwards.
-struct LaneEntries {
-  const int* entries;
-  const int* starts;
-  int last;  // entry
-  int e;
-
-  __device__ __forceinline__ LaneEntries(const AttentionParams& p, int sequence)
-      : entries(p.block_table + sequence * p.table_row), starts(p.block_starts + sequence * p.starts_row),
-        last(p.max_entries - 1), e(0) {}
-
-  __device__ __forceinline__ void seek(int position) {
-    int low = 0;
-    int high = last;
-    while (low < high) {
-      const int middle = (low + high + 1) >> 1;
-      if (entries[middle] >= 0 && starts[middle] <= position / kGranule) {
-        low = middle;
-      } else {
-        high = middle - 1;
-      }
+  // The next step: the place of its token l % 16, for lane l, clamped to `last`.
+  __device__ __forceinline__ Place next() {
+    const int first = step_ * kStep;
+    const int position = min(first + (lane_id() & 15), last_);
+    step_ += kStride;
+    if (per_step_ == 0) return ids_(position);
+    if (used_ == 32) {
+      used_ = 0;
+      now_ = then_;
+      then_ = load(step_ - kStride + 32 / per_step_ * kStride);
     }
-    e = low;
+    const int half = per_step_ == 2 ? (position - first) >> 3 : 0;
+    const int block = __shfl_sync(kAllLanes, now_, used_ + half);
+    used_ += per_step_;
+    return {block, position - ids_.index_of(position) * ids_.block_size};
   }
 
-  __device__ __forceinline__ Place operator()(int position) {
-    const int granule = position / kGranule;
-    while (e < last && entries[e + 1] >= 0 && starts[e + 1] <= granule) ++e;
-    return {Entry{entries[e]}.granule() + granule - starts[e], position % kGranule};
+ private:
+  __device__ __forceinline__ int load(int step) const {
+    const int lane = lane_id();
+    const int ahead = per_step_ == 2 ? lane >> 1 : lane;
+    const int position = (step + ahead * kStride) * kStep + (per_step_ == 2 ? (lane & 1) * 8 : 0);
+    return ids_.ids[ids_.index_of(min(position, last_))];
   }
+
+  BlockIds ids_;
+  int per_step_;    // 1, 2; 0 = a look-up for every token
+  int step_, last_;
+  int now_, then_;  // ids of this lane
+  int used_;        // lanes whose ids have been used
 };
 
 }  // namespace kvt

@@ -12,10 +12,11 @@ __device__ __forceinline__ unsigned cluster_rank() {
   return rank;
 }
 
-// barrier.cluster.arrive.release, then wait.acquire: all threads of all CTAs of the cluster.
-__device__ __forceinline__ void cluster_barrier() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
+// barrier.cluster.arrive.release: what this thread wrote before is seen by those that wait.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+
+// barrier.cluster.wait.acquire: until all threads of all CTAs of the cluster have arrived.
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 // mapa: the address of the same place in the shared memory of another CTA.
 __device__ __forceinline__ unsigned address_in_rank(unsigned shared, unsigned rank) {
@@ -24,19 +25,15 @@ __device__ __forceinline__ unsigned address_in_rank(unsigned shared, unsigned ra
   return address;
 }
 
-// ld.shared::cluster.v4.f32
-__device__ __forceinline__ float4 load_cluster_16(unsigned address) {
-  float4 v;
-  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address) : "memory");
-  return v;
+// st.shared::cluster.v4.f32
+__device__ __forceinline__ void store_cluster_16(unsigned address, float4 v) {
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};"
+               :: "r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
 }
 
-// ld.shared::cluster.f32
-__device__ __forceinline__ float load_cluster(unsigned address) {
-  float v;
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");
-  return v;
+// st.shared::cluster.f32
+__device__ __forceinline__ void store_cluster(unsigned address, float v) {
+  asm volatile("st.shared::cluster.f32 [%0], %1;" :: "r"(address), "f"(v) : "memory");
 }
 
 // griddepcontrol.wait: until the kernels before this one are done and their writes are seen.
