@@ -48,7 +48,8 @@ constexpr int kStageBytes = 2 * kHalfStage;
 constexpr int kDimPairs = (kHeadDim + 31) / 32;          // products of K and Q take 32 dims at a time
 constexpr int kDimBlocks = kHeadDim / 16;
 constexpr int kCluster = KVT_CLUSTER;
-using Locator = StepBlocks<kWarps>;
+constexpr int kStride = kWarps * kCluster;               // steps from one of a warp to its next
+using Locator = StepBlocks<kStride>;
 constexpr int kMinSplitTiles = kWarps * kStep / kTile;   // a step for every warp
 constexpr int kRowPitch = kHeadDim + 4;                  // floats; rows 2t and dims g of a fragment in 32 banks
 constexpr int kFifoBytes = kWarps * kStages * kStageBytes;
@@ -288,7 +289,7 @@ class Schedule {
 
 #else
 
-// One piece: a split of one sequence, all of the same length, whatever the batch holds beside it.
+// One piece: a split of one sequence, whatever the batch holds beside it. A cluster shares the only sequence.
 class Schedule {
  public:
   __device__ __forceinline__ Schedule(const AttentionParams& p) {
@@ -309,6 +310,11 @@ class Schedule {
     piece.block = find_row_block<kRows>(p, index_);
     if (piece.block.num_rows == 0 || (p.has_prefill && piece.block.num_queries > kMaxDecodeQueries)) return false;
     const StepRange steps = visible_steps(p.left, p.right, piece.block.seq_len, piece.block.num_queries);
+    if (kCluster > 1) {  // the CTAs take turns, so that where one begins does not depend on the length
+      piece.begin = steps.begin + split_ * kWarps;
+      piece.end = steps.end;
+      return true;
+    }
     const int first_tile = steps.begin * kStep / kTile;
     const int num_tiles = (steps.end * kStep + kTile - 1) / kTile - first_tile;
     const int even_tiles = (num_tiles + p.max_splits - 1) / p.max_splits;
@@ -318,8 +324,7 @@ class Schedule {
     piece.end = min(steps.end, (first_tile + (split_ + 1) * split_tiles) * (kTile / kStep));
     piece.first_slot = index_ * p.max_splits;
     piece.slot = piece.first_slot + split_;
-    // the CTAs of a cluster meet, with or without work
-    return split_ < piece.num_pieces || kCluster > 1;
+    return split_ < piece.num_pieces;
   }
 
   __device__ __forceinline__ int counter(const AttentionParams& p, const Piece&) const {
@@ -384,10 +389,14 @@ class Reader {
  public:
   Queries queries;  // of the sequence that the look-ups are in, where there are registers for them
 
-  __device__ __forceinline__ Reader(const AttentionParams& p, const Schedule& schedule, const Piece& piece)
-      : schedule_(schedule), locate_(p, piece.block.sequence), piece_(piece),
-        step_(piece.begin + static_cast<int>(threadIdx.x >> 5)) {
-    if (step_ < piece_.end) locate_.seek(step_, piece_.block.seq_len - 1);
+  // `locate` looks up `step`, or nothing yet: -1.
+  __device__ __forceinline__ Reader(
+      const AttentionParams& p, const Schedule& schedule, const Piece& piece, const Locator& locate, int step)
+      : schedule_(schedule), locate_(locate), piece_(piece), step_(piece.begin + static_cast<int>(threadIdx.x >> 5)) {
+    if (step_ != step && step_ < piece_.end) {
+      locate_ = Locator(p, piece.block.sequence);
+      locate_.seek(step_);
+    }
   }
 
   // Look up the next step: where token l % 16 of it lies, for lane l; a negative block where there is no next step.
@@ -399,18 +408,18 @@ class Reader {
       step_ = piece_.begin + static_cast<int>(threadIdx.x >> 5);
       if (step_ < piece_.end) {
         locate_ = Locator(p, piece_.block.sequence);
-        locate_.seek(step_, piece_.block.seq_len - 1);
+        locate_.seek(step_);
         if (kRowTiles == 1 && may_load_queries) queries.load(p, piece_.block, schedule_.kv_head());
       }
     }
     if (is_done_) return {-1, 0};
-    step_ += kWarps;
-    return locate_.next();
+    step_ += kStride;
+    return locate_.next(piece_.block.seq_len - 1);
   }
 
   // Whether the step that `next` gave last holds tokens of the present queries, which a kernel before may be writing.
   __device__ __forceinline__ bool is_new() const {
-    return !is_done_ && (step_ - kWarps + 1) * kStep > piece_.block.seq_len - piece_.block.num_queries;
+    return !is_done_ && (step_ - kStride + 1) * kStep > piece_.block.seq_len - piece_.block.num_queries;
   }
 
  private:
@@ -575,28 +584,31 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) KVT_CLUSTER_DIMS
     __syncwarp();
   }
 
+  Locator locate(p, 0);
+  int located = -1;
+  if (kCluster > 1 && p.left < 0) {  // the only sequence's first look-ups need not wait for its length
+    located = blockIdx.x * kWarps + warp;
+    locate.seek(located);
+  }
   Piece piece;
   if (!schedule.next(p, piece)) return;
   const unsigned long long policy = ptx::evict_first_policy();
   Queries queries;
   if (p.wait_first) queries.load(p, piece.block, kv_head);
-  Reader reader(p, schedule, piece);
+  Reader reader(p, schedule, piece, locate, located);
   Place ahead = reader.next(p, false);
 #pragma unroll 1
   for (int i = 0; i < kStages; ++i) {
     if (reader.is_new()) ptx::wait_for_dependencies();
     if (ahead.block >= 0) copy_step(p, kv_head, fifo + i * kStageBytes, ahead, policy);
     ptx::commit_copies();
-    if (i == 0) {
-      // from here on everything may be read; only now may the next kernel begin, so that what it finds written by
-      // kernels before this one is complete
-      ptx::wait_for_dependencies();
-      ptx::launch_dependents();
-      // before the other stages, or it would arrive after them
-      if (!p.wait_first) queries.load(p, piece.block, kv_head);
-    }
-    ahead = reader.next(p, true);
+    ahead = reader.next(p, p.wait_first);
   }
+  // from here on everything may be read; only now may the next kernel begin, so that what it finds written by kernels
+  // before this one is complete
+  ptx::wait_for_dependencies();
+  ptx::launch_dependents();
+  if (!p.wait_first) queries.load(p, piece.block, kv_head);
 
   const Scratch scratch(shared + kFifoBytes);
   int stage = 0;
@@ -611,7 +623,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) KVT_CLUSTER_DIMS
     const Columns columns = columns_of(p, piece.block, kv_head);
     const KeyRange keys = visible_keys(p, piece.block);
     State state;
-    for (int step = piece.begin + warp; step < piece.end; step += kWarps) {
+    for (int step = piece.begin + warp; step < piece.end; step += kStride) {
       ptx::wait_for_copies<kStages - 1>();
       __syncwarp();
       attend_step(p, queries.q, columns, keys, piece.block.seq_len, fifo + stage * kStageBytes, step * kStep, state);

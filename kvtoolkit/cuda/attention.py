@@ -15,7 +15,7 @@ MAX_DECODE_QUERIES = 8  # as in attention.cuh
 MAX_SPLITS = 128
 _UNBOUNDED = 1 << 30  # a window as wide as any sequence; sums with positions stay in 32 bits
 _LOG2E = 1.4426950408889634
-_params = packer("14q11q14i3f4x")
+_params = packer("14q11q15i3f")
 _Q, _OUT, _KEYS, _VALUES = 0, 1, 3, 4  # words of AttentionParams
 
 
@@ -108,7 +108,8 @@ def attend(
             k_cache.strides[0], k_cache.strides[head_axis], k_cache.strides[slot_axis],
             v_cache.strides[0], v_cache.strides[head_axis], v_cache.strides[slot_axis],
             ids.strides[0],
-            batch, num_tokens, num_kv_heads, group_size, block_size, block_shift, ids_per_step, left, right,
+            batch, num_tokens, num_kv_heads, group_size, block_size, ids.shape[1], block_shift, ids_per_step,
+            left, right,
             schedule.splits if schedule else 1, int(schedule is not None and schedule.is_fixed),
             schedule.row_blocks if schedule else 1, int(prefills), int(wait_first),
             scale * _LOG2E, scale / softcap if softcap else 0.0, softcap * _LOG2E,

@@ -35,6 +35,7 @@ struct AttentionParams {
   long long k_block, k_head, k_slot, v_block, v_head, v_slot;
   long long table_row;
   int batch, num_tokens, num_kv_heads, group_size, block_size;
+  int max_blocks;          // of a row of block_table
   int block_shift;         // log2(block_size); -1 where it is no power of two
   int ids_per_step;        // block ids of 16 tokens that begin at a multiple of 16: 1, 2; 0 = any number
   int left, right;         // keys seen before and after a query's position; -1 = all
@@ -87,7 +88,7 @@ template <int kRows>
 __device__ __forceinline__ RowBlock find_row_block(const AttentionParams& p, int index) {
   if (p.cu_seqlens_q == nullptr) {
     const int per_sequence = (p.group_size + kRows - 1) / kRows;
-    const int sequence = index / per_sequence;
+    const int sequence = per_sequence == 1 ? index : index / per_sequence;
     return row_block_at<kRows>(p, sequence, (index - sequence * per_sequence) * kRows);
   }
   const auto first_of = [&](int b) {

@@ -33,17 +33,17 @@ struct BlockIds {
 
 // A warp that takes every kStride-th step of 16 tokens. Where a step lies in one block, or in two of 8 tokens, the
 // lanes hold the ids of the next 16 or 32 steps, and have those after them on the way: a look-up that is made when it
-// is needed waits behind all the keys and values that have been asked for.
+// is needed waits behind all the keys and values that have been asked for. Ids behind a sequence's end are loaded too,
+// and not used, so that looking up need not wait for its length.
 template <int kStride>
 class StepBlocks {
  public:
   __device__ __forceinline__ StepBlocks(const AttentionParams& p, int sequence)
-      : ids_(p, sequence), per_step_(p.ids_per_step) {}
+      : ids_(p, sequence), per_step_(p.ids_per_step), last_id_(p.max_blocks - 1) {}
 
-  // The next look-up is of `step`; `last` is the last position that may be looked up.
-  __device__ __forceinline__ void seek(int step, int last) {
+  // The next look-up is of `step`.
+  __device__ __forceinline__ void seek(int step) {
     used_ = 0;
-    last_ = last;
     step_ = step;
     if (per_step_ > 0) {
       now_ = load(step);
@@ -51,10 +51,10 @@ class StepBlocks {
     }
   }
 
-  // The next step: the place of its token l % 16, for lane l, clamped to `last`.
-  __device__ __forceinline__ Place next() {
+  // The next step: the place of its token l % 16, for lane l, clamped to the sequence's last position.
+  __device__ __forceinline__ Place next(int last) {
     const int first = step_ * kStep;
-    const int position = min(first + (lane_id() & 15), last_);
+    const int position = min(first + (lane_id() & 15), last);
     step_ += kStride;
     if (per_step_ == 0) return ids_(position);
     if (used_ == 32) {
@@ -73,12 +73,13 @@ class StepBlocks {
     const int lane = lane_id();
     const int ahead = per_step_ == 2 ? lane >> 1 : lane;
     const int position = (step + ahead * kStride) * kStep + (per_step_ == 2 ? (lane & 1) * 8 : 0);
-    return ids_.ids[ids_.index_of(min(position, last_))];
+    return ids_.ids[min(ids_.index_of(position), last_id_)];
   }
 
   BlockIds ids_;
   int per_step_;    // 1, 2; 0 = a look-up for every token
-  int step_, last_;
+  int last_id_;
+  int step_;
   int now_, then_;  // ids of this lane
   int used_;        // lanes whose ids have been used
 };
