@@ -251,7 +251,7 @@ class Schedule {
   __device__ __forceinline__ bool next(const AttentionParams& p, Piece& piece) {
     while (sequence_ < end_.x || (sequence_ == end_.x && end_.y > 0)) {
       const int sequence = sequence_++;
-      piece.block = row_block_at<kRows>(p, sequence, blockIdx.y * kRows);
+      piece.block = row_block_at<kRows>(p, sequence, blockIdx.y * kRows, sequence == begin_.x ? begin_.z : -1);
       if (piece.block.num_rows == 0 || (p.has_prefill && piece.block.num_queries > kMaxDecodeQueries)) continue;
       const StepRange steps = visible_steps(p.left, p.right, piece.block.seq_len, piece.block.num_queries);
       const bool goes_on = sequence == begin_.x && begin_.y > 0;
@@ -283,7 +283,7 @@ class Schedule {
   __device__ __forceinline__ int kv_head() const { return blockIdx.x; }
 
  private:
-  int2 begin_, end_;   // sequence, and steps of it that belong to the range before
+  int4 begin_, end_;   // sequence, steps of it that belong to the range before, its length
   int sequence_;
 };
 
@@ -494,18 +494,21 @@ __device__ __forceinline__ void merge_pieces(const AttentionParams& p, const Sch
     const int row = i / (kHeadDim / 4);
     const int dim = i % (kHeadDim / 4) * 4;
     Merged sums;
-#pragma unroll 4
-    for (int k = 0; k < piece.num_pieces; ++k) {
-      sums.m = fmaxf(sums.m, ptx::load_l2(schedule.partial(p, piece.slot_of(k)) + kRows * kHeadDim + row));
-    }
-    const float base = sums.m == -kInfinity ? 0.0f : sums.m;
     float4 o{0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll 4
-    for (int k = 0; k < piece.num_pieces; ++k) {
+    for (int k = 0; k < piece.num_pieces; ++k) {  // in one pass, so that all loads are under way together
       const float* const partial = schedule.partial(p, piece.slot_of(k));
-      const float weight = ptx::exp2(ptx::load_l2(partial + kRows * kHeadDim + row) - base);
-      sums.l += weight * ptx::load_l2(partial + kRows * kHeadDim + kRows + row);
-      add_scaled(o, weight, ptx::load_l2_16(partial + row * kHeadDim + dim));
+      const float m = ptx::load_l2(partial + kRows * kHeadDim + row);
+      const float l = ptx::load_l2(partial + kRows * kHeadDim + kRows + row);
+      const float4 part = ptx::load_l2_16(partial + row * kHeadDim + dim);
+      const float highest = fmaxf(sums.m, m);
+      const float base = highest == -kInfinity ? 0.0f : highest;
+      const float shrink = ptx::exp2(sums.m - base);
+      const float weight = ptx::exp2(m - base);
+      sums.m = highest;
+      sums.l = sums.l * shrink + l * weight;
+      o.x *= shrink, o.y *= shrink, o.z *= shrink, o.w *= shrink;
+      add_scaled(o, weight, part);
     }
     write_row(p, piece.block, schedule.kv_head(), row, dim, o, sums);
   }

@@ -1,7 +1,7 @@
 // Plan: cut the batch into ranges of equal cost, once a step, on the device, for all layers.
 //
 //   seq_lens     [batch] int32;   cu_seqlens_q  [batch + 1] int32 or null = one query each
-//   ranges       [num_ranges + 1] (sequence, steps of it that belong to the range before): where each range begins
+//   ranges       [num_ranges + 1] (sequence, steps of it that belong to the range before, its length, 0)
 //   sequences    [batch] (first range, number of ranges) that hold a part of each sequence
 //
 // The steps of all sequences stand in one row, each sequence with an overhead in front of its steps: what it costs to
@@ -23,7 +23,7 @@ constexpr int kMaxRanges = 1024;
 struct PlanParams {
   const int* seq_lens;
   const int* cu_seqlens_q;
-  int2* ranges;
+  int4* ranges;
   int2* sequences;
   int batch, num_ranges;
   int left, right;
@@ -120,7 +120,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) kvt_plan(const __grid_con
       }
     }
     ranges[i] = place;
-    if (blockIdx.x == 0) p.ranges[i] = place;
+    if (blockIdx.x == 0) p.ranges[i] = {place.x, place.y, place.x < p.batch ? p.seq_lens[place.x] : 0, 0};
   }
   __syncthreads();
   for (int b = blockIdx.x * kThreads + threadIdx.x; b < p.batch; b += gridDim.x * kThreads) {

@@ -15,7 +15,7 @@ class Plan(NamedTuple):
     """Where a plan lies, and the launch that makes it anew."""
 
     ranges: int
-    """Address of ``[num_ranges + 1]`` int2."""
+    """Address of ``[num_ranges + 1]`` int4."""
     sequences: int
     """Address of ``[batch]`` int2."""
     num_ranges: int
@@ -29,9 +29,9 @@ def make_plan(
 ) -> Plan:  # fmt: skip
     """Memory for a plan of these lengths and the launch that fills it; nothing is launched yet."""
     (batch,) = seq_lens.shape
-    address, memory = step_memory(seq_lens.device, stream, 8 * (num_ranges + 1 + batch))
-    sequences = address + 8 * (num_ranges + 1)
-    overhead = max(2, 512 // head_dim)  # in steps of 16 tokens: what a sequence costs to begin and to end
+    address, memory = step_memory(seq_lens.device, stream, 16 * (num_ranges + 1) + 8 * batch)
+    sequences = address + 16 * (num_ranges + 1)
+    overhead = 16 if head_dim <= 64 else 12  # in steps of 16 tokens: what a sequence costs to begin and to end
     parameters = _params.pack(
         seq_lens.address, cu_seqlens_q.address if cu_seqlens_q else 0, address, sequences, batch, num_ranges, left,
         right, overhead, 8, int(has_prefill),

@@ -54,7 +54,7 @@ def decode(
     step = 2 * 16 * row_bytes(head_dim)
     shapes = {
         64: ((4, 3), (4, 2), (2, 2)),
-        128: ((8, 3), (8, 2), (4, 3), (4, 2)),
+        128: ((8, 2), (4, 3), (4, 2)),
         256: ((4, 3), (4, 2), (2, 3), (2, 2)),
     }
 
@@ -63,7 +63,7 @@ def decode(
         inbox = 8 * row_tiles * (4 * head_dim + 8 * cluster) if cluster > 1 else 0
         return warps * (stages * step + 4 * 8 * row_tiles * (head_dim + 4 + 2)) + inbox  # FIFOs, the merge of the warps
 
-    # the most bytes under way that fit
+    # the first that fits; more bytes under way than 64 KiB of an SM gain nothing, and cost at a sequence's end
     widths = next(shapes[most] for most in shapes if head_dim <= most)
     shape = next(shape for shape in widths if nbytes(shape) + _RESERVED <= smem_limit)
     per_sm = min(3, (smem_limit + 1024) // (nbytes(shape) + 1024))  # the driver takes 1 KiB of each CTA

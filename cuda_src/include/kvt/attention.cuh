@@ -29,7 +29,7 @@ struct AttentionParams {
   const float* sinks;
   float* partials;
   unsigned* counters;      // all 0 between kernels
-  const int2* ranges;      // made by kvt_plan, see plan.cu; null where the schedule is even
+  const int4* ranges;      // made by kvt_plan, see plan.cu; null where the schedule is even
   const int2* sequences;
   long long q_token, q_head, out_token, out_head;
   long long k_block, k_head, k_slot, v_block, v_head, v_slot;
@@ -69,16 +69,17 @@ struct RowBlock {
   }
 };
 
-// The block of rows that begins at row `first_row` of a sequence.
+// The block of rows that begins at row `first_row` of a sequence, whose length may be known; -1 = look it up.
 template <int kRows>
-__device__ __forceinline__ RowBlock row_block_at(const AttentionParams& p, int sequence, int first_row) {
+__device__ __forceinline__ RowBlock row_block_at(
+    const AttentionParams& p, int sequence, int first_row, int seq_len = -1) {
   RowBlock block;
   block.sequence = sequence;
   block.first_token = p.cu_seqlens_q == nullptr ? sequence : p.cu_seqlens_q[sequence];
   block.num_queries = p.cu_seqlens_q == nullptr ? 1 : p.cu_seqlens_q[sequence + 1] - block.first_token;
   block.first_row = first_row;
   block.num_rows = max(0, min(kRows, block.num_queries * p.group_size - first_row));
-  block.seq_len = p.seq_lens[sequence];
+  block.seq_len = seq_len >= 0 ? seq_len : p.seq_lens[sequence];
   return block;
 }
 
