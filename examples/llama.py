@@ -4,6 +4,7 @@ The weights and small modules come from a transformers model; attention is a `kv
 are packed into one row of tokens, so a step may mix prompts, parts of prompts and single decoded tokens.
 """
 
+import numpy as np
 import torch
 
 from kvtoolkit import CacheConfig, Step
@@ -43,8 +44,10 @@ class PackedLlama:
             positions: ``[num_tokens]`` int64, their positions in their sequences.
         """
         decoder = self.model.model
-        last = torch.from_numpy(step.cu_seqlens_q[1:] - 1)
-        tokens, positions, last = (indices.to(self.device) for indices in (tokens, positions, last))
+        tokens, positions = tokens.to(self.device), positions.to(self.device)
+        last: slice | torch.Tensor = slice(None)
+        if (np.diff(step.cu_seqlens_q) != 1).any():  # a decode step needs no indices, and can be captured in a graph
+            last = torch.from_numpy(step.cu_seqlens_q[1:] - 1).to(self.device)
         hidden = decoder.embed_tokens(tokens)
         cos, sin = (table[0].unsqueeze(1) for table in decoder.rotary_emb(hidden, positions.unsqueeze(0)))
         for index, layer in enumerate(decoder.layers):

@@ -16,6 +16,7 @@ from kvtoolkit.errors import (
     StepError,
     UnsupportedError,
 )
+from kvtoolkit.graph import GraphStep
 from kvtoolkit.lease import Lease
 from kvtoolkit.sources import get_include
 from kvtoolkit.stats import CacheStats
@@ -30,6 +31,7 @@ __all__ = [
     "CacheStats",
     "CompileError",
     "ConfigError",
+    "GraphStep",
     "KVCache",
     "KVToolkitError",
     "Lease",

@@ -10,7 +10,7 @@ from kvtoolkit.access import Arenas, StepAccess
 from kvtoolkit.cpu.arrays import Operand
 from kvtoolkit.cuda.arrays import check_alignment, check_devices, empty
 from kvtoolkit.device import kernels_of, using
-from kvtoolkit.runtime import current_stream
+from kvtoolkit.runtime import current_stream, is_capturing
 from kvtoolkit.runtime.kernels import arch_of
 from kvtoolkit.upload import DeviceTables
 
@@ -18,11 +18,12 @@ from kvtoolkit.upload import DeviceTables
 class DeviceStepAccess(StepAccess):
     """`StepAccess` with the kernels of a device, on the stream that is current at each call."""
 
-    __slots__ = ("_appended_layer", "_is_dependent", "_kernels", "_max_seq_len", "_query_counts")
+    __slots__ = ("_appended_layer", "_is_dependent", "_is_fixed", "_kernels", "_max_seq_len", "_query_counts")
 
     def __init__(
-        self, arenas: Arenas, tables: DeviceTables, num_new_tokens: NDArray[np.int32], seq_lens: NDArray[np.int32]
-    ) -> None:
+        self, arenas: Arenas, tables: DeviceTables, num_new_tokens: NDArray[np.int32], max_seq_len: int,
+        *, is_fixed: bool = False,
+    ) -> None:  # fmt: skip
         fewest, most = int(num_new_tokens.min(initial=1)), int(num_new_tokens.max(initial=1))
         one_each = fewest == most == 1
         super().__init__(
@@ -30,7 +31,8 @@ class DeviceStepAccess(StepAccess):
             tables.slot_mapping,
         )  # fmt: skip
         self._query_counts = fewest, most
-        self._max_seq_len = int(seq_lens.max(initial=0))
+        self._max_seq_len = max_seq_len
+        self._is_fixed = is_fixed  # whether no length will ever be above it
         self._kernels = kernels_of(arenas.backend)
         # a kernel may begin before the one in front of it has ended, where the device can do that
         self._is_dependent = arenas.backend == "cuda" and arch_of(arenas.device) >= 90
@@ -57,9 +59,12 @@ class DeviceStepAccess(StepAccess):
         device = check_devices({"k_cache": k_cache, "q": q} | {name: options[name] for name in names})
         if self._arenas.backend == "cuda":
             check_alignment({"q": q, "out": options["out"]})
-            options |= {"query_counts": self._query_counts, "max_seq_len": self._max_seq_len}
+            options["query_counts"] = self._query_counts
         with using(device):
-            return self._kernels.attend(q, k_cache, v_cache, *tables, stream=current_stream(device), **options)
+            stream = current_stream(device)
+            if self._arenas.backend == "cuda" and (self._is_fixed or not is_capturing(stream)):
+                options["max_seq_len"] = self._max_seq_len  # a captured graph will meet longer sequences than now
+            return self._kernels.attend(q, k_cache, v_cache, *tables, stream=stream, **options)
 
     def _attend_alike(self, prepared: Any, q: int, k_cache: int, v_cache: int, out: int) -> None:
         # after the append of this layer everything older has been written

@@ -122,7 +122,9 @@ class Step:
         if arenas.device >= 0:
             from kvtoolkit.device_access import DeviceStepAccess
 
-            self._access = DeviceStepAccess(arenas, self.on_device, self.num_new_tokens, self.seq_lens)
+            self._access = DeviceStepAccess(
+                arenas, self.on_device, self.num_new_tokens, int(self.seq_lens.max(initial=0))
+            )
         else:
             self._access = StepAccess(
                 arenas, self.block_table, self.block_starts, self.seq_lens, self.cu_seqlens_q, self.slot_mapping

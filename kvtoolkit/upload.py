@@ -1,6 +1,6 @@
 """The arrays of a step on their way to the device: one asynchronous copy a step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,44 +25,53 @@ class DeviceTables(NamedTuple):
     """``[num_tokens]`` int64"""
 
 
-class Upload:
-    """Copies the arrays of steps to a device, through pinned memory, on the current stream.
+class PinnedRing:
+    """Pinned buffers for copies to the device; one is written again when the copy out of it is done."""
 
-    The device memory of a step is from CuPy's pool, which hands it out again in stream order; a pinned buffer is
-    written again when the copy out of it is done. The cache's lock covers it.
-    """
-
-    def __init__(self, device: int) -> None:
-        self._device = device
+    def __init__(self) -> None:
         self._pinned: list[Any] = [None] * _SLOTS
         self._done: list[Any] = [None] * _SLOTS
         self._turn = 0
 
-    def __call__(self, *arrays: NDArray[Any]) -> DeviceTables:
-        """The arrays, in the order of `DeviceTables`, on the device."""
-        from kvtoolkit.runtime.streams import cupy_on_current_stream
+    def copy(self, cupy: Any, moves: list[tuple[NDArray[Any], Any]]) -> None:
+        """Copy host arrays to CuPy arrays on CuPy's current stream, asynchronously.
 
-        offsets, end = [], 0
-        for array in arrays:
-            offsets.append(end)
-            end += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
-        with cupy_on_current_stream(self._device) as cupy:
-            pinned = self._take(cupy, end)
-            for array, offset in zip(arrays, offsets, strict=True):
-                part = pinned[offset : offset + array.nbytes].view(array.dtype).reshape(array.shape)
-                np.copyto(part, array)
-            memory = cupy.empty(max(end, 1), np.uint8)
-            stream = cupy.cuda.get_current_stream()
-            cupy.cuda.runtime.memcpyAsync(
-                memory.data.ptr, pinned.ctypes.data, end, cupy.cuda.runtime.memcpyHostToDevice, stream.ptr
-            )
-            self._done[self._turn].record(stream)
-            self._turn = (self._turn + 1) % _SLOTS
-            views = [
-                cupy.ndarray(array.shape, array.dtype, memory.data + offset)
-                for array, offset in zip(arrays, offsets, strict=True)
-            ]
-        return DeviceTables(*views)
+        Args:
+            moves: ``(source, target)`` of the same dtype; a target of two axes may be larger, its first rows and
+                columns are written.
+        """
+        offsets, end = _layout([source for source, _ in moves])
+        pinned = self._take(cupy, end)
+        runtime, stream = cupy.cuda.runtime, cupy.cuda.get_current_stream()
+        for (source, target), offset in zip(moves, offsets, strict=True):
+            if not source.size:
+                continue
+            _fill(pinned, offset, source)
+            address, row = pinned.ctypes.data + offset, source.shape[-1] * source.itemsize
+            if source.shape == target.shape:
+                runtime.memcpyAsync(target.data.ptr, address, source.nbytes, runtime.memcpyHostToDevice, stream.ptr)
+            else:
+                runtime.memcpy2DAsync(
+                    target.data.ptr, target.strides[0], address, row, row, len(source), runtime.memcpyHostToDevice,
+                    stream.ptr,
+                )  # fmt: skip
+        self._give_back(stream)
+
+    def upload(self, cupy: Any, arrays: Sequence[NDArray[Any]]) -> list[Any]:
+        """New CuPy arrays with the contents of host arrays, by one copy on CuPy's current stream."""
+        offsets, end = _layout(arrays)
+        pinned = self._take(cupy, end)
+        for array, offset in zip(arrays, offsets, strict=True):
+            _fill(pinned, offset, array)
+        memory = cupy.empty(max(end, 1), np.uint8)
+        stream = cupy.cuda.get_current_stream()
+        kind = cupy.cuda.runtime.memcpyHostToDevice
+        cupy.cuda.runtime.memcpyAsync(memory.data.ptr, pinned.ctypes.data, end, kind, stream.ptr)
+        self._give_back(stream)
+        return [
+            cupy.ndarray(array.shape, array.dtype, memory.data + offset)
+            for array, offset in zip(arrays, offsets, strict=True)
+        ]
 
     def _take(self, cupy: Any, nbytes: int) -> NDArray[np.uint8]:
         """A pinned buffer that no copy reads any more."""
@@ -77,6 +86,42 @@ class Upload:
             buffer = self._pinned[turn] = np.frombuffer(cupy.cuda.alloc_pinned_memory(size), np.uint8, size)
         taken: NDArray[np.uint8] = buffer
         return taken
+
+    def _give_back(self, stream: Any) -> None:
+        self._done[self._turn].record(stream)
+        self._turn = (self._turn + 1) % _SLOTS
+
+
+def _layout(arrays: Sequence[NDArray[Any]]) -> tuple[list[int], int]:
+    """Where each array begins in a buffer, and the buffer's size."""
+    offsets, end = [], 0
+    for array in arrays:
+        offsets.append(end)
+        end += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+    return offsets, end
+
+
+def _fill(buffer: NDArray[np.uint8], offset: int, array: NDArray[Any]) -> None:
+    np.copyto(buffer[offset : offset + array.nbytes].view(array.dtype).reshape(array.shape), array)
+
+
+class Upload:
+    """Copies the arrays of steps to a device, through pinned memory, on the current stream.
+
+    The device memory of a step is from CuPy's pool, which hands it out again in stream order. The cache's lock covers
+    it.
+    """
+
+    def __init__(self, device: int) -> None:
+        self._device = device
+        self._ring = PinnedRing()
+
+    def __call__(self, *arrays: NDArray[Any]) -> DeviceTables:
+        """The arrays, in the order of `DeviceTables`, on the device."""
+        from kvtoolkit.runtime.streams import cupy_on_current_stream
+
+        with cupy_on_current_stream(self._device) as cupy:
+            return DeviceTables(*self._ring.upload(cupy, arrays))
 
 
 def make_upload(backend: str, device: int) -> Callable[..., DeviceTables] | None:

@@ -8,7 +8,7 @@ from kvtoolkit.cuda.expand import make_granules
 from kvtoolkit.cuda.launching import Launch, load_spec
 from kvtoolkit.cuda.plan import make_plan
 from kvtoolkit.cuda.workspace import workspace
-from kvtoolkit.runtime import is_capturing, smem_limit
+from kvtoolkit.runtime import smem_limit
 from kvtoolkit.runtime.kernels import arch_of, num_sms, packer
 
 MAX_DECODE_QUERIES = 8  # as in attention.cuh
@@ -58,7 +58,7 @@ def attend(
 
     Args:
         query_counts: fewest and most query tokens of the rows, where the host knows them: it spares a launch.
-        max_seq_len: tokens of the longest row, where the host knows: it spares memory.
+        max_seq_len: what no row is longer than, now or in a replay, where the host knows: it spares memory.
         stream: a CUDA stream's address.
 
     Returns:
@@ -83,9 +83,7 @@ def attend(
 
     granules = None
     if block_starts is not None:
-        # a captured graph will meet longer sequences than now
-        longest = None if is_capturing(stream) else max_seq_len
-        granules = make_granules(block_table, block_starts, seq_lens, longest, stream)
+        granules = make_granules(block_table, block_starts, seq_lens, max_seq_len, stream)
     ids = block_table if granules is None else granules.table
     schedule = plan = None
     partials = counters = 0

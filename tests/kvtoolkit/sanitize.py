@@ -9,6 +9,7 @@ from kvtoolkit.attention import append, merge_states
 from tests.kvtoolkit.attention_cases import Case
 from tests.kvtoolkit.gpu_cases import check, to_device
 from tests.kvtoolkit.test_attention import SINKS, SLOPES
+from tests.kvtoolkit.test_gpu_cache import drive, make, tensor
 
 OPTIONS = {"window_size": (60, 2), "causal": False, "softcap": 30.0, "sinks": SINKS, "alibi_slopes": SLOPES}
 
@@ -23,6 +24,13 @@ def main() -> None:
         check(case, case.paged(16, "HND"), "HND")
     case = Case([70, 300], num_q_heads=32, num_kv_heads=2, head_dim=128, dtype="float16")  # 16 rows
     check(case, case.variable(), num_splits=2)
+    check(case, case.variable())
+    case = Case([3000], num_q_heads=32, num_kv_heads=8, head_dim=128, dtype="float16")  # a cluster
+    check(case, case.paged(16, "HND"), "HND")
+    case = Case([100, 0, 70], [1, 0, 40], dtype="bfloat16")
+    check(case, case.variable(), backend="numba", **OPTIONS)
+    for _ in drive(make("cuda"), tensor):  # a cache: layers that begin before the one in front has ended, moves
+        pass
 
     import cupy
     import torch
