@@ -99,8 +99,8 @@ def _prepare(case: Case, which: int, name: str, out: Any) -> Any:
         for size in drawn[i]:
             pieces.setdefault(size, []).append(start)
             start += size
-    for starts in pieces.values():
-        rng.shuffle(starts)
+    for places in pieces.values():
+        rng.shuffle(places)
     shape, per_row = case.shape, len(drawn) // case.shape.batch
     entries = np.full((shape.batch, 8 * per_row), -1, np.int32)
     starts_of = entries.copy()
@@ -117,9 +117,9 @@ def _prepare(case: Case, which: int, name: str, out: Any) -> Any:
     case.tables[which] = torch.from_numpy(granules).cuda()
     names = ("q", "k_cache", "v_cache", "seq_lens")
     q, keys, values, lengths = (cuda.device_operand(getattr(case, one), one) for one in names)
-    described = [cuda.device_operand(torch.from_numpy(array).cuda(), "table") for array in (entries, starts_of)]
+    table, starts = (cuda.device_operand(torch.from_numpy(array).cuda(), "table") for array in (entries, starts_of))
     return cuda.attend(
-        q, keys, values, *described, lengths, out=cuda.device_operand(out, "out"), layout="NHD",
+        q, keys, values, table, starts, lengths, out=cuda.device_operand(out, "out"), layout="NHD",
         stream=torch.cuda.current_stream().cuda_stream,
     )  # fmt: skip
 
@@ -141,7 +141,7 @@ def _planning(batches: list[int]) -> dict[str, list[float]]:
         starts = torch.arange(256, dtype=torch.int32, device="cuda").expand(batch, 256).contiguous()
         tables = [cuda.device_operand(array, "table") for array in (entries, starts, lengths)]
         plan = make_plan(tables[2], None, 16, -1, 0, 128, False, 0).launch
-        granules = make_granules(*tables, 2048, 0).launch
+        granules = make_granules(tables[0], tables[1], tables[2], 2048, 0).launch
         for name, launch in (("plan", plan), ("list of granules", granules)):
 
             def run(launch: Any = launch) -> None:
