@@ -99,8 +99,8 @@ def _prepare(case: Case, which: int, name: str, out: Any) -> Any:
         for size in drawn[i]:
             pieces.setdefault(size, []).append(start)
             start += size
-    for places in pieces.values():
-        rng.shuffle(places)
+    for free in pieces.values():
+        rng.shuffle(free)
     shape, per_row = case.shape, len(drawn) // case.shape.batch
     entries = np.full((shape.batch, 8 * per_row), -1, np.int32)
     starts_of = entries.copy()
