@@ -535,12 +535,12 @@ __device__ __forceinline__ void merge_cluster(
     const Merged sums = scratch.merge(row, i % (kHeadDim / 4) * 4, o);
     const unsigned to = ptx::shared_address(&inbox->o[rank][i % Inbox::kOwned]);
     ptx::store_cluster_16(ptx::address_in_rank(to, i / Inbox::kOwned), o);
-    const int dim = i % (kHeadDim / 4);
-    if (dim < kCluster) {
-      ptx::store_cluster(ptx::address_in_rank(ptx::shared_address(&inbox->m[rank][row]), dim), sums.m);
-      ptx::store_cluster(ptx::address_in_rank(ptx::shared_address(&inbox->l[rank][row]), dim), sums.l);
+    for (int to_rank = i % (kHeadDim / 4); to_rank < kCluster; to_rank += kHeadDim / 4) {
+      ptx::store_cluster(ptx::address_in_rank(ptx::shared_address(&inbox->m[rank][row]), to_rank), sums.m);
+      ptx::store_cluster(ptx::address_in_rank(ptx::shared_address(&inbox->l[rank][row]), to_rank), sums.l);
     }
   }
+  __syncwarp();  // the barrier wants whole warps
   ptx::cluster_arrive();
   ptx::cluster_wait();
   for (int own = threadIdx.x; own < Inbox::kOwned; own += kThreads) {

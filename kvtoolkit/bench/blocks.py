@@ -21,7 +21,7 @@ from kvtoolkit.cuda.expand import make_granules
 from kvtoolkit.cuda.plan import make_plan
 from kvtoolkit.errors import UnsupportedError
 
-_PATTERNS = {
+_PATTERNS: dict[str, list[tuple[int, ...]]] = {
     "8": [(1,) * 8],
     "16": [(2,) * 4],
     "32": [(4,) * 2],
@@ -91,11 +91,12 @@ def _prepare(case: Case, which: int, name: str, out: Any) -> Any:
 
     rng = np.random.default_rng(which)
     num_supers = case.storage[0].shape[0] // 8
-    drawn = [_PATTERNS[name][i] for i in rng.integers(0, len(_PATTERNS[name]), num_supers // case.num_sets)]
+    count = num_supers // case.num_sets
+    drawn = [_PATTERNS[name][int(i)] for i in rng.integers(0, len(_PATTERNS[name]), count)]
     # the same patterns, in another order, cut the memory
     pieces: dict[int, list[int]] = {}
-    for place, i in zip(rng.permutation(num_supers), rng.permutation(len(drawn)), strict=False):
-        start = 8 * int(place)
+    for place, i in zip(rng.permutation(num_supers).tolist(), rng.permutation(count).tolist(), strict=False):
+        start = 8 * place
         for size in drawn[i]:
             pieces.setdefault(size, []).append(start)
             start += size

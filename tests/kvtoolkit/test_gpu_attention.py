@@ -74,6 +74,26 @@ def test_ragged_batches(seq_lens, new, backend):
         check(case, case.variable(), backend=backend, **options)
 
 
+@pytest.mark.parametrize("num_kv_heads", [1, 8, 12, 16, 32])
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 128, 256])
+def test_a_batch_of_one_sequence(head_dim, num_kv_heads):
+    shape = {"num_q_heads": 2 * num_kv_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "dtype": "float16"}
+    for seq_len, new in ((0, None), (1, None), (130, None), (700, None), (300, [5]), (90, [8]), (40, [9])):
+        case = Case([seq_len], new, **shape)
+        check(case, case.variable())
+        check(case, case.paged(16, "HND"), "HND", window_size=(50, 0), softcap=20.0)
+
+
+@pytest.mark.parametrize("block_size", [1, 8, 16, 24, 48])
+def test_sequences_longer_than_the_ids_that_a_warp_holds(block_size):
+    case = Case([9000, 4500, 16], num_q_heads=2, num_kv_heads=1, dtype="float16")
+    arrays = case.paged(block_size, "HND")
+    for splits in (0, 1):
+        check(case, arrays, "HND", num_splits=splits)
+    case = Case([9000], num_q_heads=16, num_kv_heads=8, head_dim=16, dtype="float16")
+    check(case, case.paged(block_size, "HND"), "HND")
+
+
 def test_an_empty_batch_gives_an_empty_result():
     case = Case([], dtype="float16")
     out, lse = run(case, (*case.paged(8, "HND")[:2], np.zeros((0, 3), np.int32)), "HND")
