@@ -91,7 +91,7 @@ class StepAccess:
         arenas = self._arenas
         arenas.require_layer(layer)
         keys, values = arenas.describe(key, "key"), arenas.describe(value, "value")
-        form = (keys[1:4], values[1:4])
+        form = (keys[1:4], values[1:4], keys.device, values.device)
         if self._appended is not None and self._appended[0] == form and arenas.are_aligned(keys, values):
             self._append_alike(
                 self._appended[1],
@@ -156,7 +156,7 @@ class StepAccess:
             out = self._empty(q, queries, queries.shape)
         target = arenas.describe(out, "out")
         options = (softmax_scale, causal, window_size, softcap, num_splits, backend)
-        form = (queries[1:4], target[1:4], target.writable, options)
+        form = (queries[1:4], target[1:4], target.writable, queries.device, target.device, options)
         is_plain = sinks is None and alibi_slopes is None and not return_lse
         if (
             is_plain

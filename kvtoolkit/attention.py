@@ -33,7 +33,7 @@ from kvtoolkit.checks import (
     check_rows,
     choose_backend,
 )
-from kvtoolkit.cpu.arrays import is_on_device, is_torch, operand
+from kvtoolkit.cpu.arrays import Operand, is_on_device, is_torch, operand
 from kvtoolkit.cpu.merge import merge_rows
 from kvtoolkit.errors import ShapeError
 from kvtoolkit.tables import GRANULE
@@ -170,6 +170,8 @@ def _attention(
     check_indices(table, "block_table", ("batch", "max_entries"))
     batch, max_entries = table.shape
     check_indices(lengths, "seq_lens", (batch,))
+    if batch == 0 and num_tokens:
+        raise ShapeError(f"q: expected no tokens for a batch of no rows, got {num_tokens}")
     starts = bounds = None
     if layout is None:
         if keys.shape[2] != GRANULE:
@@ -190,12 +192,12 @@ def _attention(
         check_per_head(slopes, "alibi_slopes", num_q_heads, infinite=False)
 
     if out is None:
-        out = _empty(q, queries.shape, queries.dtype)
+        out = _empty(q, queries, queries.shape, queries.dtype)
         target = describe(out, "out")
     else:
         target = describe(out, "out")
         check_output(target, "out", queries.shape, queries.dtype)
-    lse = _empty(q, queries.shape[:2], "float32") if return_lse else None
+    lse = _empty(q, queries, queries.shape[:2], "float32") if return_lse else None
     arguments = (queries, keys, values, table, starts, lengths)
     options: dict[str, Any] = {
         "out": target, "lse": lse if lse is None else describe(lse, "lse"), "cu_seqlens_q": bounds,
@@ -283,10 +285,11 @@ def merge_states(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, *, backend: str
         side = describe(lse, name)
         if side.shape != a.shape[:2] or side.dtype != "float32":
             raise ShapeError(f"{name}: expected {a.shape[:2]} float32, got {side.shape} {side.dtype}")
-        if a.shape[0] > 1 and a.shape[1] > 0 and side.strides != (a.shape[1], 1):
+        scattered = (a.shape[0] > 1 and side.strides[0] != a.shape[1]) or (a.shape[1] > 1 and side.strides[1] != 1)
+        if scattered and 0 not in a.shape:
             raise ShapeError(f"{name}: expected a contiguous array, got strides {side.strides} (elements)")
         sides.append(side)
-    out, merged = _empty(out_a, a.shape, a.dtype), _empty(out_a, a.shape[:2], "float32")
+    out, merged = _empty(out_a, a, a.shape, a.dtype), _empty(out_a, a, a.shape[:2], "float32")
     states = (describe(out, "out"), describe(merged, "lse"), a, sides[0], b, sides[1])
     if chosen == "cpu":
         merge_rows(*states)
@@ -300,10 +303,10 @@ def _device() -> Any:
     return importlib.import_module("kvtoolkit.device")
 
 
-def _empty(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
+def _empty(like: Any, described: Operand, shape: tuple[int, ...], dtype: str) -> Any:
     """A new array or tensor where ``like`` lies."""
-    if is_on_device(like):
-        return _device().empty(shape, dtype, like)
+    if described.device >= 0:
+        return _device().empty(shape, dtype, like, described.device)
     if is_torch(like):
         torch = sys.modules["torch"]
         return torch.empty(shape, dtype=getattr(torch, dtype))

@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib
-from collections.abc import Iterator
 from typing import Any
 
 from kvtoolkit.cpu.arrays import Operand
@@ -10,6 +9,8 @@ from kvtoolkit.cuda import check
 from kvtoolkit.cuda.arrays import check_alignment, check_devices, device_operand, empty
 from kvtoolkit.cuda.specs import check_head_dim
 from kvtoolkit.runtime import current_stream
+
+_as_it_is: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
 __all__ = ["append_checked", "attend_checked", "device_operand", "empty", "kernels_of", "merge_checked", "using"]
 
@@ -19,16 +20,11 @@ def kernels_of(backend: str) -> Any:
     return importlib.import_module(f"kvtoolkit.{backend}")
 
 
-@contextlib.contextmanager
-def using(device: int) -> Iterator[None]:
+def using(device: int) -> contextlib.AbstractContextManager[Any]:
     """Make a device the current one."""
     import cupy
 
-    if cupy.cuda.runtime.getDevice() == device:
-        yield
-        return
-    with cupy.cuda.Device(device):
-        yield
+    return _as_it_is if cupy.cuda.runtime.getDevice() == device else cupy.cuda.Device(device)
 
 
 def attend_checked(
@@ -43,6 +39,7 @@ def attend_checked(
         options["query_counts"] = query_counts
     names = ("cu_seqlens_q", "sinks", "alibi_slopes")
     others = {"block_table": table, "block_starts": starts, "seq_lens": lengths} | {n: options[n] for n in names}
+    others["lse"] = options["lse"]
     device = check_devices(arrays | others)
     with using(device):
         stream = current_stream(device, from_torch)
@@ -73,7 +70,7 @@ def merge_checked(
     from_torch: bool,
 ) -> None:  # fmt: skip
     """Merge states whose shapes and dtypes are known to be right."""
-    device = check_devices({"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b})
+    device = check_devices({"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b, "out": out, "lse": lse})
     with using(device):
         stream = current_stream(device, from_torch)
         kernels_of(backend).merge_states(out, lse, out_a, lse_a, out_b, lse_b, stream=stream)

@@ -18,13 +18,13 @@ from kvtoolkit.upload import DeviceTables
 class DeviceStepAccess(StepAccess):
     """`StepAccess` with the kernels of a device, on the stream that is current at each call."""
 
-    __slots__ = ("_appended_layer", "_is_dependent", "_is_fixed", "_kernels", "_max_seq_len", "_query_counts")
+    __slots__ = ("_appended_layer", "_is_dependent", "_is_fixed", "_kept", "_kernels", "_max_seq_len", "_query_counts")
 
     def __init__(
         self, arenas: Arenas, tables: DeviceTables, num_new_tokens: NDArray[np.int32], max_seq_len: int,
-        *, is_fixed: bool = False,
+        *, kept: dict[Any, Any] | None = None,
     ) -> None:  # fmt: skip
-        fewest, most = int(num_new_tokens.min(initial=1)), int(num_new_tokens.max(initial=1))
+        fewest, most = (int(num_new_tokens.min()), int(num_new_tokens.max())) if len(num_new_tokens) else (1, 1)
         one_each = fewest == most == 1
         super().__init__(
             arenas, tables.block_table, tables.block_starts, tables.seq_lens, None if one_each else tables.cu_seqlens_q,
@@ -32,7 +32,8 @@ class DeviceStepAccess(StepAccess):
         )  # fmt: skip
         self._query_counts = fewest, most
         self._max_seq_len = max_seq_len
-        self._is_fixed = is_fixed  # whether no length will ever be above it
+        self._is_fixed = kept is not None  # whether no length will ever be above it
+        self._kept = {} if kept is None else kept  # the plan and the list of granules, for all layers
         self._kernels = kernels_of(arenas.backend)
         # a kernel may begin before the one in front of it has ended, where the device can do that
         self._is_dependent = arenas.backend == "cuda" and arch_of(arenas.device) >= 90
@@ -62,8 +63,10 @@ class DeviceStepAccess(StepAccess):
             options["query_counts"] = self._query_counts
         with using(device):
             stream = current_stream(device)
-            if self._arenas.backend == "cuda" and (self._is_fixed or not is_capturing(stream)):
-                options["max_seq_len"] = self._max_seq_len  # a captured graph will meet longer sequences than now
+            if self._arenas.backend == "cuda":
+                options["kept"] = self._kept
+                if self._is_fixed or not is_capturing(stream):  # a captured graph will meet longer sequences than now
+                    options["max_seq_len"] = self._max_seq_len
             return self._kernels.attend(q, k_cache, v_cache, *tables, stream=stream, **options)
 
     def _attend_alike(self, prepared: Any, q: int, k_cache: int, v_cache: int, out: int) -> None:
@@ -75,4 +78,4 @@ class DeviceStepAccess(StepAccess):
 
     @staticmethod
     def _empty(array: Any, described: Operand, shape: tuple[int, ...], dtype: str | None = None) -> Any:
-        return empty(shape, dtype or described.dtype, array)
+        return empty(shape, dtype or described.dtype, array, described.device)

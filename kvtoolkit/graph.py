@@ -62,6 +62,8 @@ class GraphStep:
         self._ring = PinnedRing()
         self._width = 0  # of the widest table loaded: what lies behind it is empty
         self._access: Any = None
+        self._last_layer = -1
+        self._kept: dict[Any, Any] = {}  # plans and lists, at fixed places too
 
     def load(self, step: Step) -> None:
         """Bring the tables of a step to the fixed places, asynchronously on the current stream.
@@ -98,10 +100,12 @@ class GraphStep:
                 [(slots, self.tables.slot_mapping), (seq_lens, self.tables.seq_lens),
                  (tables[0], self.tables.block_table), (tables[1], self.tables.block_starts)],
             )  # fmt: skip
-        self._access = None  # what runs eagerly is planned anew
 
     def append(self, layer: int, key: Any, value: Any) -> None:
-        """As `Step.append`; rows of ``key`` and ``value`` beyond the step's are skipped."""
+        """As `Step.append`; rows of ``key`` and ``value`` beyond the step's are skipped. Layers in ascending order."""
+        if layer <= self._last_layer:  # the model runs anew: so must what its layers have in common
+            self._access = None
+        self._last_layer = layer
         self._accessed().append(layer, key, value)
 
     def attend(self, layer: int, q: Any, **options: Any) -> Any:
@@ -113,5 +117,7 @@ class GraphStep:
             from kvtoolkit.device_access import DeviceStepAccess
 
             counts = np.ones(self._batch, np.int32)
-            self._access = DeviceStepAccess(self._cache._arenas, self.tables, counts, self._max_seq_len, is_fixed=True)
+            self._access = DeviceStepAccess(
+                self._cache._arenas, self.tables, counts, self._max_seq_len, kept=self._kept
+            )
         return self._access

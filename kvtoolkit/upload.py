@@ -1,10 +1,13 @@
 """The arrays of a step on their way to the device: one asynchronous copy a step."""
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from kvtoolkit.errors import UnsupportedError
 
 _SLOTS = 4  # uploads that may be under way before the host waits
 _ALIGNMENT = 256  # of each array: whole cache lines
@@ -75,6 +78,13 @@ class PinnedRing:
 
     def _take(self, cupy: Any, nbytes: int) -> NDArray[np.uint8]:
         """A pinned buffer that no copy reads any more."""
+        from kvtoolkit.runtime import is_capturing
+
+        if is_capturing(cupy.cuda.get_current_stream().ptr):
+            raise UnsupportedError(
+                "tables of a step: expected them to be on the device before a CUDA graph is captured, which would copy "
+                "the same ones at every replay; see GraphStep"
+            )
         turn = self._turn
         if self._done[turn] is None:
             self._done[turn] = cupy.cuda.Event(disable_timing=True)
@@ -108,19 +118,19 @@ def _fill(buffer: NDArray[np.uint8], offset: int, array: NDArray[Any]) -> None:
 class Upload:
     """Copies the arrays of steps to a device, through pinned memory, on the current stream.
 
-    The device memory of a step is from CuPy's pool, which hands it out again in stream order. The cache's lock covers
-    it.
+    The device memory of a step is from CuPy's pool, which hands it out again in stream order. Thread-safe.
     """
 
     def __init__(self, device: int) -> None:
         self._device = device
         self._ring = PinnedRing()
+        self._lock = threading.Lock()  # steps of one cache may be open in several threads
 
     def __call__(self, *arrays: NDArray[Any]) -> DeviceTables:
         """The arrays, in the order of `DeviceTables`, on the device."""
         from kvtoolkit.runtime.streams import cupy_on_current_stream
 
-        with cupy_on_current_stream(self._device) as cupy:
+        with self._lock, cupy_on_current_stream(self._device) as cupy:
             return DeviceTables(*self._ring.upload(cupy, arrays))
 
 

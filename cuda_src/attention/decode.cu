@@ -399,7 +399,7 @@ class Reader {
     }
   }
 
-  // Look up the next step: where token l % 16 of it lies, for lane l; a negative block where there is no next step.
+  // Look up the next step: where token l % 16 of it lies, for lane l; in all lanes slot -1 where there is no next step.
   // Nothing is done with what was loaded, so that nobody waits for it yet.
   __device__ __forceinline__ Place next(const AttentionParams& p, bool may_load_queries) {
     while (!is_done_ && step_ >= piece_.end) {
@@ -412,7 +412,7 @@ class Reader {
         if (kRowTiles == 1 && may_load_queries) queries.load(p, piece_.block, schedule_.kv_head());
       }
     }
-    if (is_done_) return {-1, 0};
+    if (is_done_) return {0, -1};
     step_ += kStride;
     return locate_.next(piece_.block.seq_len - 1);
   }
@@ -594,7 +594,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) KVT_CLUSTER_DIMS
     locate.seek(located);
   }
   Piece piece;
-  if (!schedule.next(p, piece)) return;
+  if (!schedule.next(p, piece)) {
+    ptx::wait_for_dependencies();  // who waits for this kernel relies on those before it as well
+    return;
+  }
   const unsigned long long policy = ptx::evict_first_policy();
   Queries queries;
   if (p.wait_first) queries.load(p, piece.block, kv_head);
@@ -603,7 +606,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) KVT_CLUSTER_DIMS
 #pragma unroll 1
   for (int i = 0; i < kStages; ++i) {
     if (reader.is_new()) ptx::wait_for_dependencies();
-    if (ahead.block >= 0) copy_step(p, kv_head, fifo + i * kStageBytes, ahead, policy);
+    if (ahead.slot >= 0) copy_step(p, kv_head, fifo + i * kStageBytes, ahead, policy);
     ptx::commit_copies();
     ahead = reader.next(p, p.wait_first);
   }
@@ -631,7 +634,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) KVT_CLUSTER_DIMS
       __syncwarp();
       attend_step(p, queries.q, columns, keys, piece.block.seq_len, fifo + stage * kStageBytes, step * kStep, state);
       __syncwarp();
-      if (ahead.block >= 0) copy_step(p, kv_head, fifo + stage * kStageBytes, ahead, policy);
+      if (ahead.slot >= 0) copy_step(p, kv_head, fifo + stage * kStageBytes, ahead, policy);
       ptx::commit_copies();
       ahead = reader.next(p, true);  // it has until the next step to arrive
       stage = stage + 1 == kStages ? 0 : stage + 1;

@@ -106,7 +106,8 @@ def ours(case: Case) -> list[Contender]:
         cuda.attend(
             q, keys, values, cuda.device_operand(table, "table"), None, lengths, out=cuda.device_operand(out, "out"),
             cu_seqlens_q=None if shape.num_queries == 1 else bounds, layout="NHD",
-            query_counts=(shape.num_queries, shape.num_queries), stream=torch.cuda.current_stream().cuda_stream,
+            query_counts=(shape.num_queries, shape.num_queries), kept={},
+            stream=torch.cuda.current_stream().cuda_stream,
         )
         for table, out in zip(case.tables, outs, strict=True)
     ]  # fmt: skip

@@ -18,7 +18,7 @@ from kvtoolkit.bench.timing import device_line, host_us, read_ceiling, time_grap
 from kvtoolkit.cache import KVCache
 from kvtoolkit.config import CacheConfig
 from kvtoolkit.cuda.expand import make_granules
-from kvtoolkit.cuda.plan import make_plan
+from kvtoolkit.cuda.plan import make_plan, plan_nbytes
 from kvtoolkit.errors import UnsupportedError
 
 _PATTERNS: dict[str, list[tuple[int, ...]]] = {
@@ -120,7 +120,7 @@ def _prepare(case: Case, which: int, name: str, out: Any) -> Any:
     q, keys, values, lengths = (cuda.device_operand(getattr(case, one), one) for one in names)
     table, starts = (cuda.device_operand(torch.from_numpy(array).cuda(), "table") for array in (entries, starts_of))
     return cuda.attend(
-        q, keys, values, table, starts, lengths, out=cuda.device_operand(out, "out"), layout="NHD",
+        q, keys, values, table, starts, lengths, out=cuda.device_operand(out, "out"), layout="NHD", kept={},
         stream=torch.cuda.current_stream().cuda_stream,
     )  # fmt: skip
 
@@ -141,8 +141,9 @@ def _planning(batches: list[int]) -> dict[str, list[float]]:
         entries = torch.randint(0, 1 << 20, (batch, 256), dtype=torch.int32, device="cuda")
         starts = torch.arange(256, dtype=torch.int32, device="cuda").expand(batch, 256).contiguous()
         tables = [cuda.device_operand(array, "table") for array in (entries, starts, lengths)]
-        plan = make_plan(tables[2], None, 16, -1, 0, 128, False, 0).launch
-        granules = make_granules(tables[0], tables[1], tables[2], 2048, 0).launch
+        memory = torch.empty(batch * 2048 + plan_nbytes(batch, 16), dtype=torch.uint8, device="cuda")
+        plan = make_plan(memory.data_ptr(), tables[2], None, 16, -1, 0, 128, False).launch
+        granules = make_granules(memory.data_ptr(), tables[0], tables[1], tables[2], 256).launch
         for name, launch in (("plan", plan), ("list of granules", granules)):
 
             def run(launch: Any = launch) -> None:

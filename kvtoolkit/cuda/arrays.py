@@ -105,11 +105,12 @@ def check_alignment(operands: dict[str, Operand], nbytes: int = 16) -> None:
             )
 
 
-def empty(shape: tuple[int, ...], dtype: str, like: Any) -> Any:
-    """A new array on the device of ``like``: a torch tensor if it is one, else a CuPy array (bfloat16 as uint16)."""
+def empty(shape: tuple[int, ...], dtype: str, like: Any, device: int) -> Any:
+    """A new array on a device: a torch tensor if ``like`` is one, else a CuPy array (bfloat16 as uint16)."""
     if is_torch(like):
         torch = sys.modules["torch"]
         return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
     import cupy
 
-    return cupy.empty(shape, "uint16" if dtype == "bfloat16" else dtype)
+    with cupy.cuda.Device(device):
+        return cupy.empty(shape, "uint16" if dtype == "bfloat16" else dtype)

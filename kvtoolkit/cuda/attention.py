@@ -1,15 +1,17 @@
 """Launch the attention kernels on device arrays that are known to be right."""
 
+import functools
 from typing import Any, NamedTuple
 
 from kvtoolkit.cpu.arrays import Operand
 from kvtoolkit.cuda import specs
-from kvtoolkit.cuda.expand import make_granules
+from kvtoolkit.cuda.expand import list_width, make_granules
 from kvtoolkit.cuda.launching import Launch, load_spec
-from kvtoolkit.cuda.plan import make_plan
-from kvtoolkit.cuda.workspace import workspace
-from kvtoolkit.runtime import smem_limit
+from kvtoolkit.cuda.plan import make_plan, plan_nbytes
+from kvtoolkit.cuda.workspace import Sizes, workspace
+from kvtoolkit.runtime import is_capturing, smem_limit
 from kvtoolkit.runtime.kernels import arch_of, num_sms, packer
+from kvtoolkit.runtime.streams import on_stream
 
 MAX_DECODE_QUERIES = 8  # as in attention.cuh
 MAX_SPLITS = 128
@@ -28,6 +30,7 @@ class Attention(NamedTuple):
     """May be launched while the kernel before it still runs."""
     prefill: Launch | None
     memory: Any
+    """What the launches read and nobody else keeps alive."""
 
 
 class _Schedule(NamedTuple):
@@ -41,7 +44,7 @@ class _Schedule(NamedTuple):
     num_ranges: int
     """0 = even, not planned."""
     partials_nbytes: int
-    num_counters: int
+    counters_nbytes: int
 
 
 def attend(
@@ -49,7 +52,8 @@ def attend(
     seq_lens: Operand, *, out: Operand, lse: Operand | None = None, cu_seqlens_q: Operand | None = None,
     softmax_scale: float | None = None, causal: bool = True, window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0, sinks: Operand | None = None, alibi_slopes: Operand | None = None, num_splits: int = 0,
-    layout: str = "HND", query_counts: tuple[int, int] | None = None, max_seq_len: int | None = None, stream: int = 0,
+    layout: str = "HND", query_counts: tuple[int, int] | None = None, max_seq_len: int | None = None,
+    kept: dict[Any, Any] | None = None, stream: int = 0,
 ) -> Attention:  # fmt: skip
     """Attend, writing to ``out`` and ``lse``, asynchronously on ``stream``.
 
@@ -59,6 +63,8 @@ def attend(
     Args:
         query_counts: fewest and most query tokens of the rows, where the host knows them: it spares a launch.
         max_seq_len: what no row is longer than, now or in a replay, where the host knows: it spares memory.
+        kept: where the plan and the list of granules of a step are kept for its other layers. Without it they lie in
+            scratch memory, until the next call on the stream, and `attend_alike` must not be called.
         stream: a CUDA stream's address.
 
     Returns:
@@ -72,6 +78,8 @@ def attend(
     if num_tokens == 0:
         return Attention(None, None, None, None)
     fewest, most = (1, 1) if cu_seqlens_q is None else query_counts or (0, num_tokens)
+    if batch == 1 and cu_seqlens_q is not None:
+        fewest = most = num_tokens
     decodes, prefills = fewest <= MAX_DECODE_QUERIES, most > MAX_DECODE_QUERIES
     left, right = (min(side, _UNBOUNDED) for side in window_size)
     if causal:
@@ -81,20 +89,30 @@ def attend(
 
     ids_per_step = 1 if block_size % 16 == 0 else 2 if block_size == 8 else 0
 
-    granules = None
-    if block_starts is not None:
-        granules = make_granules(block_table, block_starts, seq_lens, max_seq_len, stream)
-    ids = block_table if granules is None else granules.table
-    schedule = plan = None
-    partials = counters = 0
+    schedule = None
     if decodes:
         rows = group_size * min(most, MAX_DECODE_QUERIES)
-        schedule = _schedule(q, num_kv_heads, batch, cu_seqlens_q is not None, rows, num_splits)
-        if schedule.partials_nbytes:
-            scratch = workspace(device, stream, schedule.partials_nbytes, schedule.num_counters)
-            partials, counters = scratch.partials, scratch.counters
-        if schedule.num_ranges:
-            plan = make_plan(seq_lens, cu_seqlens_q, schedule.num_ranges, left, right, head_dim, prefills, stream)
+        schedule = _schedule(q.shape, q.dtype, device, num_kv_heads, batch, cu_seqlens_q is not None, rows, num_splits)
+    num_ranges = schedule.num_ranges if schedule else 0
+    width = list_width(block_table.shape[1], max_seq_len)
+    plan_at = -(-4 * batch * width // 256) * 256 if block_starts is not None else 0
+    step_nbytes = plan_at + (plan_nbytes(batch, num_ranges) if num_ranges else 0)
+    partials, counters, step_at = schedule.partials_nbytes if schedule else 0, 0, 0
+    memory = None
+    if kept is not None and step_nbytes:
+        memory = _keep(kept, (width, num_ranges, left, right), step_nbytes, stream)
+    if partials or (step_nbytes and memory is None):
+        counters = schedule.counters_nbytes if schedule else 0
+        scratch = workspace(device, stream, Sizes(partials, counters, 0 if memory is not None else step_nbytes))
+        partials, counters, step_at = scratch.partials, scratch.counters, scratch.step
+    if memory is not None:
+        step_at = memory.data.ptr
+    granules = plan = None
+    if block_starts is not None:
+        granules = make_granules(step_at, block_table, block_starts, seq_lens, width)
+    ids = block_table if granules is None else granules.table
+    if num_ranges:
+        plan = make_plan(step_at + plan_at, seq_lens, cu_seqlens_q, num_ranges, left, right, head_dim, prefills)
 
     def parameters(wait_first: bool) -> bytes:
         return _params.pack(
@@ -129,17 +147,31 @@ def attend(
         grid = (num_tokens * group_size // spec.rows + batch, num_kv_heads)
         prefill = Launch(load_spec(spec, device), grid, spec.threads, spec.smem_nbytes, parameters(True))
         prefill.run(stream)
-    return Attention(decode, early, prefill, (plan, granules))
+    return Attention(decode, early, prefill, memory)
 
 
+def _keep(kept: dict[Any, Any], key: Any, nbytes: int, stream: int) -> Any:
+    """Memory of a step for its plan and list; None if there is none yet and a capture forbids to take some."""
+    import cupy
+
+    if key not in kept:
+        if is_capturing(stream):
+            return None
+        with on_stream(stream):  # it will be handed out again in the order of this stream
+            kept[key] = cupy.empty(nbytes, "uint8")
+    return kept[key]
+
+
+@functools.lru_cache(4096)
 def _schedule(
-    q: Operand, num_kv_heads: int, batch: int, has_bounds: bool, most_rows: int, num_splits: int
-) -> _Schedule:
+    shape: tuple[int, int, int], dtype: str, device: int, num_kv_heads: int, batch: int, has_bounds: bool,
+    most_rows: int, num_splits: int,
+) -> _Schedule:  # fmt: skip
     """Choose a schedule, by what the host knows: never by what lies in the tables, so that a graph stays right."""
-    num_tokens, num_q_heads, head_dim = q.shape
-    device, group_size = q.device, num_q_heads // num_kv_heads
+    num_tokens, num_q_heads, head_dim = shape
+    group_size = num_q_heads // num_kv_heads
     limit = smem_limit(device)
-    spec = specs.decode(head_dim, q.dtype, most_rows, limit)
+    spec = specs.decode(head_dim, dtype, most_rows, limit)
     rows = spec.rows
     row_blocks = -(-most_rows // rows)
     partial = rows * (head_dim + 2) * 4
@@ -147,7 +179,7 @@ def _schedule(
         heads = num_kv_heads * row_blocks
         ranges = max(1, spec.per_sm * num_sms(device) // heads)
         grid = (num_kv_heads, row_blocks, ranges)
-        return _Schedule(spec, grid, 1, False, row_blocks, ranges, 2 * ranges * heads * partial, batch * heads)
+        return _Schedule(spec, grid, 1, False, row_blocks, ranges, 2 * ranges * heads * partial, 4 * batch * heads)
     # every sequence in even splits, and a block of rows found by its number
     num_blocks = num_tokens * group_size // rows + batch if has_bounds else batch * -(-group_size // rows)
     cluster, splits = 1, min(num_splits, MAX_SPLITS)
@@ -156,11 +188,11 @@ def _schedule(
         splits = cluster
         if cluster == 1:
             splits = max(1, min(MAX_SPLITS, spec.per_sm * num_sms(device) // (batch * row_blocks * num_kv_heads)))
-    spec = specs.decode(head_dim, q.dtype, most_rows, limit, planned=False, cluster=cluster)
+    spec = specs.decode(head_dim, dtype, most_rows, limit, planned=False, cluster=cluster)
     groups = num_blocks * num_kv_heads
     nbytes = groups * splits * partial if cluster == 1 and splits > 1 else 0
     grid = (groups, splits, 1) if cluster == 1 else (cluster, num_kv_heads, num_blocks)
-    return _Schedule(spec, grid, splits, num_splits > 0, row_blocks, 0, nbytes, groups)
+    return _Schedule(spec, grid, splits, num_splits > 0, row_blocks, 0, nbytes, 4 * groups)
 
 
 def attend_alike(

@@ -1,5 +1,6 @@
 """A launch made ready: kernel, grid and packed parameters, of which addresses can be changed for the next layer."""
 
+import functools
 import struct
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ class Launch(NamedTuple):
         return self._replace(parameters=bytes(parameters))
 
 
+@functools.cache
 def load_spec(spec: Spec, device: int) -> Kernel:
     """The kernel of a spec on a device, which must be the current one."""
     return load(spec.source, spec.name, dict(spec.defines), device, smem_nbytes=spec.smem_nbytes)

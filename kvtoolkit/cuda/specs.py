@@ -11,8 +11,8 @@ SMEM_LIMITS = {"80": 166912, "86": 101376, "89": 101376, "90": 232448, "100": 23
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 """What models have; any multiple of 16 up to 256 compiles."""
 
-MAX_PLANNED = 12288
-"""Sequences that a plan may have: their costs lie in 48 KiB of shared memory."""
+MAX_PLANNED = 10000
+"""Sequences that a plan may have: their costs lie in 48 KiB of shared memory, beside the ranges."""
 
 _RESERVED = 256  # static shared memory
 
@@ -58,15 +58,17 @@ def decode(
         256: ((4, 3), (4, 2), (2, 3), (2, 2)),
     }
 
-    def nbytes(shape: tuple[int, int]) -> int:
+    def nbytes(shape: tuple[int, int], row_tiles: int) -> int:
         warps, stages = shape
         inbox = 8 * row_tiles * (4 * head_dim + 8 * cluster) if cluster > 1 else 0
         return warps * (stages * step + 4 * 8 * row_tiles * (head_dim + 4 + 2)) + inbox  # FIFOs, the merge of the warps
 
     # the first that fits; more bytes under way than 64 KiB of an SM gain nothing, and cost at a sequence's end
     widths = next(shapes[most] for most in shapes if head_dim <= most)
-    shape = next(shape for shape in widths if nbytes(shape) + _RESERVED <= smem_limit)
-    per_sm = min(3, (smem_limit + 1024) // (nbytes(shape) + 1024))  # the driver takes 1 KiB of each CTA
+    # by the most rows there may be, so that a sequence's bits do not depend on who has how many beside it
+    widest = 2 if head_dim <= 128 else 1
+    shape = next(shape for shape in widths if nbytes(shape, widest) + _RESERVED <= smem_limit)
+    per_sm = min(3, (smem_limit + 1024) // (nbytes(shape, row_tiles) + 1024))  # the driver takes 1 KiB of each CTA
     defines = (
         ("KVT_HEAD_DIM", head_dim), ("KVT_BF16", int(dtype == "bfloat16")), ("KVT_ROW_TILES", row_tiles),
         ("KVT_WARPS", shape[0]), ("KVT_STAGES", shape[1]),
@@ -118,7 +120,7 @@ def of_model(
     """Every kernel that the cache of a model needs."""
     group_size = num_q_heads // num_kv_heads
     found: dict[Spec, None] = {}
-    for rows in (group_size, 8 * group_size):  # decode, and verify with up to 8 tokens
+    for rows in range(group_size, 9 * group_size, group_size):  # decode, and verify with up to 8 tokens
         kernel = decode(head_dim, dtype, rows, smem_limit)
         cluster = cluster_size(arch, num_kv_heads * -(-rows // kernel.rows))
         found[kernel] = None

@@ -1,8 +1,9 @@
 """Scratch memory of the attention kernels, one piece per device and stream, kept for ever.
 
-It only grows, and what it has outgrown is kept too: a captured CUDA graph may hold its address. Kernels on one stream
-follow one another, so they can share it. Nothing can be allocated while a graph is captured: a stream that was never
-used before its capture gets a spare piece, which every device has as large as its largest.
+It only grows, and what it has outgrown is kept too: a captured CUDA graph may hold its address. Calls on one stream
+follow one another, so they can share it; graphs captured on one stream must not be replayed on two at once. Nothing can
+be allocated while a graph is captured: a stream that was never used before its capture gets a spare piece, which every
+device has, as large as its largest.
 """
 
 import atexit
@@ -11,107 +12,82 @@ from typing import Any, NamedTuple
 
 from kvtoolkit.errors import UnsupportedError
 from kvtoolkit.runtime import is_capturing
-from kvtoolkit.runtime.streams import on_stream
 
-_MIN_PARTIALS = 4 << 20
-_MIN_COUNTERS = 1 << 16
-_CAPTURED_NBYTES = 32 << 20  # for what steps make during a capture
+
+class Sizes(NamedTuple):
+    """Bytes of each part."""
+
+    partials: int
+    """Results of pieces of sequences."""
+    counters: int
+    """uint32 each, all zero between kernels."""
+    step: int
+    """The plan and the list of granules of a call that has no memory of its own for them."""
 
 
 class Workspace(NamedTuple):
-    """Addresses and sizes."""
+    """Addresses of the parts, and their sizes."""
 
     partials: int
-    partials_nbytes: int
     counters: int
-    """uint32, all zero between kernels."""
-    num_counters: int
+    step: int
+    sizes: Sizes
     memory: tuple[Any, ...]
 
 
-class _Captured:
-    """Memory for the plans and lists of captured graphs, handed out once and never taken back."""
-
-    def __init__(self, memory: Any) -> None:
-        self.memory = memory
-        self.used = 0
-
+_LEAST = Sizes(4 << 20, 1 << 18, 1 << 20)
 
 _lock = threading.Lock()
 _spaces: dict[tuple[int, int], Workspace] = {}
 _spares: dict[int, Workspace] = {}
-_captured: dict[int, _Captured] = {}
-_outgrown: list[Any] = []
+_outgrown: list[Workspace] = []
 
 
 @atexit.register
 def _free_all() -> None:
     """CuPy cannot free memory any more once the interpreter takes modules apart."""
-    for kept in (_spaces, _spares, _captured, _outgrown):
+    for kept in (_spaces, _spares, _outgrown):
         kept.clear()
 
 
-def workspace(device: int, stream: int, partials_nbytes: int, num_counters: int) -> Workspace:
+def workspace(device: int, stream: int, sizes: Sizes) -> Workspace:
     """Scratch of at least these sizes; UnsupportedError if it had to grow while the stream is captured."""
     found = _spaces.get((device, stream))
-    if found is not None and _fits(found, partials_nbytes, num_counters):
+    if found is not None and _fits(found, sizes) and device in _spares:
         return found
     with _lock:
-        spare = _spares.get(device)
+        found, spare = _spaces.get((device, stream)), _spares.get(device)
         if is_capturing(stream):
-            if spare is None or not _fits(spare, partials_nbytes, num_counters):
+            if found is not None and _fits(found, sizes):
+                return found
+            if spare is None or not _fits(spare, sizes):
                 raise UnsupportedError(
                     "attention: expected its scratch memory to be there before a CUDA graph is captured; run the same "
                     "call once before the capture, on any stream"
                 )
+            if found is not None:
+                _outgrown.append(found)
             _spaces[device, stream] = _spares.pop(device)
             return spare
-        if found is not None:
-            partials_nbytes = max(partials_nbytes, 2 * found.partials_nbytes)
-            num_counters = max(num_counters, 2 * found.num_counters)
-            _outgrown.append(found)
-        made = _spaces[device, stream] = _make(partials_nbytes, num_counters)
-        if spare is None or not _fits(spare, made.partials_nbytes, made.num_counters):
-            _spares[device] = _make(made.partials_nbytes, made.num_counters)
-        if device not in _captured:
-            import cupy
-
-            _captured[device] = _Captured(cupy.cuda.Memory(_CAPTURED_NBYTES))
-        return made
+        if found is None or not _fits(found, sizes):
+            if found is not None:
+                _outgrown.append(found)
+                sizes = Sizes(*(max(new, 2 * old) for new, old in zip(sizes, found.sizes, strict=True)))
+            found = _spaces[device, stream] = _make(sizes)
+        if spare is None or not _fits(spare, found.sizes):
+            _spares[device] = _make(found.sizes)
+        return found
 
 
-def step_memory(device: int, stream: int, nbytes: int) -> tuple[int, Any]:
-    """``(address, owner)`` of memory for the plan or the list of a step.
+def _fits(space: Workspace, sizes: Sizes) -> bool:
+    return all(have >= want for have, want in zip(space.sizes, sizes, strict=True))
 
-    It lasts as long as its owner; of a captured step for ever.
-    """
+
+def _make(sizes: Sizes) -> Workspace:
     import cupy
 
-    if not is_capturing(stream):
-        with on_stream(stream):  # its memory is handed out again in the order of this stream
-            memory = cupy.empty(nbytes, "uint8")
-        return memory.data.ptr, memory
-    with _lock:
-        captured = _captured.get(device)
-        if captured is None or captured.used + nbytes > captured.memory.size:
-            raise UnsupportedError(
-                f"attention: expected room for the plans of captured CUDA graphs, {_CAPTURED_NBYTES >> 20} MiB in all "
-                "on a device that has run attention before; run the call once before the capture, or capture less"
-            )
-        address = captured.memory.ptr + captured.used
-        captured.used += -(-nbytes // 256) * 256
-        return address, captured.memory
-
-
-def _fits(space: Workspace, partials_nbytes: int, num_counters: int) -> bool:
-    return space.partials_nbytes >= partials_nbytes and space.num_counters >= num_counters
-
-
-def _make(partials_nbytes: int, num_counters: int) -> Workspace:
-    import cupy
-
-    partials = cupy.cuda.Memory(max(partials_nbytes, _MIN_PARTIALS))
-    counters = cupy.cuda.Memory(4 * max(num_counters, _MIN_COUNTERS))
-    cupy.cuda.runtime.memset(counters.ptr, 0, counters.size)
+    sizes = Sizes(*(-(-max(size, least) // 512) * 512 for size, least in zip(sizes, _LEAST, strict=True)))
+    parts = tuple(cupy.cuda.Memory(size) for size in sizes)
+    cupy.cuda.runtime.memset(parts[1].ptr, 0, sizes.counters)
     cupy.cuda.runtime.deviceSynchronize()  # any stream may use it from now on
-    return Workspace(partials.ptr, partials.size, counters.ptr, counters.size // 4, (partials, counters))
+    return Workspace(parts[0].ptr, parts[1].ptr, parts[2].ptr, sizes, parts)

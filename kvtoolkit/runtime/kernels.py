@@ -28,10 +28,12 @@ class Kernel:
     """A kernel on one device.
 
     Attributes:
+        name: its function's.
         usage: registers, spills and static shared memory, where the compiler told.
     """
 
-    def __init__(self, function: int, usage: KernelUsage | None) -> None:
+    def __init__(self, name: str, function: int, usage: KernelUsage | None) -> None:
+        self.name = name
         self.usage = usage
         self._function = function
 
@@ -94,7 +96,7 @@ def _load(built: Build, name: str, smem_nbytes: int) -> Kernel:
         _modules.append(raw)  # or it would be unloaded
     if smem_nbytes > 48 << 10:
         raw.max_dynamic_shared_size_bytes = smem_nbytes
-    return Kernel(function, next((usage for usage in built.usage if usage.name == name), None))
+    return Kernel(name, function, next((usage for usage in built.usage if usage.name == name), None))
 
 
 def _device(device: int) -> tuple[str, int, int]:

@@ -18,7 +18,8 @@ def current_stream(device: int, from_torch: bool | None = None) -> int:
         from_torch = torch is not None and torch.cuda.is_initialized()
     if from_torch:
         assert torch is not None
-        return int(torch.cuda.current_stream(device).cuda_stream)
+        raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # what the line below asks, without its objects
+        return int(raw(device) if raw else torch.cuda.current_stream(device).cuda_stream)
     import cupy
 
     return int(cupy.cuda.get_current_stream(device).ptr)

@@ -225,6 +225,20 @@ def test_merge_refuses_states_that_do_not_fit() -> None:
         merge_states(out[..., :12], lse, out[..., :12], lse)
 
 
+def test_states_of_one_token_must_be_contiguous_too() -> None:
+    out, lse = np.zeros((1, 4, 16), np.float32), np.zeros((1, 8), np.float32)
+    with pytest.raises(ShapeError, match="lse_a: expected a contiguous array"):
+        merge_states(out, lse[:, ::2], out, lse[:, :4])
+
+
+def test_tokens_without_rows_are_refused() -> None:
+    case = Case([])
+    k_cache, v_cache, _ = case.paged(8, "NHD")
+    q, bounds = np.zeros((5, 6, 32), np.float32), np.zeros(1, np.int32)
+    with pytest.raises(ShapeError, match="q: expected no tokens for a batch of no rows, got 5"):
+        paged_attention(q, k_cache, v_cache, np.zeros((0, 4), np.int32), np.zeros(0, np.int32), cu_seqlens_q=bounds)
+
+
 def test_arrays_in_two_kinds_of_memory_are_refused() -> None:
     torch = pytest.importorskip("torch")
     case = Case([20, 9])

@@ -94,6 +94,36 @@ def test_sequences_longer_than_the_ids_that_a_warp_holds(block_size):
     check(case, case.paged(block_size, "HND"), "HND")
 
 
+def test_tables_without_columns_serve_rows_without_tokens():
+    import torch
+
+    cache = torch.zeros(2, 8, 8, 64, device="cuda").half()
+    for batch in (1, 3):
+        q, lengths = (
+            torch.ones(batch, 8, 64, device="cuda").half(),
+            torch.zeros(batch, dtype=torch.int32, device="cuda"),
+        )
+        table = torch.zeros(batch, 0, dtype=torch.int32, device="cuda")
+        assert (paged_attention(q, cache, cache, table, lengths, layout="HND") == 0).all()
+        assert (variable_block_attention(q, cache, cache, table, table, lengths) == 0).all()
+
+
+def test_large_batches():
+    import torch
+
+    cache = torch.randn(64, 1, 16, 64, device="cuda").half()
+    for batch in (4097, 9999, 10001, 12000):
+        q = torch.randn(batch, 1, 64, device="cuda").half()
+        lengths = (torch.arange(batch, device="cuda") % 17).int()
+        table = (torch.arange(batch, device="cuda") % 64).int()[:, None].contiguous()
+        out = paged_attention(q, cache, cache, table, lengths, layout="HND").double()
+        keys = cache[table[:, 0].long(), 0].double()
+        scores = torch.einsum("bd,bnd->bn", q[:, 0].double(), keys) / 8
+        scores = scores.masked_fill(torch.arange(16, device="cuda") >= lengths[:, None], float("-inf"))
+        good = torch.einsum("bn,bnd->bd", scores.softmax(-1).nan_to_num(), keys)
+        assert (out[:, 0] - good).norm() <= 1e-3 * good.norm()
+
+
 def test_an_empty_batch_gives_an_empty_result():
     case = Case([], dtype="float16")
     out, lse = run(case, (*case.paged(8, "HND")[:2], np.zeros((0, 3), np.int32)), "HND")

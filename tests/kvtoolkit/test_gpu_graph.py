@@ -131,6 +131,55 @@ def test_steps_of_a_cache_by_replays_are_the_steps_of_a_cache_without_a_graph(co
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("num_kv_heads", [2, 8])
+def test_every_pass_over_the_layers_makes_its_own_plan(num_kv_heads, monkeypatch):
+    import torch
+
+    from kvtoolkit.cuda.launching import Launch
+
+    launched = []
+    run = Launch.run
+    monkeypatch.setattr(Launch, "run", lambda self, *a, **k: (launched.append(self.kernel.name), run(self, *a, **k)))
+    cache = make(num_kv_heads=num_kv_heads)
+    batch = 1 if num_kv_heads == 8 else 3  # one sequence and many heads: a cluster, which needs no plan
+    fixed = GraphStep(cache, batch)
+    ids, _ = cache.open([[]] * batch)
+    key = torch.randn(batch, num_kv_heads, 64, device="cuda").half()
+
+    def layers():
+        for layer in range(2):
+            fixed.append(layer, key, key)
+            fixed.attend(layer, key)
+
+    with cache.begin_step(ids, 1) as step:
+        fixed.load(step)
+        layers()
+        for _ in range(2):
+            launched.clear()
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                layers()
+            assert launched.count("kvt_expand") == 1
+            assert launched.count("kvt_plan") == (batch > 1)
+            assert launched.count("kvt_decode") == 2
+
+
+@pytest.mark.gpu
+def test_tables_are_not_uploaded_inside_a_capture():
+    import torch
+
+    cache = make()
+    ids, _ = cache.open([[]])
+    with cache.begin_step(ids, 1) as step:
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        with (
+            pytest.raises(UnsupportedError, match="before a CUDA graph is captured"),
+            torch.cuda.stream(stream),
+            torch.cuda.graph(graph, stream=stream),
+        ):
+            step.on_device  # noqa: B018
+
+
+@pytest.mark.gpu
 def test_steps_that_do_not_fit_are_refused():
     cache = make()
     fixed = GraphStep(cache, 2, max_seq_len=100)
@@ -169,11 +218,13 @@ def test_a_stream_first_seen_in_a_capture_is_served():
     lengths = torch.full((4,), 50, dtype=torch.int32, device="cuda")
     expected = variable_block_attention(q, cache, cache, table, starts, lengths)
     append(q[:, :2], q[:, :2], cache.clone(), cache.clone(), slots, layout="HND")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
-        out = variable_block_attention(q, cache, cache, table, starts, lengths)
-    graph.replay()
-    assert torch.equal(out, expected)
+    for _ in range(2):  # a second one too, once the call has run again
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
+            out = variable_block_attention(q, cache, cache, table, starts, lengths)
+        graph.replay()
+        assert torch.equal(out, expected)
+        variable_block_attention(q, cache, cache, table, starts, lengths)
 
 
 @pytest.mark.gpu

@@ -157,9 +157,7 @@ __device__ __forceinline__ bool is_visible(const AttentionParams& p, int positio
 // From q.k to the score in units of log2: scaled, capped.
 __device__ __forceinline__ float scaled_score(const AttentionParams& p, float product) {
   if (p.cap_outer == 0.0f) return product * p.scale_log2;
-  // tanh(x) = 1 - 2 / (e^2x + 1): its absolute error is float32's, which is what a score needs
-  const float e = ptx::exp2(2.0f * kLog2E * p.cap_inner * product);
-  return p.cap_outer - 2.0f * p.cap_outer * ptx::reciprocal(e + 1.0f);
+  return p.cap_outer * tanhf(p.cap_inner * product);
 }
 
 }  // namespace kvt

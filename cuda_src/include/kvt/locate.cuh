@@ -73,7 +73,7 @@ class StepBlocks {
     const int lane = lane_id();
     const int ahead = per_step_ == 2 ? lane >> 1 : lane;
     const int position = (step + ahead * kStride) * kStep + (per_step_ == 2 ? (lane & 1) * 8 : 0);
-    return ids_.ids[min(ids_.index_of(position), last_id_)];
+    return last_id_ < 0 ? 0 : ids_.ids[min(ids_.index_of(position), last_id_)];
   }
 
   BlockIds ids_;
