@@ -47,7 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
         backend = backend_of(options)
         device = "cpu" if backend == "cpu" else "cuda"
         if device == "cuda" and not torch.cuda.is_available():
-            raise UnsupportedError(f"backend: {backend!r} needs a CUDA device that torch can use, found none")
+            built = "" if torch.version.cuda else "; this torch is a CPU build"
+            raise UnsupportedError(f"backend: {backend!r} needs a CUDA device that torch can use, found none{built}")
         with Progress() as progress:
             stages = itertools.count()
             model, tokenizer = load_smollm2(

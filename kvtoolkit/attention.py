@@ -68,7 +68,7 @@ def paged_attention(
 
     Args:
         q: ``[num_tokens, num_q_heads, head_dim]`` float32, float16 or bfloat16, last axis contiguous, ``head_dim`` a
-            multiple of 8, ``num_q_heads`` one of ``num_kv_heads``.
+            multiple of 8, ``num_q_heads`` one of ``num_kv_heads``; on a GPU no float32, a multiple of 16 up to 256.
         k_cache: ``[num_blocks, block_size, num_kv_heads, head_dim]`` for layout ``"NHD"``,
             ``[num_blocks, num_kv_heads, block_size, head_dim]`` for ``"HND"``; dtype of ``q``, any block size, any
             strides but the last axis contiguous; ``v_cache`` alike. Slots past a sequence's end are never used.
@@ -85,7 +85,7 @@ def paged_attention(
         out: array or tensor to write, shaped and typed as ``q``, last axis contiguous; it may be ``q`` itself.
         num_splits: splits of each sequence, merged by their log-sum-exp, so that a row's result does not depend on the
             batch around it; 0 = automatic: on the CPU also by the row alone, on a GPU by what keeps it busy. Prefill
-            on a GPU is never split; at most 128.
+            on a GPU is never split; more than 128 are taken as 128 there.
         backend: ``"cpu"``, ``"cuda"``, ``"numba"`` (the readable GPU kernels), or None to choose by where the arrays
             lie.
 
@@ -133,7 +133,8 @@ def variable_block_attention(
 
     Args:
         k_cache: ``[num_granules, num_kv_heads, 8, head_dim]``, dtype of ``q``, last axis contiguous; ``v_cache`` alike.
-        block_table: ``[batch, max_entries]`` int32 entries (`kvtoolkit.tables`) in the hot tier, -1 = empty.
+        block_table: ``[batch, max_entries]`` int32 entries in the hot tier, -1 = empty; `kvtoolkit.tables.pack_entry`
+            makes one of a first granule, a length in granules and a tier.
         block_starts: ``[batch, max_entries]`` int32, first logical granule of each entry: 0, then where the one before
             ends.
 

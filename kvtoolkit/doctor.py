@@ -195,13 +195,14 @@ def _driver() -> Finding:
                 "driver", OK, f"CUDA {version // 1000}.{version % 1000 // 10}, {properties['name'].decode()}"
             )
     where = "nvidia-smi is on the path" if shutil.which("nvidia-smi") else "no nvidia-smi on the path"
-    return Finding("driver", ABSENT, f"no CUDA device can be used; {where}")
+    advice = "for a GPU: install NVIDIA's driver, 580 or later for CUDA 13" if len(cupy_flavours()) == 1 else ""
+    return Finding("driver", ABSENT, f"no CUDA device can be used; {where}", advice)
 
 
 def _numba_cuda() -> Finding:
     version = _version("numba-cuda")
     if version is None:
-        return Finding("numba-cuda", ABSENT, "optional: the readable GPU kernels")
+        return Finding("numba-cuda", ABSENT, "optional: the readable GPU kernels", "pip install 'kvtoolkit[numba]'")
     return Finding("numba-cuda", OK, version)
 
 

@@ -89,7 +89,7 @@ class Step:
         (self._access or self._make_access()).append(layer, key, value)
 
     def attend(self, layer: int, q: Any, **options: Any) -> Any:
-        """Attend the new tokens to everything their sequences hold, these tokens included.
+        """Attend the new tokens to everything their sequences hold, these tokens included: `append` them first.
 
         Args:
             layer: 0 to ``num_layers - 1``.

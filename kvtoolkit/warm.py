@@ -4,6 +4,7 @@ import argparse
 import json
 from typing import Any
 
+from allocators._jit import cache_folder
 from kvtoolkit.config import CacheConfig
 from kvtoolkit.cuda import specs
 from kvtoolkit.errors import ConfigError, UnsupportedError
@@ -49,13 +50,17 @@ def warmup(config: CacheConfig, num_q_heads: int) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``kvtoolkit compile``."""
     parser.add_argument(
-        "--arch", nargs="+", default=["90"], metavar="CC", help="compute capabilities such as 90, or all"
+        "--arch", nargs="+", default=["90"], metavar="CC", help="compute capabilities such as 90, or all (default 90)"
     )
-    parser.add_argument("--head-dim", type=int, nargs="+", default=[128], help="multiples of 16 up to 256")
     parser.add_argument(
-        "--heads", type=heads, nargs="+", default=[(32, 8)], metavar="Q/KV", help="query and kv heads, such as 32/8"
+        "--head-dim", type=int, nargs="+", default=[128], help="multiples of 16 up to 256 (default 128)"
     )
-    parser.add_argument("--dtype", nargs="+", choices=["float16", "bfloat16"], default=["bfloat16"])
+    parser.add_argument(
+        "--heads", type=heads, nargs="+", default=[(32, 8)], metavar="Q/KV", help="query and kv heads (default 32/8)"
+    )
+    parser.add_argument(
+        "--dtype", nargs="+", choices=["float16", "bfloat16"], default=["float16", "bfloat16"], help="default both"
+    )
     parser.add_argument("--json", metavar="PATH", help="also write the table there")
 
 
@@ -83,7 +88,9 @@ def main(options: argparse.Namespace) -> int:
         for spec in _specs(arch, options):
             rows.append(row_of(spec, arch))
             print(line_of(rows[-1]), flush=True)
-    print(f"{len(rows)} kernels, {sum(row['seconds'] for row in rows):.1f} s; 0.00 = from the cache")
+    folder = cache_folder("cubin")
+    where = f"kept in {folder}" if folder else "not kept: no folder is writable"
+    print(f"{len(rows)} kernels, {sum(row['seconds'] for row in rows):.1f} s (0.00 = from the cache), {where}")
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump(rows, file, indent=1)

@@ -266,6 +266,8 @@ def _count(name: str, value: Any) -> int:
 
 def _check_ndim(ndim: int, **tensors: torch.Tensor) -> None:
     for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ShapeError(f"{name}: expected a torch tensor, got {type(tensor).__name__}")
         if tensor.ndim != ndim:
             raise ShapeError(f"{name}: expected {ndim} axes, got shape {tuple(tensor.shape)}")
 

@@ -54,7 +54,7 @@ def decode(
     step = 2 * 16 * row_bytes(head_dim)
     shapes = {
         64: ((4, 3), (4, 2), (2, 2)),
-        128: ((8, 2), (4, 3), (4, 2)),
+        128: ((8, 2), (4, 3), (4, 2), (2, 3), (2, 2)),
         256: ((4, 3), (4, 2), (2, 3), (2, 2)),
     }
 
@@ -67,7 +67,12 @@ def decode(
     widths = next(shapes[most] for most in shapes if head_dim <= most)
     # by the most rows there may be, so that a sequence's bits do not depend on who has how many beside it
     widest = 2 if head_dim <= 128 else 1
-    shape = next(shape for shape in widths if nbytes(shape, widest) + _RESERVED <= smem_limit)
+    shape = next((shape for shape in widths if nbytes(shape, widest) + _RESERVED <= smem_limit), None)
+    if shape is None:
+        raise UnsupportedError(
+            f"no decode kernel for head_dim {head_dim} in {smem_limit} bytes of shared memory; expected a device of "
+            "compute capability 8.0 or later"
+        )
     per_sm = min(3, (smem_limit + 1024) // (nbytes(shape, row_tiles) + 1024))  # the driver takes 1 KiB of each CTA
     defines = (
         ("KVT_HEAD_DIM", head_dim), ("KVT_BF16", int(dtype == "bfloat16")), ("KVT_ROW_TILES", row_tiles),

@@ -23,6 +23,7 @@ def test_path_and_class_are_found():
     assert find("tests.allocators.tiny:TinyAllocator") is TinyAllocator
     assert find(TinyAllocator) is TinyAllocator
     assert create("tests.allocators.tiny:TinyAllocator", 24).num_free == 24
+    assert create("tests.allocators.tiny:TinyAllocator", 24, block_sizes=(8, 64)).block_sizes == (8, 64)
 
 
 def test_registered_name_is_found(clean_registry):

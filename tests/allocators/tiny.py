@@ -14,9 +14,9 @@ from allocators.protocol import as_counts, check_num_granules
 class TinyAllocator(BlockAllocator):
     """First fit over a set of free granules."""
 
-    def __init__(self, num_granules):
+    def __init__(self, num_granules, *, block_sizes=(8, 16, 32, 64)):
         self.num_granules = check_num_granules(num_granules)
-        self.block_sizes = (8, 16, 32, 64)
+        self.block_sizes = tuple(block_sizes)
         self._free = set(range(num_granules))
         self._lock = threading.RLock()
 

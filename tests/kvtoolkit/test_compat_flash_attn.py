@@ -75,6 +75,12 @@ def given(options):
     return {"causal": False, **options}
 
 
+def test_arrays_that_are_no_tensors_are_refused():
+    array = np.zeros((1, 1, 2, 32), np.float32)
+    with pytest.raises(ShapeError, match="q: expected a torch tensor, got ndarray"):
+        flash_attn_with_kvcache(array, array, array)
+
+
 def test_signatures_are_those_of_flash_attn_2():
     parameters = inspect.signature(flash_attn_with_kvcache).parameters
     assert [(name, p.default) for name, p in parameters.items() if p.default is not p.empty] == [

@@ -132,6 +132,13 @@ def every_kernel():
     return list(found)
 
 
+def test_every_shape_has_its_kernels_on_every_architecture():
+    for (arch, limit), head_dim in itertools.product(specs.SMEM_LIMITS.items(), range(16, 257, 16)):
+        for q_heads, kv_heads in ((8, 8), (32, 8), (9, 3), (64, 8), (32, 32), (128, 1), (128, 128)):
+            found = list(specs.of_model(head_dim, "float16", q_heads, kv_heads, int(arch), limit))
+            assert all(spec.smem_nbytes <= limit for spec in found)
+
+
 def test_every_kernel_compiles_for_every_architecture_and_spills_nothing():
     wanted = every_kernel()
     with ProcessPoolExecutor(2) as pool:
