@@ -4,6 +4,7 @@ import pytest
 
 from examples import own_kernel
 from kvtoolkit import UnsupportedError, get_include
+from kvtoolkit.cuda import specs
 from kvtoolkit.runtime import toolchain
 
 
@@ -12,7 +13,7 @@ def test_it_compiles_with_our_header_alone():
         toolchain.nvrtc()
     except UnsupportedError as error:
         pytest.skip(str(error))
-    for arch in toolchain.ARCHS:
+    for arch in specs.SMEM_LIMITS:
         options = ("-std=c++17", f"-I{get_include()}", f"-arch=sm_{arch}")
         cubin, _ = toolchain.compile_source(own_kernel.SOURCE, "own_kernel.cu", {}, options)
         assert cubin

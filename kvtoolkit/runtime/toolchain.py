@@ -6,9 +6,6 @@ from typing import Any
 
 from kvtoolkit.errors import CompileError, UnsupportedError
 
-ARCHS = ("80", "86", "89", "90", "100", "120")
-"""Compute capabilities that every kernel compiles for."""
-
 
 @cache
 def nvrtc() -> Any:
