@@ -12,8 +12,8 @@ from typing import Any
 
 from kvtoolkit.bench.attention_cases import PEER_SHAPES, SHAPES, Case, Contender
 from kvtoolkit.bench.peers import PEERS, contenders
-from kvtoolkit.bench.timing import device_line, read_ceiling, time_graph
-from kvtoolkit.errors import ConfigError, UnsupportedError
+from kvtoolkit.bench.timing import device_line, read_ceiling, require_device, time_graph
+from kvtoolkit.errors import ConfigError
 
 _MAX_ERROR = 4e-3  # relative L2; bfloat16's rounding alone is 1.7e-3
 
@@ -32,8 +32,7 @@ def main(options: argparse.Namespace) -> int:
     """Measure and print."""
     import torch
 
-    if not torch.cuda.is_available():
-        raise UnsupportedError("bench attention: expected a CUDA device, found none; `kvtoolkit doctor` says more")
+    require_device("attention")
     names = list(SHAPES) if options.shape == ["all"] else options.shape
     for name in names:
         if name not in SHAPES:

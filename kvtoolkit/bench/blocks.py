@@ -14,12 +14,11 @@ import numpy as np
 
 from kvtoolkit import cuda
 from kvtoolkit.bench.attention_cases import Case, Shape
-from kvtoolkit.bench.timing import device_line, host_us, read_ceiling, time_graph
+from kvtoolkit.bench.timing import device_line, host_us, read_ceiling, require_device, time_graph
 from kvtoolkit.cache import KVCache
 from kvtoolkit.config import CacheConfig
 from kvtoolkit.cuda.expand import make_granules
 from kvtoolkit.cuda.plan import make_plan, plan_nbytes
-from kvtoolkit.errors import UnsupportedError
 
 _PATTERNS: dict[str, list[tuple[int, ...]]] = {
     "8": [(1,) * 8],
@@ -42,8 +41,7 @@ def main(options: argparse.Namespace) -> int:
     """Measure and print."""
     import torch
 
-    if not torch.cuda.is_available():
-        raise UnsupportedError("bench blocks: expected a CUDA device, found none; `kvtoolkit doctor` says more")
+    require_device("blocks")
     ceiling = read_ceiling()
     print(f"{device_line()}\nbfloat16, 32/8 heads of 128; a large read: {ceiling:.0f} GB/s\n")
     print(f"{'shape':<12}{'blocks of':<12}{'us':>10}{'p10':>10}{'p90':>10}{'of read':>9}{'of fastest':>12}")

@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from kvtoolkit.bench.timing import Timing, copy_ceiling, device_line, time_graph
+from kvtoolkit.bench.timing import Timing, copy_ceiling, device_line, require_device, time_graph
 from kvtoolkit.cpu.arrays import Operand
-from kvtoolkit.errors import UnsupportedError
 
 _HEADS, _HEAD_DIM = 8, 128
 
@@ -28,10 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Measure and print."""
-    import torch
-
-    if not torch.cuda.is_available():
-        raise UnsupportedError("bench cache: expected a CUDA device, found none; `kvtoolkit doctor` says more")
+    require_device("cache")
     ceiling = copy_ceiling()
     print(f"{device_line()}\nbfloat16, {_HEADS} kv heads of {_HEAD_DIM}; a large copy: {ceiling:.0f} GB/s\n")
     print(f"{'case':<44}{'us':>10}{'p10':>9}{'p90':>9}{'GB/s':>9}{'of copy':>9}")

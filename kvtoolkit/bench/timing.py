@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kvtoolkit.cuda.launching import Launch
+from kvtoolkit.errors import UnsupportedError
 from kvtoolkit.runtime import load
 from kvtoolkit.runtime.kernels import num_sms, packer
 
@@ -25,6 +26,14 @@ class Timing(NamedTuple):
     """Median."""
     p10: float
     p90: float
+
+
+def require_device(what: str) -> None:
+    """UnsupportedError where torch finds no CUDA device for ``kvtoolkit bench`` to measure."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UnsupportedError(f"bench {what}: expected a CUDA device, found none; `kvtoolkit doctor` says more")
 
 
 def time_graph(calls: Sequence[Call], replays: int = 40) -> Timing:
