@@ -101,7 +101,7 @@ def ours(case: Case) -> list[Contender]:
     outs = [torch.empty_like(case.q) for _ in range(case.num_sets)]
     names = ("q", "k_cache", "v_cache", "seq_lens", "cu_seqlens_q")
     q, keys, values, lengths, bounds = (cuda.device_operand(getattr(case, name), name) for name in names)
-    prepared = [
+    prepared: list[Any] = [
         cuda.attend(
             q, keys, values, cuda.device_operand(table, "table"), None, lengths, out=cuda.device_operand(out, "out"),
             cu_seqlens_q=None if shape.num_queries == 1 else bounds, layout="NHD",

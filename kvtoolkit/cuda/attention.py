@@ -54,7 +54,7 @@ def attend(
     softcap: float = 0.0, sinks: Operand | None = None, alibi_slopes: Operand | None = None, num_splits: int = 0,
     layout: str = "HND", query_counts: tuple[int, int] | None = None, max_seq_len: int | None = None,
     kept: dict[Any, Any] | None = None, stream: int = 0,
-) -> Attention:  # fmt: skip
+) -> Attention | None:  # fmt: skip
     """Attend, writing to ``out`` and ``lse``, asynchronously on ``stream``.
 
     The arguments are those of `kvtoolkit.cpu.attend`, on the device. Rows of ``q``, ``out`` and the caches begin at
@@ -63,12 +63,12 @@ def attend(
     Args:
         query_counts: fewest and most query tokens of the rows, where the host knows them: it spares a launch.
         max_seq_len: what no row is longer than, now or in a replay, where the host knows: it spares memory.
-        kept: where the plan and the list of granules of a step are kept for its other layers. Without it they lie in
-            scratch memory, until the next call on the stream, and `attend_alike` must not be called.
+        kept: where the plan and the list of granules of a step are kept for its other layers. Without it, and where a
+            capture forbids to take memory, they lie in scratch memory, until the next call on the stream.
         stream: a CUDA stream's address.
 
     Returns:
-        What `attend_alike` takes.
+        What `attend_alike` takes; None where every layer must plan anew.
     """
     num_tokens, num_q_heads, head_dim = q.shape
     head_axis, slot_axis = (1, 2) if layout == "HND" else (2, 1)
@@ -147,6 +147,8 @@ def attend(
         grid = (num_tokens * group_size // spec.rows + batch, num_kv_heads)
         prefill = Launch(load_spec(spec, device), grid, spec.threads, spec.smem_nbytes, parameters(True))
         prefill.run(stream)
+    if step_nbytes and memory is None:
+        return None
     return Attention(decode, early, prefill, memory)
 
 

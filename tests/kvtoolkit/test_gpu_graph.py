@@ -164,6 +164,42 @@ def test_every_pass_over_the_layers_makes_its_own_plan(num_kv_heads, monkeypatch
 
 
 @pytest.mark.gpu
+def test_other_attention_may_run_between_the_layers_of_a_captured_step():
+    import torch
+
+    torch.manual_seed(0)
+    cache, other = make(), make()
+    ids = {}
+    for one, counts in ((cache, [300, 20, 7]), (other, [9, 500, 41])):
+        ids[one], _ = one.open([[]] * 3)
+        with one.begin_step(ids[one], counts) as step:
+            for layer in range(2):
+                tokens = torch.randn(sum(counts), 2, 64, device="cuda").half()
+                step.append(layer, tokens, tokens)
+            one.end_step(step)
+    new, q = torch.randn(3, 2, 64, device="cuda").half(), torch.randn(3, 8, 64, device="cuda").half()
+
+    def begin(one):
+        step = one.begin_step(ids[one], 1)
+        for layer in range(2):
+            step.append(layer, new, new)
+        return step
+
+    with begin(cache) as step:
+        expected = [step.attend(layer, q) for layer in range(2)]
+    captured, between = begin(cache), begin(other)
+    stream, graph, found = torch.cuda.Stream(), torch.cuda.CUDAGraph(), []
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        for layer in range(2):
+            found.append(captured.attend(layer, q))
+            between.attend(layer, q)
+    graph.replay()
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.gpu
 def test_tables_are_not_uploaded_inside_a_capture():
     import torch
 
