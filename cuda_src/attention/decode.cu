@@ -6,7 +6,7 @@
 //   seq_lens     [batch] int32, tokens, the new ones included;     0 = padding row, nothing of it is read
 //   out          [num_tokens, num_q_heads, head_dim] scalar_t;     lse [num_tokens, num_q_heads] float32, natural log
 //
-// Launch:   CTA 32 * KVT_WARPS; the dynamic shared memory is kSharedBytes, and an Inbox. sm_80 and later; the grid is
+// Launch:   CTA 32 * KVT_WARPS; the dynamic shared memory holds FIFOs, and warps' results or an Inbox. sm_80 and later; the grid is
 //           planned (KVT_PLANNED):  (num_kv_heads, num_row_blocks, ranges)
 //           even:                   (num_kv_heads * blocks of rows, max_splits)
 //           even with KVT_CLUSTER:  (KVT_CLUSTER, num_kv_heads, blocks of rows)
@@ -54,7 +54,10 @@ constexpr int kMinSplitTiles = kWarps * kStep / kTile;   // a step for every war
 constexpr int kRowPitch = kHeadDim + 4;                  // floats; rows 2t and dims g of a fragment in 32 banks
 constexpr int kFifoBytes = kWarps * kStages * kStageBytes;
 constexpr int kPartial = kRows * (kHeadDim + 2);         // floats: O, then m and l of each row
-constexpr int kSharedBytes = kFifoBytes + 4 * kWarps * kRows * (kRowPitch + 2);
+// a warp's results of a piece, floats: behind the FIFOs, or in the warp's own, which a cluster needs no more by then
+constexpr int kStateFloats = kRows * (kRowPitch + 2);
+constexpr int kScratchAt = kCluster == 1 ? kFifoBytes : 0;
+constexpr int kScratchPitch = kCluster == 1 ? kStateFloats : kStages * kStageBytes / 4;
 static_assert(kHeadDim % 16 == 0, "an MMA covers 16 dims");
 static_assert(kCluster == 1 || !KVT_PLANNED, "a cluster shares one sequence");
 
@@ -430,17 +433,17 @@ class Reader {
   bool is_done_ = false;
 };
 
-// The warps' states of one piece, in shared memory.
+// The warps' states of one piece, in shared memory: O [kRows][kRowPitch], then m [kRows] and l [kRows].
 struct Scratch {
-  float* o;  // [kWarps][kRows][kRowPitch]
-  float* m;  // [kWarps][kRows]
-  float* l;  // [kWarps][kRows]
+  static constexpr int kM = kRows * kRowPitch;
+  static constexpr int kL = kM + kRows;
+  float* states;  // kScratchPitch from warp to warp
 
   __device__ __forceinline__ explicit Scratch(unsigned char* shared)
-      : o(reinterpret_cast<float*>(shared)), m(o + kWarps * kRows * kRowPitch), l(m + kWarps * kRows) {}
+      : states(reinterpret_cast<float*>(shared + kScratchAt)) {}
 
   __device__ __forceinline__ void store(const State& state) const {
-    const int warp = threadIdx.x >> 5;
+    float* const own = states + (threadIdx.x >> 5) * kScratchPitch;
     const int lane = lane_id();
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
@@ -449,10 +452,10 @@ struct Scratch {
         const int row = 8 * r + 2 * (lane & 3) + c;
         const float sum = sum_over_rows(state.l[r][c]);
         if (lane < 4) {
-          m[warp * kRows + row] = state.m[r][c];
-          l[warp * kRows + row] = sum;
+          own[kM + row] = state.m[r][c];
+          own[kL + row] = sum;
         }
-        float* const to = o + (warp * kRows + row) * kRowPitch + (lane >> 2);
+        float* const to = own + row * kRowPitch + (lane >> 2);
 #pragma unroll
         for (int d = 0; d < kDimBlocks; ++d) {
           to[16 * d] = state.o[r][d][c];
@@ -466,13 +469,14 @@ struct Scratch {
   __device__ __forceinline__ Merged merge(int row, int dim, float4& sum) const {
     Merged sums;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) sums.m = fmaxf(sums.m, m[w * kRows + row]);
+    for (int w = 0; w < kWarps; ++w) sums.m = fmaxf(sums.m, states[w * kScratchPitch + kM + row]);
     const float base = sums.m == -kInfinity ? 0.0f : sums.m;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
-      const float weight = ptx::exp2(m[w * kRows + row] - base);
-      add_scaled(sum, weight, *reinterpret_cast<const float4*>(o + (w * kRows + row) * kRowPitch + dim));
-      sums.l += weight * l[w * kRows + row];
+      const float* const state = states + w * kScratchPitch;
+      const float weight = ptx::exp2(state[kM + row] - base);
+      add_scaled(sum, weight, *reinterpret_cast<const float4*>(state + row * kRowPitch + dim));
+      sums.l += weight * state[kL + row];
     }
     return sums;
   }
@@ -481,15 +485,13 @@ struct Scratch {
 // The last CTA to arrive merges the pieces of a sequence, in their order; the counter is then 0 again.
 __device__ __forceinline__ void merge_pieces(const AttentionParams& p, const Schedule& schedule, const Piece& piece) {
   __shared__ bool is_last;
-  __threadfence();
-  __syncthreads();
+  __syncthreads();  // the order of the counter's release and acquire holds for what the other threads write and read
   if (threadIdx.x == 0) {
     const unsigned last = piece.num_pieces - 1;
     is_last = ptx::increment_acq_rel_gpu(p.counters + schedule.counter(p, piece), last) == last;
   }
   __syncthreads();
   if (!is_last) return;
-  __threadfence();
   for (int i = threadIdx.x; i < piece.block.num_rows * kHeadDim / 4; i += kThreads) {
     const int row = i / (kHeadDim / 4);
     const int dim = i % (kHeadDim / 4) * 4;
@@ -521,44 +523,44 @@ struct Inbox {
   static constexpr int kTasks = kRows * kHeadDim / 4;                      // of 4 dims
   static constexpr int kOwned = (kTasks + kCluster - 1) / kCluster;
   float4 o[kCluster][kOwned];
-  float m[kCluster][kRows];
-  float l[kCluster][kRows];
+  float2 sums[kCluster][kOwned];  // m, l
+  unsigned long long barrier;     // counts the bytes that have come
 };
+
 __device__ __forceinline__ void merge_cluster(
     const AttentionParams& p, const Schedule& schedule, const Piece& piece, const Scratch& scratch, Inbox* inbox) {
-  const unsigned rank = ptx::cluster_rank();
+  const int rank = ptx::cluster_rank();
   const int num_tasks = piece.block.num_rows * kHeadDim / 4;
-  ptx::cluster_wait();  // all have begun, so there is somebody to send to
+  const int num_owned = min(Inbox::kOwned, num_tasks - rank * Inbox::kOwned);
+  const unsigned barrier = ptx::shared_address(&inbox->barrier);
+  if (threadIdx.x == 0 && num_owned > 0) ptx::arrive_and_expect(barrier, kCluster * num_owned * 24);
+  ptx::cluster_wait();  // all have begun, and their barriers count
   for (int i = threadIdx.x; i < num_tasks; i += kThreads) {
-    const int row = i / (kHeadDim / 4);
     float4 o{0.0f, 0.0f, 0.0f, 0.0f};
-    const Merged sums = scratch.merge(row, i % (kHeadDim / 4) * 4, o);
-    const unsigned to = ptx::shared_address(&inbox->o[rank][i % Inbox::kOwned]);
-    ptx::store_cluster_16(ptx::address_in_rank(to, i / Inbox::kOwned), o);
-    for (int to_rank = i % (kHeadDim / 4); to_rank < kCluster; to_rank += kHeadDim / 4) {
-      ptx::store_cluster(ptx::address_in_rank(ptx::shared_address(&inbox->m[rank][row]), to_rank), sums.m);
-      ptx::store_cluster(ptx::address_in_rank(ptx::shared_address(&inbox->l[rank][row]), to_rank), sums.l);
-    }
+    const Merged sums = scratch.merge(i / (kHeadDim / 4), i % (kHeadDim / 4) * 4, o);
+    const int owner = i / Inbox::kOwned;
+    const int own = i % Inbox::kOwned;
+    const unsigned its_barrier = ptx::address_in_rank(barrier, owner);
+    ptx::store_async(ptx::address_in_rank(ptx::shared_address(&inbox->o[rank][own]), owner), o, its_barrier);
+    ptx::store_async(
+        ptx::address_in_rank(ptx::shared_address(&inbox->sums[rank][own]), owner), float2{sums.m, sums.l}, its_barrier);
   }
-  __syncwarp();  // the barrier wants whole warps
-  ptx::cluster_arrive();
-  ptx::cluster_wait();
-  for (int own = threadIdx.x; own < Inbox::kOwned; own += kThreads) {
-    const int i = rank * Inbox::kOwned + own;
-    if (i >= num_tasks) break;
-    const int row = i / (kHeadDim / 4);
+  // who owns nothing is sent nothing, and may leave
+  for (int own = threadIdx.x; own < num_owned; own += kThreads) {
+    ptx::wait_for_barrier(barrier);
     Merged sums;
 #pragma unroll
-    for (int k = 0; k < kCluster; ++k) sums.m = fmaxf(sums.m, inbox->m[k][row]);
+    for (int k = 0; k < kCluster; ++k) sums.m = fmaxf(sums.m, inbox->sums[k][own].x);
     const float base = sums.m == -kInfinity ? 0.0f : sums.m;
     float4 o{0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
     for (int k = 0; k < kCluster; ++k) {
-      const float weight = ptx::exp2(inbox->m[k][row] - base);
-      sums.l += weight * inbox->l[k][row];
+      const float weight = ptx::exp2(inbox->sums[k][own].x - base);
+      sums.l += weight * inbox->sums[k][own].y;
       add_scaled(o, weight, inbox->o[k][own]);
     }
-    write_row(p, piece.block, schedule.kv_head(), row, i % (kHeadDim / 4) * 4, o, sums);
+    const int i = rank * Inbox::kOwned + own;
+    write_row(p, piece.block, schedule.kv_head(), i / (kHeadDim / 4), i % (kHeadDim / 4) * 4, o, sums);
   }
 }
 
@@ -575,6 +577,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) KVT_CLUSTER_DIMS
   extern __shared__ __align__(128) unsigned char shared[];
   const int warp = threadIdx.x >> 5;
 #if KVT_CLUSTER > 1
+  Inbox* const inbox = reinterpret_cast<Inbox*>(shared + kFifoBytes);
+  if (threadIdx.x == 0) ptx::initialize_barrier(ptx::shared_address(&inbox->barrier), 1);
+  __syncwarp();  // a warp arrives as one
   ptx::cluster_arrive();
 #endif
   if (p.wait_first) ptx::wait_for_dependencies();
@@ -616,7 +621,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) KVT_CLUSTER_DIMS
   ptx::launch_dependents();
   if (!p.wait_first) queries.load(p, piece.block, kv_head);
 
-  const Scratch scratch(shared + kFifoBytes);
+  const Scratch scratch(shared);
   int stage = 0;
   do {
     if (queries.sequence != piece.block.sequence) {
@@ -640,11 +645,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) KVT_CLUSTER_DIMS
       stage = stage + 1 == kStages ? 0 : stage + 1;
     }
 
-    __syncthreads();  // the scratch of the piece before has been read
+    if (kCluster == 1) __syncthreads();  // the scratch of the piece before has been read
     scratch.store(state);
     __syncthreads();
 #if KVT_CLUSTER > 1
-    merge_cluster(p, schedule, piece, scratch, reinterpret_cast<Inbox*>(shared + kSharedBytes));
+    merge_cluster(p, schedule, piece, scratch, inbox);
 #else
     for (int i = threadIdx.x; i < piece.block.num_rows * kHeadDim / 4; i += kThreads) {
       const int row = i / (kHeadDim / 4);

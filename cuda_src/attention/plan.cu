@@ -18,6 +18,10 @@ namespace kvt {
 
 constexpr int kThreads = 1024;
 constexpr int kMaxRanges = 1024;
+#ifndef KVT_SHIFT
+#define KVT_SHIFT 1
+#endif
+constexpr int kFirstShift = KVT_SHIFT;
 
 // Filled in by kvtoolkit/cuda/plan.py, in this order.
 struct PlanParams {
@@ -28,6 +32,8 @@ struct PlanParams {
   int batch, num_ranges;
   int left, right;
   int overhead, min_steps;  // steps
+  int num_rounds;           // of num_ranges / num_rounds ranges each
+  int min_last;             // steps
   int has_prefill;          // 1: sequences with more than kMaxDecodeQueries queries cost nothing here
 };
 
@@ -93,11 +99,19 @@ extern "C" __global__ void __launch_bounds__(kThreads) kvt_plan(const __grid_con
   for (int b = first; b < last; ++b) ends[b] += before;
   __syncthreads();
 
-  const int used = max(1, min(p.num_ranges, total / (p.min_steps + p.overhead)));
+  // what is left of the cost before a round
+  const int per_round = p.num_ranges / p.num_rounds;
+  int rounds = p.num_rounds;
+  while (rounds > 1 && (total >> (rounds - 1 + kFirstShift)) < per_round * p.min_last) --rounds;
+  const auto left = [&](int round) { return round == 0 ? total : round < rounds ? total >> (round + kFirstShift) : 0; };
+  const int used = max(1, rounds > 1 ? per_round * rounds : min(per_round, total / (p.min_steps + p.overhead)));
+  const int share = rounds > 1 ? per_round : used;
   for (int i = threadIdx.x; i <= p.num_ranges; i += kThreads) {
     int2 place{p.batch, 0};
     if (i < used) {
-      const int cost = static_cast<long long>(total) * i / used;
+      const int round = i / share;
+      const int in_round = left(round) - left(round + 1);
+      const int cost = total - left(round) + static_cast<long long>(in_round) * (i - round * share) / share;
       int low = 0;
       int high = p.batch - 1;
       while (low < high) {  // the first sequence that ends above the cost

@@ -15,6 +15,7 @@ from kvtoolkit.runtime.streams import on_stream
 
 MAX_DECODE_QUERIES = 8  # as in attention.cuh
 MAX_SPLITS = 128
+ROUNDS = 3
 _UNBOUNDED = 1 << 30  # a window as wide as any sequence; sums with positions stay in 32 bits
 _LOG2E = 1.4426950408889634
 _params = packer("14q11q15i3f")
@@ -43,6 +44,7 @@ class _Schedule(NamedTuple):
     row_blocks: int
     num_ranges: int
     """0 = even, not planned."""
+    num_rounds: int
     partials_nbytes: int
     counters_nbytes: int
 
@@ -112,7 +114,7 @@ def attend(
         granules = make_granules(step_at, block_table, block_starts, seq_lens, width)
     ids = block_table if granules is None else granules.table
     if num_ranges:
-        plan = make_plan(step_at + plan_at, seq_lens, cu_seqlens_q, num_ranges, left, right, head_dim, prefills)
+        plan = make_plan(step_at + plan_at, seq_lens, cu_seqlens_q, num_ranges, schedule.num_rounds, left, right, head_dim, prefills)
 
     def parameters(wait_first: bool) -> bytes:
         return _params.pack(
@@ -180,8 +182,10 @@ def _schedule(
     if num_splits == 0 and 1 < batch <= specs.MAX_PLANNED:
         heads = num_kv_heads * row_blocks
         ranges = max(1, spec.per_sm * num_sms(device) // heads)
+        rounds = min(ROUNDS if spec.per_sm > 1 else 1, 1024 // ranges)
+        ranges *= rounds
         grid = (num_kv_heads, row_blocks, ranges)
-        return _Schedule(spec, grid, 1, False, row_blocks, ranges, 2 * ranges * heads * partial, 4 * batch * heads)
+        return _Schedule(spec, grid, 1, False, row_blocks, ranges, rounds, 2 * ranges * heads * partial, 4 * batch * heads)
     # every sequence in even splits, and a block of rows found by its number
     num_blocks = num_tokens * group_size // rows + batch if has_bounds else batch * -(-group_size // rows)
     cluster, splits = 1, min(num_splits, MAX_SPLITS)
@@ -194,7 +198,7 @@ def _schedule(
     groups = num_blocks * num_kv_heads
     nbytes = groups * splits * partial if cluster == 1 and splits > 1 else 0
     grid = (groups, splits, 1) if cluster == 1 else (cluster, num_kv_heads, num_blocks)
-    return _Schedule(spec, grid, splits, num_splits > 0, row_blocks, 0, nbytes, 4 * groups)
+    return _Schedule(spec, grid, splits, num_splits > 0, row_blocks, 0, 1, nbytes, 4 * groups)
 
 
 def attend_alike(

@@ -7,7 +7,10 @@ from kvtoolkit.cuda import specs
 from kvtoolkit.cuda.launching import Launch, load_spec
 from kvtoolkit.runtime.kernels import packer
 
-_params = packer("4q7i4x")
+_params = packer("4q9i4x")
+
+
+MIN_LAST = 12
 
 
 class Plan(NamedTuple):
@@ -26,8 +29,8 @@ def plan_nbytes(batch: int, num_ranges: int) -> int:
 
 
 def make_plan(
-    address: int, seq_lens: Operand, cu_seqlens_q: Operand | None, num_ranges: int, left: int, right: int,
-    head_dim: int, has_prefill: bool,
+    address: int, seq_lens: Operand, cu_seqlens_q: Operand | None, num_ranges: int, num_rounds: int,
+    left: int, right: int, head_dim: int, has_prefill: bool,
 ) -> Plan:  # fmt: skip
     """The launch that fills `plan_nbytes` at an address, a multiple of 16, with a plan; nothing is launched yet."""
     (batch,) = seq_lens.shape
@@ -35,7 +38,7 @@ def make_plan(
     overhead = 16 if head_dim <= 64 else 12  # in steps of 16 tokens: what a sequence costs to begin and to end
     parameters = _params.pack(
         seq_lens.address, cu_seqlens_q.address if cu_seqlens_q else 0, address, sequences, batch, num_ranges, left,
-        right, overhead, 8, int(has_prefill),
+        right, overhead, 8, num_rounds, MIN_LAST, int(has_prefill),
     )  # fmt: skip
     spec = specs.plan(batch)
     ctas = min(4, -(-batch // spec.threads))

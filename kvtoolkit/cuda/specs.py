@@ -54,14 +54,15 @@ def decode(
     step = 2 * 16 * row_bytes(head_dim)
     shapes = {
         64: ((4, 3), (4, 2), (2, 2)),
-        128: ((8, 2), (4, 3), (4, 2), (2, 3), (2, 2)),
+        128: ((8, 3 if cluster > 1 else 2), (4, 3), (4, 2), (2, 3), (2, 2)),
         256: ((4, 3), (4, 2), (2, 3), (2, 2)),
     }
 
     def nbytes(shape: tuple[int, int], row_tiles: int) -> int:
         warps, stages = shape
-        inbox = 8 * row_tiles * (4 * head_dim + 8 * cluster) if cluster > 1 else 0
-        return warps * (stages * step + 4 * 8 * row_tiles * (head_dim + 4 + 2)) + inbox  # FIFOs, the merge of the warps
+        # FIFOs, then what warps or CTAs merge
+        results = 48 * row_tiles * head_dim + 16 if cluster > 1 else warps * 32 * row_tiles * (head_dim + 4 + 2)
+        return warps * stages * step + results
 
     # the first that fits; more bytes under way than 64 KiB of an SM gain nothing, and cost at a sequence's end
     widths = next(shapes[most] for most in shapes if head_dim <= most)

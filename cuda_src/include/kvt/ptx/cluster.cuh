@@ -25,15 +25,36 @@ __device__ __forceinline__ unsigned address_in_rank(unsigned shared, unsigned ra
   return address;
 }
 
-// st.shared::cluster.v4.f32
-__device__ __forceinline__ void store_cluster_16(unsigned address, float4 v) {
-  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};"
-               :: "r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+// mbarrier.init, and the fence that shows it to the cluster once it has met at its barrier.
+__device__ __forceinline__ void initialize_barrier(unsigned barrier, unsigned arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1; fence.mbarrier_init.release.cluster;"
+               :: "r"(barrier), "r"(arrivals) : "memory");
 }
 
-// st.shared::cluster.f32
-__device__ __forceinline__ void store_cluster(unsigned address, float v) {
-  asm volatile("st.shared::cluster.f32 [%0], %1;" :: "r"(address), "f"(v) : "memory");
+// mbarrier.arrive.expect_tx: one arrival, and bytes that st.async must still bring.
+__device__ __forceinline__ void arrive_and_expect(unsigned barrier, unsigned nbytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(barrier), "r"(nbytes) : "memory");
+}
+
+// mbarrier.try_wait.parity.acquire.cluster: until the first phase is complete.
+__device__ __forceinline__ void wait_for_barrier(unsigned barrier) {
+  unsigned is_complete;
+  do {
+    asm volatile(
+        "{ .reg .pred done; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], 0; "
+        "selp.u32 %0, 1, 0, done; }" : "=r"(is_complete) : "r"(barrier) : "memory");
+  } while (is_complete == 0);
+}
+
+// st.async: to the shared memory of another CTA, whose barrier counts the bytes that have come.
+__device__ __forceinline__ void store_async(unsigned address, float4 v, unsigned barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];"
+               :: "r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void store_async(unsigned address, float2 v, unsigned barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];"
+               :: "r"(address), "f"(v.x), "f"(v.y), "r"(barrier) : "memory");
 }
 
 // griddepcontrol.wait: until the kernels before this one are done and their writes are seen.
