@@ -48,7 +48,7 @@ class Arenas:
 
     def require_layer(self, layer: int) -> None:
         """StepError unless there is such a layer."""
-        if not isinstance(layer, int | np.integer) or not 0 <= layer < len(self.keys):
+        if not isinstance(layer, (int, np.integer)) or not 0 <= layer < len(self.keys):
             raise StepError(f"layer: expected 0 to {len(self.keys) - 1}, got {layer!r}")
 
     def are_aligned(self, one: Operand, other: Operand) -> bool:

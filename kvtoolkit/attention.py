@@ -15,6 +15,7 @@ kvtoolkit was imported: a wrong index reads or writes foreign memory.
 bfloat16 is ``torch.bfloat16`` or ``ml_dtypes.bfloat16``. No gradient is recorded.
 """
 
+import functools
 import importlib
 import sys
 from typing import Any
@@ -299,6 +300,7 @@ def merge_states(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, *, backend: str
     return out, merged
 
 
+@functools.cache
 def _device() -> Any:
     """The calls for device arrays; imported when the first of them comes."""
     return importlib.import_module("kvtoolkit.device")

@@ -1,6 +1,7 @@
 """The device side of the attention calls: what is checked there, the stream, the device, and which kernels run."""
 
 import contextlib
+import functools
 import importlib
 from typing import Any
 
@@ -15,6 +16,7 @@ _as_it_is: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 __all__ = ["append_checked", "attend_checked", "device_operand", "empty", "kernels_of", "merge_checked", "using"]
 
 
+@functools.cache
 def kernels_of(backend: str) -> Any:
     """The package of a device backend's kernels, ``"cuda"`` or ``"numba"``."""
     return importlib.import_module(f"kvtoolkit.{backend}")
@@ -22,9 +24,18 @@ def kernels_of(backend: str) -> Any:
 
 def using(device: int) -> contextlib.AbstractContextManager[Any]:
     """Make a device the current one."""
+    if _num_devices() == 1:
+        return _as_it_is
     import cupy
 
     return _as_it_is if cupy.cuda.runtime.getDevice() == device else cupy.cuda.Device(device)
+
+
+@functools.cache
+def _num_devices() -> int:
+    import cupy
+
+    return int(cupy.cuda.runtime.getDeviceCount())
 
 
 def attend_checked(

@@ -8,6 +8,9 @@
 // begin and to end it. A range ends where its share of the cost is reached, but leaves no less than min_steps of a
 // sequence on either side. Where there is too little for all ranges, the last ones are empty.
 //
+// SMs are not equally fast. Where an SM holds several CTAs, the last eighth of the cost is cut into as many ranges
+// again, the late ones: their CTAs begin wherever one has ended, while its neighbours keep the memory busy.
+//
 // Launch:   CTA 1024, grid = CTAs that share the sequences; each works out all ranges for itself; dynamic shared
 //           memory 4 * batch. Any architecture.
 // Source:   equal ranges with an overhead, as in FlashMLA's scheduler (deepseek-ai), here without a serial loop.
@@ -18,10 +21,6 @@ namespace kvt {
 
 constexpr int kThreads = 1024;
 constexpr int kMaxRanges = 1024;
-#ifndef KVT_SHIFT
-#define KVT_SHIFT 1
-#endif
-constexpr int kFirstShift = KVT_SHIFT;
 
 // Filled in by kvtoolkit/cuda/plan.py, in this order.
 struct PlanParams {
@@ -30,10 +29,10 @@ struct PlanParams {
   int4* ranges;
   int2* sequences;
   int batch, num_ranges;
+  int num_late;             // of the ranges
   int left, right;
   int overhead, min_steps;  // steps
-  int num_rounds;           // of num_ranges / num_rounds ranges each
-  int min_last;             // steps
+  int min_cost, min_late;   // of a range, of a late one
   int has_prefill;          // 1: sequences with more than kMaxDecodeQueries queries cost nothing here
 };
 
@@ -99,19 +98,15 @@ extern "C" __global__ void __launch_bounds__(kThreads) kvt_plan(const __grid_con
   for (int b = first; b < last; ++b) ends[b] += before;
   __syncthreads();
 
-  // what is left of the cost before a round
-  const int per_round = p.num_ranges / p.num_rounds;
-  int rounds = p.num_rounds;
-  while (rounds > 1 && (total >> (rounds - 1 + kFirstShift)) < per_round * p.min_last) --rounds;
-  const auto left = [&](int round) { return round == 0 ? total : round < rounds ? total >> (round + kFirstShift) : 0; };
-  const int used = max(1, rounds > 1 ? per_round * rounds : min(per_round, total / (p.min_steps + p.overhead)));
-  const int share = rounds > 1 ? per_round : used;
+  const int num_early = p.num_ranges - p.num_late;
+  const int eighth = total >> 3;
+  const int late = p.num_late > 0 && eighth / p.num_late >= p.min_late ? eighth : 0;  // cost of the late ranges
+  const int used = late > 0 ? num_early : max(1, min(num_early, total / p.min_cost));
   for (int i = threadIdx.x; i <= p.num_ranges; i += kThreads) {
     int2 place{p.batch, 0};
-    if (i < used) {
-      const int round = i / share;
-      const int in_round = left(round) - left(round + 1);
-      const int cost = total - left(round) + static_cast<long long>(in_round) * (i - round * share) / share;
+    if (i < used || (late > 0 && i < p.num_ranges)) {
+      const int cost = i < used ? static_cast<long long>(total - late) * i / used
+                                : total - late + static_cast<long long>(late) * (i - used) / p.num_late;
       int low = 0;
       int high = p.batch - 1;
       while (low < high) {  // the first sequence that ends above the cost

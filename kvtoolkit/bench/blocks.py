@@ -139,8 +139,8 @@ def _planning(batches: list[int]) -> dict[str, list[float]]:
         entries = torch.randint(0, 1 << 20, (batch, 256), dtype=torch.int32, device="cuda")
         starts = torch.arange(256, dtype=torch.int32, device="cuda").expand(batch, 256).contiguous()
         tables = [cuda.device_operand(array, "table") for array in (entries, starts, lengths)]
-        memory = torch.empty(batch * 2048 + plan_nbytes(batch, 80), dtype=torch.uint8, device="cuda")
-        plan = make_plan(memory.data_ptr(), tables[2], None, 80, 5, -1, 0, 128, False).launch
+        memory = torch.empty(batch * 2048 + plan_nbytes(batch, 16), dtype=torch.uint8, device="cuda")
+        plan = make_plan(memory.data_ptr(), tables[2], None, 16, 0, -1, 0, False).launch
         granules = make_granules(memory.data_ptr(), tables[0], tables[1], tables[2], 256).launch
         for name, launch in (("plan", plan), ("list of granules", granules)):
 

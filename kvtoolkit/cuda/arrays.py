@@ -1,12 +1,15 @@
 """Any array on a CUDA device as an address, a shape, strides and the name of a dtype: torch, CuPy, Numba, DLPack."""
 
+import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from kvtoolkit.cpu.arrays import Operand, is_on_device, is_torch
 from kvtoolkit.errors import ShapeError, UnsupportedError
 
 _TORCH_NAMES: dict[Any, str] = {}
+_make_operand: Callable[[tuple[Any, ...]], Operand] = functools.partial(tuple.__new__, Operand)  # 1/3 of the time
 _BITS = {"int16": "bfloat16", "uint16": "bfloat16"}
 
 
@@ -33,7 +36,9 @@ def device_operand(array: Any, name: str, dtype: str | None = None) -> Operand:
             found = _TORCH_NAMES[array.dtype] = str(array.dtype).removeprefix("torch.")
         if dtype is not None:
             found = _BITS.get(found, found)
-        return Operand(array.data_ptr(), tuple(array.shape), array.stride(), found, array, True, array.device.index)
+        return _make_operand(
+            (array.data_ptr(), tuple(array.shape), array.stride(), found, array, True, array.get_device())
+        )
     module: Any = sys.modules.get("cupy")
     if module is not None and isinstance(array, module.ndarray):
         return _of_cupy(array, array, dtype)
@@ -96,9 +101,11 @@ def check_devices(operands: dict[str, Operand | None]) -> int:
 def check_alignment(operands: dict[str, Operand], nbytes: int = 16) -> None:
     """ShapeError unless every row begins at a multiple of ``nbytes``: that is how the kernels load them."""
     for name, one in operands.items():
-        elements = nbytes // 2
-        strides = one.strides[:-1]
-        if one.address % nbytes or any(s % elements and n > 1 for s, n in zip(strides, one.shape, strict=False)):
+        together = one.address
+        for stride, size in zip(one.strides[:-1], one.shape, strict=False):
+            if size > 1:
+                together |= 2 * stride
+        if together % nbytes:
             raise ShapeError(
                 f"{name}: expected rows that begin at multiples of {nbytes} bytes, got address {one.address:#x} and "
                 f"strides {one.strides} (elements of 2 bytes)"

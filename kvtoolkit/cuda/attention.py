@@ -15,11 +15,11 @@ from kvtoolkit.runtime.streams import on_stream
 
 MAX_DECODE_QUERIES = 8  # as in attention.cuh
 MAX_SPLITS = 128
-ROUNDS = 3
+MAX_RANGES = 1024  # as in plan.cu
 _UNBOUNDED = 1 << 30  # a window as wide as any sequence; sums with positions stay in 32 bits
 _LOG2E = 1.4426950408889634
 _params = packer("14q11q15i3f")
-_Q, _OUT, _KEYS, _VALUES = 0, 1, 3, 4  # words of AttentionParams
+_Q, _KEYS = 0, 3  # words of AttentionParams; out and v_cache follow
 
 
 class Attention(NamedTuple):
@@ -44,7 +44,8 @@ class _Schedule(NamedTuple):
     row_blocks: int
     num_ranges: int
     """0 = even, not planned."""
-    num_rounds: int
+    num_late: int
+    """Of the ranges: those that begin when others have ended."""
     partials_nbytes: int
     counters_nbytes: int
 
@@ -95,7 +96,7 @@ def attend(
     if decodes:
         rows = group_size * min(most, MAX_DECODE_QUERIES)
         schedule = _schedule(q.shape, q.dtype, device, num_kv_heads, batch, cu_seqlens_q is not None, rows, num_splits)
-    num_ranges = schedule.num_ranges if schedule else 0
+    num_ranges, num_late = (schedule.num_ranges, schedule.num_late) if schedule else (0, 0)
     width = list_width(block_table.shape[1], max_seq_len)
     plan_at = -(-4 * batch * width // 256) * 256 if block_starts is not None else 0
     step_nbytes = plan_at + (plan_nbytes(batch, num_ranges) if num_ranges else 0)
@@ -114,7 +115,7 @@ def attend(
         granules = make_granules(step_at, block_table, block_starts, seq_lens, width)
     ids = block_table if granules is None else granules.table
     if num_ranges:
-        plan = make_plan(step_at + plan_at, seq_lens, cu_seqlens_q, num_ranges, schedule.num_rounds, left, right, head_dim, prefills)
+        plan = make_plan(step_at + plan_at, seq_lens, cu_seqlens_q, num_ranges, num_late, left, right, prefills)
 
     def parameters(wait_first: bool) -> bytes:
         return _params.pack(
@@ -140,7 +141,8 @@ def attend(
         spec = schedule.spec
         kernel = load_spec(spec, device)
         decode = Launch(kernel, schedule.grid, spec.threads, spec.smem_nbytes, parameters(True))
-        early = decode._replace(parameters=parameters(False))
+        if kept is not None:
+            early = Launch(kernel, schedule.grid, spec.threads, spec.smem_nbytes, parameters(False))
         if plan is not None:
             plan.launch.run(stream)
         decode.run(stream)
@@ -182,10 +184,12 @@ def _schedule(
     if num_splits == 0 and 1 < batch <= specs.MAX_PLANNED:
         heads = num_kv_heads * row_blocks
         ranges = max(1, spec.per_sm * num_sms(device) // heads)
-        rounds = min(ROUNDS if spec.per_sm > 1 else 1, 1024 // ranges)
-        ranges *= rounds
+        late = ranges if spec.per_sm > 1 and 2 * ranges <= MAX_RANGES else 0
+        ranges += late
         grid = (num_kv_heads, row_blocks, ranges)
-        return _Schedule(spec, grid, 1, False, row_blocks, ranges, rounds, 2 * ranges * heads * partial, 4 * batch * heads)
+        return _Schedule(
+            spec, grid, 1, False, row_blocks, ranges, late, 2 * ranges * heads * partial, 4 * batch * heads
+        )
     # every sequence in even splits, and a block of rows found by its number
     num_blocks = num_tokens * group_size // rows + batch if has_bounds else batch * -(-group_size // rows)
     cluster, splits = 1, min(num_splits, MAX_SPLITS)
@@ -198,7 +202,7 @@ def _schedule(
     groups = num_blocks * num_kv_heads
     nbytes = groups * splits * partial if cluster == 1 and splits > 1 else 0
     grid = (groups, splits, 1) if cluster == 1 else (cluster, num_kv_heads, num_blocks)
-    return _Schedule(spec, grid, splits, num_splits > 0, row_blocks, 0, 1, nbytes, 4 * groups)
+    return _Schedule(spec, grid, splits, num_splits > 0, row_blocks, 0, 0, nbytes, 4 * groups)
 
 
 def attend_alike(
@@ -210,9 +214,9 @@ def attend_alike(
         dependent: let the kernel begin while the one before it still runs. Right where the kernel before wrote nothing
             of the caches but the tokens of the present queries, and nothing of the tables: after `append`.
     """
-    addresses = {_Q: q, _OUT: out, _KEYS: k_cache, _VALUES: v_cache}
     decode = prepared.decode_early if dependent else prepared.decode
-    if decode is not None:
-        decode.with_addresses(addresses).run(stream, dependent=dependent)
-    if prepared.prefill is not None:
-        prepared.prefill.with_addresses(addresses).run(stream)
+    for launch, is_early in ((decode, dependent), (prepared.prefill, False)):
+        if launch is not None:
+            launch.set_addresses(_Q, q, out)
+            launch.set_addresses(_KEYS, k_cache, v_cache)
+            launch.run(stream, dependent=is_early)

@@ -10,7 +10,7 @@ from kvtoolkit.errors import ShapeError
 from kvtoolkit.runtime.kernels import num_sms, packer
 
 _append_params = packer("5q10q4i")
-_KEY, _VALUE, _KEYS, _VALUES = range(4)  # words of AppendParams
+_KEY = 0  # word of AppendParams; value, k_cache, v_cache follow
 
 MAX_MOVES = 448  # as in move.cu
 _move_params = packer("3q2i")  # then the two lists
@@ -58,8 +58,8 @@ def append_alike(
     ``dependent`` lets the kernel start up while the one before it still runs; it waits for it before it reads.
     """
     if prepared is not None:
-        moved = prepared.with_addresses({_KEY: key, _VALUE: value, _KEYS: k_cache, _VALUES: v_cache})
-        moved.run(stream, dependent=dependent)
+        prepared.set_addresses(_KEY, key, value, k_cache, v_cache)
+        prepared.run(stream, dependent=dependent)
 
 
 def _widest(*numbers: int) -> int:

@@ -15,7 +15,7 @@ from kvtoolkit.runtime.streams import on_stream
 ENABLED = os.environ.get("KVTOOLKIT_CHECK", "") not in ("", "0")
 """Whether every launch is preceded by a check. Read from the environment at import."""
 
-_params = packer("6q3q5i4x")
+_params = packer("6q3q5i")
 
 
 def check_tables(

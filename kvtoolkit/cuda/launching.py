@@ -1,34 +1,38 @@
 """A launch made ready: kernel, grid and packed parameters, of which addresses can be changed for the next layer."""
 
 import functools
-import struct
-from typing import NamedTuple
 
 from kvtoolkit.cuda.specs import Spec
 from kvtoolkit.runtime import Kernel, load
 
-_address = struct.Struct("@q")
 
+class Launch:
+    """One kernel with its parameters, to be launched any number of times, by one thread at a time.
 
-class Launch(NamedTuple):
-    """One kernel with its parameters."""
+    Args:
+        kernel: on its device.
+        grid: CTAs, up to three axes.
+        threads: of a CTA.
+        smem_nbytes: dynamic shared memory of a CTA.
+        parameters: the bytes of its struct, see `kvtoolkit.runtime.kernels.packer`.
+    """
 
-    kernel: Kernel
-    grid: tuple[int, ...]
-    threads: int
-    smem_nbytes: int
-    parameters: bytes
+    __slots__ = ("_prepared", "_words", "kernel")
+
+    def __init__(
+        self, kernel: Kernel, grid: tuple[int, ...], threads: int, smem_nbytes: int, parameters: bytes
+    ) -> None:  # fmt: skip
+        self.kernel = kernel
+        self._prepared = kernel.prepare(grid, threads, parameters, smem_nbytes)
+        self._words = self._prepared.words
 
     def run(self, stream: int, *, dependent: bool = False) -> None:
         """Launch it; ``dependent``: it may begin while the kernel before it still runs, and waits for it itself."""
-        self.kernel.launch(self.grid, self.threads, self.parameters, stream, self.smem_nbytes, dependent=dependent)
+        self._prepared.run(stream, dependent)
 
-    def with_addresses(self, addresses: dict[int, int]) -> "Launch":
-        """The same with other pointers, by their place among the parameters' 8-byte words."""
-        parameters = bytearray(self.parameters)
-        for place, address in addresses.items():
-            _address.pack_into(parameters, 8 * place, address)
-        return self._replace(parameters=bytes(parameters))
+    def set_addresses(self, first: int, *addresses: int) -> None:
+        """Change pointers that stand side by side in the struct, ``first`` being the place of one in 8-byte words."""
+        self._words[first : first + len(addresses)] = list(addresses)
 
 
 @functools.cache

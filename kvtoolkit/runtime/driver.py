@@ -15,10 +15,9 @@ from kvtoolkit.errors import DeviceError
 
 _INVALID_CONTEXT = 201
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
-_config = struct.Struct(
-    "@7IQQI4x"
-)  # CUlaunchConfig: grid, CTA, dynamic shared memory, stream, attributes, their number
-_pointer = struct.Struct("@Q")
+_config = struct.Struct("@7I4x3Q")  # CUlaunchConfig: grid, CTA, dynamic shared memory; stream, attributes, their number
+_Config = ctypes.c_uint64 * (_config.size // 8)
+_STREAM, _ATTRIBUTES, _NUM_ATTRIBUTES = 4, 5, 6  # its last words of 8 bytes
 
 # one CUlaunchAttribute: id, padding, 64 bytes of value
 _dependent = np.zeros(18, np.uint32)
@@ -29,47 +28,60 @@ _dependent_address = address_of(_dependent)
 @cache
 def _library() -> Any:
     library = ctypes.CDLL("libcuda.so.1")
-    library.cuLaunchKernelEx.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    library.cuLaunchKernelEx.argtypes = [ctypes.c_void_p] * 4
     library.cuGetErrorString.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)]
     return library
 
 
-def launch(
-    function: int,
-    grid: tuple[int, ...],
-    threads: int,
-    smem_nbytes: int,
-    stream: int,
-    parameters: bytes,
-    dependent: bool,
-) -> None:
-    """Launch a kernel whose only parameter is a struct.
+class PreparedLaunch:
+    """A launch of a kernel whose only parameter is a struct, described to the driver once.
 
     Args:
         function: its ``CUfunction``.
         grid: CTAs, up to three axes.
-        parameters: the bytes of the struct.
-        dependent: let it begin while the kernel before it still runs; it must wait for it on the device.
+        threads: of a CTA.
+        smem_nbytes: dynamic shared memory of a CTA.
+        parameters: the bytes of the struct, a multiple of 8.
 
-    Raises:
-        DeviceError: the driver refuses.
+    Attributes:
+        words: the struct, 8 bytes at a time, to be changed between launches. One thread at a time.
     """
-    held = np.frombuffer(parameters, np.uint8)
-    x, y, z = (*grid, 1, 1)[:3]
-    config = _config.pack(
-        x, y, z, threads, 1, 1, smem_nbytes, stream, _dependent_address if dependent else 0, int(dependent)
-    )
-    addresses = _pointer.pack(address_of(held))
-    status = _library().cuLaunchKernelEx(config, function, addresses, None)
-    if status == _INVALID_CONTEXT:  # a thread that has not used CUDA yet
-        import cupy
 
-        cupy.cuda.runtime.setDevice(cupy.cuda.runtime.getDevice())
-        status = _library().cuLaunchKernelEx(config, function, addresses, None)
-    if status:
-        text = ctypes.c_char_p()
-        _library().cuGetErrorString(status, ctypes.byref(text))
-        said = (text.value or b"unknown").decode()
-        raise DeviceError(
-            f"kernel launch: {said} ({status}); grid {grid}, {threads} threads, {smem_nbytes} bytes of shared memory"
-        )
+    __slots__ = ("_arguments", "_config", "_parameters", "words")
+
+    def __init__(
+        self, function: int, grid: tuple[int, ...], threads: int, smem_nbytes: int, parameters: bytes
+    ) -> None:  # fmt: skip
+        self.words = (ctypes.c_int64 * (len(parameters) // 8)).from_buffer_copy(parameters)
+        self._parameters = ctypes.c_void_p(ctypes.addressof(self.words))
+        x, y, z = (*grid, 1, 1)[:3]
+        self._config = _Config.from_buffer_copy(_config.pack(x, y, z, threads, 1, 1, smem_nbytes, 0, 0, 0))
+        self._arguments = ctypes.addressof(self._config), function, ctypes.addressof(self._parameters), None
+
+    def run(self, stream: int, dependent: bool) -> None:
+        """Launch it on a stream, given by its address.
+
+        Args:
+            dependent: let it begin while the kernel before it still runs; it must wait for it on the device.
+
+        Raises:
+            DeviceError: the driver refuses.
+        """
+        config = self._config
+        config[_STREAM] = stream
+        config[_ATTRIBUTES], config[_NUM_ATTRIBUTES] = (_dependent_address, 1) if dependent else (0, 0)
+        status = _library().cuLaunchKernelEx(*self._arguments)
+        if status == _INVALID_CONTEXT:  # a thread that has not used CUDA yet
+            import cupy
+
+            cupy.cuda.runtime.setDevice(cupy.cuda.runtime.getDevice())
+            status = _library().cuLaunchKernelEx(*self._arguments)
+        if status:
+            text = ctypes.c_char_p()
+            _library().cuGetErrorString(status, ctypes.byref(text))
+            said = (text.value or b"unknown").decode()
+            x, y, z, threads, _, _, smem_nbytes, *_ = _config.unpack(bytes(config))
+            raise DeviceError(
+                f"kernel launch: {said} ({status}); grid {x, y, z}, {threads} threads, {smem_nbytes} bytes of shared "
+                "memory"
+            )

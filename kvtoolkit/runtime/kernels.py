@@ -37,26 +37,16 @@ class Kernel:
         self.usage = usage
         self._function = function
 
-    def launch(
-        self, grid: tuple[int, ...], threads: int, parameters: bytes, stream: int, smem_nbytes: int = 0, *,
-        dependent: bool = False,
-    ) -> None:  # fmt: skip
-        """Run it, asynchronously; see `kvtoolkit.runtime.driver.launch`.
-
-        Args:
-            grid: CTAs, up to three axes.
-            threads: of a CTA.
-            parameters: the bytes of its only parameter, a struct, see `packer`.
-            stream: a CUDA stream's address; 0 = the legacy default stream.
-            smem_nbytes: dynamic shared memory of a CTA.
-            dependent: let it begin while the kernel before it still runs.
-        """
-        driver.launch(self._function, grid, threads, smem_nbytes, stream, parameters, dependent)
+    def prepare(
+        self, grid: tuple[int, ...], threads: int, parameters: bytes, smem_nbytes: int = 0
+    ) -> driver.PreparedLaunch:  # fmt: skip
+        """A launch of it; see `kvtoolkit.runtime.driver.PreparedLaunch`."""
+        return driver.PreparedLaunch(self._function, grid, threads, smem_nbytes, parameters)
 
 
 def packer(fields: str) -> struct.Struct:
     """Packs the parameters of a kernel as its C struct has them: ``q`` pointers and 64 bit, ``i`` int, ``f`` float."""
-    return struct.Struct("@" + fields)
+    return struct.Struct("@" + fields + "0q")  # as long as C makes it
 
 
 def load(source: str, name: str, defines: Mapping[str, int], device: int, *, smem_nbytes: int = 0) -> Kernel:

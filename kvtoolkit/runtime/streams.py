@@ -1,8 +1,9 @@
 """Which stream a call runs on: the caller's current one, asked anew at every call, since graph capture changes it."""
 
 import contextlib
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
@@ -13,16 +14,23 @@ def current_stream(device: int, from_torch: bool | None = None) -> int:
         device: CUDA ordinal.
         from_torch: whose current stream, torch's or CuPy's; None = torch's where the program uses torch on the GPU.
     """
-    torch = sys.modules.get("torch")
     if from_torch is None:
+        torch = sys.modules.get("torch")
         from_torch = torch is not None and torch.cuda.is_initialized()
     if from_torch:
-        assert torch is not None
-        raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # what the line below asks, without its objects
-        return int(raw(device) if raw else torch.cuda.current_stream(device).cuda_stream)
+        return _torch_stream()(device)
     import cupy
 
     return int(cupy.cuda.get_current_stream(device).ptr)
+
+
+@functools.cache
+def _torch_stream() -> Callable[[int], int]:
+    import torch
+
+    # what the public call asks, without its objects
+    raw: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    return raw or (lambda device: int(torch.cuda.current_stream(device).cuda_stream))
 
 
 def is_capturing(stream: int) -> bool:
