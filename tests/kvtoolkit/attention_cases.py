@@ -145,4 +145,6 @@ def assert_close(out: np.ndarray, lse: np.ndarray, good: np.ndarray, good_lse: n
     assert (found[~visible] == 0).all()
     scale = np.abs(good).max(initial=0.0)
     np.testing.assert_array_less(np.abs(found - good), EPSILON[dtype] * np.abs(good) + 1e-4 * scale + 1e-30)
-    assert np.linalg.norm(found - good) <= RELATIVE_L2[dtype] * np.linalg.norm(good)
+    # a weight is as far off, relatively, as its score is absolutely: some roundings of a number of that size
+    tolerance = RELATIVE_L2[dtype] + 2.0**-23 * np.abs(good_lse[visible]).max(initial=0.0)
+    assert np.linalg.norm(found - good) <= tolerance * np.linalg.norm(good)
