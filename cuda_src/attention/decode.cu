@@ -6,7 +6,8 @@
 //   seq_lens     [batch] int32, tokens, the new ones included;     0 = padding row, nothing of it is read
 //   out          [num_tokens, num_q_heads, head_dim] scalar_t;     lse [num_tokens, num_q_heads] float32, natural log
 //
-// Launch:   CTA 32 * KVT_WARPS; the dynamic shared memory holds FIFOs, and warps' results or an Inbox. sm_80 and later; the grid is
+// Launch:   CTA 32 * KVT_WARPS; dynamic shared memory for the FIFOs and the warps' results, or an Inbox. sm_80 and later;
+//           the grid is
 //           planned (KVT_PLANNED):  (num_kv_heads, num_row_blocks, ranges)
 //           even:                   (num_kv_heads * blocks of rows, max_splits)
 //           even with KVT_CLUSTER:  (KVT_CLUSTER, num_kv_heads, blocks of rows)
