@@ -5,6 +5,7 @@ from kvtoolkit._version import __version__
 from kvtoolkit.attention import append, merge_states, paged_attention, variable_block_attention
 from kvtoolkit.cache import KVCache
 from kvtoolkit.config import CacheConfig
+from kvtoolkit.device_pool import DevicePool
 from kvtoolkit.errors import (
     CacheFullError,
     CacheSnapshotError,
@@ -31,6 +32,7 @@ __all__ = [
     "CacheStats",
     "CompileError",
     "ConfigError",
+    "DevicePool",
     "GraphStep",
     "KVCache",
     "KVToolkitError",

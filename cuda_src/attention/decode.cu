@@ -6,12 +6,11 @@
 //   seq_lens     [batch] int32, tokens, the new ones included;     0 = padding row, nothing of it is read
 //   out          [num_tokens, num_q_heads, head_dim] scalar_t;     lse [num_tokens, num_q_heads] float32, natural log
 //
-// Launch:   CTA 32 * KVT_WARPS; dynamic shared memory for the FIFOs and the warps' results, or an Inbox. sm_80 and later;
-//           the grid is
+// Launch:   CTA 32 * KVT_WARPS; dynamic shared memory for the FIFOs and the warps' results, or an Inbox; the grid is
 //           planned (KVT_PLANNED):  (num_kv_heads, num_row_blocks, ranges)
 //           even:                   (num_kv_heads * blocks of rows, max_splits)
 //           even with KVT_CLUSTER:  (KVT_CLUSTER, num_kv_heads, blocks of rows)
-//           Macros: KVT_HEAD_DIM, KVT_BF16, KVT_ROW_TILES (8 query rows each), KVT_WARPS, KVT_STAGES, KVT_PLANNED,
+//           sm_80 and later. Macros: KVT_HEAD_DIM, KVT_BF16, KVT_ROW_TILES (8 query rows each), KVT_WARPS, KVT_STAGES, KVT_PLANNED,
 //           KVT_CLUSTER (CTAs that share one sequence and merge through shared memory, sm_90; 1 = none).
 // Numerics: scores and running state in float32, weights in scalar_t; an empty sequence gives out = 0, lse = -inf.
 // Source:   online softmax, Milakov & Gimelshein 2018 (arXiv:1805.02867), alg. 3; split-KV, Dao et al. 2023

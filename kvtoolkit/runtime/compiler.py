@@ -24,7 +24,7 @@ from kvtoolkit.sources import source_folder
 _INCLUDE = re.compile(r"^\s*#include\s*<(kvt/[^>]+)>", re.MULTILINE)
 _ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\w+)'.*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
-    r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers(?:.*?(?P<smem>\d+) bytes smem)?",
+    r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers(?:[^\n]*?(?P<smem>\d+) bytes smem)?",
     re.DOTALL,
 )
 _MAGIC = b"kvtoolkit cubin 1\n"

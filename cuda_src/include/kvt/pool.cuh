@@ -1,0 +1,371 @@
+// The lock-free pool: running kernels take blocks of granules from it and give them back. No thread ever waits.
+//
+// A free bit is the state of its granule: 64 to a word, so a block of 1, 2, 4 or 8 aligned granules lies inside one
+// word. It is claimed by one atomic on that word and freed by another; buddies coalesce by themselves, and there is no
+// list, no tag and no ABA. A set bit that is freed again gives a double free away.
+//
+// When is the pool exhausted? Not when one pass over the words finds nothing: a block may move behind it. Every free
+// is followed by an increment of the version. A pass that found nothing, with the version the same before and after it,
+// proves that there was no such block when it began: without frees, free runs only shrink. The proof is kept, so that
+// all who ask at the same version are told at once. After kMaxPasses with a moving version the answer is kContended.
+//
+//   memory  uint64, made by kvtoolkit.DevicePool: granules, words, epoch
+//           | kHints    [4], by order: the version at which no block was left, plus 1
+//           | kVersions [kShards], a cache line each; the version is their sum
+//           | free words | limbo words of kEpochs epochs | marks of a batch that is being freed
+//
+// free is for blocks that no other thread can still read, retire for all others: they wait in the limbo of the epoch
+// that memory holds, until the host completes it. A kernel that takes blocks must not read pool memory by the
+// non-coherent path (__ldg), and bulk copies of a block that was reused need a proxy fence.
+//
+// Source: this project's; claims by bitmap word, Pham et al. 2025 (ACM TOPC 12, 1), are the nearest published design.
+#pragma once
+
+#include <kvt/atomic.cuh>
+
+namespace kvt {
+
+// What a failed call returns, as a negative number.
+enum PoolCode : int {
+  kExhausted = -2,   // of one granule: at some moment of the call none was free
+  kFragmented = -3,  // of more: at some moment no such run was free; smaller ones may have been
+  kContended = -4,   // undecided: others kept freeing
+  kInvalid = -5,     // free, retire: not inside the pool, not inside one word, or not live
+};
+
+constexpr int kHints = 8;
+constexpr int kVersions = 16;
+constexpr int kShards = 32;
+constexpr int kShardPitch = 8;
+constexpr int kFreeWords = kVersions + kShards * kShardPitch;
+constexpr int kEpochs = 4;
+constexpr int kMaxPasses = 4;
+
+KVT_ATOMIC int count_bits(Word word) {
+#if defined(__CUDA_ARCH__)
+  return __popcll(word);
+#else
+  return __builtin_popcountll(word);
+#endif
+}
+
+// Of a word that is not 0.
+KVT_ATOMIC int lowest_bit(Word word) {
+#if defined(__CUDA_ARCH__)
+  return __ffsll(static_cast<long long>(word)) - 1;
+#else
+  return __builtin_ctzll(word);
+#endif
+}
+
+// A bit for every aligned run of 2^order set bits, at its start.
+KVT_ATOMIC Word fold_runs(Word word, int order) {
+  if (order > 0) word &= word >> 1 & 0x5555555555555555ull;
+  if (order > 1) word &= word >> 2 & 0x1111111111111111ull;
+  if (order > 2) word &= word >> 4 & 0x0101010101010101ull;
+  return word;
+}
+
+// All bits of the runs whose starts are set.
+KVT_ATOMIC Word spread_runs(Word starts, int order) {
+  if (order > 0) starts |= starts << 1;
+  if (order > 1) starts |= starts << 2;
+  if (order > 2) starts |= starts << 4;
+  return starts;
+}
+
+// Of the set bits, the lowest `count`, or all.
+KVT_ATOMIC Word lowest_bits(Word word, int count) {
+  if (count_bits(word) <= count) return word;
+  int width = 0;  // the widest prefix that holds no more than count bits
+  for (int step = 32; step > 0; step >>= 1) {
+    const Word below = word & ((Word{1} << (width + step)) - 1);
+    if (count_bits(below) <= count) width += step;
+  }
+  return word & ((Word{1} << width) - 1);
+}
+
+// Where the set bit lies that has `rank` set bits below it.
+KVT_ATOMIC int bit_of_rank(Word word, int rank) {
+  int place = 0;
+  for (int step = 32; step > 0; step >>= 1) {
+    const int below = count_bits(word >> place & ((Word{1} << step) - 1));
+    if (rank >= below) {
+      rank -= below;
+      place += step;
+    }
+  }
+  return place;
+}
+
+// Starts of up to `count` runs to claim: those in superblocks that are broken already, before whole ones.
+KVT_ATOMIC Word choose_runs(Word free, int order, int count) {
+  const Word runs = fold_runs(free, order);
+  const Word whole = spread_runs(fold_runs(free, 3), 3);
+  const Word broken = lowest_bits(runs & ~whole, count);
+  return broken | lowest_bits(runs & whole, count - count_bits(broken));
+}
+
+// Claim up to `count` runs of a word whose value was seen; returns their starts. Lock-free: a repetition means that
+// another thread has got on.
+KVT_ATOMIC Word claim_runs(Word* word, Word seen, int order, int count) {
+  while (true) {
+    const Word starts = choose_runs(seen, order, count);
+    if (starts == 0) return 0;
+    const Word bits = spread_runs(starts, order);
+    if (order == 0) {
+      const Word old = fetch_and_acquire(word, ~bits);
+      if ((old & bits) != 0) return old & bits;
+      seen = old;
+    } else {
+      const Word old = compare_exchange_acquire(word, seen, seen & ~bits);
+      if (old == seen) return starts;
+      seen = old;
+    }
+  }
+}
+
+struct Pool {
+  Word* memory;
+
+  KVT_ATOMIC int num_granules() const { return static_cast<int>(memory[0]); }
+  KVT_ATOMIC int num_words() const { return static_cast<int>(memory[1]); }
+  KVT_ATOMIC Word* free_words() const { return memory + kFreeWords; }
+  KVT_ATOMIC Word* marks() const { return free_words() + static_cast<long long>(num_words()) * (1 + kEpochs); }
+  KVT_ATOMIC Word* limbo_words(Word epoch) const {
+    return free_words() + static_cast<long long>(num_words()) * (1 + epoch % kEpochs);
+  }
+
+  KVT_ATOMIC Word version() const {
+    Word sum = 0;
+#if defined(__CUDA_ARCH__)
+#pragma unroll 8
+#endif
+    for (int s = 0; s < kShards; ++s) sum += load_relaxed(memory + kVersions + s * kShardPitch);
+    return sum;
+  }
+
+  // After bits have been set: what was freed may be found from now on.
+  KVT_ATOMIC void bump_version(unsigned seed) const {
+    add_release(memory + kVersions + seed % kShards * kShardPitch, 1);
+  }
+
+  // Where a thread begins to look: threads that ask together begin apart.
+  KVT_ATOMIC int home_of(unsigned seed) const {
+    // Fibonacci hashing: numbers in a row are spread evenly
+    return static_cast<int>(static_cast<Word>(seed * 0x9E3779B1u) * static_cast<Word>(num_words()) >> 32);
+  }
+
+  // One thread on its own takes one block of 2^order granules. Returns its first granule, or a PoolCode.
+  KVT_ATOMIC int allocate(int order, unsigned seed) const {
+    Word* const words = free_words();
+    const int home = home_of(seed);
+    const Word first = claim_runs(words + home, load_relaxed(words + home), order, 1);
+    if (first != 0) return home * 64 + lowest_bit(first);
+    for (int pass = 0; pass < kMaxPasses; ++pass) {
+      const Word before = version();
+      fence_acquire();
+      if (load_relaxed(memory + kHints + order) == before + 1) return code_of(order);
+      for (int i = 0, w = home; i < num_words(); ++i) {
+        const Word start = claim_runs(words + w, load_relaxed(words + w), order, 1);
+        if (start != 0) return w * 64 + lowest_bit(start);
+        w = w + 1 == num_words() ? 0 : w + 1;
+      }
+      fence_acquire();
+      if (version() == before) {
+        store_relaxed(memory + kHints + order, before + 1);
+        return code_of(order);
+      }
+    }
+    return kContended;
+  }
+
+  // One thread on its own frees live granules inside one word: a block or a part of one. Returns 0, or kInvalid where
+  // some were not live; those that were are free then.
+  KVT_ATOMIC int free(int start, int count) const {
+    const int code = set_bits(free_words(), start, count);
+    bump_version(static_cast<unsigned>(start) >> 6);
+    return code;
+  }
+
+  // Likewise, for granules that running kernels may still read.
+  KVT_ATOMIC int retire(int start, int count) const {
+    if (!is_inside(start, count) || (load_relaxed(free_words() + (start >> 6)) & bits_of(start, count)) != 0) {
+      return kInvalid;
+    }
+    return set_bits(limbo_words(load_acquire(memory + 2)), start, count);
+  }
+
+  KVT_ATOMIC static int code_of(int order) { return order == 0 ? kExhausted : kFragmented; }
+
+  KVT_ATOMIC bool is_inside(int start, int count) const {
+    return start >= 0 && count >= 1 && count <= 64 - (start & 63) && count <= num_granules() - start;
+  }
+
+  KVT_ATOMIC static Word bits_of(int start, int count) { return ~Word{0} >> (64 - count) << (start & 63); }
+
+  // Give back what thread `rank` of `threads` finds in a bitmap of granules, [num_words], and clear it.
+  KVT_ATOMIC void free_all(Word* bitmap, int rank, int threads) const {
+    bool has_freed = false;
+    for (int w = rank; w < num_words(); w += threads) {
+      if (load_relaxed(bitmap + w) == 0) continue;
+      const Word bits = exchange_acq_rel(bitmap + w, 0);
+      fetch_or_release(free_words() + w, bits);
+      has_freed = true;
+    }
+    if (has_freed) bump_version(static_cast<unsigned>(rank));
+  }
+
+ private:
+  KVT_ATOMIC int set_bits(Word* bitmap, int start, int count) const {
+    if (!is_inside(start, count)) return kInvalid;
+    const Word bits = bits_of(start, count);
+    return (fetch_or_release(bitmap + (start >> 6), bits) & bits) == 0 ? 0 : kInvalid;
+  }
+};
+
+// Blocks taken ahead for a future that may not come - a beam, draft tokens: a bitmap of granules, [num_words] zeros.
+// Leases nest: one whose future came hands its blocks to the lease around it, or to nobody.
+struct PoolLease {
+  Pool pool;
+  Word* journal;
+
+  // As Pool::allocate.
+  KVT_ATOMIC int allocate(int order, unsigned seed) const {
+    const int start = pool.allocate(order, seed);
+    if (start >= 0) fetch_or_release(journal + (start >> 6), Pool::bits_of(start, 1 << order));
+    return start;
+  }
+
+  // All threads of a group, `rank` of `threads`: keep the blocks; `around`, the journal of the lease around, or null.
+  KVT_ATOMIC void commit(Word* around, int rank, int threads) const {
+    for (int w = rank; w < pool.num_words(); w += threads) {
+      const Word bits = exchange_acq_rel(journal + w, 0);
+      if (around != nullptr && bits != 0) fetch_or_release(around + w, bits);
+    }
+  }
+
+  // Likewise: give the blocks back. Nobody may still read them.
+  KVT_ATOMIC void abort(int rank, int threads) const { pool.free_all(journal, rank, threads); }
+};
+
+#if defined(__CUDACC__)
+
+// What the lanes of `mask` do together; they call it together.
+class PoolWarp {
+ public:
+  __device__ __forceinline__ PoolWarp(const Pool& pool, unsigned mask)
+      : pool_(pool),
+        mask_(mask),
+        leader_(__ffs(static_cast<int>(mask)) - 1),
+        lane_(threadIdx.x & 31),
+        rank_(__popc(mask & ((1u << lane_) - 1))),
+        wanted_(__popc(mask)) {}
+
+  // A block of 2^order granules for each lane, of the same order. Returns the lane's first granule, or a PoolCode.
+  __device__ __forceinline__ int allocate(int order, unsigned seed) {
+    return allocate_from(order, pool_.home_of(__shfl_sync(mask_, seed, leader_)));
+  }
+
+  // Likewise, the search beginning at a word.
+  __device__ __forceinline__ int allocate_from(int order, int home) {
+    const int start = search(order, home);
+    __syncwarp(mask_);  // what the lane that claimed has acquired holds for all
+    return start;
+  }
+
+  // As Pool::free, for each lane. Lanes whose granules share a word take one atomic, the warp one version.
+  __device__ __forceinline__ int free(int start, int count) {
+    const int code = set_bits(pool_.free_words(), start, count);
+    __syncwarp(mask_);
+    if (rank_ == 0) pool_.bump_version(static_cast<unsigned>(start) >> 6);
+    return code;
+  }
+
+  // As Pool::retire, for each lane.
+  __device__ __forceinline__ int retire(int start, int count) {
+    const bool is_live = pool_.is_inside(start, count) &&
+        (load_relaxed(pool_.free_words() + (start >> 6)) & Pool::bits_of(start, count)) == 0;
+    const Word epoch = __shfl_sync(mask_, load_acquire(pool_.memory + 2), leader_);
+    return set_bits(pool_.limbo_words(epoch), is_live ? start : -1, count);
+  }
+
+ private:
+  __device__ __forceinline__ int search(int order, int home) {
+    const int num_words = pool_.num_words();
+    granted_ = 0;
+    start_ = kContended;
+    scan(order, home, 0);
+    for (int pass = 0; pass < kMaxPasses && granted_ < wanted_; ++pass) {
+      const Word before = version();
+      fence_acquire();
+      const Word known = __shfl_sync(mask_, load_relaxed(pool_.memory + kHints + order), leader_);
+      if (known == before + 1) return start_ >= 0 ? start_ : Pool::code_of(order);
+      for (int i = 0; i < num_words && granted_ < wanted_; i += wanted_) scan(order, home, i);
+      if (granted_ == wanted_) break;
+      fence_acquire();
+      if (version() == before) {
+        if (rank_ == 0) store_relaxed(pool_.memory + kHints + order, before + 1);
+        return start_ >= 0 ? start_ : Pool::code_of(order);
+      }
+    }
+    return start_;
+  }
+
+  __device__ __forceinline__ Word version() const {
+    Word sum = 0;
+    if (rank_ == 0) sum = pool_.version();
+    return __shfl_sync(mask_, sum, leader_);
+  }
+
+  // Each lane looks at one word, from place `i` behind `home` on, and claims what lanes still want.
+  __device__ __forceinline__ void scan(int order, int home, int i) {
+    const int num_words = pool_.num_words();
+    const bool is_word = i + rank_ < num_words;
+    const int place = home + i + rank_;
+    const int w = place >= num_words ? place - num_words : place;
+    const Word seen = is_word ? load_relaxed(pool_.free_words() + w) : 0;
+    const Word runs = fold_runs(seen, order);
+    unsigned finders = __ballot_sync(mask_, runs != 0);
+    while (finders != 0 && granted_ < wanted_) {
+      const int source = __ffs(static_cast<int>(finders)) - 1;
+      finders &= finders - 1;
+      Word starts = 0;
+      if (lane_ == source) starts = claim_runs(pool_.free_words() + w, seen, order, wanted_ - granted_);
+      starts = __shfl_sync(mask_, starts, source);
+      const int its_word = __shfl_sync(mask_, w, source);
+      const int count = count_bits(starts);
+      if (rank_ >= granted_ && rank_ < granted_ + count) {
+        start_ = its_word * 64 + bit_of_rank(starts, rank_ - granted_);
+      }
+      granted_ += count;
+    }
+  }
+
+  __device__ __forceinline__ int set_bits(Word* bitmap, int start, int count) {
+    __syncwarp(mask_);  // what lanes did with their blocks comes before the release
+    const bool is_inside = pool_.is_inside(start, count);
+    const Word bits = is_inside ? Pool::bits_of(start, count) : 0;
+    const int word = is_inside ? start >> 6 : -1;
+    const unsigned group = __match_any_sync(mask_, word);
+    const unsigned low = __reduce_or_sync(group, static_cast<unsigned>(bits));
+    const unsigned high = __reduce_or_sync(group, static_cast<unsigned>(bits >> 32));
+    const int total = __reduce_add_sync(group, count_bits(bits));
+    const Word all = static_cast<Word>(high) << 32 | low;
+    const int first = __ffs(static_cast<int>(group)) - 1;
+    Word old = 0;
+    if (lane_ == first && is_inside) old = fetch_or_release(bitmap + word, all);
+    old = __shfl_sync(group, old, first);
+    return is_inside && (old & bits) == 0 && total == count_bits(all) ? 0 : kInvalid;
+  }
+
+  const Pool pool_;
+  const unsigned mask_;
+  const int leader_, lane_, rank_, wanted_;
+  int granted_ = 0;
+  int start_ = kContended;
+};
+
+#endif
+
+}  // namespace kvt
