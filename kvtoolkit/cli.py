@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="measure")
     benches = bench.add_subparsers(title="measurements", required=True, metavar="WHAT")
     _add(benches, "host", "kvtoolkit.bench.host", "host time of a decode step, and of each allocator")
+    _add(benches, "alloc", "kvtoolkit.bench.alloc", "blocks that kernels on a GPU take and give back")
     _add(benches, "attention", "kvtoolkit.bench.attention", "decode attention on a GPU, beside other people's kernels")
     _add(benches, "blocks", "kvtoolkit.bench.blocks", "what block sizes, planning and calls cost on a GPU")
     _add(benches, "cache", "kvtoolkit.bench.cache", "append, and the moves of forks and merges, on a GPU")

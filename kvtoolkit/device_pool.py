@@ -47,9 +47,9 @@ class DevicePool(HostAllocator):
         memory: uint64 CuPy array, to be handed to kernels: ``kvt::Pool pool{memory}``.
 
     Host calls launch a kernel on the current stream and wait for it, so they cannot be captured in a CUDA graph, as
-    kernels that use the pool can. A host call and kernels on other streams may overlap: blocks go to one owner alone. `free` of
-    the host wants blocks that no kernel frees at the same time. Batches are placed the same way whenever they meet the
-    same pool. Epochs: kernels `retire` blocks into the current one; `complete` frees them.
+    kernels that use the pool can. A host call and kernels on other streams may overlap, and a block goes to one owner
+    alone; what the host frees must not be freed by a kernel at the same time. Batches are placed the same way whenever
+    they meet the same pool. Epochs: kernels `retire` blocks into the current one; `complete` frees them.
 
     Raises:
         UnsupportedError: no CUDA device, or no CuPy.

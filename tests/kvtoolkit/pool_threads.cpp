@@ -159,6 +159,9 @@ int main(int, char** arguments) {
     if (pool.free(num_granules - 4, 8) != kvt::kInvalid || pool.free(60, 8) != kvt::kInvalid || pool.free(-1, 1) != kvt::kInvalid) {
       fail("a run that leaves the pool or the word went through", 0, 0);
     }
+    if (pool.retire(6, 1) != 0 || pool.retire(6, 1) != kvt::kInvalid || pool.free(6, 1) != kvt::kInvalid) {
+      fail("a granule left limbo early", 6, 1);
+    }
     if (pool.allocate(0, seed) != 5) fail("what was freed is not found", 5, 0);
     for (int g = 0; g < num_granules; ++g) pool.free(g, 1);
   }

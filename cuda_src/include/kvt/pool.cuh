@@ -181,19 +181,31 @@ struct Pool {
   }
 
   // One thread on its own frees live granules inside one word: a block or a part of one. Returns 0, or kInvalid where
-  // some were not live; those that were are free then.
+  // some were free already or in limbo; the others are free then.
   KVT_ATOMIC int free(int start, int count) const {
-    const int code = set_bits(free_words(), start, count);
-    bump_version(static_cast<unsigned>(start) >> 6);
-    return code;
+    if (!is_inside(start, count)) return kInvalid;
+    const int w = start >> 6;
+    const Word bits = bits_of(start, count);
+    const Word taken = in_limbo(w) & bits;
+    const Word old = fetch_or_release(free_words() + w, bits & ~taken) & bits;
+    bump_version(static_cast<unsigned>(w));
+    return (old | taken) == 0 ? 0 : kInvalid;
   }
 
   // Likewise, for granules that running kernels may still read.
   KVT_ATOMIC int retire(int start, int count) const {
-    if (!is_inside(start, count) || (load_relaxed(free_words() + (start >> 6)) & bits_of(start, count)) != 0) {
-      return kInvalid;
-    }
-    return set_bits(limbo_words(load_acquire(memory + 2)), start, count);
+    if (!is_inside(start, count)) return kInvalid;
+    const int w = start >> 6;
+    const Word bits = bits_of(start, count);
+    const Word taken = (in_limbo(w) | load_relaxed(free_words() + w)) & bits;
+    const Word old = fetch_or_release(limbo_words(load_acquire(memory + 2)) + w, bits & ~taken) & bits;
+    return (old | taken) == 0 ? 0 : kInvalid;
+  }
+
+  KVT_ATOMIC Word in_limbo(int w) const {
+    Word bits = 0;
+    for (int epoch = 0; epoch < kEpochs; ++epoch) bits |= load_relaxed(limbo_words(epoch) + w);
+    return bits;
   }
 
   KVT_ATOMIC static int code_of(int order) { return order == 0 ? kExhausted : kFragmented; }
@@ -214,13 +226,6 @@ struct Pool {
       has_freed = true;
     }
     if (has_freed) bump_version(static_cast<unsigned>(rank));
-  }
-
- private:
-  KVT_ATOMIC int set_bits(Word* bitmap, int start, int count) const {
-    if (!is_inside(start, count)) return kInvalid;
-    const Word bits = bits_of(start, count);
-    return (fetch_or_release(bitmap + (start >> 6), bits) & bits) == 0 ? 0 : kInvalid;
   }
 };
 
@@ -276,7 +281,7 @@ class PoolWarp {
 
   // As Pool::free, for each lane. Lanes whose granules share a word take one atomic, the warp one version.
   __device__ __forceinline__ int free(int start, int count) {
-    const int code = set_bits(pool_.free_words(), start, count);
+    const int code = set_bits(pool_.free_words(), false, start, count);
     __syncwarp(mask_);
     if (rank_ == 0) pool_.bump_version(static_cast<unsigned>(start) >> 6);
     return code;
@@ -284,10 +289,8 @@ class PoolWarp {
 
   // As Pool::retire, for each lane.
   __device__ __forceinline__ int retire(int start, int count) {
-    const bool is_live = pool_.is_inside(start, count) &&
-        (load_relaxed(pool_.free_words() + (start >> 6)) & Pool::bits_of(start, count)) == 0;
     const Word epoch = __shfl_sync(mask_, load_acquire(pool_.memory + 2), leader_);
-    return set_bits(pool_.limbo_words(epoch), is_live ? start : -1, count);
+    return set_bits(pool_.limbo_words(epoch), true, start, count);
   }
 
  private:
@@ -342,21 +345,25 @@ class PoolWarp {
     }
   }
 
-  __device__ __forceinline__ int set_bits(Word* bitmap, int start, int count) {
+  __device__ __forceinline__ int set_bits(Word* bitmap, bool is_limbo, int start, int count) {
     __syncwarp(mask_);  // what lanes did with their blocks comes before the release
     const bool is_inside = pool_.is_inside(start, count);
     const Word bits = is_inside ? Pool::bits_of(start, count) : 0;
-    const int word = is_inside ? start >> 6 : -1;
-    const unsigned group = __match_any_sync(mask_, word);
+    const int w = is_inside ? start >> 6 : -1;
+    const unsigned group = __match_any_sync(mask_, w);
     const unsigned low = __reduce_or_sync(group, static_cast<unsigned>(bits));
     const unsigned high = __reduce_or_sync(group, static_cast<unsigned>(bits >> 32));
     const int total = __reduce_add_sync(group, count_bits(bits));
     const Word all = static_cast<Word>(high) << 32 | low;
     const int first = __ffs(static_cast<int>(group)) - 1;
-    Word old = 0;
-    if (lane_ == first && is_inside) old = fetch_or_release(bitmap + word, all);
-    old = __shfl_sync(group, old, first);
-    return is_inside && (old & bits) == 0 && total == count_bits(all) ? 0 : kInvalid;
+    Word taken = 0;
+    if (lane_ == first && is_inside) {
+      taken = pool_.in_limbo(w);
+      if (is_limbo) taken |= load_relaxed(pool_.free_words() + w);
+      taken |= fetch_or_release(bitmap + w, all & ~taken);
+    }
+    taken = __shfl_sync(group, taken, first);
+    return is_inside && (taken & bits) == 0 && total == count_bits(all) ? 0 : kInvalid;
   }
 
   const Pool pool_;
