@@ -78,8 +78,9 @@ class DevicePool(HostAllocator):
         state = np.zeros(self.memory.size, np.uint64)
         state[_GRANULES], state[_WORDS], state[_EPOCH] = self.num_granules, self._num_words, self._epoch
         state[_FREE : _FREE + self._num_words] = free
-        with self._cupy():
+        with self._cupy() as cupy:
             self.memory.set(state)
+            cupy.cuda.get_current_stream().synchronize()  # any stream may use it from now on
 
     # -- epochs ------------------------------------------------------------------------------------------------------
 

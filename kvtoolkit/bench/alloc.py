@@ -13,7 +13,7 @@ from kvtoolkit.device_pool import DevicePool
 from kvtoolkit.runtime import Kernel, load
 from kvtoolkit.runtime.kernels import packer
 
-_NUM_GRANULES = 1 << 20
+_FULL = 1 << 20  # granules of the pool that is exhausted
 _ROUNDS = 16  # of churn, in one launch
 _params = packer("3q2i")
 
@@ -21,6 +21,7 @@ _params = packer("3q2i")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``kvtoolkit bench alloc``."""
     parser.add_argument("--threads", type=int, nargs="+", default=[1 << 10, 1 << 15, 1 << 20])
+    parser.add_argument("--granules", type=int, default=1 << 21, help="size of the pool")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", metavar="PATH", help="also write the figures there")
 
@@ -29,13 +30,13 @@ def main(options: argparse.Namespace) -> int:
     """Measure and print."""
     require_device("alloc")
     print(device_line())
-    print(f"a pool of {_NUM_GRANULES} granules, one granule a thread, by warps; G/s = 1e9 a second, medians\n")
+    print(f"a pool of {options.granules} granules, one granule a thread, by warps; G/s = 1e9 a second, medians\n")
     print(
         f"{'threads':>9}{'':>4}{'launch us':>11}{'take us':>10}{'G/s':>8}{'cold us':>10}{'give us':>10}{'G/s':>8}",
         end="",
     )
     print(f"{'churn us':>11}{'pairs G/s':>11}")
-    rows = [_measure(threads, options.repeats) for threads in options.threads]
+    rows = [_measure(threads, options.granules, options.repeats) for threads in options.threads]
     for row in rows:
         threads = row["threads"]
         print(
@@ -45,13 +46,27 @@ def main(options: argparse.Namespace) -> int:
         )
     alone = _alone(options.repeats)
     print(f"\none thread takes one granule inside a kernel: {alone['ns']:.0f} ns (median)")
-    print(f"a full pool, 32768 threads told so: {alone['full']:.1f} us, the first time {alone['full_first']:.1f} us")
+    print(
+        f"a full pool of {_FULL} granules tells 32768 threads so in {alone['full']:.1f} us, the first time in ", end=""
+    )
+    print(f"{alone['full_first']:.1f} us")
     registers = {name: _kernel(name).usage for name in ("kvt_none", "kvt_take", "kvt_give", "kvt_take_alone")}
     print("registers: " + ", ".join(f"{name} {usage.registers}" for name, usage in registers.items() if usage))
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump({"rows": rows, "alone": alone}, file, indent=1)
     return 0
+
+
+def _times(call: Callable[[], None], count: int) -> list[float]:
+    """As `event_times`, the device kept busy before each call, so that it does not wait for the host."""
+    import torch
+
+    found = []
+    for _ in range(count):
+        torch.cuda._sleep(100_000)
+        found += event_times(call, 1)
+    return found
 
 
 def _kernel(name: str) -> Kernel:
@@ -61,10 +76,10 @@ def _kernel(name: str) -> Kernel:
 class _Bench:
     """A pool, a place for what threads get, and launches on both."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, num_granules: int) -> None:
         import torch
 
-        self.pool = DevicePool(_NUM_GRANULES)
+        self.pool = DevicePool(num_granules)
         self.threads = threads
         self.starts = torch.zeros(threads, dtype=torch.int32, device="cuda")
         self.elapsed = torch.zeros(1, dtype=torch.int64, device="cuda")
@@ -79,51 +94,51 @@ class _Bench:
         return lambda: launch.run(torch.cuda.current_stream().cuda_stream)
 
 
-def _measure(threads: int, repeats: int) -> dict[str, Any]:
+def _measure(threads: int, num_granules: int, repeats: int) -> dict[str, Any]:
     import torch
 
-    bench = _Bench(threads)
+    bench = _Bench(threads, num_granules)
     row: dict[str, Any] = {"threads": threads}
-    row["none"] = float(np.median(event_times(bench.call("kvt_none"), repeats)))
+    row["none"] = float(np.median(_times(bench.call("kvt_none"), repeats)))
     take, give, churn = bench.call("kvt_take"), bench.call("kvt_give"), bench.call("kvt_churn")
     times: dict[str, list[float]] = {"take": [], "give": [], "churn": [], "cold": []}
     flush = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
     for _ in range(repeats + 2):  # the first two warm up
-        times["take"] += event_times(take, 1)
+        times["take"] += _times(take, 1)
         found = bench.starts.clone()
-        times["give"] += event_times(give, 1)
+        times["give"] += _times(give, 1)
         assert int(found.min()) >= 0
         assert len(found.unique()) == threads
         assert not bench.starts.any()
-        times["churn"] += event_times(churn, 1)
+        times["churn"] += _times(churn, 1)
         assert not bench.starts.any()
         bench.pool._reset(bench.pool._all_free())
         flush.zero_()  # out of the second-level cache
-        times["cold"] += event_times(take, 1)
+        times["cold"] += _times(take, 1)
         give()
-    assert bench.pool.num_free == _NUM_GRANULES
+    assert bench.pool.num_free == num_granules
     return row | {name: float(np.median(found[2:])) for name, found in times.items()}
 
 
 def _alone(repeats: int) -> dict[str, float]:
     import torch
 
-    one = _Bench(1)
+    one = _Bench(1, _FULL)
     alone, times = one.call("kvt_take_alone"), []
     for _ in range(repeats + 2):
         alone()
         times.append(int(one.elapsed) / _ROUNDS)
         one.pool._reset(one.pool._all_free())
-    full = _Bench(1 << 15)
-    full.pool._reset(np.zeros(_NUM_GRANULES // 64, np.uint64))
+    full = _Bench(1 << 15, _FULL)
+    full.pool._reset(np.zeros(_FULL // 64, np.uint64))
     take = full.call("kvt_take")
-    event_times(full.call("kvt_none"), 3)
+    _times(full.call("kvt_none"), 3)
     first = []
     for _ in range(repeats):
-        full.pool._reset(np.zeros(_NUM_GRANULES // 64, np.uint64))
-        first += event_times(take, 1)
+        full.pool._reset(np.zeros(_FULL // 64, np.uint64))
+        first += _times(take, 1)
         assert bool((full.starts == -2).all())
-    again = event_times(take, repeats)
+    again = _times(take, repeats)
     torch.cuda.synchronize()
     return {
         "ns": float(np.median(times[2:])),

@@ -304,7 +304,10 @@ class PoolWarp {
       fence_acquire();
       const Word known = __shfl_sync(mask_, load_relaxed(pool_.memory + kHints + order), leader_);
       if (known == before + 1) return start_ >= 0 ? start_ : Pool::code_of(order);
-      for (int i = 0; i < num_words && granted_ < wanted_; i += wanted_) scan(order, home, i);
+      for (int i = 0; i < num_words && granted_ < wanted_; i += kAhead * wanted_) {
+        if (!__any_sync(mask_, sees_runs(order, home, i))) continue;
+        for (int k = 0; k < kAhead && granted_ < wanted_; ++k) scan(order, home, i + k * wanted_);
+      }
       if (granted_ == wanted_) break;
       fence_acquire();
       if (version() == before) {
@@ -317,16 +320,37 @@ class PoolWarp {
 
   __device__ __forceinline__ Word version() const {
     Word sum = 0;
+    if (wanted_ == kShards) {
+      sum = load_relaxed(pool_.memory + kVersions + lane_ * kShardPitch);
+      for (int d = 16; d > 0; d >>= 1) sum += __shfl_xor_sync(mask_, sum, d);
+      return sum;
+    }
     if (rank_ == 0) sum = pool_.version();
     return __shfl_sync(mask_, sum, leader_);
   }
 
+  __device__ __forceinline__ int word_at(int home, int place) const {
+    return home + place >= pool_.num_words() ? home + place - pool_.num_words() : home + place;
+  }
+
+  // Whether the lane sees a run in one of kAhead words, of which `scan` looks at one: they are all asked for at once.
+  __device__ __forceinline__ bool sees_runs(int order, int home, int i) const {
+    Word seen[kAhead];
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      const int place = i + k * wanted_ + rank_;
+      seen[k] = place < pool_.num_words() ? load_relaxed(pool_.free_words() + word_at(home, place)) : 0;
+    }
+    Word runs = 0;
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) runs |= fold_runs(seen[k], order);
+    return runs != 0;
+  }
+
   // Each lane looks at one word, from place `i` behind `home` on, and claims what lanes still want.
   __device__ __forceinline__ void scan(int order, int home, int i) {
-    const int num_words = pool_.num_words();
-    const bool is_word = i + rank_ < num_words;
-    const int place = home + i + rank_;
-    const int w = place >= num_words ? place - num_words : place;
+    const bool is_word = i + rank_ < pool_.num_words();
+    const int w = is_word ? word_at(home, i + rank_) : 0;
     const Word seen = is_word ? load_relaxed(pool_.free_words() + w) : 0;
     const Word runs = fold_runs(seen, order);
     unsigned finders = __ballot_sync(mask_, runs != 0);
@@ -365,6 +389,8 @@ class PoolWarp {
     taken = __shfl_sync(group, taken, first);
     return is_inside && (taken & bits) == 0 && total == count_bits(all) ? 0 : kInvalid;
   }
+
+  static constexpr int kAhead = 8;  // words of a lane that are looked at together, where many must be
 
   const Pool pool_;
   const unsigned mask_;
