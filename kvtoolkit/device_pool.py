@@ -32,7 +32,6 @@ _CONTENDED = -4
 
 _WORD = 64
 _params = packer("4q2i")
-_ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 
 
 class DevicePool(HostAllocator):
@@ -61,17 +60,15 @@ class DevicePool(HostAllocator):
         super().__init__(num_granules, block_sizes=block_sizes)
         current_device()  # says what is missing
         self.device = device
-        self._num_words = -(-self.num_granules // _WORD)
+        self._num_words = -(-self.num_granules // (2 * _WORD)) * 2  # kernels load pairs
         with self._cupy() as cupy:
             self.memory: Any = cupy.zeros(_FREE + self._num_words * (2 + _EPOCHS), cupy.uint64)
         self._epoch = 0
         self._reset(self._all_free())
 
     def _all_free(self) -> NDArray[np.uint64]:
-        words = np.full(self._num_words, _ALL, np.uint64)
-        if self.num_granules % _WORD:
-            words[-1] = (np.uint64(1) << np.uint64(self.num_granules % _WORD)) - np.uint64(1)
-        return words
+        valid = np.arange(self._num_words * _WORD) < self.num_granules
+        return np.packbits(valid, bitorder="little").view(np.uint64)
 
     def _reset(self, free: NDArray[np.uint64]) -> None:
         """Write all of the state: the free words; nothing is in limbo."""

@@ -19,7 +19,8 @@ class Step:
 
     The arrays are NumPy's; `on_device` has those that kernels read on a GPU. They belong to the cache; the next
     `KVCache.begin_step` may write them again. Rows stand in the order of ``seq_ids``. As a context manager a step that
-    was not ended is aborted: its tokens are forgotten, its blocks stay with the sequences.
+    was not ended is aborted: its tokens are forgotten, its blocks stay with the sequences. `append` and `attend` of one
+    step are for one thread at a time.
 
     Attributes:
         seq_ids: ``[batch]`` int64.

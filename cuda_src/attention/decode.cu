@@ -58,6 +58,7 @@ constexpr int kPartial = kRows * (kHeadDim + 2);         // floats: O, then m an
 constexpr int kStateFloats = kRows * (kRowPitch + 2);
 constexpr int kScratchAt = kCluster == 1 ? kFifoBytes : 0;
 constexpr int kScratchPitch = kCluster == 1 ? kStateFloats : kStages * kStageBytes / 4;
+static_assert(kStateFloats <= kScratchPitch, "a warp's results fit into its FIFO");
 static_assert(kHeadDim % 16 == 0, "an MMA covers 16 dims");
 static_assert(kCluster == 1 || !KVT_PLANNED, "a cluster shares one sequence");
 
@@ -534,6 +535,7 @@ __device__ __forceinline__ void merge_cluster(
   const int num_owned = min(Inbox::kOwned, num_tasks - rank * Inbox::kOwned);
   const unsigned barrier = ptx::shared_address(&inbox->barrier);
   if (threadIdx.x == 0 && num_owned > 0) ptx::arrive_and_expect(barrier, kCluster * num_owned * 24);
+  __syncwarp();
   ptx::cluster_wait();  // all have begun, and their barriers count
   for (int i = threadIdx.x; i < num_tasks; i += kThreads) {
     float4 o{0.0f, 0.0f, 0.0f, 0.0f};
@@ -579,8 +581,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) KVT_CLUSTER_DIMS
 #if KVT_CLUSTER > 1
   Inbox* const inbox = reinterpret_cast<Inbox*>(shared + kFifoBytes);
   if (threadIdx.x == 0) ptx::initialize_barrier(ptx::shared_address(&inbox->barrier), 1);
-  __syncwarp();  // a warp arrives as one
-  ptx::cluster_arrive();
+  __syncwarp();
+  ptx::cluster_arrive_relaxed();
 #endif
   if (p.wait_first) ptx::wait_for_dependencies();
   Schedule schedule(p);

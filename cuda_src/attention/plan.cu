@@ -1,4 +1,4 @@
-// Plan: cut the batch into ranges of equal cost, once a step, on the device, for all layers.
+// Plan: cut the batch into ranges, once a step, on the device, for all layers.
 //
 //   seq_lens     [batch] int32;   cu_seqlens_q  [batch + 1] int32 or null = one query each
 //   ranges       [num_ranges + 1] (sequence, steps of it that belong to the range before, its length, 0)

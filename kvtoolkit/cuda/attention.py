@@ -28,7 +28,7 @@ class Attention(NamedTuple):
     decode: Launch | None
     """Begins with a wait for the kernel before it."""
     decode_early: Launch | None
-    """May be launched while the kernel before it still runs."""
+    """May read before the kernel in front of it has ended; None if `attend` was not told to keep what it plans."""
     prefill: Launch | None
     memory: Any
     """What the launches read and nobody else keeps alive."""
@@ -210,11 +210,13 @@ def attend_alike(
 ) -> None:
     """Attend once more where only the addresses of these four arrays differ; see `kvtoolkit.cpu.attend_alike`.
 
+    The launches of ``prepared`` are changed for the call: one thread at a time.
+
     Args:
         dependent: let the kernel begin while the one before it still runs. Right where the kernel before wrote nothing
             of the caches but the tokens of the present queries, and nothing of the tables: after `append`.
     """
-    decode = prepared.decode_early if dependent else prepared.decode
+    decode = (prepared.decode_early or prepared.decode) if dependent else prepared.decode
     for launch, is_early in ((decode, dependent), (prepared.prefill, False)):
         if launch is not None:
             launch.set_addresses(_Q, q, out)

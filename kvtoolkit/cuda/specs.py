@@ -81,7 +81,7 @@ def decode(
         ("KVT_PLANNED", int(planned)), ("KVT_CLUSTER", cluster),
     )  # fmt: skip
     # all of an SM's memory, so that CTAs of the next kernel do not crowd in while these run
-    smem = ((smem_limit + 1024) // per_sm - 1024 - 256) // 128 * 128
+    smem = max(nbytes(shape, row_tiles), ((smem_limit + 1024) // per_sm - 1024 - _RESERVED) // 128 * 128)
     return Spec("attention/decode.cu", "kvt_decode", defines, 32 * shape[0], smem, 8 * row_tiles, per_sm)
 
 

@@ -8,16 +8,42 @@ binding asks an older driver for.
 
 import numpy as np
 
+from kvtoolkit import DevicePool, get_include
 from kvtoolkit.attention import append, merge_states
 from tests.kvtoolkit.attention_cases import Case
 from tests.kvtoolkit.gpu_cases import check, to_device
 from tests.kvtoolkit.test_attention import SINKS, SLOPES
 from tests.kvtoolkit.test_gpu_cache import drive, make, tensor
+from tests.kvtoolkit.test_gpu_pool import SOURCE, launch
 
 OPTIONS = {"window_size": (60, 2), "causal": False, "softcap": 30.0, "sinks": SINKS, "alibi_slopes": SLOPES}
 
 
+def pool() -> None:
+    """Blocks taken and given back inside kernels, alone and by warps, and batches of the host."""
+    import cupy
+
+    kernels = cupy.RawModule(code=SOURCE, options=("-std=c++17", f"-I{get_include()}"))
+    there = DevicePool(200)
+    there.free(there.allocate([1, 2, 4, 8, 1]), [1, 2, 4, 8, 1])
+    starts, wrong = cupy.empty(512, cupy.int32), cupy.zeros(1, cupy.int32)
+    for how in (0, 1, 2, 0x21):
+        launch(kernels, "take_once", 300, there.memory, starts, *map(np.int32, (300, -1, how)))
+        launch(kernels, "give_back", 300, there.memory, starts, *map(np.int32, (300, how)))
+        canaries = cupy.zeros(200, cupy.uint32)
+        arguments = (canaries, np.int32(3), np.int32(how), wrong, np.intp(0), np.int32(200))
+        launch(kernels, "churn", 300, there.memory, *arguments)
+    journals = cupy.zeros((2, 2, 4), cupy.uint64)
+    launch(kernels, "speculate", 64, there.memory, journals, np.int32(1), np.int32(0), starts, threads=32)
+    starts = cupy.asarray(there.allocate(np.ones(200, int)))
+    launch(kernels, "retire", 200, there.memory, starts, np.int32(200), np.int32(1))
+    there.complete(0)
+    assert int(wrong[0]) == 0
+    assert there.num_free == 200
+
+
 def main() -> None:
+    pool()
     for head_dim in (64, 80, 128, 256):
         case = Case([1, 0, 9, 130, 700], head_dim=head_dim, dtype="bfloat16")  # decode
         check(case, case.variable(), num_splits=3)

@@ -12,7 +12,7 @@
 //   memory  uint64, made by kvtoolkit.DevicePool: granules, words, epoch
 //           | kHints    [4], by order: the version at which no block was left, plus 1
 //           | kVersions [kShards], a cache line each; the version is their sum
-//           | free words | limbo words of kEpochs epochs | marks of a batch that is being freed
+//           | free words, an even number | limbo words of kEpochs epochs | marks of a batch that is being freed
 //
 // free is for blocks that no other thread can still read, retire for all others: they wait in the limbo of the epoch
 // that memory holds, until the host completes it. A kernel that takes blocks must not read pool memory by the
@@ -299,6 +299,7 @@ class PoolWarp {
     granted_ = 0;
     start_ = kContended;
     scan(order, home, 0);
+    home &= ~1;  // from here on words are loaded in pairs
     for (int pass = 0; pass < kMaxPasses && granted_ < wanted_; ++pass) {
       const Word before = version();
       fence_acquire();
@@ -333,13 +334,15 @@ class PoolWarp {
     return home + place >= pool_.num_words() ? home + place - pool_.num_words() : home + place;
   }
 
-  // Whether the lane sees a run in one of kAhead words, of which `scan` looks at one: they are all asked for at once.
+  // Whether the lane sees a run in one of kAhead words, of which `scan` looks at one: they are all asked for at once,
+  // in pairs.
   __device__ __forceinline__ bool sees_runs(int order, int home, int i) const {
     Word seen[kAhead];
 #pragma unroll
-    for (int k = 0; k < kAhead; ++k) {
-      const int place = i + k * wanted_ + rank_;
-      seen[k] = place < pool_.num_words() ? load_relaxed(pool_.free_words() + word_at(home, place)) : 0;
+    for (int k = 0; k < kAhead; k += 2) {
+      const int place = i + k * wanted_ + 2 * rank_;
+      seen[k] = seen[k + 1] = 0;
+      if (place < pool_.num_words()) load_relaxed_pair(pool_.free_words() + word_at(home, place), seen[k], seen[k + 1]);
     }
     Word runs = 0;
 #pragma unroll

@@ -1,4 +1,4 @@
-// Clusters and dependent launch (sm_90 and later), one instruction per function; on older chips they do nothing.
+// Clusters and dependent launch (sm_90 and later), an instruction or two per function; on older chips they do nothing.
 #pragma once
 
 namespace kvt::ptx {
@@ -12,10 +12,12 @@ __device__ __forceinline__ unsigned cluster_rank() {
   return rank;
 }
 
-// barrier.cluster.arrive.release: what this thread wrote before is seen by those that wait.
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+// barrier.cluster.arrive.relaxed: by whole warps; shows nobody what was written before, see initialize_barrier.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
 
-// barrier.cluster.wait.acquire: until all threads of all CTAs of the cluster have arrived.
+// barrier.cluster.wait.acquire: by whole warps, until all threads of all CTAs of the cluster have arrived.
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 // mapa: the address of the same place in the shared memory of another CTA.
