@@ -55,8 +55,8 @@ def append_alike(
 ) -> None:  # fmt: skip
     """Append once more where only the addresses of these four arrays differ, by multiples of 16 bytes.
 
-    ``dependent`` lets the kernel start up while the one before it still runs; it waits for it before it reads. One thread
-    at a time: the launch is changed for the call.
+    ``dependent`` lets the kernel start up while the one before it still runs; it waits for it before it reads. The
+    launch is changed for the call: one thread at a time.
     """
     if prepared is not None:
         prepared.set_addresses(_KEY, key, value, k_cache, v_cache)

@@ -68,7 +68,7 @@ extern "C" __global__ void churn(
         if (g >= num_granules || canaries[g] != 0) atomicAdd(wrong, 1);
         canaries[g] = t + 1;
       }
-      __nanosleep(draw >> 20 << 4);  // up to 65 us
+      __nanosleep(draw >> 20 << 8);  // up to 1 ms: there must be moments in which nobody frees
       for (int g = start; g < start + (1 << order); ++g) {
         if (canaries[g] != t + 1) atomicAdd(wrong, 1);
         canaries[g] = 0;
