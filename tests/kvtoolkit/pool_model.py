@@ -1,0 +1,222 @@
+"""kvt/pool.cuh as generators that stop before every atomic, so that a test can draw the order in which threads go on.
+
+Words have 8 bits here and there are 2 shards of the version: small enough for schedules to be found and shrunk. Names
+and order of steps are those of the header; sequentially consistent, so memory orders are tested elsewhere.
+"""
+
+from collections.abc import Generator
+from typing import Any
+
+WIDTH, SHARDS, EPOCHS, MAX_PASSES, AHEAD = 8, 2, 4, 4, 2
+EXHAUSTED, FRAGMENTED, CONTENDED, INVALID = -2, -3, -4, -5
+
+Steps = Generator[None, None, Any]
+
+
+def fold_runs(word: int, order: int) -> int:
+    """A bit at the start of every aligned run of ``2**order`` set bits."""
+    run = (1 << (1 << order)) - 1
+    return sum(1 << at for at in range(0, WIDTH, 1 << order) if word >> at & run == run)
+
+
+def spread_runs(starts: int, order: int) -> int:
+    run = (1 << (1 << order)) - 1
+    return sum(run << at for at in range(WIDTH) if starts >> at & 1)
+
+
+def lowest_bits(word: int, count: int) -> int:
+    kept = 0
+    while word and count:
+        kept |= word & -word
+        word &= word - 1
+        count -= 1
+    return kept
+
+
+def bits_of(start: int, count: int) -> int:
+    return ((1 << count) - 1) << start % WIDTH
+
+
+class PoolModel:
+    """A pool, and what each granule's owner would say of it.
+
+    Args:
+        free: the free words.
+        fault: what to do wrong, for the test of the test.
+    """
+
+    def __init__(self, free: list[int], fault: str = "") -> None:
+        self.free, self.fault = list(free), fault
+        self.limbo = [[0] * len(free) for _ in range(EPOCHS)]
+        self.versions, self.hints, self.epoch = [0] * SHARDS, [0] * 4, 0
+        # free for certain: set, and the call that set it has returned
+        self.settled = list(free)
+        self.owners: dict[int, int] = {}
+
+    # -- what threads do: `yield` stands before each atomic --------------------------------------------------------
+
+    def version(self) -> Steps:
+        total = 0
+        for shard in range(SHARDS):
+            yield
+            total += self.versions[shard]
+        return total
+
+    def bump_version(self, seed: int) -> Steps:
+        yield
+        if self.fault != "the version stands still":
+            self.versions[seed % SHARDS] += 1
+
+    def claim_runs(self, w: int, seen: int, order: int, count: int) -> Steps:
+        while True:
+            runs, whole = fold_runs(seen, order), spread_runs(fold_runs(seen, 3), 3)
+            broken = lowest_bits(runs & ~whole, count)
+            starts = broken | lowest_bits(runs & whole, count - broken.bit_count())
+            if not starts:
+                return 0
+            bits = spread_runs(starts, order)
+            yield
+            old = self.free[w]
+            if order == 0 or self.fault == "a run is claimed by fetch_and":
+                self._take(w, old & bits)
+                if old & bits:
+                    return starts if order else old & bits
+                seen = old
+            elif old == seen:
+                self._take(w, bits)
+                return starts
+            elif self.fault == "a lost exchange is not noticed":
+                return starts
+            else:
+                seen = old
+
+    def allocate(self, order: int, home: int) -> Steps:
+        """Returns a granule or a code."""
+        yield
+        start = yield from self.claim_runs(home, self.free[home], order, 1)
+        if start:
+            return home * WIDTH + start.bit_length() - 1
+        for _ in range(MAX_PASSES):
+            before = yield from self.version()
+            yield
+            if self.hints[order] == before + 1:
+                return EXHAUSTED if order == 0 else FRAGMENTED
+            for i in range(len(self.free)):
+                w = (home + i) % len(self.free)
+                yield
+                start = yield from self.claim_runs(w, self.free[w], order, 1)
+                if start:
+                    return w * WIDTH + start.bit_length() - 1
+            after = yield from self.version()
+            if after == before or self.fault == "one pass decides":
+                yield
+                self.hints[order] = before + 1
+                return EXHAUSTED if order == 0 else FRAGMENTED
+        return CONTENDED
+
+    def allocate_warp(self, order: int, home: int, wanted: int) -> Steps:
+        """Returns ``wanted`` granules, or fewer and a code."""
+        granted: list[int] = []
+
+        def scan(place: int) -> Steps:
+            seen = {}
+            for rank in range(wanted):
+                if place + rank < len(self.free):
+                    w = (home + place + rank) % len(self.free)
+                    yield
+                    seen[w] = self.free[w]
+            for w, word in seen.items():
+                if len(granted) < wanted and fold_runs(word, order):
+                    starts = yield from self.claim_runs(w, word, order, wanted - len(granted))
+                    granted.extend(w * WIDTH + at for at in range(WIDTH) if starts >> at & 1)
+
+        yield from scan(0)
+        for _ in range(MAX_PASSES):
+            if len(granted) == wanted:
+                return granted
+            before = yield from self.version()
+            yield
+            if self.hints[order] == before + 1:
+                return [*granted, EXHAUSTED if order == 0 else FRAGMENTED]
+            for i in range(0, len(self.free), AHEAD * wanted):
+                sees_runs = False
+                for place in range(i, min(i + AHEAD * wanted, len(self.free))):
+                    yield
+                    sees_runs |= fold_runs(self.free[(home + place) % len(self.free)], order) != 0
+                for ahead in range(AHEAD if sees_runs else 0):
+                    if len(granted) < wanted:
+                        yield from scan(i + ahead * wanted)
+            if len(granted) == wanted:
+                return granted
+            after = yield from self.version()
+            if after == before:
+                yield
+                self.hints[order] = before + 1
+                return [*granted, EXHAUSTED if order == 0 else FRAGMENTED]
+        return granted if len(granted) == wanted else [*granted, CONTENDED]
+
+    def in_limbo(self, w: int) -> Steps:
+        bits = 0
+        for epoch in range(EPOCHS):
+            yield
+            bits |= self.limbo[epoch][w]
+        return bits
+
+    def give_back(self, start: int, count: int) -> Steps:
+        """``Pool::free``."""
+        w, bits = start // WIDTH, bits_of(start, count)
+        taken = 0
+        if self.fault != "limbo is not looked at":
+            taken = (yield from self.in_limbo(w)) & bits
+        if self.fault == "the version comes before the bit":
+            yield from self.bump_version(w)
+        yield
+        old = self.free[w] & bits
+        self.free[w] |= bits & ~taken
+        if self.fault != "the version comes before the bit":
+            yield from self.bump_version(w)
+        if self.fault == "a double free goes through":
+            old = 0
+        return INVALID if old | taken else 0
+
+    def retire(self, start: int, count: int) -> Steps:
+        w, bits = start // WIDTH, bits_of(start, count)
+        taken = yield from self.in_limbo(w)
+        yield
+        taken = (taken | self.free[w]) & bits
+        yield
+        epoch = self.epoch
+        yield
+        old = self.limbo[epoch % EPOCHS][w] & bits
+        self.limbo[epoch % EPOCHS][w] |= bits & ~taken
+        return INVALID if old | taken else 0
+
+    def free_all(self, bitmap: list[int]) -> Steps:
+        """What was freed, for the one who asks."""
+        freed = []
+        for w in range(len(self.free)):
+            yield
+            if not bitmap[w]:
+                continue
+            yield
+            bits, bitmap[w] = bitmap[w], 0
+            yield
+            self.free[w] |= bits
+            freed += [w * WIDTH + at for at in range(WIDTH) if bits >> at & 1]
+        if freed:
+            yield from self.bump_version(0)
+        return freed
+
+    # -- what the test knows ------------------------------------------------------------------------------------------
+
+    def _take(self, w: int, bits: int) -> None:
+        self.free[w] &= ~bits
+        self.settled[w] &= ~bits
+
+    def settle(self, granules: list[int]) -> None:
+        """The call that freed them has returned."""
+        for granule in granules:
+            self.settled[granule // WIDTH] |= self.free[granule // WIDTH] & 1 << granule % WIDTH
+
+    def has_settled_run(self, order: int) -> bool:
+        return any(fold_runs(word, order) for word in self.settled)

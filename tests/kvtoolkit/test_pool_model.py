@@ -1,0 +1,184 @@
+"""The pool's protocol under every order of steps that Hypothesis can think of."""
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from tests.kvtoolkit.pool_model import CONTENDED, EXHAUSTED, FRAGMENTED, INVALID, WIDTH, PoolModel
+
+CALLS = st.one_of(
+    st.tuples(st.just("allocate"), st.integers(0, 3), st.integers(0, 2)),
+    st.tuples(st.just("warp"), st.integers(0, 2), st.integers(0, 2), st.integers(1, 3)),
+    st.tuples(st.just("free"), st.integers(0, 9)),
+    st.tuples(st.just("free twice"), st.integers(0, 9)),
+    st.tuples(st.just("retire"), st.integers(0, 9)),
+    st.tuples(st.just("lease"), st.integers(0, 1), st.booleans()),
+)
+
+
+def turns(threads, least=0):
+    """Whose turn it is: some steps of one, then some of another."""
+    bursts = st.tuples(st.integers(0, threads - 1), st.integers(1, 15))
+    return st.lists(bursts, min_size=least, max_size=40).map(lambda some: [one for one, n in some for _ in range(n)])
+
+
+CASES = {
+    "free": st.lists(st.sampled_from([0, 0, 1, 2, 0x80, 0x0C, 0xF0, 0xFF]), min_size=1, max_size=3),
+    "calls": st.lists(st.lists(CALLS, min_size=1, max_size=4), min_size=1, max_size=4),
+    "order": turns(4),
+}
+
+
+class Thread:
+    """One thread and its calls; `steps` goes on by an atomic at a time."""
+
+    def __init__(self, name, pool, calls, is_alone):
+        self.name, self.pool, self.is_alone = name, pool, is_alone
+        self.held = []  # (start, order)
+        self.steps = self._run(calls)
+
+    def _granted(self, start, order):
+        for granule in range(start, start + (1 << order)):
+            assert granule not in self.pool.owners, f"{granule} has two owners"
+            self.pool.owners[granule] = self.name
+        self.held.append((start, order))
+
+    def _leaves(self, index):
+        start, order = self.held.pop(index % len(self.held))
+        for granule in range(start, start + (1 << order)):
+            assert self.pool.owners.pop(granule) == self.name
+        return start, 1 << order
+
+    def _watched(self, steps, order):
+        """Whether, at some moment of the call, there was no block that was free for certain."""
+        self.was_short = False
+        while True:
+            self.was_short |= not self.pool.has_settled_run(order)
+            try:
+                next(steps)
+            except StopIteration as end:
+                self.was_short |= not self.pool.has_settled_run(order)
+                return end.value
+            yield
+
+    def _refused(self, code, order):
+        assert code in (CONTENDED, EXHAUSTED if order == 0 else FRAGMENTED)
+        assert code == CONTENDED or self.was_short, "a false exhaustion"
+
+    def _run(self, calls):
+        pool = self.pool
+        for what, *how in calls:
+            if what == "allocate":
+                order, home = how
+                start = yield from self._watched(pool.allocate(order, home % len(pool.free)), order)
+                if start >= 0:
+                    self._granted(start, order)
+                else:
+                    self._refused(start, order)
+            elif what == "warp":
+                order, home, wanted = how
+                *starts, last = yield from self._watched(
+                    pool.allocate_warp(order, home % len(pool.free), wanted), order
+                )
+                for start in [*starts, last]:
+                    if start >= 0:
+                        self._granted(start, order)
+                    else:
+                        self._refused(last, order)
+            elif what == "lease":
+                order, comes = how
+                start = yield from self._watched(pool.allocate(order, 0), order)
+                if start >= 0:
+                    self._granted(start, order)
+                    if not comes:  # the journal of this lease
+                        journal = [0] * len(pool.free)
+                        first, count = self._leaves(-1)
+                        journal[first // WIDTH] |= ((1 << count) - 1) << first % WIDTH
+                        pool.settle((yield from pool.free_all(journal)))
+                        assert not any(journal)
+            elif self.held:
+                start, count = self._leaves(how[0])
+                granules = list(range(start, start + count))
+                if what == "retire":
+                    assert (yield from pool.retire(start, count)) == 0
+                    assert (yield from pool.retire(start, count)) == INVALID
+                    assert (yield from pool.give_back(start, count)) == INVALID, "freed out of limbo"
+                else:
+                    assert (yield from pool.give_back(start, count)) == 0
+                    pool.settle(granules)
+                    if what == "free twice" and self.is_alone:  # or it might be another's by now
+                        assert (yield from pool.give_back(start, count)) == INVALID, "a double free"
+
+
+def play(free, calls, order, fault=""):
+    pool = PoolModel(free, fault)
+    capacity = sum(word.bit_count() for word in free)
+    threads = [Thread(name, pool, some, len(calls) == 1) for name, some in enumerate(calls)]
+    running, whose = list(threads), list(order)
+    for turn in range(20_000):
+        if not running:
+            break
+        thread = running[(whose[turn] if turn < len(whose) else turn) % len(running)]
+        if next(thread.steps, "ended") == "ended":
+            running.remove(thread)
+    assert not running, "a thread does not end"
+    # what is left is free, owned, or in limbo, each granule once
+    limbo = [sum(bitmap[w].bit_count() for bitmap in pool.limbo) for w in range(len(free))]
+    assert sum(word.bit_count() for word in pool.free) + len(pool.owners) + sum(limbo) == capacity, "a granule is lost"
+    for granule in pool.owners:
+        assert not pool.free[granule // WIDTH] >> granule % WIDTH & 1, "an owned granule is free"
+    for bitmap in pool.limbo:
+        for _ in pool.free_all(bitmap):
+            pass
+
+
+@settings(max_examples=3000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(**CASES)
+def test_every_schedule_keeps_blocks_apart_and_exhaustion_exact(free, calls, order):
+    play(free, calls, order)
+
+
+SINGLES = {
+    "free": st.lists(st.sampled_from([0, 1, 2]), min_size=2, max_size=3),
+    "calls": st.lists(
+        st.lists(
+            st.tuples(st.just("allocate"), st.just(0), st.integers(0, 2)) | st.tuples(st.just("free"), st.just(0)),
+            min_size=1,
+            max_size=5,
+        ),
+        min_size=2,
+        max_size=3,
+    ),
+    "order": turns(3, least=5),
+}
+"""Few free granules, one asked for at a time: where a block may move behind a pass."""
+
+FAULTS = [
+    "the version stands still",
+    "one pass decides",
+    "the version comes before the bit",
+    "a run is claimed by fetch_and",
+    "a lost exchange is not noticed",
+    "limbo is not looked at",
+    "a double free goes through",
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_hypothesis_finds_a_schedule_for_every_fault(fault):
+    cases = SINGLES if fault in ("one pass decides", "the version comes before the bit") else CASES
+
+    @settings(
+        max_examples=30_000,
+        deadline=None,
+        phases=[Phase.generate],
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(**cases)
+    def attempt(free, calls, order):
+        play(free, calls, order, fault)
+
+    with pytest.raises(AssertionError):
+        attempt()
