@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from allocators.errors import ContendedError
+from allocators.errors import ContendedError, InvalidFreeError
 from allocators.lockfree import _fold_all
 from allocators.protocol import (
     GRANULE,
@@ -44,11 +44,16 @@ class DevicePool(HostAllocator):
 
     Attributes:
         memory: uint64 CuPy array, to be handed to kernels: ``kvt::Pool pool{memory}``.
+        num_words: 64-bit words of a bitmap of all granules, an even number.
 
     Host calls launch a kernel on the current stream and wait for it, so they cannot be captured in a CUDA graph, as
     kernels that use the pool can. A host call and kernels on other streams may overlap, and a block goes to one owner
     alone; what the host frees must not be freed by a kernel at the same time. Batches are placed the same way whenever
-    they meet the same pool. Epochs: kernels `retire` blocks into the current one; `complete` frees them.
+    they meet the same pool. `snapshot`, `restore`, `stats` and `check_integrity` want a quiet pool.
+
+    Epochs, for blocks that other kernels may still read: kernels ``retire`` into the current one. Call `advance`
+    between steps, and ``complete(e)`` where the last kernel of epoch e has ended or comes before on the stream. Up
+    to 4 epochs may hold blocks.
 
     Raises:
         UnsupportedError: no CUDA device, or no CuPy.
@@ -60,21 +65,28 @@ class DevicePool(HostAllocator):
         super().__init__(num_granules, block_sizes=block_sizes)
         current_device()  # says what is missing
         self.device = device
-        self._num_words = -(-self.num_granules // (2 * _WORD)) * 2  # kernels load pairs
+        self.num_words = -(-self.num_granules // (2 * _WORD)) * 2  # kernels load pairs
         with self._cupy() as cupy:
-            self.memory: Any = cupy.zeros(_FREE + self._num_words * (2 + _EPOCHS), cupy.uint64)
+            self.memory: Any = cupy.zeros(_FREE + self.num_words * (2 + _EPOCHS), cupy.uint64)
         self._epoch = 0
         self._reset(self._all_free())
 
+    def journals(self, count: int) -> Any:
+        """``[count, num_words]`` uint64 zeros on the device: journals of ``kvt::PoolLease``."""
+        with self._cupy() as cupy:
+            return cupy.zeros((count, self.num_words), cupy.uint64)
+
     def _all_free(self) -> NDArray[np.uint64]:
-        valid = np.arange(self._num_words * _WORD) < self.num_granules
+        valid = np.arange(self.num_words * _WORD) < self.num_granules
         return np.packbits(valid, bitorder="little").view(np.uint64)
 
-    def _reset(self, free: NDArray[np.uint64]) -> None:
-        """Write all of the state: the free words; nothing is in limbo."""
+    def _reset(self, free: NDArray[np.uint64], limbo: NDArray[np.uint64] | None = None) -> None:
+        """Write all of the state: the free words, and the limbo of each epoch if there is something in it."""
         state = np.zeros(self.memory.size, np.uint64)
-        state[_GRANULES], state[_WORDS], state[_EPOCH] = self.num_granules, self._num_words, self._epoch
-        state[_FREE : _FREE + self._num_words] = free
+        state[_GRANULES], state[_WORDS], state[_EPOCH] = self.num_granules, self.num_words, self._epoch
+        state[_FREE : _FREE + self.num_words] = free
+        if limbo is not None:
+            state[_FREE + self.num_words : _FREE + (1 + _EPOCHS) * self.num_words] = limbo.reshape(-1)
         with self._cupy() as cupy:
             self.memory.set(state)
             cupy.cuda.get_current_stream().synchronize()  # any stream may use it from now on
@@ -87,7 +99,7 @@ class DevicePool(HostAllocator):
         return self._epoch
 
     def advance(self) -> int:
-        """Begin the next epoch, in the order of the current stream; returns its number.
+        """Begin the next epoch, for all kernels that are launched from now on; waits for it; returns its number.
 
         Raises:
             StepError: the limbo it would use still holds blocks of the epoch 4 before it; `complete` that one first.
@@ -99,8 +111,9 @@ class DevicePool(HostAllocator):
                     f"{self._epoch + 1} begins, got granules that are still in its limbo"
                 )
             self._epoch += 1
-            with self._cupy():
+            with self._cupy() as cupy:
                 self.memory[_EPOCH] = self._epoch
+                cupy.cuda.get_current_stream().synchronize()
             return self._epoch
 
     def complete(self, epoch: int) -> None:
@@ -108,7 +121,7 @@ class DevicePool(HostAllocator):
         if not self._epoch - _EPOCHS < epoch <= self._epoch:
             raise StepError(f"epoch: expected one of the last {_EPOCHS}, up to {self._epoch}, got {epoch}")
         with self._lock:
-            self._run("kvt_pool_complete", max(1, min(num_sms(self.device), self._num_words // 256)), 256, count=epoch)
+            self._run("kvt_pool_complete", max(1, min(num_sms(self.device), self.num_words // 256)), 256, count=epoch)
 
     @property
     def num_in_limbo(self) -> int:
@@ -158,9 +171,9 @@ class DevicePool(HostAllocator):
         return cupy_on_current_stream(self.device)
 
     def _words(self, bitmap: int) -> NDArray[np.uint64]:
-        begin = _FREE + bitmap * self._num_words
+        begin = _FREE + bitmap * self.num_words
         with self._cupy():
-            words: NDArray[np.uint64] = self.memory[begin : begin + self._num_words].get()
+            words: NDArray[np.uint64] = self.memory[begin : begin + self.num_words].get()
         return words
 
     def _free_words(self) -> NDArray[np.uint64]:
@@ -170,20 +183,23 @@ class DevicePool(HostAllocator):
         return self._words(1 + epoch % _EPOCHS)
 
     def _state(self) -> dict[str, NDArray[Any]]:
-        """A copy of the free words; what is in limbo counts as live."""
-        return {"free": self._free_words()}
+        """A copy."""
+        limbo = np.stack([self._limbo(epoch) for epoch in range(_EPOCHS)])
+        return {"free": self._free_words(), "limbo": limbo, "epoch": np.array([self._epoch])}
 
     def restore(self, data: bytes) -> None:
         arrays = unpack_snapshot(data, self._identity(), self._state())
         with self._lock:
-            self._reset(arrays["free"])
+            self._epoch = int(arrays["epoch"][0])
+            self._reset(arrays["free"], arrays["limbo"])
+
+    def _invalid_free(self, start: int, size: int, index: int) -> InvalidFreeError:
+        self._taken = np.bitwise_or.reduce([self._free_words(), *(self._limbo(epoch) for epoch in range(_EPOCHS))])
+        return super()._invalid_free(start, size, index)
 
     def _is_live(self, granule: int) -> bool:
-        i = granule // _WORD
-        taken = self._free_words()[i]
-        for epoch in range(_EPOCHS):
-            taken |= self._limbo(epoch)[i]
-        return not int(taken) >> (granule % _WORD) & 1
+        """As `_invalid_free` last saw it."""
+        return not int(self._taken[granule // _WORD]) >> (granule % _WORD) & 1
 
     def _num_free_unlocked(self) -> int:
         return int(np.bitwise_count(self._free_words()).sum())
@@ -213,4 +229,4 @@ class DevicePool(HostAllocator):
             require(not self._words(1 + _EPOCHS).any(), "device: a mark of a batch was left")
             with self._cupy():
                 head = self.memory[:3].get().tolist()
-            require(head == [self.num_granules, self._num_words, self._epoch], f"device: damaged header {head}")
+            require(head == [self.num_granules, self.num_words, self._epoch], f"device: damaged header {head}")

@@ -13,5 +13,5 @@ def source_folder() -> Path:
 
 
 def get_include() -> Path:
-    """The folder for ``-I``, so that kernels of your own can ``#include <kvt/entry.cuh>``."""
+    """The folder for ``-I``, so that kernels of your own can ``#include <kvt/entry.cuh>`` or ``<kvt/pool.cuh>``."""
     return source_folder() / "include"

@@ -68,20 +68,26 @@ class PoolModel:
             self.versions[seed % SHARDS] += 1
 
     def claim_runs(self, w: int, seen: int, order: int, count: int) -> Steps:
+        won = 0
         while True:
             runs, whole = fold_runs(seen, order), spread_runs(fold_runs(seen, 3), 3)
-            broken = lowest_bits(runs & ~whole, count)
-            starts = broken | lowest_bits(runs & whole, count - broken.bit_count())
+            missing = count - won.bit_count()
+            broken = lowest_bits(runs & ~whole, missing)
+            starts = broken | lowest_bits(runs & whole, missing - broken.bit_count())
             if not starts:
-                return 0
+                return won
             bits = spread_runs(starts, order)
             yield
             old = self.free[w]
-            if order == 0 or self.fault == "a run is claimed by fetch_and":
+            if order == 0:
                 self._take(w, old & bits)
-                if old & bits:
-                    return starts if order else old & bits
-                seen = old
+                won |= old & bits
+                seen = old & ~bits
+                if won and self.fault == "a claim that lost a part gives up":
+                    return won
+            elif self.fault == "a run is claimed by fetch_and":
+                self._take(w, old & bits)
+                return starts
             elif old == seen:
                 self._take(w, bits)
                 return starts

@@ -120,6 +120,12 @@ void spare(kvt::Pool pool, int owner, unsigned seed) {
 }
 
 void fill(kvt::Pool pool, int owner, unsigned seed) {
+  for (int w = 0; w < pool.num_words(); ++w) {  // several at once first: less than asked for means that the word is empty
+    kvt::Word* const word = pool.free_words() + w;
+    const kvt::Word starts = kvt::claim_runs(word, kvt::load_relaxed(word), 0, 5);
+    if (kvt::count_bits(starts) < 5 && kvt::load_relaxed(word) != 0) fail("a claim gave up early", w, owner);
+    for (kvt::Word rest = starts; rest != 0; rest &= rest - 1) take({w * 64 + kvt::lowest_bit(rest), 0}, owner);
+  }
   while (true) {
     const int start = pool.allocate(0, seed++);
     if (start == kvt::kContended) continue;

@@ -33,7 +33,7 @@ def pool() -> None:
         canaries = cupy.zeros(200, cupy.uint32)
         arguments = (canaries, np.int32(3), np.int32(how), wrong, np.intp(0), np.int32(200))
         launch(kernels, "churn", 300, there.memory, *arguments)
-    journals = cupy.zeros((2, 2, 4), cupy.uint64)
+    journals = there.journals(2 * 2)
     launch(kernels, "speculate", 64, there.memory, journals, np.int32(1), np.int32(0), starts, threads=32)
     starts = cupy.asarray(there.allocate(np.ones(200, int)))
     launch(kernels, "retire", 200, there.memory, starts, np.int32(200), np.int32(1))

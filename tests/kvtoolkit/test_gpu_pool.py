@@ -254,7 +254,7 @@ def test_leases_nest_and_abort_returns_the_pool_to_the_bit(kernels, inner, outer
 
     pool = DevicePool(4096)
     fresh = pool._free_words()
-    journals = cupy.zeros((8, 2, 64), cupy.uint64)
+    journals = pool.journals(8 * 2)
     starts = cupy.empty((8 * 64, 2), cupy.int32)
     launch(kernels, "speculate", 8 * 64, pool.memory, journals, np.int32(inner), np.int32(outer), starts, threads=64)
     assert not journals.get().any()

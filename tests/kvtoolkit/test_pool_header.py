@@ -12,7 +12,7 @@ from kvtoolkit import get_include
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
-PROGRAM = Path(__file__).with_name("pool_threads.cpp")
+HERE = Path(__file__).parent
 
 
 SHAKE = """
@@ -44,18 +44,18 @@ def shaken(folder: Path, *changes: tuple[str, str]) -> Path:
     return include
 
 
-def build(folder: Path, include: Path, *options: str) -> Path:
-    program = folder / f"pool_threads{len(options)}"
+def build(folder: Path, include: Path, *options: str, source: str = "pool_threads.cpp") -> Path:
+    program = folder / f"{source}{len(options)}.out"
     command = ["g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-tsan", "-pthread", *options]
-    subprocess.run([*command, f"-I{include}", str(PROGRAM), "-o", str(program)], check=True)
+    subprocess.run([*command, f"-I{include}", str(HERE / source), "-o", str(program)], check=True)
     return program
 
 
-def run(program: Path, *arguments: object) -> str:
+def run(program: Path, *arguments: object, timeout: int = 60) -> str:
     """What went wrong, or nothing."""
     command = [str(program), *map(str, arguments)]
     try:
-        finished = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        finished = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
         return "did not end"
     return "" if finished.returncode == 0 else finished.stdout + finished.stderr or f"returned {finished.returncode}"
@@ -96,6 +96,48 @@ def test_orders_suffice_for_thread_sanitizer(sanitized, granules, threads, seed,
     assert not run(sanitized, max(granules, 8 * threads), threads, 2000, seed, mode)
 
 
+LANE = ('asm("mov.u32 %0, %%laneid;" : "=r"(lane));', "lane = this_lane;")
+
+
+@pytest.fixture(scope="module")
+def warps(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("warps")
+    return build(folder, shaken(folder, LANE), "-Wno-unknown-pragmas", source="pool_warps.cpp")
+
+
+@settings(SLOW, max_examples=25)
+@given(
+    granules=st.integers(1, 80).map(lambda n: 8 * n),
+    singles=st.integers(0, 4),
+    lanes=st.integers(1, 0xFFFFFFFF) | st.sampled_from([0xFFFFFFFF, 1, 0x80000000, 0xF]),
+    seed=st.integers(0, 9999),
+)
+def test_a_warp_of_threads_is_served_exactly(warps, granules, singles, lanes, seed):
+    assert not run(warps, granules, singles, lanes, seed)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_the_header_compiles_for_host_and_device(tmp_path):
+    source = tmp_path / "user.cu"
+    source.write_text(
+        """
+        #include <kvt/pool.cuh>
+        __global__ void user(kvt::Word* memory, kvt::Word* journal, int* starts) {
+          const kvt::Pool pool{memory};
+          kvt::PoolWarp warp(pool, 0xFFFFFFFFu);
+          const int start = warp.allocate(0, blockIdx.x);
+          const kvt::PoolLease lease{pool, journal};
+          lease.allocate(3, threadIdx.x);
+          lease.abort(threadIdx.x, blockDim.x);
+          starts[threadIdx.x] = start >= 0 ? warp.retire(start, 1) : pool.free(starts[threadIdx.x], 8);
+        }
+        int main() { user<<<1, 32>>>(nullptr, nullptr, nullptr); }
+        """
+    )
+    command = ["nvcc", "-std=c++17", "-arch=sm_90", f"-I{get_include()}", "-c", str(source), "-o", str(tmp_path / "o")]
+    subprocess.run(command, check=True)
+
+
 MUTANTS = {
     "claims are not acquired": ("tsan", "at, value, __ATOMIC_ACQUIRE", "at, value, __ATOMIC_RELAXED"),
     "runs are not acquired": (
@@ -115,7 +157,12 @@ MUTANTS = {
         "const Word old = compare_exchange_acquire(word, seen, seen & ~bits);\n      if (old == seen) return starts;",
         "const Word old = fetch_and_acquire(word, ~bits);\n      if ((old & bits) != 0) return starts;",
     ),
-    "what was lost in a claim is kept": ("plain", "return old & bits;", "return bits;"),
+    "what was lost in a claim is kept": ("plain", "won |= old & bits;", "won |= bits;"),
+    "a claim that lost a part gives up": (
+        "plain",
+        "won |= old & bits;",
+        "won |= old & bits; if (won != 0) return won;",
+    ),
     "the version stands still": ("plain", "* kShardPitch, 1);", "* kShardPitch, 0);"),
     "one pass decides": (
         "plain",
@@ -166,5 +213,33 @@ def test_planted_faults_are_found(name, tmp_path):
     for seed in range(12):
         for mode, granules, threads in (("mix", 128, 8), ("spare", 192, 3), ("fill", 512, 8)):
             if run(program, granules, threads, 20000, seed, mode):
+                return
+    pytest.fail("the planted fault was not found")
+
+
+WARP_MUTANTS = {
+    "a claim that lost a part gives up": MUTANTS["a claim that lost a part gives up"][1:],
+    "lanes share a rank": (LANE[0], "lane = this_lane & 15;"),
+    "words are left out": ("i += kAhead * wanted_", "i += (kAhead + 1) * wanted_"),
+    "all take the first run": ("rank_ - granted_)", "0)"),
+    "lanes begin to count anew": ("      granted_ += count;", "      granted_ = count;"),
+    "the group's bits are one lane's": (
+        "fetch_or_release(bitmap + w, all & ~taken)",
+        "fetch_or_release(bitmap + w, bits)",
+    ),
+    "what is in limbo is freed": ("      taken = pool_.in_limbo(w);", "      taken = 0;"),
+    "what is free is retired": ("if (is_limbo) taken |=", "if (false) taken |="),
+}
+
+
+@pytest.mark.parametrize("name", WARP_MUTANTS)
+def test_planted_faults_of_a_warp_are_found(name, tmp_path):
+    change = WARP_MUTANTS[name]
+    assert (get_include() / "kvt" / "pool.cuh").read_text().count(change[0]) == 1
+    changes = (change,) if name == "lanes share a rank" else (change, LANE)
+    program = build(tmp_path, shaken(tmp_path, *changes), "-Wno-unknown-pragmas", "-Wno-error", source="pool_warps.cpp")
+    for seed in range(60):
+        for granules, lanes in ((512, 0xF), (640, 1), (64, 0xFFFFFFFF)):
+            if run(program, granules, 3, lanes, seed, timeout=10):
                 return
     pytest.fail("the planted fault was not found")

@@ -163,6 +163,16 @@ def test_every_kernel_compiles_for_every_architecture_and_spills_nothing():
         assert row["spill_nbytes"] == 0, row
 
 
+@pytest.mark.parametrize("source", ["pool/batch.cu", "bench/alloc.cu"])
+def test_the_pools_kernels_compile_and_spill_nothing(source):
+    for arch in specs.SMEM_LIMITS:
+        usage = compiler.build(source, {}, arch).usage
+        assert len(usage) >= 3
+        for kernel in usage:
+            assert kernel.spill_nbytes == 0
+            assert kernel.registers <= 64
+
+
 def test_the_command_prints_registers_and_spills(capsys, tmp_path):
     assert main(["compile", "--arch", "80", "--head-dim", "64", "--json", str(tmp_path / "table.json")]) == 0
     out = capsys.readouterr().out

@@ -21,14 +21,15 @@ KVT_ATOMIC Word load_relaxed(const Word* from) {
 #endif
 }
 
-#if defined(__CUDACC__)
-
 // Two words side by side at a multiple of 16 bytes, each on its own.
-__device__ __forceinline__ void load_relaxed_pair(const Word* from, Word& low, Word& high) {
+KVT_ATOMIC void load_relaxed_pair(const Word* from, Word& low, Word& high) {
+#if defined(__CUDA_ARCH__)
   asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(low), "=l"(high) : "l"(from) : "memory");
-}
-
+#else
+  low = __atomic_load_n(from, __ATOMIC_RELAXED);
+  high = __atomic_load_n(from + 1, __ATOMIC_RELAXED);
 #endif
+}
 
 KVT_ATOMIC Word load_acquire(const Word* from) {
 #if defined(__CUDA_ARCH__)
@@ -99,12 +100,12 @@ KVT_ATOMIC void add_release(Word* at, Word value) {
 #endif
 }
 
-// What was loaded before it, relaxed, comes before what is loaded behind it.
-KVT_ATOMIC void fence_acquire() {
+// What this thread did before it, relaxed or not, comes before what it does behind it, for whoever sees the latter.
+KVT_ATOMIC void fence_acq_rel() {
 #if defined(__CUDA_ARCH__)
   asm volatile("fence.acq_rel.gpu;" ::: "memory");
 #else
-  __atomic_thread_fence(__ATOMIC_ACQUIRE);
+  __atomic_thread_fence(__ATOMIC_ACQ_REL);
 #endif
 }
 

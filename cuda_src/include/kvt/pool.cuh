@@ -6,7 +6,7 @@
 //
 // When is the pool exhausted? Not when one pass over the words finds nothing: a block may move behind it. Every free
 // is followed by an increment of the version. A pass that found nothing, with the version the same before and after it,
-// proves that there was no such block when it began: without frees, free runs only shrink. The proof is kept, so that
+// proves that there was no such block when it ended: without frees, free runs only shrink. The proof is kept, so that
 // all who ask at the same version are told at once. After kMaxPasses with a moving version the answer is kContended.
 //
 //   memory  uint64, made by kvtoolkit.DevicePool: granules, words, epoch
@@ -15,8 +15,8 @@
 //           | free words, an even number | limbo words of kEpochs epochs | marks of a batch that is being freed
 //
 // free is for blocks that no other thread can still read, retire for all others: they wait in the limbo of the epoch
-// that memory holds, until the host completes it. A kernel that takes blocks must not read pool memory by the
-// non-coherent path (__ldg), and bulk copies of a block that was reused need a proxy fence.
+// that memory holds, until the host completes it. A kernel that takes blocks must not read what lies in them by the
+// non-coherent path (__ldg), and bulk copies of a block that was reused need a proxy fence. A granule is 8 token slots.
 //
 // Source: this project's; claims by bitmap word, Pham et al. 2025 (ACM TOPC 12, 1), are the nearest published design.
 #pragma once
@@ -106,17 +106,18 @@ KVT_ATOMIC Word choose_runs(Word free, int order, int count) {
   return broken | lowest_bits(runs & whole, count - count_bits(broken));
 }
 
-// Claim up to `count` runs of a word whose value was seen; returns their starts. Lock-free: a repetition means that
-// another thread has got on.
+// Claim up to `count` runs of a word whose value was seen; returns their starts. Fewer than `count` only if the word has
+// no more. Lock-free: a repetition means that another thread has got on.
 KVT_ATOMIC Word claim_runs(Word* word, Word seen, int order, int count) {
+  Word won = 0;
   while (true) {
-    const Word starts = choose_runs(seen, order, count);
-    if (starts == 0) return 0;
+    const Word starts = choose_runs(seen, order, count - count_bits(won));
+    if (starts == 0) return won;
     const Word bits = spread_runs(starts, order);
     if (order == 0) {
       const Word old = fetch_and_acquire(word, ~bits);
-      if ((old & bits) != 0) return old & bits;
-      seen = old;
+      won |= old & bits;
+      seen = old & ~bits;
     } else {
       const Word old = compare_exchange_acquire(word, seen, seen & ~bits);
       if (old == seen) return starts;
@@ -148,15 +149,17 @@ struct Pool {
   // After bits have been set: what was freed may be found from now on.
   KVT_ATOMIC void bump_version(unsigned seed) const {
     add_release(memory + kVersions + seed % kShards * kShardPitch, 1);
+    // and whoever sees what this thread takes next sees the version too: or its block would seem to have moved unseen
+    fence_acq_rel();
   }
 
-  // Where a thread begins to look: threads that ask together begin apart.
+  // Where a thread begins to look. Seeds in a row begin far apart: the number of the thread, or of the warp, will do.
   KVT_ATOMIC int home_of(unsigned seed) const {
     // Fibonacci hashing: numbers in a row are spread evenly
     return static_cast<int>(static_cast<Word>(seed * 0x9E3779B1u) * static_cast<Word>(num_words()) >> 32);
   }
 
-  // One thread on its own takes one block of 2^order granules. Returns its first granule, or a PoolCode.
+  // One thread on its own takes one block of 2^order granules, order 0 to 3. Returns its first granule, or a PoolCode.
   KVT_ATOMIC int allocate(int order, unsigned seed) const {
     Word* const words = free_words();
     const int home = home_of(seed);
@@ -164,14 +167,14 @@ struct Pool {
     if (first != 0) return home * 64 + lowest_bit(first);
     for (int pass = 0; pass < kMaxPasses; ++pass) {
       const Word before = version();
-      fence_acquire();
+      fence_acq_rel();
       if (load_relaxed(memory + kHints + order) == before + 1) return code_of(order);
       for (int i = 0, w = home; i < num_words(); ++i) {
         const Word start = claim_runs(words + w, load_relaxed(words + w), order, 1);
         if (start != 0) return w * 64 + lowest_bit(start);
         w = w + 1 == num_words() ? 0 : w + 1;
       }
-      fence_acquire();
+      fence_acq_rel();
       if (version() == before) {
         store_relaxed(memory + kHints + order, before + 1);
         return code_of(order);
@@ -229,8 +232,9 @@ struct Pool {
   }
 };
 
-// Blocks taken ahead for a future that may not come - a beam, draft tokens: a bitmap of granules, [num_words] zeros.
-// Leases nest: one whose future came hands its blocks to the lease around it, or to nobody.
+// Blocks taken ahead for a future that may not come - a beam, draft tokens. The journal is a bitmap of granules, zeros
+// at first (DevicePool.journals). A block of a lease is not freed or retired by hand before the lease has ended: the
+// journal would still name it. Leases nest: one whose future came hands its blocks to the lease around it, or to nobody.
 struct PoolLease {
   Pool pool;
   Word* journal;
@@ -242,7 +246,8 @@ struct PoolLease {
     return start;
   }
 
-  // All threads of a group, `rank` of `threads`: keep the blocks; `around`, the journal of the lease around, or null.
+  // All threads of a group, `rank` of `threads`, when nobody allocates any more (behind a barrier): keep the blocks;
+  // `around`, the journal of the lease around, or null.
   KVT_ATOMIC void commit(Word* around, int rank, int threads) const {
     for (int w = rank; w < pool.num_words(); w += threads) {
       const Word bits = exchange_acq_rel(journal + w, 0);
@@ -256,16 +261,17 @@ struct PoolLease {
 
 #if defined(__CUDACC__)
 
-// What the lanes of `mask` do together; they call it together.
+// What the lanes of `mask` do together: lanes of one warp that all get here, such as __ballot_sync of who wants to, or
+// 0xFFFFFFFF. PoolWarp(pool, mask).allocate(0, number_of_the_warp);
 class PoolWarp {
  public:
   __device__ __forceinline__ PoolWarp(const Pool& pool, unsigned mask)
       : pool_(pool),
         mask_(mask),
-        leader_(__ffs(static_cast<int>(mask)) - 1),
-        lane_(threadIdx.x & 31),
-        rank_(__popc(mask & ((1u << lane_) - 1))),
-        wanted_(__popc(mask)) {}
+        leader_(lowest_bit(mask)),
+        lane_(lane_of_warp()),
+        rank_(count_bits(mask & ((1u << lane_) - 1))),
+        wanted_(count_bits(mask)) {}
 
   // A block of 2^order granules for each lane, of the same order. Returns the lane's first granule, or a PoolCode.
   __device__ __forceinline__ int allocate(int order, unsigned seed) {
@@ -279,7 +285,8 @@ class PoolWarp {
     return start;
   }
 
-  // As Pool::free, for each lane. Lanes whose granules share a word take one atomic, the warp one version.
+  // As Pool::free, for each lane. Lanes whose granules share a word take one atomic, the warp one version. Where two
+  // lanes free a granule, all that free something of its word are told kInvalid.
   __device__ __forceinline__ int free(int start, int count) {
     const int code = set_bits(pool_.free_words(), false, start, count);
     __syncwarp(mask_);
@@ -294,6 +301,13 @@ class PoolWarp {
   }
 
  private:
+  // %laneid: threads are numbered across all axes of a CTA
+  __device__ __forceinline__ static int lane_of_warp() {
+    int lane;
+    asm("mov.u32 %0, %%laneid;" : "=r"(lane));
+    return lane;
+  }
+
   __device__ __forceinline__ int search(int order, int home) {
     const int num_words = pool_.num_words();
     granted_ = 0;
@@ -302,7 +316,8 @@ class PoolWarp {
     home &= ~1;  // from here on words are loaded in pairs
     for (int pass = 0; pass < kMaxPasses && granted_ < wanted_; ++pass) {
       const Word before = version();
-      fence_acquire();
+      fence_acq_rel();
+      __syncwarp(mask_);
       const Word known = __shfl_sync(mask_, load_relaxed(pool_.memory + kHints + order), leader_);
       if (known == before + 1) return start_ >= 0 ? start_ : Pool::code_of(order);
       for (int i = 0; i < num_words && granted_ < wanted_; i += kAhead * wanted_) {
@@ -310,7 +325,8 @@ class PoolWarp {
         for (int k = 0; k < kAhead && granted_ < wanted_; ++k) scan(order, home, i + k * wanted_);
       }
       if (granted_ == wanted_) break;
-      fence_acquire();
+      fence_acq_rel();
+      __syncwarp(mask_);
       if (version() == before) {
         if (rank_ == 0) store_relaxed(pool_.memory + kHints + order, before + 1);
         return start_ >= 0 ? start_ : Pool::code_of(order);
