@@ -127,10 +127,7 @@ class DevicePool(HostAllocator):
     def num_in_limbo(self) -> int:
         """Granules retired and not freed yet, in all epochs."""
         with self._lock:
-            return self._count_limbo()
-
-    def _count_limbo(self) -> int:
-        return sum(int(np.bitwise_count(self._limbo(epoch)).sum()) for epoch in range(_EPOCHS))
+            return sum(int(np.bitwise_count(self._limbo(epoch)).sum()) for epoch in range(_EPOCHS))
 
     # -- what `HostAllocator` asks for -------------------------------------------------------------------------------
 

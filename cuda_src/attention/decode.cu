@@ -10,8 +10,9 @@
 //           planned (KVT_PLANNED):  (num_kv_heads, num_row_blocks, ranges)
 //           even:                   (num_kv_heads * blocks of rows, max_splits)
 //           even with KVT_CLUSTER:  (KVT_CLUSTER, num_kv_heads, blocks of rows)
-//           sm_80 and later. Macros: KVT_HEAD_DIM, KVT_BF16, KVT_ROW_TILES (8 query rows each), KVT_WARPS, KVT_STAGES, KVT_PLANNED,
-//           KVT_CLUSTER (CTAs that share one sequence and merge through shared memory, sm_90; 1 = none).
+//           sm_80 and later. Macros: KVT_HEAD_DIM, KVT_BF16, KVT_ROW_TILES (8 query rows each), KVT_WARPS,
+//           KVT_STAGES, KVT_PLANNED, KVT_CLUSTER (CTAs that share one sequence and merge through shared memory, sm_90;
+//           1 = none).
 // Numerics: scores and running state in float32, weights in scalar_t; an empty sequence gives out = 0, lse = -inf.
 // Source:   online softmax, Milakov & Gimelshein 2018 (arXiv:1805.02867), alg. 3; split-KV, Dao et al. 2023
 //           (Flash-Decoding); merge by the last CTA to arrive, as NVIDIA's XQA kernels do.

@@ -2,9 +2,9 @@
 //
 //   starts  [count] int32 first granules;   sizes  [count] int32, granules;   result  [2] int32
 //
-// kvt_pool_allocate  one warp, so that a batch is placed the same way whenever it meets the same pool. Largest first, all
-//                    or none; or, `partial`, in order until one does not fit. result: blocks granted, PoolCode or 0.
-//                    Sizes are 1, 2, 4 or 8.
+// kvt_pool_allocate  one warp, so that a batch is placed the same way whenever it meets the same pool. Largest first,
+//                    all or none; or, `partial`, in order until one does not fit. result: blocks granted, and a
+//                    PoolCode or 0. Sizes are 1, 2, 4 or 8.
 // kvt_pool_free      one CTA of 1024. Checks all runs, which may span words, before it frees any. result[0]: the run at
 //                    fault, or -1.
 // kvt_pool_complete  any grid: what was retired in an epoch is free.
@@ -21,7 +21,8 @@ struct BatchParams {
   int count, partial;
 };
 
-// As many of the batch's next `limit` blocks as have one size and there are runs for; -1 for the rest of these.
+// Blocks of one size for the lanes of `mask`, each for the place `index` of the batch; -1 where there is none. Returns
+// how many were granted; `code` says why not all, and `home` moves on to where they were found.
 __device__ __forceinline__ int grant(
     const BatchParams& p, const Pool& pool, unsigned mask, int index, int order, int& home, int& code) {
   int granted = 0;

@@ -1,7 +1,7 @@
 // kvt::PoolWarp on a warp of host threads beside single threads: pool_warps GRANULES SINGLES LANES SEED
 //
-// Rounds of: the warp takes a block for each of its lanes, threads take single granules, all write their names into what
-// they got; nobody frees, so whoever is refused must be right. Then all give back: by the warp, alone, or to limbo.
+// Rounds of: the warp takes a block for each of its lanes, threads take single granules, all write their names into
+// what they got; nobody frees, so whoever is refused must be right. Then all give back: by the warp, alone, or to limbo.
 #include "warp_on_threads.h"
 
 #include <kvt/pool.cuh>

@@ -22,13 +22,14 @@ __device__ long long now() {
   return t;
 }
 
-// lanes: who asks; how: 0 each on its own, 1 the warp together, 2 the warp by order, which differs from lane to lane
+// how: 0 each on its own, else the lanes that ask for one order together
 __device__ int take(const Pool& pool, int order, int how, unsigned seed) {
   if (how == 0) return pool.allocate(order, seed);
   const unsigned mask = __match_any_sync(__activemask(), order);
   return PoolWarp(pool, mask).allocate(order, seed);
 }
 
+// lanes: who asks; how: 0 each on its own, 1 the warp together, 2 orders that differ from lane to lane; 16 times the order
 extern "C" __global__ void take_once(Word* memory, int* starts, int count, unsigned lanes, int how) {
   const int t = blockIdx.x * blockDim.x + threadIdx.x;
   const Pool pool{memory};
@@ -47,7 +48,8 @@ extern "C" __global__ void give_back(Word* memory, int* starts, int count, int h
   }
 }
 
-// Every thread takes and gives back, writing its name into the granules meanwhile; events: what, start, t0, t1.
+// Every thread takes and gives back, writing its name into the granules meanwhile. events [threads][rounds][5]: what it got, when it
+// asked and was answered, when it gave it back and was answered; ns.
 extern "C" __global__ void churn(
     Word* memory, unsigned* canaries, int rounds, int how, int* wrong, long long* events, int num_granules) {
   const int t = blockIdx.x * blockDim.x + threadIdx.x;

@@ -130,9 +130,6 @@ def play(free, calls, order, fault=""):
     assert sum(word.bit_count() for word in pool.free) + len(pool.owners) + sum(limbo) == capacity, "a granule is lost"
     for granule in pool.owners:
         assert not pool.free[granule // WIDTH] >> granule % WIDTH & 1, "an owned granule is free"
-    for bitmap in pool.limbo:
-        for _ in pool.free_all(bitmap):
-            pass
 
 
 SINGLES = {

@@ -1,4 +1,4 @@
-// 64-bit atomics whose order is in their names, at device scope; on the host, of the compiler, for tests on real threads.
+// 64-bit atomics whose order is in their names, at device scope; on the host those of the compiler, for real threads.
 #pragma once
 
 #if defined(__CUDACC__)

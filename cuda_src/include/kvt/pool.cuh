@@ -106,8 +106,8 @@ KVT_ATOMIC Word choose_runs(Word free, int order, int count) {
   return broken | lowest_bits(runs & whole, count - count_bits(broken));
 }
 
-// Claim up to `count` runs of a word whose value was seen; returns their starts. Fewer than `count` only if the word has
-// no more. Lock-free: a repetition means that another thread has got on.
+// Claim up to `count` runs of a word whose value was seen; returns their starts. Fewer than `count` only if the word
+// has no more. Lock-free: a repetition means that another thread has got on.
 KVT_ATOMIC Word claim_runs(Word* word, Word seen, int order, int count) {
   Word won = 0;
   while (true) {
@@ -234,7 +234,8 @@ struct Pool {
 
 // Blocks taken ahead for a future that may not come - a beam, draft tokens. The journal is a bitmap of granules, zeros
 // at first (DevicePool.journals). A block of a lease is not freed or retired by hand before the lease has ended: the
-// journal would still name it. Leases nest: one whose future came hands its blocks to the lease around it, or to nobody.
+// journal would still name it. Leases nest: one whose future came hands its blocks to the lease around it, or to
+// nobody.
 struct PoolLease {
   Pool pool;
   Word* journal;
