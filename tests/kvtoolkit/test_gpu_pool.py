@@ -29,7 +29,8 @@ __device__ int take(const Pool& pool, int order, int how, unsigned seed) {
   return PoolWarp(pool, mask).allocate(order, seed);
 }
 
-// lanes: who asks; how: 0 each on its own, 1 the warp together, 2 orders that differ from lane to lane; 16 times the order
+// lanes: who asks; how: 0 each on its own, 1 the warp together, 2 orders that differ from lane to lane; plus 16 times
+// the order
 extern "C" __global__ void take_once(Word* memory, int* starts, int count, unsigned lanes, int how) {
   const int t = blockIdx.x * blockDim.x + threadIdx.x;
   const Pool pool{memory};
@@ -48,8 +49,8 @@ extern "C" __global__ void give_back(Word* memory, int* starts, int count, int h
   }
 }
 
-// Every thread takes and gives back, writing its name into the granules meanwhile. events [threads][rounds][5]: what it got, when it
-// asked and was answered, when it gave it back and was answered; ns.
+// Every thread takes and gives back, writing its name into the granules meanwhile. events [threads][rounds][5]: what it
+// got, when it asked and was answered, when it gave it back and was answered; ns.
 extern "C" __global__ void churn(
     Word* memory, unsigned* canaries, int rounds, int how, int* wrong, long long* events, int num_granules) {
   const int t = blockIdx.x * blockDim.x + threadIdx.x;
