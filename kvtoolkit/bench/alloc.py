@@ -10,6 +10,7 @@ import numpy as np
 from kvtoolkit.bench.timing import device_line, event_times, require_device
 from kvtoolkit.cuda.launching import Launch
 from kvtoolkit.device_pool import DevicePool
+from kvtoolkit.errors import ConfigError
 from kvtoolkit.runtime import Kernel, load
 from kvtoolkit.runtime.kernels import packer
 
@@ -28,6 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Measure and print."""
+    if max(options.threads) > options.granules:
+        raise ConfigError(
+            f"--threads: expected at most a thread for each of {options.granules} granules, got {max(options.threads)}"
+        )
     require_device("alloc")
     print(device_line())
     print(f"a pool of {options.granules} granules, one granule a thread, by warps; G/s = 1e9 a second, medians\n")

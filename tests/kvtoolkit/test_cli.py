@@ -57,6 +57,7 @@ def test_bench_host_prints_and_writes_its_figures(capsys, tmp_path):
         (["bench", "host", "--batch", "many"], 2, "invalid int value: 'many'"),
         (["bench", "host", "--batch", "0"], 1, "--batch: expected at least 1, got 0"),
         (["bench", "host", "--allocator", "budy", "--repeats", "1"], 2, "got 'budy'"),
+        (["bench", "alloc", "--granules", "64"], 2, "at most a thread for each of 64 granules, got 1048576"),
         (["fuzz"], 2, "the following arguments are required: --allocator"),
     ],
 )
