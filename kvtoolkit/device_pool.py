@@ -1,6 +1,6 @@
 """A pool whose state lies on a GPU: running kernels take blocks from it, the host batches and maintains it.
 
-The device side is ``kvt/pool.cuh`` (`kvtoolkit.get_include`), which states the algorithm. Layout ``buddy``.
+The device side is ``kvt/pool.cuh`` (`kvtoolkit.get_include`), which states the algorithm.
 """
 
 import contextlib
@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from allocators.errors import ContendedError, InvalidFreeError
+from allocators.errors import ContendedError, InvalidFreeError, InvalidSizeError
 from allocators.lockfree import _fold_all
 from allocators.protocol import (
     GRANULE,
+    SUPERBLOCK,
     HostAllocator,
     Int32Array,
     require,
@@ -25,12 +26,18 @@ from kvtoolkit.runtime.kernels import current_device, num_sms, packer
 from kvtoolkit.runtime.streams import cupy_on_current_stream
 
 # as in pool.cuh
-_GRANULES, _WORDS, _EPOCH = range(3)
+_EPOCH = 2
+_SIZES = {"buddy": 0, "slab": 4}
+_GRANULES_OF_A_WORD = {"buddy": 64, "slab": 32}
 _FREE = 16 + 32 * 8
 _EPOCHS = 4
 _CONTENDED = -4
 
-_WORD = 64
+# of a word of a slab
+_ORDER, _SUPERBLOCKS = np.uint64(32), np.uint64(34)
+_GRANULE_BITS = np.uint64(0xFFFFFFFF)
+
+_MAX_ATTEMPTS = 1000
 _params = packer("4q2i")
 
 
@@ -40,11 +47,14 @@ class DevicePool(HostAllocator):
     Args:
         num_granules: size of the pool, a multiple of 8.
         block_sizes: the sizes on offer to host calls, in tokens.
+        layout: ``"buddy"``: freed granules are reusable at once, sizes mix. ``"slab"``: 256 tokens serve one size at a
+            time, and a block freed in parts is held (``stats().pinned``) until all of it is free.
         device: CUDA ordinal.
 
     Attributes:
-        memory: uint64 CuPy array, to be handed to kernels: ``kvt::Pool pool{memory}``.
-        num_words: 64-bit words of a bitmap of all granules, an even number.
+        memory: uint64 CuPy array, to be handed to kernels: ``kvt::Pool pool{memory}``, of slabs
+            ``kvt::SlabPool pool{memory}``. Calls on the wrong one return ``kInvalid``.
+        num_words: words of a bitmap of all granules, an even number; 64 granules a word, 32 in slabs.
 
     Host calls launch a kernel on the current stream and wait for it, so they cannot be captured in a CUDA graph, as
     kernels that use the pool can. A host call and kernels on other streams may overlap, and a block goes to one owner
@@ -61,11 +71,22 @@ class DevicePool(HostAllocator):
 
     kind = "device"
 
-    def __init__(self, num_granules: int, *, block_sizes: ArrayLike = (8, 16, 32, 64), device: int = 0) -> None:
+    def __init__(
+        self,
+        num_granules: int,
+        *,
+        block_sizes: ArrayLike = (8, 16, 32, 64),
+        layout: str = "buddy",
+        device: int = 0,
+    ) -> None:
         super().__init__(num_granules, block_sizes=block_sizes)
+        if layout not in _SIZES:
+            raise InvalidSizeError(f"layout: expected 'buddy' or 'slab', got {layout!r}")
         current_device()  # says what is missing
         self.device = device
-        self.num_words = -(-self.num_granules // (2 * _WORD)) * 2  # kernels load pairs
+        self.layout = layout
+        self._word = _GRANULES_OF_A_WORD[layout]
+        self.num_words = -(-self.num_granules // (2 * self._word)) * 2  # kernels load pairs
         with self._cupy() as cupy:
             self.memory: Any = cupy.zeros(_FREE + self.num_words * (2 + _EPOCHS), cupy.uint64)
         self._epoch = 0
@@ -76,14 +97,31 @@ class DevicePool(HostAllocator):
         with self._cupy() as cupy:
             return cupy.zeros((count, self.num_words), cupy.uint64)
 
+    def _bits(self, granules: NDArray[np.bool_]) -> NDArray[np.uint64]:
+        """``[num_words]`` from whether each granule is meant."""
+        whole = np.zeros(self.num_words * self._word, np.bool_)
+        whole[: len(granules)] = granules
+        packed = np.packbits(whole, bitorder="little")
+        return packed.view(np.uint64 if self._word == 64 else np.uint32).astype(np.uint64)
+
+    def _words_with(self, free: NDArray[np.bool_], orders: int | NDArray[np.int_] = 0) -> NDArray[np.uint64]:
+        """Free words in which these granules are free; ``orders``, of slabs: those that words serve."""
+        words = self._bits(free)
+        if self.layout == "slab":
+            first = np.arange(self.num_words) * self._word
+            superblocks = np.clip(self.num_granules - first, 0, self._word) // SUPERBLOCK
+            words |= superblocks.astype(np.uint64) << _SUPERBLOCKS
+            words |= np.asarray(orders).astype(np.uint64) << _ORDER
+        return words
+
     def _all_free(self) -> NDArray[np.uint64]:
-        valid = np.arange(self.num_words * _WORD) < self.num_granules
-        return np.packbits(valid, bitorder="little").view(np.uint64)
+        return self._words_with(np.ones(self.num_granules, np.bool_))
 
     def _reset(self, free: NDArray[np.uint64], limbo: NDArray[np.uint64] | None = None) -> None:
         """Write all of the state: the free words, and the limbo of each epoch if there is something in it."""
         state = np.zeros(self.memory.size, np.uint64)
-        state[_GRANULES], state[_WORDS], state[_EPOCH] = self.num_granules, self.num_words, self._epoch
+        sizes = _SIZES[self.layout]
+        state[sizes], state[sizes + 1], state[_EPOCH] = self.num_granules, self.num_words, self._epoch
         state[_FREE : _FREE + self.num_words] = free
         if limbo is not None:
             state[_FREE + self.num_words : _FREE + (1 + _EPOCHS) * self.num_words] = limbo.reshape(-1)
@@ -134,13 +172,16 @@ class DevicePool(HostAllocator):
     def _allocate(self, sizes: Int32Array, starts: Int32Array, partial: bool) -> int:
         if not len(sizes):
             return 0
-        found, (granted, code) = self._run("kvt_pool_allocate", 1, 32, starts, sizes, len(sizes), partial)
-        if code == _CONTENDED:
+        for _ in range(_MAX_ATTEMPTS):
+            found, (granted, code) = self._run("kvt_pool_allocate", 1, 32, starts, sizes, len(sizes), partial)
+            if code != _CONTENDED:
+                starts[:] = found
+                return int(granted)
             if partial:
                 self._free(found[:granted], sizes[:granted])
-            raise ContendedError(f"asked for {len(sizes)} blocks while kernels kept freeing; ask again")
-        starts[:] = found
-        return int(granted)
+        raise ContendedError(
+            f"asked for {len(sizes)} blocks while kernels kept freeing, undecided after {_MAX_ATTEMPTS} attempts"
+        )
 
     def _free(self, starts: Int32Array, sizes: Int32Array) -> int:
         if not len(starts):
@@ -159,7 +200,7 @@ class DevicePool(HostAllocator):
             batch = cupy.asarray(np.concatenate([np.zeros(2, np.int32), starts, sizes]))
             result, first = batch.data.ptr, batch.data.ptr + 8
             parameters = _params.pack(self.memory.data.ptr, first, first + 4 * len(starts), result, count, int(partial))
-            kernel = load("pool/batch.cu", name, {}, self.device)
+            kernel = load("pool/batch.cu", name, {"KVT_SLAB": int(self.layout == "slab")}, self.device)
             Launch(kernel, (ctas,), threads, 0, parameters).run(cupy.cuda.get_current_stream().ptr)
             found = batch.get()
         return found[2 : 2 + len(starts)], found[:2]
@@ -182,7 +223,13 @@ class DevicePool(HostAllocator):
     def _state(self) -> dict[str, NDArray[Any]]:
         """A copy."""
         limbo = np.stack([self._limbo(epoch) for epoch in range(_EPOCHS)])
-        return {"free": self._free_words(), "limbo": limbo, "epoch": np.array([self._epoch])}
+        free = self._free_words()
+        if self.layout == "slab":  # which order a word served last means nothing once it is wholly free
+            free = np.where(_is_whole(free), free & ~(np.uint64(3) << _ORDER), free)
+        return {"free": free, "limbo": limbo, "epoch": np.array([self._epoch])}
+
+    def _identity(self) -> dict[str, Any]:
+        return super()._identity() | {"layout": self.layout}
 
     def restore(self, data: bytes) -> None:
         arrays = unpack_snapshot(data, self._identity(), self._state())
@@ -196,27 +243,50 @@ class DevicePool(HostAllocator):
 
     def _is_live(self, granule: int) -> bool:
         """As `_invalid_free` last saw it."""
-        return not int(self._taken[granule // _WORD]) >> (granule % _WORD) & 1
+        return not int(self._taken[granule // self._word]) >> (granule % self._word) & 1
+
+    def _set_granules(self) -> int:
+        """Granules that are not live and not in limbo: free, or held back in a slab."""
+        free = self._free_words()
+        return int(np.bitwise_count(free if self.layout == "buddy" else free & _GRANULE_BITS).sum())
 
     def _num_free_unlocked(self) -> int:
-        return int(np.bitwise_count(self._free_words()).sum())
+        if self.layout == "buddy":
+            return self._set_granules()
+        words = self._free_words()
+        orders = words >> _ORDER & np.uint64(3)
+        granules = [
+            np.where(orders == order, np.bitwise_count(_fold_all(words & _GRANULE_BITS, order)).astype(int) << order, 0)
+            for order in range(4)
+        ]
+        whole = np.where(_is_whole(words), np.bitwise_count(words & _GRANULE_BITS), 0)
+        return int(np.where(_is_whole(words), whole, sum(granules)).sum())
+
+    def _pinned_unlocked(self) -> int:
+        return self._set_granules() - self._num_free_unlocked()
 
     def _largest_free_unlocked(self) -> int:
         return max((size // GRANULE for size, count in self._free_blocks_unlocked().items() if count), default=0)
 
     def _free_blocks_unlocked(self) -> dict[int, int]:
-        free = self._free_words()
-        return {
-            size: int(np.bitwise_count(_fold_all(free, (size // GRANULE).bit_length() - 1)).sum())
-            for size in self.block_sizes
-        }
+        words, blocks = self._free_words(), {}
+        for size in self.block_sizes:
+            order = (size // GRANULE).bit_length() - 1
+            if self.layout == "buddy":
+                runs = _fold_all(words, order)
+            else:
+                serves = _is_whole(words) | (words >> _ORDER & np.uint64(3) == order)
+                runs = np.where(serves, _fold_all(words & _GRANULE_BITS, order), np.uint64(0))
+            blocks[size] = int(np.bitwise_count(runs).sum())
+        return blocks
 
     def _metadata_nbytes(self) -> int:
         return int(self.memory.nbytes)
 
     def check_integrity(self) -> None:
         with self._lock:
-            free, valid = self._free_words(), self._all_free()
+            words, valid = self._free_words(), self._bits(np.ones(self.num_granules, np.bool_))
+            free = words if self.layout == "buddy" else words & _GRANULE_BITS
             limbo = [self._limbo(epoch) for epoch in range(_EPOCHS)]
             together = free.copy()
             for words in limbo:
@@ -225,5 +295,18 @@ class DevicePool(HostAllocator):
             require(not np.any(together & ~valid), "device: a bit lies beyond the pool")
             require(not self._words(1 + _EPOCHS).any(), "device: a mark of a batch was left")
             with self._cupy():
-                head = self.memory[:3].get().tolist()
-            require(head == [self.num_granules, self.num_words, self._epoch], f"device: damaged header {head}")
+                head = self.memory[:8].get().tolist()
+            expected = [0] * 8
+            sizes = _SIZES[self.layout]
+            expected[sizes : sizes + 2], expected[_EPOCH] = [self.num_granules, self.num_words], self._epoch
+            require(head == expected, f"device: expected the header {expected}, found {head}")
+            if self.layout == "slab":
+                existing = words >> _SUPERBLOCKS == self._all_free() >> _SUPERBLOCKS
+                require(bool(existing.all()), "device: a slab has lost count of its superblocks")
+
+
+def _is_whole(words: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Whether all of a slab is free, so that it serves any order."""
+    whole = (np.uint64(1) << (words >> _SUPERBLOCKS) * np.uint64(SUPERBLOCK)) - np.uint64(1)
+    found: NDArray[np.bool_] = words & _GRANULE_BITS == whole
+    return found

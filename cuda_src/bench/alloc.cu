@@ -1,9 +1,16 @@
 // What `kvtoolkit bench alloc` times: warps that take single granules from a pool and give them back.
 //
 // Launch:   CTA 256, a thread a granule. kvt_none is what the others are without the pool: registers and launch alone.
+// KVT_SLAB is 0 or 1, the layout.
 #include <kvt/pool.cuh>
 
 namespace kvt {
+
+#if KVT_SLAB
+using BenchPool = SlabPool;
+#else
+using BenchPool = Pool;
+#endif
 
 struct AllocParams {
   Word* memory;
@@ -24,17 +31,17 @@ extern "C" __global__ void __launch_bounds__(256) kvt_none(const __grid_constant
 
 extern "C" __global__ void __launch_bounds__(256) kvt_take(const __grid_constant__ AllocParams p) {
   KVT_THREAD
-  p.starts[t] = PoolWarp(Pool{p.memory}, mask).allocate(0, t >> 5);
+  p.starts[t] = PoolWarp(BenchPool{p.memory}, mask).allocate(0, t >> 5);
 }
 
 extern "C" __global__ void __launch_bounds__(256) kvt_give(const __grid_constant__ AllocParams p) {
   KVT_THREAD
-  p.starts[t] = PoolWarp(Pool{p.memory}, mask).free(p.starts[t], 1);
+  p.starts[t] = PoolWarp(BenchPool{p.memory}, mask).free(p.starts[t], 1);
 }
 
 extern "C" __global__ void __launch_bounds__(256) kvt_churn(const __grid_constant__ AllocParams p) {
   KVT_THREAD
-  PoolWarp warp(Pool{p.memory}, mask);
+  PoolWarp warp(BenchPool{p.memory}, mask);
   int failures = 0;
   for (int i = 0; i < p.rounds; ++i) {
     const int start = warp.allocate(0, t >> 5);
@@ -52,7 +59,7 @@ __device__ __forceinline__ long long nanoseconds() {
 // One after another, each search beginning elsewhere.
 extern "C" __global__ void __launch_bounds__(256) kvt_take_alone(const __grid_constant__ AllocParams p) {
   KVT_THREAD
-  const Pool pool{p.memory};
+  const BenchPool pool{p.memory};
   const long long begin = nanoseconds();
   int last = 0;
   for (int i = 0; i < p.rounds; ++i) last = pool.allocate(0, t + i + (last >> 31));

@@ -8,9 +8,17 @@
 // kvt_pool_free      one CTA of 1024. Checks all runs, which may span words, before it frees any. result[0]: the run at
 //                    fault, or -1.
 // kvt_pool_complete  any grid: what was retired in an epoch is free.
+//
+// KVT_SLAB is 0 or 1, the layout. Slabs that serve an order already are filled before others are begun.
 #include <kvt/pool.cuh>
 
 namespace kvt {
+
+#if KVT_SLAB
+using BatchPool = SlabPool;
+#else
+using BatchPool = Pool;
+#endif
 
 // Filled in by kvtoolkit/device_pool.py, in this order.
 struct BatchParams {
@@ -24,43 +32,46 @@ struct BatchParams {
 // Blocks of one size for the lanes of `mask`, each for the place `index` of the batch; -1 where there is none. Returns
 // how many were granted; `code` says why not all, and `home` moves on to where they were found.
 __device__ __forceinline__ int grant(
-    const BatchParams& p, const Pool& pool, unsigned mask, int index, int order, int& home, int& code) {
-  int granted = 0;
-  const int lane = threadIdx.x & 31;
-  if (mask >> lane & 1) {
-    const int start = PoolWarp(pool, mask).allocate_from(order, home);
-    p.starts[index] = start >= 0 ? start : -1;
-    granted = __popc(__ballot_sync(mask, start >= 0));
-    const int last = 31 - __clz(static_cast<int>(mask));
-    code = __shfl_sync(mask, start < 0 ? start : 0, last);  // who comes last goes without first
-    const int first = __shfl_sync(mask, start, __ffs(static_cast<int>(mask)) - 1);
-    if (first >= 0) home = first >> 6;
+    const BatchParams& p, const BatchPool& pool, unsigned mask, int index, int order, int& home, int& code) {
+  int start = 0;  // what lanes outside the mask say
+  const bool is_asking = mask >> threadIdx.x & 1;
+  if (is_asking && BatchPool::Layout::kIsSlab) start = PoolWarp(pool, mask).allocate_opened(order);
+  const unsigned rest = BatchPool::Layout::kIsSlab ? __ballot_sync(0xFFFFFFFFu, start < 0) : mask;
+  if (rest >> threadIdx.x & 1) start = PoolWarp(pool, rest).allocate_from(order, home);
+  __syncwarp();
+  if (is_asking) p.starts[index] = start >= 0 ? start : -1;
+  // who comes last goes without first, and the first has looked least far
+  code = __shfl_sync(0xFFFFFFFFu, start < 0 ? start : 0, 31 - __clz(static_cast<int>(mask)));
+  if (rest != 0) {
+    const int first = __shfl_sync(0xFFFFFFFFu, start, lowest_bit(rest));
+    if (first >= 0) home = first >> BatchPool::Layout::kShift;
   }
-  const int any = __ffs(static_cast<int>(mask)) - 1;
-  home = __shfl_sync(0xFFFFFFFFu, home, any);
-  code = __shfl_sync(0xFFFFFFFFu, code, any);
-  return __shfl_sync(0xFFFFFFFFu, granted, any);
+  return __popc(__ballot_sync(0xFFFFFFFFu, is_asking && start >= 0));
 }
 
 extern "C" __global__ void __launch_bounds__(32) kvt_pool_allocate(const __grid_constant__ BatchParams p) {
-  const Pool pool{p.memory};
+  const BatchPool pool{p.memory};
   const int lane = threadIdx.x;
   for (int i = lane; i < p.count; i += 32) p.starts[i] = -1;
   __syncwarp();
   int granted = 0;
   int code = 0;
-  int home = 0;
   if (p.partial) {
+    int order = 0;
+    int home = 0;
     while (granted < p.count && code == 0) {
       const int i = granted + lane;
       const int size = i < p.count ? p.sizes[i] : 0;
       const unsigned alike = __ballot_sync(0xFFFFFFFFu, size == __shfl_sync(0xFFFFFFFFu, size, 0));
-      const unsigned mask = alike == 0xFFFFFFFFu ? alike : (1u << (__ffs(static_cast<int>(~alike)) - 1)) - 1;
-      const int order = __ffs(__shfl_sync(0xFFFFFFFFu, size, 0)) - 1;
+      const unsigned mask = alike == 0xFFFFFFFFu ? alike : (1u << lowest_bit(~alike)) - 1;
+      const int last_order = order;
+      order = lowest_bit(static_cast<Word>(__shfl_sync(0xFFFFFFFFu, size, 0)));
+      if (order != last_order) home = 0;
       granted += grant(p, pool, mask, i, order, home, code);
     }
   } else {
     for (int order = 3; order >= 0; --order) {
+      int home = 0;
       for (int first = 0; first < p.count && code == 0; first += 32) {
         const int i = first + lane;
         const unsigned mask = __ballot_sync(0xFFFFFFFFu, i < p.count && p.sizes[i] == 1 << order);
@@ -84,15 +95,15 @@ extern "C" __global__ void __launch_bounds__(32) kvt_pool_allocate(const __grid_
 template <typename Use>
 __device__ __forceinline__ void for_each_word(int start, int size, Use use) {
   for (int granule = start; granule < start + size;) {
-    const int count = min(64 - (granule & 63), start + size - granule);
-    use(granule >> 6, Pool::bits_of(granule, count));
+    const int count = min(BatchPool::kGranules - granule % BatchPool::kGranules, start + size - granule);
+    use(granule / BatchPool::kGranules, BatchPool::bits_of(granule, count));
     granule += count;
   }
 }
 
 extern "C" __global__ void __launch_bounds__(1024) kvt_pool_free(const __grid_constant__ BatchParams p) {
   __shared__ int at_fault;
-  const Pool pool{p.memory};
+  const BatchPool pool{p.memory};
   Word* const marks = pool.marks();  // all zero between calls, which follow one another
   if (threadIdx.x == 0) at_fault = p.count;
   __syncthreads();
@@ -130,7 +141,7 @@ extern "C" __global__ void __launch_bounds__(1024) kvt_pool_free(const __grid_co
 }
 
 extern "C" __global__ void __launch_bounds__(256) kvt_pool_complete(const __grid_constant__ BatchParams p) {
-  const Pool pool{p.memory};
+  const BatchPool pool{p.memory};
   pool.free_all(pool.limbo_words(static_cast<Word>(p.count)), blockIdx.x * 256 + threadIdx.x, gridDim.x * 256);
 }
 

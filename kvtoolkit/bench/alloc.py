@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``kvtoolkit bench alloc``."""
     parser.add_argument("--threads", type=int, nargs="+", default=[1 << 10, 1 << 15, 1 << 20])
     parser.add_argument("--granules", type=int, default=1 << 21, help="size of the pool")
+    parser.add_argument("--layout", choices=("buddy", "slab"), default="buddy")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", metavar="PATH", help="also write the figures there")
 
@@ -35,13 +36,14 @@ def main(options: argparse.Namespace) -> int:
         )
     require_device("alloc")
     print(device_line())
-    print(f"a pool of {options.granules} granules, one granule a thread, by warps; G/s = 1e9 a second, medians\n")
+    print(f"a pool of {options.granules} granules, layout {options.layout}, one granule a thread, by warps; medians\n")
     print(
         f"{'threads':>9}{'':>4}{'launch us':>11}{'take us':>10}{'G/s':>8}{'cold us':>10}{'give us':>10}{'G/s':>8}",
         end="",
     )
     print(f"{'churn us':>11}{'pairs G/s':>11}")
-    rows = [_measure(threads, options.granules, options.repeats) for threads in options.threads]
+    layout = options.layout
+    rows = [_measure(threads, options.granules, layout, options.repeats) for threads in options.threads]
     for row in rows:
         threads = row["threads"]
         print(
@@ -49,13 +51,13 @@ def main(options: argparse.Namespace) -> int:
             f"{row['cold']:>10.2f}{row['give']:>10.2f}{threads / row['give'] / 1e3:>8.2f}"
             f"{row['churn']:>11.2f}{threads * _ROUNDS / row['churn'] / 1e3:>11.2f}"
         )
-    alone = _alone(options.repeats)
+    alone = _alone(layout, options.repeats)
     print(f"\none thread takes one granule inside a kernel: {alone['ns']:.0f} ns (median)")
     print(
         f"a full pool of {_FULL} granules tells 32768 threads so in {alone['full']:.1f} us, the first time in ", end=""
     )
     print(f"{alone['full_first']:.1f} us")
-    registers = {name: _kernel(name).usage for name in ("kvt_none", "kvt_take", "kvt_give", "kvt_take_alone")}
+    registers = {name: _kernel(name, layout).usage for name in ("kvt_none", "kvt_take", "kvt_give", "kvt_take_alone")}
     print("registers: " + ", ".join(f"{name} {usage.registers}" for name, usage in registers.items() if usage))
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
@@ -74,17 +76,17 @@ def _times(call: Callable[[], None], count: int) -> list[float]:
     return found
 
 
-def _kernel(name: str) -> Kernel:
-    return load("bench/alloc.cu", name, {}, 0)
+def _kernel(name: str, layout: str) -> Kernel:
+    return load("bench/alloc.cu", name, {"KVT_SLAB": int(layout == "slab")}, 0)
 
 
 class _Bench:
     """A pool, a place for what threads get, and launches on both."""
 
-    def __init__(self, threads: int, num_granules: int) -> None:
+    def __init__(self, threads: int, num_granules: int, layout: str) -> None:
         import torch
 
-        self.pool = DevicePool(num_granules)
+        self.pool = DevicePool(num_granules, layout=layout)
         self.threads = threads
         self.starts = torch.zeros(threads, dtype=torch.int32, device="cuda")
         self.elapsed = torch.zeros(1, dtype=torch.int64, device="cuda")
@@ -95,14 +97,14 @@ class _Bench:
         parameters = _params.pack(
             self.pool.memory.data.ptr, self.starts.data_ptr(), self.elapsed.data_ptr(), self.threads, _ROUNDS
         )
-        launch = Launch(_kernel(name), (-(-self.threads // 256),), 256, 0, parameters)
+        launch = Launch(_kernel(name, self.pool.layout), (-(-self.threads // 256),), 256, 0, parameters)
         return lambda: launch.run(torch.cuda.current_stream().cuda_stream)
 
 
-def _measure(threads: int, num_granules: int, repeats: int) -> dict[str, Any]:
+def _measure(threads: int, num_granules: int, layout: str, repeats: int) -> dict[str, Any]:
     import torch
 
-    bench = _Bench(threads, num_granules)
+    bench = _Bench(threads, num_granules, layout)
     row: dict[str, Any] = {"threads": threads}
     row["none"] = float(np.median(_times(bench.call("kvt_none"), repeats)))
     take, give, churn = bench.call("kvt_take"), bench.call("kvt_give"), bench.call("kvt_churn")
@@ -125,24 +127,25 @@ def _measure(threads: int, num_granules: int, repeats: int) -> dict[str, Any]:
     return row | {name: float(np.median(found[2:])) for name, found in times.items()}
 
 
-def _alone(repeats: int) -> dict[str, float]:
+def _alone(layout: str, repeats: int) -> dict[str, float]:
     import torch
 
-    one = _Bench(1, _FULL)
+    one = _Bench(1, _FULL, layout)
     alone, times = one.call("kvt_take_alone"), []
     for _ in range(repeats + 2):
         alone()
         times.append(int(one.elapsed) / _ROUNDS)
         one.pool._reset(one.pool._all_free())
-    full = _Bench(1 << 15, _FULL)
-    full.pool._reset(np.zeros(_FULL // 64, np.uint64))
+    full = _Bench(1 << 15, _FULL, layout)
+    taken = full.pool._words_with(np.zeros(_FULL, np.bool_))
+    full.pool._reset(taken)
     take = full.call("kvt_take")
     _times(full.call("kvt_none"), 3)
     first = []
     for _ in range(repeats):
-        full.pool._reset(np.zeros(_FULL // 64, np.uint64))
+        full.pool._reset(taken)
         first += _times(take, 1)
-        assert bool((full.starts == -2).all())
+        assert bool((full.starts == (-2 if layout == "buddy" else -3)).all())
     again = _times(take, repeats)
     torch.cuda.synchronize()
     return {

@@ -1,7 +1,8 @@
 """kvt/pool.cuh as generators that stop before every atomic, so that a test can draw the order in which threads go on.
 
-Words have 8 bits here and there are 2 shards of the version: small enough for schedules to be found and shrunk. Names
-and order of steps are those of the header; sequentially consistent, so memory orders are tested elsewhere.
+Words have 8 bits here and there are 2 shards of the version: small enough for schedules to be found and shrunk. In the
+slab layout a word that is not wholly free serves one order, which stands beside its bits. Names and order of steps are
+those of the header; sequentially consistent, so memory orders are tested elsewhere.
 """
 
 from collections.abc import Generator
@@ -42,11 +43,12 @@ class PoolModel:
 
     Args:
         free: the free words.
+        orders: of slabs, what each word serves; None: sizes mix.
         fault: what to do wrong, for the test of the test.
     """
 
-    def __init__(self, free: list[int], fault: str = "") -> None:
-        self.free, self.fault = list(free), fault
+    def __init__(self, free: list[int], orders: list[int] | None = None, fault: str = "") -> None:
+        self.free, self.orders, self.fault = list(free), orders and list(orders), fault
         self.limbo = [[0] * len(free) for _ in range(EPOCHS)]
         self.versions, self.hints, self.epoch = [0] * SHARDS, [0] * 4, 0
         # free for certain: set, and the call that set it has returned
@@ -54,6 +56,9 @@ class PoolModel:
         self.owners: dict[int, int] = {}
 
     # -- what threads do: `yield` stands before each atomic --------------------------------------------------------
+
+    def code_of(self, order: int) -> int:
+        return EXHAUSTED if order == 0 and not self.orders else FRAGMENTED
 
     def version(self) -> Steps:
         total = 0
@@ -67,10 +72,20 @@ class PoolModel:
         if self.fault != "the version stands still":
             self.versions[seed % SHARDS] += 1
 
-    def claim_runs(self, w: int, seen: int, order: int, count: int) -> Steps:
+    def word(self, w: int) -> tuple[int, int]:
+        """Free bits, and the order served, which one load sees together."""
+        return self.free[w], self.orders[w] if self.orders else 0
+
+    def runs(self, seen: tuple[int, int], order: int) -> int:
+        free, serves = seen
+        if self.orders and free != (1 << WIDTH) - 1 and serves != order:
+            return 0
+        return fold_runs(free, order)
+
+    def claim_runs(self, w: int, seen: tuple[int, int], order: int, count: int) -> Steps:
         won = 0
         while True:
-            runs, whole = fold_runs(seen, order), spread_runs(fold_runs(seen, 3), 3)
+            runs, whole = self.runs(seen, order), spread_runs(fold_runs(seen[0], 3), 3)
             missing = count - won.bit_count()
             broken = lowest_bits(runs & ~whole, missing)
             starts = broken | lowest_bits(runs & whole, missing - broken.bit_count())
@@ -79,45 +94,54 @@ class PoolModel:
             bits = spread_runs(starts, order)
             yield
             old = self.free[w]
-            if order == 0:
+            if self.orders:
+                is_same = old == seen[0] if self.fault == "the exchange is of the bits alone" else self.word(w) == seen
+                if is_same:
+                    self._take(w, bits)
+                    self.orders[w] = order
+                    return starts
+                seen = self.word(w)
+            elif order == 0:
                 self._take(w, old & bits)
                 won |= old & bits
-                seen = old & ~bits
+                seen = old & ~bits, 0
+                if won.bit_count() == count:
+                    return won
                 if won and self.fault == "a claim that lost a part gives up":
                     return won
             elif self.fault == "a run is claimed by fetch_and":
                 self._take(w, old & bits)
                 return starts
-            elif old == seen:
+            elif old == seen[0]:
                 self._take(w, bits)
                 return starts
             elif self.fault == "a lost exchange is not noticed":
                 return starts
             else:
-                seen = old
+                seen = old, 0
 
     def allocate(self, order: int, home: int) -> Steps:
         """Returns a granule or a code."""
         yield
-        start = yield from self.claim_runs(home, self.free[home], order, 1)
+        start = yield from self.claim_runs(home, self.word(home), order, 1)
         if start:
             return home * WIDTH + start.bit_length() - 1
         for _ in range(MAX_PASSES):
             before = yield from self.version()
             yield
             if self.hints[order] == before + 1:
-                return EXHAUSTED if order == 0 else FRAGMENTED
+                return self.code_of(order)
             for i in range(len(self.free)):
                 w = (home + i) % len(self.free)
                 yield
-                start = yield from self.claim_runs(w, self.free[w], order, 1)
+                start = yield from self.claim_runs(w, self.word(w), order, 1)
                 if start:
                     return w * WIDTH + start.bit_length() - 1
             after = yield from self.version()
             if after == before or self.fault == "one pass decides":
                 yield
                 self.hints[order] = before + 1
-                return EXHAUSTED if order == 0 else FRAGMENTED
+                return self.code_of(order)
         return CONTENDED
 
     def allocate_warp(self, order: int, home: int, wanted: int) -> Steps:
@@ -130,9 +154,9 @@ class PoolModel:
                 if place + rank < len(self.free):
                     w = (home + place + rank) % len(self.free)
                     yield
-                    seen[w] = self.free[w]
+                    seen[w] = self.word(w)
             for w, word in seen.items():
-                if len(granted) < wanted and fold_runs(word, order):
+                if len(granted) < wanted and self.runs(word, order):
                     starts = yield from self.claim_runs(w, word, order, wanted - len(granted))
                     granted.extend(w * WIDTH + at for at in range(WIDTH) if starts >> at & 1)
 
@@ -143,12 +167,12 @@ class PoolModel:
             before = yield from self.version()
             yield
             if self.hints[order] == before + 1:
-                return [*granted, EXHAUSTED if order == 0 else FRAGMENTED]
+                return [*granted, self.code_of(order)]
             for i in range(0, len(self.free), AHEAD * wanted):
                 sees_runs = False
                 for place in range(i, min(i + AHEAD * wanted, len(self.free))):
                     yield
-                    sees_runs |= fold_runs(self.free[(home + place) % len(self.free)], order) != 0
+                    sees_runs |= self.runs(self.word((home + place) % len(self.free)), order) != 0
                 for ahead in range(AHEAD if sees_runs else 0):
                     if len(granted) < wanted:
                         yield from scan(i + ahead * wanted)
@@ -158,7 +182,7 @@ class PoolModel:
             if after == before:
                 yield
                 self.hints[order] = before + 1
-                return [*granted, EXHAUSTED if order == 0 else FRAGMENTED]
+                return [*granted, self.code_of(order)]
         return granted if len(granted) == wanted else [*granted, CONTENDED]
 
     def in_limbo(self, w: int) -> Steps:
@@ -225,4 +249,5 @@ class PoolModel:
             self.settled[granule // WIDTH] |= self.free[granule // WIDTH] & 1 << granule % WIDTH
 
     def has_settled_run(self, order: int) -> bool:
-        return any(fold_runs(word, order) for word in self.settled)
+        serves = (self.orders or [0] * len(self.free))[: len(self.free)]
+        return any(self.runs(word, order) for word in zip(self.settled, serves, strict=True))

@@ -1,12 +1,15 @@
-// Real threads on kvt/pool.cuh, as the tests build and run it: pool_threads GRANULES THREADS ROUNDS SEED MODE
+// Real threads on kvt/pool.cuh, as the tests build and run it: pool_threads GRANULES THREADS ROUNDS SEED MODE LAYOUT
 //
 //   mix    allocate and free blocks of all sizes; some are retired, and freed when an epoch is completed; leases nest
 //   spare  every thread keeps to its share of the granules, and so may never be told of exhaustion
 //   fill   take single granules until told of exhaustion: all of them must have been granted
 //
-// `owners` and `kept` are plain memory that a block's owner writes: two owners at once are seen by the check, and an
-// order that is missing by ThreadSanitizer. Prints what went wrong and returns 1.
+// `owners` is plain memory that a block's owner writes: two owners at once are seen by the check, and an order that is
+// missing by ThreadSanitizer. `served` counts the live blocks of each order in a slab. Prints what went wrong and
+// returns 1.
 #include <kvt/pool.cuh>
+
+#include "pool_words.h"
 
 #include <cstdio>
 #include <cstdlib>
@@ -25,14 +28,21 @@ struct Block {
 int num_granules, num_threads, num_rounds;
 std::vector<kvt::Word> memory;
 std::vector<int> owners;
+std::vector<kvt::Word> served;  // by word, 16 bits for each order
 int failures = 0;
 
 void fail(const char* what, int a, int b) {
   if (__atomic_fetch_add(&failures, 1, __ATOMIC_RELAXED) == 0) std::printf("%s: %d %d\n", what, a, b);
 }
 
+template <typename Pool>
 void take(Block block, int owner) {
   const int size = 1 << block.order;
+  if (Pool::Layout::kIsSlab) {
+    const kvt::Word one = kvt::Word{1} << 16 * block.order;
+    const kvt::Word all = __atomic_add_fetch(&served[block.start / Pool::kGranules], one, __ATOMIC_RELAXED);
+    if ((all & ~(one * 0xFFFF)) != 0) fail("another order in this slab", block.start, block.order);
+  }
   if (block.start % size != 0 || block.start + size > num_granules) fail("not aligned, or outside", block.start, size);
   for (int g = block.start; g < block.start + size && g < num_granules; ++g) {
     if (owners[g] != 0) fail("two owners", g, owner);
@@ -40,14 +50,20 @@ void take(Block block, int owner) {
   }
 }
 
+template <typename Pool>
 void leave(Block block, int owner) {
+  if (Pool::Layout::kIsSlab) {
+    const kvt::Word one = kvt::Word{1} << 16 * block.order;
+    __atomic_sub_fetch(&served[block.start / Pool::kGranules], one, __ATOMIC_RELAXED);
+  }
   for (int g = block.start; g < block.start + (1 << block.order); ++g) {
     if (owners[g] != owner) fail("lost to another owner", g, owners[g]);
     owners[g] = 0;
   }
 }
 
-void mix(kvt::Pool pool, int owner, unsigned seed) {
+template <typename Pool>
+void mix(Pool pool, int owner, unsigned seed) {
   std::mt19937 draw(seed);
   std::vector<Block> held;
   std::vector<kvt::Word> outer(pool.num_words()), inner(pool.num_words());
@@ -56,22 +72,22 @@ void mix(kvt::Pool pool, int owner, unsigned seed) {
     if (draw() % 2 == 0) {
       const int start = pool.allocate(order, draw());
       if (start >= 0) {
-        take({start, order}, owner);
+        take<Pool>({start, order}, owner);
         held.push_back({start, order});
       }
     } else if (draw() % 4 == 0) {  // several at once, as a warp claims them
       const int w = draw() % pool.num_words();
       kvt::Word* const word = pool.free_words() + w;
-      kvt::Word starts = kvt::claim_runs(word, kvt::load_relaxed(word), order, 5);
+      kvt::Word starts = kvt::claim_runs<typename Pool::Layout>(word, kvt::load_relaxed(word), order, 5);
       for (; starts != 0; starts &= starts - 1) {
-        held.push_back({w * 64 + kvt::lowest_bit(starts), order});
-        take(held.back(), owner);
+        held.push_back({w * Pool::kGranules + kvt::lowest_bit(starts), order});
+        take<Pool>(held.back(), owner);
       }
     } else if (!held.empty()) {
       std::swap(held[draw() % held.size()], held.back());
       const Block block = held.back();
       held.pop_back();
-      leave(block, owner);
+      leave<Pool>(block, owner);
       const int size = 1 << block.order;
       const int code = draw() % 4 == 0 ? pool.retire(block.start, size) : pool.free(block.start, size);
       if (code != 0) fail("refused a live block", block.start, code);
@@ -82,7 +98,7 @@ void mix(kvt::Pool pool, int owner, unsigned seed) {
       const int draft = second.allocate(0, draw());
       const int beam = second.allocate(1, draw());
       for (const Block block : {Block{kept, order}, Block{draft, 0}, Block{beam, 1}}) {
-        if (block.start >= 0) take(block, owner), leave(block, owner);
+        if (block.start >= 0) take<Pool>(block, owner), leave<Pool>(block, owner);
       }
       if (draw() % 2 == 0) second.commit(outer.data(), 0, 1);
       else second.abort(0, 1);
@@ -91,12 +107,13 @@ void mix(kvt::Pool pool, int owner, unsigned seed) {
     if (round % 32 == 31) pool.free_all(pool.limbo_words(0), 0, 1);
   }
   for (const Block block : held) {
-    leave(block, owner);
+    leave<Pool>(block, owner);
     pool.free(block.start, 1 << block.order);
   }
 }
 
-void spare(kvt::Pool pool, int owner, unsigned seed) {
+template <typename Pool>
+void spare(Pool pool, int owner, unsigned seed) {
   std::mt19937 draw(seed);
   std::vector<Block> held;
   const unsigned most = num_granules / num_threads;
@@ -108,52 +125,51 @@ void spare(kvt::Pool pool, int owner, unsigned seed) {
         fail("false exhaustion", start, owner);
         return;
       }
-      take({start, 0}, owner);
+      take<Pool>({start, 0}, owner);
       held.push_back({start, 0});
     } else {
       std::swap(held[draw() % held.size()], held.back());
-      leave(held.back(), owner);
+      leave<Pool>(held.back(), owner);
       pool.free(held.back().start, 1);
       held.pop_back();
     }
   }
   for (const Block block : held) {
-    leave(block, owner);
+    leave<Pool>(block, owner);
     pool.free(block.start, 1);
   }
 }
 
-void fill(kvt::Pool pool, int owner, unsigned seed) {
+template <typename Pool>
+void fill(Pool pool, int owner, unsigned seed) {
   for (int w = 0; w < pool.num_words(); ++w) {  // several at once first: fewer than asked for if the word has no more
     kvt::Word* const word = pool.free_words() + w;
-    const kvt::Word starts = kvt::claim_runs(word, kvt::load_relaxed(word), 0, 5);
-    if (kvt::count_bits(starts) < 5 && kvt::load_relaxed(word) != 0) fail("a claim gave up early", w, owner);
-    for (kvt::Word rest = starts; rest != 0; rest &= rest - 1) take({w * 64 + kvt::lowest_bit(rest), 0}, owner);
+    const kvt::Word starts = kvt::claim_runs<typename Pool::Layout>(word, kvt::load_relaxed(word), 0, 5);
+    const kvt::Word left = kvt::load_relaxed(word) & granule_bits<Pool>();
+    if (kvt::count_bits(starts) < 5 && left != 0) fail("a claim gave up early", w, owner);
+    for (kvt::Word rest = starts; rest != 0; rest &= rest - 1) {
+      take<Pool>({w * Pool::kGranules + kvt::lowest_bit(rest), 0}, owner);
+    }
   }
   while (true) {
     const int start = pool.allocate(0, seed++);
     if (start == kvt::kContended) continue;
     if (start < 0) return;
-    take({start, 0}, owner);
+    take<Pool>({start, 0}, owner);
   }
 }
 
-}  // namespace
-
-int main(int, char** arguments) {
-  num_granules = std::atoi(arguments[1]), num_threads = std::atoi(arguments[2]), num_rounds = std::atoi(arguments[3]);
-  const unsigned seed = std::atoi(arguments[4]);
-  const std::string mode = arguments[5];
-  const int num_words = (num_granules + 63) / 64;
-  memory.assign(kvt::kFreeWords + num_words * (2 + kvt::kEpochs), 0);
+template <typename Pool>
+void play(unsigned seed, const std::string& mode) {
+  memory = make_memory<Pool>(num_granules);
+  const std::vector<kvt::Word> fresh = memory;
   owners.assign(num_granules, 0);
-  memory[0] = num_granules, memory[1] = num_words;
-  for (int g = 0; g < num_granules; ++g) memory[kvt::kFreeWords + g / 64] |= kvt::Word{1} << g % 64;
-  const std::vector<kvt::Word> fresh(memory.begin() + kvt::kFreeWords, memory.end());
-  kvt::Pool pool{memory.data()};
+  const Pool pool{memory.data()};
+  served.assign(pool.num_words(), 0);
   std::vector<std::thread> threads;
   for (int t = 0; t < num_threads; ++t) {
-    threads.emplace_back(mode == "mix" ? mix : mode == "spare" ? spare : fill, pool, t + 1, seed * 1000 + t);
+    const auto what = mode == "mix" ? mix<Pool> : mode == "spare" ? spare<Pool> : fill<Pool>;
+    threads.emplace_back(what, pool, t + 1, seed * 1000 + t);
   }
   for (auto& thread : threads) thread.join();
 
@@ -161,13 +177,13 @@ int main(int, char** arguments) {
     for (int g = 0; g < num_granules; ++g) {
       if (owners[g] == 0) fail("exhausted, and a granule is left", g, 0);
     }
-    if (pool.allocate(0, seed) != kvt::kExhausted) fail("not exhausted", 0, 0);
+    if (pool.allocate(0, seed) != Pool::code_of(0)) fail("not exhausted", 0, 0);
     if (pool.allocate(3, seed) != kvt::kFragmented) fail("not fragmented", 3, 0);
     pool.free(5, 1);
     if (pool.allocate(1, seed) != kvt::kFragmented) fail("not fragmented", 0, 0);
     if (pool.free(5, 1) != kvt::kInvalid) fail("a double free went through", 5, 1);
     if (pool.retire(5, 1) != kvt::kInvalid) fail("a free granule was retired", 5, 1);
-    for (const int start : {num_granules - 4, 60, -1}) {
+    for (const int start : {num_granules - 4, Pool::kGranules - 4, -1}) {
       if (pool.free(start, 8) != kvt::kInvalid) fail("a run that leaves the pool or the word went through", start, 8);
     }
     if (pool.retire(6, 1) != 0 || pool.retire(6, 1) != kvt::kInvalid || pool.free(6, 1) != kvt::kInvalid) {
@@ -175,10 +191,22 @@ int main(int, char** arguments) {
     }
     if (pool.allocate(0, seed) != 5) fail("what was freed is not found", 5, 0);
     for (int g = 0; g < num_granules; ++g) pool.free(g, 1);
+    pool.free_all(pool.limbo_words(0), 0, 1);
+    for (int i = 0; i < num_granules / 8; ++i) {  // what served granules serves blocks of 8 now
+      if (pool.allocate(3, seed + i) < 0) fail("a block of 8 is not found", i, 0);
+    }
+    for (int g = 0; g < num_granules; g += 8) pool.free(g, 8);
   }
   pool.free_all(pool.limbo_words(0), 0, 1);
-  if (std::memcmp(fresh.data(), memory.data() + kvt::kFreeWords, fresh.size() * sizeof(kvt::Word)) != 0) {
-    fail("the pool is not as it was", 0, 0);
-  }
+  if (!is_same<Pool>(fresh, memory)) fail("the pool is not as it was", 0, 0);
+}
+
+}  // namespace
+
+int main(int, char** arguments) {
+  num_granules = std::atoi(arguments[1]), num_threads = std::atoi(arguments[2]), num_rounds = std::atoi(arguments[3]);
+  const unsigned seed = std::atoi(arguments[4]);
+  if (std::string(arguments[6]) == "slab") play<kvt::SlabPool>(seed, arguments[5]);
+  else play<kvt::Pool>(seed, arguments[5]);
   return failures != 0;
 }

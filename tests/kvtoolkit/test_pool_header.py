@@ -67,7 +67,7 @@ def plain(tmp_path_factory):
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory):
     program = build(tmp_path_factory.mktemp("sanitized"), get_include(), "-fsanitize=thread")
-    if "unexpected memory mapping" in run(program, 64, 1, 1, 0, "fill"):
+    if "unexpected memory mapping" in run(program, 64, 1, 1, 0, "fill", "buddy"):
         pytest.skip("ThreadSanitizer cannot run here")
     return program
 
@@ -77,20 +77,21 @@ DRAWN = {
     "threads": st.integers(1, 8),
     "seed": st.integers(0, 9999),
     "mode": st.sampled_from(["mix", "mix", "spare", "fill"]),
+    "layout": st.sampled_from(["buddy", "slab"]),
 }
 SLOW = settings(deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @settings(SLOW, max_examples=120)
 @given(**DRAWN)
-def test_threads_get_disjoint_blocks_and_leave_the_pool_as_it_was(plain, granules, threads, seed, mode):
-    assert not run(plain, max(granules, 8 * threads), threads, 5000, seed, mode)
+def test_threads_get_disjoint_blocks_and_leave_the_pool_as_it_was(plain, granules, threads, seed, mode, layout):
+    assert not run(plain, max(granules, 8 * threads), threads, 5000, seed, mode, layout)
 
 
 @settings(SLOW, max_examples=25)
 @given(**DRAWN)
-def test_orders_suffice_for_thread_sanitizer(sanitized, granules, threads, seed, mode):
-    assert not run(sanitized, max(granules, 8 * threads), threads, 2000, seed, mode)
+def test_orders_suffice_for_thread_sanitizer(sanitized, granules, threads, seed, mode, layout):
+    assert not run(sanitized, max(granules, 8 * threads), threads, 2000, seed, mode, layout)
 
 
 LANE = ('asm("mov.u32 %0, %%laneid;" : "=r"(lane));', "lane = this_lane;")
@@ -108,9 +109,10 @@ def warps(tmp_path_factory):
     singles=st.integers(0, 4),
     lanes=st.integers(1, 0xFFFFFFFF) | st.sampled_from([0xFFFFFFFF, 1, 0x80000000, 0xF]),
     seed=st.integers(0, 9999),
+    layout=st.sampled_from(["buddy", "slab"]),
 )
-def test_a_warp_of_threads_is_served_exactly(warps, granules, singles, lanes, seed):
-    assert not run(warps, granules, singles, lanes, seed)
+def test_a_warp_of_threads_is_served_exactly(warps, granules, singles, lanes, seed, layout):
+    assert not run(warps, granules, singles, lanes, seed, layout)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
@@ -128,7 +130,15 @@ def test_the_header_compiles_for_host_and_device(tmp_path):
           lease.abort(threadIdx.x, blockDim.x);
           starts[threadIdx.x] = start >= 0 ? warp.retire(start, 1) : pool.free(starts[threadIdx.x], 8);
         }
-        int main() { user<<<1, 32>>>(nullptr, nullptr, nullptr); }
+        __global__ void of_slabs(kvt::Word* memory, kvt::Word* journal, int* starts) {
+          const kvt::SlabPool pool{memory};
+          starts[0] = kvt::PoolLease{pool, journal}.allocate(3, threadIdx.x);
+          starts[1] = kvt::PoolWarp(pool, 0xFFFFFFFFu).allocate(0, blockIdx.x);
+        }
+        int main() {
+          user<<<1, 32>>>(nullptr, nullptr, nullptr);
+          of_slabs<<<1, 32>>>(nullptr, nullptr, nullptr);
+        }
         """
     )
     command = ["nvcc", "-std=c++17", "-arch=sm_90", f"-I{get_include()}", "-c", str(source), "-o", str(tmp_path / "o")]
@@ -151,7 +161,8 @@ MUTANTS = {
     ),
     "a run is claimed by fetch_and, won or not": (
         "plain",
-        "const Word old = compare_exchange_acquire(word, seen, seen & ~bits);\n      if (old == seen) return starts;",
+        "const Word old = compare_exchange_acquire(word, seen, Layout::without(seen, bits, order));\n"
+        "      if (old == seen) return starts;",
         "const Word old = fetch_and_acquire(word, ~bits);\n      if ((old & bits) != 0) return starts;",
     ),
     "what was lost in a claim is kept": ("plain", "won |= old & bits;", "won |= bits;"),
@@ -161,6 +172,13 @@ MUTANTS = {
         "if (version() == before) {\n        store_relaxed(memory",
         "if (true) {\n        store_relaxed(memory",
     ),
+    "a slab serves any order": ("plain", "static_cast<int>(word >> 32 & 3) == order;", "true;"),
+    "a slab keeps its first order": (
+        "plain",
+        "& ~(Word{3} << 32)) | static_cast<Word>(order) << 32",
+        ")",
+    ),
+    "the last slab is never whole": ("plain", "8 * (word >> 34)) - 1", "8 * 4) - 1"),
     "the version comes before the bit": (
         "plain",
         "    const Word old = fetch_or_release(free_words() + w, bits & ~taken) & bits;\n"
@@ -168,7 +186,7 @@ MUTANTS = {
         "    bump_version(static_cast<unsigned>(w));\n    for (int i = 0; i < 200; ++i) load_acquire(memory);\n"
         "    const Word old = fetch_or_release(free_words() + w, bits & ~taken) & bits;\n",
     ),
-    "a mask is off by one": ("plain", "~Word{0} >> (64 - count)", "~Word{0} >> (63 - count)"),
+    "a mask is off by one": ("plain", "~Word{0} >> (64 - count) <<", "~Word{0} >> (63 - count) <<"),
     "runs are not aligned": ("plain", "word >> 1 & 0x5555555555555555ull", "word >> 1"),
     "a run of 8 is checked as one of 4": ("plain", "if (order > 2) word &=", "if (order > 3) word &="),
     "a double free goes through": (
@@ -177,7 +195,7 @@ MUTANTS = {
         "bump_version(static_cast<unsigned>(w));\n    return taken == 0 ?",
     ),
     "a block is freed out of limbo": ("plain", "const Word taken = in_limbo(w) & bits;", "const Word taken = 0;"),
-    "a run may leave its word": ("plain", "count <= 64 - (start & 63)", "count <= 64"),
+    "a run may leave its word": ("plain", "count <= kGranules - start % kGranules", "count <= kGranules"),
     "an aborted lease keeps its blocks": (
         "plain",
         "pool.free_all(journal, rank, threads)",
@@ -196,9 +214,11 @@ MUTANTS = {
 def is_found(program, warps=False, seeds=100):
     """Whether one of many runs goes wrong; most faults show within a few."""
     for seed in range(seeds):
-        runs = [(128, 8, 20000, seed, "mix"), (192, 3, 20000, seed, "spare"), (512, 8, 20000, seed, "fill")]
+        layout = ("buddy", "slab")[seed % 2]
+        runs = [(128, 8, 20000, seed, "mix"), (200, 3, 20000, seed, "spare"), (520, 8, 20000, seed, "fill")]
         if warps:
-            runs = [(512, 3, 0xF, seed), (640, 3, 1, seed), (64, 3, 0xFFFFFFFF, seed)]
+            runs = [(512, 3, 0xF, seed), (640, 3, 1, seed), (72, 0, 0xFFFFFFFF, seed)]
+        runs = [(*arguments, layout) for arguments in runs]
         if any(run(program, *arguments, timeout=10 if warps else 60) for arguments in runs):
             return True
     return False
@@ -209,7 +229,7 @@ def test_planted_faults_are_found(name, tmp_path):
     how, *change = MUTANTS[name]
     options = ("-fsanitize=thread",) if how == "tsan" else ()
     program = build(tmp_path, shaken(tmp_path, change), *options, "-Wno-error")
-    if how == "tsan" and "unexpected memory mapping" in run(program, 64, 1, 1, 0, "fill"):
+    if how == "tsan" and "unexpected memory mapping" in run(program, 64, 1, 1, 0, "fill", "buddy"):
         pytest.skip("ThreadSanitizer cannot run here")
     assert is_found(program)
 
@@ -218,12 +238,14 @@ def test_nothing_is_found_where_nothing_is_planted(plain, warps, tmp_path):
     assert not is_found(plain, seeds=5)
     assert not is_found(warps, warps=True, seeds=5)
     sanitized = build(tmp_path, shaken(tmp_path), "-fsanitize=thread")
-    if "unexpected memory mapping" not in run(sanitized, 64, 1, 1, 0, "fill"):
+    if "unexpected memory mapping" not in run(sanitized, 64, 1, 1, 0, "fill", "buddy"):
         assert not is_found(sanitized, seeds=3)
 
 
 WARP_MUTANTS = {
-    "a claim that lost a part gives up": ("won |= old & bits;", "won |= old & bits; if (won != 0) return won;"),
+    "a claim that lost a part gives up": ("if (count_bits(won) == count) return won;", "if (won != 0) return won;"),
+    "slabs that serve the order are left out": ("opens_ = false;", "opens_ = false; return start_;"),
+    "slabs are begun where none may be": ("opens_ = false;", ""),
     "lanes share a rank": (LANE[0], "lane = this_lane & 15;"),
     "words are left out": ("i += kAhead * wanted_", "i += (kAhead + 1) * wanted_"),
     "all take the first run": ("rank_ - granted_)", "0)"),

@@ -163,10 +163,11 @@ def test_every_kernel_compiles_for_every_architecture_and_spills_nothing():
         assert row["spill_nbytes"] == 0, row
 
 
+@pytest.mark.parametrize("slab", [0, 1])
 @pytest.mark.parametrize("source", ["pool/batch.cu", "bench/alloc.cu"])
-def test_the_pools_kernels_compile_and_spill_nothing(source):
+def test_the_pools_kernels_compile_and_spill_nothing(source, slab):
     for arch in specs.SMEM_LIMITS:
-        usage = compiler.build(source, {}, arch).usage
+        usage = compiler.build(source, {"KVT_SLAB": slab}, arch).usage
         assert len(usage) >= 3
         for kernel in usage:
             assert kernel.spill_nbytes == 0

@@ -1,17 +1,23 @@
 // The lock-free pool: running kernels take blocks of granules from it and give them back. No thread ever waits.
 //
-// A free bit is the state of its granule: 64 to a word, so a block of 1, 2, 4 or 8 aligned granules lies inside one
-// word. It is claimed by one atomic on that word and freed by another; buddies coalesce by themselves, and there is no
-// list, no tag and no ABA. A set bit that is freed again gives a double free away.
+// A free bit is the state of its granule, and a block of 1, 2, 4 or 8 aligned granules lies inside one word. It is
+// claimed by one atomic on that word and freed by another; buddies coalesce by themselves, and there is no list and no
+// ABA. A set bit that is freed again gives a double free away. Two layouts, a type each, since a kernel knows its pool:
+//
+//   Pool      buddy: 64 granules a word, sizes mix.
+//   SlabPool  32 granules a word, which serve one order until all of them are free. The order stands in the same word,
+//             so a claim checks it by its compare-and-swap. A block that is freed in part is whole again, and free,
+//             once the rest of it is.
 //
 // When is the pool exhausted? Not when one pass over the words finds nothing: a block may move behind it. Every free
 // is followed by an increment of the version. A pass that found nothing, with the version the same before and after it,
 // proves that there was no such block when it ended: without frees, free runs only shrink. The proof is kept, so that
 // all who ask at the same version are told at once. After kMaxPasses with a moving version the answer is kContended.
 //
-//   memory  uint64, made by kvtoolkit.DevicePool: granules, words, epoch
+//   memory  uint64, made by kvtoolkit.DevicePool: granules and words of a Pool, epoch, unused, those of a SlabPool
 //           | kHints    [4], by order: the version at which no block was left, plus 1
-//           | kVersions [kShards], a cache line each; the version is their sum
+//           | kVersions [kShards], a cache line each; the version is their sum. Behind it, by order: the word where
+//                       the searches of this shard found a slab last
 //           | free words, an even number | limbo words of kEpochs epochs | marks of a batch that is being freed
 //
 // free is for blocks that no other thread can still read, retire for all others: they wait in the limbo of the epoch
@@ -28,9 +34,9 @@ namespace kvt {
 // What a failed call returns, as a negative number.
 enum PoolCode : int {
   kExhausted = -2,   // of one granule: at some moment of the call none was free
-  kFragmented = -3,  // of more: at some moment no such run was free; smaller ones may have been
+  kFragmented = -3,  // of more, or of a slab: at some moment no such run was free; others may have been
   kContended = -4,   // undecided: others kept freeing
-  kInvalid = -5,     // free, retire: not inside the pool, not inside one word, or not live
+  kInvalid = -5,     // free, retire: not inside the pool, not inside one word, or not live; all: the other layout's pool
 };
 
 constexpr int kHints = 8;
@@ -98,43 +104,92 @@ KVT_ATOMIC int bit_of_rank(Word word, int rank) {
   return place;
 }
 
-// Starts of up to `count` runs to claim: those in superblocks that are broken already, before whole ones.
-KVT_ATOMIC Word choose_runs(Word free, int order, int count) {
-  const Word runs = fold_runs(free, order);
-  const Word whole = spread_runs(fold_runs(free, 3), 3);
-  const Word broken = lowest_bits(runs & ~whole, count);
-  return broken | lowest_bits(runs & whole, count - count_bits(broken));
-}
+// What a word says, by layout.
+struct Buddy {
+  static constexpr int kShift = 6;  // log2 of the granules of a word
+  static constexpr int kSizes = 0;  // where memory has the size of the pool
+  static constexpr bool kIsSlab = false;
+
+  // Starts of the free runs.
+  KVT_ATOMIC static Word runs(Word word, int order, bool) { return fold_runs(word, order); }
+
+  // Up to `count` of them to claim: those in superblocks that are broken already, before whole ones.
+  KVT_ATOMIC static Word choose(Word word, int order, int count, bool) {
+    const Word runs = fold_runs(word, order);
+    const Word whole = spread_runs(fold_runs(word, 3), 3);
+    const Word broken = lowest_bits(runs & ~whole, count);
+    return broken | lowest_bits(runs & whole, count - count_bits(broken));
+  }
+
+  KVT_ATOMIC static Word without(Word word, Word bits, int) { return word & ~bits; }
+};
+
+// Bits 0-31 are the granules, 32-33 the order that the word serves unless all of it is free, 34-36 the superblocks of
+// the word that exist.
+struct Slab {
+  static constexpr int kShift = 5;
+  static constexpr int kSizes = 4;
+  static constexpr bool kIsSlab = true;
+
+  // `opens`: in words that are wholly free, too.
+  KVT_ATOMIC static Word runs(Word word, int order, bool opens) {
+    const Word free = word & 0xFFFFFFFFull;
+    const bool is_whole = free == (Word{1} << 8 * (word >> 34)) - 1;
+    const bool serves = is_whole ? opens : static_cast<int>(word >> 32 & 3) == order;
+    return serves ? fold_runs(free, order) : 0;
+  }
+
+  KVT_ATOMIC static Word choose(Word word, int order, int count, bool opens) {
+    return lowest_bits(runs(word, order, opens), count);
+  }
+
+  KVT_ATOMIC static Word without(Word word, Word bits, int order) {
+    return (word & ~bits & ~(Word{3} << 32)) | static_cast<Word>(order) << 32;
+  }
+};
 
 // Claim up to `count` runs of a word whose value was seen; returns their starts. Fewer than `count` only if the word
 // has no more. Lock-free: a repetition means that another thread has got on.
-KVT_ATOMIC Word claim_runs(Word* word, Word seen, int order, int count) {
+template <typename Layout>
+KVT_ATOMIC Word claim_runs(Word* word, Word seen, int order, int count, bool opens = true) {
   Word won = 0;
   while (true) {
-    const Word starts = choose_runs(seen, order, count - count_bits(won));
+    const Word starts = Layout::choose(seen, order, count - count_bits(won), opens);
     if (starts == 0) return won;
     const Word bits = spread_runs(starts, order);
-    if (order == 0) {
+    if (order == 0 && !Layout::kIsSlab) {
       const Word old = fetch_and_acquire(word, ~bits);
       won |= old & bits;
+      if (count_bits(won) == count) return won;
       seen = old & ~bits;
     } else {
-      const Word old = compare_exchange_acquire(word, seen, seen & ~bits);
+      const Word old = compare_exchange_acquire(word, seen, Layout::without(seen, bits, order));
       if (old == seen) return starts;
       seen = old;
     }
   }
 }
 
-struct Pool {
+template <typename LayoutType>
+struct BasicPool {
+  using Layout = LayoutType;
+  static constexpr int kGranules = 1 << Layout::kShift;  // of a word
+
   Word* memory;
 
-  KVT_ATOMIC int num_granules() const { return static_cast<int>(memory[0]); }
-  KVT_ATOMIC int num_words() const { return static_cast<int>(memory[1]); }
+  // Both 0 for a pool of the other layout.
+  KVT_ATOMIC int num_granules() const { return static_cast<int>(memory[Layout::kSizes]); }
+  KVT_ATOMIC int num_words() const { return static_cast<int>(memory[Layout::kSizes + 1]); }
   KVT_ATOMIC Word* free_words() const { return memory + kFreeWords; }
   KVT_ATOMIC Word* marks() const { return free_words() + static_cast<long long>(num_words()) * (1 + kEpochs); }
   KVT_ATOMIC Word* limbo_words(Word epoch) const {
     return free_words() + static_cast<long long>(num_words()) * (1 + epoch % kEpochs);
+  }
+
+  // Where searches of a shard look first in slabs. Few share a word, and few words are begun at once.
+  KVT_ATOMIC Word* current_word(int order, unsigned seed) const {
+    const unsigned most = static_cast<unsigned>(num_words()) / 64 + 1;
+    return memory + kVersions + seed % (most < kShards ? most : kShards) * kShardPitch + 1 + order;
   }
 
   KVT_ATOMIC Word version() const {
@@ -161,33 +216,22 @@ struct Pool {
 
   // One thread on its own takes one block of 2^order granules, order 0 to 3. Returns its first granule, or a PoolCode.
   KVT_ATOMIC int allocate(int order, unsigned seed) const {
-    Word* const words = free_words();
-    const int home = home_of(seed);
-    const Word first = claim_runs(words + home, load_relaxed(words + home), order, 1);
-    if (first != 0) return home * 64 + lowest_bit(first);
-    for (int pass = 0; pass < kMaxPasses; ++pass) {
-      const Word before = version();
-      fence_acq_rel();
-      if (load_relaxed(memory + kHints + order) == before + 1) return code_of(order);
-      for (int i = 0, w = home; i < num_words(); ++i) {
-        const Word start = claim_runs(words + w, load_relaxed(words + w), order, 1);
-        if (start != 0) return w * 64 + lowest_bit(start);
-        w = w + 1 == num_words() ? 0 : w + 1;
-      }
-      fence_acq_rel();
-      if (version() == before) {
-        store_relaxed(memory + kHints + order, before + 1);
-        return code_of(order);
-      }
-    }
-    return kContended;
+    if (num_words() == 0) return kInvalid;
+    if (!Layout::kIsSlab) return search(order, home_of(seed));
+    Word* const current = current_word(order, seed);
+    const int w = static_cast<int>(load_relaxed(current));
+    int start = claim(order, w);
+    if (start >= 0) return start;
+    start = search(order, home_of(seed));
+    if (start >= 0) store_relaxed(current, static_cast<Word>(start >> Layout::kShift));
+    return start;
   }
 
   // One thread on its own frees live granules inside one word: a block or a part of one. Returns 0, or kInvalid where
   // some were free already or in limbo; the others are free then.
   KVT_ATOMIC int free(int start, int count) const {
     if (!is_inside(start, count)) return kInvalid;
-    const int w = start >> 6;
+    const int w = start >> Layout::kShift;
     const Word bits = bits_of(start, count);
     const Word taken = in_limbo(w) & bits;
     const Word old = fetch_or_release(free_words() + w, bits & ~taken) & bits;
@@ -198,7 +242,7 @@ struct Pool {
   // Likewise, for granules that running kernels may still read.
   KVT_ATOMIC int retire(int start, int count) const {
     if (!is_inside(start, count)) return kInvalid;
-    const int w = start >> 6;
+    const int w = start >> Layout::kShift;
     const Word bits = bits_of(start, count);
     const Word taken = (in_limbo(w) | load_relaxed(free_words() + w)) & bits;
     const Word old = fetch_or_release(limbo_words(load_acquire(memory + 2)) + w, bits & ~taken) & bits;
@@ -211,13 +255,13 @@ struct Pool {
     return bits;
   }
 
-  KVT_ATOMIC static int code_of(int order) { return order == 0 ? kExhausted : kFragmented; }
+  KVT_ATOMIC static int code_of(int order) { return order == 0 && !Layout::kIsSlab ? kExhausted : kFragmented; }
 
   KVT_ATOMIC bool is_inside(int start, int count) const {
-    return start >= 0 && count >= 1 && count <= 64 - (start & 63) && count <= num_granules() - start;
+    return start >= 0 && count >= 1 && count <= kGranules - start % kGranules && count <= num_granules() - start;
   }
 
-  KVT_ATOMIC static Word bits_of(int start, int count) { return ~Word{0} >> (64 - count) << (start & 63); }
+  KVT_ATOMIC static Word bits_of(int start, int count) { return ~Word{0} >> (64 - count) << start % kGranules; }
 
   // Give back what thread `rank` of `threads` finds in a bitmap of granules, [num_words], and clear it.
   KVT_ATOMIC void free_all(Word* bitmap, int rank, int threads) const {
@@ -230,20 +274,52 @@ struct Pool {
     }
     if (has_freed) bump_version(static_cast<unsigned>(rank));
   }
+
+ private:
+  KVT_ATOMIC int claim(int order, int w) const {
+    Word* const word = free_words() + w;
+    const Word start = claim_runs<Layout>(word, load_relaxed(word), order, 1);
+    return start != 0 ? (w << Layout::kShift) + lowest_bit(start) : kContended;
+  }
+
+  KVT_ATOMIC int search(int order, int home) const {
+    int start = claim(order, home);
+    if (start >= 0) return start;
+    for (int pass = 0; pass < kMaxPasses; ++pass) {
+      const Word before = version();
+      fence_acq_rel();
+      if (load_relaxed(memory + kHints + order) == before + 1) return code_of(order);
+      for (int i = 0, w = home; i < num_words(); ++i) {
+        start = claim(order, w);
+        if (start >= 0) return start;
+        w = w + 1 == num_words() ? 0 : w + 1;
+      }
+      fence_acq_rel();
+      if (version() == before) {
+        store_relaxed(memory + kHints + order, before + 1);
+        return code_of(order);
+      }
+    }
+    return kContended;
+  }
 };
+
+using Pool = BasicPool<Buddy>;
+using SlabPool = BasicPool<Slab>;
 
 // Blocks taken ahead for a future that may not come - a beam, draft tokens. The journal is a bitmap of granules, zeros
 // at first (DevicePool.journals). A block of a lease is not freed or retired by hand before the lease has ended: the
 // journal would still name it. Leases nest: one whose future came hands its blocks to the lease around it, or to
 // nobody.
+template <typename AnyPool>
 struct PoolLease {
-  Pool pool;
+  AnyPool pool;
   Word* journal;
 
   // As Pool::allocate.
   KVT_ATOMIC int allocate(int order, unsigned seed) const {
     const int start = pool.allocate(order, seed);
-    if (start >= 0) fetch_or_release(journal + (start >> 6), Pool::bits_of(start, 1 << order));
+    if (start >= 0) fetch_or_release(journal + start / AnyPool::kGranules, AnyPool::bits_of(start, 1 << order));
     return start;
   }
 
@@ -259,14 +335,17 @@ struct PoolLease {
   // Likewise: give the blocks back. Nobody may still read them.
   KVT_ATOMIC void abort(int rank, int threads) const { pool.free_all(journal, rank, threads); }
 };
+template <typename AnyPool>
+PoolLease(AnyPool, Word*) -> PoolLease<AnyPool>;
 
 #if defined(__CUDACC__)
 
 // What the lanes of `mask` do together: lanes of one warp that all get here, such as __ballot_sync of who wants to, or
 // 0xFFFFFFFF. PoolWarp(pool, mask).allocate(0, number_of_the_warp);
+template <typename AnyPool>
 class PoolWarp {
  public:
-  __device__ __forceinline__ PoolWarp(const Pool& pool, unsigned mask)
+  __device__ __forceinline__ PoolWarp(const AnyPool& pool, unsigned mask)
       : pool_(pool),
         mask_(mask),
         leader_(lowest_bit(mask)),
@@ -276,14 +355,36 @@ class PoolWarp {
 
   // A block of 2^order granules for each lane, of the same order. Returns the lane's first granule, or a PoolCode.
   __device__ __forceinline__ int allocate(int order, unsigned seed) {
-    return allocate_from(order, pool_.home_of(__shfl_sync(mask_, seed, leader_)));
+    if (pool_.num_words() == 0) return kInvalid;
+    seed = __shfl_sync(mask_, seed, leader_);
+    if (!Layout::kIsSlab) return allocate_from(order, pool_.home_of(seed));
+    begin();
+    Word* const current = pool_.current_word(order, seed);
+    scan(order, static_cast<int>(__shfl_sync(mask_, load_relaxed(current), leader_)), 0);
+    if (granted_ < wanted_) {
+      search(order, pool_.home_of(seed));
+      if (rank_ == wanted_ - 1 && start_ >= 0) store_relaxed(current, static_cast<Word>(start_ >> Layout::kShift));
+    }
+    __syncwarp(mask_);
+    return start_;
   }
 
   // Likewise, the search beginning at a word.
   __device__ __forceinline__ int allocate_from(int order, int home) {
-    const int start = search(order, home);
+    begin();
+    search(order, home);
     __syncwarp(mask_);  // what the lane that claimed has acquired holds for all
-    return start;
+    return start_;
+  }
+
+  // Likewise, of slabs that serve this order already; kContended where that is not enough.
+  __device__ __forceinline__ int allocate_opened(int order) {
+    begin();
+    opens_ = false;
+    for (int i = 0; i < pool_.num_words() && granted_ < wanted_; i += wanted_) scan(order, 0, i);
+    opens_ = true;
+    __syncwarp(mask_);
+    return start_;
   }
 
   // As Pool::free, for each lane. Lanes whose granules share a word take one atomic, the warp one version. Where two
@@ -291,7 +392,7 @@ class PoolWarp {
   __device__ __forceinline__ int free(int start, int count) {
     const int code = set_bits(pool_.free_words(), false, start, count);
     __syncwarp(mask_);
-    if (rank_ == 0) pool_.bump_version(static_cast<unsigned>(start) >> 6);
+    if (rank_ == 0) pool_.bump_version(static_cast<unsigned>(start) >> Layout::kShift);
     return code;
   }
 
@@ -302,6 +403,8 @@ class PoolWarp {
   }
 
  private:
+  using Layout = typename AnyPool::Layout;
+
   // %laneid: threads are numbered across all axes of a CTA
   __device__ __forceinline__ static int lane_of_warp() {
     int lane;
@@ -309,10 +412,14 @@ class PoolWarp {
     return lane;
   }
 
-  __device__ __forceinline__ int search(int order, int home) {
-    const int num_words = pool_.num_words();
+  __device__ __forceinline__ void begin() {
     granted_ = 0;
     start_ = kContended;
+  }
+
+  // For the lanes that have none yet: fills start_, with a code where there is none.
+  __device__ __forceinline__ void search(int order, int home) {
+    const int num_words = pool_.num_words();
     scan(order, home, 0);
     home &= ~1;  // from here on words are loaded in pairs
     for (int pass = 0; pass < kMaxPasses && granted_ < wanted_; ++pass) {
@@ -320,20 +427,23 @@ class PoolWarp {
       fence_acq_rel();
       __syncwarp(mask_);
       const Word known = __shfl_sync(mask_, load_relaxed(pool_.memory + kHints + order), leader_);
-      if (known == before + 1) return start_ >= 0 ? start_ : Pool::code_of(order);
-      for (int i = 0; i < num_words && granted_ < wanted_; i += kAhead * wanted_) {
-        if (!__any_sync(mask_, sees_runs(order, home, i))) continue;
-        for (int k = 0; k < kAhead && granted_ < wanted_; ++k) scan(order, home, i + k * wanted_);
+      bool is_proved = known == before + 1;
+      if (!is_proved) {
+        for (int i = 0; i < num_words && granted_ < wanted_; i += kAhead * wanted_) {
+          if (!__any_sync(mask_, sees_runs(order, home, i))) continue;
+          for (int k = 0; k < kAhead && granted_ < wanted_; ++k) scan(order, home, i + k * wanted_);
+        }
+        if (granted_ == wanted_) return;
+        fence_acq_rel();
+        __syncwarp(mask_);
+        is_proved = version() == before;
+        if (is_proved && rank_ == 0) store_relaxed(pool_.memory + kHints + order, before + 1);
       }
-      if (granted_ == wanted_) break;
-      fence_acq_rel();
-      __syncwarp(mask_);
-      if (version() == before) {
-        if (rank_ == 0) store_relaxed(pool_.memory + kHints + order, before + 1);
-        return start_ >= 0 ? start_ : Pool::code_of(order);
+      if (is_proved) {
+        if (start_ < 0) start_ = AnyPool::code_of(order);
+        return;
       }
     }
-    return start_;
   }
 
   __device__ __forceinline__ Word version() const {
@@ -363,7 +473,7 @@ class PoolWarp {
     }
     Word runs = 0;
 #pragma unroll
-    for (int k = 0; k < kAhead; ++k) runs |= fold_runs(seen[k], order);
+    for (int k = 0; k < kAhead; ++k) runs |= Layout::runs(seen[k], order, true);
     return runs != 0;
   }
 
@@ -372,18 +482,18 @@ class PoolWarp {
     const bool is_word = i + rank_ < pool_.num_words();
     const int w = is_word ? word_at(home, i + rank_) : 0;
     const Word seen = is_word ? load_relaxed(pool_.free_words() + w) : 0;
-    const Word runs = fold_runs(seen, order);
+    const Word runs = Layout::runs(seen, order, opens_);
     unsigned finders = __ballot_sync(mask_, runs != 0);
     while (finders != 0 && granted_ < wanted_) {
-      const int source = __ffs(static_cast<int>(finders)) - 1;
+      const int source = lowest_bit(finders);
       finders &= finders - 1;
       Word starts = 0;
-      if (lane_ == source) starts = claim_runs(pool_.free_words() + w, seen, order, wanted_ - granted_);
+      if (lane_ == source) starts = claim_runs<Layout>(pool_.free_words() + w, seen, order, wanted_ - granted_, opens_);
       starts = __shfl_sync(mask_, starts, source);
       const int its_word = __shfl_sync(mask_, w, source);
       const int count = count_bits(starts);
       if (rank_ >= granted_ && rank_ < granted_ + count) {
-        start_ = its_word * 64 + bit_of_rank(starts, rank_ - granted_);
+        start_ = (its_word << Layout::kShift) + bit_of_rank(starts, rank_ - granted_);
       }
       granted_ += count;
     }
@@ -392,14 +502,14 @@ class PoolWarp {
   __device__ __forceinline__ int set_bits(Word* bitmap, bool is_limbo, int start, int count) {
     __syncwarp(mask_);  // what lanes did with their blocks comes before the release
     const bool is_inside = pool_.is_inside(start, count);
-    const Word bits = is_inside ? Pool::bits_of(start, count) : 0;
-    const int w = is_inside ? start >> 6 : -1;
+    const Word bits = is_inside ? AnyPool::bits_of(start, count) : 0;
+    const int w = is_inside ? start >> Layout::kShift : -1;
     const unsigned group = __match_any_sync(mask_, w);
     const unsigned low = __reduce_or_sync(group, static_cast<unsigned>(bits));
     const unsigned high = __reduce_or_sync(group, static_cast<unsigned>(bits >> 32));
     const int total = __reduce_add_sync(group, count_bits(bits));
     const Word all = static_cast<Word>(high) << 32 | low;
-    const int first = __ffs(static_cast<int>(group)) - 1;
+    const int first = lowest_bit(group);
     Word taken = 0;
     if (lane_ == first && is_inside) {
       taken = pool_.in_limbo(w);
@@ -412,11 +522,12 @@ class PoolWarp {
 
   static constexpr int kAhead = 8;  // words of a lane that are looked at together, where many must be
 
-  const Pool pool_;
+  const AnyPool pool_;
   const unsigned mask_;
   const int leader_, lane_, rank_, wanted_;
   int granted_ = 0;
   int start_ = kContended;
+  bool opens_ = true;  // whether words that are wholly free are looked at
 };
 
 #endif
