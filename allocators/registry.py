@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+from collections.abc import Callable
 from typing import Any
 
 from allocators.buddy import BuddyAllocator
@@ -13,7 +14,10 @@ from allocators.slab import SlabAllocator
 
 ENTRY_POINT_GROUP = "kvtoolkit.allocators"
 
-_registered: dict[str, type[BlockAllocator]] = {
+Factory = type[BlockAllocator] | Callable[..., BlockAllocator]
+"""A class, or what makes one: called with ``num_granules`` and keyword options."""
+
+_registered: dict[str, Factory] = {
     "paged": PagedAllocator,
     "buddy": BuddyAllocator,
     "slab": SlabAllocator,
@@ -21,7 +25,7 @@ _registered: dict[str, type[BlockAllocator]] = {
 }
 
 
-def register(name: str, cls: type[BlockAllocator]) -> None:
+def register(name: str, cls: Factory) -> None:
     """Make ``cls`` available under ``name``; a name that is taken is replaced."""
     if not isinstance(name, str) or not name.isidentifier():
         raise UnknownAllocatorError(f"name: expected an identifier, got {name!r}")
@@ -35,8 +39,8 @@ def names() -> tuple[str, ...]:
     return tuple(sorted({*_registered, *(point.name for point in _entry_points())}))
 
 
-def find(spec: str | type[BlockAllocator]) -> type[BlockAllocator]:
-    """The class that ``spec`` names.
+def find(spec: str | type[BlockAllocator]) -> Factory:
+    """The class, or the factory, that ``spec`` names.
 
     Args:
         spec: a registered name, an entry point of the group ``kvtoolkit.allocators``, ``"package.module:Class"``, or
@@ -55,7 +59,7 @@ def find(spec: str | type[BlockAllocator]) -> type[BlockAllocator]:
         return _load_path(spec)
     for point in _entry_points():
         if point.name == spec:
-            loaded: type[BlockAllocator] = point.load()
+            loaded: Factory = point.load()
             return loaded
     raise UnknownAllocatorError(
         f"allocator: expected one of {', '.join(names())}, or 'package.module:Class', got {spec!r}"
@@ -80,7 +84,7 @@ def _entry_points() -> Any:
     return importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
 
 
-def _load_path(path: str) -> type[BlockAllocator]:
+def _load_path(path: str) -> Factory:
     module_name, _, attribute = path.partition(":")
     try:
         found: Any = importlib.import_module(module_name)
@@ -90,5 +94,5 @@ def _load_path(path: str) -> type[BlockAllocator]:
         raise UnknownAllocatorError(f"allocator: {path!r} cannot be imported: {error}") from error
     if not callable(found):
         raise UnknownAllocatorError(f"allocator: expected {path!r} to be a class, got {type(found).__name__}")
-    cls: type[BlockAllocator] = found
+    cls: Factory = found
     return cls

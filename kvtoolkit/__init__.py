@@ -1,11 +1,11 @@
 """kvtoolkit: the KV cache of LLM inference as parts that can be swapped and measured against each other."""
 
-from allocators import BlockAllocator, create
+from allocators import BlockAllocator, create, register
 from kvtoolkit._version import __version__
 from kvtoolkit.attention import append, merge_states, paged_attention, variable_block_attention
 from kvtoolkit.cache import KVCache
 from kvtoolkit.config import CacheConfig
-from kvtoolkit.device_pool import DevicePool
+from kvtoolkit.device_pool import DevicePool, lockfree
 from kvtoolkit.errors import (
     CacheFullError,
     CacheSnapshotError,
@@ -51,3 +51,5 @@ __all__ = [
     "variable_block_attention",
     "warmup",
 ]
+
+register("lockfree", lockfree)

@@ -360,7 +360,11 @@ class KVCache:
 
     @property
     def allocator(self) -> Any:
-        """The allocator, for its figures. Blocks taken from it belong to the caller."""
+        """The allocator, for its figures. Blocks taken from it belong to the caller, who frees them.
+
+        With ``lockfree`` on a GPU it is a `DevicePool`, and kernels take blocks from ``allocator.memory``: granule
+        numbers of `key_cache` and `value_cache`.
+        """
         return self._sequences.pool.allocator
 
     def key_cache(self, layer: int) -> Any:

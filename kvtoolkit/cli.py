@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     _add(commands, "doctor", None, "say what is installed and which backends work here")
-    _add(commands, "fuzz", "allocators.testing.fuzz", "test an allocator, ours or your own, with random programs")
+    _add(commands, "fuzz", "kvtoolkit.fuzz", "test an allocator, ours or your own, with random programs")
     _add(commands, "compile", "kvtoolkit.warm", "compile the GPU kernels for any architecture, no GPU needed")
     bench = commands.add_parser("bench", help="measure")
     benches = bench.add_subparsers(title="measurements", required=True, metavar="WHAT")

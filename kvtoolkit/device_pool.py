@@ -10,17 +10,18 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from allocators.errors import ContendedError, InvalidFreeError, InvalidSizeError
-from allocators.lockfree import _fold_all
+from allocators.lockfree import LockFreeAllocator, _fold_all
 from allocators.protocol import (
     GRANULE,
     SUPERBLOCK,
+    BlockAllocator,
     HostAllocator,
     Int32Array,
     require,
     unpack_snapshot,
 )
 from kvtoolkit.cuda.launching import Launch
-from kvtoolkit.errors import StepError
+from kvtoolkit.errors import StepError, UnsupportedError
 from kvtoolkit.runtime import load
 from kvtoolkit.runtime.kernels import current_device, num_sms, packer
 from kvtoolkit.runtime.streams import cupy_on_current_stream
@@ -39,6 +40,27 @@ _GRANULE_BITS = np.uint64(0xFFFFFFFF)
 
 _MAX_ATTEMPTS = 1000
 _params = packer("4q2i")
+
+
+def lockfree(num_granules: int, *, device: int | None = None, **options: Any) -> BlockAllocator:
+    """What the name ``lockfree`` makes: with a ``device`` a `DevicePool` there, else `LockFreeAllocator` on the host.
+
+    A cache on a GPU gives its own device, so that running kernels can take blocks of its pool.
+    """
+    return (
+        LockFreeAllocator(num_granules, **options)
+        if device is None
+        else DevicePool(num_granules, device=device, **options)
+    )
+
+
+def can_be_made() -> bool:
+    """Whether there is a CUDA device for a `DevicePool`."""
+    try:
+        current_device()
+    except UnsupportedError:
+        return False
+    return True
 
 
 class DevicePool(HostAllocator):
@@ -88,7 +110,8 @@ class DevicePool(HostAllocator):
         self._word = _GRANULES_OF_A_WORD[layout]
         self.num_words = -(-self.num_granules // (2 * self._word)) * 2  # kernels load pairs
         with self._cupy() as cupy:
-            self.memory: Any = cupy.zeros(_FREE + self.num_words * (2 + _EPOCHS), cupy.uint64)
+            currents = 4 * (self.num_words // 64 + 1)
+            self.memory: Any = cupy.zeros(_FREE + self.num_words * (2 + _EPOCHS) + currents, cupy.uint64)
         self._epoch = 0
         self._reset(self._all_free())
 

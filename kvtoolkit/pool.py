@@ -3,12 +3,13 @@
 free + held by rows + cached + kept back (+ pinned) == num_granules
 """
 
+import inspect
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from allocators import BlockAllocator, InvalidSizeError, create
+from allocators import BlockAllocator, InvalidSizeError, create, find
 from kvtoolkit.config import CacheConfig
 from kvtoolkit.errors import CacheFullError, ConfigError
 from kvtoolkit.eviction import eviction_policy
@@ -33,6 +34,13 @@ class Counters:
     peak_granules: int = 0
 
 
+def _takes_device(allocator: str) -> bool:
+    try:
+        return "device" in inspect.signature(find(allocator)).parameters
+    except (ValueError, TypeError):  # of some things that can be called nobody knows the arguments
+        return False
+
+
 Runs = list[tuple[int, int]]
 """``(first granule, granules)`` of pieces of memory."""
 
@@ -40,17 +48,20 @@ Runs = list[tuple[int, int]]
 class Pool:
     """An allocator whose freed prefixes stay findable until their memory is needed.
 
+    An allocator that takes a ``device`` gets that of the keys and values, where they lie on one.
+
     Not thread-safe by itself: the cache's lock covers it.
     """
 
-    def __init__(self, config: CacheConfig, counters: Counters) -> None:
+    def __init__(self, config: CacheConfig, counters: Counters, device: int | None) -> None:
         self.counters = counters
         num_granules = config.num_granules
         self.policy = config.growth_policy
+        options = {"block_sizes": config.block_sizes, **config.allocator_options}
+        if device is not None and _takes_device(config.allocator):
+            options.setdefault("device", device)
         try:
-            self.allocator: BlockAllocator = create(
-                config.allocator, num_granules, block_sizes=config.block_sizes, **config.allocator_options
-            )
+            self.allocator: BlockAllocator = create(config.allocator, num_granules, **options)
         except InvalidSizeError as error:
             raise ConfigError(f"allocator_options: {error}") from error
         self.num_granules = num_granules

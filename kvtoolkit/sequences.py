@@ -40,11 +40,11 @@ class Sequences:
     def __init__(self, config: CacheConfig) -> None:
         self.config = config
         self.counters = Counters()
-        self.pool = Pool(config, self.counters)
+        self.storage = make_storage(config)
+        self.pool = Pool(config, self.counters, self.storage.device if self.storage.device >= 0 else None)
         self.rows = rows.make_rows(config.max_seqs, config.entries_limit)
         self.closed_rows = list(range(config.max_seqs))[::-1]
         self.preempted: dict[int, Preempted] = {}
-        self.storage = make_storage(config)
 
     # -- ids ---------------------------------------------------------------------------------------------------------
 

@@ -16,11 +16,12 @@ from allocators.errors import AllocatorError, UnknownAllocatorError
 from allocators.protocol import BlockAllocator
 from allocators.registry import create, find
 from allocators.testing.conformance import run_conformance
+from allocators.testing.machine import Make
 from allocators.testing.threads import run_threads
 
 _POOL_SIZES = (8, 24, 64, 200, 512, 1024)
 _KINDS = ("calls", "calls", "epochs", "threads")
-"""What the rounds try, in turn."""
+"""What rounds try, in turn."""
 
 
 def fuzz(
@@ -32,6 +33,7 @@ def fuzz(
     stream: TextIO | None = None,
     *,
     first_round: int = 0,
+    more: Mapping[str, Callable[[Make, int], int]] | None = None,
 ) -> int:
     """Try to break an allocator until the time is over. The same seed tries the same calls in the same order.
 
@@ -43,6 +45,8 @@ def fuzz(
         options: of the allocator.
         stream: where to report; None for standard output.
         first_round: where to begin, to come back to a failure at once.
+        more: further kinds of rounds, by name: called with what makes a fresh pool and a seed, they raise what they
+            find and return how many operations they did.
 
     Returns:
         0, or 1 after a failure, which has been printed with the calls that lead there and the command to repeat it.
@@ -57,19 +61,24 @@ def fuzz(
     print(f"fuzz: {spec}, seed {seed}, {seconds:g} s", file=out, flush=True)
     began = time.monotonic()
     number = first_round
+    operations = 0
+    more = dict(more or {})
+    kinds = [*_KINDS, *more]
     with _Progress(out, seconds) as progress:
         while number == first_round or time.monotonic() - began < seconds:
             size = num_granules or random.Random(f"{seed} {number}").choice(_POOL_SIZES)
-            kind = _KINDS[number % len(_KINDS)]
-            failure = _run_round(spec, kind, size, options, seed, number)
-            if failure is not None:
+            kind = kinds[number % len(kinds)]
+            found = _run_round(spec, kind, size, options, seed, number, more)
+            if isinstance(found, Exception):
                 progress.stop()
                 again = replay_command(spec, seed, num_granules, options, number)
-                _report(failure, f"round {number}, {kind}, {size} granules", again, out)
+                _report(found, f"round {number}, {kind}, {size} granules", again, out)
                 return 1
+            operations += found
             number += 1
             progress.show(time.monotonic() - began, number - first_round, kind, size)
-    print(f"fuzz: {number - first_round} rounds, nothing found", file=out, flush=True)
+    counted = f", {operations} operations of kernels" if operations else ""
+    print(f"fuzz: {number - first_round} rounds{counted}, nothing found", file=out, flush=True)
     return 0
 
 
@@ -95,7 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--first-round", type=int, default=0, help="begin at this round (default %(default)s)")
 
 
-def main(args: argparse.Namespace) -> int:
+def main(args: argparse.Namespace, more: Mapping[str, Callable[[Make, int], int]] | None = None) -> int:
     """Run `fuzz` with parsed arguments; returns the exit status."""
     if "" not in sys.path:
         sys.path.insert(0, "")  # a console script does not look in the current folder by itself
@@ -108,8 +117,9 @@ def main(args: argparse.Namespace) -> int:
         print(f"fuzz: {error}", file=sys.stderr)
         return 2
     return fuzz(
-        args.allocator, args.seconds, args.seed, args.num_granules, options, sys.stdout, first_round=args.first_round
-    )
+        args.allocator, args.seconds, args.seed, args.num_granules, options, sys.stdout,
+        first_round=args.first_round, more=more,
+    )  # fmt: skip
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
@@ -131,8 +141,11 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def _run_round(
-    spec: str, kind: str, num_granules: int, options: dict[str, Any], seed: int, number: int
-) -> Exception | None:
+    spec: str, kind: str, num_granules: int, options: dict[str, Any], seed: int, number: int,
+    more: Mapping[str, Callable[[Make, int], int]],
+) -> Exception | int:  # fmt: skip
+    """What was found, or how many operations a kind of ``more`` did."""
+
     def make() -> BlockAllocator:
         return create(spec, num_granules, **options)
 
@@ -143,10 +156,12 @@ def _run_round(
         "threads": lambda: run_threads(make, max_examples=10, num_ops=500, seed=round_seed),
     }
     try:
+        if kind in more:
+            return more[kind](make, round_seed)
         rounds[kind]()
     except Exception as failure:
         return failure
-    return None
+    return 0
 
 
 def _report(failure: Exception, where: str, command: str, out: TextIO) -> None:

@@ -97,7 +97,7 @@ int play(char** arguments) {
     for (auto& thread : threads) thread.join();
     pool.free_all(pool.limbo_words(0), 0, 1);
     if (!is_same<Pool>(before, memory)) wrong |= 32;
-    std::copy(fresh.begin() + kvt::kFreeWords, fresh.end(), words);
+    std::copy(fresh.begin() + kvt::kFreeWords, fresh.begin() + kvt::kFreeWords + num_words, words);
     if (wrong != 0) {
       std::printf("round %d, order %d: %d\n", round, order, wrong);
       return 1;

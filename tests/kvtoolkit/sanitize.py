@@ -6,10 +6,13 @@ and with racecheck and synccheck. Without ``--report-api-errors no`` memcheck al
 binding asks an older driver for.
 """
 
+import random
+
 import numpy as np
 
 from kvtoolkit import DevicePool, get_include
 from kvtoolkit.attention import append, merge_states
+from kvtoolkit.fuzz import attack
 from tests.kvtoolkit.attention_cases import Case
 from tests.kvtoolkit.gpu_cases import check, to_device
 from tests.kvtoolkit.test_attention import SINKS, SLOPES
@@ -19,12 +22,14 @@ from tests.kvtoolkit.test_gpu_pool import SOURCE, launch
 OPTIONS = {"window_size": (60, 2), "causal": False, "softcap": 30.0, "sinks": SINKS, "alibi_slopes": SLOPES}
 
 
-def pool() -> None:
+def pool(layout: str) -> None:
     """Blocks taken and given back inside kernels, alone and by warps, and batches of the host."""
     import cupy
 
-    kernels = cupy.RawModule(code=SOURCE, options=("-std=c++17", f"-I{get_include()}"))
-    there = DevicePool(200)
+    names = ("Pool", "SlabPool") if layout == "buddy" else ("SlabPool", "Pool")
+    options = ("-std=c++17", f"-I{get_include()}", f"-DKVT_POOL={names[0]}", f"-DKVT_OTHER={names[1]}")
+    kernels = cupy.RawModule(code=SOURCE, options=options)
+    there = DevicePool(200, layout=layout)
     there.free(there.allocate([1, 2, 4, 8, 1]), [1, 2, 4, 8, 1])
     starts, wrong = cupy.empty(512, cupy.int32), cupy.zeros(1, cupy.int32)
     for how in (0, 1, 2, 0x21):
@@ -40,10 +45,12 @@ def pool() -> None:
     there.complete(0)
     assert int(wrong[0]) == 0
     assert there.num_free == 200
+    attack(DevicePool(2048, layout=layout), random.Random(1), operations=1 << 12)
 
 
 def main() -> None:
-    pool()
+    pool("buddy")
+    pool("slab")
     for head_dim in (64, 80, 128, 256):
         case = Case([1, 0, 9, 130, 700], head_dim=head_dim, dtype="bfloat16")  # decode
         check(case, case.variable(), num_splits=3)

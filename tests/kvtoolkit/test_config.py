@@ -91,7 +91,7 @@ def test_an_unknown_eviction_policy_is_refused_when_the_cache_is_made():
 
 
 def test_options_of_the_allocator_are_refused_by_name():
-    with pytest.raises(ConfigError, match="allocator_options: LockFreeAllocator does not take these options: .*color"):
+    with pytest.raises(ConfigError, match="allocator_options: lockfree does not take these options: .*color"):
         KVCache(make(allocator="lockfree", allocator_options={"color": "red"}))
 
 

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from kvtoolkit import CacheConfig, KVCache, ShapeError, UnsupportedError
+from allocators import LockFreeAllocator
+from kvtoolkit import CacheConfig, DevicePool, KVCache, ShapeError, UnsupportedError
 from kvtoolkit.attention import append, variable_block_attention
 from tests.kvtoolkit.gpu_cases import to_device, to_host
 from tests.kvtoolkit.test_cache_machine import CONFIGS, CacheMachine
@@ -28,7 +29,8 @@ class DeviceMachine(CacheMachine):
         return array.get()
 
 
-@pytest.mark.parametrize("config", CONFIGS[::3], ids=lambda c: "-".join(map(str, c.values())))
+# with lockfree the allocator is on the GPU too
+@pytest.mark.parametrize("config", [*CONFIGS[::3], *CONFIGS[7:9]], ids=lambda c: "-".join(map(str, c.values())))
 def test_every_read_returns_what_the_sequence_was_given(config):
     machine = type("Machine", (DeviceMachine,), {"config": {**config, "backend": "cuda"}})
     run_state_machine_as_test(
@@ -128,6 +130,21 @@ def test_the_tables_of_a_step_serve_other_kernels():
         )
         assert cupy.array_equal(step.attend(1, q), out)
         cache.end_step(step)
+
+
+@pytest.mark.parametrize("layout", ["buddy", "slab"])
+def test_lockfree_on_a_gpu_has_its_state_there(layout):
+    cache = make("cuda", allocator="lockfree", allocator_options={"layout": layout})
+    assert isinstance(cache.allocator, DevicePool)
+    assert (cache.allocator.layout, cache.allocator.device) == (layout, 0)
+    taken = cache.allocator.allocate([1, 8])  # as a kernel might: no row knows of it
+    cache.check_integrity()
+    again = KVCache.from_snapshot(cache.config, cache.snapshot())
+    again.allocator.free(taken, [1, 8])
+    cache.allocator.free(taken, [1, 8])
+    assert again.allocator.num_free == cache.allocator.num_free
+    host = make("cuda", allocator="lockfree", allocator_options={"layout": layout, "device": None})
+    assert isinstance(host.allocator, LockFreeAllocator)
 
 
 def test_a_snapshot_moves_between_host_and_device():

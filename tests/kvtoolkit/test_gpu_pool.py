@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from allocators import InvalidFreeError, OutOfBlocksError
+from allocators import EpochPool, InvalidFreeError, OutOfBlocksError, create
 from allocators.testing import run_conformance
 from allocators.testing.history import Event, check_history
 from kvtoolkit import DevicePool, StepError, get_include
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.gpu
 
 SOURCE = r"""
 #include <kvt/pool.cuh>
-using kvt::Pool;
+using Pool = kvt::KVT_POOL;
 using kvt::PoolWarp;
 using kvt::Word;
 
@@ -111,7 +111,7 @@ extern "C" __global__ void retire(Word* memory, int* starts, int count, int how)
 
 extern "C" __global__ void misuse(Word* memory, int live, int* codes) {
   const Pool pool{memory};
-  const int starts[] = {live, live, -1, pool.num_granules() - 1, 60, pool.num_granules() + 64, live};
+  const int starts[] = {live, live, -1, pool.num_granules() - 1, Pool::kGranules - 4, pool.num_granules() + 64, live};
   const int sizes[] = {0, 65, 1, 2, 8, 1, 1};
   const int t = threadIdx.x;
   if (t < 7) codes[t] = pool.free(starts[t], sizes[t]);
@@ -119,29 +119,62 @@ extern "C" __global__ void misuse(Word* memory, int live, int* codes) {
   if (t < 2) codes[7 + t] = pool.free(live, 1);                            // free already
   if (t < 2) codes[9 + t] = PoolWarp(pool, 3).free(live + 1, 1);            // live, by two lanes at once
 }
+
+extern "C" __global__ void other_layout(Word* memory, int* codes) {
+  const kvt::KVT_OTHER pool{memory};
+  codes[threadIdx.x] = threadIdx.x < 16 ? pool.allocate(0, threadIdx.x) : pool.free(threadIdx.x, 1);
+  codes[32 + threadIdx.x] = PoolWarp(pool, 0xFFFFFFFFu).allocate(threadIdx.x & 3, 0);
+}
 """
 
 
+LAYOUTS = ("buddy", "slab")
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def layout(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def kernels():
+def kernels(layout):
     import cupy
 
-    return cupy.RawModule(code=SOURCE, options=("-std=c++17", f"-I{get_include()}"))
+    pools = ("Pool", "SlabPool") if layout == "buddy" else ("SlabPool", "Pool")
+    options = ("-std=c++17", f"-I{get_include()}", f"-DKVT_POOL={pools[0]}", f"-DKVT_OTHER={pools[1]}")
+    return cupy.RawModule(code=SOURCE, options=options)
 
 
 def launch(kernels, name, count, *arguments, threads=256):
     kernels.get_function(name)(((count + threads - 1) // threads,), (min(threads, count),), arguments)
 
 
-def runs(words, order):
-    """How many runs of ``2**order`` granules are free, in 64-bit words."""
-    bits = np.unpackbits(words.view(np.uint8), bitorder="little").reshape(-1, 1 << order)
-    return int(bits.all(1).sum())
+def free_granules(pool):
+    """``[num_granules]``: whether each is free, or held back in a slab."""
+    bits = np.unpackbits(pool._free_words().view(np.uint8), bitorder="little").reshape(-1, 64)
+    return bits[:, : pool._word].reshape(-1)[: pool.num_granules].astype(bool)
 
 
-def test_a_pool_on_the_device_keeps_the_promises_of_every_allocator():
-    run_conformance(lambda: DevicePool(128), max_examples=12, num_steps=25)
-    run_conformance(lambda: DevicePool(72, block_sizes=(8, 64)), max_examples=8, num_steps=25)
+def orders_of(pool):
+    """``[num_words]``: which order each slab serves."""
+    return pool._free_words() >> np.uint64(32) & np.uint64(3) if pool.layout == "slab" else 0
+
+
+def set_free(pool, keep, rng):
+    """Leave a share of the pool free, in slabs by whole blocks of the order that each serves."""
+    if pool.layout == "buddy":
+        pool._reset(pool._words_with(rng.random(pool.num_granules) < keep))
+        return
+    orders = rng.integers(0, 4, pool.num_words)
+    slots = np.arange(pool.num_words * 32).reshape(-1, 32) >> orders[:, None] << orders[:, None]
+    free = rng.random(pool.num_words * 32)[slots].reshape(-1)[: pool.num_granules] < keep
+    pool._reset(pool._words_with(free, orders))
+
+
+def test_a_pool_on_the_device_keeps_the_promises_of_every_allocator(layout):
+    run_conformance(lambda: create("lockfree", 128, layout=layout, device=0), max_examples=12, num_steps=25)
+    run_conformance(lambda: DevicePool(72, block_sizes=(8, 64), layout=layout), max_examples=8, num_steps=25)
+    run_conformance(lambda: EpochPool(DevicePool(64, layout=layout)), max_examples=6, num_steps=25)
 
 
 LANES = {"all": 0xFFFFFFFF, "some": 0x5A3C90F1, "one": 0x00010000}
@@ -150,18 +183,17 @@ LANES = {"all": 0xFFFFFFFF, "some": 0x5A3C90F1, "one": 0x00010000}
 @pytest.mark.parametrize("threads", [1, 32, 1000, 32768, 1 << 20])
 @pytest.mark.parametrize("lanes", LANES)
 @pytest.mark.parametrize("how", [0, 1, 2], ids=["alone", "warp", "mixed"])
-def test_blocks_are_disjoint_and_exhaustion_is_exact(kernels, threads, lanes, how):
+def test_blocks_are_disjoint_and_exhaustion_is_exact(kernels, layout, threads, lanes, how):
     import cupy
 
     rng = np.random.default_rng(threads)
     num_granules = 1 << 20 if threads > 1000 else 4096
     for order in (0, 1, 3) if how != 2 else (0,):
         for load in ("empty", "half", "nearly full", "full"):
-            pool = DevicePool(num_granules)
-            fresh = pool._free_words()
-            keep = {"empty": 1.0, "half": 0.5, "nearly full": 0.01, "full": 0.0}[load]
-            before = np.packbits(rng.random(num_granules) < keep, bitorder="little").view(np.uint64)
-            pool._reset(before)
+            pool = DevicePool(num_granules, layout=layout)
+            fresh = pool.snapshot()
+            set_free(pool, {"empty": 1.0, "half": 0.5, "nearly full": 0.01, "full": 0.0}[load], rng)
+            before = free_granules(pool)
             starts = cupy.empty(threads, cupy.int32)
             code = how | order << 4
             launch(
@@ -174,7 +206,7 @@ def test_blocks_are_disjoint_and_exhaustion_is_exact(kernels, threads, lanes, ho
                 np.uint32(LANES[lanes]),
                 np.int32(code),
             )
-            found, after = starts.get(), pool._free_words()
+            found, after = starts.get(), free_granules(pool)
             asked = np.array([LANES[lanes] >> (t & 31) & 1 for t in range(32)], bool)[np.arange(threads) % 32]
             orders = np.arange(threads) % 4 if how == 2 else np.full(threads, order)
             assert (found[~asked] == -9).all()
@@ -187,28 +219,29 @@ def test_blocks_are_disjoint_and_exhaustion_is_exact(kernels, threads, lanes, ho
                     np.add.at(taken, mine + i, 1)
             assert taken.max(initial=0) <= 1
             # what is gone from the words is what was granted
-            gone = np.unpackbits((before & ~after).view(np.uint8), bitorder="little")
-            assert np.array_equal(gone, taken)
+            assert np.array_equal(before & ~after, taken)
             assert not (after & ~before).any()
             refused = asked & ~got
             assert np.isin(found[refused], [-2, -3]).all()  # nobody frees, so nothing is contended
-            assert ((found[refused] == -2) == (orders[refused] == 0)).all()
+            assert ((found[refused] == -2) == ((orders[refused] == 0) & (layout == "buddy"))).all()
             for k in np.unique(orders[refused]):
-                assert runs(after, k) == 0
-            pool._reset(fresh & after | fresh & ~before)  # what was not granted by kernels is free
+                assert pool.stats().free_blocks[8 << k] == 0
+            if layout == "slab":  # nobody got another order than his slab's
+                assert (orders_of(pool)[found[got] // 32] == orders[got]).all()
+            pool._reset(pool._words_with(after | ~before, orders_of(pool)))  # what was not granted by kernels is free
             launch(kernels, "give_back", threads, pool.memory, starts, np.int32(threads), np.int32(code))
             assert (starts.get()[got] == 0).all()
-            assert np.array_equal(pool._free_words(), fresh)
+            assert pool.snapshot() == fresh
             pool.check_integrity()
 
 
 @pytest.mark.parametrize("how", [0, 1, 2, 0x31, 0x10], ids=["alone", "warp", "mixed", "warp of 64s", "alone in pairs"])
 @pytest.mark.parametrize("num_granules", [64, 4096, 1 << 17])
-def test_live_blocks_are_nobody_elses(kernels, how, num_granules):
+def test_live_blocks_are_nobody_elses(kernels, layout, how, num_granules):
     import cupy
 
-    pool = DevicePool(num_granules)
-    fresh = pool._free_words()
+    pool = DevicePool(num_granules, layout=layout)
+    fresh = pool.snapshot()
     canaries, wrong = cupy.zeros(num_granules, cupy.uint32), cupy.zeros(1, cupy.int32)
     for threads in (33, 2048, 1 << 15):
         rounds = 40 if threads < 1 << 15 else 8
@@ -217,19 +250,20 @@ def test_live_blocks_are_nobody_elses(kernels, how, num_granules):
             np.intp(0), np.int32(num_granules),
         )  # fmt: skip
         assert int(wrong[0]) == 0
-        assert np.array_equal(pool._free_words(), fresh)
+        assert pool.snapshot() == fresh
 
 
+@pytest.mark.parametrize("how", [0, 1], ids=["alone", "warp"])
 @pytest.mark.parametrize("order", [0, 2])
-def test_recorded_histories_hold_no_overlap_and_no_false_exhaustion(kernels, order):
+def test_recorded_histories_hold_no_overlap_and_no_false_exhaustion(kernels, layout, order, how):
     import cupy
 
     num_granules, threads, rounds = 256, 1024, 8
-    pool = DevicePool(num_granules)
+    pool = DevicePool(num_granules, layout=layout)
     canaries, wrong = cupy.zeros(num_granules, cupy.uint32), cupy.zeros(1, cupy.int32)
     recorded = cupy.zeros((threads, rounds, 5), cupy.int64)
     launch(
-        kernels, "churn", threads, pool.memory, canaries, np.int32(rounds), np.int32(order << 4), wrong,
+        kernels, "churn", threads, pool.memory, canaries, np.int32(rounds), np.int32(order << 4 | how), wrong,
         recorded, np.int32(num_granules), threads=32,
     )  # fmt: skip
     assert int(wrong[0]) == 0
@@ -252,34 +286,33 @@ def test_recorded_histories_hold_no_overlap_and_no_false_exhaustion(kernels, ord
 
 @pytest.mark.parametrize("inner", [False, True])
 @pytest.mark.parametrize("outer", [False, True])
-def test_leases_nest_and_abort_returns_the_pool_to_the_bit(kernels, inner, outer):
+def test_leases_nest_and_abort_returns_the_pool_to_the_bit(kernels, layout, inner, outer):
     import cupy
 
-    pool = DevicePool(4096)
-    fresh = pool._free_words()
+    pool = DevicePool(4096, layout=layout)
+    fresh = pool.snapshot()
     journals = pool.journals(8 * 2)
     starts = cupy.empty((8 * 64, 2), cupy.int32)
     launch(kernels, "speculate", 8 * 64, pool.memory, journals, np.int32(inner), np.int32(outer), starts, threads=64)
     assert not journals.get().any()
     found = starts.get()
     assert (found >= 0).all()
-    after = pool._free_words()
     if not outer:
-        assert np.array_equal(after, fresh)
+        assert pool.snapshot() == fresh
         return
     kept = np.zeros(4096, bool)
     for t, (first, second) in enumerate(found.tolist()):
         kept[first : first + (1 << t % 4)] = True
         if inner:
             kept[second] = True
-    assert np.array_equal(np.unpackbits((fresh & ~after).view(np.uint8), bitorder="little"), kept)
+    assert np.array_equal(~free_granules(pool), kept)
 
 
 @pytest.mark.parametrize("how", [0, 1], ids=["alone", "warp"])
-def test_retired_blocks_wait_for_their_epoch(kernels, how):
+def test_retired_blocks_wait_for_their_epoch(kernels, layout, how):
     import cupy
 
-    pool = DevicePool(256)
+    pool = DevicePool(256, layout=layout)
     starts = cupy.asarray(pool.allocate(np.ones(256, int)))
     first = starts[:100].copy()
     launch(kernels, "retire", 100, pool.memory, first, np.int32(100), np.int32(how))
@@ -308,10 +341,10 @@ def test_retired_blocks_wait_for_their_epoch(kernels, how):
         pool.complete(2)
 
 
-def test_an_epoch_does_not_begin_on_the_limbo_of_an_old_one(kernels):
+def test_an_epoch_does_not_begin_on_the_limbo_of_an_old_one(kernels, layout):
     import cupy
 
-    pool = DevicePool(64)
+    pool = DevicePool(64, layout=layout)
     starts = cupy.asarray(pool.allocate([1]))
     launch(kernels, "retire", 1, pool.memory, starts, np.int32(1), np.int32(0))
     for _ in range(3):
@@ -322,10 +355,10 @@ def test_an_epoch_does_not_begin_on_the_limbo_of_an_old_one(kernels):
     assert pool.advance() == 4
 
 
-def test_misuse_is_told(kernels):
+def test_misuse_is_told(kernels, layout):
     import cupy
 
-    pool = DevicePool(128)
+    pool = DevicePool(128, layout=layout)
     (live,) = pool.allocate([2])
     codes = cupy.empty(11, cupy.int32)
     launch(kernels, "misuse", 32, pool.memory, np.int32(live), codes)
@@ -337,10 +370,21 @@ def test_misuse_is_told(kernels):
     assert pool.num_free == 128
 
 
-def test_kernels_that_take_blocks_can_be_captured_and_replayed(kernels):
+def test_a_pool_of_the_other_layout_refuses_and_stays_as_it_is(kernels, layout):
     import cupy
 
-    pool = DevicePool(4096)
+    pool = DevicePool(4096, layout=layout)
+    fresh = pool.snapshot()
+    codes = cupy.empty(64, cupy.int32)
+    launch(kernels, "other_layout", 32, pool.memory, codes)
+    assert (codes.get() == -5).all()
+    assert pool.snapshot() == fresh
+
+
+def test_kernels_that_take_blocks_can_be_captured_and_replayed(kernels, layout):
+    import cupy
+
+    pool = DevicePool(4096, layout=layout)
     starts = cupy.empty(256, cupy.int32)
     stream = cupy.cuda.Stream(non_blocking=True)
     arguments = (pool.memory, starts, np.int32(256), np.uint32(0xFFFFFFFF), np.int32(1))

@@ -16,9 +16,9 @@
 //
 //   memory  uint64, made by kvtoolkit.DevicePool: granules and words of a Pool, epoch, unused, those of a SlabPool
 //           | kHints    [4], by order: the version at which no block was left, plus 1
-//           | kVersions [kShards], a cache line each; the version is their sum. Behind it, by order: the word where
-//                       the searches of this shard found a slab last
+//           | kVersions [kShards], a cache line each; the version is their sum
 //           | free words, an even number | limbo words of kEpochs epochs | marks of a batch that is being freed
+//           | of slabs [words / 64 + 1, 4 orders]: the word plus 1 where a search found a block last, or 0
 //
 // free is for blocks that no other thread can still read, retire for all others: they wait in the limbo of the epoch
 // that memory holds, until the host completes it. A kernel that takes blocks must not read what lies in them by the
@@ -186,12 +186,6 @@ struct BasicPool {
     return free_words() + static_cast<long long>(num_words()) * (1 + epoch % kEpochs);
   }
 
-  // Where searches of a shard look first in slabs. Few share a word, and few words are begun at once.
-  KVT_ATOMIC Word* current_word(int order, unsigned seed) const {
-    const unsigned most = static_cast<unsigned>(num_words()) / 64 + 1;
-    return memory + kVersions + seed % (most < kShards ? most : kShards) * kShardPitch + 1 + order;
-  }
-
   KVT_ATOMIC Word version() const {
     Word sum = 0;
 #if defined(__CUDA_ARCH__)
@@ -214,16 +208,22 @@ struct BasicPool {
     return static_cast<int>(static_cast<Word>(seed * 0x9E3779B1u) * static_cast<Word>(num_words()) >> 32);
   }
 
+  // Likewise for an order. In slabs it is where the last one went on from: threads that fill slabs together begin few.
+  KVT_ATOMIC int first_word(int order, unsigned seed) const {
+    if (!Layout::kIsSlab) return home_of(seed);
+    const Word current = load_relaxed(current_word(order, seed));
+    return current != 0 ? static_cast<int>(current) - 1 : home_of(seed % num_currents() * 4 + order);
+  }
+
+  KVT_ATOMIC void found_at(int order, unsigned seed, int start) const {
+    if (Layout::kIsSlab) store_relaxed(current_word(order, seed), static_cast<Word>(start >> Layout::kShift) + 1);
+  }
+
   // One thread on its own takes one block of 2^order granules, order 0 to 3. Returns its first granule, or a PoolCode.
   KVT_ATOMIC int allocate(int order, unsigned seed) const {
     if (num_words() == 0) return kInvalid;
-    if (!Layout::kIsSlab) return search(order, home_of(seed));
-    Word* const current = current_word(order, seed);
-    const int w = static_cast<int>(load_relaxed(current));
-    int start = claim(order, w);
-    if (start >= 0) return start;
-    start = search(order, home_of(seed));
-    if (start >= 0) store_relaxed(current, static_cast<Word>(start >> Layout::kShift));
+    const int start = search(order, first_word(order, seed));
+    if (start >= 0) found_at(order, seed, start);
     return start;
   }
 
@@ -276,6 +276,12 @@ struct BasicPool {
   }
 
  private:
+  KVT_ATOMIC unsigned num_currents() const { return static_cast<unsigned>(num_words()) / 64 + 1; }
+
+  KVT_ATOMIC Word* current_word(int order, unsigned seed) const {
+    return marks() + num_words() + seed % num_currents() * 4 + order;
+  }
+
   KVT_ATOMIC int claim(int order, int w) const {
     Word* const word = free_words() + w;
     const Word start = claim_runs<Layout>(word, load_relaxed(word), order, 1);
@@ -356,17 +362,9 @@ class PoolWarp {
   // A block of 2^order granules for each lane, of the same order. Returns the lane's first granule, or a PoolCode.
   __device__ __forceinline__ int allocate(int order, unsigned seed) {
     if (pool_.num_words() == 0) return kInvalid;
-    seed = __shfl_sync(mask_, seed, leader_);
-    if (!Layout::kIsSlab) return allocate_from(order, pool_.home_of(seed));
-    begin();
-    Word* const current = pool_.current_word(order, seed);
-    scan(order, static_cast<int>(__shfl_sync(mask_, load_relaxed(current), leader_)), 0);
-    if (granted_ < wanted_) {
-      search(order, pool_.home_of(seed));
-      if (rank_ == wanted_ - 1 && start_ >= 0) store_relaxed(current, static_cast<Word>(start_ >> Layout::kShift));
-    }
-    __syncwarp(mask_);
-    return start_;
+    const int start = allocate_from(order, __shfl_sync(mask_, pool_.first_word(order, seed), leader_));
+    if (start >= 0 && rank_ == wanted_ - 1) pool_.found_at(order, seed, start);
+    return start;
   }
 
   // Likewise, the search beginning at a word.
