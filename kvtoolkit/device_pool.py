@@ -110,7 +110,7 @@ class DevicePool(HostAllocator):
         self._word = _GRANULES_OF_A_WORD[layout]
         self.num_words = -(-self.num_granules // (2 * self._word)) * 2  # kernels load pairs
         with self._cupy() as cupy:
-            currents = 4 * (self.num_words // 64 + 1)
+            currents = 4 * (self.num_words // 32 + 1)
             self.memory: Any = cupy.zeros(_FREE + self.num_words * (2 + _EPOCHS) + currents, cupy.uint64)
         self._epoch = 0
         self._reset(self._all_free())
@@ -312,9 +312,9 @@ class DevicePool(HostAllocator):
             free = words if self.layout == "buddy" else words & _GRANULE_BITS
             limbo = [self._limbo(epoch) for epoch in range(_EPOCHS)]
             together = free.copy()
-            for words in limbo:
-                require(not np.any(together & words), "device: a granule is free and in limbo, or in limbo twice")
-                together |= words
+            for bits in limbo:
+                require(not np.any(together & bits), "device: a granule is free and in limbo, or in limbo twice")
+                together |= bits
             require(not np.any(together & ~valid), "device: a bit lies beyond the pool")
             require(not self._words(1 + _EPOCHS).any(), "device: a mark of a batch was left")
             with self._cupy():

@@ -26,6 +26,7 @@ _FAULTS = {
     6: ("only the codes of the header", "{granule}"),
 }
 _CTA = 128
+_MORE_SIZES = 19
 _MOST_HELD = 8
 _MOST_JOURNALS_NBYTES = 1 << 26
 _params = packer("5qI7i")
@@ -55,7 +56,8 @@ def run_kernels(make: Callable[[], BlockAllocator], seed: int) -> int:
         return 0
     draw = random.Random(seed)
     operations = 0
-    for num_granules in (like.num_granules, 8 * draw.randint(1, 1 << draw.randint(1, 13))):
+    sizes = [like.num_granules, *(8 * draw.randint(1, 1 << draw.randint(1, 13)) for _ in range(_MORE_SIZES))]
+    for num_granules in sizes:
         pool = DevicePool(num_granules, layout=like.layout, device=like.device)
         operations += attack(pool, draw)
     return operations

@@ -45,7 +45,7 @@ def fuzz(
         options: of the allocator.
         stream: where to report; None for standard output.
         first_round: where to begin, to come back to a failure at once.
-        more: further kinds of rounds, by name: called with what makes a fresh pool and a seed, they raise what they
+        more: further kinds of rounds, which come first, by name: called with what makes a fresh pool and a seed, they raise what they
             find and return how many operations they did.
 
     Returns:
@@ -63,7 +63,7 @@ def fuzz(
     number = first_round
     operations = 0
     more = dict(more or {})
-    kinds = [*_KINDS, *more]
+    kinds = [*more, *_KINDS]
     with _Progress(out, seconds) as progress:
         while number == first_round or time.monotonic() - began < seconds:
             size = num_granules or random.Random(f"{seed} {number}").choice(_POOL_SIZES)

@@ -2,12 +2,15 @@
 
 import argparse
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from kvtoolkit.bench.timing import device_line, event_times, require_device
+from kvtoolkit.cache import KVCache
+from kvtoolkit.config import CacheConfig
 from kvtoolkit.cuda.launching import Launch
 from kvtoolkit.device_pool import DevicePool
 from kvtoolkit.errors import ConfigError
@@ -57,6 +60,12 @@ def main(options: argparse.Namespace) -> int:
         f"a full pool of {_FULL} granules tells 32768 threads so in {alone['full']:.1f} us, the first time in ", end=""
     )
     print(f"{alone['full_first']:.1f} us")
+    for name, extra in (("buddy", {}), ("lockfree", {"layout": layout})):
+        plain, growing = _step_times(name, extra)
+        print(
+            f"begin_step and end_step of 256 sequences on the GPU, allocator {name}: {plain:.0f} us, "
+            f"{growing:.0f} us where 64 rows need a block (medians)"
+        )
     registers = {name: _kernel(name, layout).usage for name in ("kvt_none", "kvt_take", "kvt_give", "kvt_take_alone")}
     print("registers: " + ", ".join(f"{name} {usage.registers}" for name, usage in registers.items() if usage))
     if options.json:
@@ -125,6 +134,27 @@ def _measure(threads: int, num_granules: int, layout: str, repeats: int) -> dict
         give()
     assert bench.pool.num_free == num_granules
     return row | {name: float(np.median(found[2:])) for name, found in times.items()}
+
+
+def _step_times(allocator: str, options: dict[str, Any]) -> tuple[float, float]:
+    """Host time in us of decode steps of 256 sequences: where no row needs a block, and where a quarter of them do."""
+    batch, num_steps = 256, 160
+    cache = KVCache(
+        CacheConfig(
+            num_layers=1, num_kv_heads=8, head_dim=128, num_tokens=batch * 512, max_seqs=batch, growth="append",
+            backend="cuda", allocator=allocator, allocator_options=options,
+        )
+    )  # fmt: skip
+    seq_ids, _ = cache.open([[]] * batch)
+    lengths = np.arange(batch) // 64 + 1
+    times: dict[bool, list[float]] = {False: [], True: []}
+    for i, counts in enumerate([lengths, *[np.ones(batch, np.int64)] * num_steps]):
+        begin = time.perf_counter()
+        with cache.begin_step(seq_ids, counts) as step:
+            cache.end_step(step)
+        if i > num_steps // 4:
+            times[bool(((lengths + i - 1) % 8 == 0).any())].append(1e6 * (time.perf_counter() - begin))
+    return float(np.median(times[False])), float(np.median(times[True]))
 
 
 def _alone(layout: str, repeats: int) -> dict[str, float]:

@@ -244,17 +244,36 @@ def _seed(seed: Any) -> Any:
 
 
 @device
-def _current_word(memory: Any, order: Any, seed: Any) -> Any:
-    """Where searches of a shard look first in slabs."""
-    shards = min(_num_words(memory) // 64 + 1, _SHARDS)
-    return _VERSIONS + int64(_seed(seed) % uint64(shards)) * _SHARD_PITCH + 1 + order
-
-
-@device
 def _home_of(memory: Any, seed: Any) -> Any:
     """Where a thread begins to look; seeds in a row begin far apart."""
     hashed = _seed(seed) * uint64(0x9E3779B1) & _LOW_HALF
     return int64(hashed * uint64(_num_words(memory)) >> uint64(32))
+
+
+@device
+def _current_word(memory: Any, order: Any, seed: Any) -> Any:
+    """Of slabs: where the word plus 1 lies in which a search found a block last."""
+    return _FREE_WORDS + _num_words(memory) * (2 + _EPOCHS) + _current(memory, seed) * 4 + order
+
+
+@device
+def _current(memory: Any, seed: Any) -> Any:
+    return int64(_seed(seed) % uint64(_num_words(memory) // 32 + 1))
+
+
+@device
+def _first_word(memory: Any, order: Any, seed: Any) -> Any:
+    """As `_home_of` for an order; in slabs where the last one found a block, so that few are begun."""
+    if not _is_slab(memory):
+        return _home_of(memory, seed)
+    current = int64(_load_relaxed(memory, _current_word(memory, order, seed)))
+    return current - 1 if current != 0 else _home_of(memory, _current(memory, seed) * 4 + order)
+
+
+@device
+def _found_at(memory: Any, order: Any, seed: Any, start: Any) -> None:
+    if _is_slab(memory):
+        _store_relaxed(memory, _current_word(memory, order, seed), uint64((start >> _shift(memory)) + 1))
 
 
 @device
@@ -387,15 +406,9 @@ def allocate(memory: Any, order: Any, seed: Any) -> Any:
     if _num_words(memory) == 0:
         return INVALID
     order = int64(order)
-    home = _home_of(memory, seed)
-    if not _is_slab(memory):
-        return _search(memory, order, home)
-    current = _current_word(memory, order, seed)
-    start = _claim(memory, order, int64(_load_relaxed(memory, current)))
-    if start < 0:
-        start = _search(memory, order, home)
-        if start >= 0:
-            _store_relaxed(memory, current, uint64(start >> _shift(memory)))
+    start = _search(memory, order, _first_word(memory, order, seed))
+    if start >= 0:
+        _found_at(memory, order, seed, start)
     return start
 
 
@@ -450,8 +463,8 @@ def lease_commit(memory: Any, journal: Any, around: Any, rank: Any, threads: Any
     """
     for w in range(int64(rank), _num_words(memory), int64(threads)):
         bits = _exchange_acq_rel(journal, w, _ZERO)
-        if around is not None:  # in a line of its own: Numba drops the branch
-            if bits != _ZERO:  # noqa: SIM102
+        if around is not None:  # noqa: SIM102 - on its own, Numba drops the branch where it is None
+            if bits != _ZERO:
                 _fetch_or_release(around, w, bits)
 
 
@@ -536,10 +549,10 @@ def _warp_scan(memory: Any, lanes: Any, order: Any, first: Any, granted: Any, st
 
 
 @device
-def _warp_search(memory: Any, lanes: Any, order: Any, home: Any, granted: Any, start: Any) -> Any:
-    """For the lanes that have none yet; returns each lane's start, or a code."""
+def _warp_search(memory: Any, lanes: Any, order: Any, home: Any) -> Any:
+    """Returns each lane's start, or a code."""
     wanted = _count_bits(lanes)
-    granted, start = _warp_scan(memory, lanes, order, home, granted, start)
+    granted, start = _warp_scan(memory, lanes, order, home, 0, CONTENDED)
     for _ in range(_MAX_PASSES):
         if granted == wanted:
             return start
@@ -571,27 +584,17 @@ def warp_allocate(memory: Any, mask: Any, order: Any, seed: Any) -> Any:
         return INVALID
     lanes = _lanes_of(mask)
     order = int64(order)
-    seed = int64(_shuffle(lanes, _seed(seed), _lowest_bit(lanes)))
-    home = _home_of(memory, seed)
-    wanted = _count_bits(lanes)
-    granted, start = 0, int64(CONTENDED)
-    if not _is_slab(memory):
-        start = _warp_search(memory, lanes, order, home, granted, start)
-    else:
-        current = _current_word(memory, order, seed)
-        first = int64(_shuffle(lanes, _load_relaxed(memory, current), _lowest_bit(lanes)))
-        granted, start = _warp_scan(memory, lanes, order, first, granted, start)
-        if granted < wanted:
-            start = _warp_search(memory, lanes, order, home, granted, start)
-            if _rank_of(lanes, _lane()) == wanted - 1 and start >= 0:
-                _store_relaxed(memory, current, uint64(start >> _shift(memory)))
+    first = int64(_shuffle(lanes, uint64(_first_word(memory, order, seed)), _lowest_bit(lanes)))
+    start = _warp_search(memory, lanes, order, first)
     _sync(lanes)  # what the lane that claimed has acquired holds for all
+    if start >= 0 and _rank_of(lanes, _lane()) == _count_bits(lanes) - 1:
+        _found_at(memory, order, seed, start)
     return start
 
 
 @device
 def _warp_set_bits(memory: Any, lanes: Any, bitmap: Any, is_limbo: bool, start: Any, count: Any) -> Any:
-    """Lanes whose granules share a word take one atomic. Where two lanes name a granule, its word is all invalid."""
+    """Lanes whose granules share a word take one atomic; returns each lane's code."""
     _sync(lanes)  # what lanes did with their blocks comes before the release
     is_inside = _is_inside(memory, start, count)
     w = int64(-1)
@@ -626,7 +629,7 @@ def _warp_set_bits(memory: Any, lanes: Any, bitmap: Any, is_limbo: bool, start: 
 
 @device
 def warp_free(memory: Any, mask: Any, start: Any, count: Any) -> Any:
-    """As `free`, for each lane; the warp takes one version. Where two lanes free a granule, all of its word are told."""
+    """As `free`, for each lane; the warp takes one version. Where two lanes name a granule, all of its word are told."""
     lanes = _lanes_of(mask)
     start, count = int64(start), int64(count)
     code = _warp_set_bits(memory, lanes, _FREE_WORDS, False, start, count)

@@ -15,7 +15,7 @@ constexpr kvt::Word granule_bits() {
 template <typename Pool>
 std::vector<kvt::Word> make_memory(int num_granules) {
   const int num_words = (num_granules + 2 * Pool::kGranules - 1) / (2 * Pool::kGranules) * 2;
-  std::vector<kvt::Word> memory(kvt::kFreeWords + num_words * (2 + kvt::kEpochs) + (num_words / 64 + 1) * 4, 0);
+  std::vector<kvt::Word> memory(kvt::kFreeWords + num_words * (2 + kvt::kEpochs) + (num_words / 32 + 1) * 4, 0);
   memory[Pool::Layout::kSizes] = num_granules, memory[Pool::Layout::kSizes + 1] = num_words;
   kvt::Word* const words = memory.data() + kvt::kFreeWords;
   for (int g = 0; g < num_granules; ++g) words[g / Pool::kGranules] |= kvt::Word{1} << g % Pool::kGranules;

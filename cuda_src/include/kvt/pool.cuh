@@ -18,7 +18,7 @@
 //           | kHints    [4], by order: the version at which no block was left, plus 1
 //           | kVersions [kShards], a cache line each; the version is their sum
 //           | free words, an even number | limbo words of kEpochs epochs | marks of a batch that is being freed
-//           | of slabs [words / 64 + 1, 4 orders]: the word plus 1 where a search found a block last, or 0
+//           | of slabs [words / 32 + 1, 4 orders]: the word plus 1 where a search found a block last, or 0
 //
 // free is for blocks that no other thread can still read, retire for all others: they wait in the limbo of the epoch
 // that memory holds, until the host completes it. A kernel that takes blocks must not read what lies in them by the
@@ -276,7 +276,7 @@ struct BasicPool {
   }
 
  private:
-  KVT_ATOMIC unsigned num_currents() const { return static_cast<unsigned>(num_words()) / 64 + 1; }
+  KVT_ATOMIC unsigned num_currents() const { return static_cast<unsigned>(num_words()) / 32 + 1; }
 
   KVT_ATOMIC Word* current_word(int order, unsigned seed) const {
     return marks() + num_words() + seed % num_currents() * 4 + order;
