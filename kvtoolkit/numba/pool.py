@@ -629,7 +629,7 @@ def _warp_set_bits(memory: Any, lanes: Any, bitmap: Any, is_limbo: bool, start: 
 
 @device
 def warp_free(memory: Any, mask: Any, start: Any, count: Any) -> Any:
-    """As `free`, for each lane; the warp takes one version. Where two lanes name a granule, all of its word are told."""
+    """As `free`, for each lane. Where two lanes name a granule, all that name something of its word are told."""
     lanes = _lanes_of(mask)
     start, count = int64(start), int64(count)
     code = _warp_set_bits(memory, lanes, _FREE_WORDS, False, start, count)

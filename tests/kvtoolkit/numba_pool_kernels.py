@@ -1,4 +1,4 @@
-"""Kernels that call `kvtoolkit.numba.pool`, in the simulator or on a GPU. Importing them imports Numba's CUDA target."""
+"""Kernels that call `kvtoolkit.numba.pool`, in the simulator or on a GPU; to be imported late, as they import Numba."""
 
 from kvtoolkit.numba import pool
 from kvtoolkit.numba.device import cuda, kernel
@@ -47,7 +47,7 @@ def give_back(memory, starts, order, by_warp, to_limbo):
     """What `take` got, each start becomes the code."""
     t = cuda.grid(1)
     size = 1 << (order if order >= 0 else t % 4)
-    has_block = t < starts.shape[0] and starts[min(t, starts.shape[0] - 1)] >= 0
+    has_block = t < starts.shape[0] and starts[t] >= 0
     if by_warp:
         mask = cuda.ballot_sync(WHOLE_WARP, has_block)
         if has_block and to_limbo:
@@ -61,40 +61,43 @@ def give_back(memory, starts, order, by_warp, to_limbo):
 
 
 @kernel
-def churn(memory, canaries, first_name, rounds, by_warp, naps, wrong):
-    """Every thread takes and gives back, and has its name in the granules meanwhile."""
+def churn(memory, canaries, first_name, rounds, order, by_warp, naps, wrong):
+    """Every thread takes and gives back, and has its name in the granules meanwhile.
+
+    With an ``order`` of -1 they are drawn; with others there must be room for all, so that nobody may be refused.
+    """
     t = cuda.grid(1)
     name = first_name + t
     draw = name * 2654435761 & 0xFFFFFFFF
     for _ in range(rounds):
         draw = draw * 1664525 + 1013904223 & 0xFFFFFFFF
-        order = draw >> 20 & 3
+        mine = order if order >= 0 else draw >> 20 & 3
         start = 0
         if by_warp:
             for each in range(4):
-                mask = cuda.ballot_sync(WHOLE_WARP, order == each)
-                if order == each:
+                mask = cuda.ballot_sync(WHOLE_WARP, mine == each)
+                if mine == each:
                     start = pool.warp_allocate(memory, mask, each, draw)
         else:
-            start = pool.allocate(memory, order, draw)
+            start = pool.allocate(memory, mine, draw)
         if start >= 0:
-            for granule in range(start, start + (1 << order)):
+            for granule in range(start, start + (1 << mine)):
                 if cuda.atomic.exch(canaries, granule, name) != 0:
                     cuda.atomic.add(wrong, 0, 1)
             if naps:
                 cuda.nanosleep(draw >> 24 << 8)  # there must be moments in which nobody frees
-            for granule in range(start, start + (1 << order)):
+            for granule in range(start, start + (1 << mine)):
                 if cuda.atomic.exch(canaries, granule, 0) != name:
                     cuda.atomic.add(wrong, 0, 1)
-        elif start < pool.CONTENDED or start > pool.EXHAUSTED:
+        elif start != pool.CONTENDED and (order >= 0 or start < pool.CONTENDED or start > pool.EXHAUSTED):
             cuda.atomic.add(wrong, 0, 1)
         code = 0
         if by_warp:
             mask = cuda.ballot_sync(WHOLE_WARP, start >= 0)
             if start >= 0:
-                code = pool.warp_free(memory, mask, start, 1 << order)
+                code = pool.warp_free(memory, mask, start, 1 << mine)
         elif start >= 0:
-            code = pool.free(memory, start, 1 << order)
+            code = pool.free(memory, start, 1 << mine)
         if code != 0:
             cuda.atomic.add(wrong, 0, 1)
 

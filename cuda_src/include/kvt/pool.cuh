@@ -391,6 +391,7 @@ class PoolWarp {
     const int code = set_bits(pool_.free_words(), false, start, count);
     __syncwarp(mask_);
     if (rank_ == 0) pool_.bump_version(static_cast<unsigned>(start) >> Layout::kShift);
+    __syncwarp(mask_);  // before any lane takes what a searcher may miss, the version has moved
     return code;
   }
 
