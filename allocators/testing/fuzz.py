@@ -45,8 +45,8 @@ def fuzz(
         options: of the allocator.
         stream: where to report; None for standard output.
         first_round: where to begin, to come back to a failure at once.
-        more: further kinds of rounds, which come first, by name: called with what makes a fresh pool and a seed, they raise what they
-            find and return how many operations they did.
+        more: further kinds of rounds, which come first, by name: called with what makes a fresh pool and a seed, they
+            raise what they find and return how many operations they did.
 
     Returns:
         0, or 1 after a failure, which has been printed with the calls that lead there and the command to repeat it.
