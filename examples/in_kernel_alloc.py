@@ -110,10 +110,9 @@ def main() -> int:
     cache.check_integrity()
 
     refused = cupy.zeros(1, cupy.int32)
-    give_back = numba_kernel()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Grid size")  # one CTA is enough
-        give_back[1, 128](pool.memory, starts, refused)
+        warnings.simplefilter("ignore")  # Numba warns of a grid of one CTA, and of NumPy
+        numba_kernel()[1, 128](pool.memory, starts, refused)
     print(f"given back by a Numba kernel: {pool.num_free} granules free, {int(refused[0])} refused")
     after = cache.key_cache(0).get()
     first = np.concatenate(held)  # the first granule of every block that the sequences held
