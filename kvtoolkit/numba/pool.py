@@ -385,9 +385,11 @@ def _search(memory: Any, order: Any, home: Any) -> Any:
         return start
     num_words = _num_words(memory)
     for _ in range(_MAX_PASSES):
+        proved = _load_relaxed(memory, _HINTS + order)
+        _fence_acq_rel()
         before = _version(memory)
         _fence_acq_rel()
-        if _load_relaxed(memory, _HINTS + order) == before + _ONE:
+        if proved == before + _ONE:
             return _code_of(memory, order)  # somebody has proved it
         for i in range(num_words):
             start = _claim(memory, order, (home + i) % num_words)
@@ -556,11 +558,13 @@ def _warp_search(memory: Any, lanes: Any, order: Any, home: Any) -> Any:
     for _ in range(_MAX_PASSES):
         if granted == wanted:
             return start
+        proved = _shuffle(lanes, _load_relaxed(memory, _HINTS + order), _lowest_bit(lanes))
+        _fence_acq_rel()
+        _sync(lanes)
         before = _warp_version(memory, lanes)
         _fence_acq_rel()
         _sync(lanes)
-        known = _shuffle(lanes, _load_relaxed(memory, _HINTS + order), _lowest_bit(lanes))
-        is_proved = known == before + _ONE
+        is_proved = proved == before + _ONE
         if not is_proved:
             for i in range(0, _num_words(memory), wanted):
                 if granted < wanted:

@@ -127,9 +127,10 @@ class PoolModel:
         if start:
             return home * WIDTH + start.bit_length() - 1
         for _ in range(MAX_PASSES):
-            before = yield from self.version()
             yield
-            if self.hints[order] == before + 1:
+            proved = self.hints[order]
+            before = yield from self.version()
+            if proved == before + 1:
                 return self.code_of(order)
             for i in range(len(self.free)):
                 w = (home + i) % len(self.free)
@@ -164,9 +165,10 @@ class PoolModel:
         for _ in range(MAX_PASSES):
             if len(granted) == wanted:
                 return granted
-            before = yield from self.version()
             yield
-            if self.hints[order] == before + 1:
+            proved = self.hints[order]
+            before = yield from self.version()
+            if proved == before + 1:
                 return [*granted, self.code_of(order)]
             for i in range(0, len(self.free), AHEAD * wanted):
                 sees_runs = False

@@ -13,6 +13,8 @@
 // is followed by an increment of the version. A pass that found nothing, with the version the same before and after it,
 // proves that there was no such block when it ended: without frees, free runs only shrink. The proof is kept, so that
 // all who ask at the same version are told at once. After kMaxPasses with a moving version the answer is kContended.
+// The version is a sum of shards, and two threads that each miss another's free may see the same sum: so a proof is
+// acquired before the version is read that it is compared with, and holds no shard that the reader has not seen then.
 //
 //   memory  uint64, made by kvtoolkit.DevicePool: granules and words of a Pool, epoch, unused, those of a SlabPool
 //           | kHints    [4], by order: the version at which no block was left, plus 1
@@ -292,9 +294,10 @@ struct BasicPool {
     int start = claim(order, home);
     if (start >= 0) return start;
     for (int pass = 0; pass < kMaxPasses; ++pass) {
+      const Word proved = load_acquire(memory + kHints + order);
       const Word before = version();
       fence_acq_rel();
-      if (load_relaxed(memory + kHints + order) == before + 1) return code_of(order);
+      if (proved == before + 1) return code_of(order);
       for (int i = 0, w = home; i < num_words(); ++i) {
         start = claim(order, w);
         if (start >= 0) return start;
@@ -302,7 +305,7 @@ struct BasicPool {
       }
       fence_acq_rel();
       if (version() == before) {
-        store_relaxed(memory + kHints + order, before + 1);
+        store_relaxed(memory + kHints + order, before + 1);  // the fence releases what `before` was read from
         return code_of(order);
       }
     }
@@ -422,11 +425,12 @@ class PoolWarp {
     scan(order, home, 0);
     home &= ~1;  // from here on words are loaded in pairs
     for (int pass = 0; pass < kMaxPasses && granted_ < wanted_; ++pass) {
+      const Word proved = __shfl_sync(mask_, load_acquire(pool_.memory + kHints + order), leader_);
+      __syncwarp(mask_);
       const Word before = version();
       fence_acq_rel();
       __syncwarp(mask_);
-      const Word known = __shfl_sync(mask_, load_relaxed(pool_.memory + kHints + order), leader_);
-      bool is_proved = known == before + 1;
+      bool is_proved = proved == before + 1;
       if (!is_proved) {
         for (int i = 0; i < num_words && granted_ < wanted_; i += kAhead * wanted_) {
           if (!__any_sync(mask_, sees_runs(order, home, i))) continue;
