@@ -171,7 +171,7 @@ def test_the_pools_kernels_compile_and_spill_nothing(source, slab):
         assert len(usage) >= 3
         for kernel in usage:
             assert kernel.spill_nbytes == 0
-            assert kernel.registers <= 64
+            assert kernel.registers <= (96 if kernel.name == "kvt_pool_allocate" else 64)  # that one is a single warp
 
 
 def test_the_command_prints_registers_and_spills(capsys, tmp_path):

@@ -382,7 +382,7 @@ class PoolWarp {
   __device__ __forceinline__ int allocate_opened(int order) {
     begin();
     opens_ = false;
-    for (int i = 0; i < pool_.num_words() && granted_ < wanted_; i += wanted_) scan(order, 0, i);
+    sweep(order, 0);
     opens_ = true;
     __syncwarp(mask_);
     return start_;
@@ -419,9 +419,17 @@ class PoolWarp {
     start_ = kContended;
   }
 
+  // A pass over all words, from an even one on.
+  __device__ __forceinline__ void sweep(int order, int home) {
+    const int num_words = pool_.num_words();
+    for (int i = 0; i < num_words && granted_ < wanted_; i += kAhead * wanted_) {
+      if (!__any_sync(mask_, sees_runs(order, home, i))) continue;
+      for (int k = 0; k < kAhead && granted_ < wanted_; ++k) scan(order, home, i + k * wanted_);
+    }
+  }
+
   // For the lanes that have none yet: fills start_, with a code where there is none.
   __device__ __forceinline__ void search(int order, int home) {
-    const int num_words = pool_.num_words();
     scan(order, home, 0);
     home &= ~1;  // from here on words are loaded in pairs
     for (int pass = 0; pass < kMaxPasses && granted_ < wanted_; ++pass) {
@@ -432,10 +440,7 @@ class PoolWarp {
       __syncwarp(mask_);
       bool is_proved = proved == before + 1;
       if (!is_proved) {
-        for (int i = 0; i < num_words && granted_ < wanted_; i += kAhead * wanted_) {
-          if (!__any_sync(mask_, sees_runs(order, home, i))) continue;
-          for (int k = 0; k < kAhead && granted_ < wanted_; ++k) scan(order, home, i + k * wanted_);
-        }
+        sweep(order, home);
         if (granted_ == wanted_) return;
         fence_acq_rel();
         __syncwarp(mask_);
@@ -476,7 +481,7 @@ class PoolWarp {
     }
     Word runs = 0;
 #pragma unroll
-    for (int k = 0; k < kAhead; ++k) runs |= Layout::runs(seen[k], order, true);
+    for (int k = 0; k < kAhead; ++k) runs |= Layout::runs(seen[k], order, opens_);
     return runs != 0;
   }
 
