@@ -385,8 +385,7 @@ def _search(memory: Any, order: Any, home: Any) -> Any:
         return start
     num_words = _num_words(memory)
     for _ in range(_MAX_PASSES):
-        proved = _load_relaxed(memory, _HINTS + order)
-        _fence_acq_rel()
+        proved = _load_acquire(memory, _HINTS + order)
         before = _version(memory)
         _fence_acq_rel()
         if proved == before + _ONE:
@@ -558,8 +557,7 @@ def _warp_search(memory: Any, lanes: Any, order: Any, home: Any) -> Any:
     for _ in range(_MAX_PASSES):
         if granted == wanted:
             return start
-        proved = _shuffle(lanes, _load_relaxed(memory, _HINTS + order), _lowest_bit(lanes))
-        _fence_acq_rel()
+        proved = _shuffle(lanes, _load_acquire(memory, _HINTS + order), _lowest_bit(lanes))
         _sync(lanes)
         before = _warp_version(memory, lanes)
         _fence_acq_rel()
