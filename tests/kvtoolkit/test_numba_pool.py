@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from allocators.errors import ContendedError
 from kvtoolkit import DevicePool, get_include
+from tests.kvtoolkit.test_gpu_pool import free_granules
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LAYOUTS = ("buddy", "slab")
@@ -55,7 +56,7 @@ def words_of(num_granules, layout):
 def make_memory(num_granules, layout):
     """What `DevicePool` writes, all granules free."""
     num_words = words_of(num_granules, layout)
-    memory = np.zeros(FREE + num_words * (2 + EPOCHS) + 4 * (num_words + 1), np.uint64)
+    memory = np.zeros(FREE + num_words * (2 + EPOCHS) + 4 * (num_words // 32 + 1), np.uint64)
     sizes = 0 if layout == "buddy" else 4
     memory[sizes : sizes + 2] = num_granules, num_words
     bits = np.zeros(num_words * width(layout), np.bool_)
@@ -552,11 +553,6 @@ def granules_of(starts, orders):
     granules = np.concatenate([starts[orders == k][:, None] + np.arange(1 << k) for k in range(4)], axis=None)
     assert len(np.unique(granules)) == len(granules)
     return np.sort(granules)
-
-
-def free_granules(pool):
-    bits = np.unpackbits(pool._free_words().view(np.uint8), bitorder="little").reshape(-1, 64)
-    return bits[:, : width(pool.layout)].reshape(-1)[: pool.num_granules].astype(bool)
 
 
 gpu = pytest.mark.gpu
