@@ -14,7 +14,7 @@
 // proves that there was no such block when it ended: without frees, free runs only shrink. The proof is kept, so that
 // all who ask at the same version are told at once. After kMaxPasses with a moving version the answer is kContended.
 // The version is a sum of shards, and two threads that each miss another's free may see the same sum: so a proof is
-// acquired before the version is read that it is compared with, and holds no shard that the reader has not seen then.
+// acquired before the version is read that it is compared with. The reader then sees no shard older than the prover saw.
 //
 //   memory  uint64, made by kvtoolkit.DevicePool: granules and words of a Pool, epoch, unused, those of a SlabPool
 //           | kHints    [4], by order: the version at which no block was left, plus 1
