@@ -1,0 +1,219 @@
+"""The quantized formats of a tier: 64 consecutive tokens of one kv head as one run of bytes, and back. The judge.
+
+| format | keys | values | bytes a token and kv head at head_dim 128 (16 bit: 512) |
+|---|---|---|---|
+| ``int8`` | symmetric, a scale for each token | alike | 260 |
+| ``int4`` | a scale and a zero for each channel over the 64 tokens | a scale and a zero for each token | 140 |
+
+A value is ``scale * (code - 128)`` of int8, ``scale * (code - 8) + zero`` of int4: the zero stands in the middle of the
+codes, which halves what the rounding of a scaled query costs. Scales and zeros are float16; codes are chosen for the
+scale as it is stored.
+
+Bytes lie as a warp's lanes want them for m16n8k16 products (lane = 4 * g + t, g in 0..7, t in 0..3), so that a lane's
+next 16 bytes are a piece, and pieces follow one another, 32 lanes each:
+
+    int8, twice (32 tokens each):  key codes | key scales [32] | value codes | value scales [32]
+        keys     piece (i, j): token 4g + 2i + h, dims 32j + 8t ..+7; bytes h, dim
+        values   piece (i, c): dim 32c + 8j + g in word j; bytes tokens 8t + 2i + (0, 4, 1, 5)
+    int4:  key codes | key scales [D] | key zeros [D] | value codes | value scales [64] | value zeros [64]
+        keys     piece (b, i, jj): token 32b + 4g + 2i + h; words h, j = 2jj, 2jj + 1: dims 32j + 8t ..+7, of which
+                 nibble p is dim 2p, nibble p + 4 dim 2p + 1
+        values   piece (b, c): dim 32c + 8j + g in word j; nibble n is token 32b + 8t + n
+
+In registers every second pair of nibbles comes out times 16. Scales are stored so that this needs no instruction: times
+4, or divided by 4 where the codes are such (dims 2, 3, 6, 7 of 8 for keys, odd tokens for values); those of int8 values
+times 4 as well.
+
+Source: scales per channel for keys and per token for values, Liu et al. 2024 (KIVI, arXiv:2402.02750), sec. 3; a zero
+in the middle and the bytes' order are our own.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtoolkit.errors import UnsupportedError
+
+BLOCK = 64
+"""Tokens that are quantized together."""
+INT8_UNIT = 32
+"""Tokens of one of the two halves of an int8 block."""
+
+Floats = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
+
+_LARGEST = 65504.0  # float16
+_INT8_VALUE_FACTOR = np.float32(4.0)
+
+
+class Format(NamedTuple):
+    """A quantized format."""
+
+    name: str
+    bits: int
+
+    def nbytes(self, head_dim: int) -> int:
+        """Bytes of a block of 64 tokens of one kv head, keys and values."""
+        check_head_dim(head_dim)
+        if self.bits == 8:
+            return 2 * BLOCK * (head_dim + 2)
+        return BLOCK * head_dim + 4 * head_dim + 4 * BLOCK
+
+    def encode(self, keys: Any, values: Any) -> Bytes:
+        """Quantize ``[..., 64, head_dim]`` keys and values to ``[..., nbytes]``."""
+        keys, values = np.asarray(keys, np.float32), np.asarray(values, np.float32)
+        return (_encode_int8 if self.bits == 8 else _encode_int4)(keys, values)
+
+    def decode(self, blocks: Bytes, head_dim: int) -> tuple[Floats, Floats]:
+        """The keys and values, ``[..., 64, head_dim]`` float32 each, of ``[..., nbytes]``."""
+        return (_decode_int8 if self.bits == 8 else _decode_int4)(np.asarray(blocks), head_dim)
+
+
+INT8, INT4 = Format("int8", 8), Format("int4", 4)
+FORMATS = {"int8": INT8, "int4": INT4}
+
+
+def check_head_dim(head_dim: int) -> None:
+    """UnsupportedError unless there are quantized formats for it."""
+    if head_dim not in (64, 128):
+        raise UnsupportedError(f"head_dim: quantized tiers expect 64 or 128, got {head_dim}")
+
+
+def _as_half(values: Floats) -> NDArray[np.float16]:
+    return np.clip(values, -_LARGEST, _LARGEST).astype(np.float16)
+
+
+def _code(x: Floats, scale: Floats, zero: Floats | float, middle: int, low: int, high: int) -> Bytes:
+    """Codes of values; where the scale is 0 the middle one."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        steps = np.where(scale > 0, np.rint((x - zero) / scale), np.float32(0))
+    return np.clip(steps + middle, low, high).astype(np.uint8)
+
+
+# -- int8 ----------------------------------------------------------------------------------------------------------------
+
+# axes of codes as they come, and as they are stored; (token axes), (dim axes)
+_INT8_KEYS = ("gih", "jtb", "ijgthb", {"g": 8, "i": 2, "h": 2, "t": 4, "b": 8})
+_INT8_VALUES = ("tqir", "cjg", "icgtjrq", {"t": 4, "q": 2, "i": 2, "r": 2, "j": 4, "g": 8})
+_INT4_KEYS = ("bgih", "Jjtpe", "biJgthjep", {"b": 2, "g": 8, "i": 2, "h": 2, "j": 2, "t": 4, "p": 4, "e": 2})
+_INT4_VALUES = ("btn", "cjg", "bcgtjn", {"b": 2, "t": 4, "n": 8, "j": 4, "g": 8})
+
+_Order = tuple[str, str, str, dict[str, int]]
+
+
+def _arrange(codes: Bytes, order: _Order) -> Bytes:
+    """``[..., tokens, head_dim]`` codes in the order they are stored in, ``[..., tokens * head_dim]``."""
+    tokens, dims, stored, sizes = order
+    lead = codes.shape[:-2]
+    axes = tokens + dims
+    split = codes.reshape(*lead, *_sizes(tokens, codes.shape[-2], sizes), *_sizes(dims, codes.shape[-1], sizes))
+    moved = split.transpose(*range(len(lead)), *(len(lead) + axes.index(axis) for axis in stored))
+    return np.ascontiguousarray(moved).reshape(*lead, -1)
+
+
+def _restore(codes: Bytes, order: _Order, num_tokens: int, head_dim: int) -> Bytes:
+    """The inverse of `_arrange`."""
+    tokens, dims, stored, sizes = order
+    lead = codes.shape[:-1]
+    axes = tokens + dims
+    known = dict(zip(axes, _sizes(tokens, num_tokens, sizes) + _sizes(dims, head_dim, sizes), strict=True))
+    split = codes.reshape(*lead, *(known[axis] for axis in stored))
+    moved = split.transpose(*range(len(lead)), *(len(lead) + stored.index(axis) for axis in axes))
+    return np.ascontiguousarray(moved).reshape(*lead, num_tokens, head_dim)
+
+
+def _sizes(axes: str, total: int, sizes: dict[str, int]) -> tuple[int, ...]:
+    known = int(np.prod([sizes[axis] for axis in axes if axis in sizes]))
+    return tuple(sizes.get(axis, total // known) for axis in axes)
+
+
+def _encode_int8(keys: Floats, values: Floats) -> Bytes:
+    parts = []
+    for half in range(2):
+        tokens = slice(half * INT8_UNIT, (half + 1) * INT8_UNIT)
+        for x, factor, order in (
+            (keys[..., tokens, :], np.float32(1), _INT8_KEYS),
+            (values[..., tokens, :], _INT8_VALUE_FACTOR, _INT8_VALUES),
+        ):
+            largest = np.abs(x).max(axis=-1, keepdims=True)
+            stored = _as_half(largest / np.float32(127) * factor)
+            codes = _code(x, stored.astype(np.float32) / factor, np.float32(0), 128, 1, 255)
+            parts += [_arrange(codes, order), _raw(stored[..., 0])]
+    return np.concatenate(parts, axis=-1)
+
+
+def _decode_int8(blocks: Bytes, head_dim: int) -> tuple[Floats, Floats]:
+    unit = INT8_UNIT * head_dim
+    halves: tuple[list[Floats], list[Floats]] = ([], [])
+    at = 0
+    for _ in range(2):
+        for out, factor, order in ((halves[0], np.float32(1), _INT8_KEYS), (halves[1], np.float32(4), _INT8_VALUES)):
+            codes = _restore(blocks[..., at : at + unit], order, INT8_UNIT, head_dim).astype(np.float32)
+            stored = _halves(blocks[..., at + unit : at + unit + 2 * INT8_UNIT])
+            out.append((stored / factor)[..., None] * (codes - np.float32(128)))
+            at += unit + 2 * INT8_UNIT
+    return np.concatenate(halves[0], axis=-2), np.concatenate(halves[1], axis=-2)
+
+
+# -- int4 ----------------------------------------------------------------------------------------------------------------
+
+
+def _factors(count: int, period: int) -> Floats:
+    """4 for the first half of every ``period`` numbers, a quarter for the second."""
+    first = np.arange(count) % period < period // 2
+    return np.where(first, np.float32(4), np.float32(0.25)).astype(np.float32)
+
+
+def _quantize_int4(x: Floats, factors: Floats, axis: int) -> tuple[Bytes, NDArray[np.float16], NDArray[np.float16]]:
+    """Codes, stored scales and zeros, over an axis."""
+    low, high = x.min(axis=axis, keepdims=True), x.max(axis=axis, keepdims=True)
+    stored = _as_half((high - low) / np.float32(15) * factors)
+    scale = stored.astype(np.float32) / factors
+    zero = _as_half(low + np.float32(8) * scale)
+    codes = _code(x, scale, zero.astype(np.float32), 8, 0, 15)
+    return codes, np.squeeze(stored, axis), np.squeeze(zero, axis)
+
+
+def _encode_int4(keys: Floats, values: Floats) -> Bytes:
+    head_dim = keys.shape[-1]
+    key_codes, key_scales, key_zeros = _quantize_int4(keys, _factors(head_dim, 4), -2)
+    value_codes, value_scales, value_zeros = _quantize_int4(values, _factors(BLOCK, 2)[:, None], -1)
+    parts = [_pack(_arrange(key_codes, _INT4_KEYS)), _raw(key_scales), _raw(key_zeros)]
+    parts += [_pack(_arrange(value_codes, _INT4_VALUES)), _raw(value_scales), _raw(value_zeros)]
+    return np.concatenate(parts, axis=-1)
+
+
+def _decode_int4(blocks: Bytes, head_dim: int) -> tuple[Floats, Floats]:
+    half = BLOCK * head_dim // 2
+    values_at = half + 4 * head_dim
+    key_codes = _restore(_unpack(blocks[..., :half]), _INT4_KEYS, BLOCK, head_dim)
+    value_codes = _restore(_unpack(blocks[..., values_at : values_at + half]), _INT4_VALUES, BLOCK, head_dim)
+    key_scales = _halves(blocks[..., half : half + 2 * head_dim]) / _factors(head_dim, 4)
+    key_zeros = _halves(blocks[..., half + 2 * head_dim : values_at])
+    tail = values_at + half
+    value_scales = _halves(blocks[..., tail : tail + 2 * BLOCK]) / _factors(BLOCK, 2)
+    value_zeros = _halves(blocks[..., tail + 2 * BLOCK :])
+    eight = np.float32(8)
+    keys = key_scales[..., None, :] * (key_codes - eight) + key_zeros[..., None, :]
+    values = value_scales[..., None] * (value_codes - eight) + value_zeros[..., None]
+    return keys, values
+
+
+# -- bytes ---------------------------------------------------------------------------------------------------------------
+
+
+def _raw(halves: NDArray[np.float16]) -> Bytes:
+    return np.ascontiguousarray(halves).view(np.uint8)
+
+
+def _halves(raw: Bytes) -> Floats:
+    return np.ascontiguousarray(raw).view(np.float16).astype(np.float32)
+
+
+def _pack(nibbles: Bytes) -> Bytes:
+    return nibbles[..., 0::2] | nibbles[..., 1::2] << 4
+
+
+def _unpack(packed: Bytes) -> Bytes:
+    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)

@@ -1,0 +1,33 @@
+"""The tiers of a cache as attention reads them: where each one's keys and values lie, and which granules are its own.
+
+Granule numbers run through the tiers of a cache: those of tier ``t`` begin at ``first_granules[t]``. In the hot tier a
+granule is 8 slots of the arrays; in a quantized tier 8 aligned granules are a block of 64 tokens, positions 64 n to
+64 n + 63 of a sequence, and one entry. So every tile of a sequence lies in one tier.
+"""
+
+from typing import Any, NamedTuple
+
+from kvtoolkit.cpu.arrays import Operand
+
+
+class TierCaches(NamedTuple):
+    """The tiers of one layer, for `kvtoolkit.tiered_attention`; `KVCache.tier_caches` has those of a cache."""
+
+    k_cache: Any
+    """Hot: ``[num_granules, num_kv_heads, 8, head_dim]`` float16 or bfloat16, on the CPU also float32."""
+    v_cache: Any
+    warm: Any = None
+    """``[num_blocks, num_kv_heads, nbytes]`` uint8, contiguous: blocks of `kvtoolkit.formats.INT8`."""
+    cold: Any = None
+    """Alike, of `kvtoolkit.formats.INT4`."""
+    first_granules: tuple[int, int, int] = (0, 0, 0)
+    """First granule number of the hot, warm and cold tier; multiples of 8."""
+
+
+class QuantizedTiers(NamedTuple):
+    """The quantized tiers of one layer, described and checked; for the kernels."""
+
+    warm: Operand | None
+    """``[num_blocks, num_kv_heads, nbytes]``"""
+    cold: Operand | None
+    first_granules: tuple[int, int, int]
