@@ -2,7 +2,7 @@
 
 from allocators import BlockAllocator, create, register
 from kvtoolkit._version import __version__
-from kvtoolkit.attention import append, merge_states, paged_attention, variable_block_attention
+from kvtoolkit.attention import append, merge_states, paged_attention, tiered_attention, variable_block_attention
 from kvtoolkit.cache import KVCache
 from kvtoolkit.config import CacheConfig
 from kvtoolkit.device_pool import DevicePool, lockfree
@@ -22,6 +22,7 @@ from kvtoolkit.lease import Lease
 from kvtoolkit.sources import get_include
 from kvtoolkit.stats import CacheStats
 from kvtoolkit.step import Step
+from kvtoolkit.tiers import TierCaches
 from kvtoolkit.warm import warmup
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "ShapeError",
     "Step",
     "StepError",
+    "TierCaches",
     "UnsupportedError",
     "__version__",
     "append",
@@ -48,6 +50,7 @@ __all__ = [
     "get_include",
     "merge_states",
     "paged_attention",
+    "tiered_attention",
     "variable_block_attention",
     "warmup",
 ]

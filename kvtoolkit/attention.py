@@ -37,7 +37,9 @@ from kvtoolkit.checks import (
 from kvtoolkit.cpu.arrays import Operand, is_on_device, is_torch, operand
 from kvtoolkit.cpu.merge import merge_rows
 from kvtoolkit.errors import ShapeError
-from kvtoolkit.tables import GRANULE
+from kvtoolkit.formats import INT4, INT8
+from kvtoolkit.tables import GRANULE, MAX_BLOCK_GRANULES, MAX_GRANULES
+from kvtoolkit.tiers import QuantizedTiers, TierCaches
 
 
 def paged_attention(
@@ -115,6 +117,7 @@ def variable_block_attention(
     block_starts: Any,
     seq_lens: Any,
     *,
+    block_mass: Any = None,
     cu_seqlens_q: Any = None,
     softmax_scale: float | None = None,
     causal: bool = True,
@@ -138,6 +141,7 @@ def variable_block_attention(
             makes one of a first granule, a length in granules and a tier.
         block_starts: ``[batch, max_entries]`` int32, first logical granule of each entry: 0, then where the one before
             ends.
+        block_mass: as in `tiered_attention`.
 
     Everything else is as in `paged_attention`.
 
@@ -148,7 +152,65 @@ def variable_block_attention(
     """
     return _attention(
         q, k_cache, v_cache, block_table, block_starts, seq_lens, None, cu_seqlens_q, softmax_scale, causal,
-        window_size, softcap, sinks, alibi_slopes, out, return_lse, num_splits, backend,
+        window_size, softcap, sinks, alibi_slopes, out, return_lse, num_splits, backend, block_mass=block_mass,
+    )  # fmt: skip
+
+
+def tiered_attention(
+    q: Any,
+    tier_caches: TierCaches,
+    block_table: Any,
+    block_starts: Any,
+    seq_lens: Any,
+    *,
+    block_mass: Any = None,
+    cu_seqlens_q: Any = None,
+    softmax_scale: float | None = None,
+    causal: bool = True,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: Any = None,
+    alibi_slopes: Any = None,
+    out: Any = None,
+    return_lse: bool = False,
+    num_splits: int = 0,
+    backend: str | None = None,
+) -> Any:
+    """Attend as `variable_block_attention` to tokens of which some are stored as int8 and some as int4, in one softmax.
+
+    A row whose entries are all hot gives the bits of `variable_block_attention`. Every other row gives the attention
+    over what the codes stand for, see `kvtoolkit.formats`; each 64 positions from a multiple of 64 on, a tile, lie in
+    one tier.
+
+    Args:
+        tier_caches: `kvtoolkit.TierCaches`: ``k_cache`` and ``v_cache`` ``[num_granules, num_kv_heads, 8, head_dim]``,
+            dtype of ``q``, last axis contiguous; ``warm`` and ``cold`` ``[num_blocks, num_kv_heads, nbytes]`` uint8,
+            contiguous, or None, for ``head_dim`` 64 or 128; ``first_granules``, multiples of 8.
+        block_table: ``[batch, max_entries]`` int32 entries in these tiers, -1 = empty. Their granules count through
+            the tiers. In the hot tier an entry is 1-8 granules; in another it is 8, both where it lies in its tier and
+            in ``block_starts`` a multiple of 8.
+        block_mass: None, or ``[batch, max_tiles, num_kv_heads]`` float32, contiguous, ``max_tiles`` at least
+            ``max_entries``. Written, not added to: the share of the attention that goes to each tile, averaged over
+            the queries of the row and of the group; 0 from a row's end on. A sink's share is in no tile. It does not
+            change a bit of the result.
+
+    Everything else is as in `variable_block_attention`.
+
+    Raises:
+        ShapeError: a shape, dtype, stride or value is not as above, a row is longer than its entries, or an entry is in
+            no tier or reaches out of it; nothing was written.
+        UnsupportedError: no kernel for this head_dim or backend.
+    """
+    try:
+        caches = TierCaches(*tier_caches)
+    except TypeError:
+        raise ShapeError(
+            f"tier_caches: expected (k_cache, v_cache, warm, cold, first_granules), got {type(tier_caches).__name__}"
+        ) from None
+    return _attention(
+        q, caches.k_cache, caches.v_cache, block_table, block_starts, seq_lens, None, cu_seqlens_q, softmax_scale,
+        causal, window_size, softcap, sinks, alibi_slopes, out, return_lse, num_splits, backend, block_mass=block_mass,
+        tier_caches=caches,
     )  # fmt: skip
 
 
@@ -156,7 +218,7 @@ def _attention(
     q: Any, k_cache: Any, v_cache: Any, block_table: Any, block_starts: Any, seq_lens: Any, layout: str | None,
     cu_seqlens_q: Any, softmax_scale: float | None, causal: bool, window_size: tuple[int, int], softcap: float,
     sinks: Any, alibi_slopes: Any, out: Any, return_lse: bool, num_splits: int, backend: str | None,
-    query_counts: tuple[int, int] | None = None,
+    query_counts: tuple[int, int] | None = None, *, block_mass: Any = None, tier_caches: TierCaches | None = None,
 ) -> Any:  # fmt: skip
     chosen = choose_backend(backend, is_on_device(q))
     describe = operand if chosen == "cpu" else _device().device_operand
@@ -193,6 +255,14 @@ def _attention(
         slopes = describe(alibi_slopes, "alibi_slopes")
         check_per_head(slopes, "alibi_slopes", num_q_heads, infinite=False)
 
+    tier_options: dict[str, Any] = {}
+    if tier_caches is not None:
+        tier_options["tiers"] = _describe_tiers(tier_caches, describe, keys.shape[1], head_dim)
+    if block_mass is not None:
+        masses = describe(block_mass, "block_mass")
+        _check_block_mass(masses, batch, max_entries, keys.shape[1])
+        tier_options["block_mass"] = masses
+
     if out is None:
         out = _empty(q, queries, queries.shape, queries.dtype)
         target = describe(out, "out")
@@ -206,11 +276,61 @@ def _attention(
         "softmax_scale": softmax_scale, "causal": causal, "window_size": window, "softcap": softcap,
         "sinks": sink_logits, "alibi_slopes": slopes, "num_splits": num_splits, "layout": layout or "HND",
     }  # fmt: skip
+    options |= tier_options
     if chosen == "cpu":
         cpu.attend(*arguments, **options, check=True)
     else:
         _device().attend_checked(chosen, *arguments, query_counts=query_counts, from_torch=is_torch(q), **options)
     return (out, lse) if return_lse else out
+
+
+def _describe_tiers(caches: TierCaches, describe: Any, num_kv_heads: int, head_dim: int) -> QuantizedTiers:
+    """The quantized tiers for the kernels, checked."""
+    described: list[Operand | None] = []
+    for name, blocks, form in (("warm", caches.warm, INT8), ("cold", caches.cold, INT4)):
+        if blocks is None:
+            described.append(None)
+            continue
+        tier = describe(blocks, name)
+        shape = (num_kv_heads, form.nbytes(head_dim))
+        if tier.dtype != "uint8" or len(tier.shape) != 3 or tier.shape[1:] != shape:
+            raise ShapeError(
+                f"{name}: expected [num_blocks, num_kv_heads = {shape[0]}, nbytes = {shape[1]}] uint8, "
+                f"got {tier.shape} {tier.dtype}"
+            )
+        _check_contiguous(tier, name)
+        described.append(tier)
+    try:
+        hot, warm, cold = (first.__index__() for first in caches.first_granules)
+    except (TypeError, ValueError, AttributeError):
+        raise ShapeError(f"first_granules: expected three integers, got {caches.first_granules!r}") from None
+    for first in (hot, warm, cold):
+        if first % MAX_BLOCK_GRANULES or not 0 <= first <= MAX_GRANULES:
+            raise ShapeError(
+                f"first_granules: expected multiples of 8 from 0 to {MAX_GRANULES}, got {caches.first_granules!r}"
+            )
+    return QuantizedTiers(described[0], described[1], (hot, warm, cold))
+
+
+def _check_block_mass(masses: Operand, batch: int, max_entries: int, num_kv_heads: int) -> None:
+    shape = masses.shape
+    good = len(shape) == 3 and (shape[0], shape[2]) == (batch, num_kv_heads) and shape[1] >= max_entries
+    if not good or masses.dtype != "float32":
+        raise ShapeError(
+            f"block_mass: expected [batch = {batch}, at least max_entries = {max_entries}, "
+            f"num_kv_heads = {num_kv_heads}] float32, got {shape} {masses.dtype}"
+        )
+    if not masses.writable:
+        raise ShapeError("block_mass: expected a writable array, got a read-only one")
+    _check_contiguous(masses, "block_mass")
+
+
+def _check_contiguous(array: Operand, name: str) -> None:
+    expected = 1
+    for size, stride in zip(reversed(array.shape), reversed(array.strides), strict=True):
+        if stride != expected and size > 1 and 0 not in array.shape:
+            raise ShapeError(f"{name}: expected a contiguous array, got strides {array.strides} (elements)")
+        expected *= size
 
 
 def append(

@@ -2,7 +2,8 @@
 
 The calls have the names, the arguments and the meaning of those in `kvtoolkit.attention`, and return float64 ``out``
 and ``lse``, always both. What cannot change the answer (``out``, ``return_lse``, ``num_splits``, ``backend``) is
-accepted and ignored. bfloat16 may also come as uint16 words, with ``dtype="bfloat16"``. Nothing is checked.
+accepted and ignored; `tile_masses` gives what the calls write to ``block_mass``. bfloat16 may also come as uint16
+words, with ``dtype="bfloat16"``. Nothing is checked.
 """
 
 from typing import Any
@@ -10,9 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtoolkit.tables import GRANULE, unpack_entries
+from kvtoolkit.formats import FORMATS
+from kvtoolkit.tables import GRANULE, MAX_BLOCK_GRANULES, unpack_entries
 
 Floats = NDArray[np.float64]
+
+TILE = 64
 
 
 def to_float64(array: Any, dtype: str | None = None) -> Floats:
@@ -63,6 +67,59 @@ def variable_block_attention(
     return _attend(to_float64(q, dtype), tokens_of, seq_lens, keys.shape[2], **common)
 
 
+def tiered_attention(
+    q: Any, tier_caches: Any, block_table: Any, block_starts: Any, seq_lens: Any, *, dtype: str | None = None,
+    **common: Any,
+) -> tuple[Floats, Floats]:  # fmt: skip
+    """Attention over what the codes of all tiers stand for; see `kvtoolkit.tiered_attention`."""
+    k_cache, v_cache, warm, cold, first_granules = tier_caches
+    head_dim = np.shape(q)[-1]
+    hot = [to_float64(cache, dtype).swapaxes(1, 2) for cache in (k_cache, v_cache)]  # [granule, slot, head, head_dim]
+    tiers: list[tuple[Floats, ...]] = [tuple(hot)]
+    for name, blocks in (("int8", warm), ("int4", cold)):
+        if blocks is None:
+            tiers.append(())
+            continue
+        shape = (len(blocks) * MAX_BLOCK_GRANULES, GRANULE, hot[0].shape[2], head_dim)
+        decoded = FORMATS[name].decode(np.asarray(blocks), head_dim)  # [block, head, token, head_dim] each
+        tiers.append(tuple(np.asarray(part, np.float64).swapaxes(1, 2).reshape(shape) for part in decoded))
+    granules, lengths, numbers = unpack_entries(np.asarray(block_table))
+    starts = np.asarray(block_starts)
+
+    def tokens_of(row: int, seq_len: int) -> tuple[Floats, Floats]:
+        places = {}  # logical granule -> tier, granule of its arrays
+        for granule, length, start, tier in zip(granules[row], lengths[row], starts[row], numbers[row], strict=True):
+            for i in range(length):
+                places[start + i] = (tier, granule + i - first_granules[tier])
+        found: list[Floats] = []
+        for part in range(2):
+            tokens = []
+            for p in range(seq_len):
+                tier, granule = places[p // GRANULE]
+                tokens.append(tiers[tier][part][granule, p % GRANULE])
+            found.append(np.stack(tokens) if tokens else np.zeros((0, *hot[0].shape[2:])))
+        return found[0], found[1]
+
+    return _attend(to_float64(q, dtype), tokens_of, seq_lens, hot[0].shape[2], **common)
+
+
+def tile_masses(
+    q: Any, tier_caches: Any, block_table: Any, block_starts: Any, seq_lens: Any, *, dtype: str | None = None,
+    **common: Any,
+) -> Floats:  # fmt: skip
+    """The share of the attention that goes to each tile, ``[batch, max_tiles, num_kv_heads]``.
+
+    It is the sum of the weights of the tile's 64 positions, averaged over the queries of the row and of the group;
+    a sink's share is missing from the sum over the tiles. ``max_tiles`` is the number of tiles of the longest row.
+    """
+    tiles = -(-int(np.max(seq_lens, initial=0)) // TILE)
+    masses = np.zeros((len(seq_lens), tiles, np.shape(tier_caches[0])[1]))
+    tiered_attention(
+        q, tier_caches, block_table, block_starts, seq_lens, dtype=dtype, **{**common, "block_mass": masses}
+    )
+    return masses
+
+
 def _stack(cache: Floats, places: list[tuple[int, int]]) -> Floats:
     if not places:
         return np.zeros((0, *cache.shape[2:]))
@@ -86,6 +143,7 @@ def _attend(
     return_lse: bool = True,
     num_splits: int = 0,
     backend: str | None = None,
+    block_mass: Floats | None = None,
 ) -> tuple[Floats, Floats]:
     num_tokens, num_q_heads, head_dim = q.shape
     group_size = num_q_heads // num_kv_heads
@@ -122,7 +180,10 @@ def _attend(
                 logits = scores if sink_logits is None else np.append(scores, sink_logits[head])
                 lse[token, head] = log_sum_exp(logits)
                 if len(scores):
-                    result[token, head] = np.exp(scores - lse[token, head]) @ values[visible, kv_head]
+                    weights = np.exp(scores - lse[token, head])
+                    result[token, head] = weights @ values[visible, kv_head]
+                    if block_mass is not None:
+                        np.add.at(block_mass[row, :, kv_head], j[visible] // TILE, weights / (num_queries * group_size))
     return result, lse
 
 

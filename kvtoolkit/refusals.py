@@ -4,6 +4,7 @@ from kvtoolkit.errors import ShapeError, UnsupportedError
 
 # the same numbers stand in cuda_src/cache/check.cu
 FINE, BAD_SEQ_LEN, BAD_COVERAGE, BAD_BLOCK, BAD_CU_SEQLENS, BAD_STARTS, BAD_TIER, BAD_SLOT = range(8)
+NO_TIER, BAD_UNIT, BAD_PLACE = range(8, 11)
 
 
 def refuse(
@@ -42,6 +43,20 @@ def refuse(
         raise UnsupportedError(
             f"block_table: expected entries in the hot tier, entry {value} of row {row} is in another; "
             "use tiered_attention"
+        )
+    if code == NO_TIER:
+        raise ShapeError(
+            f"block_table: expected entries in the tiers of tier_caches, entry {value} of row {row} is in none of them"
+        )
+    if code == BAD_UNIT:
+        raise ShapeError(
+            f"block_table: expected entries in a quantized tier to be 8 granules at multiples of 8, in their tier and "
+            f"in the sequence; entry {value} of row {row} is not"
+        )
+    if code == BAD_PLACE:
+        raise ShapeError(
+            f"block_table: expected entries within their tier, entry {value} of row {row} begins before it or ends "
+            f"after it"
         )
     if code == BAD_SLOT:
         raise ShapeError(

@@ -5,6 +5,9 @@ one split of its positions. Threads claim items from a counter. Tiles are 64 con
 multiples of a tile, so the result depends neither on where the tokens lie, nor on the batch around a row, nor on the
 number of threads.
 
+A tile that lies in a quantized tier is one block of it: the stages that fill the two tiles dequantize it instead of
+gathering rows, and nothing else differs.
+
 The problem is one int64 array, its fields named below: addresses, strides in elements, sizes. A single array of a
 single type means a single compilation for every dtype, layout and option.
 
@@ -20,10 +23,14 @@ from numba import types
 
 from allocators._bits import fetch_add_acq_rel, load_acquire
 from allocators._jit import jit
-from kvtoolkit.cpu.softmax import absorb_scores, bias_scores, cap_scores, mask_scores
+from kvtoolkit.cpu.dequantize import block_bytes, dequantize_keys, dequantize_values
+from kvtoolkit.cpu.softmax import absorb_scores, bias_scores, cap_scores, mask_scores, tile_lse
 from kvtoolkit.cpu.tiles import TILE, gather_rows, gather_transposed, score_rows, weigh_values
 from kvtoolkit.cpu.vector import (
     ITEMSIZE,
+    LANES,
+    add,
+    exp,
     load,
     load8,
     load_f32,
@@ -37,12 +44,24 @@ from kvtoolkit.cpu.vector import (
     store,
     store8,
     store_f32,
+    subtract,
     total,
     write_f32,
     write_i64,
 )
-from kvtoolkit.refusals import BAD_BLOCK, BAD_COVERAGE, BAD_CU_SEQLENS, BAD_SEQ_LEN, BAD_STARTS, BAD_TIER, FINE
-from kvtoolkit.tables import entry_granule, entry_length, entry_tier
+from kvtoolkit.refusals import (
+    BAD_BLOCK,
+    BAD_COVERAGE,
+    BAD_CU_SEQLENS,
+    BAD_PLACE,
+    BAD_SEQ_LEN,
+    BAD_STARTS,
+    BAD_TIER,
+    BAD_UNIT,
+    FINE,
+    NO_TIER,
+)
+from kvtoolkit.tables import MAX_BLOCK_GRANULES, TIER_COLD, TIER_HOT, entry_granule, entry_length, entry_tier
 
 (
     Q, Q_TOKEN, Q_HEAD,                 # address, then strides in elements
@@ -60,12 +79,18 @@ from kvtoolkit.tables import entry_granule, entry_length, entry_tier
     BLOCK_SIZE, NUM_BLOCKS, MAX_ENTRIES,
     LEFT, RIGHT,                        # keys visible before and after a query's position; -1 = all
     NUM_SPLITS,                         # 0 = automatic
+    TIERED,                             # 0 = the table knows no tiers, and the seven fields that follow are 0
+    FIRST_HOT, FIRST_WARM, FIRST_COLD,  # granules, in the order of the tiers
+    WARM, COLD,                         # addresses of blocks, [num_blocks, num_kv_heads, nbytes]; 0 = no such tier
+    WARM_BLOCKS, COLD_BLOCKS,
+    MASSES, MASS_TILES,                 # address and tiles of block_mass, [batch, tiles, num_kv_heads]; 0 = not wanted
+    TILE_LSES,                          # address, float32 per token, query head and tile; with MASSES
     NUM_FIELDS,
-) = range(37)  # fmt: skip
+) = range(48)  # fmt: skip
 
 # columns of the plan, one line per row of the batch and one more that closes the sums
-FIRST_ITEM, FIRST_PARTIAL, WORK, SPLITS, SPLIT_TILES = range(5)
-PLAN_COLUMNS = 5
+FIRST_ITEM, FIRST_PARTIAL, FIRST_TILE, WORK, SPLITS, SPLIT_TILES = range(6)
+PLAN_COLUMNS = 6
 
 _MOST_ROWS_TO_PREFETCH = 16  # with more, arithmetic hides the way to memory
 ROWS_PER_ITEM = 96
@@ -103,6 +128,12 @@ def partial_floats(head_dim: int) -> int:
 
 
 @jit
+def _padded(tiles: int) -> int:
+    """Floats of one query's line of tiles: whole vectors."""
+    return (tiles + LANES - 1) // LANES * LANES
+
+
+@jit
 def scratch_bytes(group_size: int, head_dim: int) -> int:
     """Bytes that a thread's scratch needs: the arrays at the head of `_attend_item`."""
     rows = max(ROWS_PER_ITEM, group_size)
@@ -114,8 +145,8 @@ def scratch_bytes(group_size: int, head_dim: int) -> int:
 def plan_items(problem: Any, plan: Any, check: int) -> Any:
     """Cut the problem into items and, with ``check``, look at every length and every table entry that will be read.
 
-    Fills ``plan`` ``[batch + 1, PLAN_COLUMNS]``; the last line holds the number of items, of partial results, and the
-    work in multiply-adds. Returns ``(code, row, value)``, code `FINE` if all is well.
+    Fills ``plan`` ``[batch + 1, PLAN_COLUMNS]``; the last line holds the number of items, of partial results, of
+    tiles times queries, and the work in multiply-adds. Returns ``(code, row, value)``, code `FINE` if all is well.
     """
     batch = problem[BATCH]
     block = queries_per_item(problem[GROUP_SIZE])
@@ -123,6 +154,7 @@ def plan_items(problem: Any, plan: Any, check: int) -> Any:
     q_heads = heads * problem[GROUP_SIZE]
     items = _int(0)
     partials = _int(0)
+    lines = _int(0)
     work = _int(0)
     if check and problem[CU_SEQLENS] != 0:
         if read_i32(problem[CU_SEQLENS]) != 0:
@@ -150,14 +182,17 @@ def plan_items(problem: Any, plan: Any, check: int) -> Any:
         splits = max(1, (tiles + split_tiles - 1) // split_tiles)
         plan[row, FIRST_ITEM] = items
         plan[row, FIRST_PARTIAL] = partials
+        plan[row, FIRST_TILE] = lines
         plan[row, SPLITS] = splits
         plan[row, SPLIT_TILES] = split_tiles
         items += (end - begin + block - 1) // block * splits * heads
         if splits > 1:
             partials += (end - begin) * q_heads * splits
+        lines += (end - begin) * q_heads * _padded(tiles)
         work += ((end - begin) * problem[GROUP_SIZE] + 8) * heads * seq_len * problem[HEAD_DIM]
     plan[batch, FIRST_ITEM] = items
     plan[batch, FIRST_PARTIAL] = partials
+    plan[batch, FIRST_TILE] = lines
     plan[batch, WORK] = work
     return FINE, _int(0), _int(0)
 
@@ -186,13 +221,35 @@ def _check_row(problem: Any, row: int, seq_len: int) -> Any:
         entry = read_i32(table + 4 * i)
         if read_i32(starts + 4 * i) != covered:
             return BAD_STARTS, _int(i)
-        if entry_tier(entry) != 0:
-            return BAD_TIER, _int(i)
-        if entry_granule(entry) + entry_length(entry) > problem[NUM_BLOCKS]:
-            return BAD_BLOCK, _int(entry_granule(entry))
+        tier = entry_tier(entry)
+        granule = _int(entry_granule(entry)) - problem[FIRST_HOT]
+        if tier != TIER_HOT:
+            code = _check_block(problem, entry, covered)
+            if code != FINE:
+                return code, _int(i)
+        elif problem[TIERED] != 0 and (granule < 0 or granule + entry_length(entry) > problem[NUM_BLOCKS]):
+            return BAD_PLACE, _int(i)
+        elif granule + entry_length(entry) > problem[NUM_BLOCKS]:
+            return BAD_BLOCK, granule
         covered += entry_length(entry)
         i += 1
     return FINE, _int(0)
+
+
+@jit
+def _check_block(problem: Any, entry: int, covered: int) -> int:
+    """What is wrong with an entry outside the hot tier that begins at logical granule ``covered``."""
+    tier = _int(entry_tier(entry))
+    if problem[TIERED] == 0:
+        return BAD_TIER
+    if tier > TIER_COLD or problem[WARM + tier - 1] == 0:
+        return NO_TIER
+    granule = _int(entry_granule(entry)) - problem[FIRST_HOT + tier]
+    if entry_length(entry) != MAX_BLOCK_GRANULES or covered % MAX_BLOCK_GRANULES or granule % MAX_BLOCK_GRANULES:
+        return BAD_UNIT
+    if granule < 0 or granule // MAX_BLOCK_GRANULES >= problem[WARM_BLOCKS + tier - 1]:
+        return BAD_PLACE
+    return FINE
 
 
 @jit
@@ -232,7 +289,7 @@ def _locate(problem: Any, row: int, position: int, count: int, first: int, entry
             while read_i32(starts + 4 * entry) + entry_length(word) <= logical:
                 entry += 1
                 word = read_i32(table + 4 * entry)
-            block = _int(entry_granule(word) + logical - read_i32(starts + 4 * entry))
+            block = _int(entry_granule(word)) - problem[FIRST_HOT] + logical - _int(read_i32(starts + 4 * entry))
         run = min(block_size - slot, end - t)
         key = block * problem[KEYS_BLOCK] + slot * problem[KEYS_SLOT]
         value = block * problem[VALUES_BLOCK] + slot * problem[VALUES_SLOT]
@@ -253,12 +310,41 @@ def _locate(problem: Any, row: int, position: int, count: int, first: int, entry
 
 
 @jit
+def _locate_block(problem: Any, row: int, head: int, granule: int, entry: int) -> Any:
+    """``(entry, tier, address)`` of the tile that holds logical ``granule``; address 0 where it lies in the hot tier.
+
+    ``entry`` comes in as one that is not behind it, and goes out as its own.
+    """
+    if problem[TIERED] == 0:
+        return entry, _int(TIER_HOT), _int(0)
+    table = problem[TABLE] + 4 * row * problem[TABLE_ROW]
+    starts = problem[STARTS] + 4 * row * problem[STARTS_ROW]
+    word = read_i32(table + 4 * entry)
+    while read_i32(starts + 4 * entry) + entry_length(word) <= granule:
+        entry += 1
+        word = read_i32(table + 4 * entry)
+    tier = _int(entry_tier(word))
+    if tier == TIER_HOT:
+        return entry, tier, _int(0)
+    block = (_int(entry_granule(word)) - problem[FIRST_HOT + tier]) // MAX_BLOCK_GRANULES
+    nbytes = block_bytes(tier, problem[HEAD_DIM])
+    return entry, tier, problem[WARM + tier - 1] + (block * problem[NUM_KV_HEADS] + head) * nbytes
+
+
+@jit
 def _prefetch_rows(base: int, offsets: int, first: int, end: int, head_dim: int, itemsize: int) -> None:
     """Ask for rows of a tile; the processor's own prefetcher does not see from one block to the next."""
     for t in range(first, end):
         address = base + itemsize * read_i64(offsets + 8 * t)
         for line in range(0, head_dim * itemsize, 64):
             prefetch(address + line)
+
+
+@jit
+def _prefetch_block(block: int, nbytes: int, quarter: int) -> None:
+    """Ask for a quarter of a quantized block."""
+    for line in range(nbytes * quarter // 4, nbytes * (quarter + 1) // 4, 64):
+        prefetch(block + line)
 
 
 @jit
@@ -308,6 +394,9 @@ def _attend_item(
         for d in range(0, width, 16):
             store_f32(out_rows + 4 * (r * width + d), zero)
 
+    q_heads = problem[NUM_KV_HEADS] * group
+    line_tiles = _padded((seq_len + TILE - 1) // TILE)
+    tile_lses = problem[TILE_LSES] + 4 * plan[row, FIRST_TILE]
     left = problem[LEFT]
     right = problem[RIGHT]
     lowest = seq_len - num_queries + first_query  # position of the first query
@@ -329,25 +418,47 @@ def _attend_item(
     start = tile * TILE
     begin = max(_int(0), first_key - start)
     end = min(_int(TILE), end_key - start)
+    tier = next_tier = _int(TIER_HOT)
+    quantized = next_quantized = _int(0)  # address of the block that is the tile
     if tile < end_tile:
-        entry = _locate(problem, row, start + begin, end - begin, begin, entry, k_offsets, v_offsets)
+        entry, tier, quantized = _locate_block(problem, row, head, (start + begin) // problem[BLOCK_SIZE], entry)
+        if quantized == 0:
+            entry = _locate(problem, row, start + begin, end - begin, begin, entry, k_offsets, v_offsets)
     while tile < end_tile:
         next_start = start + TILE
         next_end = min(_int(TILE), end_key - next_start)
         ahead = _int(0)
+        bytes_ahead = _int(0)
         if tile + 1 < end_tile:
-            entry = _locate(problem, row, next_start, next_end, _int(0), entry, next_k_offsets, next_v_offsets)
+            entry, next_tier, next_quantized = _locate_block(
+                problem, row, head, next_start // problem[BLOCK_SIZE], entry
+            )
+            if next_quantized == 0:
+                entry = _locate(problem, row, next_start, next_end, _int(0), entry, next_k_offsets, next_v_offsets)
             if rows <= _MOST_ROWS_TO_PREFETCH:
-                ahead = next_end
+                if next_quantized == 0:
+                    ahead = next_end
+                else:
+                    bytes_ahead = block_bytes(next_tier, head_dim)
         # between the stages, a few lines at a time: more would only wait for each other
         half = ahead // 2
         _prefetch_rows(k_base, next_k_offsets, _int(0), half, head_dim, itemsize)
-        gather_transposed(dtype, k_tile, k_base, k_offsets, head_dim)
+        _prefetch_block(next_quantized, bytes_ahead, 0)
+        if quantized == 0:
+            gather_transposed(dtype, k_tile, k_base, k_offsets, head_dim)
+        else:
+            dequantize_keys(tier, k_tile, quantized, head_dim, v_tile)
         _prefetch_rows(k_base, next_k_offsets, half, ahead, head_dim, itemsize)
+        _prefetch_block(next_quantized, bytes_ahead, 1)
         score_rows(scores, q_rows, k_tile, width, rows, head_dim)
         _prefetch_rows(v_base, next_v_offsets, _int(0), half, head_dim, itemsize)
-        gather_rows(dtype, v_tile, width, v_base, v_offsets, end, head_dim)
+        _prefetch_block(next_quantized, bytes_ahead, 2)
+        if quantized == 0:
+            gather_rows(dtype, v_tile, width, v_base, v_offsets, end, head_dim)
+        else:
+            dequantize_values(tier, v_tile, quantized, head_dim, k_tile)
         _prefetch_rows(v_base, next_v_offsets, half, ahead, head_dim, itemsize)
+        _prefetch_block(next_quantized, bytes_ahead, 3)
         for r in range(rows):
             i = r // group
             line = scores + 4 * TILE * r
@@ -366,14 +477,17 @@ def _attend_item(
             if first > 0 or last < TILE - 1:
                 mask_scores(line, first, last)
             absorb_scores(line, peaks + 4 * r, masses + 64 * r, out_rows + 4 * width * r, width)
+            if problem[MASSES] != 0:
+                query = (first_query + i) * q_heads + head * group + r - i * group
+                write_f32(tile_lses + 4 * (query * line_tiles + tile), tile_lse(line, peaks + 4 * r))
         weigh_values(out_rows, scores, v_tile, width, rows, end)
         tile += 1
         start, end = next_start, next_end
+        tier, quantized = next_tier, next_quantized
         k_offsets, next_k_offsets = next_k_offsets, k_offsets
         v_offsets, next_v_offsets = next_v_offsets, v_offsets
 
     splits = plan[row, SPLITS]
-    q_heads = problem[NUM_KV_HEADS] * group
     for r in range(rows):
         i = r // group
         q_head = head * group + r - i * group
@@ -467,6 +581,37 @@ def _combine_splits(problem: Any, plan: Any, scratch: int) -> None:
                 _finish(problem, begin + i, q_head, seq_len, scratch, peak, mass)
 
 
+@jit
+def _write_masses(problem: Any, plan: Any, scratch: int) -> None:
+    """The mass of every tile: exp(lse of the tile - lse), averaged over the queries of the row and of the group."""
+    heads = problem[NUM_KV_HEADS]
+    group = problem[GROUP_SIZE]
+    q_heads = heads * group
+    for row in range(problem[BATCH]):
+        begin, end = _tokens(problem, row)
+        tiles = (_int(read_i32(problem[SEQ_LENS] + 4 * row)) + TILE - 1) // TILE
+        if begin == end:
+            tiles = _int(0)
+        share = splat(_single(1.0 / max(1, (end - begin) * group)))
+        lines = problem[TILE_LSES] + 4 * plan[row, FIRST_TILE]
+        target = problem[MASSES] + 4 * row * problem[MASS_TILES] * heads
+        for first in range(0, tiles, LANES):
+            for head in range(heads):
+                mass = splat(_single(0.0))
+                for i in range(end - begin):
+                    for q_head in range(head * group, (head + 1) * group):
+                        lse = read_f32(problem[LSE] + 4 * ((begin + i) * q_heads + q_head))
+                        if lse == -math.inf:  # saw nothing
+                            continue
+                        line = lines + 4 * ((i * q_heads + q_head) * _padded(tiles) + first)
+                        mass = add(mass, exp(subtract(load_f32(line), splat(lse))))
+                store_f32(scratch, multiply(share, mass))
+                for t in range(min(_int(LANES), tiles - first)):
+                    write_f32(target + 4 * ((first + t) * heads + head), read_f32(scratch + 4 * t))
+        for place in range(tiles * heads, problem[MASS_TILES] * heads):
+            write_f32(target + 4 * place, _single(0.0))
+
+
 yield_core = types.ExternalFunction("sched_yield", types.int32())
 
 
@@ -511,3 +656,5 @@ def run_items(
             yield_core()
         if plan[batch, FIRST_PARTIAL] > 0:
             _combine_splits(problem, plan, scratch)
+        if problem[MASSES] != 0:
+            _write_masses(problem, plan, scratch)

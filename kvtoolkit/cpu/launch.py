@@ -8,6 +8,7 @@ import numpy as np
 from kvtoolkit.cpu import kernel, threads
 from kvtoolkit.cpu.arrays import DTYPE_CODES, Operand, address_of, operand
 from kvtoolkit.refusals import FINE, refuse
+from kvtoolkit.tiers import QuantizedTiers
 
 _WORK_PER_THREAD = 2_500_000  # multiply-adds: some 100 us, several times what waking a thread takes
 _local = threading.local()
@@ -26,6 +27,8 @@ class Attention(NamedTuple):
     num_items: int
     num_floats: int
     """Of partial results."""
+    num_tile_lses: int
+    """Of tiles times queries, where there is a ``block_mass``."""
     work: int
     """Multiply-adds."""
 
@@ -50,6 +53,8 @@ def attend(
     num_splits: int = 0,
     layout: str = "HND",
     dtype: str | None = None,
+    tiers: QuantizedTiers | None = None,
+    block_mass: Operand | None = None,
     check: bool = False,
 ) -> Attention:
     """Attend, writing to ``out`` and ``lse``, with arguments that are known to be right.
@@ -68,14 +73,17 @@ def attend(
         lse: ``[num_tokens, num_q_heads]`` float32, contiguous, or None.
         cu_seqlens_q: ``[batch + 1]`` int32, contiguous, or None where each row has one query.
         dtype: ``"bfloat16"`` if 16-bit integer arrays hold bfloat16.
+        tiers: the quantized tiers that entries may lie in, or None where all are hot; with ``block_starts``.
+        block_mass: ``[batch, max_tiles, num_kv_heads]`` float32, contiguous, no fewer tiles than the longest row has;
+            written as in `kvtoolkit.tiered_attention`.
         check: look at all lengths and table entries that will be read, before anything is written.
 
     Returns:
         What `attend_alike` takes.
 
     Raises:
-        ShapeError: with ``check``, a length or an entry is out of range.
-        UnsupportedError: with ``check``, an entry lies in a tier other than hot.
+        ShapeError: with ``check``, a length or an entry is out of range, or in a tier that is not there.
+        UnsupportedError: with ``check``, an entry lies in a tier other than hot where there are no ``tiers``.
 
     May be called from several threads at once. The result does not depend on the number of threads.
     """
@@ -113,6 +121,9 @@ def attend(
             DTYPE_CODES[keys.dtype], batch, num_tokens, num_kv_heads, group_size, head_dim,
             keys.shape[slot_axis], keys.shape[0], max_entries,
             left, right, num_splits,
+            *_tier_fields(tiers),
+            0 if block_mass is None else block_mass.address, 0 if block_mass is None else block_mass.shape[1],
+            0,
         ),
         dtype=np.int64,
     )  # fmt: skip
@@ -124,34 +135,57 @@ def attend(
             code, row, value, num_tokens=num_tokens, block_size=block_size, num_blocks=num_blocks, max_entries=entries
         )
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-    items, num_partials, work = plan[-1].tolist()[: kernel.WORK + 1]
+    items, num_partials, num_lines, work = plan[-1].tolist()[: kernel.WORK + 1]
     num_floats = num_partials * kernel.partial_floats(head_dim) if num_partials else 0
+    num_tile_lses = 0 if block_mass is None else num_lines
     prepared = Attention(
-        problem, plan, float(scale), float(softcap), group_size, head_dim, items, int(num_floats), work
+        problem, plan, float(scale), float(softcap), group_size, head_dim, items, int(num_floats), num_tile_lses, work
     )
     _run(problem, prepared)
     return prepared
 
 
-def attend_alike(prepared: Attention, q: int, k_cache: int, v_cache: int, out: int) -> None:
-    """Attend once more where only the addresses of these four arrays differ, not their shapes, strides or dtypes.
+def _tier_fields(tiers: QuantizedTiers | None) -> tuple[int, ...]:
+    if tiers is None:
+        return (0,) * 8
+    warm, cold = tiers.warm or _ABSENT, tiers.cold or _ABSENT
+    return 1, *tiers.first_granules, warm.address, cold.address, warm.shape[0], cold.shape[0]
+
+
+def attend_alike(
+    prepared: Attention, q: int, k_cache: int, v_cache: int, out: int, *, warm: int = 0, cold: int = 0,
+    block_mass: int = 0,
+) -> None:  # fmt: skip
+    """Attend once more where only the addresses of these arrays differ, not their shapes, strides or dtypes.
 
     ``prepared`` is what `attend` returned for the same table and lengths, without ``lse``: that is what the layers of
-    a step have in common. The arrays that `attend` was given must still be alive.
+    a step have in common. The arrays that `attend` was given must still be alive. ``warm`` and ``cold`` are 0 where it
+    had no such tier; ``block_mass`` is 0 where it had none or where it is not wanted now.
     """
     problem = prepared.problem.copy()  # a thread that woke late may still look at the one before
     problem[kernel.Q] = q
     problem[kernel.KEYS] = k_cache
     problem[kernel.VALUES] = v_cache
     problem[kernel.OUT] = out
+    problem[kernel.WARM] = warm
+    problem[kernel.COLD] = cold
+    problem[kernel.MASSES] = block_mass
     _run(problem, prepared)
 
 
 def _run(problem: Any, prepared: Attention) -> None:
-    _, plan, scale, softcap, group_size, head_dim, num_items, num_floats, work = prepared
+    _, plan, scale, softcap, group_size, head_dim, num_items, num_floats, num_tile_lses, work = prepared
     if num_floats:
         partials = np.empty(num_floats, np.float32)
         problem[kernel.PARTIALS] = address_of(partials)
+    own_lse = False
+    if problem[kernel.MASSES]:
+        tile_lses = np.full(num_tile_lses, -np.inf, np.float32)  # no query sees a tile that no item comes to
+        problem[kernel.TILE_LSES] = address_of(tile_lses)
+        own_lse = problem[kernel.LSE] == 0
+        if own_lse:
+            lse = np.empty(problem[kernel.NUM_TOKENS] * problem[kernel.NUM_KV_HEADS] * group_size, np.float32)
+            problem[kernel.LSE] = address_of(lse)
     counters = np.zeros(2, np.uint64)
     if work > _WORK_PER_THREAD:
         helpers = min(threads.num_threads() - 1, num_items - 1, work // _WORK_PER_THREAD)
@@ -162,6 +196,8 @@ def _run(problem: Any, prepared: Attention) -> None:
 
             threads.run(help_out, helpers)
     kernel.run_items(problem, plan, scale, softcap, _scratch(group_size, head_dim), counters, 1)
+    if own_lse:
+        problem[kernel.LSE] = 0
 
 
 def _scratch(group_size: int, head_dim: int) -> int:

@@ -7,6 +7,7 @@ of exp(score - peak) * value.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -97,3 +98,13 @@ def absorb_scores(scores: int, peak: int, mass: int, out: int, width: int) -> No
     store_f32(scores + 128, s2)
     store_f32(scores + 192, s3)
     store_f32(mass, add(load_f32(mass), add(add(s0, s1), add(s2, s3))))
+
+
+@jit
+def tile_lse(weights: int, peak: int) -> Any:
+    """The logarithm of the sum of exp(score), from the 64 weights exp(score - peak) that `absorb_scores` left."""
+    lanes = add(add(load_f32(weights), load_f32(weights + 64)), add(load_f32(weights + 128), load_f32(weights + 192)))
+    mass = total(lanes)
+    if mass == 0.0:
+        return np.float32(-math.inf)
+    return np.float32(read_f32(peak) + math.log(mass))
