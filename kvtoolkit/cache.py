@@ -17,7 +17,7 @@ from kvtoolkit.errors import ConfigError, SequenceError, StepError
 from kvtoolkit.growing import Grower
 from kvtoolkit.inputs import MAX_TOKENS, as_counts, as_ids, as_prompt, as_tokens, as_vector, is_ids
 from kvtoolkit.lease import Lease
-from kvtoolkit.prefix import Int32Array, Int64Array, match
+from kvtoolkit.prefix import Int32Array, Int64Array, match, usable
 from kvtoolkit.rows import IN_STEP, LENGTH, OPEN, PINNED, PREEMPTED, STATE
 from kvtoolkit.sequences import Sequences
 from kvtoolkit.stats import CacheStats, collect
@@ -81,6 +81,7 @@ class KVCache:
             for i, (row, prompt) in enumerate(zip(opened, tokens, strict=True)):
                 most = max(0, (min(len(prompt), self.config.seq_len_limit) - 1) // 8)
                 count = match(nodes, prompt, most, found) if self.config.prefix_caching else 0
+                count = usable(nodes, granules, found, count, sequences.takes_quantized)
                 cached_lens[i] = 8 * rows.adopt(sequences.rows, row, found, count, nodes, granules)
                 counters.prompt_tokens += len(prompt)
                 counters.reused_tokens += int(cached_lens[i])
@@ -174,9 +175,11 @@ class KVCache:
             if tokens is None or not self.config.prefix_caching:
                 passes.advance(sequences.rows, step._arrays, batch)
             else:
-                passes.advance_and_publish(
-                    sequences.rows, step._arrays, batch, tokens, sequences.pool.nodes, sequences.pool.granules
+                pool = sequences.pool
+                num_freed = passes.advance_and_publish(
+                    sequences.rows, step._arrays, batch, tokens, pool.nodes, pool.granules, pool.freed
                 )
+                pool.free_listed(num_freed)
             sequences.counters.num_steps += 1
             self._end(step)
 

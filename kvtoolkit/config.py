@@ -1,7 +1,7 @@
 """The configuration of a cache: one frozen, validated object, from Python or from a TOML file."""
 
 import dataclasses
-import difflib
+import functools
 import math
 import re
 import tomllib
@@ -14,9 +14,12 @@ from typing import Any
 from allocators import AllocatorError, find
 from kvtoolkit.errors import ConfigError, UnsupportedError
 from kvtoolkit.eviction import eviction_policy
+from kvtoolkit.fields import require_int, require_known, require_one_of
+from kvtoolkit.formats import check_head_dim
 from kvtoolkit.growth import NAMES as GROWTH_NAMES
 from kvtoolkit.growth import GrowthPolicy, growth_policy
 from kvtoolkit.tables import MAX_GRANULES
+from kvtoolkit.tier_config import TIER_NAMES, TierConfig
 
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _BACKENDS = ("cpu", "cuda", "numba")
@@ -37,9 +40,9 @@ class CacheConfig:
     dtype: str = "float16"
     """``float32``, ``float16`` or ``bfloat16``."""
     num_tokens: int | None = None
-    """Token slots in the pool."""
+    """Token slots in the pool, those of all tiers together."""
     memory: int | str | None = None
-    """Bytes of keys and values, all layers, or such as ``"512 MiB"``."""
+    """Bytes of keys and values, all layers and tiers, or such as ``"512 MiB"``."""
     allocator: str = "buddy"
     """``paged``, ``buddy``, ``slab``, ``lockfree``, an entry point's name, or ``"package.module:Class"``."""
     allocator_options: Mapping[str, Any] = field(default_factory=dict)
@@ -59,9 +62,9 @@ class CacheConfig:
     max_entries: int | None = None
     """Entries in one row of the block table; a row that is full stalls. Default: enough for blocks of 8 tokens."""
     migrate_budget: int = 64
-    """Most merges in one step."""
+    """Most merges in one step, and most tiles of 64 tokens that change their tier while memory is not short."""
     tiers: Mapping[str, Any] | None = None
-    """Quantized and host tiers; not in this version."""
+    """Quantized tiers for what is older: the fields of `kvtoolkit.tier_config.TierConfig`. Default: all is hot."""
     backend: str = "cpu"
     """``cpu``; ``cuda``: memory and kernels on a GPU; ``numba``: the same with the readable kernels."""
     device: int | None = None
@@ -69,18 +72,18 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_kv_heads", "head_dim"):
-            _require_int(name, getattr(self, name), 1, 1 << 16)
-        _require_int("max_seqs", self.max_seqs, 1, 1 << 20)
-        _require_int("migrate_budget", self.migrate_budget, 0)
+            require_int(name, getattr(self, name), 1, 1 << 16)
+        require_int("max_seqs", self.max_seqs, 1, 1 << 20)
+        require_int("migrate_budget", self.migrate_budget, 0)
         for name in ("max_seq_len", "max_entries", "num_tokens"):
             if getattr(self, name) is not None:
-                _require_int(name, getattr(self, name), 1, 8 * MAX_GRANULES)
+                require_int(name, getattr(self, name), 1, 8 * MAX_GRANULES)
         if self.device is not None:
-            _require_int("device", self.device, 0)
+            require_int("device", self.device, 0)
         if self.head_dim % 8:
             raise ConfigError(f"head_dim: expected a multiple of 8, got {self.head_dim}")
-        _require_one_of("dtype", self.dtype, tuple(DTYPES))
-        _require_one_of("backend", self.backend, _BACKENDS)
+        require_one_of("dtype", self.dtype, tuple(DTYPES))
+        require_one_of("backend", self.backend, _BACKENDS)
         if not isinstance(self.prefix_caching, bool):
             raise ConfigError(f"prefix_caching: expected true or false, got {self.prefix_caching!r}")
         options = self.allocator_options
@@ -91,7 +94,10 @@ class CacheConfig:
                 raise ConfigError(f"allocator_options: expected no {name!r}, which the cache gives itself")
         eviction_policy(self.eviction)
         if self.tiers is not None:
-            raise UnsupportedError("tiers: expected none, quantized tiers are not in this version")
+            object.__setattr__(self, "tiers", TierConfig.from_dict(self.tiers).to_dict())
+            check_head_dim(self.head_dim)
+            if self.backend == "numba":
+                raise UnsupportedError("backend: expected cpu or cuda with quantized tiers, got 'numba'")
         if self.backend != "cpu":
             if self.dtype not in ("float16", "bfloat16"):
                 raise UnsupportedError(
@@ -119,12 +125,15 @@ class CacheConfig:
                 f"num_tokens or memory: expected a pool of {_TOKENS_PER_SUPERBLOCK} to {MAX_GRANULES * 8} tokens, "
                 f"got {self.num_granules * 8}"
             )
+        for name, count in zip(TIER_NAMES, self.tier_granules, strict=True):
+            if count <= 0 and (name == "hot" or (self.tiers and name in self.tiers)):
+                raise ConfigError(f"num_tokens or memory: expected room for 64 tokens in the {name} tier, got none")
 
     def _settle_sizes(self) -> None:
         """Fill in `block_sizes` and `growth` from each other, and refuse what does not go together."""
         sizes, growth = self.block_sizes, self.growth
         if growth is not None:
-            _require_one_of("growth", growth, GROWTH_NAMES)
+            require_one_of("growth", growth, GROWTH_NAMES)
         if sizes is None:
             if growth is not None and growth.startswith("fixed"):
                 sizes = (int(growth.removeprefix("fixed")),)
@@ -154,16 +163,48 @@ class CacheConfig:
 
     @property
     def num_granules(self) -> int:
-        """Granules (8 token slots) in the pool."""
+        """Granules (8 token slots) in the pool, all tiers."""
+        return sum(self.tier_granules)
+
+    @functools.cached_property
+    def tier_granules(self) -> tuple[int, int, int]:
+        """Granules of the hot, the warm and the cold tier; whole superblocks."""
+        blocks = self.block_nbytes
         if self.num_tokens is not None:
-            return -(-self.num_tokens // _TOKENS_PER_SUPERBLOCK) * 8
-        assert self.memory is not None
-        return parse_nbytes(self.memory) // (self.nbytes_per_token * _TOKENS_PER_SUPERBLOCK) * 8
+            count = -(-self.num_tokens // _TOKENS_PER_SUPERBLOCK)
+            shares = self.tier_config.blocks_of_tokens(count, blocks) if self.tier_config else (count, 0, 0)
+        else:
+            assert self.memory is not None
+            memory = parse_nbytes(self.memory)
+            hot_only = (memory // blocks["hot"], 0, 0)
+            shares = self.tier_config.blocks_of_memory(memory, blocks) if self.tier_config else hot_only
+        return shares[0] * 8, shares[1] * 8, shares[2] * 8
+
+    @property
+    def first_granules(self) -> tuple[int, int, int]:
+        """Number of the first granule of each tier."""
+        hot, warm, _ = self.tier_granules
+        return 0, hot, hot + warm
+
+    @functools.cached_property
+    def tier_config(self) -> TierConfig | None:
+        """`tiers`, checked and filled in."""
+        return None if self.tiers is None else TierConfig.from_dict(self.tiers)
 
     @property
     def nbytes_per_token(self) -> int:
-        """Bytes of keys and values of one token, all layers."""
+        """Bytes of keys and values of one hot token, all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * DTYPES[self.dtype]
+
+    @property
+    def block_nbytes(self) -> dict[str, int]:
+        """Bytes of 64 tokens in each tier, all layers."""
+        nbytes = {"hot": _TOKENS_PER_SUPERBLOCK * self.nbytes_per_token}
+        if self.tier_config is not None:
+            for name, kind in zip(TIER_NAMES[1:], self.tier_config.formats, strict=True):
+                if kind is not None:
+                    nbytes[name] = self.num_layers * self.num_kv_heads * kind.nbytes(self.head_dim)
+        return nbytes
 
     @property
     def growth_policy(self) -> GrowthPolicy:
@@ -188,12 +229,8 @@ class CacheConfig:
         """A configuration from a mapping of field names, as `to_dict` gives it."""
         if not isinstance(values, Mapping):
             raise ConfigError(f"expected a mapping of field names, got {values!r}")
-        known = [f.name for f in dataclasses.fields(cls)]
-        for key in values:
-            if key not in known:
-                close = difflib.get_close_matches(key, known, 1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
-                raise ConfigError(f"{key!r}: expected one of {', '.join(known)}{hint}")
+        known = tuple(f.name for f in dataclasses.fields(cls))
+        require_known(values, known)
         missing = [name for name in ("num_layers", "num_kv_heads", "head_dim") if name not in values]
         if missing:
             raise ConfigError(f"expected {', '.join(missing)} to be given")
@@ -248,16 +285,3 @@ def parse_nbytes(value: int | str) -> int:
     number, prefix, binary = match.groups()
     base = 1024 if binary else 1000
     return int(Fraction(number) * base ** " KMGT".index(prefix.upper() or " "))
-
-
-def _require_int(name: str, value: Any, low: int, high: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-        bound = f"of at least {low}" if high is None else f"from {low} to {high}"
-        raise ConfigError(f"{name}: expected an int {bound}, got {value!r}")
-
-
-def _require_one_of(name: str, value: Any, expected: tuple[str, ...]) -> None:
-    if value not in expected:
-        close = difflib.get_close_matches(value, expected, 1) if isinstance(value, str) else []
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"{name}: expected one of {', '.join(expected)}, got {value!r}{hint}")

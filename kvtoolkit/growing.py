@@ -42,7 +42,7 @@ class Grower:
             num_need,
             num_free + 8 * len(pool.kept_back),
             pool.num_cached,
-            pool.num_granules,
+            pool.num_hot,
             policy.rule,
             policy.tail,
             policy.largest,

@@ -10,7 +10,18 @@ from numpy.typing import NDArray
 
 from allocators._jit import jit
 from kvtoolkit.growth import split, tail_size
-from kvtoolkit.prefix import BROKEN, ROOT, Granules, Int32Array, Int64Array, Nodes, find_node, publish
+from kvtoolkit.prefix import (
+    BROKEN,
+    ROOT,
+    Granules,
+    Int32Array,
+    Int64Array,
+    Nodes,
+    find_node,
+    publish,
+    repoint,
+    tier_of,
+)
 from kvtoolkit.rows import (
     BAD_COUNT,
     BAD_ID,
@@ -253,10 +264,16 @@ def advance(rows: Rows, step: StepArrays, batch: int) -> None:
 
 @jit
 def advance_and_publish(
-    rows: Rows, step: StepArrays, batch: int, tokens: Int64Array, nodes: Nodes, granules: Granules
+    rows: Rows,
+    step: StepArrays,
+    batch: int,
+    tokens: Int64Array,
+    nodes: Nodes,
+    granules: Granules,
+    freed: Int32Array,
 ) -> Any:
-    """End a step: lengths advance, full granules become findable. Returns how many did."""
-    published, first = 0, 0
+    """End a step: lengths advance, full granules become findable. Returns the number of ``freed`` granules."""
+    num_freed, first = 0, 0
     for b in range(batch):
         row, count = step.rows[b], step.counts[b]
         if step.status[b] == OK:
@@ -268,27 +285,33 @@ def advance_and_publish(
                     place = (length + i) & 7
                     rows.pending[row, place] = tokens[first + i]
                     if place == 7:
-                        published += _publish_full(rows, row, (length + i) >> 3, nodes, granules)
+                        num_freed = _publish_full(rows, row, (length + i) >> 3, nodes, granules, freed, num_freed)
         first += count
-    return published
+    return num_freed
 
 
 @jit
-def _publish_full(rows: Rows, row: int, index: int, nodes: Nodes, granules: Granules) -> Any:
-    """The granule ``index`` of a row is full: publish it, or follow the one that holds the same already."""
+def _publish_full(
+    rows: Rows, row: int, index: int, nodes: Nodes, granules: Granules, freed: Int32Array, num_freed: int
+) -> Any:
+    """The granule ``index`` of a row is full: publish it, or follow the one that holds the same already.
+
+    If that one is quantized the index stands for the hot one from now on. Returns the new number of ``freed``.
+    """
     parent, uid = rows.chain[row], rows.chain_uid[row]
     if parent == BROKEN:
-        return 0
+        return num_freed
     if parent != ROOT and nodes.uid[parent] != uid:  # evicted meanwhile: nothing can follow it
         rows.chain[row] = BROKEN
-        return 0
-    node, new = find_node(nodes, uid, rows.pending[row], 0), 0
+        return num_freed
+    node = find_node(nodes, uid, rows.pending[row], 0)
     if node < 0:
         granule = granule_at(rows, row, index)
         node = publish(nodes, granules, parent, uid, index, rows.pending[row], granule)
-        new = 1
+    elif tier_of(granules, nodes.granule[node]) > 0:
+        num_freed = repoint(nodes, granules, node, granule_at(rows, row, index), freed, num_freed)
     rows.chain[row], rows.chain_uid[row] = node, nodes.uid[node]
-    return new
+    return num_freed
 
 
 @jit

@@ -1,21 +1,25 @@
-"""The cache's side of an allocator: what to do when a request does not fit, and the blocks kept back for merging.
+"""The cache's side of its allocators: what to do when a request does not fit, and the blocks kept back for merging.
 
 free + held by rows + cached + kept back (+ pinned) == num_granules
+
+Every tier has an allocator of its own. Granule numbers run through the tiers; those of an allocator begin at 0.
 """
 
 import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from allocators import BlockAllocator, InvalidSizeError, create, find
 from kvtoolkit.config import CacheConfig
 from kvtoolkit.errors import CacheFullError, ConfigError
 from kvtoolkit.eviction import eviction_policy
-from kvtoolkit.prefix import CACHED, Evictor, Int32Array, make_granules, make_nodes
+from kvtoolkit.prefix import Evictor, Int32Array, make_granules, make_nodes
 from kvtoolkit.rows import coalesce
-from kvtoolkit.tables import MAX_BLOCK_GRANULES
+from kvtoolkit.tables import MAX_BLOCK_GRANULES, TIER_HOT
+from kvtoolkit.tier_config import TIER_NAMES
 
 
 @dataclass
@@ -32,6 +36,11 @@ class Counters:
     num_preempted: int = 0
     num_evicted: int = 0
     peak_granules: int = 0
+    num_demoted_warm: int = 0
+    num_demoted_cold: int = 0
+    num_failed_demotions: int = 0
+    num_dequantized: int = 0
+    converted_tokens: int = 0
 
 
 def _takes_device(allocator: str) -> bool:
@@ -39,6 +48,33 @@ def _takes_device(allocator: str) -> bool:
         return "device" in inspect.signature(find(allocator)).parameters
     except (ValueError, TypeError):  # of some things that can be called nobody knows the arguments
         return False
+
+
+def _make_allocator(name: str, num_granules: int, options: dict[str, Any], device: int | None) -> BlockAllocator:
+    if device is not None and _takes_device(name):
+        options = {"device": device, **options}
+    try:
+        return create(name, num_granules, **options)
+    except InvalidSizeError as error:
+        raise ConfigError(f"allocator_options: {error}") from error
+
+
+def _quantized_allocators(config: CacheConfig, device: int | None) -> list[BlockAllocator | None]:
+    """Those of the warm and the cold tier, which hold nothing but blocks of 64 tokens."""
+    tiers = config.tier_config
+    names = (None, None) if tiers is None else (tiers.warm_allocator, tiers.cold_allocator)
+    made: list[BlockAllocator | None] = []
+    for name, num_granules in zip(names, config.tier_granules[1:], strict=True):
+        is_same = name in (None, config.allocator)
+        options = {"block_sizes": (64,), **(config.allocator_options if is_same else {})}
+        made.append(_make_allocator(name or config.allocator, num_granules, options, device) if num_granules else None)
+    return made
+
+
+def granules_of(blocks: Int32Array) -> Int32Array:
+    """The 8 granules of each block of 64 tokens that begins at ``blocks[i]``, one after another."""
+    listed: Int32Array = (blocks[:, None] + np.arange(MAX_BLOCK_GRANULES, dtype=np.int32)).ravel().astype(np.int32)
+    return listed
 
 
 Runs = list[tuple[int, int]]
@@ -55,42 +91,54 @@ class Pool:
 
     def __init__(self, config: CacheConfig, counters: Counters, device: int | None) -> None:
         self.counters = counters
-        num_granules = config.num_granules
         self.policy = config.growth_policy
+        self.num_granules = config.num_granules
+        self.num_hot = config.tier_granules[0]
+        self.first = config.first_granules
         options = {"block_sizes": config.block_sizes, **config.allocator_options}
-        if device is not None and _takes_device(config.allocator):
-            options.setdefault("device", device)
-        try:
-            self.allocator: BlockAllocator = create(config.allocator, num_granules, **options)
-        except InvalidSizeError as error:
-            raise ConfigError(f"allocator_options: {error}") from error
-        self.num_granules = num_granules
+        self.allocators: list[BlockAllocator | None] = [
+            _make_allocator(config.allocator, self.num_hot, options, device),
+            *_quantized_allocators(config, device),
+        ]
+        """Of the hot, the warm and the cold tier; None where there is no such tier."""
+        hot = self.allocators[0]
+        assert hot is not None
+        self.allocator = hot
         # sizes the cache asks for, in granules, descending
         self.offered = np.array(sorted((size // 8 for size in self.allocator.block_sizes), reverse=True), np.int32)
-        self.granules = make_granules(num_granules)
-        self.nodes = make_nodes(num_granules)
-        self.evictor = Evictor(eviction_policy(config.eviction), self.nodes, self.granules)
-        self.freed = np.empty(num_granules, np.int32)
+        self.granules = make_granules(self.num_granules, self.first)
+        self.nodes = make_nodes(self.num_granules)
+        policy = eviction_policy(config.eviction)
+        self.evictors = [Evictor(policy, self.nodes, self.granules, tier) for tier in range(len(TIER_NAMES))]
+        self.freed = np.empty(self.num_granules, np.int32)
         """Where compiled code lists granules to be freed; `free_listed` takes them from here."""
-        self._run_starts = np.empty(num_granules, np.int32)
-        self._run_sizes = np.empty(num_granules, np.int32)
-        self.reserve = int(self.policy.reserve * (num_granules // MAX_BLOCK_GRANULES))
+        self._run_starts = np.empty(self.num_granules, np.int32)
+        self._run_sizes = np.empty(self.num_granules, np.int32)
+        self.reserve = int(self.policy.reserve * (self.num_hot // MAX_BLOCK_GRANULES))
         self.kept_back: list[int] = []
         """First granules of the blocks of 64 tokens kept back for merging."""
         self.replenish()
 
     @property
     def num_cached(self) -> int:
-        """Granules that no row holds but that are still findable."""
-        return int(self.nodes.counts[CACHED])
+        """Hot granules that no row holds but that are still findable."""
+        return int(self.granules.cached[TIER_HOT])
 
     @property
     def num_used(self) -> int:
-        """Granules held by rows, granules pinned inside the allocator included."""
-        return self.num_granules - self.allocator.num_free - self.num_cached - MAX_BLOCK_GRANULES * len(self.kept_back)
+        """Granules held by rows, granules pinned inside the allocators included."""
+        return sum(self.num_used_of(tier) for tier, one in enumerate(self.allocators) if one is not None)
+
+    def num_used_of(self, tier: int) -> int:
+        """`num_used` of one tier."""
+        allocator = self.allocators[tier]
+        if allocator is None:
+            return 0
+        kept_back = MAX_BLOCK_GRANULES * len(self.kept_back) if tier == TIER_HOT else 0
+        return int(allocator.num_granules - allocator.num_free - self.granules.cached[tier] - kept_back)
 
     def allocate_some(self, sizes: ArrayLike) -> Int32Array:
-        """Blocks in the order asked for, -1 from the first that does not fit."""
+        """Hot blocks in the order asked for, -1 from the first that does not fit."""
         starts = self.allocator.allocate(sizes, partial=True)
         if not (isinstance(starts, np.ndarray) and starts.dtype == np.int32 and starts.shape == np.shape(sizes)):
             raise ConfigError(
@@ -145,7 +193,8 @@ class Pool:
 
     def _eviction_may_help(self) -> bool:
         """Whether some place for the smallest block is held by no row; if not, evicting all would be in vain."""
-        return bool((self.granules.refs.reshape(-1, int(self.offered[-1])) == 0).all(axis=1).any())
+        refs = self.granules.refs[: self.num_hot]
+        return bool((refs.reshape(-1, int(self.offered[-1])) == 0).all(axis=1).any())
 
     def _sizes_to_try(self, needed: int) -> list[int]:
         """The best fitting size, then smaller ones, then larger ones."""
@@ -159,25 +208,57 @@ class Pool:
         if missing > 0 and self.num_cached:
             self.evict(missing)
 
-    def evict(self, wanted: int) -> int:
-        """Evict about ``wanted`` cached granules; returns how many."""
+    def evict(self, wanted: int, tier: int = TIER_HOT) -> int:
+        """Evict about ``wanted`` cached granules of a tier, and what follows them; returns how many of the tier."""
         total = 0
-        while total < wanted and (count := self.evictor.evict(wanted - total, self.freed)):
+        while total < wanted and (count := self.evictors[tier].evict(wanted - total, self.freed)):
+            total += int(np.count_nonzero(self._tiers_of(self.freed[:count]) == tier))
             self.free_listed(count)
             self.counters.num_evicted += count
-            total += count
         return total
+
+    def _tiers_of(self, granules: Int32Array) -> NDArray[np.int64]:
+        return np.searchsorted(self.first[1:], granules, side="right")
 
     def free_listed(self, count: int) -> None:
         """Free the first ``count`` granules of `freed`."""
         if count:
-            runs = coalesce(self.freed, count, self._run_starts, self._run_sizes)
-            self.allocator.free(self._run_starts[:runs], self._run_sizes[:runs])
+            self.free_granules(self.freed[:count])
+
+    def free_granules(self, listed: Int32Array) -> None:
+        """Free granules of any tiers."""
+        if self.num_hot == self.num_granules:
+            self._free_runs_of(listed, self.allocator)
+            return
+        tiers = self._tiers_of(listed)
+        for tier, allocator in enumerate(self.allocators):
+            if allocator is not None and len(own := listed[tiers == tier]):
+                self._free_runs_of(own - np.int32(self.first[tier]), allocator)
+
+    def _free_runs_of(self, listed: Int32Array, allocator: BlockAllocator) -> None:
+        runs = coalesce(listed, len(listed), self._run_starts, self._run_sizes)
+        allocator.free(self._run_starts[:runs], self._run_sizes[:runs])
 
     def free_runs(self, runs: Runs) -> None:
-        """Free ``(start, size)`` runs."""
+        """Free ``(start, size)`` runs of the hot tier."""
         if runs:
             self.allocator.free([start for start, _ in runs], [size for _, size in runs])
+
+    # -- blocks of the quantized tiers -------------------------------------------------------------------------------
+
+    def allocate_block(self, tier: int) -> int:
+        """A block of 64 tokens of a quantized tier, evicting what is cached there; its first granule, or -1."""
+        allocator = self.allocators[tier]
+        assert allocator is not None
+        while (start := int(allocator.allocate([MAX_BLOCK_GRANULES], partial=True)[0])) < 0:
+            if not self.evict(MAX_BLOCK_GRANULES, tier):
+                return -1
+        return self.first[tier] + start
+
+    def free_blocks(self, starts: list[int]) -> None:
+        """Free blocks of quantized tiers."""
+        if starts:
+            self.free_granules(granules_of(np.array(starts, np.int32)))
 
     # -- blocks for merging ------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from kvtoolkit import rows
-from kvtoolkit.prefix import Int32Array
+from kvtoolkit.prefix import Int32Array, usable
 from kvtoolkit.rows import LENGTH, OPEN, PREEMPTED, STATE
 from kvtoolkit.sequences import Preempted, Sequences
 
@@ -37,6 +37,7 @@ def restore(sequences: Sequences, row: int) -> bool:
     if saved.key_values is None:
         lost = np.flatnonzero(pool.nodes.uid[saved.nodes] != saved.uids)
         count = int(lost[0]) if len(lost) else len(saved.nodes)
+        count = usable(pool.nodes, pool.granules, saved.nodes, count, sequences.takes_quantized)
         held = rows.adopt(table, row, saved.nodes, count, pool.nodes, pool.granules)
         sequences.counters.reused_tokens += 8 * held
     else:

@@ -5,7 +5,8 @@ through a hash table keyed by both. Tokens are compared, so a hash collision cos
 ``uid`` is never used twice, so a sequence that remembers the node it ended on can tell whether that is still there.
 
     granules.node[nodes.granule[n]] == n for every node in use
-    counts[CACHED] == number of published granules that no row holds: found by `open`, evicted when memory is needed
+    granules.cached[t] == number of published granules of tier t that no row holds: found by `open`, evicted when
+                          memory is needed
 
 Source: prefix sharing by content, as radix trees in SGLang (Zheng et al. 2024, arXiv:2312.07104, sec. 3); here at
 granule (8 token) granularity.
@@ -26,7 +27,7 @@ Int64Array = NDArray[np.int64]
 ROOT, BROKEN = -1, -2
 """Chain ends that are no node: nothing yet, and a row whose tokens are not all known."""
 ROOT_UID = 0
-CACHED, NEXT_UID, CLOCK, NUM_SPARE = range(4)
+NEXT_UID, CLOCK, NUM_SPARE = range(3)
 
 _K1, _K2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)
 _SHIFT = np.uint64(29)
@@ -39,6 +40,10 @@ class Granules(NamedTuple):
     """Rows that hold it."""
     node: Int32Array
     """Its node in the index, or -1."""
+    first: Int32Array
+    """``[3]`` number of the first granule of the hot, the warm and the cold tier."""
+    cached: Int64Array
+    """``[3]`` how many granules of each tier are cached, see above."""
 
 
 class Nodes(NamedTuple):
@@ -64,9 +69,14 @@ class Nodes(NamedTuple):
     counts: Int64Array
 
 
-def make_granules(num_granules: int) -> Granules:
+def make_granules(num_granules: int, first: tuple[int, int, int]) -> Granules:
     """Nothing held, nothing published."""
-    return Granules(np.zeros(num_granules, np.int32), np.full(num_granules, -1, np.int32))
+    return Granules(
+        refs=np.zeros(num_granules, np.int32),
+        node=np.full(num_granules, -1, np.int32),
+        first=np.array(first, np.int32),
+        cached=np.zeros(3, np.int64),
+    )
 
 
 def make_nodes(num_granules: int) -> Nodes:
@@ -75,7 +85,7 @@ def make_nodes(num_granules: int) -> Nodes:
     def int32s(fill: int) -> Int32Array:
         return np.full(num_granules, fill, np.int32)
 
-    counts = np.zeros(4, np.int64)
+    counts = np.zeros(3, np.int64)
     counts[NEXT_UID] = ROOT_UID + 1
     counts[NUM_SPARE] = num_granules
     return Nodes(
@@ -98,9 +108,10 @@ def make_nodes(num_granules: int) -> Nodes:
 
 
 class Evictor:
-    """Takes cached granules out of the index in the order a policy gives, scoring all of them once per queue."""
+    """Takes cached granules of one tier out of the index in a policy's order, scoring all of them once per queue."""
 
-    def __init__(self, policy: EvictionPolicy, nodes: Nodes, granules: Granules) -> None:
+    def __init__(self, policy: EvictionPolicy, nodes: Nodes, granules: Granules, tier: int) -> None:
+        self._tier = tier
         self._policy = policy
         self._nodes = nodes
         self._granules = granules
@@ -111,9 +122,10 @@ class Evictor:
     def evict(self, wanted: int, freed: Int32Array) -> int:
         """Unpublish ``wanted`` cached granules or so; ``freed`` receives them. Returns how many; 0 if none is left.
 
-        May stop early; ask again. The policy is asked before anything is unpublished, so if it raises nothing is lost.
+        What follows an evicted granule goes too, whatever tier it is in. May stop early; ask again. The policy is
+        asked before anything is unpublished, so if it raises nothing is lost.
         """
-        while self._nodes.counts[CACHED] > 0:
+        while self._granules.cached[self._tier] > 0:
             if self._next == len(self._queue):
                 self._score()
             count, self._next = _evict(
@@ -130,12 +142,16 @@ class Evictor:
     def _score(self) -> None:
         nodes = self._nodes
         used = np.flatnonzero(nodes.uid)
-        cached = used[self._granules.refs[nodes.granule[used]] == 0]
+        held = nodes.granule[used]
+        cached = used[(self._granules.refs[held] == 0) & (self._tiers_of(held) == self._tier)]
         figures = CachedGranules(nodes.last_used[cached], nodes.num_uses[cached], nodes.depth[cached])
         order = np.lexsort((-figures.depth, self._scores(figures)))
         self._queue = cached[order].astype(np.int32)
         self._stamps = nodes.last_used[self._queue]
         self._next = 0
+
+    def _tiers_of(self, held: Int32Array) -> Int64Array:
+        return np.searchsorted(self._granules.first[1:], held, side="right")
 
     def _scores(self, figures: CachedGranules) -> NDArray[np.float64]:
         scores = self._policy.score(figures)
@@ -149,6 +165,17 @@ class Evictor:
                 f"got {scores!r:.80}"
             )
         return array
+
+
+@jit
+def tier_of(granules: Granules, granule: int) -> Any:
+    """The tier that a granule number is of."""
+    tier = 0
+    if granule >= granules.first[1]:
+        tier = 1
+    if granule >= granules.first[2]:
+        tier = 2
+    return tier
 
 
 @jit
@@ -245,7 +272,7 @@ def unpublish(nodes: Nodes, granules: Granules, node: int, freed: Int32Array, nu
         parent, granule = nodes.parent[current], nodes.granule[current]
         _remove(nodes, granules, current)
         if granules.refs[granule] == 0:
-            nodes.counts[CACHED] -= 1
+            granules.cached[tier_of(granules, granule)] -= 1
             freed[num_freed] = granule
             num_freed += 1
         if current == node:
@@ -278,7 +305,7 @@ def _evict(
 def hold(nodes: Nodes, granules: Granules, granule: int) -> None:
     """One row more holds the granule."""
     if granules.refs[granule] == 0 and granules.node[granule] >= 0:
-        nodes.counts[CACHED] -= 1
+        granules.cached[tier_of(granules, granule)] -= 1
     granules.refs[granule] += 1
 
 
@@ -290,7 +317,7 @@ def release(nodes: Nodes, granules: Granules, granule: int, freed: Int32Array, n
         return num_freed
     node = granules.node[granule]
     if node >= 0:
-        nodes.counts[CACHED] += 1
+        granules.cached[tier_of(granules, granule)] += 1
         nodes.last_used[node] = nodes.counts[CLOCK]
         return num_freed
     freed[num_freed] = granule
@@ -320,3 +347,37 @@ def match(nodes: Nodes, tokens: Int64Array, most: int, found: Int32Array) -> Any
         found[i] = node
         uid = nodes.uid[node]
     return most
+
+
+@jit
+def usable(nodes: Nodes, granules: Granules, found: Int32Array, count: int, takes_quantized: bool) -> Any:
+    """How many of the nodes found a row may hold: hot granules, and quantized tiles if they are welcome and whole."""
+    i = 0
+    while i < count:
+        granule = nodes.granule[found[i]]
+        if tier_of(granules, granule) == 0:
+            i += 1
+            continue
+        if not takes_quantized or i & 7 != 0 or granule & 7 != 0 or i + 8 > count:
+            return i
+        for k in range(1, 8):
+            if nodes.granule[found[i + k]] != granule + k:
+                return i
+        i += 8
+    return count
+
+
+@jit
+def repoint(nodes: Nodes, granules: Granules, node: int, granule: int, freed: Int32Array, num_freed: int) -> Any:
+    """Make a node stand for another granule with the same tokens, which a row holds.
+
+    The granule it stood for is appended to ``freed`` if no row holds it; returns their new number.
+    """
+    old = nodes.granule[node]
+    granules.node[old], granules.node[granule] = -1, node
+    nodes.granule[node] = granule
+    if granules.refs[old] == 0:
+        granules.cached[tier_of(granules, old)] -= 1
+        freed[num_freed] = old
+        num_freed += 1
+    return num_freed

@@ -28,9 +28,10 @@ from kvtoolkit.prefix import (
     hold,
     move_granule,
     release,
+    tier_of,
     unpublish,
 )
-from kvtoolkit.tables import entry_granule, entry_length, pack_entry
+from kvtoolkit.tables import entry_granule, entry_length, entry_tier, pack_entry
 
 # columns of `info`
 GENERATION, STATE, LENGTH, CAPACITY, NUM_ENTRIES, STAMP, TAIL_BASE, TAIL_FIRST = range(8)
@@ -64,6 +65,8 @@ class Rows(NamedTuple):
     """``[max_seqs, 8]`` tokens of the granule that is being filled."""
     clock: Int64Array
     """``[2]``: the last stamp of a changed row, the last mark."""
+    scanned: Int32Array
+    """``[max_seqs]`` full tiles of the row when all of them were in the tier they belong to; -1 = not known."""
 
 
 def make_rows(max_seqs: int, max_entries: int) -> Rows:
@@ -77,6 +80,7 @@ def make_rows(max_seqs: int, max_entries: int) -> Rows:
         chain_uid=np.zeros(max_seqs, np.int64),
         pending=np.zeros((max_seqs, 8), np.int64),
         clock=np.zeros(2, np.int64),
+        scanned=np.full(max_seqs, -1, np.int32),
     )
 
 
@@ -127,7 +131,7 @@ def attach(rows: Rows, granules: Granules, row: int, starts: Int32Array, sizes: 
     for k in range(len(starts)):
         for granule in range(starts[k], starts[k] + sizes[k]):
             granules.refs[granule] = 1
-        count = _append_run(rows, row, count, capacity, starts[k], sizes[k])
+        count = _append_run(rows, row, count, capacity, starts[k], sizes[k], tier_of(granules, starts[k]))
         capacity += sizes[k]
     rows.info[row, NUM_ENTRIES], rows.info[row, CAPACITY] = count, capacity
     touch(rows, row)
@@ -156,13 +160,13 @@ def _entries_needed(rows: Rows, row: int, starts: Int32Array, sizes: Int32Array)
 
 
 @jit
-def _append_run(rows: Rows, row: int, count: int, capacity: int, start: int, size: int) -> Any:
+def _append_run(rows: Rows, row: int, count: int, capacity: int, start: int, size: int, tier: int) -> Any:
     """Add a run at logical granule ``capacity``, as a part of the last entry if it continues it; the new count."""
     if count > 0 and _joins(rows.entries[row, count - 1], start, size):
         entry = rows.entries[row, count - 1]
-        rows.entries[row, count - 1] = pack_entry(entry_granule(entry), entry_length(entry) + size, 0)
+        rows.entries[row, count - 1] = pack_entry(entry_granule(entry), entry_length(entry) + size, tier)
         return count
-    rows.entries[row, count] = pack_entry(start, size, 0)
+    rows.entries[row, count] = pack_entry(start, size, tier)
     rows.starts[row, count] = capacity
     return count + 1
 
@@ -228,14 +232,16 @@ def adopt(rows: Rows, row: int, found: Int32Array, count: int, nodes: Nodes, gra
     held = 0
     for i in range(count):
         node = found[i]
-        hold(nodes, granules, nodes.granule[node])
+        granule = nodes.granule[node]
+        hold(nodes, granules, granule)
         nodes.num_uses[node] += 1
-        held = _append_run(rows, row, held, i, nodes.granule[node], 1)
+        held = _append_run(rows, row, held, i, granule, 1, tier_of(granules, granule))
     rows.info[row, NUM_ENTRIES] = held
     rows.info[row, CAPACITY] = count
     rows.info[row, LENGTH] = 8 * count
     rows.chain[row] = found[count - 1] if count else ROOT
     rows.chain_uid[row] = nodes.uid[found[count - 1]] if count else ROOT_UID
+    rows.scanned[row] = -1
     touch(rows, row)
     return count
 
@@ -250,7 +256,7 @@ def shrink(rows: Rows, row: int, keep: int, nodes: Nodes, granules: Granules, fr
         for i in range(entry_length(entry) - 1, stay - 1, -1):
             num_freed = release(nodes, granules, entry_granule(entry) + i, freed, num_freed)
         if stay > 0:
-            rows.entries[row, count - 1] = pack_entry(entry_granule(entry), stay, 0)
+            rows.entries[row, count - 1] = pack_entry(entry_granule(entry), stay, entry_tier(entry))
             rows.info[row, CAPACITY] = first + stay
         else:
             count -= 1
@@ -278,7 +284,8 @@ def copy_first(source_rows: Rows, source: int, rows: Rows, row: int, keep: int) 
     e = 0
     while e < source_rows.info[source, NUM_ENTRIES] and source_rows.starts[source, e] < keep:
         entry, first = source_rows.entries[source, e], source_rows.starts[source, e]
-        rows.entries[row, e] = pack_entry(entry_granule(entry), min(entry_length(entry), keep - first), 0)
+        kept = min(entry_length(entry), keep - first)
+        rows.entries[row, e] = pack_entry(entry_granule(entry), kept, entry_tier(entry))
         rows.starts[row, e] = first
         e += 1
     rows.info[row, NUM_ENTRIES] = e
@@ -292,6 +299,7 @@ def copy_tokens(source_rows: Rows, source: int, rows: Rows, row: int) -> None:
     rows.info[row, LENGTH] = source_rows.info[source, LENGTH]
     rows.chain[row] = source_rows.chain[source]
     rows.chain_uid[row] = source_rows.chain_uid[source]
+    rows.scanned[row] = -1
     for i in range(8):
         rows.pending[row, i] = source_rows.pending[source, i]
 

@@ -42,6 +42,7 @@ class Sequences:
         self.counters = Counters()
         self.storage = make_storage(config)
         self.pool = Pool(config, self.counters, self.storage.device if self.storage.device >= 0 else None)
+        self.takes_quantized = config.tier_config is not None and config.tier_config.prefix_reuse_tiers == "all"
         self.rows = rows.make_rows(config.max_seqs, config.entries_limit)
         self.closed_rows = list(range(config.max_seqs))[::-1]
         self.preempted: dict[int, Preempted] = {}
@@ -92,6 +93,7 @@ class Sequences:
         info[opened, LENGTH] = 0
         self.rows.chain[opened] = ROOT
         self.rows.chain_uid[opened] = ROOT_UID
+        self.rows.scanned[opened] = -1
         return opened
 
     def release_rows(self, closing: Int32Array) -> None:

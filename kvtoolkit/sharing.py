@@ -111,4 +111,5 @@ def _copy_of_rows(table: Rows, which: Int32Array) -> Rows:
         table.chain_uid[which],
         table.pending[which],
         table.clock.copy(),
+        table.scanned[which],
     )

@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from allocators import SnapshotError
+from allocators import BlockAllocator, SnapshotError
 from allocators.protocol import require
 from kvtoolkit.device_pool import DevicePool
 from kvtoolkit.errors import CacheSnapshotError, StepError
-from kvtoolkit.prefix import CACHED
+from kvtoolkit.pool import Pool
 from kvtoolkit.rows import CAPACITY, CLOSED, IN_STEP, LENGTH, NUM_ENTRIES, PINNED, PREEMPTED, STATE
 from kvtoolkit.sequences import Preempted, Sequences
-from kvtoolkit.tables import unpack_entries
+from kvtoolkit.tables import TIER_HOT, unpack_entries
+from kvtoolkit.tier_config import TIER_NAMES
 
 
 def pack(sequences: Sequences) -> bytes:
@@ -28,7 +29,7 @@ def pack(sequences: Sequences) -> bytes:
     arrays: dict[str, NDArray[Any]] = {
         "config": _as_bytes(json.dumps(sequences.config.to_dict(), sort_keys=True).encode()),
         "counters": np.array(list(vars(sequences.counters).values()), np.int64),
-        "allocator": _as_bytes(pool.allocator.snapshot()),
+        **{f"allocator.{tier}": _as_bytes(one.snapshot()) for tier, one in enumerate(pool.allocators) if one},
         "kept_back": np.array(pool.kept_back, np.int64),
         "closed_rows": np.array(sequences.closed_rows, np.int64),
         "held": held,
@@ -75,14 +76,17 @@ def _unpack(sequences: Sequences, data: bytes) -> None:
         )
     pool = sequences.pool
     try:
-        pool.allocator.restore(arrays["allocator"].tobytes())
+        for tier, allocator in enumerate(pool.allocators):
+            if allocator is not None:
+                allocator.restore(arrays[f"allocator.{tier}"].tobytes())
     except SnapshotError as error:
         raise CacheSnapshotError(str(error)) from error
     for group, table in (("rows", sequences.rows), ("nodes", pool.nodes), ("granules", pool.granules)):
         for name, array in table._asdict().items():
             array[...] = arrays[f"{group}.{name}"]
     pool.kept_back = arrays["kept_back"].tolist()
-    pool.evictor.forget()
+    for evictor in pool.evictors:
+        evictor.forget()
     sequences.closed_rows = arrays["closed_rows"].tolist()
     vars(sequences.counters).update(zip(vars(sequences.counters), arrays["counters"].tolist(), strict=True))
     sequences.storage.write(arrays["held"], arrays["key_values"])
@@ -104,7 +108,6 @@ def check(sequences: Sequences) -> None:
     """See `KVCache.check_integrity`; the caller holds the lock."""
     table, pool = sequences.rows, sequences.pool
     nodes, granules = pool.nodes, pool.granules
-    pool.allocator.check_integrity()
     refs = np.zeros(pool.num_granules, np.int64)
     for row in range(len(table.info)):
         refs += _check_row(sequences, row)
@@ -113,18 +116,13 @@ def check(sequences: Sequences) -> None:
     require(len(np.unique(nodes.granule[used])) == len(used), "cache: two index nodes hold the same granule")
     require(np.array_equal(granules.node[nodes.granule[used]], used), "cache: a granule does not know its node")
     require(int((granules.node >= 0).sum()) == len(used), "cache: a granule knows a node that is not in use")
-    cached = int(((granules.refs == 0) & (granules.node >= 0)).sum())
-    require(cached == pool.num_cached, f"cache: {pool.num_cached} granules counted as cached, found {cached}")
     for node in used:
         parent = int(nodes.parent[node])
         same = nodes.uid[parent] == nodes.parent_uid[node] if parent >= 0 else nodes.parent_uid[node] == 0
         require(bool(same), f"cache: node {node} has lost its parent")
-    stats = pool.allocator.stats()
-    owned = int(((granules.refs > 0) | (granules.node >= 0)).sum()) + 8 * len(pool.kept_back)
-    # of a pool on a device kernels may hold blocks that no row knows
-    is_enough = owned <= stats.num_live if isinstance(pool.allocator, DevicePool) else owned == stats.num_live
-    require(is_enough, f"cache: {owned} granules held, cached or kept back, {stats.num_live} live in the pool")
-    require(nodes.counts[CACHED] >= 0, "cache: a negative number of cached granules")
+    for tier, allocator in enumerate(pool.allocators):
+        if allocator is not None:
+            _check_tier(pool, tier, allocator)
     closed = np.flatnonzero(table.info[:, STATE] == CLOSED)
     require(np.array_equal(np.sort(sequences.closed_rows), closed), "cache: the list of closed rows is wrong")
     require(
@@ -133,16 +131,39 @@ def check(sequences: Sequences) -> None:
     )
 
 
+def _check_tier(pool: Pool, tier: int, allocator: BlockAllocator) -> None:
+    """What is held and cached in one tier is what its allocator has given away."""
+    allocator.check_integrity()
+    own = slice(pool.first[tier], pool.first[tier] + allocator.num_granules)
+    refs, node = pool.granules.refs[own], pool.granules.node[own]
+    cached, counted = int(((refs == 0) & (node >= 0)).sum()), int(pool.granules.cached[tier])
+    name = TIER_NAMES[tier]
+    require(cached == counted, f"cache: {counted} {name} granules counted as cached, found {cached}")
+    owned = int(((refs > 0) | (node >= 0)).sum()) + (8 * len(pool.kept_back) if tier == TIER_HOT else 0)
+    live = allocator.stats().num_live
+    # of a pool on a device kernels may hold blocks that no row knows
+    is_enough = owned <= live if isinstance(allocator, DevicePool) else owned == live
+    require(is_enough, f"cache: {owned} {name} granules held, cached or kept back, {live} live in the pool")
+
+
 def _check_row(sequences: Sequences, row: int) -> NDArray[np.int64]:
     """Check one row; returns how often it holds each granule (0 or 1)."""
     table, granules = sequences.rows, sequences.pool.granules
     count, capacity, length = (int(table.info[row, column]) for column in (NUM_ENTRIES, CAPACITY, LENGTH))
     starts, sizes, tiers = unpack_entries(table.entries[row, :count])
-    require(bool((sizes > 0).all() and (tiers == 0).all()), f"cache: row {row} has an empty entry among its entries")
+    require(bool((sizes > 0).all()), f"cache: row {row} has an empty entry among its entries")
     require(bool((table.entries[row, count:] == -1).all()), f"cache: row {row} has an entry beyond its last")
     expected = np.concatenate([[0], np.cumsum(sizes)])
     require(np.array_equal(table.starts[row, :count], expected[:-1]), f"cache: block_starts of row {row} are wrong")
     require(int(expected[-1]) == capacity, f"cache: row {row} claims {capacity} granules, holds {expected[-1]}")
+    ends = np.array([*sequences.pool.first[1:], sequences.pool.num_granules])
+    named = np.searchsorted(ends[:2], starts, side="right")
+    inside = starts + sizes <= ends[np.minimum(tiers, 2)]
+    require(bool((tiers == named).all() and inside.all()), f"cache: row {row} has an entry that names another tier")
+    whole = (sizes == 8) & (starts % 8 == 0) & (expected[:-1] % 8 == 0)
+    require(bool(whole[tiers > 0].all()), f"cache: row {row} holds a part of a quantized tile")
+    quantized_end = int((expected[:-1] + sizes)[tiers > 0].max(initial=0))
+    require(8 * quantized_end <= length or not count, f"cache: row {row} will write a quantized tile")
     if table.info[row, STATE] in (CLOSED, PREEMPTED):
         require(count == 0, f"cache: row {row} is closed or preempted and still holds memory")
     else:

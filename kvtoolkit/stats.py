@@ -7,6 +7,21 @@ import numpy as np
 
 from kvtoolkit.rows import CAPACITY, CLOSED, LENGTH, NUM_ENTRIES, PREEMPTED, STATE
 from kvtoolkit.sequences import Sequences
+from kvtoolkit.tier_config import TIER_NAMES
+
+
+@dataclass(frozen=True)
+class TierStats:
+    """A moment's figures of one tier. Token slots, but for the last."""
+
+    capacity: int
+    used: int
+    """Held by sequences, a shared one counted once."""
+    cached: int
+    """Held by no sequence, but not forgotten yet."""
+    free: int
+    nbytes: int
+    """Bytes of keys and values that the tier has room for."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +69,22 @@ class CacheStats:
     """Bytes of the block table, the index and the allocator."""
     nbytes: int
     """Bytes of keys and values."""
+    tiers: Mapping[str, TierStats]
+    """Figures of each tier by its name; all of them together are above."""
+    num_demoted_warm: int
+    """Tiles of 64 tokens that went to the warm tier; ``num_demoted_cold``: to the cold one."""
+    num_demoted_cold: int
+    num_failed_demotions: int
+    """Tiles that were old enough and found no room in a colder tier."""
+    num_dequantized: int
+    """Tiles made hot again, since a sequence was cut inside them."""
+    converted_tokens: int
+    """Tokens of these tiles, which `copied_tokens` does not count."""
 
 
 def collect(sequences: Sequences) -> CacheStats:
     """Count everything up."""
-    rows, pool, counters, config = sequences.rows, sequences.pool, sequences.counters, sequences.config
+    rows, pool, counters = sequences.rows, sequences.pool, sequences.counters
     info = rows.info
     live = np.flatnonzero((info[:, STATE] != CLOSED) & (info[:, STATE] != PREEMPTED))
     lengths, capacities, counts = info[live, LENGTH], info[live, CAPACITY], info[live, NUM_ENTRIES]
@@ -66,15 +92,16 @@ def collect(sequences: Sequences) -> CacheStats:
     width = int(counts.max(initial=0))
     entries = rows.entries[live, :width]
     sizes = (((entries >> 24) & 7) + 1)[np.arange(width) < counts[:, None]] * 8
-    allocator = pool.allocator.stats()
+    allocators = [allocator.stats() for allocator in pool.allocators if allocator is not None]
+    tiers = _tiers(sequences)
     return CacheStats(
         num_seqs=len(live),
         num_preempted_seqs=int(np.count_nonzero(info[:, STATE] == PREEMPTED)),
         num_tokens=int(lengths.sum()),
         capacity=pool.num_granules * 8,
         used=pool.num_used * 8,
-        cached=pool.num_cached * 8,
-        free=allocator.num_free * 8,
+        cached=int(pool.granules.cached.sum()) * 8,
+        free=sum(one.num_free for one in allocators) * 8,
         kept_back=64 * len(pool.kept_back),
         waste=(slots - int(lengths.sum())) / slots if slots else 0.0,
         blocks={int(size): int(count) for size, count in zip(*np.unique(sizes, return_counts=True), strict=True)},
@@ -89,6 +116,28 @@ def collect(sequences: Sequences) -> CacheStats:
         num_stalls=counters.num_stalls,
         num_preempted=counters.num_preempted,
         num_steps=counters.num_steps,
-        metadata_nbytes=allocator.metadata_nbytes + sum(array.nbytes for array in (*rows, *pool.nodes, *pool.granules)),
-        nbytes=config.nbytes_per_token * pool.num_granules * 8,
+        metadata_nbytes=sum(one.metadata_nbytes for one in allocators)
+        + sum(array.nbytes for array in (*rows, *pool.nodes, *pool.granules)),
+        nbytes=sum(one.nbytes for one in tiers.values()),
+        tiers=tiers,
+        num_demoted_warm=counters.num_demoted_warm,
+        num_demoted_cold=counters.num_demoted_cold,
+        num_failed_demotions=counters.num_failed_demotions,
+        num_dequantized=counters.num_dequantized,
+        converted_tokens=counters.converted_tokens,
     )
+
+
+def _tiers(sequences: Sequences) -> dict[str, TierStats]:
+    pool, block_nbytes = sequences.pool, sequences.config.block_nbytes
+    return {
+        TIER_NAMES[tier]: TierStats(
+            capacity=allocator.num_granules * 8,
+            used=pool.num_used_of(tier) * 8,
+            cached=int(pool.granules.cached[tier]) * 8,
+            free=allocator.num_free * 8,
+            nbytes=allocator.num_granules // 8 * block_nbytes[TIER_NAMES[tier]],
+        )
+        for tier, allocator in enumerate(pool.allocators)
+        if allocator is not None
+    }

@@ -129,4 +129,4 @@ def make_storage(config: CacheConfig) -> Storage:
 
 def shape_of(config: CacheConfig) -> tuple[int, ...]:
     """Of ``key_values``."""
-    return (config.num_layers, 2, config.num_granules, config.num_kv_heads, GRANULE, config.head_dim)
+    return (config.num_layers, 2, config.tier_granules[0], config.num_kv_heads, GRANULE, config.head_dim)

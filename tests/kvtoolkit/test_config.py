@@ -69,9 +69,63 @@ def test_a_wrong_field_is_named_with_what_was_expected(fields, message):
         make(**fields)
 
 
-def test_what_is_not_there_yet_says_so():
-    with pytest.raises(UnsupportedError, match="not in this version"):
-        make(tiers={"hot": 256})
+@pytest.mark.parametrize(
+    ("tiers", "message"),
+    [
+        ({}, "tiers: expected warm = 'int8', cold = 'int4', or both, got neither"),
+        ([], r"tiers: expected a table, got \[\]"),
+        ({"warm": "int4"}, "tiers.warm: expected one of int8, got 'int4'"),
+        ({"warn": "int8"}, "tiers: 'warn': expected one of hot, warm, .*did you mean 'warm'"),
+        ({"cold": "int4", "hot": 0}, "tiers.hot: expected an int of at least 64, got 0"),
+        ({"cold": "int4", "hot": 100}, "tiers.hot: expected a multiple of 64, got 100"),
+        ({"cold": "int4", "pinned_tokens": 8}, "tiers.pinned_tokens: expected a multiple of 64, got 8"),
+        ({"cold": "int4", "warm_tokens": -64}, "tiers.warm_tokens: expected an int of at least 0, got -64"),
+        ({"cold": "int4", "demote": "aeg"}, "tiers.demote: expected one of age, mass, got 'aeg'; did you mean 'age'"),
+        ({"cold": "int4", "prefix_reuse_tiers": "cold"}, "tiers.prefix_reuse_tiers: expected one of hot, all"),
+        ({"cold": "int4", "cold_allocator": "budy"}, "tiers.cold_allocator: .*got 'budy'"),
+        ({"cold": "int4", "warm_allocator": 3}, "tiers.warm_allocator: expected a name or .*, got 3"),
+        ({"cold": "int4", "tier_memory": {"hot": 1.0}}, "tiers.tier_memory: expected a table with hot, cold, got"),
+        ({"cold": "int4", "tier_memory": {"hot": 0.5, "cold": 0.4}}, "tiers.tier_memory: .* sum to 1, got 0.9"),
+        ({"cold": "int4", "tier_memory": {"hot": 2, "cold": -1}}, "tiers.tier_memory.hot: expected a number between"),
+    ],
+)
+def test_a_wrong_field_of_the_tiers_is_named_with_what_was_expected(tiers, message):
+    with pytest.raises(ConfigError, match=message):
+        make(head_dim=64, tiers=tiers)
+
+
+def test_tiers_share_the_bytes():
+    tiers = {"warm": "int8", "cold": "int4", "tier_memory": {"hot": 0.5, "warm": 0.3, "cold": 0.2}}
+    by_memory = make(head_dim=64, num_tokens=None, memory="8 MiB", tiers=tiers)
+    by_tokens = make(head_dim=64, num_tokens=8 * by_memory.num_granules, tiers=tiers)
+    assert by_memory.num_granules == by_tokens.num_granules
+    for config in (by_memory, by_tokens):
+        for name, granules in zip(("hot", "warm", "cold"), config.tier_granules, strict=True):
+            used = granules // 8 * config.block_nbytes[name]
+            assert abs(used - tiers["tier_memory"][name] * (8 << 20)) <= config.block_nbytes["hot"]
+    assert by_memory.block_nbytes["warm"] == 2 * 2 * 64 * 132
+    assert CacheConfig.from_dict(by_memory.to_dict()) == by_memory
+
+
+def test_a_toml_file_gives_the_tiers(tmp_path):
+    path = tmp_path / "cache.toml"
+    path.write_text(
+        "num_layers = 2\nnum_kv_heads = 2\nhead_dim = 64\nnum_tokens = 6400\n"
+        '[tiers]\nhot = 128\ncold = "int4"\ntier_memory = {hot = 0.25, cold = 0.75}\n'
+    )
+    config = CacheConfig.load(path)
+    assert (config.tier_config.hot, config.tier_config.quantized) == (128, ("cold",))
+    assert config.tier_granules[1] == 0
+
+
+def test_what_tiers_cannot_do_is_refused():
+    tiers = {"cold": "int4"}
+    with pytest.raises(UnsupportedError, match="head_dim: quantized tiers expect 64 or 128, got 16"):
+        make(tiers=tiers)
+    with pytest.raises(UnsupportedError, match="backend: expected cpu or cuda with quantized tiers, got 'numba'"):
+        make(head_dim=64, backend="numba", tiers=tiers)
+    with pytest.raises(ConfigError, match="expected room for 64 tokens in the hot tier, got none"):
+        make(head_dim=64, num_tokens=64, tiers=tiers)
 
 
 @pytest.mark.parametrize("backend", ["cuda", "numba"])
