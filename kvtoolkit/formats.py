@@ -63,7 +63,8 @@ class Format(NamedTuple):
     def encode(self, keys: Any, values: Any) -> Bytes:
         """Quantize ``[..., 64, head_dim]`` keys and values to ``[..., nbytes]``."""
         keys, values = np.asarray(keys, np.float32), np.asarray(values, np.float32)
-        return (_encode_int8 if self.bits == 8 else _encode_int4)(keys, values)
+        blocks: Bytes = (_encode_int8 if self.bits == 8 else _encode_int4)(keys, values)
+        return blocks
 
     def decode(self, blocks: Bytes, head_dim: int) -> tuple[Floats, Floats]:
         """The keys and values, ``[..., 64, head_dim]`` float32 each, of ``[..., nbytes]``."""
@@ -84,14 +85,14 @@ def _as_half(values: Floats) -> NDArray[np.float16]:
     return np.clip(values, -_LARGEST, _LARGEST).astype(np.float16)
 
 
-def _code(x: Floats, scale: Floats, zero: Floats | float, middle: int, low: int, high: int) -> Bytes:
+def _code(x: Floats, scale: Floats, zero: Floats | np.float32, middle: int, low: int, high: int) -> Bytes:
     """Codes of values; where the scale is 0 the middle one."""
     with np.errstate(divide="ignore", invalid="ignore"):
         steps = np.where(scale > 0, np.rint((x - zero) / scale), np.float32(0))
     return np.clip(steps + middle, low, high).astype(np.uint8)
 
 
-# -- int8 ----------------------------------------------------------------------------------------------------------------
+# -- int8 --------------------------------------------------------------------------------------------------------------
 
 # axes of codes as they come, and as they are stored; (token axes), (dim axes)
 _INT8_KEYS = ("gih", "jtb", "ijgthb", {"g": 8, "i": 2, "h": 2, "t": 4, "b": 8})
@@ -156,7 +157,7 @@ def _decode_int8(blocks: Bytes, head_dim: int) -> tuple[Floats, Floats]:
     return np.concatenate(halves[0], axis=-2), np.concatenate(halves[1], axis=-2)
 
 
-# -- int4 ----------------------------------------------------------------------------------------------------------------
+# -- int4 --------------------------------------------------------------------------------------------------------------
 
 
 def _factors(count: int, period: int) -> Floats:
@@ -200,7 +201,7 @@ def _decode_int4(blocks: Bytes, head_dim: int) -> tuple[Floats, Floats]:
     return keys, values
 
 
-# -- bytes ---------------------------------------------------------------------------------------------------------------
+# -- bytes -------------------------------------------------------------------------------------------------------------
 
 
 def _raw(halves: NDArray[np.float16]) -> Bytes:
@@ -212,7 +213,8 @@ def _halves(raw: Bytes) -> Floats:
 
 
 def _pack(nibbles: Bytes) -> Bytes:
-    return nibbles[..., 0::2] | nibbles[..., 1::2] << 4
+    packed: Bytes = nibbles[..., 0::2] | (nibbles[..., 1::2] << 4).astype(np.uint8)
+    return packed
 
 
 def _unpack(packed: Bytes) -> Bytes:
