@@ -81,7 +81,8 @@ def tiered_attention(
             tiers.append(())
             continue
         shape = (len(blocks) * MAX_BLOCK_GRANULES, GRANULE, hot[0].shape[2], head_dim)
-        decoded = FORMATS[name].decode(np.asarray(blocks), head_dim)  # [block, head, token, head_dim] each
+        with np.errstate(invalid="ignore"):  # a block that nobody uses may hold anything
+            decoded = FORMATS[name].decode(np.asarray(blocks), head_dim)  # [block, head, token, head_dim] each
         tiers.append(tuple(np.asarray(part, np.float64).swapaxes(1, 2).reshape(shape) for part in decoded))
     granules, lengths, numbers = unpack_entries(np.asarray(block_table))
     starts = np.asarray(block_starts)
