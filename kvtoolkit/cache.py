@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from kvtoolkit import access, compaction, passes, preemption, rows, sharing, snapshots
 from kvtoolkit.config import CacheConfig
+from kvtoolkit.demoter import Demoter
 from kvtoolkit.errors import ConfigError, SequenceError, StepError
 from kvtoolkit.growing import Grower
 from kvtoolkit.inputs import MAX_TOKENS, as_counts, as_ids, as_prompt, as_tokens, as_vector, is_ids
@@ -23,6 +24,7 @@ from kvtoolkit.sequences import Sequences
 from kvtoolkit.stats import CacheStats, collect
 from kvtoolkit.step import Step
 from kvtoolkit.step_arrays import SpareArrays, widen
+from kvtoolkit.tiers import TierCaches
 from kvtoolkit.upload import make_upload
 
 
@@ -47,6 +49,7 @@ class KVCache:
         self._lock = threading.RLock()
         self._sequences = Sequences(config)
         self._grower = Grower(self._sequences)
+        self._demoter = None if config.tier_config is None else Demoter(self._sequences, config.tier_config)
         self._arrays = SpareArrays()
         self._upload = make_upload(config.backend, self._sequences.storage.device)
         self._arenas = access.Arenas(self._sequences.storage, config.dtype, config.backend)
@@ -142,10 +145,13 @@ class KVCache:
                 self._arrays.give_back(arrays)
                 raise sequences.bad_id(code, int(ids[where]), (OPEN,))
             try:
+                has_moved = self._demoter is not None and self._demoter.run(arrays, num_need)
                 if num_merge:
                     self._grower.merge_tails(arrays, num_merge)
                 if num_need:
                     width = max(width, self._grower.grow(arrays, num_need))
+                if has_moved:
+                    width = passes.widest(sequences.rows, arrays, batch)
             except BaseException:
                 passes.reopen(sequences.rows, arrays, batch)
                 self._arrays.give_back(arrays)
@@ -153,7 +159,7 @@ class KVCache:
             if width > arrays.table.shape[1]:
                 arrays = widen(arrays, width)
                 passes.sync_tables(sequences.rows, arrays, batch)
-            elif num_merge:
+            elif num_merge or has_moved:
                 passes.sync_tables(sequences.rows, arrays, batch)
             return Step(self, ids, arrays, total)
 
@@ -382,6 +388,14 @@ class KVCache:
         """As `key_cache`, of the values."""
         self._arenas.require_layer(layer)
         return self._sequences.storage.key_values[layer, 1]
+
+    def tier_caches(self, layer: int) -> TierCaches:
+        """The arrays of a layer, all tiers, as `kvtoolkit.tiered_attention` takes them. Views, not copies."""
+        self._arenas.require_layer(layer)
+        storage = self._sequences.storage
+        warm, cold = (None if one is None else one[layer] for one in (storage.warm, storage.cold))
+        hot = storage.key_values[layer]
+        return TierCaches(hot[0], hot[1], warm, cold, storage.first)
 
     def __repr__(self) -> str:
         stats = self.stats()

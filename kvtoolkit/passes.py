@@ -197,6 +197,15 @@ def sync_tables(rows: Rows, step: StepArrays, batch: int) -> None:
 
 
 @jit
+def widest(rows: Rows, step: StepArrays, batch: int) -> Any:
+    """Most entries of a row of the step."""
+    width = 0
+    for b in range(batch):
+        width = max(width, rows.info[step.rows[b], NUM_ENTRIES])
+    return width
+
+
+@jit
 def copy_row(rows: Rows, step: StepArrays, b: int, row: int) -> None:
     """Copy a row's entries into row ``b`` of the step."""
     count = rows.info[row, NUM_ENTRIES]

@@ -212,12 +212,13 @@ class Pool:
         """Evict about ``wanted`` cached granules of a tier, and what follows them; returns how many of the tier."""
         total = 0
         while total < wanted and (count := self.evictors[tier].evict(wanted - total, self.freed)):
-            total += int(np.count_nonzero(self._tiers_of(self.freed[:count]) == tier))
+            total += int(np.count_nonzero(self.tiers_of(self.freed[:count]) == tier))
             self.free_listed(count)
             self.counters.num_evicted += count
         return total
 
-    def _tiers_of(self, granules: Int32Array) -> NDArray[np.int64]:
+    def tiers_of(self, granules: Int32Array) -> NDArray[np.int64]:
+        """The tier of each granule number."""
         return np.searchsorted(self.first[1:], granules, side="right")
 
     def free_listed(self, count: int) -> None:
@@ -230,7 +231,7 @@ class Pool:
         if self.num_hot == self.num_granules:
             self._free_runs_of(listed, self.allocator)
             return
-        tiers = self._tiers_of(listed)
+        tiers = self.tiers_of(listed)
         for tier, allocator in enumerate(self.allocators):
             if allocator is not None and len(own := listed[tiers == tier]):
                 self._free_runs_of(own - np.int32(self.first[tier]), allocator)
@@ -240,8 +241,10 @@ class Pool:
         allocator.free(self._run_starts[:runs], self._run_sizes[:runs])
 
     def free_runs(self, runs: Runs) -> None:
-        """Free ``(start, size)`` runs of the hot tier."""
-        if runs:
+        """Free ``(start, size)`` runs, each of one tier."""
+        if self.num_hot != self.num_granules and any(start >= self.num_hot for start, _ in runs):
+            self.free_granules(np.concatenate([np.arange(start, start + size, dtype=np.int32) for start, size in runs]))
+        elif runs:
             self.allocator.free([start for start, _ in runs], [size for _, size in runs])
 
     # -- blocks of the quantized tiers -------------------------------------------------------------------------------
@@ -254,11 +257,6 @@ class Pool:
             if not self.evict(MAX_BLOCK_GRANULES, tier):
                 return -1
         return self.first[tier] + start
-
-    def free_blocks(self, starts: list[int]) -> None:
-        """Free blocks of quantized tiers."""
-        if starts:
-            self.free_granules(granules_of(np.array(starts, np.int32)))
 
     # -- blocks for merging ------------------------------------------------------------------------------------------
 

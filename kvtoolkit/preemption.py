@@ -1,11 +1,14 @@
 """Taking the memory of sequences away, and bringing them back."""
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvtoolkit import rows
+from kvtoolkit.pool import Runs
 from kvtoolkit.prefix import Int32Array, usable
 from kvtoolkit.rows import LENGTH, OPEN, PREEMPTED, STATE
 from kvtoolkit.sequences import Preempted, Sequences
+from kvtoolkit.tables import MAX_BLOCK_GRANULES, TIER_HOT
 
 
 def preempt(sequences: Sequences, batch: Int32Array, to: str) -> None:
@@ -16,15 +19,15 @@ def preempt(sequences: Sequences, batch: Int32Array, to: str) -> None:
     for row in batch.tolist():
         used = -(-int(table.info[row, LENGTH]) // 8)
         chain, uids = np.empty(used, np.int32), np.empty(used, np.int64)
-        count, saved = 0, None
+        count, saved, tiers = 0, None, np.empty(0, np.int8)
         if to == "host":
             held = np.empty(used, np.int32)
             rows.list_granules(table, row, used, held)
-            saved = sequences.storage.read(held)
+            saved, tiers = sequences.storage.read(held), pool.tiers_of(held).astype(np.int8)
         else:
             count = rows.list_chain(table, row, pool.nodes, chain, uids)
             table.info[row, LENGTH] = 0
-        sequences.preempted[row] = Preempted(chain[:count], uids[:count], saved)
+        sequences.preempted[row] = Preempted(chain[:count], uids[:count], saved, tiers)
         num_freed = rows.shrink(table, row, 0, pool.nodes, pool.granules, pool.freed, num_freed)
         table.info[row, STATE] = PREEMPTED
     pool.free_listed(num_freed)
@@ -34,25 +37,63 @@ def preempt(sequences: Sequences, batch: Int32Array, to: str) -> None:
 def restore(sequences: Sequences, row: int) -> bool:
     """Bring one row back; False if there is no memory for it."""
     pool, table, saved = sequences.pool, sequences.rows, sequences.preempted[row]
-    if saved.key_values is None:
+    if saved.contents is None:
         lost = np.flatnonzero(pool.nodes.uid[saved.nodes] != saved.uids)
         count = int(lost[0]) if len(lost) else len(saved.nodes)
         count = usable(pool.nodes, pool.granules, saved.nodes, count, sequences.takes_quantized)
         held = rows.adopt(table, row, saved.nodes, count, pool.nodes, pool.granules)
         sequences.counters.reused_tokens += 8 * held
     else:
-        needed = saved.key_values.shape[2]
-        pool.make_room(needed)
-        runs = pool.fit(needed)
+        runs = _room(sequences, saved.tiers)
         if runs is None:
             return False
         if not sequences.attach(row, runs):
             pool.free_runs(runs)
             return False
-        granules = np.empty(needed, np.int32)
-        rows.list_granules(table, row, needed, granules)
-        sequences.storage.write(granules, saved.key_values)
+        granules = np.empty(len(saved.tiers), np.int32)
+        rows.list_granules(table, row, len(granules), granules)
+        sequences.storage.write(granules, saved.contents)
+        table.scanned[row] = -1
     table.info[row, STATE] = OPEN
     del sequences.preempted[row]
     sequences.note_use()
     return True
+
+
+def _room(sequences: Sequences, tiers: NDArray[np.int8]) -> Runs | None:
+    """Runs for granules of these tiers, in their order; None if one of the tiers has no room for them."""
+    pool = sequences.pool
+    hot = int(np.count_nonzero(tiers == TIER_HOT))
+    pool.make_room(hot)
+    runs = pool.fit(hot)
+    if runs is None:
+        return None
+    blocks: Runs = []
+    for tier in tiers[tiers != TIER_HOT][::MAX_BLOCK_GRANULES].tolist():
+        start = pool.allocate_block(tier)
+        if start < 0:
+            pool.free_runs(runs + blocks)
+            return None
+        blocks.append((start, MAX_BLOCK_GRANULES))
+    return _interleave(tiers, runs, blocks)
+
+
+def _interleave(tiers: NDArray[np.int8], runs: Runs, blocks: Runs) -> Runs:
+    """The hot runs, cut where a quantized block comes, with the blocks between them."""
+    ordered: Runs = []
+    runs, blocks = runs[::-1], blocks[::-1]
+    i = 0
+    while i < len(tiers):
+        if tiers[i] != TIER_HOT:
+            ordered.append(blocks.pop())
+            i += MAX_BLOCK_GRANULES
+            continue
+        quantized = np.flatnonzero(tiers[i:] != TIER_HOT)
+        wanted = int(quantized[0]) if len(quantized) else len(tiers)  # what is over at the end is room to grow
+        start, size = runs.pop()
+        if size > wanted:
+            runs.append((start + wanted, size - wanted))
+            size = wanted
+        ordered.append((start, size))
+        i += size
+    return ordered + runs[::-1]

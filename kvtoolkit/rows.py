@@ -395,18 +395,29 @@ def list_partial(rows: Rows, which: Int32Array, lengths: Int64Array, positions: 
 
 
 @jit
+def cuts_quantized(rows: Rows, which: Int32Array, lengths: Int64Array, out: NDArray[np.bool_]) -> Any:
+    """Which rows would end inside a quantized tile at the given lengths; ``out``, filled in."""
+    for i in range(len(which)):
+        out[i] = False
+        if lengths[i] & 63 != 0:
+            entry = rows.entries[which[i], find_entry(rows, which[i], lengths[i] >> 3)]
+            out[i] = entry_tier(entry) != 0 and lengths[i] < rows.info[which[i], LENGTH]
+    return out
+
+
+@jit
 def truncate_all(
     rows: Rows,
     which: Int32Array,
     lengths: Int64Array,
-    is_copied: NDArray[np.bool_],
+    keeps: Int64Array,
     nodes: Nodes,
     granules: Granules,
     freed: Int32Array,
 ) -> Any:
     """Keep the first ``lengths[i]`` tokens of each row; returns the number of ``freed`` granules.
 
-    Where ``is_copied`` the partly filled granule is let go of too: the caller attaches its copy.
+    Of a row with ``keeps[i]`` of at least 0 only so many granules stay: the caller attaches copies of the others.
     """
     num_freed = 0
     for i in range(len(which)):
@@ -415,9 +426,8 @@ def truncate_all(
             continue
         walk_back(rows, row, length, nodes)
         rows.info[row, LENGTH] = length
-        if is_copied[i]:
-            keep = length >> 3
-        else:
+        keep = keeps[i]
+        if keep < 0:
             keep = (length + 7) >> 3
             if length & 7:
                 # the granule will be written again: what it holds must no longer be found

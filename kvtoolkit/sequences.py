@@ -8,7 +8,6 @@ Nothing here takes a lock; `kvtoolkit.cache.KVCache` does.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,7 +19,7 @@ from kvtoolkit.inputs import as_ids
 from kvtoolkit.pool import Counters, Pool, Runs
 from kvtoolkit.prefix import CLOCK, ROOT, ROOT_UID, Int32Array, Int64Array
 from kvtoolkit.rows import GENERATION, ID_BITS, LENGTH, OPEN, STATE, STATE_NAMES
-from kvtoolkit.storage import make_storage
+from kvtoolkit.storage import Contents, make_storage
 
 
 @dataclass
@@ -30,8 +29,10 @@ class Preempted:
     nodes: Int32Array
     uids: Int64Array
     """Where its full granules stood in the index; for ``to="drop"``."""
-    key_values: NDArray[Any] | None
-    """``[num_layers, 2, num_granules, num_kv_heads, 8, head_dim]``; for ``to="host"``."""
+    contents: Contents | None
+    """Of its granules; for ``to="host"``."""
+    tiers: NDArray[np.int8]
+    """``[num_granules]`` where each of them was."""
 
 
 class Sequences:
@@ -121,6 +122,11 @@ class Sequences:
         """Copy granules, all layers, and count the tokens in them."""
         self.storage.copy(sources, targets)
         self.counters.copied_tokens += num_tokens
+
+    def convert(self, sources: Int32Array, targets: Int32Array, num_tokens: int) -> None:
+        """Write tiles to another tier, all layers, and count the tokens in them."""
+        self.storage.convert(sources, targets)
+        self.counters.converted_tokens += num_tokens
 
     def merge(self, candidates: Int32Array, ends: Int32Array) -> int:
         """Copy 8 granules in small blocks into one block of 64 tokens, for as many candidates as there is room.

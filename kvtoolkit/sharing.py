@@ -10,9 +10,11 @@ import numpy as np
 
 from kvtoolkit import rows
 from kvtoolkit.errors import CacheFullError
+from kvtoolkit.pool import Runs
 from kvtoolkit.prefix import Int32Array, Int64Array
 from kvtoolkit.rows import LENGTH, NUM_ENTRIES, Rows
 from kvtoolkit.sequences import Sequences
+from kvtoolkit.tables import MAX_BLOCK_GRANULES
 
 
 def fork(sequences: Sequences, parents: Int32Array, what: str) -> Int32Array:
@@ -51,15 +53,58 @@ def reorder(sequences: Sequences, batch: Int32Array, origin: Int32Array) -> None
 def truncate(sequences: Sequences, batch: Int32Array, lengths: Int64Array) -> None:
     """Keep the first ``lengths[i]`` tokens of each row; CacheFullError, and nothing done, if a copy has no room."""
     pool, table = sequences.pool, sequences.rows
+    cut = np.flatnonzero(rows.cuts_quantized(table, batch, lengths, np.empty(len(batch), np.bool_)))
+    hot = _dequantize(sequences, batch[cut], lengths[cut])
+    whole = lengths.copy()
+    whole[cut] = 0  # no tail to copy
     positions, partial = np.empty(len(batch), np.int32), np.empty(len(batch), np.int32)
-    count = rows.list_partial(table, batch, lengths, positions, partial)
+    count = rows.list_partial(table, batch, whole, positions, partial)
     shared = positions[:count][pool.granules.refs[partial[:count]] > 1]
-    tails = _copy_tails(sequences, table, batch[shared], lengths[shared], "truncate")
-    is_copied = np.zeros(len(batch), np.bool_)
-    is_copied[shared] = True
+    try:
+        tails = _copy_tails(sequences, table, batch[shared], lengths[shared], "truncate")
+    except BaseException:
+        pool.free_runs([run for runs in hot for run in runs])
+        raise
+    keeps = np.full(len(batch), -1, np.int64)
+    keeps[shared], keeps[cut] = lengths[shared] >> 3, lengths[cut] >> 6 << 3
     sequences.tick()
-    pool.free_listed(rows.truncate_all(table, batch, lengths, is_copied, pool.nodes, pool.granules, pool.freed))
+    pool.free_listed(rows.truncate_all(table, batch, lengths, keeps, pool.nodes, pool.granules, pool.freed))
     tails.attach(sequences, batch[shared])
+    for row, runs in zip(batch[cut].tolist(), hot, strict=True):
+        sequences.attach(row, runs)
+    sequences.note_use()
+
+
+def _dequantize(sequences: Sequences, which: Int32Array, lengths: Int64Array) -> list[Runs]:
+    """Hot copies of the tokens that rows keep of the quantized tile that their new length lies in; not attached yet."""
+    pool, table = sequences.pool, sequences.rows
+    sources, targets = np.empty((2, len(which), MAX_BLOCK_GRANULES), np.int32)
+    targets[:] = -1
+    made: list[Runs] = []
+    try:
+        for i, (row, length) in enumerate(zip(which.tolist(), lengths.tolist(), strict=True)):
+            first, needed = length >> 6 << 3, -(-(length & 63) // 8)
+            pool.make_room(needed)
+            runs = pool.fit(needed)
+            if runs is None:
+                raise CacheFullError(
+                    f"truncate: expected room for {needed} granules of a quantized tile in the hot tier, "
+                    f"{pool.allocator.num_free} free, {pool.num_cached} cached"
+                )
+            made.append(runs)
+            used = int(rows.find_entry(table, row, first))
+            if used + len(runs) > table.entries.shape[1]:
+                raise CacheFullError(f"truncate: expected rows of at most {table.entries.shape[1]} entries, got more")
+            block = int(rows.granule_at(table, row, first))
+            sources[i] = np.arange(block, block + MAX_BLOCK_GRANULES)
+            targets[i, :needed] = np.concatenate([np.arange(start, start + size) for start, size in runs])[:needed]
+    except BaseException:
+        pool.free_runs([run for runs in made for run in runs])
+        raise
+    if len(which):
+        sequences.convert(sources, targets, int((lengths & 63).sum()))
+        sequences.counters.num_dequantized += len(which)
+    return made
 
 
 @dataclass(frozen=True)

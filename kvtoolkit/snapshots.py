@@ -15,6 +15,7 @@ from kvtoolkit.errors import CacheSnapshotError, StepError
 from kvtoolkit.pool import Pool
 from kvtoolkit.rows import CAPACITY, CLOSED, IN_STEP, LENGTH, NUM_ENTRIES, PINNED, PREEMPTED, STATE
 from kvtoolkit.sequences import Preempted, Sequences
+from kvtoolkit.storage import Contents
 from kvtoolkit.tables import TIER_HOT, unpack_entries
 from kvtoolkit.tier_config import TIER_NAMES
 
@@ -33,15 +34,16 @@ def pack(sequences: Sequences) -> bytes:
         "kept_back": np.array(pool.kept_back, np.int64),
         "closed_rows": np.array(sequences.closed_rows, np.int64),
         "held": held,
-        "key_values": sequences.storage.read(held),
+        **_named("contents", sequences.storage.read(held)),
         "preempted": np.array(sorted(sequences.preempted), np.int64),
     }
     for group, table in (("rows", sequences.rows), ("nodes", pool.nodes), ("granules", pool.granules)):
         arrays |= {f"{group}.{name}": array for name, array in table._asdict().items()}
     for row, saved in sequences.preempted.items():
         arrays[f"preempted.{row}.nodes"], arrays[f"preempted.{row}.uids"] = saved.nodes, saved.uids
-        if saved.key_values is not None:
-            arrays[f"preempted.{row}.key_values"] = saved.key_values
+        if saved.contents is not None:
+            arrays[f"preempted.{row}.tiers"] = saved.tiers
+            arrays |= _named(f"preempted.{row}", saved.contents)
     stream = io.BytesIO()
     np.savez(stream, **arrays)  # type: ignore[arg-type]
     return stream.getvalue()
@@ -89,15 +91,24 @@ def _unpack(sequences: Sequences, data: bytes) -> None:
         evictor.forget()
     sequences.closed_rows = arrays["closed_rows"].tolist()
     vars(sequences.counters).update(zip(vars(sequences.counters), arrays["counters"].tolist(), strict=True))
-    sequences.storage.write(arrays["held"], arrays["key_values"])
+    sequences.storage.write(arrays["held"], _contents(arrays, "contents"))
     sequences.preempted = {
         row: Preempted(
             arrays[f"preempted.{row}.nodes"],
             arrays[f"preempted.{row}.uids"],
-            arrays.get(f"preempted.{row}.key_values"),
+            _contents(arrays, f"preempted.{row}") if f"preempted.{row}.tiers" in arrays else None,
+            arrays.get(f"preempted.{row}.tiers", np.empty(0, np.int8)),
         )
         for row in arrays["preempted"].tolist()
     }
+
+
+def _named(name: str, contents: Contents) -> dict[str, NDArray[Any]]:
+    return {f"{name}.{field}": array for field, array in contents._asdict().items()}
+
+
+def _contents(arrays: dict[str, NDArray[Any]], name: str) -> Contents:
+    return Contents(*(arrays[f"{name}.{field}"] for field in Contents._fields))
 
 
 def _as_bytes(data: bytes) -> NDArray[np.uint8]:

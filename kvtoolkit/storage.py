@@ -1,18 +1,31 @@
-"""Where the keys and values of a cache lie: in host memory or on a CUDA device, as one array for all layers."""
+"""Where the keys and values of a cache lie: in host memory or on a CUDA device, as one array a tier for all layers."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kvtoolkit.config import CacheConfig
+from kvtoolkit.converting import convert
 from kvtoolkit.cpu import copy_granules
 from kvtoolkit.cpu.arrays import Operand, operand
 from kvtoolkit.errors import UnsupportedError
-from kvtoolkit.tables import GRANULE
+from kvtoolkit.prefix import Int32Array, Int64Array
+from kvtoolkit.tables import GRANULE, MAX_BLOCK_GRANULES, TIER_COLD, TIER_HOT, TIER_WARM
+from kvtoolkit.tiers import QuantizedTiers
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 """What the arrays are made of; bfloat16 as its bits."""
+
+
+class Contents(NamedTuple):
+    """What some granules hold, in host memory; in the order in which they were listed."""
+
+    key_values: NDArray[Any]
+    """``[num_layers, 2, n, num_kv_heads, 8, head_dim]`` of the hot ones."""
+    warm: NDArray[np.uint8]
+    """``[num_layers, n, num_kv_heads, nbytes]`` of the blocks that the warm ones are of; ``cold`` alike."""
+    cold: NDArray[np.uint8]
 
 
 class HostStorage:
@@ -20,7 +33,9 @@ class HostStorage:
 
     Attributes:
         key_values: ``[num_layers, 2, num_granules, num_kv_heads, 8, head_dim]``; keys, then values of each layer.
+        warm: ``[num_layers, num_blocks, num_kv_heads, nbytes]`` uint8; None: no such tier. ``cold`` alike.
         keys: an `Operand` of each layer's keys; ``values`` alike.
+        quantized: the `QuantizedTiers` of each layer; None: there are none.
         device: CUDA ordinal; -1 = host.
     """
 
@@ -31,19 +46,39 @@ class HostStorage:
         self.key_values: NDArray[Any] = np.zeros(shape_of(config), DTYPES[config.dtype])
         self.keys = [operand(layer[0], "k_cache", config.dtype) for layer in self.key_values]
         self.values = [operand(layer[1], "v_cache", config.dtype) for layer in self.key_values]
+        self.first = config.first_granules
+        self.warm, self.cold = (None if shape is None else np.zeros(shape, np.uint8) for shape in block_shapes(config))
+        self.quantized: list[QuantizedTiers] | None = None
+        if config.tier_config is not None:
+            self.quantized = [
+                QuantizedTiers(
+                    None if self.warm is None else operand(self.warm[layer], "warm"),
+                    None if self.cold is None else operand(self.cold[layer], "cold"),
+                    self.first,
+                )
+                for layer in range(config.num_layers)
+            ]
 
     def copy(self, sources: ArrayLike, targets: ArrayLike) -> None:
         """Copy granules to others, all layers; none is in both lists."""
         copy_granules(self.key_values, sources, targets)
 
-    def read(self, granules: ArrayLike) -> NDArray[Any]:
-        """A copy of granules, ``[num_layers, 2, n, num_kv_heads, 8, head_dim]``, in host memory."""
-        held: NDArray[Any] = self.key_values[:, :, np.asarray(granules)]
-        return held
+    def convert(self, sources: Int32Array, targets: Int32Array) -> None:
+        """Write the tokens of tiles to other tiers; see `kvtoolkit.converting.convert`."""
+        convert((self.key_values, self.warm, self.cold), self.first, sources, targets)
 
-    def write(self, granules: ArrayLike, key_values: NDArray[Any]) -> None:
-        """Fill granules with what `read` gave."""
-        self.key_values[:, :, np.asarray(granules)] = key_values
+    def read(self, granules: ArrayLike) -> Contents:
+        """A copy of granules and of the quantized blocks that they are of."""
+        hot, warm, cold = split(granules, self.first)
+        return Contents(self.key_values[:, :, hot], _take(self.warm, warm), _take(self.cold, cold))
+
+    def write(self, granules: ArrayLike, contents: Contents) -> None:
+        """Fill granules with what `read` gave, of as many of each tier in the same order."""
+        hot, warm, cold = split(granules, self.first)
+        self.key_values[:, :, hot] = contents.key_values
+        for blocks, held, which in ((self.warm, contents.warm, warm), (self.cold, contents.cold, cold)):
+            if blocks is not None:
+                blocks[:, which] = held
 
     def sync(self) -> None:
         """Wait until all that was asked is done."""
@@ -86,6 +121,25 @@ class DeviceStorage:
         self.values = [described(layer, 1) for layer in range(config.num_layers)]
         arrays = (2 * config.num_layers, *shape[2:])
         self._arena = Operand(base, arrays, strides[1:], config.dtype, self.key_values, True, self.device)
+        self._make_quantized(config)
+
+    def _make_quantized(self, config: CacheConfig) -> None:
+        import cupy
+
+        self.first = config.first_granules
+        with cupy.cuda.Device(self.device):
+            made = [None if shape is None else cupy.zeros(shape, np.uint8) for shape in block_shapes(config)]
+            cupy.cuda.runtime.deviceSynchronize()
+        self.warm, self.cold = made
+        self._blocks = [None if one is None else self._described(one) for one in made]
+        self.quantized: list[QuantizedTiers] | None = None
+        if config.tier_config is not None:
+            layers = range(config.num_layers)
+            warm, cold = ([None if one is None else self._described(one[layer]) for layer in layers] for one in made)
+            self.quantized = [QuantizedTiers(warm[layer], cold[layer], self.first) for layer in layers]
+
+    def _described(self, array: Any) -> Operand:
+        return Operand(array.data.ptr, array.shape, array.strides, "uint8", array, True, self.device)
 
     def copy(self, sources: ArrayLike, targets: ArrayLike) -> None:
         """See `HostStorage.copy`."""
@@ -96,16 +150,33 @@ class DeviceStorage:
         with using(self.device):
             cuda.copy_granules(self._arena, sources, targets, stream=current_stream(self.device))
 
-    def read(self, granules: ArrayLike) -> NDArray[Any]:
+    def convert(self, sources: Int32Array, targets: Int32Array) -> None:
+        """See `HostStorage.convert`; asynchronous as `copy`."""
+        from kvtoolkit import cuda
+        from kvtoolkit.device import using
+        from kvtoolkit.runtime import current_stream
+
+        warm, cold = self._blocks
+        num_layers = len(self.keys)
+        with using(self.device):
+            stream = current_stream(self.device)
+            cuda.convert(self._arena, warm, cold, self.first, sources, targets, num_layers=num_layers, stream=stream)
+
+    def read(self, granules: ArrayLike) -> Contents:
         """See `HostStorage.read`."""
         with self._on_current_stream() as cupy:
-            held: NDArray[Any] = self.key_values[:, :, cupy.asarray(np.asarray(granules, np.int64))].get()
-            return held
+            hot, warm, cold = (cupy.asarray(one) for one in split(granules, self.first))
+            held: NDArray[Any] = self.key_values[:, :, hot].get()
+            return Contents(held, _take(self.warm, warm), _take(self.cold, cold))
 
-    def write(self, granules: ArrayLike, key_values: NDArray[Any]) -> None:
+    def write(self, granules: ArrayLike, contents: Contents) -> None:
         """See `HostStorage.write`."""
         with self._on_current_stream() as cupy:
-            self.key_values[:, :, cupy.asarray(np.asarray(granules, np.int64))] = cupy.asarray(key_values)
+            hot, warm, cold = (cupy.asarray(one) for one in split(granules, self.first))
+            self.key_values[:, :, hot] = cupy.asarray(contents.key_values)
+            for blocks, held, which in ((self.warm, contents.warm, warm), (self.cold, contents.cold, cold)):
+                if blocks is not None:
+                    blocks[:, which] = cupy.asarray(held)
             cupy.cuda.get_current_stream().synchronize()
 
     def sync(self) -> None:
@@ -130,3 +201,38 @@ def make_storage(config: CacheConfig) -> Storage:
 def shape_of(config: CacheConfig) -> tuple[int, ...]:
     """Of ``key_values``."""
     return (config.num_layers, 2, config.tier_granules[0], config.num_kv_heads, GRANULE, config.head_dim)
+
+
+def block_shapes(config: CacheConfig) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+    """Of the arrays of the warm and the cold tier; None: no such tier."""
+    formats = (None, None) if config.tier_config is None else config.tier_config.formats
+    warm, cold = (
+        None
+        if one is None
+        else (config.num_layers, count // MAX_BLOCK_GRANULES, config.num_kv_heads, one.nbytes(config.head_dim))
+        for one, count in zip(formats, config.tier_granules[1:], strict=True)
+    )
+    return warm, cold
+
+
+def split(granules: ArrayLike, first: tuple[int, int, int]) -> tuple[Int64Array, Int64Array, Int64Array]:
+    """The hot granules of a list, and the blocks of its warm and cold ones, each named once, in the list's order."""
+    listed = np.asarray(granules, np.int64)
+    tiers = np.searchsorted(np.array(first[1:]), listed, side="right")
+    warm, cold = (_blocks_of(listed[tiers == tier] - first[tier]) for tier in (TIER_WARM, TIER_COLD))
+    return listed[tiers == TIER_HOT], warm, cold
+
+
+def _blocks_of(granules: Int64Array) -> Int64Array:
+    blocks = granules // MAX_BLOCK_GRANULES
+    once: Int64Array = blocks[np.diff(blocks, prepend=-1) != 0]  # the granules of a block stand one after another
+    return once
+
+
+def _take(blocks: Any, which: Any) -> NDArray[np.uint8]:
+    """A copy of blocks in host memory; nothing of no array."""
+    if blocks is None:
+        return np.empty(0, np.uint8)
+    held = blocks[:, which]
+    taken: NDArray[np.uint8] = held if isinstance(held, np.ndarray) else held.get()
+    return taken

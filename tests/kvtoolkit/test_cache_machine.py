@@ -16,6 +16,7 @@ from hypothesis.stateful import (
 )
 
 from kvtoolkit import CacheConfig, CacheFullError, KVCache
+from kvtoolkit.formats import INT4, INT8
 from kvtoolkit.tables import unpack_entries
 
 NUM_LAYERS, NUM_HEADS = 2, 2
@@ -47,12 +48,20 @@ def key_of(tokens: list[int], layer: int, head_dim: int) -> np.ndarray:
     return keys
 
 
+def tokens_of(granules: np.ndarray) -> np.ndarray:
+    """``[n, num_kv_heads, 8, head_dim]`` as ``[8 * n, num_kv_heads, head_dim]``."""
+    return granules.transpose(0, 2, 1, 3).reshape(-1, NUM_HEADS, granules.shape[-1])
+
+
 class CacheMachine(RuleBasedStateMachine):
     """Each sequence holds its own tokens, whatever happens to the others."""
 
     config: ClassVar[dict] = {}
     dtype: ClassVar[str] = "float32"
     head_dim: ClassVar[int] = 8
+    superblocks: ClassVar[list[int]] = [2, 3, 8, 24]
+    longest_run: ClassVar[int] = 140
+    """Of a prompt."""
 
     def put(self, array):
         """A NumPy array where the cache takes it from."""
@@ -62,19 +71,38 @@ class CacheMachine(RuleBasedStateMachine):
         """What lies in the cache as a NumPy array."""
         return array
 
+    def key_of(self, tokens, layer):
+        """The keys of all tokens of a sequence."""
+        return key_of(tokens, layer, self.head_dim)
+
+    def reader(self, layer):
+        """A function that returns keys and values ``[num_tokens, num_kv_heads, head_dim]`` of entries."""
+        caches = [self.get(cache(layer)) for cache in (self.cache.key_cache, self.cache.value_cache)]
+
+        def read(entries):
+            granules, sizes, _ = unpack_entries(entries)
+            used = np.concatenate([np.arange(g, g + n) for g, n in zip(granules, sizes, strict=True) if n] or [[]])
+            return [tokens_of(cache[used.astype(int)]) for cache in caches]
+
+        return read
+
+    def compare(self, held, expected):
+        """Whether what was read is what was written."""
+        np.testing.assert_array_equal(held, expected)
+
     @initialize(
-        superblocks=st.sampled_from([2, 3, 8, 24]),
+        data=st.data(),
         max_seqs=st.sampled_from([3, 8]),
         max_entries=st.sampled_from([None, None, 6]),
         eviction=st.sampled_from(["lru", "lfu"]),
     )
-    def make(self, superblocks, max_seqs, max_entries, eviction):
+    def make(self, data, max_seqs, max_entries, eviction):
         config = CacheConfig(
             num_layers=NUM_LAYERS,
             num_kv_heads=NUM_HEADS,
             head_dim=self.head_dim,
             dtype=self.dtype,
-            num_tokens=64 * superblocks,
+            num_tokens=64 * data.draw(st.sampled_from(self.superblocks)),
             max_seqs=max_seqs,
             max_entries=max_entries,
             eviction=eviction,
@@ -99,7 +127,7 @@ class CacheMachine(RuleBasedStateMachine):
             key = np.zeros((total, NUM_HEADS, self.head_dim), np.float32)
             for b, (seq, chunk) in enumerate(zip(ids, chunks, strict=True)):
                 first, end = step.cu_seqlens_q[b : b + 2]
-                key[first:end] = key_of(self.tokens[seq] + chunk, layer, self.head_dim)[lengths[b] :]
+                key[first:end] = self.key_of(self.tokens[seq] + chunk, layer)[lengths[b] :]
             step.append(layer, self.put(key), self.put(-key))
         for b, (seq, chunk) in enumerate(zip(ids, chunks, strict=True)):
             if step.ok[b]:
@@ -114,7 +142,7 @@ class CacheMachine(RuleBasedStateMachine):
     def open(self, data, count):
         # few different tokens and long runs, so that prefixes meet
         prompts = [
-            [data.draw(st.integers(0, 1))] * data.draw(st.integers(0, 140))
+            [data.draw(st.integers(0, 1))] * data.draw(st.integers(0, self.longest_run))
             + data.draw(st.lists(st.integers(0, 2), max_size=9))
             for _ in range(count)
         ]
@@ -252,26 +280,20 @@ class CacheMachine(RuleBasedStateMachine):
         ids = sorted(self.tokens)
         if not ids:
             return
-        caches = [
-            (self.get(self.cache.key_cache(layer)), self.get(self.cache.value_cache(layer)))
-            for layer in range(NUM_LAYERS)
-        ]
         with self.cache.begin_step(ids, 0) as step:
+            readers = [self.reader(layer) for layer in range(NUM_LAYERS)]
             for b, seq in enumerate(ids):
                 tokens = self.tokens[seq]
                 assert step.ok[b]
                 assert step.seq_lens[b] == len(tokens)
-                granules, sizes, _ = unpack_entries(step.block_table[b])
-                used = np.concatenate([np.arange(g, g + n) for g, n in zip(granules, sizes, strict=True) if n] or [[]])
+                _, sizes, _ = unpack_entries(step.block_table[b])
                 starts = step.block_starts[b][sizes > 0]
                 assert (
                     starts.tolist() == np.concatenate([[0], np.cumsum(sizes[sizes > 0])[:-1]])[: len(starts)].tolist()
                 )
-                for layer in range(NUM_LAYERS):
-                    for cache, sign in zip(caches[layer], (1, -1), strict=True):
-                        held = cache[used.astype(int)].transpose(0, 2, 1, 3)
-                        held = held.reshape(-1, NUM_HEADS, self.head_dim)[: len(tokens)]
-                        np.testing.assert_array_equal(held * sign, key_of(tokens, layer, self.head_dim))
+                for layer, read in enumerate(readers):
+                    for held, sign in zip(read(step.block_table[b]), (1, -1), strict=True):
+                        self.compare(held[: len(tokens)] * sign, self.key_of(tokens, layer))
 
     def teardown(self):
         if not hasattr(self, "cache"):
@@ -281,13 +303,88 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.close([*self.tokens, *self.preempted])
         self.cache.check_integrity()
         stats = self.cache.stats()
-        assert stats.used == 8 * self.cache.allocator.stats().pinned
+        allocators = [one for one in self.cache._sequences.pool.allocators if one is not None]
+        assert stats.used == 8 * sum(one.stats().pinned for one in allocators)
         assert stats.free + stats.cached + stats.kept_back + stats.used == stats.capacity
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: "-".join(map(str, c.values())))
 def test_every_read_returns_what_the_sequence_was_given(config):
     machine = type("Machine", (CacheMachine,), {"config": config})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )
+
+
+TIERS = {"hot": 64, "pinned_tokens": 0, "warm": "int8", "warm_tokens": 64, "cold": "int4"}
+"""As young as tiles can be quantized."""
+
+TIERED_CONFIGS = [
+    {"allocator": "buddy", "tiers": TIERS},
+    {"allocator": "buddy", "growth": "append", "tiers": {**TIERS, "prefix_reuse_tiers": "all"}},
+    {"allocator": "buddy", "tiers": {**TIERS, "pinned_tokens": 64, "cold": None, "prefix_reuse_tiers": "all"}},
+    {"allocator": "slab", "tiers": {**TIERS, "warm": None, "cold_allocator": "paged"}},
+    {"allocator": "paged", "growth": "fixed16", "tiers": {**TIERS, "prefix_reuse_tiers": "all"}},
+    {"allocator": "lockfree", "tiers": {**TIERS, "warm_tokens": 0, "warm_allocator": "buddy"}},
+]
+
+
+class TierMachine(CacheMachine):
+    """As the machine above, with what is older than 64 tokens quantized."""
+
+    head_dim: ClassVar[int] = 64
+    superblocks: ClassVar[list[int]] = [6, 10, 30]
+    longest_run: ClassVar[int] = 260
+
+    def key_of(self, tokens, layer):
+        """Small whole numbers, which quantized and rounded are what they were."""
+        positions = np.arange(len(tokens))
+        keys = np.ones((len(tokens), NUM_HEADS, self.head_dim), np.float32)
+        keys[..., 0] = np.asarray(tokens, np.float32)[:, None] + 1
+        for bit in range(12):
+            keys[..., 1 + bit] = (positions >> bit & 1)[:, None]
+        keys[..., 13] = layer
+        keys[..., 14] = np.arange(NUM_HEADS)
+        return keys
+
+    def reader(self, layer):
+        caches = self.cache.tier_caches(layer)
+        hot = [self.get(caches.k_cache), self.get(caches.v_cache)]
+        blocks = {
+            tier: kind.decode(self.get(held), self.head_dim)
+            for tier, kind, held in ((1, INT8, caches.warm), (2, INT4, caches.cold))
+            if held is not None
+        }
+
+        def read(entries):
+            pieces = [[np.empty((0, NUM_HEADS, self.head_dim))] * 2]
+            for granule, size, tier in zip(*unpack_entries(entries), strict=True):
+                at = granule - caches.first_granules[tier]
+                if tier == 0:
+                    pieces.append([tokens_of(one[at : at + size]) for one in hot])
+                elif tier > 0:
+                    pieces.append([one[at // 8].transpose(1, 0, 2) for one in blocks[tier]])
+            return [np.concatenate(one) for one in zip(*pieces, strict=True)]
+
+        return read
+
+    def compare(self, held, expected):
+        np.testing.assert_allclose(held, expected, rtol=0, atol=0.4)
+
+
+@pytest.mark.parametrize(
+    "config",
+    TIERED_CONFIGS,
+    ids=lambda c: "-".join([c["allocator"], *(str(value) for value in c["tiers"].values() if isinstance(value, str))]),
+)
+def test_every_read_returns_what_the_sequence_was_given_whatever_tier_it_is_in(config):
+    tiers = {name: value for name, value in config["tiers"].items() if value is not None}
+    quantized = [name for name in ("warm", "cold") if name in tiers]
+    shares = {"hot": 0.8} | dict.fromkeys(quantized, 0.2 / len(quantized))
+    machine = type("Machine", (TierMachine,), {"config": {**config, "tiers": {**tiers, "tier_memory": shares}}})
     run_state_machine_as_test(
         machine,
         settings=settings(
