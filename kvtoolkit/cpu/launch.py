@@ -28,7 +28,7 @@ class Attention(NamedTuple):
     num_floats: int
     """Of partial results."""
     num_tile_lses: int
-    """Of tiles times queries, where there is a ``block_mass``."""
+    """Tiles times queries: what a ``block_mass`` takes to compute."""
     work: int
     """Multiply-adds."""
 
@@ -135,9 +135,8 @@ def attend(
             code, row, value, num_tokens=num_tokens, block_size=block_size, num_blocks=num_blocks, max_entries=entries
         )
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-    items, num_partials, num_lines, work = plan[-1].tolist()[: kernel.WORK + 1]
+    items, num_partials, num_tile_lses, work = plan[-1].tolist()[: kernel.WORK + 1]
     num_floats = num_partials * kernel.partial_floats(head_dim) if num_partials else 0
-    num_tile_lses = 0 if block_mass is None else num_lines
     prepared = Attention(
         problem, plan, float(scale), float(softcap), group_size, head_dim, items, int(num_floats), num_tile_lses, work
     )
@@ -183,7 +182,7 @@ def _run(problem: Any, prepared: Attention) -> None:
         tile_lses = np.full(num_tile_lses, -np.inf, np.float32)  # no query sees a tile that no item comes to
         problem[kernel.TILE_LSES] = address_of(tile_lses)
         own_lse = problem[kernel.LSE] == 0
-        if own_lse:
+        if own_lse:  # the masses are shares of it
             lse = np.empty(problem[kernel.NUM_TOKENS] * problem[kernel.NUM_KV_HEADS] * group_size, np.float32)
             problem[kernel.LSE] = address_of(lse)
     counters = np.zeros(2, np.uint64)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import kvtoolkit
 from kvtoolkit import cpu, reference
 from kvtoolkit.attention import tiered_attention, variable_block_attention
+from kvtoolkit.cpu import kernel
 from kvtoolkit.errors import ShapeError, UnsupportedError
 from kvtoolkit.formats import INT4, INT8
 from kvtoolkit.tables import TIER_COLD, TIER_HOT, TIER_WARM, pack_entry, unpack_entries
@@ -256,6 +257,7 @@ def test_another_layer_differs_in_addresses_only() -> None:
         cases[0].q, *first[:2], *layers[0][1:], cases[0].lengths, cu_seqlens_q=cases[0].cu_seqlens_q, out=outs[0],
         tiers=described(first), block_mass=cpu.operand(masses[0], "block_mass"),
     )  # fmt: skip
+    assert prepared.problem[kernel.LSE] == 0  # not that of an array which is gone
     addresses = [cpu.operand(a, "a").address for a in (cases[1].q, *second[:2], outs[1], *second[2:4], masses[1])]
     cpu.attend_alike(
         prepared, *addresses[:4], warm=addresses[4], cold=addresses[5], block_mass=addresses[6]
