@@ -26,6 +26,10 @@ class Arenas:
 
     def __init__(self, storage: Storage, dtype: str, backend: str) -> None:
         self.keys, self.values = storage.keys, storage.values
+        # of each layer: what `attend` takes of the quantized tiers, and what `attend_alike` does
+        quantized = storage.quantized or [None] * len(self.keys)
+        self.tiers: list[dict[str, Any]] = [{} if one is None else {"tiers": one} for one in quantized]
+        self.tier_addresses = [{} if one is None else one.addresses() for one in quantized]
         self.dtype, self.backend, self.device = dtype, backend, storage.device
         _, self.num_kv_heads, _, self.head_dim = self.keys[0].shape
         # of addresses: an element on the host; the kernels of a device load rows by 16 bytes
@@ -129,7 +133,7 @@ class StepAccess:
         arenas.require_layer(layer)
         keys, values = arenas.keys[layer].address, arenas.values[layer].address
         self._append_alike(self._appended[1], key, value, keys, values)
-        self._attend_alike(self._attended[1], q, keys, values, out)
+        self._attend_alike(self._attended[1], q, keys, values, out, **arenas.tier_addresses[layer])
         return True
 
     def attend(
@@ -170,6 +174,7 @@ class StepAccess:
                 arenas.keys[layer].address,
                 arenas.values[layer].address,
                 target.address,
+                **arenas.tier_addresses[layer],
             )
             return out
         arenas.check_backend(backend)
@@ -189,6 +194,7 @@ class StepAccess:
             out=target, lse=None if lse is None else arenas._describe(lse, "lse"),
             cu_seqlens_q=self._cu_seqlens_q, softmax_scale=softmax_scale, causal=causal, window_size=window,
             softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes, num_splits=num_splits,
+            **arenas.tiers[layer],
         )  # fmt: skip
         if is_plain and prepared is not None:
             self._attended = form, prepared

@@ -69,12 +69,14 @@ class DeviceStepAccess(StepAccess):
                     options["max_seq_len"] = self._max_seq_len
             return self._kernels.attend(q, k_cache, v_cache, *tables, stream=stream, **options)
 
-    def _attend_alike(self, prepared: Any, q: int, k_cache: int, v_cache: int, out: int) -> None:
+    def _attend_alike(  # type: ignore[override]
+        self, prepared: Any, q: int, k_cache: int, v_cache: int, out: int, **tiers: int
+    ) -> None:
         # after the append of this layer everything older has been written
         dependent = self._is_dependent and self._appended_layer == k_cache
         with using(self._arenas.device):
             stream = current_stream(self._arenas.device)
-            cuda.attend_alike(prepared, q, k_cache, v_cache, out, stream=stream, dependent=dependent)
+            cuda.attend_alike(prepared, q, k_cache, v_cache, out, stream=stream, dependent=dependent, **tiers)
 
     @staticmethod
     def _empty(array: Any, described: Operand, shape: tuple[int, ...], dtype: str | None = None) -> Any:

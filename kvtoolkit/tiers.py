@@ -31,3 +31,7 @@ class QuantizedTiers(NamedTuple):
     """``[num_blocks, num_kv_heads, nbytes]``"""
     cold: Operand | None
     first_granules: tuple[int, int, int]
+
+    def addresses(self) -> dict[str, int]:
+        """Of the tiers there are, as ``attend_alike`` of the kernels takes them."""
+        return {name: one.address for name, one in (("warm", self.warm), ("cold", self.cold)) if one is not None}
