@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvtoolkit import cpu
 from kvtoolkit.checks import check_heads, check_options, check_output, check_per_head, check_rows
@@ -27,9 +28,10 @@ class Arenas:
     def __init__(self, storage: Storage, dtype: str, backend: str) -> None:
         self.keys, self.values = storage.keys, storage.values
         # of each layer: what `attend` takes of the quantized tiers, and what `attend_alike` does
-        quantized = storage.quantized or [None] * len(self.keys)
-        self.tiers: list[dict[str, Any]] = [{} if one is None else {"tiers": one} for one in quantized]
-        self.tier_addresses = [{} if one is None else one.addresses() for one in quantized]
+        none: list[dict[str, Any]] = [{}] * len(self.keys)
+        quantized = storage.quantized
+        self.tiers = none if quantized is None else [{"tiers": one} for one in quantized]
+        self.tier_addresses = none if quantized is None else [one.addresses() for one in quantized]
         self.dtype, self.backend, self.device = dtype, backend, storage.device
         _, self.num_kv_heads, _, self.head_dim = self.keys[0].shape
         # of addresses: an element on the host; the kernels of a device load rows by 16 bytes
@@ -60,17 +62,47 @@ class Arenas:
         return not (one.address | other.address) & (self.alignment - 1)
 
 
+class MassSum:
+    """The attention masses of a step's tiles, summed up over the layers that have attended.
+
+    Args:
+        batch: rows.
+        num_tiles: of the longest of them.
+        num_kv_heads: of the cache.
+    """
+
+    def __init__(self, batch: int, num_tiles: int, num_kv_heads: int) -> None:
+        self._last = np.zeros((batch, num_tiles, num_kv_heads), np.float32)
+        self._sum = np.zeros((batch, num_tiles))
+        self._count = 0
+        self.operand = operand(self._last, "block_mass")
+        """Where the next layer writes its masses; `add` has them counted."""
+
+    def add(self) -> None:
+        """Count what a layer has written."""
+        self._sum += self._last.mean(axis=2)
+        self._count += 1
+
+    @property
+    def mean(self) -> NDArray[np.float64] | None:
+        """``[batch, num_tiles]`` mean over layers and kv heads; None if no layer has attended."""
+        return self._sum / self._count if self._count else None
+
+
 class StepAccess:
     """The arrays of one step, described once, and what its layers have in common with the first of them.
 
     A layer whose arrays have the shape, strides and dtype of the layer before needs no check, and no new plan.
     """
 
-    __slots__ = ("_appended", "_arenas", "_attended", "_cu_seqlens_q", "_num_tokens", "_slots", "_tables")
+    __slots__ = (
+        "_appended", "_arenas", "_attended", "_cu_seqlens_q", "_mass", "_num_tokens", "_slots", "_tables",
+    )  # fmt: skip
 
     def __init__(
-        self, arenas: Arenas, block_table: Any, block_starts: Any, seq_lens: Any, cu_seqlens_q: Any, slot_mapping: Any
-    ) -> None:
+        self, arenas: Arenas, block_table: Any, block_starts: Any, seq_lens: Any, cu_seqlens_q: Any, slot_mapping: Any,
+        *, mass: "MassSum | None" = None,
+    ) -> None:  # fmt: skip
         self._arenas = arenas
         describe = arenas._describe
         self._tables = (
@@ -83,6 +115,7 @@ class StepAccess:
         self._num_tokens = len(slot_mapping)
         self._appended: tuple[Any, Any] | None = None
         self._attended: tuple[Any, Any] | None = None
+        self._mass = mass
 
     # the kernels; `kvtoolkit.device_access` has those of a device
     _append = staticmethod(cpu.append)
@@ -133,7 +166,7 @@ class StepAccess:
         arenas.require_layer(layer)
         keys, values = arenas.keys[layer].address, arenas.values[layer].address
         self._append_alike(self._appended[1], key, value, keys, values)
-        self._attend_alike(self._attended[1], q, keys, values, out, **arenas.tier_addresses[layer])
+        self._attend_again(layer, q, keys, values, out)
         return True
 
     def attend(
@@ -168,13 +201,8 @@ class StepAccess:
             and self._attended[0] == form
             and arenas.are_aligned(queries, target)
         ):
-            self._attend_alike(
-                self._attended[1],
-                queries.address,
-                arenas.keys[layer].address,
-                arenas.values[layer].address,
-                target.address,
-                **arenas.tier_addresses[layer],
+            self._attend_again(
+                layer, queries.address, arenas.keys[layer].address, arenas.values[layer].address, target.address
             )
             return out
         arenas.check_backend(backend)
@@ -189,16 +217,29 @@ class StepAccess:
             alibi_slopes = arenas._describe(alibi_slopes, "alibi_slopes")
             check_per_head(alibi_slopes, "alibi_slopes", num_q_heads, infinite=False)
         lse = self._empty(q, queries, queries.shape[:2], "float32") if return_lse else None
+        extra = arenas.tiers[layer] if self._mass is None else {**arenas.tiers[layer], "block_mass": self._mass.operand}
         prepared = self._attend(
             queries, arenas.keys[layer], arenas.values[layer], *self._tables,
             out=target, lse=None if lse is None else arenas._describe(lse, "lse"),
             cu_seqlens_q=self._cu_seqlens_q, softmax_scale=softmax_scale, causal=causal, window_size=window,
             softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes, num_splits=num_splits,
-            **arenas.tiers[layer],
+            **extra,
         )  # fmt: skip
+        if self._mass is not None:
+            self._mass.add()
         if is_plain and prepared is not None:
             self._attended = form, prepared
         return (out, lse) if return_lse else out
+
+    def _attend_again(self, layer: int, q: int, keys: int, values: int, out: int) -> None:
+        assert self._attended is not None
+        addresses = self._arenas.tier_addresses[layer]
+        if self._mass is None:
+            self._attend_alike(self._attended[1], q, keys, values, out, **addresses)
+        else:
+            block_mass = self._mass.operand.address
+            self._attend_alike(self._attended[1], q, keys, values, out, block_mass=block_mass, **addresses)
+            self._mass.add()
 
     def _check_queries(self, queries: Operand) -> None:
         arenas, shape = self._arenas, queries.shape

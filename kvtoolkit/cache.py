@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kvtoolkit import access, compaction, passes, preemption, rows, sharing, snapshots
+from kvtoolkit import access, compaction, demotion, passes, preemption, rows, sharing, snapshots
 from kvtoolkit.config import CacheConfig
 from kvtoolkit.demoter import Demoter
 from kvtoolkit.errors import ConfigError, SequenceError, StepError
@@ -177,6 +177,8 @@ class KVCache:
         with self._lock:
             self._require_own(step)
             sequences, batch = self._sequences, len(step.seq_ids)
+            if step._mass is not None and (masses := step._mass.mean) is not None:
+                demotion.note_masses(sequences.rows, step._arrays, batch, masses)
             tokens = None if token_ids is None else as_tokens(token_ids, len(step.slot_mapping))
             if tokens is None or not self.config.prefix_caching:
                 passes.advance(sequences.rows, step._arrays, batch)

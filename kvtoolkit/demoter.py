@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kvtoolkit import tile_moves
-from kvtoolkit.demotion import age_rule
+from kvtoolkit.demotion import make_rule, set_bar
 from kvtoolkit.passes import StepArrays
 from kvtoolkit.pool import granules_of
 from kvtoolkit.prefix import Int32Array, Int64Array
@@ -25,7 +25,7 @@ class Demoter:
 
     def __init__(self, sequences: Sequences, config: TierConfig) -> None:
         self._sequences = sequences
-        self._rule = age_rule(config)
+        self._rule = make_rule(config)
         self._has_cold = config.cold is not None
         self._has_warm = config.warm is not None
         self._found = np.empty((256, 4), np.int64)
@@ -47,6 +47,8 @@ class Demoter:
         if missing <= 0 and not tile_moves.any_due(rows.info, rows.scanned):
             return False
         due = self._list_due(missing > 0)
+        if not len(due):
+            return False
         share = min(self._sequences.config.migrate_budget, -(-len(due) // SPREAD))
         self._num_freed_hot = 0
         moved, left = 0, []
@@ -66,6 +68,10 @@ class Demoter:
     def _list_due(self, everything: bool) -> Int64Array:
         """What `list_due` finds, oldest first."""
         rows = self._sequences.rows
+        if self._rule.by_mass:
+            changed = tile_moves.list_changed(rows, everything, self._members)
+            for row in self._members[:changed].tolist():
+                set_bar(rows, self._rule, row)
         count = tile_moves.list_due(rows, self._rule, everything, self._found)
         if count > len(self._found):
             self._found = np.empty((2 * count, 4), np.int64)
@@ -85,7 +91,7 @@ class Demoter:
         cooled = 0
         for goal in goals:
             block = self._room(goal)
-            if block < 0 and goal == TIER_WARM and self._cool_oldest(row):
+            if block < 0 and goal == TIER_WARM and self._cool_one(row):
                 cooled = 1
                 block = self._room(goal)
             if block >= 0:
@@ -94,11 +100,11 @@ class Demoter:
         self._sequences.counters.num_failed_demotions += 1
         return cooled
 
-    def _cool_oldest(self, row: int) -> bool:
-        """Where the warm tier is full: move the oldest warm tile of a row to the cold tier before its time."""
+    def _cool_one(self, row: int) -> bool:
+        """Where the warm tier is full: move a warm tile of a row to the cold tier before its time."""
         if not self._has_cold:
             return False
-        tile = int(tile_moves.oldest_warm(self._sequences.rows, row))
+        tile = int(tile_moves.first_to_cool(self._sequences.rows, self._rule, row))
         if tile < 0:
             return False
         group = self._find_group(row, tile)

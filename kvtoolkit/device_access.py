@@ -69,9 +69,7 @@ class DeviceStepAccess(StepAccess):
                     options["max_seq_len"] = self._max_seq_len
             return self._kernels.attend(q, k_cache, v_cache, *tables, stream=stream, **options)
 
-    def _attend_alike(  # type: ignore[override]
-        self, prepared: Any, q: int, k_cache: int, v_cache: int, out: int, **tiers: int
-    ) -> None:
+    def _attend_alike(self, prepared: Any, q: int, k_cache: int, v_cache: int, out: int, **tiers: int) -> None:
         # after the append of this layer everything older has been written
         dependent = self._is_dependent and self._appended_layer == k_cache
         with using(self._arenas.device):

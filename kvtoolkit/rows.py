@@ -67,10 +67,14 @@ class Rows(NamedTuple):
     """``[2]``: the last stamp of a changed row, the last mark."""
     scanned: Int32Array
     """``[max_seqs]`` full tiles of the row when all of them were in the tier they belong to; -1 = not known."""
+    masses: NDArray[np.float32]
+    """``[max_seqs, num_tiles]`` share of the attention that went to each tile of late; of demotion by mass."""
+    bar: NDArray[np.float64]
+    """``[max_seqs, 2]`` mass and tile of the lightest tile that may stay warm; of demotion by mass."""
 
 
-def make_rows(max_seqs: int, max_entries: int) -> Rows:
-    """All rows closed."""
+def make_rows(max_seqs: int, max_entries: int, num_tiles: int = 0) -> Rows:
+    """All rows closed; ``num_tiles`` of each have a mass."""
     return Rows(
         info=np.zeros((max_seqs, 8), np.int64),
         entries=np.full((max_seqs, max_entries), -1, np.int32),
@@ -81,6 +85,8 @@ def make_rows(max_seqs: int, max_entries: int) -> Rows:
         pending=np.zeros((max_seqs, 8), np.int64),
         clock=np.zeros(2, np.int64),
         scanned=np.full(max_seqs, -1, np.int32),
+        masses=np.zeros((max_seqs, num_tiles), np.float32),
+        bar=np.zeros((max_seqs, 2), np.float64),
     )
 
 
@@ -300,6 +306,9 @@ def copy_tokens(source_rows: Rows, source: int, rows: Rows, row: int) -> None:
     rows.chain[row] = source_rows.chain[source]
     rows.chain_uid[row] = source_rows.chain_uid[source]
     rows.scanned[row] = -1
+    rows.bar[row, 0], rows.bar[row, 1] = source_rows.bar[source, 0], source_rows.bar[source, 1]
+    for tile in range(rows.masses.shape[1]):
+        rows.masses[row, tile] = source_rows.masses[source, tile]
     for i in range(8):
         rows.pending[row, i] = source_rows.pending[source, i]
 

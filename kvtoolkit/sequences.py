@@ -44,7 +44,9 @@ class Sequences:
         self.storage = make_storage(config)
         self.pool = Pool(config, self.counters, self.storage.device if self.storage.device >= 0 else None)
         self.takes_quantized = config.tier_config is not None and config.tier_config.prefix_reuse_tiers == "all"
-        self.rows = rows.make_rows(config.max_seqs, config.entries_limit)
+        self.collects_mass = config.tier_config is not None and config.tier_config.demote == "mass"
+        num_tiles = -(-config.seq_len_limit // 64) if self.collects_mass else 0
+        self.rows = rows.make_rows(config.max_seqs, config.entries_limit, num_tiles)
         self.closed_rows = list(range(config.max_seqs))[::-1]
         self.preempted: dict[int, Preempted] = {}
 
@@ -95,6 +97,7 @@ class Sequences:
         self.rows.chain[opened] = ROOT
         self.rows.chain_uid[opened] = ROOT_UID
         self.rows.scanned[opened] = -1
+        self.rows.masses[opened] = 0
         return opened
 
     def release_rows(self, closing: Int32Array) -> None:

@@ -157,4 +157,6 @@ def _copy_of_rows(table: Rows, which: Int32Array) -> Rows:
         table.pending[which],
         table.clock.copy(),
         table.scanned[which],
+        table.masses[which],
+        table.bar[which],
     )

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtoolkit.access import StepAccess
+from kvtoolkit.access import MassSum, StepAccess
 from kvtoolkit.errors import StepError, UnsupportedError
 from kvtoolkit.passes import OK, STATUS_NAMES, StepArrays
 from kvtoolkit.upload import DeviceTables
@@ -41,6 +41,7 @@ class Step:
         "_cache",
         "_device_tables",
         "_is_open",
+        "_mass",
         "block_starts",
         "block_table",
         "cu_seqlens_q",
@@ -65,6 +66,7 @@ class Step:
         self.slot_mapping = arrays.slot_mapping[:num_tokens]
         self.status = arrays.status[:batch]
         self._access: StepAccess | None = None
+        self._mass: MassSum | None = None
         self._device_tables: DeviceTables | None = None
 
     @property
@@ -127,9 +129,14 @@ class Step:
                 arenas, self.on_device, self.num_new_tokens, int(self.seq_lens.max(initial=0))
             )
         else:
+            if self._cache._sequences.collects_mass:
+                self._mass = MassSum(
+                    len(self.seq_ids), -(-int(self.seq_lens.max(initial=1)) // 64), arenas.num_kv_heads
+                )
             self._access = StepAccess(
-                arenas, self.block_table, self.block_starts, self.seq_lens, self.cu_seqlens_q, self.slot_mapping
-            )
+                arenas, self.block_table, self.block_starts, self.seq_lens, self.cu_seqlens_q, self.slot_mapping,
+                mass=self._mass,
+            )  # fmt: skip
         return self._access
 
     @property

@@ -35,7 +35,7 @@ class TierConfig:
     cold: str | None = None
     """``int4``; None: no cold tier."""
     demote: str = "age"
-    """What goes first: ``age``: the oldest."""
+    """What goes to the cold tier first: ``age``: the oldest; ``mass``: what attention reads least."""
     pinned_tokens: int = 64
     """Tokens kept hot at the beginning of a sequence, a multiple of 64."""
     tier_memory: Mapping[str, float] | None = None
@@ -57,6 +57,8 @@ class TierConfig:
         if not self.quantized:
             raise ConfigError("tiers: expected warm = 'int8', cold = 'int4', or both, got neither")
         require_one_of("tiers.demote", self.demote, ("age", "mass"))
+        if self.demote == "mass" and len(self.quantized) < 2:
+            raise ConfigError("tiers.demote: 'mass' chooses between warm and cold, expected both tiers")
         require_one_of("tiers.prefix_reuse_tiers", self.prefix_reuse_tiers, ("hot", "all"))
         for name in ("warm_allocator", "cold_allocator"):
             _check_allocator(f"tiers.{name}", getattr(self, name))

@@ -7,7 +7,7 @@ entries change together. A row that shares only some of the 8 is a group by itse
 from typing import Any
 
 from allocators._jit import jit
-from kvtoolkit.demotion import AgeRule, tier_by_age
+from kvtoolkit.demotion import Rule, wanted_tier
 from kvtoolkit.passes import StepArrays
 from kvtoolkit.prefix import Granules, Int32Array, Int64Array, Nodes
 from kvtoolkit.rows import (
@@ -40,6 +40,17 @@ def any_due(info: Int64Array, scanned: Int32Array) -> Any:
 
 
 @jit
+def list_changed(rows: Rows, everything: bool, out: Int32Array) -> Any:
+    """The rows that `list_due` will look at; returns how many."""
+    count = 0
+    for row in range(len(rows.info)):
+        if _may_change(rows, row) and (rows.scanned[row] != rows.info[row, LENGTH] >> 6 or everything):
+            out[count] = row
+            count += 1
+    return count
+
+
+@jit
 def count_missing(rows: Rows, step: StepArrays, num_need: int) -> Any:
     """Granules that the rows in ``step.work[0]`` lack for their new tokens."""
     missing = 0
@@ -58,7 +69,7 @@ def _may_change(rows: Rows, row: int) -> Any:
 
 
 @jit
-def list_due(rows: Rows, rule: AgeRule, everything: bool, found: Int64Array) -> Any:
+def list_due(rows: Rows, rule: Rule, everything: bool, found: Int64Array) -> Any:
     """List the tiles that belong in a colder tier; columns above. Returns how many there are, even if not all fit.
 
     Only of rows whose number of full tiles is another than when they were looked at last, unless ``everything``. Rows
@@ -71,7 +82,7 @@ def list_due(rows: Rows, rule: AgeRule, everything: bool, found: Int64Array) -> 
             continue
         before, e = count, 0
         for tile in range(rule.pinned >> 6, length >> 6):
-            tier = tier_by_age(rule, length, tile)
+            tier = wanted_tier(rows, rule, row, tile)
             if tier == TIER_HOT:
                 break
             while e + 1 < rows.info[row, NUM_ENTRIES] and rows.starts[row, e + 1] <= 8 * tile:
@@ -89,7 +100,7 @@ def list_due(rows: Rows, rule: AgeRule, everything: bool, found: Int64Array) -> 
 
 @jit
 def find_group(
-    rows: Rows, granules: Granules, rule: AgeRule, row: int, tile: int, members: Int32Array, sources: Int32Array
+    rows: Rows, granules: Granules, rule: Rule, row: int, tile: int, members: Int32Array, sources: Int32Array
 ) -> Any:
     """The rows that hold a tile as ``row`` does.
 
@@ -107,7 +118,7 @@ def find_group(
         private = private and granules.refs[sources[k]] == 1
     held = entry_tier(rows.entries[row, find_entry(rows, row, 8 * tile)])
     members[0] = row
-    count, wanted = 1, tier_by_age(rule, rows.info[row, LENGTH], tile)
+    count, wanted = 1, wanted_tier(rows, rule, row, tile)
     if not private:
         for other in range(len(rows.info)):
             if other == row or not _holds(rows, other, tile, sources):
@@ -116,7 +127,7 @@ def find_group(
                 return 0, held, held
             members[count] = other
             count += 1
-            wanted = min(wanted, tier_by_age(rule, rows.info[other, LENGTH], tile))
+            wanted = min(wanted, wanted_tier(rows, rule, other, tile))
     for i in range(count):
         if rows.info[members[i], NUM_ENTRIES] + _more_entries(rows, members[i], tile) > rows.entries.shape[1]:
             return 0, held, held
@@ -136,12 +147,15 @@ def _holds(rows: Rows, row: int, tile: int, sources: Int32Array) -> Any:
 
 
 @jit
-def oldest_warm(rows: Rows, row: int) -> Any:
-    """The first warm tile of a row, or -1."""
+def first_to_cool(rows: Rows, rule: Rule, row: int) -> Any:
+    """The warm tile of a row that goes to the cold tier next: the oldest, or that of least mass; -1: none is warm."""
+    best = -1
     for e in range(rows.info[row, NUM_ENTRIES]):
         if entry_tier(rows.entries[row, e]) == TIER_WARM:
-            return rows.starts[row, e] >> 3
-    return -1
+            tile = rows.starts[row, e] >> 3
+            if best < 0 or (rule.by_mass and rows.masses[row, tile] < rows.masses[row, best]):
+                best = tile
+    return best
 
 
 @jit

@@ -325,6 +325,7 @@ TIERS = {"hot": 64, "pinned_tokens": 0, "warm": "int8", "warm_tokens": 64, "cold
 TIERED_CONFIGS = [
     {"allocator": "buddy", "tiers": TIERS},
     {"allocator": "buddy", "growth": "append", "tiers": {**TIERS, "prefix_reuse_tiers": "all"}},
+    {"allocator": "buddy", "growth": "lazy_merge", "tiers": {**TIERS, "demote": "mass"}},
     {"allocator": "buddy", "tiers": {**TIERS, "pinned_tokens": 64, "cold": None, "prefix_reuse_tiers": "all"}},
     {"allocator": "slab", "tiers": {**TIERS, "warm": None, "cold_allocator": "paged"}},
     {"allocator": "paged", "growth": "fixed16", "tiers": {**TIERS, "prefix_reuse_tiers": "all"}},

@@ -81,6 +81,7 @@ def test_a_wrong_field_is_named_with_what_was_expected(fields, message):
         ({"cold": "int4", "pinned_tokens": 8}, "tiers.pinned_tokens: expected a multiple of 64, got 8"),
         ({"cold": "int4", "warm_tokens": -64}, "tiers.warm_tokens: expected an int of at least 0, got -64"),
         ({"cold": "int4", "demote": "aeg"}, "tiers.demote: expected one of age, mass, got 'aeg'; did you mean 'age'"),
+        ({"cold": "int4", "demote": "mass"}, "tiers.demote: 'mass' chooses between warm and cold, expected both"),
         ({"cold": "int4", "prefix_reuse_tiers": "cold"}, "tiers.prefix_reuse_tiers: expected one of hot, all"),
         ({"cold": "int4", "cold_allocator": "budy"}, "tiers.cold_allocator: .*got 'budy'"),
         ({"cold": "int4", "warm_allocator": 3}, "tiers.warm_allocator: expected a name or .*, got 3"),
@@ -124,6 +125,9 @@ def test_what_tiers_cannot_do_is_refused():
         make(tiers=tiers)
     with pytest.raises(UnsupportedError, match="backend: expected cpu or cuda with quantized tiers, got 'numba'"):
         make(head_dim=64, backend="numba", tiers=tiers)
+    by_mass = {"warm": "int8", "cold": "int4", "demote": "mass"}
+    with pytest.raises(UnsupportedError, match="tiers.demote: expected 'age' with backend 'cuda', got 'mass'"):
+        make(head_dim=64, backend="cuda", tiers=by_mass)
     with pytest.raises(ConfigError, match="expected room for 64 tokens in the hot tier, got none"):
         make(head_dim=64, num_tokens=64, tiers=tiers)
 

@@ -403,3 +403,64 @@ def test_steps_attend_to_all_tiers(dtype):
             np.testing.assert_allclose(out, expected, atol=tolerance)
         cache.end_step(step)
     assert {"w", "c"} <= set(tiers_of(cache, seq_ids[0]))
+
+
+def attend_steps(cache, seq_ids, count, read_tile=None, chunk=1):
+    """Steps of ``chunk`` random tokens each, whose queries look at the tokens of one tile, if they are told which."""
+    random = np.random.default_rng(count)
+    for _ in range(count):
+        first = cache.lengths(seq_ids)
+        with cache.begin_step(seq_ids, chunk) as step:
+            key, value = random.standard_normal((2, chunk * len(seq_ids), NUM_HEADS, HEAD_DIM)).astype(np.float32)
+            tiles = (first[:, None] + np.arange(chunk)) // 64
+            key[tiles.ravel() == 3, :, 0] = 30  # the tile that queries look at
+            q = np.zeros((chunk * len(seq_ids), NUM_HEADS, HEAD_DIM), np.float32)
+            q[..., 0] = 0 if read_tile is None else 10
+            for layer in range(NUM_LAYERS):
+                step.append(layer, key, value)
+                step.attend(layer, q)
+            cache.end_step(step)
+        cache.check_integrity()
+
+
+def test_by_mass_what_is_read_most_stays_warm_in_the_room_that_age_would_use():
+    cache = make({**TIERS, "demote": "mass"})
+    (seq,), _ = cache.open([[]])
+    for _ in range(900):
+        attend_steps(cache, [seq], 1, read_tile=3)
+        length = int(cache.lengths([seq])[0])
+        if length % 64 == 0:
+            settle(cache, [seq])
+            letters = tiers_of(cache, seq)
+            assert sorted(letters) == sorted(expected_tiers(length)), length
+            if length > 128 + 4 * 64:
+                assert letters[3] == "w", length
+    assert expected_tiers(900)[3] == "c"
+
+
+def test_by_mass_rows_that_share_a_tile_keep_it_as_warm_as_one_of_them_wants_it():
+    cache = make({**TIERS, "demote": "mass"}, prefix_caching=False)
+    (seq,), _ = cache.open([[]])
+    attend_steps(cache, [seq], 10, read_tile=3, chunk=64)
+    child = int(cache.fork([seq], 1)[0, 0])
+    attend_steps(cache, [child], 256)  # looks at all tokens alike
+    attend_steps(cache, [seq], 256, read_tile=3)
+    settle(cache, [seq, child])
+    assert tiers_of(cache, seq)[3] == tiers_of(cache, child)[3] == "w"
+    cache.close([seq])
+    attend_steps(cache, [child], 64)
+    settle(cache, [child])
+    assert sorted(tiers_of(cache, child)) == sorted(expected_tiers(int(cache.lengths([child])[0])))
+
+
+def test_masses_travel_with_snapshots_and_reordered_rows():
+    cache = make({**TIERS, "demote": "mass"})
+    seq_ids, _ = cache.open([[], []])
+    attend_steps(cache, seq_ids[:1], 6, read_tile=3, chunk=64)
+    cache.reorder(seq_ids, [0, 0])
+    cache = KVCache.from_snapshot(cache.config, cache.snapshot())
+    attend_steps(cache, seq_ids[1:], 6, read_tile=3, chunk=64)
+    masses = cache._sequences.rows.masses
+    assert masses[seq_ids[1] & 0xFFFFF].argmax() == 3
+    settle(cache, seq_ids)
+    assert tiers_of(cache, seq_ids[1])[3] == "w"
