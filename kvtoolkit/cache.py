@@ -64,7 +64,8 @@ class KVCache:
 
         Returns:
             ``(seq_ids, cached_lens)``: ``[batch]`` int64, and ``[batch]`` int32 tokens that need not be computed, a
-            multiple of 8 and shorter than the prompt.
+            multiple of 8 and shorter than the prompt. With quantized tiers only hot tokens are found, unless
+            ``prefix_reuse_tiers`` is ``"all"``.
 
         Raises:
             CacheFullError: more than ``max_seqs`` sequences would be open.
@@ -111,6 +112,9 @@ class KVCache:
 
     def begin_step(self, seq_ids: ArrayLike, num_new_tokens: int | ArrayLike) -> Step:
         """Make room for new tokens of a batch and say where they go.
+
+        With quantized tiers this is also where older tokens of any open sequence change their tier: a few tiles of 64
+        tokens a step, or as many as this step needs if the hot tier is short of room. New tokens are always hot.
 
         Args:
             seq_ids: ``[batch]`` ids of open sequences, each once, in the order of the step's rows.
@@ -248,13 +252,16 @@ class KVCache:
     def truncate(self, seq_ids: ArrayLike, new_lens: ArrayLike) -> None:
         """Forget the last tokens of sequences, as after rejected draft tokens.
 
+        Where a quantized tile is cut, the tokens kept of it become hot again, as exact as they are stored.
+
         Args:
             seq_ids: ``[batch]`` open sequences.
             new_lens: ``[batch]`` integers, 0 to the present length.
 
         Raises:
             SequenceError: an id is not of an open sequence, or a length is out of range.
-            CacheFullError: a partly kept granule is shared, and there is no block for a copy; nothing was truncated.
+            CacheFullError: a partly kept granule is shared or quantized, and there is no block for a copy; nothing was
+                truncated.
         """
         with self._lock:
             batch = self._sequences.rows_of(seq_ids, (OPEN,))
@@ -269,7 +276,7 @@ class KVCache:
     # -- leases, preemption ------------------------------------------------------------------------------------------
 
     def pin(self, seq_ids: ArrayLike) -> Lease:
-        """Hold what sequences hold now: it is not written, moved or freed until the lease ends.
+        """Hold what sequences hold now: it is not written, moved, quantized or freed until the lease ends.
 
         The sequences themselves go on. The lease has rows of its own, which count among ``max_seqs``.
 
@@ -371,7 +378,7 @@ class KVCache:
 
     @property
     def allocator(self) -> Any:
-        """The allocator, for its figures. Blocks taken from it belong to the caller, who frees them.
+        """The allocator of the hot tier, for its figures. Blocks taken from it belong to the caller, who frees them.
 
         With ``lockfree`` on a GPU it is a `DevicePool`, and kernels take blocks from ``allocator.memory``: granule
         numbers of `key_cache` and `value_cache`.
@@ -379,7 +386,7 @@ class KVCache:
         return self._sequences.pool.allocator
 
     def key_cache(self, layer: int) -> Any:
-        """``[num_granules, num_kv_heads, 8, head_dim]`` keys of a layer; uint16 for bfloat16. A view, not a copy.
+        """``[num_granules, num_kv_heads, 8, head_dim]`` hot keys of a layer; uint16 for bfloat16. A view, not a copy.
 
         A NumPy array, on a GPU a CuPy array (``torch.from_dlpack`` makes a tensor of it).
         """

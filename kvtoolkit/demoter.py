@@ -121,11 +121,11 @@ class Demoter:
 
     def _room(self, tier: int) -> int:
         """A block of a quantized tier, or -1."""
-        allocator = self._sequences.pool.allocators[tier]
-        assert allocator is not None
-        if allocator.num_free < MAX_BLOCK_GRANULES:
+        block = self._sequences.pool.take_block(tier)
+        if block < 0:
             self._flush()  # frees what moved out of the tier
-        return self._sequences.pool.allocate_block(tier)
+            block = self._sequences.pool.allocate_block(tier)
+        return block
 
     def _move(self, group: "_Group", tile: int, block: int, tier: int) -> None:
         """Change rows and index now; the tokens follow in `_flush`."""

@@ -249,14 +249,18 @@ class Pool:
 
     # -- blocks of the quantized tiers -------------------------------------------------------------------------------
 
-    def allocate_block(self, tier: int) -> int:
-        """A block of 64 tokens of a quantized tier, evicting what is cached there; its first granule, or -1."""
+    def take_block(self, tier: int) -> int:
+        """A free block of 64 tokens of a quantized tier; its first granule, or -1."""
         allocator = self.allocators[tier]
         assert allocator is not None
-        while (start := int(allocator.allocate([MAX_BLOCK_GRANULES], partial=True)[0])) < 0:
-            if not self.evict(MAX_BLOCK_GRANULES, tier):
-                return -1
-        return self.first[tier] + start
+        start = int(allocator.allocate([MAX_BLOCK_GRANULES], partial=True)[0])
+        return -1 if start < 0 else self.first[tier] + start
+
+    def allocate_block(self, tier: int) -> int:
+        """As `take_block`, evicting what is cached in the tier if need be."""
+        while (start := self.take_block(tier)) < 0 and self.evict(MAX_BLOCK_GRANULES, tier):
+            pass
+        return start
 
     # -- blocks for merging ------------------------------------------------------------------------------------------
 

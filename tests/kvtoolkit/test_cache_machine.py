@@ -333,6 +333,14 @@ TIERED_CONFIGS = [
 ]
 
 
+def tiered_fields(config: dict) -> dict:
+    """The fields of a `CacheConfig`, most of the memory hot."""
+    tiers = {name: value for name, value in config["tiers"].items() if value is not None}
+    quantized = [name for name in ("warm", "cold") if name in tiers]
+    shares = {"hot": 0.8} | dict.fromkeys(quantized, 0.2 / len(quantized))
+    return {**config, "tiers": {**tiers, "tier_memory": shares}}
+
+
 class TierMachine(CacheMachine):
     """As the machine above, with what is older than 64 tokens quantized."""
 
@@ -382,10 +390,7 @@ class TierMachine(CacheMachine):
     ids=lambda c: "-".join([c["allocator"], *(str(value) for value in c["tiers"].values() if isinstance(value, str))]),
 )
 def test_every_read_returns_what_the_sequence_was_given_whatever_tier_it_is_in(config):
-    tiers = {name: value for name, value in config["tiers"].items() if value is not None}
-    quantized = [name for name in ("warm", "cold") if name in tiers]
-    shares = {"hot": 0.8} | dict.fromkeys(quantized, 0.2 / len(quantized))
-    machine = type("Machine", (TierMachine,), {"config": {**config, "tiers": {**tiers, "tier_memory": shares}}})
+    machine = type("Machine", (TierMachine,), {"config": tiered_fields(config)})
     run_state_machine_as_test(
         machine,
         settings=settings(
