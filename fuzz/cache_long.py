@@ -7,7 +7,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import seed as with_seed
 from hypothesis.stateful import run_state_machine_as_test
 
-from tests.kvtoolkit.test_cache_machine import CONFIGS, CacheMachine
+from tests.kvtoolkit.test_cache_machine import CONFIGS, TIERED_CONFIGS, CacheMachine, TierMachine, tiered_fields
+
+MACHINES = [(CacheMachine, config) for config in CONFIGS]
+MACHINES += [(TierMachine, tiered_fields(config)) for config in TIERED_CONFIGS]
 
 
 def main(minutes: float, seed: int) -> int:
@@ -22,9 +25,9 @@ def main(minutes: float, seed: int) -> int:
     )
     deadline, rounds = time.monotonic() + 60 * minutes, 0
     while rounds == 0 or time.monotonic() < deadline:
-        config = CONFIGS[rounds % len(CONFIGS)]
+        kind, config = MACHINES[rounds % len(MACHINES)]
         print(f"round {rounds}: {config}", flush=True)
-        machine = with_seed(seed + rounds)(type("Machine", (CacheMachine,), {"config": config}))
+        machine = with_seed(seed + rounds)(type("Machine", (kind,), {"config": config}))
         run_state_machine_as_test(machine, settings=options)
         rounds += 1
     print(f"{rounds} rounds of {options.max_examples} programs, nothing found")

@@ -53,7 +53,6 @@ def restore(sequences: Sequences, row: int) -> bool:
         granules = np.empty(len(saved.tiers), np.int32)
         rows.list_granules(table, row, len(granules), granules)
         sequences.storage.write(granules, saved.contents)
-        table.scanned[row] = -1
     table.info[row, STATE] = OPEN
     del sequences.preempted[row]
     sequences.note_use()

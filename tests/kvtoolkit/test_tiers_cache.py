@@ -195,6 +195,55 @@ def test_a_fork_inside_a_tile_gets_a_quantized_copy_of_its_own():
     assert read(cache, seq) == list(range(64))
 
 
+def test_what_another_sequence_still_holds_stays_findable_hot():
+    cache = make({**TIERS, "pinned_tokens": 0}, growth="append")
+    (seq,), _ = cache.open([[]])
+    feed(cache, [seq], [range(40)])
+    child = int(cache.fork([seq], 1)[0, 0])
+    feed(cache, [child], [range(40, 300)])
+    settle(cache, [seq, child])
+    assert tiers_of(cache, child)[0] == "w"
+    assert cache.open([list(range(41))])[1][0] == 40
+
+
+def test_a_reordered_sequence_settles_what_it_took_over():
+    cache = make()
+    seq_ids, _ = cache.open([[]] * 2)
+    feed(cache, seq_ids[:1], [range(640)])
+    settle(cache, seq_ids[:1])
+    feed(cache, seq_ids[1:], [range(1000, 1640)])
+    cache.reorder(seq_ids, [1, 1])
+    cache.close(seq_ids[1:])
+    settle(cache, seq_ids[:1])
+    assert tiers_of(cache, seq_ids[0]) == expected_tiers(640)
+    assert read(cache, seq_ids[0]) == list(range(1000, 1640))
+
+
+@pytest.mark.parametrize(("max_entries", "letters"), [(6, "hhhhhh"), (7, "hwwhhh")])
+def test_a_row_without_entries_for_a_split_keeps_its_tile_hot(max_entries, letters):
+    cache = make(growth="fixed64", max_entries=max_entries)
+    (seq,), _ = cache.open([[]])
+    feed(cache, [seq], [range(40)])
+    child = int(cache.fork([seq], 1)[0, 0])
+    assert feed(cache, [child], [range(40, 360)]).all()  # 6 entries, of which all but the first lie across two tiles
+    settle(cache, [seq, child])
+    assert tiers_of(cache, child) == letters
+    assert read(cache, child) == list(range(360))
+
+
+def test_tables_grow_with_the_entries_of_a_split():
+    cache = make(growth="fixed64")
+    (seq,), _ = cache.open([[]])
+    feed(cache, [seq], [range(40)])
+    child = int(cache.fork([seq], 1)[0, 0])
+    feed(cache, [child], [range(40, 1000)])
+    with cache.begin_step([child], 0) as step:
+        entries = cache._sequences.rows.entries[child & 0xFFFFF]
+        held = entries[entries >= 0]
+        assert len(held) == 17  # one more than the tables of the step before were wide
+        assert step.block_table[0, :17].tolist() == held.tolist()
+
+
 def test_pinned_sequences_hold_what_they_hold():
     cache = make(growth="append")
     (seq,), _ = cache.open([[]])
