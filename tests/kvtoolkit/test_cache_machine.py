@@ -60,8 +60,8 @@ class CacheMachine(RuleBasedStateMachine):
     dtype: ClassVar[str] = "float32"
     head_dim: ClassVar[int] = 8
     superblocks: ClassVar[list[int]] = [2, 3, 8, 24]
-    longest_run: ClassVar[int] = 140
-    """Of a prompt."""
+    run_lengths: ClassVar = st.integers(0, 140)
+    """Of a prompt: so many equal tokens."""
 
     def put(self, array):
         """A NumPy array where the cache takes it from."""
@@ -113,6 +113,10 @@ class CacheMachine(RuleBasedStateMachine):
         self.tokens: dict[int, list[int]] = {}
         self.preempted: dict[int, tuple[str, list[int]]] = {}
         self.leases: list[tuple] = []
+        self.start(data)
+
+    def start(self, data):
+        """What every run begins with."""
 
     def some(self, data, pool=None, least=1, most=4):
         ids = sorted(self.tokens if pool is None else pool)
@@ -142,7 +146,7 @@ class CacheMachine(RuleBasedStateMachine):
     def open(self, data, count):
         # few different tokens and long runs, so that prefixes meet
         prompts = [
-            [data.draw(st.integers(0, 1))] * data.draw(st.integers(0, self.longest_run))
+            [data.draw(st.integers(0, 1))] * data.draw(self.run_lengths)
             + data.draw(st.lists(st.integers(0, 2), max_size=9))
             for _ in range(count)
         ]
@@ -326,6 +330,7 @@ TIERED_CONFIGS = [
     {"allocator": "buddy", "tiers": TIERS},
     {"allocator": "buddy", "growth": "append", "tiers": {**TIERS, "prefix_reuse_tiers": "all"}},
     {"allocator": "buddy", "growth": "lazy_merge", "tiers": {**TIERS, "demote": "mass"}},
+    {"allocator": "buddy", "tiers": {**TIERS, "tier_memory": {"hot": 0.97, "warm": 0.01, "cold": 0.02}}},
     {"allocator": "buddy", "tiers": {**TIERS, "pinned_tokens": 64, "cold": None, "prefix_reuse_tiers": "all"}},
     {"allocator": "slab", "tiers": {**TIERS, "warm": None, "cold_allocator": "paged"}},
     {"allocator": "paged", "growth": "fixed16", "tiers": {**TIERS, "prefix_reuse_tiers": "all"}},
@@ -334,19 +339,19 @@ TIERED_CONFIGS = [
 
 
 def tiered_fields(config: dict) -> dict:
-    """The fields of a `CacheConfig`, most of the memory hot."""
+    """The fields of a `CacheConfig`; most of the memory is hot where it does not say."""
     tiers = {name: value for name, value in config["tiers"].items() if value is not None}
     quantized = [name for name in ("warm", "cold") if name in tiers]
     shares = {"hot": 0.8} | dict.fromkeys(quantized, 0.2 / len(quantized))
-    return {**config, "tiers": {**tiers, "tier_memory": shares}}
+    return {**config, "tiers": {"tier_memory": shares, **tiers}}
 
 
 class TierMachine(CacheMachine):
     """As the machine above, with what is older than 64 tokens quantized."""
 
     head_dim: ClassVar[int] = 64
-    superblocks: ClassVar[list[int]] = [6, 10, 30]
-    longest_run: ClassVar[int] = 260
+    superblocks: ClassVar[list[int]] = [8, 16, 30, 60]
+    run_lengths: ClassVar = st.sampled_from([0, 70, 150, 200, 260, 330])
 
     def key_of(self, tokens, layer):
         """Small whole numbers, which quantized and rounded are what they were."""
@@ -382,6 +387,29 @@ class TierMachine(CacheMachine):
 
     def compare(self, held, expected):
         np.testing.assert_allclose(held, expected, rtol=0, atol=0.4)
+
+    def start(self, data):
+        ids, _ = self.cache.open([[]] * 2)
+        self.tokens = {seq: [] for seq in ids.tolist()}
+        for count in data.draw(st.lists(st.sampled_from([40, 64, 100]), min_size=3, max_size=8)):
+            self.run_step(ids.tolist(), [[token] * count for token in (0, 1)])
+
+    @precondition(lambda self: self.tokens)
+    @rule(data=st.data(), count=st.sampled_from([64, 100]))
+    def extend(self, data, count):
+        ids = self.some(data, most=2)
+        self.run_step(ids, [[1] * count for _ in ids])
+
+    @precondition(lambda self: any(len(tokens) > 128 for tokens in self.tokens.values()))
+    @rule(data=st.data())
+    def truncate_far(self, data):
+        seq = data.draw(st.sampled_from(sorted(seq for seq, tokens in self.tokens.items() if len(tokens) > 128)))
+        length = data.draw(st.integers(1, len(self.tokens[seq]) - 64))
+        try:
+            self.cache.truncate([seq], [length])
+        except CacheFullError:
+            return
+        self.tokens[seq] = self.tokens[seq][:length]
 
 
 @pytest.mark.parametrize(

@@ -377,20 +377,22 @@ def test_a_snapshot_holds_all_tiers():
     assert read(other, seq) == [*range(700), *range(200)]
 
 
-def test_where_a_tier_is_full_tiles_cool_early_or_stay():
-    cache = make(num_tokens=4096, tiers={**TIERS, "tier_memory": {"hot": 0.94, "warm": 0.02, "cold": 0.04}})
-    stats = cache.stats()
-    warm, cold = (stats.tiers[name].capacity // 64 for name in ("warm", "cold"))
-    seq_ids, _ = cache.open([[]] * 4)
+@pytest.mark.parametrize("warm_tokens", [1024, 0])  # what is old enough belongs in the warm tier, or in the cold one
+def test_where_a_tier_is_full_tiles_take_the_other_one_or_stay_hot(warm_tokens):
+    probe = make()
+    nbytes = {name: count * probe.config.block_nbytes[name] for name, count in (("hot", 30), ("warm", 2), ("cold", 3))}
+    total = sum(nbytes.values())
+    shares = {name: one / total for name, one in nbytes.items()}
+    tiers = {**TIERS, "warm_tokens": warm_tokens, "tier_memory": shares}
+    cache = make(tiers, num_tokens=None, memory=total + 1000)
+    assert [one.capacity // 64 for one in cache.stats().tiers.values()] == [30, 2, 3]
+    (seq,), _ = cache.open([[]])
     for begin in range(0, 640, 64):
-        assert feed(cache, seq_ids, [range(begin, begin + 64)] * 4).all()
-    settle(cache, seq_ids)
-    letters = "".join(tiers_of(cache, seq) for seq in seq_ids)
-    assert letters.count("w") <= warm
-    assert letters.count("c") <= cold
-    if letters.count("w") + letters.count("c") < 7 * 4:
-        assert cache.stats().num_failed_demotions > 0
-    assert all(read(cache, seq) == list(range(640)) for seq in seq_ids)
+        assert feed(cache, [seq], [range(begin, begin + 64)]).all()
+        settle(cache, [seq])
+    assert tiers_of(cache, seq) == "hcccwwhhhh"
+    assert cache.stats().num_failed_demotions > 0
+    assert read(cache, seq) == list(range(640))
 
 
 def test_cached_tiles_make_room_in_their_tier():
