@@ -306,6 +306,22 @@ def test_truncating_without_room_changes_nothing():
     assert read(cache, seq) == list(range(400))
 
 
+def test_a_truncation_that_fails_half_way_gives_back_what_it_took():
+    cache = make(num_tokens=4096, growth="append", prefix_caching=False)
+    seq_ids, _ = cache.open([[]] * 2)
+    for begin in range(0, 448, 64):
+        assert feed(cache, seq_ids, [range(begin, begin + 64)] * 2).all()
+    settle(cache, seq_ids)
+    child = cache.fork(seq_ids[1:], 1)[0]
+    (other,), _ = cache.open([[]])
+    free = cache.stats().tiers["hot"].free
+    assert feed(cache, [other], [[0] * (free - 16)]).all()  # leaves room for the quantized tile, none for the tail
+    with pytest.raises(CacheFullError, match="truncate"):
+        cache.truncate([seq_ids[0], child[0]], [64 + 16, 444])
+    assert cache.stats().tiers["hot"].free == 16
+    cache.check_integrity()
+
+
 def test_preempted_sequences_come_back_from_the_host_as_they_were():
     cache = make()
     (seq,), _ = cache.open([[]])
@@ -319,6 +335,25 @@ def test_preempted_sequences_come_back_from_the_host_as_they_were():
     cache.check_integrity()
     assert tiers_of(cache, seq) == before == expected_tiers(700)
     assert read(cache, seq) == list(range(700))
+
+
+def test_what_finds_no_room_in_its_tier_stays_preempted():
+    cache = make(num_tokens=4096, prefix_caching=False)
+    seq_ids, _ = cache.open([[]] * 2)
+    for begin in range(0, 640, 64):
+        feed(cache, seq_ids[:1], [range(begin, begin + 64)])
+    settle(cache, seq_ids[:1])
+    before = tiers_of(cache, seq_ids[0])
+    cache.preempt(seq_ids[:1], "host")
+    taken = cache._sequences.pool.allocators[2].allocate([8] * (cache.stats().tiers["cold"].free // 64))
+    free = cache.stats().tiers["hot"].free, cache.stats().tiers["warm"].free
+    assert not cache.restore(seq_ids[:1]).any()
+    assert (cache.stats().tiers["hot"].free, cache.stats().tiers["warm"].free) == free
+    cache._sequences.pool.allocators[2].free(taken, [8] * len(taken))
+    assert cache.restore(seq_ids[:1]).all()
+    cache.check_integrity()
+    assert tiers_of(cache, seq_ids[0]) == before
+    assert read(cache, seq_ids[0]) == list(range(640))
 
 
 @pytest.mark.parametrize("reuse", ["hot", "all"])
@@ -509,9 +544,12 @@ def test_masses_travel_with_snapshots_and_reordered_rows():
     seq_ids, _ = cache.open([[], []])
     attend_steps(cache, seq_ids[:1], 6, read_tile=3, chunk=64)
     cache.reorder(seq_ids, [0, 0])
+    masses = cache._sequences.rows.masses
+    assert (masses[seq_ids & 0xFFFFF, 3] > 0).all()
     cache = KVCache.from_snapshot(cache.config, cache.snapshot())
     attend_steps(cache, seq_ids[1:], 6, read_tile=3, chunk=64)
     masses = cache._sequences.rows.masses
+    assert masses[seq_ids[0] & 0xFFFFF].argmax() == 3
     assert masses[seq_ids[1] & 0xFFFFF].argmax() == 3
     settle(cache, seq_ids)
     assert tiers_of(cache, seq_ids[1])[3] == "w"
