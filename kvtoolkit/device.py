@@ -9,6 +9,7 @@ from kvtoolkit.cpu.arrays import Operand
 from kvtoolkit.cuda import check
 from kvtoolkit.cuda.arrays import check_alignment, check_devices, device_operand, empty
 from kvtoolkit.cuda.specs import check_head_dim
+from kvtoolkit.errors import UnsupportedError
 from kvtoolkit.runtime import current_stream
 
 _as_it_is: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
@@ -48,9 +49,14 @@ def attend_checked(
         check_head_dim(queries.shape[2], queries.dtype)
         check_alignment(arrays)
         options["query_counts"] = query_counts
+    tiers, block_mass = options.get("tiers"), options.get("block_mass")
+    if backend != "cuda" and (tiers is not None or block_mass is not None):
+        raise UnsupportedError(f"backend: expected 'cuda' or 'cpu' for tiers and masses, got {backend!r}")
     names = ("cu_seqlens_q", "sinks", "alibi_slopes")
     others = {"block_table": table, "block_starts": starts, "seq_lens": lengths} | {n: options[n] for n in names}
-    others["lse"] = options["lse"]
+    others |= {"lse": options["lse"], "block_mass": block_mass}
+    if tiers is not None:
+        others |= {"warm": tiers.warm, "cold": tiers.cold}
     device = check_devices(arrays | others)
     with using(device):
         stream = current_stream(device, from_torch)
@@ -58,7 +64,7 @@ def attend_checked(
             slot_axis = 2 if options["layout"] == "HND" else 1
             check.check_tables(
                 table, starts, lengths, options["cu_seqlens_q"], queries.shape[0], keys.shape[slot_axis], keys.shape[0],
-                stream,
+                stream, tiers,
             )  # fmt: skip
         kernels_of(backend).attend(queries, keys, values, table, starts, lengths, stream=stream, **options)
 

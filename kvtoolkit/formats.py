@@ -3,11 +3,12 @@
 | format | keys | values | bytes a token and kv head at head_dim 128 (16 bit: 512) |
 |---|---|---|---|
 | ``int8`` | symmetric, a scale for each token | alike | 260 |
-| ``int4`` | a scale and a zero for each channel over the 64 tokens | a scale and a zero for each token | 140 |
+| ``int4`` | a scale and a zero for each channel over the 64 tokens | a scale and a point for each token | 140 |
 
-A value is ``scale * (code - 128)`` of int8, ``scale * (code - 8) + zero`` of int4: the zero stands in the middle of the
-codes, which halves what the rounding of a scaled query costs. Scales and zeros are float16; codes are chosen for the
-scale as it is stored.
+A number is ``scale * (code - 128)`` of int8; of int4 a key is ``scale * (code - 8) + zero``, a value
+``scale * (code - point)``. A key's zero stands in the middle of the codes, which halves what the rounding of a scaled
+query costs; a value's point, between 0 and 15, lets the rounding of a weight times a scale act on the value itself, not
+on the distance to a zero far from it. Scales, zeros and points are float16; codes are chosen for them as stored.
 
 Bytes lie as a warp's lanes want them for m16n8k16 products (lane = 4 * g + t, g in 0..7, t in 0..3), so that a lane's
 next 16 bytes are a piece, and pieces follow one another, 32 lanes each:
@@ -15,17 +16,17 @@ next 16 bytes are a piece, and pieces follow one another, 32 lanes each:
     int8, twice (32 tokens each):  key codes | key scales [32] | value codes | value scales [32]
         keys     piece (i, j): token 4g + 2i + h, dims 32j + 8t ..+7; bytes h, dim
         values   piece (i, c): dim 32c + 8j + g in word j; bytes tokens 8t + 2i + (0, 4, 1, 5)
-    int4:  key codes | key scales [D] | key zeros [D] | value codes | value scales [64] | value zeros [64]
+    int4:  key codes | key scales [D] | key zeros [D] | value codes | value scales [64] | value points [64]
         keys     piece (b, i, jj): token 32b + 4g + 2i + h; words h, j = 2jj, 2jj + 1: dims 32j + 8t ..+7, of which
                  nibble p is dim 2p, nibble p + 4 dim 2p + 1
         values   piece (b, c): dim 32c + 8j + g in word j; nibble n is token 32b + 8t + n
 
-In registers every second pair of nibbles comes out times 16. Scales are stored so that this needs no instruction: times
-4, or divided by 4 where the codes are such (dims 2, 3, 6, 7 of 8 for keys, odd tokens for values); those of int8 values
-times 4 as well.
+In registers every second pair of nibbles comes out times 16 (dims 2, 3, 6, 7 of 8 for keys, odd tokens for values).
+Scales are stored so that this needs no instruction: divided by 4 there, times 4 elsewhere, and points times 16 there.
+The scales of int8 values are stored times 4 as well.
 
-Source: scales per channel for keys and per token for values, Liu et al. 2024 (KIVI, arXiv:2402.02750), sec. 3; a zero
-in the middle and the bytes' order are our own.
+Source: scales per channel for keys and per token for values, Liu et al. 2024 (KIVI, arXiv:2402.02750), sec. 3; zeros
+in the middle, points and the bytes' order are our own.
 """
 
 from typing import Any, NamedTuple
@@ -89,7 +90,8 @@ def _code(x: Floats, scale: Floats, zero: Floats | np.float32, middle: int, low:
     """Codes of values; where the scale is 0 the middle one."""
     with np.errstate(divide="ignore", invalid="ignore"):
         steps = np.where(scale > 0, np.rint((x - zero) / scale), np.float32(0))
-    return np.clip(steps + middle, low, high).astype(np.uint8)
+    codes: Bytes = np.clip(steps + middle, low, high).astype(np.uint8)
+    return codes
 
 
 # -- int8 --------------------------------------------------------------------------------------------------------------
@@ -166,23 +168,34 @@ def _factors(count: int, period: int) -> Floats:
     return np.where(first, np.float32(4), np.float32(0.25)).astype(np.float32)
 
 
-def _quantize_int4(x: Floats, factors: Floats, axis: int) -> tuple[Bytes, NDArray[np.float16], NDArray[np.float16]]:
-    """Codes, stored scales and zeros, over an axis."""
-    low, high = x.min(axis=axis, keepdims=True), x.max(axis=axis, keepdims=True)
-    stored = _as_half((high - low) / np.float32(15) * factors)
-    scale = stored.astype(np.float32) / factors
-    zero = _as_half(low + np.float32(8) * scale)
-    codes = _code(x, scale, zero.astype(np.float32), 8, 0, 15)
-    return codes, np.squeeze(stored, axis), np.squeeze(zero, axis)
-
-
 def _encode_int4(keys: Floats, values: Floats) -> Bytes:
-    head_dim = keys.shape[-1]
-    key_codes, key_scales, key_zeros = _quantize_int4(keys, _factors(head_dim, 4), -2)
-    value_codes, value_scales, value_zeros = _quantize_int4(values, _factors(BLOCK, 2)[:, None], -1)
-    parts = [_pack(_arrange(key_codes, _INT4_KEYS)), _raw(key_scales), _raw(key_zeros)]
-    parts += [_pack(_arrange(value_codes, _INT4_VALUES)), _raw(value_scales), _raw(value_zeros)]
-    return np.concatenate(parts, axis=-1)
+    fifteen, eight = np.float32(15), np.float32(8)
+    # a key's channel: the range of its 64 tokens, the zero in its middle
+    factors = _factors(keys.shape[-1], 4)
+    low, high = keys.min(axis=-2, keepdims=True), keys.max(axis=-2, keepdims=True)
+    key_scales = _as_half((high - low) / fifteen * factors)
+    scale = key_scales.astype(np.float32) / factors
+    key_zeros = _as_half(low + eight * scale)
+    key_codes = _code(keys, scale, key_zeros.astype(np.float32), 8, 0, 15)
+    # a value's token: the range of its dims and 0
+    factors, zero = _factors(BLOCK, 2)[:, None], np.float32(0)
+    low = np.minimum(values.min(axis=-1, keepdims=True), zero)
+    high = np.maximum(values.max(axis=-1, keepdims=True), zero)
+    value_scales = _as_half((high - low) / fifteen * factors)
+    scale = value_scales.astype(np.float32) / factors
+    with np.errstate(divide="ignore", invalid="ignore"):
+        points: Floats = np.where(scale > 0, -low / scale, zero).astype(np.float32)
+        value_points = _as_half(points / factors * np.float32(4))
+        point = value_points.astype(np.float32) * factors / np.float32(4)
+        steps = np.where(scale > 0, np.rint(values / scale + point), zero)
+    value_codes = np.clip(steps, 0, 15).astype(np.uint8)
+    return np.concatenate(
+        [
+            _pack(_arrange(key_codes, _INT4_KEYS)), _raw(key_scales[..., 0, :]), _raw(key_zeros[..., 0, :]),
+            _pack(_arrange(value_codes, _INT4_VALUES)), _raw(value_scales[..., 0]), _raw(value_points[..., 0]),
+        ],
+        axis=-1,
+    )  # fmt: skip
 
 
 def _decode_int4(blocks: Bytes, head_dim: int) -> tuple[Floats, Floats]:
@@ -194,10 +207,10 @@ def _decode_int4(blocks: Bytes, head_dim: int) -> tuple[Floats, Floats]:
     key_zeros = _halves(blocks[..., half + 2 * head_dim : values_at])
     tail = values_at + half
     value_scales = _halves(blocks[..., tail : tail + 2 * BLOCK]) / _factors(BLOCK, 2)
-    value_zeros = _halves(blocks[..., tail + 2 * BLOCK :])
+    value_points = _halves(blocks[..., tail + 2 * BLOCK :]) * _factors(BLOCK, 2) / np.float32(4)
     eight = np.float32(8)
     keys = key_scales[..., None, :] * (key_codes - eight) + key_zeros[..., None, :]
-    values = value_scales[..., None] * (value_codes - eight) + value_zeros[..., None]
+    values = value_scales[..., None] * (value_codes - value_points[..., None])
     return keys, values
 
 

@@ -157,10 +157,9 @@ class DeviceStorage:
         from kvtoolkit.runtime import current_stream
 
         warm, cold = self._blocks
-        num_layers = len(self.keys)
         with using(self.device):
             stream = current_stream(self.device)
-            cuda.convert(self._arena, warm, cold, self.first, sources, targets, num_layers=num_layers, stream=stream)
+            cuda.convert(self._arena, warm, cold, self.first, sources, targets, stream=stream)
 
     def read(self, granules: ArrayLike) -> Contents:
         """See `HostStorage.read`."""

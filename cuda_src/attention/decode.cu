@@ -20,71 +20,28 @@
 // Tokens are the 16 rows of an MMA and query rows its 8 columns (S^T = K Q^T, O^T = V^T P^T), so that a group of up to
 // 8 heads wastes nothing. A warp owns every KVT_WARPS-th step of 16 tokens and a FIFO of its own in shared memory: no
 // CTA barrier in the loop. The FIFO runs on from one sequence of the CTA's range to the next.
-#include <kvt/attention.cuh>
+#define KVT_TIERED 0
+#include <kvt/decode.cuh>
 #include <kvt/locate.cuh>
 #include <kvt/ptx/async_copy.cuh>
-#include <kvt/ptx/atomic.cuh>
 #include <kvt/ptx/cluster.cuh>
 #include <kvt/ptx/matrix.cuh>
-#include <kvt/ptx/scalar.cuh>
 
 namespace kvt {
 
-#if KVT_BF16
-using scalar_t = ptx::BFloat16;
-#else
-using scalar_t = ptx::Half;
-#endif
-
-constexpr int kHeadDim = KVT_HEAD_DIM;
-constexpr int kRowTiles = KVT_ROW_TILES;
-constexpr int kRows = 8 * kRowTiles;
-constexpr int kWarps = KVT_WARPS;
-constexpr int kThreads = 32 * kWarps;
-constexpr int kStages = KVT_STAGES;
 constexpr int kChunks = kHeadDim / 8;                    // of 16 bytes, in a token's row
 constexpr int kPitch = (kChunks + 7) / 8 * 8;            // chunks from row to row; the XOR below stays inside 8
 constexpr int kHalfStage = kStep * kPitch * 16;          // bytes of K, then as many of V
 constexpr int kStageBytes = 2 * kHalfStage;
-constexpr int kDimPairs = (kHeadDim + 31) / 32;          // products of K and Q take 32 dims at a time
-constexpr int kDimBlocks = kHeadDim / 16;
-constexpr int kCluster = KVT_CLUSTER;
-constexpr int kStride = kWarps * kCluster;               // steps from one of a warp to its next
-using Locator = StepBlocks<kStride>;
-constexpr int kMinSplitTiles = kWarps * kStep / kTile;   // a step for every warp
-constexpr int kRowPitch = kHeadDim + 4;                  // floats; rows 2t and dims g of a fragment in 32 banks
 constexpr int kFifoBytes = kWarps * kStages * kStageBytes;
-constexpr int kPartial = kRows * (kHeadDim + 2);         // floats: O, then m and l of each row
-// a warp's results of a piece, floats: behind the FIFOs, or in the warp's own, which a cluster needs no more by then
-constexpr int kStateFloats = kRows * (kRowPitch + 2);
-constexpr int kScratchAt = kCluster == 1 ? kFifoBytes : 0;
-constexpr int kScratchPitch = kCluster == 1 ? kStateFloats : kStages * kStageBytes / 4;
-static_assert(kStateFloats <= kScratchPitch, "a warp's results fit into its FIFO");
-static_assert(kHeadDim % 16 == 0, "an MMA covers 16 dims");
-static_assert(kCluster == 1 || !KVT_PLANNED, "a cluster shares one sequence");
+using Locator = StepBlocks<kStride>;
+// a warp's results of a piece: behind the FIFOs, or in the warp's own, which a cluster needs no more by then
+using WarpStates = Scratch<kCluster == 1 ? kFifoBytes : 0, kCluster == 1 ? kStateFloats : kStages * kStageBytes / 4>;
 
-// The running softmax of the columns (query rows) 2t and 2t + 1 of each row tile, over the tokens of one warp.
-struct State {
-  float m[kRowTiles][2];                   // largest score so far, log2; the same in all lanes with the same t
-  float l[kRowTiles][2];                   // sum of exp2(score - m) over this lane's tokens
-  float o[kRowTiles][kDimBlocks][4];       // O^T: dims 16d + g and 16d + g + 8, columns 2t and 2t + 1
-
-  __device__ __forceinline__ State() {
-#pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
-      m[r][0] = m[r][1] = -kInfinity;
-      l[r][0] = l[r][1] = 0.0f;
-#pragma unroll
-      for (int d = 0; d < kDimBlocks; ++d) o[r][d][0] = o[r][d][1] = o[r][d][2] = o[r][d][3] = 0.0f;
-    }
-  }
-};
-
-// What a lane knows of its columns.
-struct Columns {
-  int position[kRowTiles][2];
-  float slope[kRowTiles][2];   // ALiBi, times log2(e); 0 where there is none
-};
+// What the CTAs share of a sequence: steps of 16 tokens.
+__device__ __forceinline__ StepRange work_of(const AttentionParams& p, const RowBlock& block) {
+  return visible_steps(p.left, p.right, block.seq_len, block.num_queries);
+}
 
 // Copy the K and V of 16 tokens to a stage: token l % 16 lies at the place that lane l knows.
 __device__ __forceinline__ void copy_step(
@@ -111,7 +68,7 @@ __device__ __forceinline__ void copy_step(
 // Absorb the 16 tokens from `first` on.
 __device__ __forceinline__ void attend_step(
     const AttentionParams& p, const uint4 (&q)[kRowTiles][kDimPairs], const Columns& columns, const KeyRange& keys,
-    int seq_len, unsigned stage, int first, State& state) {
+    int seq_len, unsigned stage, int first, State& state, Notes& notes) {
   const int lane = lane_id();
   const int g = lane >> 2;
   const int t = lane & 3;
@@ -173,8 +130,10 @@ __device__ __forceinline__ void attend_step(
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) s[r][i] = ptx::exp2(s[r][i] - base[i & 1]);
-    state.l[r][0] += s[r][0] + s[r][2];
-    state.l[r][1] += s[r][1] + s[r][3];
+    const float sums[2] = {s[r][0] + s[r][2], s[r][1] + s[r][3]};
+    state.l[r][0] += sums[0];
+    state.l[r][1] += sums[1];
+    if (p.unit_lse != nullptr) notes.take(r, first / kStep, base, sums);
     // the weights are tokens x rows; as an operand they are wanted rows first
     weights[r][0] = ptx::transpose_matrix(scalar_t::pack(s[r][0], s[r][1]));
     weights[r][1] = ptx::transpose_matrix(scalar_t::pack(s[r][2], s[r][3]));
@@ -193,202 +152,6 @@ __device__ __forceinline__ void attend_step(
   }
 }
 
-// The results of one row over disjoint keys: `o` is the sum of exp2(score - m) * value.
-struct Merged {
-  float m = -kInfinity;
-  float l = 0.0f;
-};
-
-__device__ __forceinline__ void add_scaled(float4& sum, float weight, const float4& part) {
-  sum.x += weight * part.x, sum.y += weight * part.y, sum.z += weight * part.z, sum.w += weight * part.w;
-}
-
-// Write one row's output: 4 dims of it, and by one thread its log-sum-exp.
-__device__ __forceinline__ void write_row(
-    const AttentionParams& p, const RowBlock& block, int kv_head, int row, int dim, float4 o, Merged sums) {
-  const RowPlace place = place_of_row(p, block, kv_head, row);
-  if (p.sinks != nullptr && block.seq_len > 0) {
-    const float sink = p.sinks[place.q_head] * kLog2E;
-    const float m = fmaxf(sums.m, sink);
-    if (m > -kInfinity) {
-      const float shrink = ptx::exp2(sums.m - m);
-      sums.l = sums.l * shrink + ptx::exp2(sink - m);
-      o.x *= shrink, o.y *= shrink, o.z *= shrink, o.w *= shrink;
-      sums.m = m;
-    }
-  }
-  const float factor = sums.l > 0.0f ? 1.0f / sums.l : sums.l == 0.0f ? 0.0f : sums.l;  // NaN stays NaN
-  const uint2 packed{scalar_t::pack(o.x * factor, o.y * factor), scalar_t::pack(o.z * factor, o.w * factor)};
-  *reinterpret_cast<uint2*>(p.out + place.token * p.out_token + place.q_head * p.out_head + dim) = packed;
-  if (p.lse != nullptr && dim == 0) {
-    const float lse = sums.l == 0.0f ? -kInfinity : (sums.m + log2f(sums.l)) * kLn2;
-    p.lse[static_cast<long long>(place.token) * p.num_kv_heads * p.group_size + place.q_head] = lse;
-  }
-}
-
-// A block of rows and the steps of its sequence that this CTA takes.
-struct Piece {
-  RowBlock block;
-  int begin, end;       // steps
-  int num_pieces;       // of the sequence
-  int slot;             // of this one among the partial results
-  int first_slot;       // of the sequence's first
-
-  // Of the sequence's k-th piece.
-  __device__ __forceinline__ int slot_of(int k) const {
-#if KVT_PLANNED
-    return k == 0 ? first_slot : first_slot - 1 + 2 * k;
-#else
-    return first_slot + k;
-#endif
-  }
-};
-
-#if KVT_PLANNED
-
-// The pieces of one of the ranges that kvt_plan cut the batch into. A range has at most two pieces of sequences that
-// are cut: its first, which goes on with a sequence, has slot 2 * range, its last, which begins one, the next slot.
-class Schedule {
- public:
-  __device__ __forceinline__ Schedule(const AttentionParams& p)
-      : begin_(p.ranges[blockIdx.z]), end_(p.ranges[blockIdx.z + 1]), sequence_(begin_.x) {}
-
-  __device__ __forceinline__ bool next(const AttentionParams& p, Piece& piece) {
-    while (sequence_ < end_.x || (sequence_ == end_.x && end_.y > 0)) {
-      const int sequence = sequence_++;
-      piece.block = row_block_at<kRows>(p, sequence, blockIdx.y * kRows, sequence == begin_.x ? begin_.z : -1);
-      if (piece.block.num_rows == 0 || (p.has_prefill && piece.block.num_queries > kMaxDecodeQueries)) continue;
-      const StepRange steps = visible_steps(p.left, p.right, piece.block.seq_len, piece.block.num_queries);
-      const bool goes_on = sequence == begin_.x && begin_.y > 0;
-      const bool is_cut = sequence == end_.x;
-      piece.begin = steps.begin + (goes_on ? begin_.y : 0);
-      piece.end = is_cut ? steps.begin + end_.y : steps.end;
-      piece.num_pieces = 1;
-      if (goes_on || is_cut) {
-        const int2 cut = p.sequences[sequence];  // its first range, and into how many it is cut
-        piece.num_pieces = cut.y;
-        piece.first_slot = 2 * cut.x + 1;
-        piece.slot = 2 * blockIdx.z + (goes_on ? 0 : 1);
-      }
-      return true;
-    }
-    return false;
-  }
-
-  // Of a piece's sequence and block of rows: where the CTAs that share it count their arrivals.
-  __device__ __forceinline__ int counter(const AttentionParams& p, const Piece& piece) const {
-    return (piece.block.sequence * p.num_row_blocks + blockIdx.y) * p.num_kv_heads + blockIdx.x;
-  }
-
-  __device__ __forceinline__ float* partial(const AttentionParams& p, int slot) const {
-    const long long block = static_cast<long long>(slot) * p.num_row_blocks + blockIdx.y;
-    return p.partials + (block * p.num_kv_heads + blockIdx.x) * kPartial;
-  }
-
-  __device__ __forceinline__ int kv_head() const { return blockIdx.x; }
-
- private:
-  int4 begin_, end_;   // sequence, steps of it that belong to the range before, its length
-  int sequence_;
-};
-
-#else
-
-// One piece: a split of one sequence, whatever the batch holds beside it. A cluster shares the only sequence.
-class Schedule {
- public:
-  __device__ __forceinline__ Schedule(const AttentionParams& p) {
-    if (kCluster > 1) {
-      split_ = blockIdx.x;
-      kv_head_ = blockIdx.y;
-      index_ = blockIdx.z;
-    } else {
-      split_ = blockIdx.y;
-      index_ = blockIdx.x / p.num_kv_heads;
-      kv_head_ = blockIdx.x - index_ * p.num_kv_heads;
-    }
-  }
-
-  __device__ __forceinline__ bool next(const AttentionParams& p, Piece& piece) {
-    if (is_done_) return false;
-    is_done_ = true;
-    piece.block = find_row_block<kRows>(p, index_);
-    if (piece.block.num_rows == 0 || (p.has_prefill && piece.block.num_queries > kMaxDecodeQueries)) return false;
-    const StepRange steps = visible_steps(p.left, p.right, piece.block.seq_len, piece.block.num_queries);
-    if (kCluster > 1) {  // the CTAs take turns, so that where one begins does not depend on the length
-      piece.begin = steps.begin + split_ * kWarps;
-      piece.end = steps.end;
-      return true;
-    }
-    const int first_tile = steps.begin * kStep / kTile;
-    const int num_tiles = (steps.end * kStep + kTile - 1) / kTile - first_tile;
-    const int even_tiles = (num_tiles + p.max_splits - 1) / p.max_splits;
-    const int split_tiles = max(1, p.fixed_splits ? even_tiles : max(even_tiles, kMinSplitTiles));
-    piece.num_pieces = max(1, (num_tiles + split_tiles - 1) / split_tiles);
-    piece.begin = max(steps.begin, (first_tile + split_ * split_tiles) * (kTile / kStep));
-    piece.end = min(steps.end, (first_tile + (split_ + 1) * split_tiles) * (kTile / kStep));
-    piece.first_slot = index_ * p.max_splits;
-    piece.slot = piece.first_slot + split_;
-    return split_ < piece.num_pieces;
-  }
-
-  __device__ __forceinline__ int counter(const AttentionParams& p, const Piece&) const {
-    return index_ * p.num_kv_heads + kv_head_;
-  }
-
-  __device__ __forceinline__ float* partial(const AttentionParams& p, int slot) const {
-    return p.partials + (static_cast<long long>(slot) * p.num_kv_heads + kv_head_) * kPartial;
-  }
-
-  __device__ __forceinline__ int kv_head() const { return kv_head_; }
-
- private:
-  int index_, split_, kv_head_;
-  bool is_done_ = false;
-};
-
-#endif
-
-// The fragments of a block's queries: dims 32d + 8t to 32d + 8t + 7 of row 8r + g.
-struct Queries {
-  uint4 q[kRowTiles][kDimPairs];
-  int sequence = -1;
-
-  __device__ __forceinline__ void load(const AttentionParams& p, const RowBlock& block, int kv_head) {
-    const int lane = lane_id();
-    sequence = block.sequence;
-#pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
-      const int row = 8 * r + (lane >> 2);
-      const bool is_row = row < block.num_rows;
-      const RowPlace place = place_of_row(p, block, kv_head, is_row ? row : 0);
-      const unsigned short* from = p.q + place.token * p.q_token + place.q_head * p.q_head + (lane & 3) * 8;
-#pragma unroll
-      for (int d = 0; d < kDimPairs; ++d) {
-        const bool is_dim = kHeadDim % 32 == 0 || 32 * d + (lane & 3) * 8 < kHeadDim;
-        q[r][d] = is_row && is_dim ? *reinterpret_cast<const uint4*>(from + 32 * d) : uint4{0, 0, 0, 0};
-      }
-    }
-  }
-};
-
-__device__ __forceinline__ Columns columns_of(const AttentionParams& p, const RowBlock& block, int kv_head) {
-  Columns columns;
-#pragma unroll
-  for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      const int row = min(8 * r + 2 * (lane_id() & 3) + c, block.num_rows - 1);
-      columns.position[r][c] = block.position(row, p.group_size);
-      columns.slope[r][c] = 0.0f;
-      if (p.alibi_slopes != nullptr) {
-        columns.slope[r][c] = p.alibi_slopes[place_of_row(p, block, kv_head, row).q_head] * kLog2E;
-      }
-    }
-  }
-  return columns;
-}
-
 // The steps that a warp will take, a few ahead of those that it takes: where their tokens lie, and the next queries.
 class Reader {
  public:
@@ -397,7 +160,7 @@ class Reader {
   // `locate` looks up `step`, or nothing yet: -1.
   __device__ __forceinline__ Reader(
       const AttentionParams& p, const Schedule& schedule, const Piece& piece, const Locator& locate, int step)
-      : schedule_(schedule), locate_(locate), piece_(piece), step_(piece.begin + static_cast<int>(threadIdx.x >> 5)) {
+      : schedule_(schedule), locate_(locate), piece_(piece), step_(first_of_warp(piece.begin)) {
     if (step_ != step && step_ < piece_.end) {
       locate_ = Locator(p, piece.block.sequence);
       locate_.seek(step_);
@@ -410,7 +173,7 @@ class Reader {
     while (!is_done_ && step_ >= piece_.end) {
       is_done_ = !schedule_.next(p, piece_);
       if (is_done_) break;
-      step_ = piece_.begin + static_cast<int>(threadIdx.x >> 5);
+      step_ = first_of_warp(piece_.begin);
       if (step_ < piece_.end) {
         locate_ = Locator(p, piece_.block.sequence);
         locate_.seek(step_);
@@ -435,89 +198,6 @@ class Reader {
   bool is_done_ = false;
 };
 
-// The warps' states of one piece, in shared memory: O [kRows][kRowPitch], then m [kRows] and l [kRows].
-struct Scratch {
-  static constexpr int kM = kRows * kRowPitch;
-  static constexpr int kL = kM + kRows;
-  float* states;  // kScratchPitch from warp to warp
-
-  __device__ __forceinline__ explicit Scratch(unsigned char* shared)
-      : states(reinterpret_cast<float*>(shared + kScratchAt)) {}
-
-  __device__ __forceinline__ void store(const State& state) const {
-    float* const own = states + (threadIdx.x >> 5) * kScratchPitch;
-    const int lane = lane_id();
-#pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const int row = 8 * r + 2 * (lane & 3) + c;
-        const float sum = sum_over_rows(state.l[r][c]);
-        if (lane < 4) {
-          own[kM + row] = state.m[r][c];
-          own[kL + row] = sum;
-        }
-        float* const to = own + row * kRowPitch + (lane >> 2);
-#pragma unroll
-        for (int d = 0; d < kDimBlocks; ++d) {
-          to[16 * d] = state.o[r][d][c];
-          to[16 * d + 8] = state.o[r][d][c + 2];
-        }
-      }
-    }
-  }
-
-  // 4 dims of a row over all warps.
-  __device__ __forceinline__ Merged merge(int row, int dim, float4& sum) const {
-    Merged sums;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) sums.m = fmaxf(sums.m, states[w * kScratchPitch + kM + row]);
-    const float base = sums.m == -kInfinity ? 0.0f : sums.m;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      const float* const state = states + w * kScratchPitch;
-      const float weight = ptx::exp2(state[kM + row] - base);
-      add_scaled(sum, weight, *reinterpret_cast<const float4*>(state + row * kRowPitch + dim));
-      sums.l += weight * state[kL + row];
-    }
-    return sums;
-  }
-};
-
-// The last CTA to arrive merges the pieces of a sequence, in their order; the counter is then 0 again.
-__device__ __forceinline__ void merge_pieces(const AttentionParams& p, const Schedule& schedule, const Piece& piece) {
-  __shared__ bool is_last;
-  __syncthreads();  // the order of the counter's release and acquire holds for what the other threads write and read
-  if (threadIdx.x == 0) {
-    const unsigned last = piece.num_pieces - 1;
-    is_last = ptx::increment_acq_rel_gpu(p.counters + schedule.counter(p, piece), last) == last;
-  }
-  __syncthreads();
-  if (!is_last) return;
-  for (int i = threadIdx.x; i < piece.block.num_rows * kHeadDim / 4; i += kThreads) {
-    const int row = i / (kHeadDim / 4);
-    const int dim = i % (kHeadDim / 4) * 4;
-    Merged sums;
-    float4 o{0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 4
-    for (int k = 0; k < piece.num_pieces; ++k) {  // in one pass, so that all loads are under way together
-      const float* const partial = schedule.partial(p, piece.slot_of(k));
-      const float m = ptx::load_l2(partial + kRows * kHeadDim + row);
-      const float l = ptx::load_l2(partial + kRows * kHeadDim + kRows + row);
-      const float4 part = ptx::load_l2_16(partial + row * kHeadDim + dim);
-      const float highest = fmaxf(sums.m, m);
-      const float base = highest == -kInfinity ? 0.0f : highest;
-      const float shrink = ptx::exp2(sums.m - base);
-      const float weight = ptx::exp2(m - base);
-      sums.m = highest;
-      sums.l = sums.l * shrink + l * weight;
-      o.x *= shrink, o.y *= shrink, o.z *= shrink, o.w *= shrink;
-      add_scaled(o, weight, part);
-    }
-    write_row(p, piece.block, schedule.kv_head(), row, dim, o, sums);
-  }
-}
-
 #if KVT_CLUSTER > 1
 
 // What the CTAs of a cluster send each other: each owns a part of the output, and gets all results for it.
@@ -530,7 +210,7 @@ struct Inbox {
 };
 
 __device__ __forceinline__ void merge_cluster(
-    const AttentionParams& p, const Schedule& schedule, const Piece& piece, const Scratch& scratch, Inbox* inbox) {
+    const AttentionParams& p, const Schedule& schedule, const Piece& piece, const WarpStates& scratch, Inbox* inbox) {
   const int rank = ptx::cluster_rank();
   const int num_tasks = piece.block.num_rows * kHeadDim / 4;
   const int num_owned = min(Inbox::kOwned, num_tasks - rank * Inbox::kOwned);
@@ -598,7 +278,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) KVT_CLUSTER_DIMS
   Locator locate(p, 0);
   int located = -1;
   if (kCluster > 1 && p.left < 0) {  // the only sequence's first look-ups need not wait for its length
-    located = blockIdx.x * kWarps + warp;
+    located = first_of_warp(0);
     locate.seek(located);
   }
   Piece piece;
@@ -607,6 +287,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) KVT_CLUSTER_DIMS
     return;
   }
   const unsigned long long policy = ptx::evict_first_policy();
+  const unsigned long long mass_policy = ptx::evict_last_policy();
   Queries queries;
   if (p.wait_first) queries.load(p, piece.block, kv_head);
   Reader reader(p, schedule, piece, locate, located);
@@ -624,7 +305,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) KVT_CLUSTER_DIMS
   ptx::launch_dependents();
   if (!p.wait_first) queries.load(p, piece.block, kv_head);
 
-  const Scratch scratch(shared);
+  const WarpStates scratch(shared);
   int stage = 0;
   do {
     if (queries.sequence != piece.block.sequence) {
@@ -637,10 +318,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) KVT_CLUSTER_DIMS
     const Columns columns = columns_of(p, piece.block, kv_head);
     const KeyRange keys = visible_keys(p, piece.block);
     State state;
-    for (int step = piece.begin + warp; step < piece.end; step += kStride) {
+    Notes notes;
+    for (int step = first_of_warp(piece.begin); step < piece.end; step += kStride) {
       ptx::wait_for_copies<kStages - 1>();
       __syncwarp();
-      attend_step(p, queries.q, columns, keys, piece.block.seq_len, fifo + stage * kStageBytes, step * kStep, state);
+      attend_step(
+          p, queries.q, columns, keys, piece.block.seq_len, fifo + stage * kStageBytes, step * kStep, state, notes);
+      if (p.unit_lse != nullptr) notes.write(p, piece.block, kv_head, step, piece.end, mass_policy);
       __syncwarp();
       if (ahead.slot >= 0) copy_step(p, kv_head, fifo + stage * kStageBytes, ahead, policy);
       ptx::commit_copies();
@@ -662,12 +346,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) KVT_CLUSTER_DIMS
       if (piece.num_pieces == 1) {
         write_row(p, piece.block, kv_head, row, dim, o, sums);
       } else {
-        float* const partial = schedule.partial(p, piece.slot);
-        *reinterpret_cast<float4*>(partial + row * kHeadDim + dim) = o;
-        if (dim == 0) {
-          partial[kRows * kHeadDim + row] = sums.m;
-          partial[kRows * kHeadDim + kRows + row] = sums.l;
-        }
+        write_partial(p, schedule, piece, row, dim, o, sums);
       }
     }
     if (piece.num_pieces > 1) merge_pieces(p, schedule, piece);

@@ -7,7 +7,9 @@
 
 namespace kvt {
 
-enum Finding : int { kFine, kBadSeqLen, kBadCoverage, kBadBlock, kBadCuSeqlens, kBadStarts, kBadTier, kBadSlot };
+enum Finding : int {
+  kFine, kBadSeqLen, kBadCoverage, kBadBlock, kBadCuSeqlens, kBadStarts, kBadTier, kBadSlot, kNoTier, kBadUnit, kBadPlace
+};
 
 // Filled in by kvtoolkit/cuda/check.py, in this order. Absent arrays are null.
 struct CheckParams {
@@ -19,11 +21,24 @@ struct CheckParams {
   const long long* slot_mapping;
   long long table_row, starts_row, num_slots;
   int batch, num_tokens, block_size, num_blocks, max_entries;
+  int has_tiers;            // 1: entries may lie in the quantized tiers
+  int first_granules[3];    // of the hot, warm and cold tier
+  int quantized_blocks[2];  // of the warm and the cold tier; 0 = not there
 };
 
 struct Found {
   int code, index, value;
 };
+
+// What is wrong with an entry where there are tiers.
+__device__ int check_entry(const CheckParams& p, Entry entry, int start) {
+  const int tier = static_cast<int>(entry.tier());
+  if (tier > 2 || (tier > 0 && p.quantized_blocks[tier - 1] == 0)) return kNoTier;
+  const int granule = entry.granule() - p.first_granules[tier];
+  if (tier > 0 && (entry.num_granules() != 8 || granule % 8 != 0 || start % 8 != 0)) return kBadUnit;
+  const int num_granules = tier > 0 ? 8 * p.quantized_blocks[tier - 1] : p.num_blocks;
+  return granule < 0 || granule + entry.num_granules() > num_granules ? kBadPlace : kFine;
+}
 
 __device__ Found check_row(const CheckParams& p, int row) {
   const int seq_len = p.seq_lens[row];
@@ -49,8 +64,14 @@ __device__ Found check_row(const CheckParams& p, int row) {
     if (i == p.max_entries || table[i] < 0) return {kBadCoverage, row, seq_len};
     const Entry entry{table[i]};
     if (starts[i] != covered) return {kBadStarts, row, i};
-    if (entry.tier() != Tier::kHot) return {kBadTier, row, i};
-    if (entry.granule() + entry.num_granules() > p.num_blocks) return {kBadBlock, row, entry.granule()};
+    if (p.has_tiers) {
+      const int code = check_entry(p, entry, starts[i]);
+      if (code != kFine) return {code, row, i};
+    } else if (entry.tier() != Tier::kHot) {
+      return {kBadTier, row, i};
+    } else if (entry.granule() + entry.num_granules() > p.num_blocks) {
+      return {kBadBlock, row, entry.granule()};
+    }
     covered += entry.num_granules();
   }
   return {kFine, 0, 0};

@@ -6,7 +6,7 @@ from typing import Any
 from kvtoolkit.bench.attention_cases import Case, Contender
 from kvtoolkit.errors import ConfigError
 
-PEERS = ("flashinfer", "xqa", "fa3")
+PEERS = ("flashinfer", "xqa", "xqa-fp8", "fa3")
 
 _workspace: Any = None
 
@@ -16,7 +16,7 @@ def contenders(peer: str, case: Case) -> Iterator[Contender]:
     if peer not in PEERS:
         raise ConfigError(f"--peer: expected some of {', '.join(PEERS)}, got {peer!r}")
     if case.shape.num_queries == 1:
-        yield from {"flashinfer": _flashinfer, "xqa": _xqa, "fa3": _fa3}[peer](case)
+        yield from {"flashinfer": _flashinfer, "xqa": _xqa, "xqa-fp8": _xqa_fp8, "fa3": _fa3}[peer](case)
 
 
 def _scratch() -> Any:
@@ -79,6 +79,23 @@ def _xqa(case: Case) -> Iterator[Contender]:
         )  # fmt: skip
 
     yield Contender("FlashInfer XQA", [lambda which=which: run(which) for which in range(case.num_sets)])
+
+
+def _xqa_fp8(case: Case) -> Iterator[Contender]:
+    import torch
+    from flashinfer.decode import xqa_batch_decode_with_kv_cache
+
+    scratch = torch.zeros(256 << 20, dtype=torch.uint8, device="cuda")
+    storage = tuple(one.to(torch.float8_e4m3fn) for one in case.storage)
+    width = max(case.counts) * case.block_size
+
+    def run(which: int) -> Any:
+        return xqa_batch_decode_with_kv_cache(
+            case.q, storage, scratch, case.tables[which], case.seq_lens.view(torch.uint32), width,
+            bmm1_scale=case.shape.head_dim**-0.5, bmm2_scale=1.0, kv_layout=case.layout,
+        )  # fmt: skip
+
+    yield Contender("FlashInfer XQA fp8", [lambda which=which: run(which) for which in range(case.num_sets)])
 
 
 def _fa3(case: Case) -> Iterator[Contender]:

@@ -24,6 +24,7 @@ from kvtoolkit.cpu.vector import (
     load_f16,
     load_of,
     multiply,
+    multiply_add,
     pointer_to,
     splat,
     splat_of,
@@ -40,7 +41,7 @@ _KEY_ROUNDS = ((4, 1), (2, 1), (1, 1), (4, 1))  # the bit that differs, bytes th
 _VALUE_ROUNDS = ((4, 1), (2, 1), (1, 1), (2, 8))
 
 
-_QUARTER = np.float32(0.25)
+_QUARTER, _MINUS_ONE, _EIGHT = np.float32(0.25), np.float32(-1), np.float32(8)
 
 
 def _exchange(builder: Any, lines: list[Any], bit: int, unit: int) -> list[Any]:
@@ -202,6 +203,7 @@ def _times(factors: tuple[float, ...]) -> Any:
 
 # scales are stored for registers in which every second pair of nibbles comes out times 16
 _times_pairs, _times_alternating = _times((0.25, 0.25, 4.0, 4.0)), _times((0.25, 4.0))
+_times_points = _times((1.0, 0.0625))
 
 
 @jit
@@ -278,10 +280,13 @@ def _int4_values(destination: int, block: int, head_dim: int, spare: int) -> Non
     row = 4 * head_dim
     codes = block + half + 4 * head_dim
     scales = codes + half
-    zeros = scales + 2 * TILE
+    points = scales + 2 * TILE
     for t in range(0, TILE, 16):
-        store_f32(spare + 4 * t, _times_alternating(load_f16(scales + 2 * t)))
-        store_f32(spare + 4 * (TILE + t), load_f16(zeros + 2 * t))
+        scale = _times_alternating(load_f16(scales + 2 * t))
+        point = _times_points(load_f16(points + 2 * t))
+        store_f32(spare + 4 * t, scale)
+        # what is left of the point once 8 is off the codes
+        store_f32(spare + 4 * (TILE + t), multiply(scale, multiply_add(point, splat(_MINUS_ONE), splat(_EIGHT))))
     for b in range(2):
         for c in range(0, head_dim, 32):
             target = destination + 32 * b * row + 4 * c

@@ -2,7 +2,7 @@
 
 from kvtoolkit.cuda.arrays import device_operand
 from kvtoolkit.cuda.attention import Attention, attend, attend_alike
-from kvtoolkit.cuda.cache import append, append_alike, copy_granules
+from kvtoolkit.cuda.cache import append, append_alike, convert, copy_granules
 from kvtoolkit.cuda.merge import merge_states
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "append_alike",
     "attend",
     "attend_alike",
+    "convert",
     "copy_granules",
     "device_operand",
     "merge_states",

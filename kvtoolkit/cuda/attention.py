@@ -7,19 +7,24 @@ from kvtoolkit.cpu.arrays import Operand
 from kvtoolkit.cuda import specs
 from kvtoolkit.cuda.expand import list_width, make_granules
 from kvtoolkit.cuda.launching import Launch, load_spec
+from kvtoolkit.cuda.masses import make_masses, notes_nbytes, num_slots, place_notes, set_masses
 from kvtoolkit.cuda.plan import make_plan, plan_nbytes
+from kvtoolkit.cuda.units import make_units, units_nbytes
 from kvtoolkit.cuda.workspace import Sizes, workspace
 from kvtoolkit.runtime import is_capturing, smem_limit
 from kvtoolkit.runtime.kernels import arch_of, num_sms, packer
 from kvtoolkit.runtime.streams import on_stream
+from kvtoolkit.tiers import QuantizedTiers
 
 MAX_DECODE_QUERIES = 8  # as in attention.cuh
 MAX_SPLITS = 128
 MAX_RANGES = 1024  # as in plan.cu
 _UNBOUNDED = 1 << 30  # a window as wide as any sequence; sums with positions stay in 32 bits
 _LOG2E = 1.4426950408889634
-_params = packer("14q11q15i3f")
+_params = packer("15q11q17i3f")
+_tiered_params = packer("4qi4x")  # what TieredParams adds
 _Q, _KEYS = 0, 3  # words of AttentionParams; out and v_cache follow
+_TIERS = 36  # word of TieredParams.warm; cold follows
 
 
 class Attention(NamedTuple):
@@ -30,6 +35,9 @@ class Attention(NamedTuple):
     decode_early: Launch | None
     """May read before the kernel in front of it has ended; None if `attend` was not told to keep what it plans."""
     prefill: Launch | None
+    masses: Launch | None
+    is_dependent: bool
+    """Whether the launch of the masses may begin early, too."""
     memory: Any
     """What the launches read and nobody else keeps alive."""
 
@@ -56,7 +64,8 @@ def attend(
     softmax_scale: float | None = None, causal: bool = True, window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0, sinks: Operand | None = None, alibi_slopes: Operand | None = None, num_splits: int = 0,
     layout: str = "HND", query_counts: tuple[int, int] | None = None, max_seq_len: int | None = None,
-    kept: dict[Any, Any] | None = None, stream: int = 0,
+    tiers: QuantizedTiers | None = None, block_mass: Operand | None = None, kept: dict[Any, Any] | None = None,
+    stream: int = 0,
 ) -> Attention | None:  # fmt: skip
     """Attend, writing to ``out`` and ``lse``, asynchronously on ``stream``.
 
@@ -64,6 +73,8 @@ def attend(
     multiples of 16 bytes.
 
     Args:
+        tiers: the quantized tiers, where entries may name them; ``block_starts`` is given then.
+        block_mass: ``[batch, max_tiles, num_kv_heads]`` float32 to write the masses to, contiguous.
         query_counts: fewest and most query tokens of the rows, where the host knows them: it spares a launch.
         max_seq_len: what no row is longer than, now or in a replay, where the host knows: it spares memory.
         kept: where the plan and the list of granules of a step are kept for its other layers. Without it, and where a
@@ -79,11 +90,13 @@ def attend(
     batch, group_size = block_table.shape[0], num_q_heads // num_kv_heads
     device = q.device
     if num_tokens == 0:
-        return Attention(None, None, None, None)
+        return Attention(None, None, None, None, False, None)
     fewest, most = (1, 1) if cu_seqlens_q is None else query_counts or (0, num_tokens)
     if batch == 1 and cu_seqlens_q is not None:
         fewest = most = num_tokens
     decodes, prefills = fewest <= MAX_DECODE_QUERIES, most > MAX_DECODE_QUERIES
+    if tiers is not None or block_mass is not None:
+        decodes, prefills = True, False
     left, right = (min(side, _UNBOUNDED) for side in window_size)
     if causal:
         right = 0
@@ -94,35 +107,58 @@ def attend(
 
     schedule = None
     if decodes:
-        rows = group_size * min(most, MAX_DECODE_QUERIES)
-        schedule = _schedule(q.shape, q.dtype, device, num_kv_heads, batch, cu_seqlens_q is not None, rows, num_splits)
+        rows = group_size * (most if not prefills else min(most, MAX_DECODE_QUERIES))
+        schedule = _schedule(
+            q.shape, q.dtype, device, num_kv_heads, batch, cu_seqlens_q is not None, rows, num_splits, tiers is not None
+        )  # fmt: skip
     num_ranges, num_late = (schedule.num_ranges, schedule.num_late) if schedule else (0, 0)
     width = list_width(block_table.shape[1], max_seq_len)
-    plan_at = -(-4 * batch * width // 256) * 256 if block_starts is not None else 0
-    step_nbytes = plan_at + (plan_nbytes(batch, num_ranges) if num_ranges else 0)
+    list_nbytes = 0
+    if tiers is not None:
+        list_nbytes = units_nbytes(batch, width)
+    elif block_starts is not None:
+        list_nbytes = 4 * batch * width
+    plan_at = -(-list_nbytes // 256) * 256
+    notes_at = plan_at + (-(-plan_nbytes(batch, num_ranges) // 256) * 256 if num_ranges else 0)
+    step_nbytes, slots, unit_rows, stride = notes_at, 0, 0, 1
+    if block_mass is not None and schedule is not None:
+        macros = dict(schedule.spec.defines)
+        stride, unit_rows = macros["KVT_WARPS"] * macros.get("KVT_CLUSTER", 1), schedule.row_blocks * schedule.spec.rows
+        slots = num_slots(block_mass.shape[1], stride)
+        step_nbytes += notes_nbytes(batch, num_kv_heads, slots, unit_rows, num_tokens * num_q_heads)
     partials, counters, step_at = schedule.partials_nbytes if schedule else 0, 0, 0
     memory = None
     if kept is not None and step_nbytes:
-        memory = _keep(kept, (width, num_ranges, left, right), step_nbytes, stream)
+        key = (width, num_ranges, left, right, slots, unit_rows)
+        memory = _keep(kept, key, step_nbytes, stream)
     if partials or (step_nbytes and memory is None):
         counters = schedule.counters_nbytes if schedule else 0
         scratch = workspace(device, stream, Sizes(partials, counters, 0 if memory is not None else step_nbytes))
         partials, counters, step_at = scratch.partials, scratch.counters, scratch.step
     if memory is not None:
         step_at = memory.data.ptr
-    granules = plan = None
-    if block_starts is not None:
+    granules = units = plan = notes = masses = None
+    if tiers is not None:
+        assert block_starts is not None
+        units = make_units(
+            step_at, block_table, block_starts, seq_lens, cu_seqlens_q, width, left, right, tiers.first_granules
+        )
+    elif block_starts is not None:
         granules = make_granules(step_at, block_table, block_starts, seq_lens, width)
     ids = block_table if granules is None else granules.table
     if num_ranges:
-        plan = make_plan(step_at + plan_at, seq_lens, cu_seqlens_q, num_ranges, num_late, left, right, prefills)
+        plan_lens, window = (units.plan_lens, (-1, -1)) if units else (seq_lens, (left, right))
+        plan = make_plan(step_at + plan_at, plan_lens, cu_seqlens_q, num_ranges, num_late, *window, prefills)
+    if block_mass is not None and schedule is not None:
+        notes = place_notes(step_at + notes_at, batch, num_kv_heads, slots, unit_rows, lse)
+        masses = make_masses(notes, block_mass, seq_lens, cu_seqlens_q, units, group_size, left, right, stride)
 
     def parameters(wait_first: bool) -> bytes:
-        return _params.pack(
-            q.address, out.address, lse.address if lse else 0, k_cache.address, v_cache.address, ids.address,
-            seq_lens.address, cu_seqlens_q.address if cu_seqlens_q else 0,
+        packed = _params.pack(
+            q.address, out.address, notes.lse if notes else lse.address if lse else 0, k_cache.address, v_cache.address,
+            ids.address, seq_lens.address, cu_seqlens_q.address if cu_seqlens_q else 0,
             alibi_slopes.address if alibi_slopes else 0, sinks.address if sinks else 0, partials, counters,
-            plan.ranges if plan else 0, plan.sequences if plan else 0,
+            plan.ranges if plan else 0, plan.sequences if plan else 0, notes.unit_lse if notes else 0,
             *q.strides[:2], *out.strides[:2],
             k_cache.strides[0], k_cache.strides[head_axis], k_cache.strides[slot_axis],
             v_cache.strides[0], v_cache.strides[head_axis], v_cache.strides[slot_axis],
@@ -130,13 +166,21 @@ def attend(
             batch, num_tokens, num_kv_heads, group_size, block_size, ids.shape[1], block_shift, ids_per_step,
             left, right,
             schedule.splits if schedule else 1, int(schedule is not None and schedule.is_fixed),
-            schedule.row_blocks if schedule else 1, int(prefills), int(wait_first),
+            schedule.row_blocks if schedule else 1, int(prefills),
+            notes.slots if notes else 0, notes.rows if notes else 0, int(wait_first),
             scale * _LOG2E, scale / softcap if softcap else 0.0, softcap * _LOG2E,
         )  # fmt: skip
+        if tiers is None:
+            return packed
+        assert units is not None
+        addresses = (tier.address if tier else 0 for tier in (tiers.warm, tiers.cold))
+        return packed + _tiered_params.pack(*addresses, units.address, units.counts, units.max_units)
 
     decode = early = prefill = None
     if granules is not None:
         granules.launch.run(stream)
+    if units is not None:
+        units.launch.run(stream)
     if schedule is not None:
         spec = schedule.spec
         kernel = load_spec(spec, device)
@@ -151,9 +195,11 @@ def attend(
         grid = (num_tokens * group_size // spec.rows + batch, num_kv_heads)
         prefill = Launch(load_spec(spec, device), grid, spec.threads, spec.smem_nbytes, parameters(True))
         prefill.run(stream)
+    if masses is not None:
+        masses.run(stream, dependent=arch_of(device) >= 90)  # it waits for the kernel in front of it by itself
     if step_nbytes and memory is None:
         return None
-    return Attention(decode, early, prefill, memory)
+    return Attention(decode, early, prefill, masses, arch_of(device) >= 90, memory)
 
 
 def _keep(kept: dict[Any, Any], key: Any, nbytes: int, stream: int) -> Any:
@@ -171,17 +217,20 @@ def _keep(kept: dict[Any, Any], key: Any, nbytes: int, stream: int) -> Any:
 @functools.lru_cache(4096)
 def _schedule(
     shape: tuple[int, int, int], dtype: str, device: int, num_kv_heads: int, batch: int, has_bounds: bool,
-    most_rows: int, num_splits: int,
+    most_rows: int, num_splits: int, is_tiered: bool,
 ) -> _Schedule:  # fmt: skip
     """Choose a schedule, by what the host knows: never by what lies in the tables, so that a graph stays right."""
     num_tokens, num_q_heads, head_dim = shape
     group_size = num_q_heads // num_kv_heads
     limit = smem_limit(device)
-    spec = specs.decode(head_dim, dtype, most_rows, limit)
+    if is_tiered:
+        spec = specs.tiered(head_dim, dtype, most_rows, limit)
+    else:
+        spec = specs.decode(head_dim, dtype, most_rows, limit)
     rows = spec.rows
     row_blocks = -(-most_rows // rows)
     partial = rows * (head_dim + 2) * 4
-    if num_splits == 0 and 1 < batch <= specs.MAX_PLANNED:
+    if num_splits == 0 and (batch > 1 or is_tiered) and batch <= specs.MAX_PLANNED:
         heads = num_kv_heads * row_blocks
         ranges = max(1, spec.per_sm * num_sms(device) // heads)
         late = ranges if spec.per_sm > 1 and 2 * ranges <= MAX_RANGES else 0
@@ -193,12 +242,15 @@ def _schedule(
     # every sequence in even splits, and a block of rows found by its number
     num_blocks = num_tokens * group_size // rows + batch if has_bounds else batch * -(-group_size // rows)
     cluster, splits = 1, min(num_splits, MAX_SPLITS)
-    if num_splits == 0:
+    if num_splits == 0 and not is_tiered:
         cluster = specs.cluster_size(arch_of(device), row_blocks * num_kv_heads) if batch == 1 else 1
         splits = cluster
         if cluster == 1:
             splits = max(1, min(MAX_SPLITS, spec.per_sm * num_sms(device) // (batch * row_blocks * num_kv_heads)))
-    spec = specs.decode(head_dim, dtype, most_rows, limit, planned=False, cluster=cluster)
+    if is_tiered:
+        spec = specs.tiered(head_dim, dtype, most_rows, limit, planned=False)
+    else:
+        spec = specs.decode(head_dim, dtype, most_rows, limit, planned=False, cluster=cluster)
     groups = num_blocks * num_kv_heads
     nbytes = groups * splits * partial if cluster == 1 and splits > 1 else 0
     grid = (groups, splits, 1) if cluster == 1 else (cluster, num_kv_heads, num_blocks)
@@ -206,13 +258,15 @@ def _schedule(
 
 
 def attend_alike(
-    prepared: Attention, q: int, k_cache: int, v_cache: int, out: int, *, stream: int = 0, dependent: bool = False
-) -> None:
-    """Attend once more where only the addresses of these four arrays differ; see `kvtoolkit.cpu.attend_alike`.
+    prepared: Attention, q: int, k_cache: int, v_cache: int, out: int, *, warm: int = 0, cold: int = 0,
+    block_mass: int = 0, stream: int = 0, dependent: bool = False,
+) -> None:  # fmt: skip
+    """Attend once more where only the addresses of these arrays differ; see `kvtoolkit.cpu.attend_alike`.
 
     The launches of ``prepared`` are changed for the call: one thread at a time.
 
     Args:
+        warm: where the call made ready had quantized tiers; ``cold`` alike, ``block_mass`` where it wanted masses.
         dependent: let the kernel begin while the one before it still runs. Right where the kernel before wrote nothing
             of the caches but the tokens of the present queries, and nothing of the tables: after `append`.
     """
@@ -221,4 +275,9 @@ def attend_alike(
         if launch is not None:
             launch.set_addresses(_Q, q, out)
             launch.set_addresses(_KEYS, k_cache, v_cache)
+            if warm or cold:
+                launch.set_addresses(_TIERS, warm, cold)
             launch.run(stream, dependent=is_early)
+    if prepared.masses is not None:
+        set_masses(prepared.masses, block_mass)
+        prepared.masses.run(stream, dependent=prepared.is_dependent)

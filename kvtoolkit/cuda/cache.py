@@ -1,4 +1,4 @@
-"""Launch the kernels that write into a cache - append, and moves of whole granules - on arrays known to be right."""
+"""Launch the kernels that write into a cache - append, moves of granules, conversions - on arrays known to be right."""
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -15,6 +15,9 @@ _KEY = 0  # word of AppendParams; value, k_cache, v_cache follow
 MAX_MOVES = 448  # as in move.cu
 _move_params = packer("3q2i")  # then the two lists
 _UNROLL = 4
+
+MAX_CONVERSIONS = 48  # as in convert.cu
+_convert_params = packer("3q4q4i")  # then the two lists
 
 
 def append(
@@ -104,3 +107,35 @@ def copy_granules(arena: Operand, src: ArrayLike, dst: ArrayLike, *, stream: int
         parameters = _move_params.pack(arena.address, arena.strides[0] * size, arena.strides[1] * size, vectors, count)
         ctas = min(-(-count * vectors // (256 * _UNROLL)), max(1, 16 * num_sms(arena.device) // num_arrays))
         Launch(kernel, (ctas, num_arrays), specs.MOVE.threads, 0, parameters + listed.tobytes()).run(stream)
+
+
+def convert(
+    hot: Operand, warm: Operand | None, cold: Operand | None, first_granules: tuple[int, int, int],
+    sources: ArrayLike, targets: ArrayLike, *, stream: int = 0,
+) -> None:  # fmt: skip
+    """Write what 64 tokens of one tier hold to another, all layers, asynchronously on ``stream``.
+
+    Args:
+        hot: ``[2 * num_layers, num_granules, num_kv_heads, 8, head_dim]`` float16 or bfloat16, keys then values of each
+            layer, the last three axes contiguous.
+        warm: ``[num_layers, num_blocks, num_kv_heads, nbytes]`` uint8, the last two axes contiguous; ``cold`` alike.
+        first_granules: where the granule numbers of the hot, warm and cold tier begin, ascending.
+        sources: ``[n, 8]`` granule numbers on the host; of a quantized tier the 8 of a block.
+        targets: alike; -1 = not wanted. No granule is in both, and none stands twice among the targets.
+    """
+    moves = [np.ascontiguousarray(one, np.int32).reshape(-1, 8) for one in (sources, targets)]
+    num_moves = len(moves[0])
+    _, _, num_kv_heads, _, head_dim = hot.shape
+    spec = specs.convert(head_dim, hot.dtype)
+    for first in range(0, num_moves, MAX_CONVERSIONS):
+        count = min(MAX_CONVERSIONS, num_moves - first)
+        listed = np.zeros((2, MAX_CONVERSIONS, 8), np.int32)
+        for side, one in zip(listed, moves, strict=True):
+            side[:count] = one[first : first + count]
+        parameters = _convert_params.pack(
+            hot.address, warm.address if warm else 0, cold.address if cold else 0, hot.strides[0], hot.strides[1],
+            warm.strides[0] if warm else 0, cold.strides[0] if cold else 0, num_kv_heads, *first_granules,
+        )  # fmt: skip
+        grid = (count, num_kv_heads, hot.shape[0] // 2)
+        kernel = load_spec(spec, hot.device)
+        Launch(kernel, grid, spec.threads, spec.smem_nbytes, parameters + listed.tobytes()).run(stream)

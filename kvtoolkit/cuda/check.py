@@ -11,16 +11,17 @@ from kvtoolkit.refusals import FINE, refuse
 from kvtoolkit.runtime import is_capturing
 from kvtoolkit.runtime.kernels import packer
 from kvtoolkit.runtime.streams import on_stream
+from kvtoolkit.tiers import QuantizedTiers
 
 ENABLED = os.environ.get("KVTOOLKIT_CHECK", "") not in ("", "0")
 """Whether every launch is preceded by a check. Read from the environment at import."""
 
-_params = packer("6q3q5i")
+_params = packer("6q3q11i")
 
 
 def check_tables(
     block_table: Operand, block_starts: Operand | None, seq_lens: Operand, cu_seqlens_q: Operand | None,
-    num_tokens: int, block_size: int, num_blocks: int, stream: int,
+    num_tokens: int, block_size: int, num_blocks: int, stream: int, tiers: QuantizedTiers | None = None,
 ) -> None:  # fmt: skip
     """Raise as the CPU kernels do if a length or an entry is wrong; synchronizes. Does nothing during a capture."""
     batch, max_entries = block_table.shape
@@ -30,7 +31,7 @@ def check_tables(
         (block_table.address, block_starts.address if block_starts else 0, seq_lens.address,
          cu_seqlens_q.address if cu_seqlens_q else 0, 0),
         (block_table.strides[0], block_starts.strides[0] if block_starts else 0, 0),
-        (batch, num_tokens, block_size, num_blocks, max_entries), block_table.device, stream,
+        (batch, num_tokens, block_size, num_blocks, max_entries), block_table.device, stream, tiers,
     )  # fmt: skip
     if code != FINE:
         refuse(
@@ -58,14 +59,23 @@ def check_slots(slot_mapping: Operand, block_size: int, num_blocks: int, stream:
 
 
 def _run(
-    addresses: tuple[int, ...], sizes: tuple[int, ...], counts: tuple[int, ...], device: int, stream: int
+    addresses: tuple[int, ...],
+    sizes: tuple[int, ...],
+    counts: tuple[int, ...],
+    device: int,
+    stream: int,
+    tiers: QuantizedTiers | None = None,
 ) -> list[int]:
     import cupy
 
     kernel = load_spec(specs.CHECK, device)
     with on_stream(stream):
         finding = cupy.zeros(3, np.int32)
-        parameters = _params.pack(finding.data.ptr, *addresses, *sizes, *counts)
+        blocks = (0, 0) if tiers is None else tuple(tier.shape[0] if tier else 0 for tier in (tiers.warm, tiers.cold))
+        first = (0, 0, 0) if tiers is None else tiers.first_granules
+        parameters = _params.pack(
+            finding.data.ptr, *addresses, *sizes, *counts, int(tiers is not None), *first, *blocks
+        )
         Launch(kernel, (1,), specs.CHECK.threads, 0, parameters).run(stream)
         found: list[int] = finding.get().tolist()
     return found

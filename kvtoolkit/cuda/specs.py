@@ -16,6 +16,9 @@ MAX_PLANNED = 10000
 
 _RESERVED = 256  # static shared memory
 
+TIERED_SHAPES = ((8, 2, 1), (4, 1, 2), (4, 2, 1), (2, 2, 1), (2, 1, 1))
+"""Warps, stages and CTAs of an SM for the tiered kernel; the first that fits."""
+
 
 class Spec(NamedTuple):
     """One kernel."""
@@ -85,6 +88,32 @@ def decode(
     return Spec("attention/decode.cu", "kvt_decode", defines, 32 * shape[0], smem, 8 * row_tiles, per_sm)
 
 
+def tiered(head_dim: int, dtype: str, most_rows: int, smem_limit: int, *, planned: bool = True) -> Spec:
+    """The decode kernel for sequences in tiers, for blocks of up to 8 query rows; head_dim 64 or 128."""
+    stage = 64 * head_dim + 4 * head_dim + 256  # a block of int4
+
+    def nbytes(shape: tuple[int, int, int]) -> int:
+        warps, stages, _ = shape
+        return warps * (stages * stage + 32 * (head_dim + 4 + 2))
+
+    fits = (shape for shape in TIERED_SHAPES if shape[2] * (nbytes(shape) + 1024 + _RESERVED) <= smem_limit + 1024)
+    warps, stages, per_sm = next(fits)
+    defines = (
+        ("KVT_HEAD_DIM", head_dim), ("KVT_BF16", int(dtype == "bfloat16")), ("KVT_ROW_TILES", 1),
+        ("KVT_WARPS", warps), ("KVT_STAGES", stages), ("KVT_PLANNED", int(planned)), ("KVT_PER_SM", per_sm),
+        ("KVT_SPLIT_ROWS", int(most_rows <= 4)),
+    )  # fmt: skip
+    # all of an SM's memory, as for `decode`
+    smem = ((smem_limit + 1024) // per_sm - 1024 - _RESERVED) // 128 * 128
+    return Spec("attention/tiered.cu", "kvt_tiered", defines, 32 * warps, smem, 8, per_sm)
+
+
+def convert(head_dim: int, dtype: str) -> Spec:
+    """The kernel that converts between tiers."""
+    defines = (("KVT_HEAD_DIM", head_dim), ("KVT_BF16", int(dtype == "bfloat16")))
+    return Spec("cache/convert.cu", "kvt_convert", defines, 256, 4 * (64 * (head_dim + 1) + 2 * max(64, head_dim)))
+
+
 def plan(batch: int) -> Spec:
     """The kernel that cuts a batch into ranges."""
     return Spec("attention/plan.cu", "kvt_plan", (), 1024, 4 * batch)
@@ -103,6 +132,8 @@ def append(vector: int) -> Spec:
 
 
 EXPAND = Spec("attention/expand.cu", "kvt_expand", (), 256)
+UNITS = Spec("attention/units.cu", "kvt_units", (), 256)
+MASSES = Spec("attention/masses.cu", "kvt_masses", (), 256)
 MOVE = Spec("cache/move.cu", "kvt_move", (), 256)
 CHECK = Spec("cache/check.cu", "kvt_check", (), 256)
 

@@ -26,11 +26,13 @@ def tokens(head_dim: int, *lead: int, seed: int = 0) -> tuple[np.ndarray, np.nda
 
 
 def bounds(form: Format, keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The largest error that each element may have: half a step, as the scale is stored, and the zero's rounding."""
+    """The largest error that each element may have: half a step, and what rounding of scales, zeros and points adds."""
     result = []
     for x, axis in ((keys, -2 if form is INT4 else -1), (values, -1)):
         x = x.astype(np.float64)
         low, high = x.min(axis=axis, keepdims=True), x.max(axis=axis, keepdims=True)
+        if axis == -1 and form is INT4:  # a value's codes always reach 0
+            low, high = np.minimum(low, 0), np.maximum(high, 0)
         if form is INT8:
             largest = np.maximum(-low, high)
             # a scale rounded down leaves the largest value outside the codes by up to 127 roundings of it
@@ -94,7 +96,7 @@ def test_a_constant_channel_of_keys_keeps_its_value_in_int4() -> None:
     found_keys, found_values = INT4.decode(INT4.encode(keys, values), 64)
     assert (found_keys[:, 5] == 0.75).all()
     assert (found_keys[:, 6] == -1000.0).all()
-    assert (found_values[9] == 3.5).all()
+    np.testing.assert_allclose(found_values[9], 3.5, rtol=2.0**-11)
 
 
 @BOTH
@@ -132,8 +134,11 @@ def test_encoding_what_was_decoded_gives_the_same_values(head_dim: int, form: Fo
     blocks = form.encode(keys, values)
     decoded = form.decode(blocks, head_dim)
     assert np.array_equal(decoded[0], keys)
-    assert np.array_equal(decoded[1], values)
-    assert np.array_equal(form.encode(*decoded), blocks)
+    if form is INT8:
+        assert np.array_equal(decoded[1], values)
+        assert np.array_equal(form.encode(*decoded), blocks)
+    else:  # a token whose values have one sign spans other codes: its scale is rounded
+        np.testing.assert_allclose(decoded[1], values, atol=2.0**-11)
 
 
 @BOTH
@@ -188,7 +193,7 @@ def slow_int4(block: np.ndarray, head_dim: int) -> tuple[Any, ...]:
     keys, values, key_codes, value_codes = np.zeros((4, BLOCK, head_dim))
     packed = 32 * head_dim
     scales_at, zeros_at, values_at = packed, packed + 2 * head_dim, packed + 4 * head_dim
-    value_scales_at, value_zeros_at = values_at + packed, values_at + packed + 2 * BLOCK
+    value_scales_at, value_points_at = values_at + packed, values_at + packed + 2 * BLOCK
 
     def nibble(at: int, n: int) -> int:
         return int(block[at + n // 2]) >> 4 * (n % 2) & 15
@@ -221,7 +226,8 @@ def slow_int4(block: np.ndarray, head_dim: int) -> tuple[Any, ...]:
                         stored = half_at(block, value_scales_at + 2 * token)
                         scale = stored * 4 if token % 2 else stored / 4
                         value_codes[token, dim] = code
-                        values[token, dim] = scale * (code - 8) + half_at(block, value_zeros_at + 2 * token)
+                        point = half_at(block, value_points_at + 2 * token) / (16 if token % 2 else 1)
+                        values[token, dim] = scale * (code - point)
     return keys, values, key_codes, value_codes
 
 

@@ -10,4 +10,11 @@ __device__ __forceinline__ float exp2(float x) {
   return y;
 }
 
+// lg2.approx.ftz: within 2^-22 of the logarithm; -inf for 0.
+__device__ __forceinline__ float log2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 }  // namespace kvt::ptx

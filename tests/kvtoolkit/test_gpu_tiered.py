@@ -1,0 +1,240 @@
+"""The tiered kernel on a GPU against the float64 reference, its masses, and conversions to the bit."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from kvtoolkit import ShapeError, UnsupportedError, cuda, reference
+from kvtoolkit.attention import tiered_attention, variable_block_attention
+from kvtoolkit.formats import INT4, INT8
+from kvtoolkit.tiers import TierCaches
+from tests.kvtoolkit.attention_cases import Case, nan_filled
+from tests.kvtoolkit.gpu_cases import assert_close, to_device, to_host
+from tests.kvtoolkit.test_attention import SINKS, SLOPES
+from tests.kvtoolkit.tiered_cases import TieredArrays, TieredCase
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = ("float16", "bfloat16")
+HEAD_DIMS = (64, 128)
+
+
+def run(case: TieredCase, arrays: TieredArrays, **options):
+    """``out, lse`` of the GPU kernels, written over NaN."""
+    caches, table, starts = arrays
+    options.setdefault("cu_seqlens_q", case.cu_seqlens_q)
+    for name in ("cu_seqlens_q", "sinks", "alibi_slopes"):
+        if options.get(name) is not None:
+            options[name] = to_device(options[name], "")
+    on_device = TierCaches(
+        to_device(caches.k_cache, case.dtype), to_device(caches.v_cache, case.dtype), to_device(caches.warm, ""),
+        to_device(caches.cold, ""), caches.first_granules,
+    )  # fmt: skip
+    out = to_device(nan_filled(case.q.shape, case.dtype), case.dtype)
+    result = tiered_attention(
+        to_device(case.q, case.dtype), on_device, to_device(table, ""), to_device(starts, ""),
+        to_device(case.lengths, ""), out=out, return_lse=True, **options,
+    )  # fmt: skip
+    assert result[0] is out
+    return to_host(result[0]), to_host(result[1])
+
+
+def check(case: TieredCase, **options) -> None:
+    """The kernel agrees with the reference on the same codes."""
+    arrays = case.tiered()
+    out, lse = run(case, arrays, **options)
+    assert_close(out, lse, *case.expected(arrays, **options), case.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("pattern", [None, "h", "w", "c"])
+def test_decode_at_every_kind_of_length(pattern, head_dim, dtype):
+    lengths = [1, 0, 7, 8, 63, 64, 65, 127, 128, 129, 1000, 4096]
+    patterns = None if pattern is None else [pattern * -(-n // 64) for n in lengths]
+    check(TieredCase(lengths, head_dim=head_dim, dtype=dtype, patterns=patterns))
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_every_pattern_of_tiers_at_every_length(head_dim):
+    patterns = ["".join(letters) for letters in itertools.product("hwc", repeat=3)]
+    for last in (129, 150, 191, 192):
+        check(TieredCase([last] * len(patterns), head_dim=head_dim, dtype="float16", patterns=patterns))
+    lengths = list(range(1, 193))
+    check(TieredCase(lengths, head_dim=head_dim, dtype="float16", seed=1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"window_size": (100, -1)},
+        {"window_size": (60, 2), "causal": False},
+        {"causal": False},
+        {"softcap": 30.0},
+        {"sinks": SINKS},
+        {"alibi_slopes": SLOPES},
+        {"num_splits": 1},
+        {"num_splits": 3},
+        {"softmax_scale": 0.3},
+        {"window_size": (200, 0), "softcap": 20.0, "sinks": SINKS, "alibi_slopes": SLOPES, "num_splits": 2},
+    ],
+)
+def test_verify_with_every_option(options, head_dim, dtype):
+    check(TieredCase([70, 0, 64, 130, 1000], [4, 0, 8, 1, 3], head_dim=head_dim, dtype=dtype), **options)
+
+
+@pytest.mark.parametrize("group_size", [1, 2, 4, 5, 7, 8, 12, 16])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_every_group_size(head_dim, group_size):
+    # with one head to a group the cases' queries stand out where their keys do: scores of hundreds
+    options = {"softmax_scale": 1e-3} if group_size == 1 else {}
+    for new in (None, [8, 1, 5]):
+        check(TieredCase([70, 1, 300], new, num_q_heads=2 * group_size, head_dim=head_dim, dtype="float16"), **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_prefill_over_tiers(dtype):
+    check(TieredCase([300, 150, 0, 64], [100, 150, 0, 9], dtype=dtype))
+
+
+def test_one_long_sequence_and_many():
+    check(TieredCase([9000], dtype="float16"))
+    check(TieredCase([9000], [5], head_dim=128, dtype="float16"))
+    check(TieredCase([500, 9, 100] * 20, [1, 9, 8] * 20, dtype="float16"))
+
+
+@pytest.mark.parametrize("pattern", ["w", "c"])
+def test_the_error_does_not_grow_with_the_length(pattern):
+    for n in (64, 1024, 32768):
+        check(TieredCase([n], num_q_heads=4, head_dim=128, dtype="float16", patterns=[pattern * (n // 64)]))
+
+
+def test_weights_that_differ_by_far_more_than_a_half_can_hold():
+    # one token of weight 1 in front of many that weigh as much only together: nothing may be flushed
+    case = TieredCase([8192], num_q_heads=2, head_dim=128, dtype="float16", patterns=["c" * 64 + "w" * 64])
+    case.keys[0][...] *= np.float16(0.01)
+    case.keys[0][100] = case.q[0, :1] * np.float16(9 * 128**0.5 / np.square(case.q[0, 0].astype(np.float32)).sum())
+    check(case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [{}, {"window_size": (300, -1)}, {"sinks": SINKS}, {"num_splits": 3}])
+def test_masses_agree_with_the_reference_and_change_no_bit(options, dtype):
+    for lengths, new in (([70, 0, 64, 130, 3000], [4, 0, 8, 1, 3]), ([5000], None), ([200] * 9, None)):
+        case = TieredCase(lengths, new, head_dim=128, dtype=dtype)
+        arrays = case.tiered()
+        plain = run(case, arrays, **options)
+        masses = to_device(case.no_masses(arrays), "")
+        with_mass = run(case, arrays, block_mass=masses, **options)
+        for one, other in zip(plain, with_mass, strict=True):
+            assert np.array_equal(one.view(np.uint8), other.view(np.uint8))
+        found = to_host(masses)
+        case.check_masses(arrays, found, **options)
+        if "sinks" not in options:
+            asked = np.array([n > 0 and (new is None or new[row] > 0) for row, n in enumerate(lengths)])
+            np.testing.assert_allclose(found.sum(axis=1)[asked], 1.0, atol=1e-3)
+
+
+@pytest.mark.parametrize("new", [None, [4, 1, 8]])
+def test_masses_of_the_16_bit_kernel(new):
+    case = Case([70, 1000, 5000], new, head_dim=64, dtype="float16")
+    arrays = case.variable()
+    k_cache, v_cache, table, starts = arrays
+    devices = [to_device(k_cache, ""), to_device(v_cache, ""), to_device(table, ""), to_device(starts, "")]
+    options = {"cu_seqlens_q": None if new is None else to_device(case.cu_seqlens_q, ""), "return_lse": True}
+    masses = to_device(np.full((3, table.shape[1], 2), np.nan, np.float32), "")
+    q, lengths = to_device(case.q, ""), to_device(case.lengths, "")
+    plain = variable_block_attention(q, *devices, lengths, **options)
+    with_mass = variable_block_attention(q, *devices, lengths, block_mass=masses, **options)
+    for one, other in zip(plain, with_mass, strict=True):
+        assert np.array_equal(to_host(one).view(np.uint8), to_host(other).view(np.uint8))
+    found = to_host(masses)
+    good = reference.tile_masses(
+        case.q, TierCaches(k_cache, v_cache), table, starts, case.lengths, cu_seqlens_q=case.cu_seqlens_q
+    )
+    np.testing.assert_allclose(found[:, : good.shape[1]], good, rtol=2e-3, atol=1e-6)
+    assert (found[:, good.shape[1] :] == 0).all()
+
+
+def test_the_order_of_blocks_does_not_change_a_bit():
+    case = TieredCase([704, 64, 2048], head_dim=128, dtype="float16")
+    first, second = (run(case, case.tiered()) for _ in range(2))  # laid out anew, in other places
+    for one, other in zip(first, second, strict=True):
+        assert np.array_equal(one.view(np.uint8), other.view(np.uint8))
+
+
+def test_the_cpu_and_the_gpu_agree():
+    case = TieredCase([300, 64, 1000], [3, 1, 8], head_dim=128, dtype="float16")
+    arrays = case.tiered()
+    out, lse = run(case, arrays)
+    assert_close(out, lse, *(one.astype(np.float64) for one in case.run(arrays)), case.dtype)
+
+
+def test_what_no_kernel_takes_is_refused():
+    case = TieredCase([100], dtype="float16")
+    arrays = case.tiered()
+    with pytest.raises(UnsupportedError, match="expected 'cuda' or 'cpu' for tiers and masses, got 'numba'"):
+        run(case, arrays, backend="numba")
+    many = TieredCase([600], [600], dtype="float16")
+    arrays = many.tiered()
+    masses = to_device(many.no_masses(arrays), "")
+    with pytest.raises(UnsupportedError, match="block_mass: expected at most 1024 query rows"):
+        run(many, arrays, block_mass=masses)
+    with pytest.raises(ShapeError, match="block_mass: expected"):
+        run(case, case.tiered(), block_mass=masses.half())
+
+
+def tile(block: int, first: int = 0) -> list[int]:
+    return list(range(first + 8 * block, first + 8 * block + 8))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_conversions_give_the_codes_of_the_judge(head_dim, dtype):
+    import torch
+
+    layers, heads, blocks = 2, 3, 6
+    torch.manual_seed(0)
+    kind = getattr(torch, dtype)
+    hot = torch.randn(2 * layers, 8 * blocks, heads, 8, head_dim).to(kind)
+    hot[..., 3] *= 30
+    hot[:, :8] = 0.5  # nothing but one value
+    hot[:, 8:10] = 0.0
+    hot = hot.cuda()
+    warm = torch.zeros(layers, blocks, heads, INT8.nbytes(head_dim), dtype=torch.uint8, device="cuda")
+    cold = torch.zeros(layers, blocks, heads, INT4.nbytes(head_dim), dtype=torch.uint8, device="cuda")
+    first = (0, 8 * blocks, 16 * blocks)
+    arenas = [cuda.device_operand(one, "arena") for one in (hot, warm, cold)]
+    stream = torch.cuda.current_stream().cuda_stream
+    scattered = [5, 9, 17, 16, 30, 31, 8, 47]
+    before = hot.float().cpu().numpy()
+    sources = [tile(0), tile(1), scattered, tile(3), scattered]
+    targets = [tile(2, first[1]), tile(0, first[1]), tile(1, first[1]), tile(5, first[2]), tile(4, first[2])]
+    cuda.convert(*arenas, first, sources, targets, stream=stream)
+    cuda.convert(*arenas, first, [tile(0, first[1])], [tile(1, first[2])], stream=stream)
+    for source, target in zip(sources, targets, strict=True):
+        form, arena, start = (INT8, warm, first[1]) if target[0] < first[2] else (INT4, cold, first[2])
+        for layer in range(layers):
+            keys, values = (
+                before[2 * layer + which][source].transpose(1, 0, 2, 3).reshape(heads, 64, head_dim)
+                for which in range(2)
+            )
+            found = arena[layer, (target[0] - start) // 8].cpu().numpy()
+            assert np.array_equal(found, form.encode(keys, values)), form.name
+    for layer in range(layers):
+        requantized = INT4.encode(*INT8.decode(warm[layer, 0].cpu().numpy(), head_dim))
+        assert np.array_equal(cold[layer, 1].cpu().numpy(), requantized)
+    back = [40, -1, 2, 3, -1, 5, 6, 7]
+    for form, arena, block in ((INT4, cold, 5), (INT8, warm, 1)):
+        cuda.convert(*arenas, first, [tile(block, first[1 if form is INT8 else 2])], [back], stream=stream)
+        for layer, which in itertools.product(range(layers), range(2)):
+            decoded = torch.from_numpy(form.decode(arena[layer, block].cpu().numpy(), head_dim)[which]).to(kind)
+            for i, granule in enumerate(back):
+                if granule >= 0:
+                    assert torch.equal(hot[2 * layer + which, granule].cpu(), decoded[:, 8 * i : 8 * i + 8])
+    untouched = sorted(set(range(8 * blocks)) - set(back))
+    assert np.array_equal(hot.float().cpu().numpy()[:, untouched], before[:, untouched])
