@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     _add(benches, "alloc", "kvtoolkit.bench.alloc", "blocks that kernels on a GPU take and give back")
     _add(benches, "attention", "kvtoolkit.bench.attention", "decode attention on a GPU, beside other people's kernels")
     _add(benches, "tiers", "kvtoolkit.bench.tiers", "attention over quantized tiers on a GPU, beside 16 bit")
+    _add(benches, "demotion", "kvtoolkit.bench.demotion", "what moving tokens to colder tiers costs on a GPU")
     _add(benches, "blocks", "kvtoolkit.bench.blocks", "what block sizes, planning and calls cost on a GPU")
     _add(benches, "cache", "kvtoolkit.bench.cache", "append, and the moves of forks and merges, on a GPU")
     _add(benches, "generate", "kvtoolkit.bench.generate", "a real model on the CPU, beside transformers' own cache")
