@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 
 from kvtoolkit.errors import UnsupportedError
 
+HEAD_DIMS = (64, 128)
 BLOCK = 64
 """Tokens that are quantized together."""
 INT8_UNIT = 32
@@ -78,7 +79,7 @@ FORMATS = {"int8": INT8, "int4": INT4}
 
 def check_head_dim(head_dim: int) -> None:
     """UnsupportedError unless there are quantized formats for it."""
-    if head_dim not in (64, 128):
+    if head_dim not in HEAD_DIMS:
         raise UnsupportedError(f"head_dim: quantized tiers expect 64 or 128, got {head_dim}")
 
 

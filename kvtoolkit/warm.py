@@ -8,6 +8,7 @@ from allocators._jit import cache_folder
 from kvtoolkit.config import CacheConfig
 from kvtoolkit.cuda import specs
 from kvtoolkit.errors import ConfigError, UnsupportedError
+from kvtoolkit.formats import HEAD_DIMS
 from kvtoolkit.runtime import build
 
 _SM_SMEM = {"80": 164, "86": 100, "89": 100, "90": 228, "100": 228, "120": 100}  # KiB of an SM
@@ -41,7 +42,7 @@ def warmup(config: CacheConfig, num_q_heads: int) -> None:
 
     device = current_device() if config.device is None else config.device
     shape = (config.head_dim, config.dtype, num_q_heads, config.num_kv_heads)
-    wanted = list(specs.of_model(*shape, arch_of(device), smem_limit(device)))
+    wanted = list(specs.of_model(*shape, arch_of(device), smem_limit(device), tiers=config.tiers is not None))
     with using(device):
         for spec in wanted:
             load_spec(spec, device)
@@ -61,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", nargs="+", choices=["float16", "bfloat16"], default=["float16", "bfloat16"], help="default both"
     )
+    parser.add_argument("--tiers", action="store_true", help="also those of quantized tiers, for head_dim 64 and 128")
     parser.add_argument("--json", metavar="PATH", help="also write the table there")
 
 
@@ -104,7 +106,8 @@ def _specs(arch: str, options: argparse.Namespace) -> list[specs.Spec]:
             for num_heads in options.heads:
                 limit = specs.SMEM_LIMITS[arch]
                 q_heads, kv_heads = num_heads
-                kernels = specs.of_model(head_dim, dtype, q_heads, kv_heads, int(arch), limit)
+                tiers = options.tiers and head_dim in HEAD_DIMS
+                kernels = specs.of_model(head_dim, dtype, q_heads, kv_heads, int(arch), limit, tiers=tiers)
                 found |= dict.fromkeys(kernels)
     return list(found)
 

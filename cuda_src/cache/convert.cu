@@ -238,7 +238,7 @@ __device__ __forceinline__ void write_cold(unsigned char* block, bool is_value, 
   }
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads) kvt_convert(const __grid_constant__ ConvertParams p) {
+extern "C" __global__ void __launch_bounds__(kThreads, 2) kvt_convert(const __grid_constant__ ConvertParams p) {
   extern __shared__ __align__(16) unsigned char shared[];
   Tile& tile = *reinterpret_cast<Tile*>(shared);
   const int* const sources = p.sources + blockIdx.x * 8;

@@ -152,9 +152,9 @@ def cluster_size(arch: int, num_heads: int) -> int:
 
 
 def of_model(
-    head_dim: int, dtype: str, num_q_heads: int, num_kv_heads: int, arch: int, smem_limit: int
+    head_dim: int, dtype: str, num_q_heads: int, num_kv_heads: int, arch: int, smem_limit: int, *, tiers: bool = False
 ) -> Iterator[Spec]:
-    """Every kernel that the cache of a model needs."""
+    """Every kernel that the cache of a model needs, with quantized tiers or without."""
     group_size = num_q_heads // num_kv_heads
     found: dict[Spec, None] = {}
     for rows in range(group_size, 9 * group_size, group_size):  # decode, and verify with up to 8 tokens
@@ -163,5 +163,11 @@ def of_model(
         found[kernel] = None
         found[decode(head_dim, dtype, rows, smem_limit, planned=False)] = None
         found[decode(head_dim, dtype, rows, smem_limit, planned=False, cluster=cluster)] = None
+        if tiers:
+            for planned in (True, False):
+                found[tiered(head_dim, dtype, rows, smem_limit, planned=planned)] = None
     yield from found
+    if tiers:
+        yield from (UNITS, convert(head_dim, dtype))
+    yield MASSES
     yield from (prefill(head_dim, dtype), plan(1), EXPAND, append(16), MOVE, CHECK, merge_states(dtype))

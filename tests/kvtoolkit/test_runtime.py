@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("cupy")
 
-from kvtoolkit import CacheConfig, CompileError, ConfigError, UnsupportedError, sources, warmup
+from kvtoolkit import CacheConfig, CompileError, ConfigError, UnsupportedError, formats, sources, warmup
 from kvtoolkit.cli import main
 from kvtoolkit.cuda import specs
 from kvtoolkit.runtime import build, compiler, toolchain
@@ -127,9 +127,19 @@ def every_kernel():
     for head_dim, dtype, num_heads in itertools.product(specs.HEAD_DIMS, ("float16", "bfloat16"), (32, 128)):
         kernels = specs.of_model(head_dim, dtype, num_heads, 8, 90, specs.SMEM_LIMITS["90"])
         found |= {(spec, "90"): None for spec in kernels}
+    for head_dim, dtype in itertools.product(formats.HEAD_DIMS, ("float16", "bfloat16")):
+        kernels = specs.of_model(head_dim, dtype, 32, 8, 90, specs.SMEM_LIMITS["90"], tiers=True)
+        found |= {(spec, "90"): None for spec in kernels}
     for arch, limit in specs.SMEM_LIMITS.items():
-        found |= {(spec, arch): None for spec in specs.of_model(128, "bfloat16", 32, 8, int(arch), limit)}
+        found |= {(spec, arch): None for spec in specs.of_model(128, "bfloat16", 32, 8, int(arch), limit, tiers=True)}
     return list(found)
+
+
+def needed_tiered_smem(defines):
+    """FIFOs of the largest unit, then what warps merge, as tiered.cu lays them out."""
+    head_dim = defines["KVT_HEAD_DIM"]
+    unit = formats.INT4.nbytes(head_dim)
+    return defines["KVT_WARPS"] * (defines["KVT_STAGES"] * unit + 4 * 8 * (head_dim + 4 + 2))
 
 
 def needed_smem(defines):
@@ -151,6 +161,16 @@ def test_every_shape_has_its_kernels_on_every_architecture():
             for spec in found:
                 assert spec.smem_nbytes >= (needed_smem(dict(spec.defines)) if spec.name == "kvt_decode" else 0), spec
             assert all(spec.smem_nbytes <= limit for spec in found)
+
+
+def test_the_tiered_kernels_have_room_on_every_architecture():
+    for (arch, limit), head_dim in itertools.product(specs.SMEM_LIMITS.items(), formats.HEAD_DIMS):
+        found = list(specs.of_model(head_dim, "float16", 32, 8, int(arch), limit, tiers=True))
+        tiered = [spec for spec in found if spec.name == "kvt_tiered"]
+        assert {dict(spec.defines)["KVT_SPLIT_ROWS"] for spec in tiered} == {0, 1}
+        for spec in tiered:
+            assert needed_tiered_smem(dict(spec.defines)) <= spec.smem_nbytes <= limit
+        assert {"kvt_units", "kvt_convert", "kvt_masses"} <= {spec.name for spec in found}
 
 
 def test_every_kernel_compiles_for_every_architecture_and_spills_nothing():
