@@ -4,7 +4,7 @@ The arrays of the cache itself and those of the step cannot be wrong; they are d
 """
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,9 @@ from kvtoolkit.checks import check_heads, check_options, check_output, check_per
 from kvtoolkit.cpu.arrays import ITEMSIZES, Operand, is_torch, operand
 from kvtoolkit.errors import ShapeError, StepError, UnsupportedError
 from kvtoolkit.storage import Storage
+
+if TYPE_CHECKING:
+    from kvtoolkit.device_mass import DeviceMassSum
 
 
 class Arenas:
@@ -101,7 +104,7 @@ class StepAccess:
 
     def __init__(
         self, arenas: Arenas, block_table: Any, block_starts: Any, seq_lens: Any, cu_seqlens_q: Any, slot_mapping: Any,
-        *, mass: "MassSum | None" = None,
+        *, mass: "MassSum | DeviceMassSum | None" = None,
     ) -> None:  # fmt: skip
         self._arenas = arenas
         describe = arenas._describe

@@ -182,7 +182,8 @@ class KVCache:
             self._require_own(step)
             sequences, batch = self._sequences, len(step.seq_ids)
             if step._mass is not None and (masses := step._mass.mean) is not None:
-                demotion.note_masses(sequences.rows, step._arrays, batch, masses)
+                period = 1 if sequences.storage.device < 0 else demotion.DEVICE_PERIOD
+                demotion.note_masses(sequences.rows, step._arrays, batch, masses, period)
             tokens = None if token_ids is None else as_tokens(token_ids, len(step.slot_mapping))
             if tokens is None or not self.config.prefix_caching:
                 passes.advance(sequences.rows, step._arrays, batch)

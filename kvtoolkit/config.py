@@ -96,8 +96,6 @@ class CacheConfig:
         if self.tiers is not None:
             object.__setattr__(self, "tiers", TierConfig.from_dict(self.tiers).to_dict())
             check_head_dim(self.head_dim)
-            if self.tiers["demote"] == "mass" and self.backend != "cpu":
-                raise UnsupportedError(f"tiers.demote: expected 'age' with backend {self.backend!r}, got 'mass'")
             if self.backend == "numba":
                 raise UnsupportedError("backend: expected cpu or cuda with quantized tiers, got 'numba'")
         if self.backend != "cpu":

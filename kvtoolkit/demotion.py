@@ -16,6 +16,11 @@ from kvtoolkit.rows import LENGTH, NUM_ENTRIES, Rows
 from kvtoolkit.tables import TIER_COLD, TIER_HOT, TIER_WARM, unpack_entries
 from kvtoolkit.tier_config import TierConfig
 
+DEVICE_PERIOD = 16
+"""Steps of a cache on a GPU from one that collects masses to the next: it notes them, and waits for the device."""
+MOST_QUERIES = 8
+"""New tokens of a row in a step that collects on a GPU: prefill tells little of what decoding reads."""
+
 _DECAY = 0.95  # what an old mass counts a step later, against one of now
 
 
@@ -64,14 +69,16 @@ def set_bar(rows: Rows, rule: Rule, row: int) -> None:
     rows.bar[row] = (rows.masses[row, last], last) if num_warm > 0 else (np.inf, last)
 
 
-def note_masses(rows: Rows, step: StepArrays, batch: int, masses: NDArray[np.float64]) -> None:
+def note_masses(rows: Rows, step: StepArrays, batch: int, masses: NDArray[np.float64], num_steps: int) -> None:
     """Let the masses of a step that has ended count in those of its rows.
 
     Args:
         masses: ``[batch, num_tiles]``, mean over layers and kv heads.
+        num_steps: from one step whose masses are noted to the next.
     """
     took = np.flatnonzero((step.status[:batch] == OK) & (step.counts[:batch] > 0))
     which: Int64Array = step.rows[took].astype(np.int64)
     num_tiles = masses.shape[1]
     before = rows.masses[which, :num_tiles]
-    rows.masses[which, :num_tiles] = _DECAY * before + (1 - _DECAY) * masses[took]
+    kept = _DECAY**num_steps
+    rows.masses[which, :num_tiles] = kept * before + (1 - kept) * masses[took]

@@ -10,6 +10,7 @@ from kvtoolkit.access import Arenas, StepAccess
 from kvtoolkit.cpu.arrays import Operand
 from kvtoolkit.cuda.arrays import check_alignment, check_devices, empty
 from kvtoolkit.device import kernels_of, using
+from kvtoolkit.device_mass import DeviceMassSum
 from kvtoolkit.runtime import current_stream, is_capturing
 from kvtoolkit.runtime.kernels import arch_of
 from kvtoolkit.upload import DeviceTables
@@ -22,13 +23,13 @@ class DeviceStepAccess(StepAccess):
 
     def __init__(
         self, arenas: Arenas, tables: DeviceTables, num_new_tokens: NDArray[np.int32], max_seq_len: int,
-        *, kept: dict[Any, Any] | None = None,
+        *, kept: dict[Any, Any] | None = None, mass: DeviceMassSum | None = None,
     ) -> None:  # fmt: skip
         fewest, most = (int(num_new_tokens.min()), int(num_new_tokens.max())) if len(num_new_tokens) else (1, 1)
         one_each = fewest == most == 1
         super().__init__(
             arenas, tables.block_table, tables.block_starts, tables.seq_lens, None if one_each else tables.cu_seqlens_q,
-            tables.slot_mapping,
+            tables.slot_mapping, mass=mass,
         )  # fmt: skip
         self._query_counts = fewest, most
         self._max_seq_len = max_seq_len

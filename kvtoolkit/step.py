@@ -6,12 +6,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtoolkit.access import MassSum, StepAccess
+from kvtoolkit.demotion import DEVICE_PERIOD, MOST_QUERIES
 from kvtoolkit.errors import StepError, UnsupportedError
 from kvtoolkit.passes import OK, STATUS_NAMES, StepArrays
 from kvtoolkit.upload import DeviceTables
 
 if TYPE_CHECKING:
     from kvtoolkit.cache import KVCache
+    from kvtoolkit.device_mass import DeviceMassSum
 
 
 class Step:
@@ -66,7 +68,7 @@ class Step:
         self.slot_mapping = arrays.slot_mapping[:num_tokens]
         self.status = arrays.status[:batch]
         self._access: StepAccess | None = None
-        self._mass: MassSum | None = None
+        self._mass: MassSum | DeviceMassSum | None = None
         self._device_tables: DeviceTables | None = None
 
     @property
@@ -125,8 +127,9 @@ class Step:
         if arenas.device >= 0:
             from kvtoolkit.device_access import DeviceStepAccess
 
+            self._mass = self._make_device_mass()
             self._access = DeviceStepAccess(
-                arenas, self.on_device, self.num_new_tokens, int(self.seq_lens.max(initial=0))
+                arenas, self.on_device, self.num_new_tokens, int(self.seq_lens.max(initial=0)), mass=self._mass
             )
         else:
             if self._cache._sequences.collects_mass:
@@ -138,6 +141,16 @@ class Step:
                 mass=self._mass,
             )  # fmt: skip
         return self._access
+
+    def _make_device_mass(self) -> "DeviceMassSum | None":
+        from kvtoolkit.device_mass import DeviceMassSum
+
+        sequences, arenas = self._cache._sequences, self._cache._arenas
+        is_due = sequences.collects_mass and sequences.counters.num_steps % DEVICE_PERIOD == 0
+        if not is_due or self.num_new_tokens.max(initial=0) > MOST_QUERIES:
+            return None
+        num_tiles = -(-int(self.seq_lens.max(initial=1)) // 64)
+        return DeviceMassSum(len(self.seq_ids), num_tiles, arenas.num_kv_heads, arenas.device)
 
     @property
     def on_device(self) -> DeviceTables:

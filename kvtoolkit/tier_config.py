@@ -35,7 +35,8 @@ class TierConfig:
     cold: str | None = None
     """``int4``; None: no cold tier."""
     demote: str = "age"
-    """What goes to the cold tier first: ``age``: the oldest; ``mass``: what attention reads least."""
+    """What goes to the cold tier first: ``age``: the oldest; ``mass``: what attention reads least. On a GPU masses are
+    collected every 16th step, of decoding and verifying, but not while a graph is replayed."""
     pinned_tokens: int = 64
     """Tokens kept hot at the beginning of a sequence, a multiple of 64."""
     tier_memory: Mapping[str, float] | None = None

@@ -125,9 +125,6 @@ def test_what_tiers_cannot_do_is_refused():
         make(tiers=tiers)
     with pytest.raises(UnsupportedError, match="backend: expected cpu or cuda with quantized tiers, got 'numba'"):
         make(head_dim=64, backend="numba", tiers=tiers)
-    by_mass = {"warm": "int8", "cold": "int4", "demote": "mass"}
-    with pytest.raises(UnsupportedError, match="tiers.demote: expected 'age' with backend 'cuda', got 'mass'"):
-        make(head_dim=64, backend="cuda", tiers=by_mass)
     with pytest.raises(ConfigError, match="expected room for 64 tokens in the hot tier, got none"):
         make(head_dim=64, num_tokens=64, tiers=tiers)
 
