@@ -102,18 +102,13 @@ def _decode(batch: int, length: int, num_layers: int, num_steps: int) -> None:
     converting = np.array([begin.elapsed_time(end) * 1e3 for begin, end, _ in conversions])
     moved = np.array([count for *_, count in conversions])
     storage.convert = convert  # type: ignore[method-assign]
-    rest = times.sum() - converting.sum()
+    rest, median, most = times.sum() - converting.sum(), float(np.median(times)), converting.max(initial=0.0)
     print(f"{batch} sequences that began together, {length} tokens and more, {num_layers} layers, {num_steps} steps")
-    print(f"  a step            {np.median(times):9.1f} us median, {times.max():.1f} at most ({_ratio(times)})")
+    print(f"  a step            {median:9.1f} us median, p99 {np.percentile(times, 99):.1f}, {times.max():.1f} at most")
     print(f"  tiles moved       {moved.sum()} in {len(moved)} steps, {moved.max(initial=0)} at most in one")
-    print(
-        f"  conversions       {converting.sum() / num_steps:9.1f} us a step, {converting.max(initial=0.0):.1f} at most"
-    )
+    print(f"  conversions       {converting.sum() / num_steps:9.1f} us a step, {most:.1f} at most in one")
+    print(f"  because of them   {1 + most / median:9.2f} times the median, at most")
     print(f"  of the rest       {converting.sum() / rest:9.2%} of the time of appends and attention\n")
-
-
-def _ratio(times: Any) -> str:
-    return f"{times.max() / np.median(times):.2f} times the median"
 
 
 def _require_room(step: Any) -> None:

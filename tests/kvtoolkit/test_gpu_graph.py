@@ -11,6 +11,7 @@ from kvtoolkit import CacheConfig, GraphStep, KVCache, StepError, UnsupportedErr
 from kvtoolkit.attention import append
 
 ROOT = Path(__file__).parents[2]
+TIERS = {"hot": 64, "pinned_tokens": 0, "warm": "int8", "warm_tokens": 64, "cold": "int4"}
 
 
 @pytest.mark.gpu
@@ -66,7 +67,11 @@ def make(**options):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", [{"growth": "lazy_merge"}, {"allocator": "slab"}, {"growth": "append"}], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [{"growth": "lazy_merge"}, {"allocator": "slab"}, {"growth": "append"}, {"tiers": TIERS, "prefix_caching": False}],
+    ids=str,
+)
 def test_steps_of_a_cache_by_replays_are_the_steps_of_a_cache_without_a_graph(config):
     import torch
 
@@ -91,9 +96,9 @@ def test_steps_of_a_cache_by_replays_are_the_steps_of_a_cache_without_a_graph(co
     ids = {}
     for cache in (eager, captured):
         ids[cache], _ = cache.open([[]] * 5)
-        with cache.begin_step(ids[cache], 30) as step:
+        with cache.begin_step(ids[cache], 90) as step:
             for layer in range(2):
-                new = torch.arange(150 * 2 * 64, device="cuda").view(150, 2, 64).remainder(7).half()
+                new = torch.arange(450 * 2 * 64, device="cuda").view(450, 2, 64).remainder(7).half()
                 step.append(layer, new, new)
             cache.end_step(step)
     with captured.begin_step(ids[captured], 1) as step:

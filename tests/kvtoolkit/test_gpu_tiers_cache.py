@@ -6,7 +6,6 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from kvtoolkit.demotion import DEVICE_PERIOD
-from kvtoolkit.graph import GraphStep
 from kvtoolkit.reference import tiered_attention, tile_masses
 from kvtoolkit.tiers import TierCaches
 from tests.kvtoolkit.test_cache_machine import TIERED_CONFIGS, TierMachine, tiered_fields
@@ -104,47 +103,3 @@ def test_masses_are_collected_every_few_steps_of_decoding():
     expected = np.mean(good, axis=(0, 3))
     kept = 0.95**DEVICE_PERIOD
     np.testing.assert_allclose(found[:, : expected.shape[1]], (1 - kept) * expected, rtol=2e-3, atol=1e-6)
-
-
-def test_a_captured_step_attends_to_all_tiers_while_tiles_change_theirs():
-    import cupy
-
-    cache = make(dtype="float16", backend="cuda")
-    random = np.random.default_rng(1)
-    seq_ids, _ = cache.open([[]] * 3)
-    step = cache.begin_step(seq_ids, [700, 300, 90])
-    fill(cache, step, random, 1090)
-    cache.end_step(step)
-    fixed = GraphStep(cache, batch=4)
-    q = cupy.asarray(random.standard_normal((4, 2 * NUM_HEADS, HEAD_DIM)).astype(np.float16))
-    keys = cupy.asarray(random.standard_normal((2, 4, NUM_HEADS, HEAD_DIM)).astype(np.float16))
-    outs = [cupy.zeros_like(q) for _ in range(NUM_LAYERS)]
-    stream = cupy.cuda.Stream(non_blocking=True)
-
-    def model():
-        for layer in range(NUM_LAYERS):
-            fixed.append(layer, keys[0], keys[1])
-            fixed.attend(layer, q, out=outs[layer])
-
-    with stream:
-        step = cache.begin_step(seq_ids, 1)
-        fixed.load(step)
-        model()
-        cache.end_step(step)
-        stream.begin_capture()
-        model()
-        graph = stream.end_capture()
-        for number in range(80):
-            step = cache.begin_step(seq_ids, 1)
-            fixed.load(step)
-            graph.launch()
-            if number % 8 == 0:
-                stream.synchronize()
-                for layer, out in enumerate(outs):
-                    expected, _ = tiered_attention(
-                        q[:3].get(), on_host(cache.tier_caches(layer)), step.block_table, step.block_starts,
-                        step.seq_lens,
-                    )  # fmt: skip
-                    np.testing.assert_allclose(out[:3].get(), expected, atol=4e-3)
-            cache.end_step(step)
-    assert {"w", "c"} <= set(tiers_of(cache, seq_ids[0]))
