@@ -18,6 +18,10 @@ from tests.kvtoolkit.gpu_cases import check, to_device
 from tests.kvtoolkit.test_attention import SINKS, SLOPES
 from tests.kvtoolkit.test_gpu_cache import drive, make, tensor
 from tests.kvtoolkit.test_gpu_pool import SOURCE, launch
+from tests.kvtoolkit.test_gpu_tiered import run as run_tiered
+from tests.kvtoolkit.test_gpu_tiered import test_conversions_give_the_codes_of_the_judge
+from tests.kvtoolkit.test_gpu_tiers_cache import test_steps_attend_to_all_tiers
+from tests.kvtoolkit.tiered_cases import TieredCase
 
 OPTIONS = {"window_size": (60, 2), "causal": False, "softcap": 30.0, "sinks": SINKS, "alibi_slopes": SLOPES}
 
@@ -48,7 +52,21 @@ def pool(layout: str) -> None:
     attack(DevicePool(2048, layout=layout), random.Random(1), operations=1 << 12)
 
 
+def tiers() -> None:
+    """Sequences in tiers, their masses and conversions, and a cache that demotes."""
+    for head_dim in (64, 128):
+        for new in (None, [1, 0, 5, 8]):
+            case = TieredCase([1, 0, 200, 1000], new, head_dim=head_dim, dtype="bfloat16")
+            arrays = case.tiered()
+            run_tiered(case, arrays, block_mass=to_device(case.no_masses(arrays), ""), window_size=(300, -1))
+            run_tiered(case, arrays, num_splits=2)
+    for head_dim in (64, 128):
+        test_conversions_give_the_codes_of_the_judge(head_dim, "float16")
+    test_steps_attend_to_all_tiers()
+
+
 def main() -> None:
+    tiers()
     pool("buddy")
     pool("slab")
     for head_dim in (64, 80, 128, 256):

@@ -171,6 +171,36 @@ for slots in ([3, 80], [3, -2]):
     with pytest.raises(ShapeError, match=rf"slots within \\[0, 80\\) or -1, got {slots[1]} for token 1"):
         append(new, new, k, k.clone(), put(slots, np.int64), layout="HND")
 assert not k.any()
+
+from kvtoolkit import TierCaches, tiered_attention
+from kvtoolkit.formats import INT8
+
+hot = torch.zeros(10, 2, 8, 64, device="cuda", dtype=torch.float16)
+warm = torch.zeros(3, 2, INT8.nbytes(64), device="cuda", dtype=torch.uint8)
+
+
+def tiered(entries, starts=(0, 8)):
+    caches = TierCaches(hot, hot, warm, None, (0, 16, 0))
+    queries = torch.ones(1, 2, 64, device="cuda", dtype=torch.float16)
+    return tiered_attention(queries, caches, put([entries]), put([starts]), put([70]))
+
+
+def in_tier(granule, length=8, tier=1):
+    return granule | (length - 1) << 24 | tier << 27
+
+
+tiered([in_tier(16), 3])
+for entries, starts, message in [
+    ([in_tier(40), 3], (0, 8), "entry 0 of row 0 begins before it or ends after it"),
+    ([in_tier(8), 3], (0, 8), "entry 0 of row 0 begins before it"),
+    ([3 | 7 << 24, in_tier(20)], (0, 8), "8 granules at multiples of 8, .* entry 1 of row 0 is not"),
+    ([in_tier(16, 4), 3], (0, 4), "8 granules at multiples of 8, .* entry 0 of row 0 is not"),
+    ([3, in_tier(16)], (0, 1), "8 granules at multiples of 8, .* entry 1 of row 0 is not"),
+    ([in_tier(16, tier=2), 3], (0, 8), "entry 0 of row 0 is in none of them"),
+    ([in_tier(16), 10], (0, 8), "entry 1 of row 0 begins before it or ends after it"),
+]:
+    with pytest.raises(ShapeError, match=message):
+        tiered(entries, starts)
 """
 
 
