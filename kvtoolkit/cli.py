@@ -52,6 +52,12 @@ def _parser() -> argparse.ArgumentParser:
     _add(benches, "blocks", "kvtoolkit.bench.blocks", "what block sizes, planning and calls cost on a GPU")
     _add(benches, "cache", "kvtoolkit.bench.cache", "append, and the moves of forks and merges, on a GPU")
     _add(benches, "generate", "kvtoolkit.bench.generate", "a real model on the CPU, beside transformers' own cache")
+    _add(
+        benches,
+        "accuracy",
+        "kvtoolkit.bench.accuracy",
+        "what quantized tiers cost in accuracy, a real model on the CPU",
+    )
     return parser
 
 
