@@ -96,8 +96,6 @@ class CacheConfig:
         if self.tiers is not None:
             object.__setattr__(self, "tiers", TierConfig.from_dict(self.tiers).to_dict())
             check_head_dim(self.head_dim)
-            if self.backend == "numba":
-                raise UnsupportedError("backend: expected cpu or cuda with quantized tiers, got 'numba'")
         if self.backend != "cpu":
             if self.dtype not in ("float16", "bfloat16"):
                 raise UnsupportedError(

@@ -9,7 +9,6 @@ from kvtoolkit.cpu.arrays import Operand
 from kvtoolkit.cuda import check
 from kvtoolkit.cuda.arrays import check_alignment, check_devices, device_operand, empty
 from kvtoolkit.cuda.specs import check_head_dim
-from kvtoolkit.errors import UnsupportedError
 from kvtoolkit.runtime import current_stream
 
 _as_it_is: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
@@ -50,8 +49,6 @@ def attend_checked(
         check_alignment(arrays)
         options["query_counts"] = query_counts
     tiers, block_mass = options.get("tiers"), options.get("block_mass")
-    if backend != "cuda" and (tiers is not None or block_mass is not None):
-        raise UnsupportedError(f"backend: expected 'cuda' or 'cpu' for tiers and masses, got {backend!r}")
     names = ("cu_seqlens_q", "sinks", "alibi_slopes")
     others = {"block_table": table, "block_starts": starts, "seq_lens": lengths} | {n: options[n] for n in names}
     others |= {"lse": options["lse"], "block_mass": block_mass}

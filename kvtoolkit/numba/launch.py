@@ -9,9 +9,11 @@ Numba's CUDA target is imported by the first call, not with this module.
 """
 
 import math
+from typing import Any
 
 from kvtoolkit.cpu.arrays import Operand
 from kvtoolkit.errors import UnsupportedError
+from kvtoolkit.tiers import QuantizedTiers
 
 
 def attend(
@@ -33,9 +35,11 @@ def attend(
     alibi_slopes: Operand | None = None,
     num_splits: int = 0,
     layout: str = "HND",
+    tiers: QuantizedTiers | None = None,
+    block_mass: Operand | None = None,
     stream: int = 0,
 ) -> None:
-    """Attend, writing to ``out`` and ``lse``; the meaning is that of `kvtoolkit.paged_attention`.
+    """Attend, writing to ``out``, ``lse`` and ``block_mass``; the meaning is that of `kvtoolkit.tiered_attention`.
 
     Args:
         q: ``[num_tokens, num_q_heads, head_dim]`` float16 or bfloat16; ``out`` alike, it may be ``q`` itself.
@@ -48,6 +52,8 @@ def attend(
         cu_seqlens_q: ``[batch + 1]`` int32, or None where each row has one query.
         sinks: ``[num_q_heads]`` float32, or None; ``alibi_slopes`` alike.
         num_splits: ignored; a CTA walks the whole sequence.
+        tiers: with ``block_starts``: the quantized tiers; the entries' granules count through them and ``k_cache``.
+        block_mass: ``[batch, max_tiles, num_kv_heads]`` float32, any strides, or None.
 
     Raises:
         UnsupportedError: another dtype, or a ``head_dim`` above 256; nothing was launched.
@@ -65,14 +71,13 @@ def attend(
     if causal:
         right = 0
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-    if block_starts is None:
-        function, block_tables = attention.paged_attention, [block_table]
-    else:
-        function, block_tables = attention.variable_block_attention, [block_table, block_starts]
+    function, arguments = _kernel_and_tables(k_cache, v_cache, block_table, block_starts, tiers)
+    if block_mass is not None:
+        launch(attention.clear_masses, (block_mass.shape[0],), stream, block_mass)
     launch(
         function, (num_tokens, num_kv_heads, math.ceil(num_q_heads / num_kv_heads / attention.HEADS_PER_CTA)), stream,
-        q, k_cache, v_cache, *block_tables, seq_lens, cu_seqlens_q or absent("int32", 1),
-        sinks or absent("float32", 1), alibi_slopes or absent("float32", 1), out, lse or absent("float32", 2),
+        q, *arguments, seq_lens, cu_seqlens_q or absent("int32", 1), sinks or absent("float32", 1),
+        alibi_slopes or absent("float32", 1), out, lse or absent("float32", 2), block_mass or absent("float32", 3),
         float32(scale), left, right, float32(softcap), is_bfloat16,
     )  # fmt: skip
 
@@ -142,6 +147,22 @@ def copy_granules(arena: Operand, src: Operand, dst: Operand, *, stream: int = 0
         shape=(n, num_granules, math.prod(arena.shape[2:])), strides=(arena.strides[0], arena.strides[1], 1)
     )
     launch(cache.copy_granules, (src.shape[0], n), stream, flat, src, dst)
+
+
+def _kernel_and_tables(
+    k_cache: Operand, v_cache: Operand, block_table: Operand, block_starts: Operand | None, tiers: QuantizedTiers | None
+) -> tuple[Any, list[Any]]:
+    """The kernel, and its arguments that say where keys and values are."""
+    from kvtoolkit.numba import attention
+    from kvtoolkit.numba.device import absent
+
+    if block_starts is None:
+        return attention.paged_attention, [k_cache, v_cache, block_table]
+    if tiers is None:
+        return attention.variable_block_attention, [k_cache, v_cache, block_table, block_starts]
+    warm, cold = (one or absent("uint8", 3) for one in (tiers.warm, tiers.cold))
+    tables = [block_table, block_starts, *tiers.first_granules]
+    return attention.tiered_attention, [k_cache, v_cache, warm, cold, *tables]
 
 
 def _heads_first(cache: Operand, layout: str) -> Operand:

@@ -62,7 +62,7 @@ def tiers() -> None:
             run_tiered(case, arrays, num_splits=2)
     for head_dim in (64, 128):
         test_conversions_give_the_codes_of_the_judge(head_dim, "float16")
-    test_steps_attend_to_all_tiers()
+    test_steps_attend_to_all_tiers("cuda")
 
 
 def main() -> None:

@@ -123,8 +123,6 @@ def test_what_tiers_cannot_do_is_refused():
     tiers = {"cold": "int4"}
     with pytest.raises(UnsupportedError, match="head_dim: quantized tiers expect 64 or 128, got 16"):
         make(tiers=tiers)
-    with pytest.raises(UnsupportedError, match="backend: expected cpu or cuda with quantized tiers, got 'numba'"):
-        make(head_dim=64, backend="numba", tiers=tiers)
     with pytest.raises(ConfigError, match="expected room for 64 tokens in the hot tier, got none"):
         make(head_dim=64, num_tokens=64, tiers=tiers)
 

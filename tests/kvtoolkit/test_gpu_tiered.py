@@ -67,6 +67,18 @@ def test_every_pattern_of_tiers_at_every_length(head_dim):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("options", [{}, {"window_size": (60, 2), "causal": False}, {"sinks": SINKS, "softcap": 30.0}])
+def test_the_numba_twin(options, head_dim, dtype):
+    case = TieredCase([70, 0, 64, 130, 600], [4, 0, 8, 1, 3], head_dim=head_dim, dtype=dtype)
+    check(case, backend="numba", **options)
+    arrays = case.tiered()
+    masses = to_device(case.no_masses(arrays), "")
+    run(case, arrays, block_mass=masses, backend="numba", **options)
+    case.check_masses(arrays, to_host(masses), **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize(
     "options",
     [
@@ -176,9 +188,6 @@ def test_the_cpu_and_the_gpu_agree():
 
 def test_what_no_kernel_takes_is_refused():
     case = TieredCase([100], dtype="float16")
-    arrays = case.tiered()
-    with pytest.raises(UnsupportedError, match="expected 'cuda' or 'cpu' for tiers and masses, got 'numba'"):
-        run(case, arrays, backend="numba")
     many = TieredCase([600], [600], dtype="float16")
     arrays = many.tiered()
     masses = to_device(many.no_masses(arrays), "")

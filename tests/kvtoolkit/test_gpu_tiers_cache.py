@@ -43,10 +43,11 @@ def test_every_read_returns_what_the_sequence_was_given_whatever_tier_it_is_in(c
     )
 
 
-def test_steps_attend_to_all_tiers():
+@pytest.mark.parametrize("backend", ["cuda", "numba"])
+def test_steps_attend_to_all_tiers(backend):
     import cupy
 
-    cache = make(dtype="float16", backend="cuda")
+    cache = make(dtype="float16", backend=backend)
     random = np.random.default_rng(0)
     seq_ids, _ = cache.open([[]] * 3)
     for counts in ([700, 300, 90], [1, 1, 1], [64, 0, 3], *[[1, 1, 1]] * 20):

@@ -18,7 +18,12 @@ from kvtoolkit import numba as twins
 from kvtoolkit import reference
 from kvtoolkit.cpu import Operand, operand
 from kvtoolkit.errors import UnsupportedError
+from kvtoolkit.formats import FORMATS
+from tests.kvtoolkit import tiered_cases
 from tests.kvtoolkit.attention_cases import Case, assert_close, nan_filled, to_storage
+from tests.kvtoolkit.tiered_cases import TieredCase
+from tests.kvtoolkit.tiered_cases import TieredCase
+from tests.kvtoolkit.tiered_cases import described as described_tiers
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SLOPES = np.array([0.5, 0.25, 0.0], np.float32)
@@ -52,21 +57,61 @@ def described(array: Any, dtype: str) -> Any:
 
 def attend(case: Case, arrays: tuple[np.ndarray, ...], layout: str = "HND", **options: Any) -> None:
     """The twin agrees with the reference; three ``arrays`` are a paged cache, four hold entries."""
-    q, lengths, cu_seqlens_q, *cache = [
-        described(array, case.dtype) for array in (case.q, case.lengths, case.cu_seqlens_q, *arrays)
+    k_cache, v_cache, table, starts = arrays if len(arrays) == 4 else (*arrays, None)
+    out, lse = run_twin(case, k_cache, v_cache, table, starts, layout=layout, **options)
+    assert_close(out, lse, *case.expected(arrays, layout, **options), case.dtype)
+
+
+def attend_tiers(case: TieredCase, **options: Any) -> None:
+    """Likewise over tiers, and so do the masses."""
+    arrays = case.tiered()
+    caches, table, starts = arrays
+    masses = case.no_masses(arrays)
+    out, lse = run_twin(
+        case, caches.k_cache, caches.v_cache, table, starts, tiers=tiered_cases.described(caches), block_mass=masses,
+        **options,
+    )  # fmt: skip
+    assert_close(out, lse, *case.expected(arrays, **options), case.dtype)
+    case.check_masses(arrays, masses, **options)
+
+
+def run_twin(case: Case, *cache: Any, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+    """``out, lse``, written over NaN; ``cache`` is the caches and the tables."""
+    q, lengths, cu_seqlens_q, *cache_operands = [
+        described(array, case.dtype) for array in (case.q, case.lengths, case.cu_seqlens_q, *cache)
     ]
-    k_cache, v_cache, table, starts = cache if len(cache) == 4 else (*cache, None)
     out, lse = nan_filled(case.q.shape, case.dtype), np.full(case.q.shape[:2], np.nan, np.float32)
     twins.attend(
-        q, k_cache, v_cache, table, starts, lengths, out=described(out, case.dtype), lse=operand(lse, "lse"),
-        cu_seqlens_q=cu_seqlens_q, layout=layout,
+        q, *cache_operands, lengths, out=described(out, case.dtype), lse=operand(lse, "lse"), cu_seqlens_q=cu_seqlens_q,
         **{name: described(option, case.dtype) for name, option in options.items()},
     )  # fmt: skip
-    assert_close(out, lse, *case.expected(arrays, layout, **options), case.dtype)
+    return out, lse
+
+
+def attend_to_tiers(case: TieredCase, **options: Any) -> None:
+    """The twin agrees with the reference on the same codes, and so do its masses."""
+    arrays = case.tiered()
+    caches, table, starts = arrays
+    out, lse = nan_filled(case.q.shape, case.dtype), np.full(case.q.shape[:2], np.nan, np.float32)
+    masses = case.no_masses(arrays)
+    q, k_cache, v_cache, target = (described(one, case.dtype) for one in (case.q, *caches[:2], out))
+    tables = [described(one, "int32") for one in (table, starts, case.lengths)]
+    twins.attend(
+        q, k_cache, v_cache, *tables, out=target, lse=operand(lse, "lse"), tiers=described_tiers(caches),
+        cu_seqlens_q=described(case.cu_seqlens_q, "int32"), block_mass=operand(masses, "block_mass"), **options,
+    )  # fmt: skip
+    assert_close(out, lse, *case.expected(arrays, **options), case.dtype)
+    case.check_masses(arrays, masses, **options)
 
 
 class TestInSimulator:
     __test__ = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
+
+    def test_tiers_of_one_sequence_and_their_masses(self) -> None:
+        shape = {"num_q_heads": 2, "num_kv_heads": 1, "dtype": "float16"}
+        attend_to_tiers(TieredCase([192, 130], patterns=["hwc", "cwh"], **shape))
+        attend_to_tiers(TieredCase([150], [2], patterns=["wch"], **shape), window_size=(100, -1))
+        attend_to_tiers(TieredCase([100], head_dim=128, patterns=["cw"], **shape))
 
     @pytest.mark.parametrize(("dtype", "layout"), [("float16", "NHD"), ("bfloat16", "HND")])
     def test_decode_over_paged_blocks(self, dtype: str, layout: str) -> None:
@@ -99,6 +144,53 @@ class TestInSimulator:
         q, k_cache, v_cache, table, lengths = [operand(array, "array") for array in (case.q, *arrays, case.lengths)]
         twins.attend(q, k_cache, v_cache, table, None, lengths, out=q)
         assert_close(case.q, lse, expected, lse, "float16")
+
+    @pytest.mark.parametrize("head_dim", [64, 128])
+    def test_every_element_of_a_block_is_that_of_the_judge(self, head_dim: int) -> None:
+        from kvtoolkit.numba import quantized
+
+        keys, values = np.random.default_rng(0).standard_normal((2, 64, head_dim)).astype(np.float32)
+        readers = {
+            "int8": (quantized.warm_key, quantized.warm_value),
+            "int4": (quantized.cold_key, quantized.cold_value),
+        }
+        for name, pair in readers.items():
+            block = FORMATS[name].encode(keys, values)
+            for read, good in zip(pair, FORMATS[name].decode(block, head_dim), strict=True):
+                found = [[read(block, token, dim, head_dim) for dim in range(head_dim)] for token in range(64)]
+                np.testing.assert_array_equal(np.array(found), good)
+
+    @pytest.mark.parametrize(
+        ("dtype", "seq_len", "pattern"),
+        [("float16", 150, "hwc"), ("bfloat16", 130, "wch"), ("float16", 70, "cw"), ("float16", 66, "hh")],
+    )
+    def test_decode_over_tiers(self, dtype: str, seq_len: int, pattern: str) -> None:
+        attend_tiers(TieredCase([seq_len], num_q_heads=2, num_kv_heads=1, dtype=dtype, patterns=[pattern]))
+
+    def test_rows_of_many_queries_over_tiers_with_every_option(self) -> None:
+        # a padding row, a row without queries, and two kv heads
+        case = TieredCase([68, 0, 9, 5], [2, 1, 0, 1], num_q_heads=2, dtype="float16", patterns=["cw", "", "h", "w"])
+        options = {"causal": False, "window_size": (30, 1), "softcap": 5.0, "softmax_scale": 0.1}
+        attend_tiers(case, sinks=SINKS[:2], alibi_slopes=SLOPES[:2], **options)
+
+    def test_masses_of_a_group_of_more_heads_than_a_cta_takes_where_the_output_is_the_queries(self) -> None:
+        case = TieredCase([70], num_q_heads=10, num_kv_heads=1, dtype="float16", patterns=["hh"])
+        arrays = case.tiered()
+        caches, table, starts = arrays
+        queries, masses = case.q.copy(), case.no_masses(arrays)
+        q, *others = [operand(array, "array") for array in (queries, *caches[:2], table, starts, case.lengths, masses)]
+        twins.attend(q, *others[:-1], out=q, tiers=tiered_cases.described(caches), block_mass=others[-1])
+        expected, lse = case.expected(arrays)
+        assert_close(queries, lse, expected, lse, "float16")
+        case.check_masses(arrays, masses)
+
+    def test_tiers_that_a_cache_does_not_have_are_not_read(self) -> None:
+        case = TieredCase([9], num_q_heads=2, num_kv_heads=1, dtype="float16", patterns=["h"])
+        caches, table, starts = case.tiered()
+        arrays = caches._replace(warm=None, cold=None), table, starts
+        tiers = tiered_cases.described(arrays[0])
+        out, lse = run_twin(case, caches.k_cache, caches.v_cache, table, starts, tiers=tiers)
+        assert_close(out, lse, *case.expected(arrays), case.dtype)
 
     @pytest.mark.parametrize(("dtype", "head_dim"), [("float32", 8), ("float16", 264)])
     def test_what_has_no_kernel_is_refused(self, dtype: str, head_dim: int) -> None:
