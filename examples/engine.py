@@ -43,6 +43,8 @@ class Averages:
     waste: float = 0.0
     entries_per_seq: float = 0.0
     blocks: dict[int, float] = field(default_factory=dict)
+    tiers: dict[str, float] = field(default_factory=dict)
+    """Slots that requests hold in each tier."""
 
     def add(self, stats: CacheStats) -> None:
         self.num_steps += 1
@@ -52,6 +54,9 @@ class Averages:
             mean = self.blocks.get(size, 0.0)
             self.blocks[size] = mean + (stats.blocks.get(size, 0) - mean) / self.num_steps
         self.blocks = dict(sorted(self.blocks.items()))
+        for name, tier in stats.tiers.items():
+            mean = self.tiers.get(name, 0.0)
+            self.tiers[name] = mean + (tier.used - mean) / self.num_steps
 
 
 class Engine:

@@ -22,6 +22,7 @@ PROMPTS = [
     "What is the difference between a frog and a toad?",
     "Give me a simple recipe for pancakes.",
 ]
+TIERS = {"hot": 64, "pinned_tokens": 0, "warm": "int8", "warm_tokens": 64, "cold": "int4"}
 SYSTEM = "You are a helpful assistant. Answer briefly, in plain words, and say so if you do not know."
 
 
@@ -32,13 +33,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--allocator", help="paged, buddy, slab, lockfree, or package.module:Class")
     parser.add_argument("--growth", help="fixed8 ... fixed64, append, proportional, lazy_merge, adaptive")
     parser.add_argument("--num-tokens", type=int, help="token slots in the pool (default 8192)")
+    parser.add_argument(
+        "--tiers", action="store_true",
+        help="keep 64 tokens as they are, the 64 before them in int8, what is older in int4; 192 new tokens by default",
+    )  # fmt: skip
     parser.add_argument("--backend", choices=["cpu", "cuda", "numba"], help="cuda, numba: all on a GPU (default cpu)")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="default float32, on a GPU float16")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--max-new-tokens", type=int, help="default 64")
     parser.add_argument("--max-batch", type=int, default=16, help="requests that run at once")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.max_new_tokens is None:
+        options.max_new_tokens = 192 if options.tiers else 64  # tiers are for what is older than 64 tokens
+    return options
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -94,6 +102,8 @@ def cache_options(options: argparse.Namespace) -> dict[str, object]:
     given = {name: value for name, value in given.items() if value is not None}
     if options.config is None:
         given = {"num_tokens": 8192, "max_seqs": 64} | given
+    if options.tiers:
+        given["tiers"] = TIERS
     return given
 
 
@@ -136,6 +146,11 @@ def report(engine: Engine, seconds: float) -> None:
     print(f"peak use    {stats.peak_used} slots ({stats.peak_used / stats.capacity:.0%})")
     print(f"waste       {average.waste:.1%} of the slots held, mean over {stats.num_steps} steps")
     print(f"blocks      {', '.join(f'{n:.1f} of {size}' for size, n in average.blocks.items())} tokens, mean per step")
+    if config.tiers:
+        print(
+            f"tiers       {', '.join(f'{n:.1f} {name}' for name, n in average.tiers.items())} tokens, mean per step; "
+            f"{stats.num_demoted_warm} tiles went to int8, {stats.num_demoted_cold} to int4"
+        )
     print(f"entries     {average.entries_per_seq:.1f} per sequence, mean over steps")
     print(
         f"copied      {stats.copied_tokens} tokens, {stats.num_merges} merges ({stats.num_failed_merges} found no room)"

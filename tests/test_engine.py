@@ -2,6 +2,7 @@
 
 import copy
 import random
+import re
 
 import pytest
 
@@ -195,3 +196,21 @@ def test_the_demo_knows_the_capital_of_france(backend, capsys):
     out = capsys.readouterr().out
     assert "Paris" in out
     assert f" on {backend}" in out
+
+
+def test_the_demo_writes_more_where_tiers_are_to_be_seen():
+    assert generate.parse([]).max_new_tokens == 64
+    assert generate.parse(["--tiers"]).max_new_tokens == 192
+    assert generate.parse(["--tiers", "--max-new-tokens", "3"]).max_new_tokens == 3
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_the_demo_shows_tokens_in_every_tier(capsys):
+    if missing := missing_packages():
+        pytest.skip(f"{', '.join(missing)} not installed")
+    assert generate.main(["--tiers", "Explain in two sentences why the sky is blue.", "Write a long story."]) == 0
+    out = capsys.readouterr().out
+    assert "Rayleigh" in out
+    held = re.search(r"tiers +([\d.]+) hot, ([\d.]+) warm, ([\d.]+) cold tokens, mean per step", out)
+    assert all(float(tokens) > 0 for tokens in held.groups())

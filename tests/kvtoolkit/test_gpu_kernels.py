@@ -193,7 +193,7 @@ tiered([in_tier(16), 3])
 for entries, starts, message in [
     ([in_tier(40), 3], (0, 8), "entry 0 of row 0 begins before it or ends after it"),
     ([in_tier(8), 3], (0, 8), "entry 0 of row 0 begins before it"),
-    ([3 | 7 << 24, in_tier(20)], (0, 8), "8 granules at multiples of 8, .* entry 1 of row 0 is not"),
+    ([1 | 7 << 24, in_tier(20)], (0, 8), "8 granules at multiples of 8, .* entry 1 of row 0 is not"),
     ([in_tier(16, 4), 3], (0, 4), "8 granules at multiples of 8, .* entry 0 of row 0 is not"),
     ([3, in_tier(16)], (0, 1), "8 granules at multiples of 8, .* entry 1 of row 0 is not"),
     ([in_tier(16, tier=2), 3], (0, 8), "entry 0 of row 0 is in none of them"),
