@@ -22,7 +22,6 @@ from kvtoolkit.formats import FORMATS
 from tests.kvtoolkit import tiered_cases
 from tests.kvtoolkit.attention_cases import Case, assert_close, nan_filled, to_storage
 from tests.kvtoolkit.tiered_cases import TieredCase
-from tests.kvtoolkit.tiered_cases import TieredCase
 from tests.kvtoolkit.tiered_cases import described as described_tiers
 
 ROOT = Path(__file__).resolve().parent.parent.parent
