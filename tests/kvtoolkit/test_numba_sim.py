@@ -22,7 +22,6 @@ from kvtoolkit.formats import FORMATS
 from tests.kvtoolkit import tiered_cases
 from tests.kvtoolkit.attention_cases import Case, assert_close, nan_filled, to_storage
 from tests.kvtoolkit.tiered_cases import TieredCase
-from tests.kvtoolkit.tiered_cases import described as described_tiers
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SLOPES = np.array([0.5, 0.25, 0.0], np.float32)
@@ -87,30 +86,8 @@ def run_twin(case: Case, *cache: Any, **options: Any) -> tuple[np.ndarray, np.nd
     return out, lse
 
 
-def attend_to_tiers(case: TieredCase, **options: Any) -> None:
-    """The twin agrees with the reference on the same codes, and so do its masses."""
-    arrays = case.tiered()
-    caches, table, starts = arrays
-    out, lse = nan_filled(case.q.shape, case.dtype), np.full(case.q.shape[:2], np.nan, np.float32)
-    masses = case.no_masses(arrays)
-    q, k_cache, v_cache, target = (described(one, case.dtype) for one in (case.q, *caches[:2], out))
-    tables = [described(one, "int32") for one in (table, starts, case.lengths)]
-    twins.attend(
-        q, k_cache, v_cache, *tables, out=target, lse=operand(lse, "lse"), tiers=described_tiers(caches),
-        cu_seqlens_q=described(case.cu_seqlens_q, "int32"), block_mass=operand(masses, "block_mass"), **options,
-    )  # fmt: skip
-    assert_close(out, lse, *case.expected(arrays, **options), case.dtype)
-    case.check_masses(arrays, masses, **options)
-
-
 class TestInSimulator:
     __test__ = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
-
-    def test_tiers_of_one_sequence_and_their_masses(self) -> None:
-        shape = {"num_q_heads": 2, "num_kv_heads": 1, "dtype": "float16"}
-        attend_to_tiers(TieredCase([192, 130], patterns=["hwc", "cwh"], **shape))
-        attend_to_tiers(TieredCase([150], [2], patterns=["wch"], **shape), window_size=(100, -1))
-        attend_to_tiers(TieredCase([100], head_dim=128, patterns=["cw"], **shape))
 
     @pytest.mark.parametrize(("dtype", "layout"), [("float16", "NHD"), ("bfloat16", "HND")])
     def test_decode_over_paged_blocks(self, dtype: str, layout: str) -> None:
