@@ -19,6 +19,7 @@ from kvtoolkit import reference
 from kvtoolkit.cpu import Operand, operand
 from kvtoolkit.errors import UnsupportedError
 from kvtoolkit.formats import FORMATS
+from kvtoolkit.tiers import TierCaches
 from tests.kvtoolkit import tiered_cases
 from tests.kvtoolkit.attention_cases import Case, assert_close, nan_filled, to_storage
 from tests.kvtoolkit.tiered_cases import TieredCase
@@ -159,6 +160,15 @@ class TestInSimulator:
         expected, lse = case.expected(arrays)
         assert_close(queries, lse, expected, lse, "float16")
         case.check_masses(arrays, masses)
+
+    def test_masses_over_variable_blocks(self) -> None:
+        case = Case([130, 0, 9], num_q_heads=2, head_dim=8, dtype="float16")
+        k_cache, v_cache, table, starts = case.variable()
+        masses = np.full((3, table.shape[1], 2), np.nan, np.float32)
+        run_twin(case, k_cache, v_cache, table, starts, block_mass=masses)
+        good = reference.tile_masses(case.q, TierCaches(k_cache, v_cache), table, starts, case.lengths)
+        np.testing.assert_allclose(masses[:, : good.shape[1]], good, rtol=1e-3, atol=1e-6)
+        assert (masses[:, good.shape[1] :] == 0).all()
 
     def test_tiers_that_a_cache_does_not_have_are_not_read(self) -> None:
         case = TieredCase([9], num_q_heads=2, num_kv_heads=1, dtype="float16", patterns=["h"])
