@@ -42,9 +42,10 @@ def warmup(config: CacheConfig, num_q_heads: int) -> None:
 
     device = current_device() if config.device is None else config.device
     shape = (config.head_dim, config.dtype, num_q_heads, config.num_kv_heads)
-    wanted = list(specs.of_model(*shape, arch_of(device), smem_limit(device), tiers=config.tiers is not None))
+    masses = config.tiers is not None and config.tiers["demote"] == "mass"
+    found = specs.of_model(*shape, arch_of(device), smem_limit(device), tiers=config.tiers is not None, masses=masses)
     with using(device):
-        for spec in wanted:
+        for spec in found:
             load_spec(spec, device)
 
 

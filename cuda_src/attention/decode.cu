@@ -23,6 +23,7 @@
 #define KVT_TIERED 0
 #include <kvt/decode.cuh>
 #include <kvt/locate.cuh>
+#include <kvt/masses.cuh>
 #include <kvt/ptx/async_copy.cuh>
 #include <kvt/ptx/cluster.cuh>
 #include <kvt/ptx/matrix.cuh>
@@ -41,6 +42,10 @@ using WarpStates = Scratch<kCluster == 1 ? kFifoBytes : 0, kCluster == 1 ? kStat
 // What the CTAs share of a sequence: steps of 16 tokens.
 __device__ __forceinline__ StepRange work_of(const AttentionParams& p, const RowBlock& block) {
   return visible_steps(p.left, p.right, block.seq_len, block.num_queries);
+}
+
+__device__ __forceinline__ int first_unit(const AttentionParams&, int, StepRange steps, int tile) {
+  return max(steps.begin, min(steps.end, tile * (kTile / kStep)));
 }
 
 // Copy the K and V of 16 tokens to a stage: token l % 16 lies at the place that lane l knows.
@@ -133,7 +138,7 @@ __device__ __forceinline__ void attend_step(
     const float sums[2] = {s[r][0] + s[r][2], s[r][1] + s[r][3]};
     state.l[r][0] += sums[0];
     state.l[r][1] += sums[1];
-    if (p.unit_lse != nullptr) notes.take(r, first / kStep, base, sums);
+    if (kHasMasses) notes.take(r, first / kStep, base, sums);
     // the weights are tokens x rows; as an operand they are wanted rows first
     weights[r][0] = ptx::transpose_matrix(scalar_t::pack(s[r][0], s[r][1]));
     weights[r][1] = ptx::transpose_matrix(scalar_t::pack(s[r][2], s[r][3]));
@@ -324,7 +329,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) KVT_CLUSTER_DIMS
       __syncwarp();
       attend_step(
           p, queries.q, columns, keys, piece.block.seq_len, fifo + stage * kStageBytes, step * kStep, state, notes);
-      if (p.unit_lse != nullptr) notes.write(p, piece.block, kv_head, step, piece.end, mass_policy);
+      if (kHasMasses) notes.write(p, piece.block, kv_head, step, piece.end, mass_policy);
       __syncwarp();
       if (ahead.slot >= 0) copy_step(p, kv_head, fifo + stage * kStageBytes, ahead, policy);
       ptx::commit_copies();
@@ -337,6 +342,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) KVT_CLUSTER_DIMS
     __syncthreads();
 #if KVT_CLUSTER > 1
     merge_cluster(p, schedule, piece, scratch, inbox);
+    const bool is_complete = true;
 #else
     for (int i = threadIdx.x; i < piece.block.num_rows * kHeadDim / 4; i += kThreads) {
       const int row = i / (kHeadDim / 4);
@@ -349,8 +355,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) KVT_CLUSTER_DIMS
         write_partial(p, schedule, piece, row, dim, o, sums);
       }
     }
-    if (piece.num_pieces > 1) merge_pieces(p, schedule, piece);
+    const bool is_complete = piece.num_pieces == 1 || merge_pieces(p, schedule, piece);
 #endif
+    if (kHasMasses && is_complete) write_masses(p, piece.block, kv_head);
   } while (schedule.next(p, piece));
 }
 

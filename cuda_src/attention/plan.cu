@@ -6,7 +6,9 @@
 //
 // The steps of all sequences stand in one row, each sequence with an overhead in front of its steps: what it costs to
 // begin and to end it. A range ends where its share of the cost is reached, but leaves no less than min_steps of a
-// sequence on either side. Where there is too little for all ranges, the last ones are empty.
+// sequence on either side. Where there is too little for all ranges, the last ones are empty; and so they are where
+// fewer ranges, num_even, are known to cut sequences of equal lengths evenly or not at all, unless the ranges are so long
+// that an idle SM would cost more than the cuts.
 //
 // SMs are not equally fast. Where an SM holds several CTAs, the last eighth of the cost is cut into as many ranges
 // again, the late ones: their CTAs begin wherever one has ended, while its neighbours keep the memory busy.
@@ -30,6 +32,7 @@ struct PlanParams {
   int2* sequences;
   int batch, num_ranges;
   int num_late;             // of the ranges
+  int num_even, long_cost;  // ranges; the cost of a range from which on it is long
   int left, right;
   int overhead, min_steps;  // steps
   int min_cost, min_late;   // of a range, of a late one
@@ -101,7 +104,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) kvt_plan(const __grid_con
   const int num_early = p.num_ranges - p.num_late;
   const int eighth = total >> 3;
   const int late = p.num_late > 0 && eighth / p.num_late >= p.min_late ? eighth : 0;  // cost of the late ranges
-  const int used = late > 0 ? num_early : max(1, min(num_early, total / p.min_cost));
+  const int most = late > 0 || total / num_early >= p.long_cost ? num_early : p.num_even;
+  const int used = late > 0 ? most : max(1, min(most, total / p.min_cost));
   for (int i = threadIdx.x; i <= p.num_ranges; i += kThreads) {
     int2 place{p.batch, 0};
     if (i < used || (late > 0 && i < p.num_ranges)) {

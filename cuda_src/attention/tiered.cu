@@ -17,6 +17,7 @@
 #define KVT_TIERED 1
 #define KVT_CLUSTER 1
 #include <kvt/decode.cuh>
+#include <kvt/masses.cuh>
 #include <kvt/ptx/async_copy.cuh>
 #include <kvt/ptx/cluster.cuh>
 #include <kvt/ptx/codes.cuh>
@@ -51,6 +52,11 @@ constexpr float kSlack = 2.0f;                       // how far the reference st
 // What the CTAs share of a sequence: the units of its list.
 __device__ __forceinline__ StepRange work_of(const AttentionParams& p, const RowBlock& block) {
   return {0, static_cast<const TieredParams&>(p).num_units[block.sequence]};
+}
+
+__device__ __forceinline__ int first_unit(const AttentionParams& p, int sequence, StepRange, int tile) {
+  const TieredParams& tiered = static_cast<const TieredParams&>(p);
+  return tiered.tile_units[static_cast<long long>(sequence) * (tiered.max_units / 4 + 1) + tile];
 }
 
 // The running softmax where some of the values come as codes.
@@ -231,7 +237,7 @@ __device__ __forceinline__ void weigh(
     }
     state.l[r][c] += sum[c];
   }
-  if (p.unit_lse != nullptr) walk.notes.take(r, walk.unit, base, sum);
+  if (kHasMasses) walk.notes.take(r, walk.unit, base, sum);
 }
 
 // Weights of 16 tokens as the operand of a product: rows first, times what each token's values are scaled by.
@@ -615,7 +621,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, KVT_PER_SM) kvt_tiered(co
       } else {
         attend_hot(walk, queries, at, present.position(), state);
       }
-      if (p.unit_lse != nullptr) walk.notes.write(p, piece.block, kv_head, unit, piece.end, mass_policy);
+      if (kHasMasses) walk.notes.write(p, piece.block, kv_head, unit, piece.end, mass_policy);
       __syncwarp();
 #pragma unroll
       for (int i = 0; i + 1 < kStages; ++i) tiers[i] = tiers[i + 1];
@@ -643,7 +649,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, KVT_PER_SM) kvt_tiered(co
         write_partial(p, schedule, piece, row, dim, o, sums);
       }
     }
-    if (piece.num_pieces > 1) merge_pieces(p, schedule, piece);
+    const bool is_complete = piece.num_pieces == 1 || merge_pieces(p, schedule, piece);
+    if (kHasMasses && is_complete) write_masses(p, piece.block, kv_head);
   } while (schedule.next(p, piece));
 }
 

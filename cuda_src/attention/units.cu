@@ -4,6 +4,7 @@
 //   seq_lens      [batch] int32;   cu_seqlens_q  [batch + 1] int32 or null = one query each
 //   granules      [batch, width] int32, scratch: granule inside its tier | tier << 27
 //   units         [batch, max_units] in order of their positions, see kvt/tiers.cuh;   num_units  [batch]
+//   tile_units    [batch, max_units / 4 + 1] the first unit of each tile that is seen, and of the one behind the last
 //   plan_lens     [batch] steps' worth of tokens, for kvt_plan: a unit costs what 16 hot tokens do
 //
 // Launch:   a CTA of 256 for each sequence. Any architecture.
@@ -24,6 +25,7 @@ struct UnitsParams {
   int4* units;
   int* num_units;
   int* plan_lens;
+  int* tile_units;
   long long table_row, starts_row;
   int max_entries, width, max_units;
   int left, right;             // keys seen before and after a query's position; -1 = all
@@ -52,6 +54,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) kvt_units(const __grid_co
   KeyRange keys = visible_keys(p.left, p.right, seq_len, seq_len - queries, seq_len - 1);
   if (queries == 0) keys.end = 0;
   int4* const units = p.units + static_cast<long long>(row) * p.max_units;
+  int* const tile_units = p.tile_units + static_cast<long long>(row) * (p.max_units / 4 + 1);
   const int lane = lane_id();
   const int warp = threadIdx.x >> 5;
   int count = 0;
@@ -86,6 +89,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) kvt_units(const __grid_co
     }
     __syncthreads();
     int at = count + before + inclusive - (end - begin);
+    if (first < keys.end) tile_units[tile] = at;
     for (int u = begin; u < end; ++u, ++at) {
       int4 unit{(word & 0xFFFFFF) >> 3, u, first + u * tokens, word >> 27};
       if (tokens == kStep) {
@@ -98,6 +102,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) kvt_units(const __grid_co
     count += total;
   }
   if (threadIdx.x == 0) {
+    tile_units[(keys.end + kTile - 1) / kTile] = count;
     p.num_units[row] = count;
     p.plan_lens[row] = count * kStep;
   }

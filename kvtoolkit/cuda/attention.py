@@ -1,13 +1,14 @@
 """Launch the attention kernels on device arrays that are known to be right."""
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 from kvtoolkit.cpu.arrays import Operand
 from kvtoolkit.cuda import specs
 from kvtoolkit.cuda.expand import list_width, make_granules
 from kvtoolkit.cuda.launching import Launch, load_spec
-from kvtoolkit.cuda.masses import make_masses, notes_nbytes, num_slots, place_notes, set_masses
+from kvtoolkit.cuda.masses import Notes, notes_nbytes, notes_shape, place_notes
 from kvtoolkit.cuda.plan import make_plan, plan_nbytes
 from kvtoolkit.cuda.units import make_units, units_nbytes
 from kvtoolkit.cuda.workspace import Sizes, workspace
@@ -21,10 +22,10 @@ MAX_SPLITS = 128
 MAX_RANGES = 1024  # as in plan.cu
 _UNBOUNDED = 1 << 30  # a window as wide as any sequence; sums with positions stay in 32 bits
 _LOG2E = 1.4426950408889634
-_params = packer("15q11q17i3f")
-_tiered_params = packer("4qi4x")  # what TieredParams adds
-_Q, _KEYS = 0, 3  # words of AttentionParams; out and v_cache follow
-_TIERS = 36  # word of TieredParams.warm; cold follows
+_params = packer("17q11q17i3f")
+_tiered_params = packer("5qi4x")  # what TieredParams adds
+_Q, _KEYS, _MASSES = 0, 3, 15  # words of AttentionParams; out and v_cache follow the first two
+_TIERS = 38  # word of TieredParams.warm; cold follows
 
 
 class Attention(NamedTuple):
@@ -35,9 +36,6 @@ class Attention(NamedTuple):
     decode_early: Launch | None
     """May read before the kernel in front of it has ended; None if `attend` was not told to keep what it plans."""
     prefill: Launch | None
-    masses: Launch | None
-    is_dependent: bool
-    """Whether the launch of the masses may begin early, too."""
     memory: Any
     """What the launches read and nobody else keeps alive."""
 
@@ -54,6 +52,8 @@ class _Schedule(NamedTuple):
     """0 = even, not planned."""
     num_late: int
     """Of the ranges: those that begin when others have ended."""
+    num_even: int
+    """As many ranges, or fewer, so that they cut sequences of equal lengths evenly or not at all."""
     partials_nbytes: int
     counters_nbytes: int
 
@@ -90,7 +90,9 @@ def attend(
     batch, group_size = block_table.shape[0], num_q_heads // num_kv_heads
     device = q.device
     if num_tokens == 0:
-        return Attention(None, None, None, None, False, None)
+        if block_mass is not None:
+            _clear(block_mass, stream)
+        return Attention(None, None, None, None)
     fewest, most = (1, 1) if cu_seqlens_q is None else query_counts or (0, num_tokens)
     if batch == 1 and cu_seqlens_q is not None:
         fewest = most = num_tokens
@@ -111,7 +113,7 @@ def attend(
         schedule = _schedule(
             q.shape, q.dtype, device, num_kv_heads, batch, cu_seqlens_q is not None, rows, num_splits, tiers is not None
         )  # fmt: skip
-    num_ranges, num_late = (schedule.num_ranges, schedule.num_late) if schedule else (0, 0)
+    num_ranges = schedule.num_ranges if schedule else 0
     width = list_width(block_table.shape[1], max_seq_len)
     list_nbytes = 0
     if tiers is not None:
@@ -120,24 +122,30 @@ def attend(
         list_nbytes = 4 * batch * width
     plan_at = -(-list_nbytes // 256) * 256
     notes_at = plan_at + (-(-plan_nbytes(batch, num_ranges) // 256) * 256 if num_ranges else 0)
-    step_nbytes, slots, unit_rows, stride = notes_at, 0, 0, 1
+    step_nbytes, shape = notes_at, None
     if block_mass is not None and schedule is not None:
         macros = dict(schedule.spec.defines)
-        stride, unit_rows = macros["KVT_WARPS"] * macros.get("KVT_CLUSTER", 1), schedule.row_blocks * schedule.spec.rows
-        slots = num_slots(block_mass.shape[1], stride)
-        step_nbytes += notes_nbytes(batch, num_kv_heads, slots, unit_rows, num_tokens * num_q_heads)
+        stride = macros["KVT_WARPS"] * macros.get("KVT_CLUSTER", 1)
+        shape = notes_shape(batch, num_kv_heads, block_mass.shape[1], stride, group_size * most)
+        step_nbytes += notes_nbytes(shape, num_tokens * num_q_heads)
     partials, counters, step_at = schedule.partials_nbytes if schedule else 0, 0, 0
     memory = None
     if kept is not None and step_nbytes:
-        key = (width, num_ranges, left, right, slots, unit_rows)
+        key = (width, num_ranges, left, right, shape)
         memory = _keep(kept, key, step_nbytes, stream)
-    if partials or (step_nbytes and memory is None):
+    mass_counters = 0
+    if partials or shape is not None or (step_nbytes and memory is None):
         counters = schedule.counters_nbytes if schedule else 0
-        scratch = workspace(device, stream, Sizes(partials, counters, 0 if memory is not None else step_nbytes))
+        mass_counters = 4 * batch * num_kv_heads if shape is not None else 0
+        scratch = workspace(
+            device, stream, Sizes(partials, counters + mass_counters, 0 if memory is not None else step_nbytes)
+        )
+        mass_counters = scratch.counters + counters
         partials, counters, step_at = scratch.partials, scratch.counters, scratch.step
     if memory is not None:
         step_at = memory.data.ptr
-    granules = units = plan = notes = masses = None
+    granules = units = plan = None
+    notes = Notes(lse.address if lse else 0, 0, 0)
     if tiers is not None:
         assert block_starts is not None
         units = make_units(
@@ -146,19 +154,22 @@ def attend(
     elif block_starts is not None:
         granules = make_granules(step_at, block_table, block_starts, seq_lens, width)
     ids = block_table if granules is None else granules.table
-    if num_ranges:
+    if schedule is not None and num_ranges:
         plan_lens, window = (units.plan_lens, (-1, -1)) if units else (seq_lens, (left, right))
-        plan = make_plan(step_at + plan_at, plan_lens, cu_seqlens_q, num_ranges, num_late, *window, prefills)
-    if block_mass is not None and schedule is not None:
-        notes = place_notes(step_at + notes_at, batch, num_kv_heads, slots, unit_rows, lse)
-        masses = make_masses(notes, block_mass, seq_lens, cu_seqlens_q, units, group_size, left, right, stride)
+        late, even = schedule.num_late, schedule.num_even
+        plan = make_plan(step_at + plan_at, plan_lens, cu_seqlens_q, num_ranges, late, even, *window, prefills)
+    if shape is not None:
+        notes = place_notes(step_at + notes_at, shape, notes.lse)
+        if fewest == 0 and block_mass is not None:
+            _clear(block_mass, stream)
 
     def parameters(wait_first: bool) -> bytes:
         packed = _params.pack(
-            q.address, out.address, notes.lse if notes else lse.address if lse else 0, k_cache.address, v_cache.address,
+            q.address, out.address, notes.lse, k_cache.address, v_cache.address,
             ids.address, seq_lens.address, cu_seqlens_q.address if cu_seqlens_q else 0,
-            alibi_slopes.address if alibi_slopes else 0, sinks.address if sinks else 0, partials, counters,
-            plan.ranges if plan else 0, plan.sequences if plan else 0, notes.unit_lse if notes else 0,
+            alibi_slopes.address if alibi_slopes else 0, sinks.address if sinks else 0,
+            partials, counters, mass_counters, plan.ranges if plan else 0, plan.sequences if plan else 0,
+            block_mass.address if block_mass else 0, notes.unit_lse,
             *q.strides[:2], *out.strides[:2],
             k_cache.strides[0], k_cache.strides[head_axis], k_cache.strides[slot_axis],
             v_cache.strides[0], v_cache.strides[head_axis], v_cache.strides[slot_axis],
@@ -167,14 +178,14 @@ def attend(
             left, right,
             schedule.splits if schedule else 1, int(schedule is not None and schedule.is_fixed),
             schedule.row_blocks if schedule else 1, int(prefills),
-            notes.slots if notes else 0, notes.rows if notes else 0, int(wait_first),
+            block_mass.shape[1] if block_mass else 0, notes.rows, int(wait_first),
             scale * _LOG2E, scale / softcap if softcap else 0.0, softcap * _LOG2E,
         )  # fmt: skip
         if tiers is None:
             return packed
         assert units is not None
         addresses = (tier.address if tier else 0 for tier in (tiers.warm, tiers.cold))
-        return packed + _tiered_params.pack(*addresses, units.address, units.counts, units.max_units)
+        return packed + _tiered_params.pack(*addresses, units.address, units.counts, units.tile_units, units.max_units)
 
     decode = early = prefill = None
     if granules is not None:
@@ -182,7 +193,7 @@ def attend(
     if units is not None:
         units.launch.run(stream)
     if schedule is not None:
-        spec = schedule.spec
+        spec = schedule.spec if shape is None else schedule.spec.with_masses()
         kernel = load_spec(spec, device)
         decode = Launch(kernel, schedule.grid, spec.threads, spec.smem_nbytes, parameters(True))
         if kept is not None:
@@ -195,11 +206,16 @@ def attend(
         grid = (num_tokens * group_size // spec.rows + batch, num_kv_heads)
         prefill = Launch(load_spec(spec, device), grid, spec.threads, spec.smem_nbytes, parameters(True))
         prefill.run(stream)
-    if masses is not None:
-        masses.run(stream, dependent=arch_of(device) >= 90)  # it waits for the kernel in front of it by itself
     if step_nbytes and memory is None:
         return None
-    return Attention(decode, early, prefill, masses, arch_of(device) >= 90, memory)
+    return Attention(decode, early, prefill, memory)
+
+
+def _clear(block_mass: Operand, stream: int) -> None:
+    """Set all masses to 0, for rows without queries, which no CTA takes."""
+    import cupy
+
+    cupy.cuda.runtime.memsetAsync(block_mass.address, 0, 4 * math.prod(block_mass.shape), stream)
 
 
 def _keep(kept: dict[Any, Any], key: Any, nbytes: int, stream: int) -> Any:
@@ -224,7 +240,9 @@ def _schedule(
     group_size = num_q_heads // num_kv_heads
     limit = smem_limit(device)
     if is_tiered:
-        spec = specs.tiered(head_dim, dtype, most_rows, limit)
+        pairs = batch * num_kv_heads * -(-most_rows // specs.TIERED_ROWS)
+        # whether there is a whole sequence for nearly every CTA of two to an SM
+        spec = specs.tiered(head_dim, dtype, most_rows, limit, shares_sm=10 * pairs >= 18 * num_sms(device))
     else:
         spec = specs.decode(head_dim, dtype, most_rows, limit)
     rows = spec.rows
@@ -233,11 +251,12 @@ def _schedule(
     if num_splits == 0 and (batch > 1 or is_tiered) and batch <= specs.MAX_PLANNED:
         heads = num_kv_heads * row_blocks
         ranges = max(1, spec.per_sm * num_sms(device) // heads)
-        late = ranges if spec.per_sm > 1 and 2 * ranges <= MAX_RANGES else 0
+        late = ranges if spec.per_sm > 1 and not is_tiered and 2 * ranges <= MAX_RANGES else 0
+        even = whole_sequences(ranges, batch) if is_tiered else ranges
         ranges += late
         grid = (num_kv_heads, row_blocks, ranges)
         return _Schedule(
-            spec, grid, 1, False, row_blocks, ranges, late, 2 * ranges * heads * partial, 4 * batch * heads
+            spec, grid, 1, False, row_blocks, ranges, late, even, 2 * ranges * heads * partial, 4 * batch * heads
         )
     # every sequence in even splits, and a block of rows found by its number
     num_blocks = num_tokens * group_size // rows + batch if has_bounds else batch * -(-group_size // rows)
@@ -254,7 +273,14 @@ def _schedule(
     groups = num_blocks * num_kv_heads
     nbytes = groups * splits * partial if cluster == 1 and splits > 1 else 0
     grid = (groups, splits, 1) if cluster == 1 else (cluster, num_kv_heads, num_blocks)
-    return _Schedule(spec, grid, splits, num_splits > 0, row_blocks, 0, 0, nbytes, 4 * groups)
+    return _Schedule(spec, grid, splits, num_splits > 0, row_blocks, 0, 0, 0, nbytes, 4 * groups)
+
+
+def whole_sequences(ranges: int, batch: int) -> int:
+    """As many ranges, or up to a tenth fewer so that sequences of equal lengths are cut evenly, or not at all."""
+    good = (count for count in range(ranges, 0, -1) if count % batch == 0 or batch % count == 0)
+    best = next(good)
+    return best if 10 * best >= 9 * ranges else ranges
 
 
 def attend_alike(
@@ -277,7 +303,6 @@ def attend_alike(
             launch.set_addresses(_KEYS, k_cache, v_cache)
             if warm or cold:
                 launch.set_addresses(_TIERS, warm, cold)
+            if block_mass:
+                launch.set_addresses(_MASSES, block_mass)
             launch.run(stream, dependent=is_early)
-    if prepared.masses is not None:
-        set_masses(prepared.masses, block_mass)
-        prepared.masses.run(stream, dependent=prepared.is_dependent)

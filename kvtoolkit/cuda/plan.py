@@ -7,13 +7,14 @@ from kvtoolkit.cuda import specs
 from kvtoolkit.cuda.launching import Launch, load_spec
 from kvtoolkit.runtime.kernels import packer
 
-_params = packer("4q10i")
+_params = packer("4q12i")
 
 # in steps of 16 tokens, all by measurement
 _OVERHEAD = 12  # what a sequence costs to begin and to end
 _MIN_STEPS = 8  # of a sequence that is cut, on either side
 _MIN_COST = 12  # of a range
 _MIN_LATE = 12
+_LONG = 350  # of a range
 
 
 class Plan(NamedTuple):
@@ -32,7 +33,7 @@ def plan_nbytes(batch: int, num_ranges: int) -> int:
 
 
 def make_plan(
-    address: int, seq_lens: Operand, cu_seqlens_q: Operand | None, num_ranges: int, num_late: int,
+    address: int, seq_lens: Operand, cu_seqlens_q: Operand | None, num_ranges: int, num_late: int, num_even: int,
     left: int, right: int, has_prefill: bool,
 ) -> Plan:  # fmt: skip
     """The launch that fills `plan_nbytes` at an address, a multiple of 16, with a plan; nothing is launched yet."""
@@ -40,7 +41,7 @@ def make_plan(
     sequences = address + 16 * (num_ranges + 1)
     parameters = _params.pack(
         seq_lens.address, cu_seqlens_q.address if cu_seqlens_q else 0, address, sequences, batch, num_ranges, num_late,
-        left, right, _OVERHEAD, _MIN_STEPS, _MIN_COST, _MIN_LATE, int(has_prefill),
+        num_even, _LONG, left, right, _OVERHEAD, _MIN_STEPS, _MIN_COST, _MIN_LATE, int(has_prefill),
     )  # fmt: skip
     spec = specs.plan(batch)
     ctas = min(4, -(-batch // spec.threads))

@@ -18,6 +18,10 @@ _RESERVED = 256  # static shared memory
 
 TIERED_SHAPES = ((8, 2, 1), (4, 1, 2), (4, 2, 1), (2, 2, 1), (2, 1, 1))
 """Warps, stages and CTAs of an SM for the tiered kernel; the first that fits."""
+TIERED_ROWS = 8
+"""Query rows of its CTAs."""
+SHARED_SM_SHAPES = ((4, 2, 2), *TIERED_SHAPES)
+"""Where every CTA has whole sequences: while one begins or ends a sequence, the other one keeps the memory busy."""
 
 
 class Spec(NamedTuple):
@@ -35,6 +39,10 @@ class Spec(NamedTuple):
     per_sm: int = 1
     """CTAs that an SM holds."""
 
+    def with_masses(self) -> "Spec":
+        """An attention kernel that also tells what share of the attention each tile got."""
+        return self._replace(defines=(*self.defines, ("KVT_MASSES", 1)))
+
 
 def check_head_dim(head_dim: int, dtype: str) -> None:
     """UnsupportedError where there is no attention kernel for these tokens."""
@@ -47,6 +55,11 @@ def check_head_dim(head_dim: int, dtype: str) -> None:
 def row_bytes(head_dim: int) -> int:
     """Shared memory of one token's keys or values: rows begin at multiples of 128 bytes."""
     return -(-head_dim // 64) * 128
+
+
+def _share_of_sm(smem_limit: int, per_sm: int) -> int:
+    """All of an SM's shared memory, so that CTAs of the next kernel do not crowd in."""
+    return ((smem_limit + 1024) // per_sm - 1024 - _RESERVED) // 128 * 128
 
 
 def decode(
@@ -83,12 +96,13 @@ def decode(
         ("KVT_WARPS", shape[0]), ("KVT_STAGES", shape[1]),
         ("KVT_PLANNED", int(planned)), ("KVT_CLUSTER", cluster),
     )  # fmt: skip
-    # all of an SM's memory, so that CTAs of the next kernel do not crowd in while these run
-    smem = max(nbytes(shape, row_tiles), ((smem_limit + 1024) // per_sm - 1024 - _RESERVED) // 128 * 128)
+    smem = max(nbytes(shape, row_tiles), _share_of_sm(smem_limit, per_sm))
     return Spec("attention/decode.cu", "kvt_decode", defines, 32 * shape[0], smem, 8 * row_tiles, per_sm)
 
 
-def tiered(head_dim: int, dtype: str, most_rows: int, smem_limit: int, *, planned: bool = True) -> Spec:
+def tiered(
+    head_dim: int, dtype: str, most_rows: int, smem_limit: int, *, planned: bool = True, shares_sm: bool = False
+) -> Spec:
     """The decode kernel for sequences in tiers, for blocks of up to 8 query rows; head_dim 64 or 128."""
     stage = 64 * head_dim + 4 * head_dim + 256  # a block of int4
 
@@ -96,16 +110,16 @@ def tiered(head_dim: int, dtype: str, most_rows: int, smem_limit: int, *, planne
         warps, stages, _ = shape
         return warps * (stages * stage + 32 * (head_dim + 4 + 2))
 
-    fits = (shape for shape in TIERED_SHAPES if shape[2] * (nbytes(shape) + 1024 + _RESERVED) <= smem_limit + 1024)
+    shapes = SHARED_SM_SHAPES if shares_sm else TIERED_SHAPES
+    fits = (shape for shape in shapes if shape[2] * (nbytes(shape) + 1024 + _RESERVED) <= smem_limit + 1024)
     warps, stages, per_sm = next(fits)
     defines = (
         ("KVT_HEAD_DIM", head_dim), ("KVT_BF16", int(dtype == "bfloat16")), ("KVT_ROW_TILES", 1),
         ("KVT_WARPS", warps), ("KVT_STAGES", stages), ("KVT_PLANNED", int(planned)), ("KVT_PER_SM", per_sm),
         ("KVT_SPLIT_ROWS", int(most_rows <= 4)),
     )  # fmt: skip
-    # all of an SM's memory, as for `decode`
-    smem = ((smem_limit + 1024) // per_sm - 1024 - _RESERVED) // 128 * 128
-    return Spec("attention/tiered.cu", "kvt_tiered", defines, 32 * warps, smem, 8, per_sm)
+    smem = max(nbytes((warps, stages, per_sm)), _share_of_sm(smem_limit, per_sm))
+    return Spec("attention/tiered.cu", "kvt_tiered", defines, 32 * warps, smem, TIERED_ROWS, per_sm)
 
 
 def convert(head_dim: int, dtype: str) -> Spec:
@@ -133,7 +147,6 @@ def append(vector: int) -> Spec:
 
 EXPAND = Spec("attention/expand.cu", "kvt_expand", (), 256)
 UNITS = Spec("attention/units.cu", "kvt_units", (), 256)
-MASSES = Spec("attention/masses.cu", "kvt_masses", (), 256)
 MOVE = Spec("cache/move.cu", "kvt_move", (), 256)
 CHECK = Spec("cache/check.cu", "kvt_check", (), 256)
 
@@ -152,9 +165,10 @@ def cluster_size(arch: int, num_heads: int) -> int:
 
 
 def of_model(
-    head_dim: int, dtype: str, num_q_heads: int, num_kv_heads: int, arch: int, smem_limit: int, *, tiers: bool = False
-) -> Iterator[Spec]:
-    """Every kernel that the cache of a model needs, with quantized tiers or without."""
+    head_dim: int, dtype: str, num_q_heads: int, num_kv_heads: int, arch: int, smem_limit: int, *,
+    tiers: bool = False, masses: bool = False,
+) -> Iterator[Spec]:  # fmt: skip
+    """Every kernel that the cache of a model needs, with quantized tiers or without, and with masses or without."""
     group_size = num_q_heads // num_kv_heads
     found: dict[Spec, None] = {}
     for rows in range(group_size, 9 * group_size, group_size):  # decode, and verify with up to 8 tokens
@@ -166,8 +180,10 @@ def of_model(
         if tiers:
             for planned in (True, False):
                 found[tiered(head_dim, dtype, rows, smem_limit, planned=planned)] = None
+            found[tiered(head_dim, dtype, rows, smem_limit, shares_sm=True)] = None
     yield from found
+    if masses:
+        yield from (spec.with_masses() for spec in found)
     if tiers:
         yield from (UNITS, convert(head_dim, dtype))
-    yield MASSES
     yield from (prefill(head_dim, dtype), plan(1), EXPAND, append(16), MOVE, CHECK, merge_states(dtype))

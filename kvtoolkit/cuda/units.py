@@ -7,7 +7,7 @@ from kvtoolkit.cuda import specs
 from kvtoolkit.cuda.launching import Launch, load_spec
 from kvtoolkit.runtime.kernels import packer
 
-_params = packer("8q2q8i")
+_params = packer("9q2q8i")
 
 
 class Units(NamedTuple):
@@ -19,6 +19,8 @@ class Units(NamedTuple):
     """Address of ``[batch]`` int32."""
     plan_lens: Operand
     """``[batch]`` int32: the tokens of 16 bits that would cost as much."""
+    tile_units: int
+    """Address of ``[batch, max_units / 4 + 1]`` int32: the first unit of each tile."""
     max_units: int
     launch: Launch
 
@@ -30,7 +32,7 @@ def max_units(width: int) -> int:
 
 def units_nbytes(batch: int, width: int) -> int:
     """Memory that the lists take, and the list of granules that they are made from."""
-    return batch * (16 * max_units(width) + 4 * width + 8)
+    return batch * (17 * max_units(width) + 4 * width + 12)
 
 
 def make_units(
@@ -42,11 +44,12 @@ def make_units(
     most = max_units(width)
     counts = address + 16 * batch * most
     plan_lens, granules = counts + 4 * batch, counts + 8 * batch
+    tile_units = granules + 4 * batch * width
     parameters = _params.pack(
         block_table.address, block_starts.address, seq_lens.address, cu_seqlens_q.address if cu_seqlens_q else 0,
-        granules, address, counts, plan_lens, block_table.strides[0], block_starts.strides[0],
+        granules, address, counts, plan_lens, tile_units, block_table.strides[0], block_starts.strides[0],
         max_entries, width, most, left, right, *first_granules,
     )  # fmt: skip
     launch = Launch(load_spec(specs.UNITS, block_table.device), (batch,), specs.UNITS.threads, 0, parameters)
     lens = Operand(plan_lens, (batch,), (1,), "int32", None, True, block_table.device)
-    return Units(address, counts, lens, most, launch)
+    return Units(address, counts, lens, tile_units, most, launch)

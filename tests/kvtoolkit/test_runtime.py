@@ -16,6 +16,7 @@ pytest.importorskip("cupy")
 from kvtoolkit import CacheConfig, CompileError, ConfigError, UnsupportedError, formats, sources, warmup
 from kvtoolkit.cli import main
 from kvtoolkit.cuda import specs
+from kvtoolkit.cuda.attention import whole_sequences
 from kvtoolkit.runtime import build, compiler, toolchain
 from kvtoolkit.warm import row_of
 
@@ -128,10 +129,11 @@ def every_kernel():
         kernels = specs.of_model(head_dim, dtype, num_heads, 8, 90, specs.SMEM_LIMITS["90"])
         found |= {(spec, "90"): None for spec in kernels}
     for head_dim, dtype in itertools.product(formats.HEAD_DIMS, ("float16", "bfloat16")):
-        kernels = specs.of_model(head_dim, dtype, 32, 8, 90, specs.SMEM_LIMITS["90"], tiers=True)
+        kernels = specs.of_model(head_dim, dtype, 32, 8, 90, specs.SMEM_LIMITS["90"], tiers=True, masses=True)
         found |= {(spec, "90"): None for spec in kernels}
     for arch, limit in specs.SMEM_LIMITS.items():
-        found |= {(spec, arch): None for spec in specs.of_model(128, "bfloat16", 32, 8, int(arch), limit, tiers=True)}
+        kernels = specs.of_model(128, "bfloat16", 32, 8, int(arch), limit, tiers=True, masses=True)
+        found |= {(spec, arch): None for spec in kernels}
     return list(found)
 
 
@@ -170,7 +172,29 @@ def test_the_tiered_kernels_have_room_on_every_architecture():
         assert {dict(spec.defines)["KVT_SPLIT_ROWS"] for spec in tiered} == {0, 1}
         for spec in tiered:
             assert needed_tiered_smem(dict(spec.defines)) <= spec.smem_nbytes <= limit
-        assert {"kvt_units", "kvt_convert", "kvt_masses"} <= {spec.name for spec in found}
+            # as many CTAs as an SM is said to hold; the driver takes 1 KiB of each
+            assert spec.per_sm * (spec.smem_nbytes + 1024) <= limit + 1024
+        assert {"kvt_units", "kvt_convert"} <= {spec.name for spec in found}
+
+
+def test_ranges_cut_equal_sequences_evenly_where_that_costs_few_of_them():
+    assert whole_sequences(33, 64) == 32
+    assert whole_sequences(66, 32) == 64
+    assert whole_sequences(33, 32) == 32
+    assert whole_sequences(16, 256) == 16
+    assert whole_sequences(33, 48) == 33  # 24 would leave a quarter idle
+    assert whole_sequences(5, 3) == 5
+    assert whole_sequences(1, 7) == 1
+
+
+def test_kernels_with_masses_are_asked_for_only_where_they_are_wanted():
+    plain, masses = (
+        list(specs.of_model(128, "float16", 32, 8, 90, specs.SMEM_LIMITS["90"], tiers=True, masses=masses))
+        for masses in (False, True)
+    )
+    assert not any("KVT_MASSES" in dict(spec.defines) for spec in plain)
+    more = [spec for spec in masses if spec not in plain]
+    assert more == [spec.with_masses() for spec in plain if spec.name in ("kvt_decode", "kvt_tiered")]
 
 
 def test_every_kernel_compiles_for_every_architecture_and_spills_nothing():

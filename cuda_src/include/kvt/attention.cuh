@@ -29,9 +29,11 @@ struct AttentionParams {
   const float* sinks;
   float* partials;
   unsigned* counters;      // all 0 between kernels
+  unsigned* mass_counters;  // [batch, num_kv_heads], alike
   const int4* ranges;      // made by kvt_plan, see plan.cu; null where the schedule is even
   const int2* sequences;
-  float* unit_lse;         // [batch, num_kv_heads, unit_slots, unit_rows] log2, for masses.cu; null = not wanted
+  float* masses;           // [batch, max_tiles, num_kv_heads], see masses.cuh; lse is given then
+  float* unit_lse;         // [batch, num_kv_heads, slots, unit_rows] log2, what the warps note of their units
   long long q_token, q_head, out_token, out_head;
   long long k_block, k_head, k_slot, v_block, v_head, v_slot;
   long long table_row;
@@ -44,8 +46,8 @@ struct AttentionParams {
   int fixed_splits;        // even schedule, 1: every sequence is cut into max_splits; 0: as many as are worth it
   int num_row_blocks;      // planned schedule: blocks of rows that a sequence may have
   int has_prefill;         // 1: sequences with more than kMaxDecodeQueries queries are another kernel's
-  int unit_slots;          // of unit_lse, for steps of 16 tokens, or units of a tiered sequence
-  int unit_rows;           // query rows of a kv head that it has room for
+  int max_tiles;           // of masses
+  int unit_rows;           // query rows of a kv head that it has room for, a multiple of 4
   int wait_first;          // 1: whatever this kernel reads may still be written when it begins
   float scale_log2;     // softmax_scale * log2(e)
   float cap_inner;      // softmax_scale / softcap
@@ -155,11 +157,6 @@ __device__ __forceinline__ StepRange visible_steps(int left, int right, int seq_
 // Whether the query at `position` sees the key at `key`.
 __device__ __forceinline__ bool is_visible(const AttentionParams& p, int position, int key, int seq_len) {
   return key < seq_len && (p.left < 0 || key >= position - p.left) && (p.right < 0 || key <= position + p.right);
-}
-
-// The slot of a unit's note where a warp takes every `stride`-th unit: four of a warp follow one another.
-__device__ __forceinline__ int place_of_note(int unit, int stride) {
-  return unit / (4 * stride) * (4 * stride) + unit % stride * 4 + (unit / stride & 3);
 }
 
 // From q.k to the score in units of log2: scaled, capped.

@@ -1,7 +1,8 @@
 // What the decode kernels have in common: how CTAs share the batch, and how warps and CTAs merge what they found.
 //
 // Macros: KVT_HEAD_DIM, KVT_BF16, KVT_ROW_TILES, KVT_WARPS, KVT_STAGES, KVT_PLANNED, KVT_CLUSTER as in decode.cu, and
-//         KVT_TIERED: 0 = work is steps of 16 tokens, 1 = units of a tiered sequence.
+//         KVT_TIERED: 0 = work is steps of 16 tokens, 1 = units of a tiered sequence;
+//         KVT_MASSES: 1 = also tell what share of the attention each tile got, see masses.cuh.
 #pragma once
 
 #include <kvt/attention.cuh>
@@ -26,6 +27,10 @@ constexpr int kStages = KVT_STAGES;
 constexpr int kDimPairs = (kHeadDim + 31) / 32;          // products of K and Q take 32 dims at a time
 constexpr int kDimBlocks = kHeadDim / 16;
 constexpr int kCluster = KVT_CLUSTER;
+#ifndef KVT_MASSES
+#define KVT_MASSES 0
+#endif
+constexpr bool kHasMasses = KVT_MASSES;
 constexpr int kStride = kWarps * kCluster;               // steps from one of a warp to its next
 constexpr int kMinSplitTiles = kWarps * kStep / kTile;   // a step for every warp
 constexpr int kRowPitch = kHeadDim + 4;                  // floats; rows 2t and dims g of a fragment in 32 banks
@@ -66,44 +71,6 @@ struct State {
 struct Columns {
   int position[kRowTiles][2];
   float slope[kRowTiles][2];   // ALiBi, times log2(e); 0 where there is none
-};
-
-// What a warp notes of its units for kvt_masses: the log-sum-exp of each by query row. Lane (g, t) holds that of row
-// 2t + g % 2 of every fourth unit, so that four are reduced with few exchanges and written as one line of 128 bytes.
-//
-//   unit_lse  [batch, num_kv_heads, unit_slots, unit_rows]; `place_of_note` says which slot a unit has
-struct Notes {
-  float kept[kRowTiles];
-  bool any = false;    // whether this lane holds one
-
-  // A unit's: base + log2(sum over a column's lanes of `sums`).
-  __device__ __forceinline__ void take(int r, int unit, const float (&base)[2], const float (&sums)[2]) {
-    const int g = lane_id() >> 2;
-    const bool is_odd = g & 1;
-    // the even rows of the lanes' groups add up column 0, the odd ones column 1
-    float sum = (is_odd ? sums[1] : sums[0]) + __shfl_xor_sync(kAllLanes, is_odd ? sums[0] : sums[1], 4);
-    sum += __shfl_xor_sync(kAllLanes, sum, 8);
-    sum += __shfl_xor_sync(kAllLanes, sum, 16);
-    if ((unit / kStride & 3) == g >> 1) {
-      kept[r] = (is_odd ? base[1] : base[0]) + ptx::log2(sum);
-      any = true;
-    }
-  }
-
-  // After unit `unit`, of which another one follows before `end`, or not: write what is complete.
-  __device__ __forceinline__ void write(
-      const AttentionParams& p, const RowBlock& block, int kv_head, int unit, int end, unsigned long long policy) {
-    if ((unit / kStride & 3) != 3 && unit + kStride < end) return;
-    const int g = lane_id() >> 2;
-    const int slot = place_of_note(unit, kStride) / 4 * 4 + (g >> 1);
-    if (any && slot < p.unit_slots) {
-      const long long head = static_cast<long long>(block.sequence) * p.num_kv_heads + kv_head;
-      float* const to = p.unit_lse + (head * p.unit_slots + slot) * p.unit_rows + block.first_row;
-#pragma unroll
-      for (int r = 0; r < kRowTiles; ++r) ptx::store_4(to + 8 * r + 2 * (lane_id() & 3) + (g & 1), kept[r], policy);
-    }
-    any = false;
-  }
 };
 
 // The results of one row over disjoint keys: `o` is the sum of exp2(score - m) * value.
@@ -366,16 +333,21 @@ __device__ __forceinline__ void write_partial(
   }
 }
 
-// The last CTA to arrive merges the pieces of a sequence, in their order; the counter is then 0 again.
-__device__ __forceinline__ void merge_pieces(const AttentionParams& p, const Schedule& schedule, const Piece& piece) {
+// Whether this CTA is the last of `count` to come here; it sees what the others wrote before. The counter is then 0 again.
+__device__ __forceinline__ bool is_last_to_arrive(unsigned* counter, int count) {
   __shared__ bool is_last;
   __syncthreads();  // the order of the counter's release and acquire holds for what the other threads write and read
   if (threadIdx.x == 0) {
-    const unsigned last = piece.num_pieces - 1;
-    is_last = ptx::increment_acq_rel_gpu(p.counters + schedule.counter(p, piece), last) == last;
+    const unsigned last = count - 1;
+    is_last = ptx::increment_acq_rel_gpu(counter, last) == last;
   }
   __syncthreads();
-  if (!is_last) return;
+  return is_last;
+}
+
+// The last CTA to arrive merges the pieces of a sequence, in their order. Whether it was this one.
+__device__ __forceinline__ bool merge_pieces(const AttentionParams& p, const Schedule& schedule, const Piece& piece) {
+  if (!is_last_to_arrive(p.counters + schedule.counter(p, piece), piece.num_pieces)) return false;
   for (int i = threadIdx.x; i < piece.block.num_rows * kHeadDim / 4; i += kThreads) {
     const int row = i / (kHeadDim / 4);
     const int dim = i % (kHeadDim / 4) * 4;
@@ -398,6 +370,7 @@ __device__ __forceinline__ void merge_pieces(const AttentionParams& p, const Sch
     }
     write_row(p, piece.block, schedule.kv_head(), row, dim, o, sums);
   }
+  return true;
 }
 
 }  // namespace kvt

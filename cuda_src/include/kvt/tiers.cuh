@@ -35,6 +35,7 @@ struct TieredParams : AttentionParams {
   const unsigned char* cold;   // [num_blocks, num_kv_heads, kCold bytes]
   const int4* units;           // [batch, max_units], made by kvt_units
   const int* num_units;        // [batch]
+  const int* tile_units;       // [batch, max_units / 4 + 1] the first unit of each tile
   int max_units;
 };
 
