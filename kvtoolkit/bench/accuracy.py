@@ -1,4 +1,4 @@
-"""What quantized tiers cost in accuracy: SmolLM2-135M on the CPU reads a text through caches that differ in tiers only.
+"""What quantized tiers cost in accuracy: SmolLM2-135M reads a text through caches that differ in tiers only.
 
 Teacher forcing in chunks: a step feeds the next ``--chunk`` tokens of the text. They attend to all before them as a
 decode step would, through the cache: what is older than the hot window is read as it is quantized, at every step, and
@@ -6,11 +6,12 @@ the keys and values of the chunk were computed from such reads, so errors add up
 difference to single tokens is that up to ``chunk - 1`` tokens more are hot.
 
 All caches run beside each other, each on its own, and at every position their logits are compared with those of the
-reference: the same weights and an unquantized cache. The model computes in float32 here, so the hot tier is float32
-too, and the reference is what 16 bit comes close to. Bytes are counted with a hot tier of 16 bit.
+reference: the same weights and an unquantized cache. The hot tier and the reference have the dtype that the model
+computes in: on a GPU float16 or bfloat16, so that the reference is a 16-bit cache; on the CPU float32 by default, which
+16 bit comes close to. Bytes are counted with a hot tier of 16 bit.
 
-The keys: one prompt of filler hides eight numbers, each under a name; ``--chunk`` tokens a step as before. The cache is
-forked for eight questions, and the digits are decoded greedily, one token a step.
+The keys: prompts of filler hide eight numbers each, under eight names; ``--chunk`` tokens a step as before. Each prompt
+is forked for eight questions, and the digits are decoded greedily, one token a step.
 """
 
 import argparse
@@ -83,7 +84,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--settings", nargs="+", default=list(SETTINGS), metavar="NAME",
         help=f"{', '.join(SETTINGS)}, or fields of tiers such as hot=128,cold=int4; the reference is always run",
     )  # fmt: skip
-    parser.add_argument("--passkey", type=int, default=3072, help="tokens of the prompt that hides keys; 0: none")
+    parser.add_argument("--passkey", type=int, default=3072, help="tokens of a prompt that hides keys; 0: none")
+    parser.add_argument("--prompts", type=int, default=1, help="prompts that hide eight keys each; default 1")
+    parser.add_argument("--device", default="cpu", help="of the model and its caches: cpu (default) or such as cuda:0")
+    parser.add_argument(
+        "--dtype", choices=["float32", "float16", "bfloat16"],
+        help="of the model and its caches; default: float32 on the CPU, float16 elsewhere",
+    )  # fmt: skip
     parser.add_argument("--json", metavar="PATH", help="also write the figures there")
 
 
@@ -92,34 +99,43 @@ def main(options: argparse.Namespace) -> int:
     settings = _check(options)
     text = _read_text(options.text)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # past_key_values is to become cache
-    model, tokenizer = load_smollm2(progress=lambda text: print(f"{text} ...", flush=True))
+    model, tokenizer = load_smollm2(dtype=options.dtype, progress=lambda text: print(f"{text} ...", flush=True))
     import torch
     import transformers
 
     from kvtoolkit.integrations.transformers import use_kvtoolkit
 
+    try:
+        model.to(options.device)
+    except (RuntimeError, AssertionError) as error:  # what torch raises where there is no such device
+        raise SystemExit(f"--device: {options.device} cannot be used: {error}") from error
     use_kvtoolkit(model)
-    ids = _encode(tokenizer, text, max(options.tokens + 1, options.passkey))
+    ids = _encode(tokenizer, text, max(options.tokens + 1, options.passkey * options.prompts))
+    where = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    if model.device.type == "cuda":
+        where = torch.cuda.get_device_name(model.device)
     print(
-        f"\nkvtoolkit {__version__}, torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"{platform.machine()}, {torch.get_num_threads()} threads\n"
-        f"SmolLM2-135M, float32, hot tier float32; {options.text or 'pydoc_data.topics'}: positions {options.skip} to "
-        f"{options.tokens - 1}, {options.chunk} tokens a step"
+        f"\nkvtoolkit {__version__}, torch {torch.__version__}, transformers {transformers.__version__}, {where}\n"
+        f"SmolLM2-135M, {options.dtype}, hot tier {options.dtype}; {options.text or 'pydoc_data.topics'}: positions "
+        f"{options.skip} to {options.tokens - 1}, {options.chunk} tokens a step"
     )
     start = time.perf_counter()
     figures = measure(model, ids[: options.tokens + 1], settings, skip=options.skip, chunk=options.chunk)
     found = {}
     if options.passkey:
-        prompt, numbers = hide_keys(tokenizer, ids, options.passkey)
+        fillers = [ids[i * options.passkey :][: options.passkey] for i in range(options.prompts)]
+        hidden = [hide_keys(tokenizer, filler, options.passkey, i) for i, filler in enumerate(fillers)]
+        prompts, numbers = [prompt for prompt, _ in hidden], [number for _, of_prompt in hidden for number in of_prompt]
         for name, tiers in settings.items():
-            answers = ask_keys(model, tokenizer, prompt, tiers, chunk=options.chunk)
+            answers = ask_keys(model, tokenizer, prompts, tiers, chunk=options.chunk)
             found[name] = sum(answer.startswith(number) for answer, number in zip(answers, numbers, strict=True))
-    ok = _print_table(figures, found)
+    ok = _print_table(figures, found, len(_NAMES) * options.prompts)
     print(f"{time.perf_counter() - start:.0f} s")
     if options.json:
         rows = {name: asdict(row) | {"keys": found.get(name)} for name, row in figures.items()}
         record = {"version": __version__, "text": options.text, "tokens": options.tokens, "skip": options.skip}
-        record |= {"chunk": options.chunk, "passkey": options.passkey, "settings": settings, "rows": rows}
+        record |= {"chunk": options.chunk, "passkey": options.passkey, "prompts": options.prompts}
+        record |= {"device": options.device, "dtype": options.dtype, "settings": settings, "rows": rows}
         Path(options.json).write_text(json.dumps(record, indent=1), encoding="utf-8")
     return 0 if ok else 1
 
@@ -139,6 +155,10 @@ def _check(options: argparse.Namespace) -> dict[str, Tiers]:
         raise SystemExit(f"--chunk: expected at least 1, got {options.chunk}")
     if options.passkey and not 512 <= options.passkey <= 8000:
         raise SystemExit(f"--passkey: expected 0, or 512 to 8000, got {options.passkey}")
+    if not 1 <= options.prompts <= 64:
+        raise SystemExit(f"--prompts: expected 1 to 64, got {options.prompts}")
+    if options.dtype is None:
+        options.dtype = "float32" if options.device == "cpu" else "float16"
     return {REFERENCE: None} | {name: parse_setting(name) for name in options.settings}
 
 
@@ -203,7 +223,8 @@ def measure(
             first = max(0, skip - at)  # of the chunk's positions
             reference = None
             for name, cache in caches.items():
-                logits = model(torch.tensor([fed]), past_key_values=cache).logits[0, first:].numpy()
+                fed_ids = torch.tensor([fed], device=model.device)
+                logits = model(fed_ids, past_key_values=cache).logits[0, first:].float().cpu().numpy()
                 if len(logits):
                     reference = logits if reference is None else reference
                     seen[name].add(reference, logits, targets[first:])
@@ -267,22 +288,26 @@ class _Seen:
         )  # fmt: skip
 
 
-def _make_cache(model: Any, tiers: Tiers, num_tokens: int) -> Any:
-    """A cache with more room in each tier than the text needs, so that age or mass alone decides."""
+def _make_cache(model: Any, tiers: Tiers, num_tokens: int, num_prompts: int = 1) -> Any:
+    """A cache with more room in each tier than its texts need, so that age or mass alone decides."""
     from kvtoolkit.integrations.transformers import TransformersCache
 
-    options: dict[str, Any] = {"num_tokens": num_tokens + 1024, "max_seqs": len(_NAMES), "prefix_caching": False}
+    options: dict[str, Any] = {
+        "num_tokens": num_prompts * (num_tokens + 1024), "max_seqs": num_prompts * len(_NAMES), "prefix_caching": False,
+    }  # fmt: skip
     if tiers is not None:
-        options |= {"num_tokens": 4 * num_tokens + 16384, "tiers": tiers}
+        options |= {"num_tokens": num_prompts * (4 * num_tokens + 16384), "tiers": tiers}
     return TransformersCache.for_model(model, **options)
 
 
 # -- keys --------------------------------------------------------------------------------------------------------------
 
 
-def hide_keys(tokenizer: Any, filler: Sequence[int], num_tokens: int) -> tuple[list[int], list[str]]:
-    """A prompt of about ``num_tokens`` tokens that says a number for each name at even distances; and the numbers."""
-    draw = np.random.default_rng(0)
+def hide_keys(
+    tokenizer: Any, filler: Sequence[int], num_tokens: int, seed: int = 0
+) -> tuple[list[int], list[str]]:  # fmt: skip
+    """A prompt of ``num_tokens`` tokens that says a number for each name at even distances; and the numbers."""
+    draw = np.random.default_rng(seed)
     numbers = ["".join(map(str, draw.integers(0, 10, _DIGITS))) for _ in _NAMES]
     said = [
         tokenizer(f"\n\nThe secret number of the {name} is {number}. Remember it: the {name} has {number}.\n\n")
@@ -296,18 +321,21 @@ def hide_keys(tokenizer: Any, filler: Sequence[int], num_tokens: int) -> tuple[l
     return prompt, numbers
 
 
-def ask_keys(model: Any, tokenizer: Any, prompt: Sequence[int], tiers: Tiers, *, chunk: int) -> list[str]:
-    """What the model answers for each name after the prompt, greedily."""
+def ask_keys(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], tiers: Tiers, *, chunk: int
+) -> list[str]:  # fmt: skip
+    """What the model answers for each name after each prompt, greedily; prompts of one length, side by side."""
     import torch
 
-    cache = _make_cache(model, tiers, len(prompt))
+    cache = _make_cache(model, tiers, len(prompts[0]), len(prompts))
     # what is asked differs in the name alone, a token of its own, so that no row needs padding
     questions = [tokenizer(f"The secret number of the {name} is")["input_ids"] for name in _NAMES]
     with torch.inference_mode():
-        for at in range(0, len(prompt), chunk):
-            model(torch.tensor([prompt[at : at + chunk]]), past_key_values=cache, logits_to_keep=1)
+        ids = torch.tensor(prompts, device=model.device)
+        for at in range(0, ids.shape[1], chunk):
+            model(ids[:, at : at + chunk], past_key_values=cache, logits_to_keep=1)
         cache.batch_repeat_interleave(len(_NAMES))
-        fed, answers = torch.tensor(questions), []
+        fed, answers = torch.tensor(questions * len(prompts), device=model.device), []
         for _ in range(_DIGITS + 1):  # the space before them is a token of its own
             fed = model(fed, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
             answers.append(fed)
@@ -317,7 +345,7 @@ def ask_keys(model: Any, tokenizer: Any, prompt: Sequence[int], tiers: Tiers, *,
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 
-def _print_table(figures: Mapping[str, Figures], found: Mapping[str, int]) -> bool:
+def _print_table(figures: Mapping[str, Figures], found: Mapping[str, int], num_keys: int) -> bool:
     """Print; whether all gates hold."""
     width = max(len(name) for name in figures)
     print(
@@ -329,7 +357,7 @@ def _print_table(figures: Mapping[str, Figures], found: Mapping[str, int]) -> bo
         line = f"{name:<{width}}  {row.perplexity:>10.4f}  {row.change:>+8.3%} ({row.change_error:.3%})"
         line += f"  {row.mean_kl:.2e}  {row.p99_kl:.2e}  {row.agreement:>6.2%}"
         line += "  " + " ".join(f"{share:>4.0%}" for share in (row.hot, row.warm, row.cold))
-        line += f"  {row.nbytes_per_token:>7.0f}" + (f"  {found[name]}/{len(_NAMES)} " if found else "")
+        line += f"  {row.nbytes_per_token:>7.0f}" + (f"  {found[name]}/{num_keys} " if found else "")
         if name in GATES:
             most, least = GATES[name]
             verdicts = (row.change <= most, row.agreement >= least)
