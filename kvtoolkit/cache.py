@@ -95,6 +95,9 @@ class KVCache:
     def close(self, seq_ids: ArrayLike) -> None:
         """End sequences. Their full granules stay findable until their memory is needed; their ids never come back.
 
+        With quantized tiers that is what ``prefix_reuse_tiers`` says: by default what stands before a sequence's first
+        quantized tile.
+
         Raises:
             SequenceError: an id is not of an open or preempted sequence, or stands twice.
         """
@@ -114,7 +117,8 @@ class KVCache:
         """Make room for new tokens of a batch and say where they go.
 
         With quantized tiers this is also where older tokens of any open sequence change their tier: a few tiles of 64
-        tokens a step, or as many as this step needs if the hot tier is short of room. New tokens are always hot.
+        tokens a step, or as many as this step needs if the hot tier is short of room. New tokens are always hot, so
+        a prompt that is larger than the hot tier has to be fed in several steps.
 
         Args:
             seq_ids: ``[batch]`` ids of open sequences, each once, in the order of the step's rows.
@@ -296,8 +300,8 @@ class KVCache:
 
         Args:
             seq_ids: ``[batch]`` open sequences.
-            to: ``"drop"``: keys and values are forgotten, but for full granules that stay findable for as long as
-                their memory is not needed. ``"host"``: they are copied to host memory outside the pool.
+            to: ``"drop"``: keys and values are forgotten, but for full granules that stay findable, as after `close`,
+                for as long as their memory is not needed. ``"host"``: they are copied to host memory outside the pool.
 
         Raises:
             SequenceError: an id is not of an open sequence, or ``to`` is neither.

@@ -32,43 +32,51 @@ class CacheConfig:
 
     Give either ``num_tokens`` or ``memory``; both are rounded to whole superblocks of 64 tokens (``num_tokens`` up,
     ``memory`` down).
+
+    Attributes:
+        num_layers: of the model; so are ``num_kv_heads`` and ``head_dim``, a multiple of 8.
+        dtype: ``float32``, ``float16`` or ``bfloat16``.
+        num_tokens: token slots in the pool, those of all tiers together.
+        memory: bytes of keys and values, all layers and tiers, or such as ``"512 MiB"``.
+        allocator: ``paged``, ``buddy``, ``slab``, ``lockfree``, an entry point's name, or ``"package.module:Class"``.
+        allocator_options: further keyword arguments of the allocator's class, such as ``{"layout": "slab"}`` of
+            ``lockfree``.
+        block_sizes: sizes on offer in tokens, of 8, 16, 32, 64. Default: all; of a fixed growth policy, its own; of
+            ``paged``, 16.
+        growth: see `kvtoolkit.growth`. Default: ``adaptive``, or the fixed policy of the only block size.
+        prefix_caching: whether full granules become findable by later prompts.
+        eviction: ``lru``, ``lfu``, or ``"package.module:Class"``: which cached prefix goes first when memory is needed.
+        max_seqs: sequences open at once.
+        max_seq_len: tokens in one sequence. Default: all of the pool.
+        max_entries: entries in one row of the block table; a row that is full stalls. Default: enough for blocks of 8
+            tokens.
+        migrate_budget: most merges in one step, and most tiles of 64 tokens that change their tier while memory is not
+            short.
+        tiers: quantized tiers for what is older: a table with the fields of `kvtoolkit.tier_config.TierConfig`.
+            Default: all is hot.
+        backend: ``cpu``; ``cuda``: memory and kernels on a GPU; ``numba``: the same with the readable kernels.
+        device: CUDA device of the GPU backends. Default: the current one when the cache is made.
     """
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
     dtype: str = "float16"
-    """``float32``, ``float16`` or ``bfloat16``."""
     num_tokens: int | None = None
-    """Token slots in the pool, those of all tiers together."""
     memory: int | str | None = None
-    """Bytes of keys and values, all layers and tiers, or such as ``"512 MiB"``."""
     allocator: str = "buddy"
-    """``paged``, ``buddy``, ``slab``, ``lockfree``, an entry point's name, or ``"package.module:Class"``."""
     allocator_options: Mapping[str, Any] = field(default_factory=dict)
-    """Further keyword arguments of the allocator's class, such as ``{"layout": "slab"}`` of ``lockfree``."""
     block_sizes: tuple[int, ...] | None = None
-    """Sizes on offer in tokens, of 8, 16, 32, 64. Default: all; of a fixed growth policy, its own; of ``paged``, 16."""
     growth: str | None = None
-    """See `kvtoolkit.growth`. Default: ``adaptive``, or the fixed policy of the only block size."""
     prefix_caching: bool = True
-    """Whether full granules become findable by later prompts."""
     eviction: str = "lru"
-    """``lru``, ``lfu``, or ``"package.module:Class"``: which cached prefix goes first when memory is needed."""
     max_seqs: int = 256
-    """Sequences open at once."""
     max_seq_len: int | None = None
-    """Tokens in one sequence. Default: all of the pool."""
     max_entries: int | None = None
-    """Entries in one row of the block table; a row that is full stalls. Default: enough for blocks of 8 tokens."""
     migrate_budget: int = 64
-    """Most merges in one step, and most tiles of 64 tokens that change their tier while memory is not short."""
     tiers: Mapping[str, Any] | None = None
-    """Quantized tiers for what is older: the fields of `kvtoolkit.tier_config.TierConfig`. Default: all is hot."""
     backend: str = "cpu"
-    """``cpu``; ``cuda``: memory and kernels on a GPU; ``numba``: the same with the readable kernels."""
     device: int | None = None
-    """CUDA device of the GPU backends. Default: the current one when the cache is made."""
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_kv_heads", "head_dim"):
@@ -126,6 +134,13 @@ class CacheConfig:
         for name, count in zip(TIER_NAMES, self.tier_granules, strict=True):
             if count <= 0 and (name == "hot" or (self.tiers and name in self.tiers)):
                 raise ConfigError(f"num_tokens or memory: expected room for 64 tokens in the {name} tier, got none")
+        needed = self.tier_config.hot + self.tier_config.pinned_tokens + 64 if self.tier_config else 0
+        if needed > 8 * self.tier_granules[0]:
+            raise ConfigError(
+                f"tiers: expected room for hot + pinned_tokens + 64 = {needed} tokens of a sequence in the hot tier, "
+                f"got {8 * self.tier_granules[0]} of {8 * self.num_granules}; raise num_tokens, memory or "
+                "tier_memory['hot'], or lower hot"
+            )
 
     def _settle_sizes(self) -> None:
         """Fill in `block_sizes` and `growth` from each other, and refuse what does not go together."""

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtoolkit.errors import UnsupportedError
+from kvtoolkit.errors import ShapeError, UnsupportedError
 
 HEAD_DIMS = (64, 128)
 BLOCK = 64
@@ -63,14 +63,44 @@ class Format(NamedTuple):
         return BLOCK * head_dim + 4 * head_dim + 4 * BLOCK
 
     def encode(self, keys: Any, values: Any) -> Bytes:
-        """Quantize ``[..., 64, head_dim]`` keys and values to ``[..., nbytes]``."""
-        keys, values = np.asarray(keys, np.float32), np.asarray(values, np.float32)
+        """Quantize blocks of 64 tokens.
+
+        Args:
+            keys: ``[..., 64, head_dim]`` float16, float32 or float64, NumPy arrays or CPU tensors, of a tensor also
+                bfloat16; head_dim 64 or 128. Finite, and clipped to what scales of float16 can say: 8e6 for int8 keys,
+                2e6 for int8 values, a range of 2.4e5 for int4. Attention on a GPU wants less of the values: 32000 for
+                int8, a range of 3800 for int4, since a weight times a scale is a float16 there.
+            values: as ``keys``.
+
+        Returns:
+            ``[..., nbytes]`` uint8.
+
+        Raises:
+            ShapeError: a shape is not as above.
+        """
+        keys, values = _as_float32(keys), _as_float32(values)
+        if keys.ndim < 2 or keys.shape[-2] != BLOCK or keys.shape[-1] not in HEAD_DIMS or keys.shape != values.shape:
+            raise ShapeError(
+                f"keys, values: expected [..., {BLOCK} tokens, head_dim 64 or 128], both alike, got {keys.shape} and "
+                f"{values.shape}"
+            )
         blocks: Bytes = (_encode_int8 if self.bits == 8 else _encode_int4)(keys, values)
         return blocks
 
     def decode(self, blocks: Bytes, head_dim: int) -> tuple[Floats, Floats]:
-        """The keys and values, ``[..., 64, head_dim]`` float32 each, of ``[..., nbytes]``."""
-        return (_decode_int8 if self.bits == 8 else _decode_int4)(np.asarray(blocks), head_dim)
+        """The keys and values, ``[..., 64, head_dim]`` float32 each, of ``[..., nbytes]`` uint8 of the CPU.
+
+        Raises:
+            ShapeError: ``blocks`` is of another dtype, or not of this format at this head_dim.
+            UnsupportedError: head_dim is neither 64 nor 128.
+        """
+        blocks, nbytes = np.asarray(blocks), self.nbytes(head_dim)
+        if blocks.dtype != np.uint8 or blocks.ndim < 1 or blocks.shape[-1] != nbytes:
+            raise ShapeError(
+                f"blocks: expected [..., {nbytes}] uint8 of {self.name} at head_dim {head_dim}, got {blocks.shape} "
+                f"{blocks.dtype}"
+            )
+        return (_decode_int8 if self.bits == 8 else _decode_int4)(blocks, head_dim)
 
 
 INT8, INT4 = Format("int8", 8), Format("int4", 4)
@@ -81,6 +111,11 @@ def check_head_dim(head_dim: int) -> None:
     """UnsupportedError unless there are quantized formats for it."""
     if head_dim not in HEAD_DIMS:
         raise UnsupportedError(f"head_dim: quantized tiers expect 64 or 128, got {head_dim}")
+
+
+def _as_float32(x: Any) -> Floats:
+    """An array of numbers; of a tensor, which may have a dtype that NumPy lacks, by its own conversion."""
+    return np.asarray(x.float() if hasattr(x, "float") else x, np.float32)
 
 
 def _as_half(values: Floats) -> NDArray[np.float16]:

@@ -32,7 +32,7 @@ def refuse(
     if code == BAD_COVERAGE:
         raise ShapeError(
             f"seq_lens: row {row} holds {value} tokens, more than its block_table covers "
-            f"({max_entries} entries at most, {block_size} tokens to a block, up to the first empty entry)"
+            f"({max_entries} entries at most, each of {block_size} tokens or its own length, up to the first empty one)"
         )
     if code == BAD_STARTS:
         raise ShapeError(

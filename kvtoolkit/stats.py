@@ -12,74 +12,89 @@ from kvtoolkit.tier_config import TIER_NAMES
 
 @dataclass(frozen=True)
 class TierStats:
-    """A moment's figures of one tier. Token slots, but for the last."""
+    """A moment's figures of one tier. Token slots, but for the last.
+
+    Attributes:
+        capacity: of the tier.
+        used: held by sequences, a shared one counted once.
+        cached: held by no sequence, but not forgotten yet.
+        free: held by nobody.
+        nbytes: bytes of keys and values that the tier has room for.
+    """
 
     capacity: int
     used: int
-    """Held by sequences, a shared one counted once."""
     cached: int
-    """Held by no sequence, but not forgotten yet."""
     free: int
     nbytes: int
-    """Bytes of keys and values that the tier has room for."""
 
 
 @dataclass(frozen=True)
 class CacheStats:
-    """A moment's figures of one cache. Tokens unless the name says otherwise."""
+    """A moment's figures of one cache. Tokens unless the name says otherwise.
+
+    Attributes:
+        num_seqs: open sequences, pinned copies included, preempted ones not.
+        num_preempted_seqs: sequences that wait for `KVCache.restore`.
+        num_tokens: held by the open sequences; a token that two of them share counts twice.
+        capacity: slots in the pool.
+        used: slots that sequences hold, a shared one counted once.
+        cached: slots that no sequence holds but that are not forgotten yet. Later prompts can find them, but for
+            those behind the first quantized tile where ``prefix_reuse_tiers`` is ``hot``.
+        free: slots that nobody holds.
+        kept_back: slots kept back as targets for merging.
+        waste: share of the slots held that hold no token: room at the ends of sequences.
+        blocks: entries of the block table by their length in tokens.
+        entries_per_seq: mean number of entries in a row of the block table.
+        peak_used: most slots that sequences ever held.
+        prompt_tokens: tokens of all prompts opened so far.
+        reused_tokens: tokens found in the cache instead of being computed.
+        copied_tokens: tokens copied by forks, merges and compaction, all layers of one token counted once.
+        num_merges: blocks copied together into larger ones.
+        num_failed_merges: merges that found no free block of 64 tokens.
+        num_evicted: granules evicted from the prefix index.
+        num_stalls: rows of steps that got no memory.
+        num_preempted: preemptions so far.
+        num_steps: steps that ended.
+        metadata_nbytes: bytes of the block table, the index and the allocator.
+        nbytes: bytes of keys and values.
+        tiers: figures of each tier by its name; all of them together are above.
+        num_demoted_warm: tiles of 64 tokens that went to the warm tier.
+        num_demoted_cold: tiles that went to the cold tier.
+        num_failed_demotions: tiles that were old enough and found no room in a colder tier.
+        num_dequantized: tiles made hot again, since a sequence was cut inside them.
+        converted_tokens: tokens of these tiles, which `copied_tokens` does not count.
+    """
 
     num_seqs: int
-    """Open sequences, pinned copies included, preempted ones not."""
     num_preempted_seqs: int
     num_tokens: int
-    """Held by the open sequences; a token that two of them share counts twice."""
     capacity: int
-    """Slots in the pool."""
     used: int
-    """Slots that sequences hold, a shared one counted once."""
     cached: int
-    """Slots that no sequence holds but that later prompts can find."""
     free: int
     kept_back: int
-    """Slots kept back as targets for merging."""
     waste: float
-    """Share of the slots held that hold no token: room at the ends of sequences."""
     blocks: Mapping[int, int]
-    """Entries of the block table by their length in tokens."""
     entries_per_seq: float
     peak_used: int
-    """Most slots that sequences ever held."""
     prompt_tokens: int
-    """Tokens of all prompts opened so far."""
     reused_tokens: int
-    """Tokens found in the cache instead of being computed."""
     copied_tokens: int
-    """Tokens copied by forks, merges and compaction, all layers of one token counted once."""
     num_merges: int
     num_failed_merges: int
-    """Merges that found no free block of 64 tokens."""
     num_evicted: int
-    """Granules evicted from the prefix index."""
     num_stalls: int
-    """Rows of steps that got no memory."""
     num_preempted: int
-    """Preemptions so far."""
     num_steps: int
     metadata_nbytes: int
-    """Bytes of the block table, the index and the allocator."""
     nbytes: int
-    """Bytes of keys and values."""
     tiers: Mapping[str, TierStats]
-    """Figures of each tier by its name; all of them together are above."""
     num_demoted_warm: int
-    """Tiles of 64 tokens that went to the warm tier; ``num_demoted_cold``: to the cold one."""
     num_demoted_cold: int
     num_failed_demotions: int
-    """Tiles that were old enough and found no room in a colder tier."""
     num_dequantized: int
-    """Tiles made hot again, since a sequence was cut inside them."""
     converted_tokens: int
-    """Tokens of these tiles, which `copied_tokens` does not count."""
 
 
 def collect(sequences: Sequences) -> CacheStats:

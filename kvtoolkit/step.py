@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from kvtoolkit.access import MassSum, StepAccess
 from kvtoolkit.demotion import DEVICE_PERIOD, MOST_QUERIES
 from kvtoolkit.errors import StepError, UnsupportedError
-from kvtoolkit.passes import OK, STATUS_NAMES, StepArrays
+from kvtoolkit.passes import OK, OUT_OF_BLOCKS, STATUS_NAMES, StepArrays
 from kvtoolkit.upload import DeviceTables
 
 if TYPE_CHECKING:
@@ -99,7 +99,8 @@ class Step:
         Args:
             layer: 0 to ``num_layers - 1``.
             q: ``[num_tokens, num_q_heads, head_dim]``, of the dtypes that `append` takes, last axis contiguous.
-            options: as `kvtoolkit.variable_block_attention` takes them, but for ``cu_seqlens_q``.
+            options: as `kvtoolkit.variable_block_attention` takes them, but for ``cu_seqlens_q`` and ``block_mass``:
+                for masses of your own call `kvtoolkit.tiered_attention` on `KVCache.tier_caches` and the step's arrays.
 
         Returns:
             ``[num_tokens, num_q_heads, head_dim]`` typed as ``q``, a tensor if ``q`` is one; with ``return_lse`` also
@@ -173,10 +174,20 @@ class Step:
     def explain(self) -> list[str]:
         """A sentence for every row that is not ok."""
         return [
-            f"sequence {int(seq_id)}: {STATUS_NAMES[status]}"
-            for seq_id, status in zip(self.seq_ids, self.status, strict=True)
+            f"sequence {int(seq_id)}: {STATUS_NAMES[status]}{self._room(int(count)) if status == OUT_OF_BLOCKS else ''}"
+            for seq_id, count, status in zip(self.seq_ids, self.num_new_tokens, self.status, strict=True)
             if status != OK
         ]
+
+    def _room(self, num_new_tokens: int) -> str:
+        """How much memory there is now for tokens that found none."""
+        hot = self._cache._sequences.pool.allocators[0]
+        assert hot is not None
+        kind = " 16-bit" if self._cache.config.tiers is not None else ""
+        return (
+            f": {num_new_tokens} new tokens, {hot.num_free * 8} of {hot.num_granules * 8}{kind} slots free "
+            "beside what cached prefixes hold"
+        )
 
     def _require_open(self) -> None:
         if not self._is_open:

@@ -24,27 +24,36 @@ class TierConfig:
 
     A tile (64 tokens) of a sequence is hot, 16 bit, while it is pinned, not full, or among the last ``hot`` tokens.
     Older ones go to the warm tier, and from there to the cold one.
+
+    Attributes:
+        hot: tokens kept hot at the end of a sequence, a multiple of 64.
+        warm: ``int8``; None: no warm tier.
+        warm_tokens: tokens kept warm before they go to the cold tier, a multiple of 64; of account only where there are
+            both.
+        cold: ``int4``; None: no cold tier.
+        demote: what goes to the cold tier first: ``age``: the oldest; ``mass``: what attention reads least, as
+            `Step.attend` sees it. On a GPU masses are collected every 16th step, if no row has more than 8 new tokens,
+            and not while a graph is replayed.
+        pinned_tokens: tokens kept hot at the beginning of a sequence, a multiple of 64.
+        tier_memory: share of the bytes of each tier. Default: half is hot, the rest is shared equally. It decides how
+            many tokens of each kind the pool holds, see `CacheConfig.tier_granules`: the hot tier should have room for
+            ``hot + pinned_tokens + 64`` tokens of every running sequence and for the largest step of a prompt.
+        prefix_reuse_tiers: what later prompts, and sequences dropped by `KVCache.preempt`, may find: ``hot``: what
+            stands before a sequence's first quantized tile, so of a long one its pinned tokens; ``all``: quantized
+            tiles too, which changes answers a little. For chats of many turns that is the one to take.
+        warm_allocator: as ``allocator`` of the cache, which is the default.
+        cold_allocator: alike.
     """
 
     hot: int = 256
-    """Tokens kept hot at the end of a sequence, a multiple of 64."""
     warm: str | None = None
-    """``int8``; None: no warm tier."""
     warm_tokens: int = 2048
-    """Tokens kept warm before they go to the cold tier, a multiple of 64; of account only where there are both."""
     cold: str | None = None
-    """``int4``; None: no cold tier."""
     demote: str = "age"
-    """What goes to the cold tier first: ``age``: the oldest; ``mass``: what attention reads least. On a GPU masses are
-    collected every 16th step, of decoding and verifying, but not while a graph is replayed."""
     pinned_tokens: int = 64
-    """Tokens kept hot at the beginning of a sequence, a multiple of 64."""
     tier_memory: Mapping[str, float] | None = None
-    """Share of the bytes of each tier. Default: half is hot, the rest is shared equally."""
     prefix_reuse_tiers: str = "hot"
-    """What later prompts may find: ``hot``, or ``all``: quantized tiles too, which changes their answers a little."""
     warm_allocator: str | None = None
-    """As ``allocator`` of the cache, which is the default; ``cold_allocator`` alike."""
     cold_allocator: str | None = None
 
     def __post_init__(self) -> None:
@@ -53,16 +62,18 @@ class TierConfig:
             if getattr(self, name) % BLOCK:
                 raise ConfigError(f"tiers.{name}: expected a multiple of {BLOCK}, got {getattr(self, name)}")
         for name, expected in (("warm", "int8"), ("cold", "int4")):
-            if getattr(self, name) is not None:
-                require_one_of(f"tiers.{name}", getattr(self, name), (expected,))
+            if getattr(self, name) not in (None, expected):
+                raise ConfigError(f"tiers.{name}: expected {expected!r} or nothing, got {getattr(self, name)!r}")
         if not self.quantized:
             raise ConfigError("tiers: expected warm = 'int8', cold = 'int4', or both, got neither")
         require_one_of("tiers.demote", self.demote, ("age", "mass"))
         if self.demote == "mass" and len(self.quantized) < 2:
             raise ConfigError("tiers.demote: 'mass' chooses between warm and cold, expected both tiers")
         require_one_of("tiers.prefix_reuse_tiers", self.prefix_reuse_tiers, ("hot", "all"))
-        for name in ("warm_allocator", "cold_allocator"):
-            _check_allocator(f"tiers.{name}", getattr(self, name))
+        for name in ("warm", "cold"):
+            _check_allocator(f"tiers.{name}_allocator", getattr(self, f"{name}_allocator"))
+            if getattr(self, name) is None and getattr(self, f"{name}_allocator") is not None:
+                raise ConfigError(f"tiers.{name}_allocator: expected nothing without a {name} tier")
         object.__setattr__(self, "tier_memory", self._shares())
 
     def _shares(self) -> dict[str, float]:
@@ -74,7 +85,7 @@ class TierConfig:
         for name in names:
             share = shares[name]
             if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
-                raise ConfigError(f"tiers.tier_memory.{name}: expected a number between 0 and 1, got {share!r}")
+                raise ConfigError(f"tiers.tier_memory.{name}: expected a number above 0 and below 1, got {share!r}")
         if abs(sum(shares.values()) - 1) > 1e-6:
             raise ConfigError(f"tiers.tier_memory: expected shares that sum to 1, got {sum(shares.values()):g}")
         return {name: float(shares[name]) for name in names}
@@ -111,7 +122,9 @@ class TierConfig:
 
     @classmethod
     def from_dict(cls, values: Any) -> "TierConfig":
-        """From the table of a configuration file."""
+        """From the table of a configuration file, or what was made of one before."""
+        if isinstance(values, cls):
+            return values
         if not isinstance(values, Mapping):
             raise ConfigError(f"tiers: expected a table, got {values!r}")
         require_known(values, tuple(field.name for field in dataclasses.fields(cls)), "tiers: ")

@@ -11,17 +11,25 @@ from kvtoolkit.cpu.arrays import Operand
 
 
 class TierCaches(NamedTuple):
-    """The tiers of one layer, for `kvtoolkit.tiered_attention`; `KVCache.tier_caches` has those of a cache."""
+    """The tiers of one layer, for `kvtoolkit.tiered_attention`; `KVCache.tier_caches` has those of a cache.
+
+    In a block table of your own the 64 tokens of block ``b`` of the warm tier are the entry
+    ``kvtoolkit.tables.pack_entry(first_granules[1] + 8 * b, 8, TIER_WARM)``; of the cold tier alike.
+
+    Attributes:
+        k_cache: hot: ``[num_granules, num_kv_heads, 8, head_dim]`` float16 or bfloat16, on the CPU also float32.
+        v_cache: alike.
+        warm: ``[num_blocks, num_kv_heads, nbytes]`` uint8, contiguous: blocks of `kvtoolkit.formats.INT8`.
+        cold: alike, of `kvtoolkit.formats.INT4`.
+        first_granules: first granule number of the hot, warm and cold tier, multiples of 8: they must not overlap, so a
+            quantized tier begins where the granules of the one before it end, or behind.
+    """
 
     k_cache: Any
-    """Hot: ``[num_granules, num_kv_heads, 8, head_dim]`` float16 or bfloat16, on the CPU also float32."""
     v_cache: Any
     warm: Any = None
-    """``[num_blocks, num_kv_heads, nbytes]`` uint8, contiguous: blocks of `kvtoolkit.formats.INT8`."""
     cold: Any = None
-    """Alike, of `kvtoolkit.formats.INT4`."""
     first_granules: tuple[int, int, int] = (0, 0, 0)
-    """First granule number of the hot, warm and cold tier; multiples of 8."""
 
 
 class QuantizedTiers(NamedTuple):

@@ -23,7 +23,9 @@ _PLAIN, _DEPENDENT, _MASS = "kvtoolkit", "kvtoolkit, dependent", "kvtoolkit, wit
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``kvtoolkit bench tiers``."""
-    parser.add_argument("--shape", nargs="+", default=list(TIER_SHAPES), help="by name")
+    parser.add_argument(
+        "--shape", nargs="+", default=list(TIER_SHAPES), metavar="NAME", help=f"of {', '.join(TIER_SHAPES)}"
+    )
     parser.add_argument("--mix", nargs="+", default=list(MIXES), help=f"of {', '.join(MIXES)}")
     parser.add_argument("--peer", action="append", default=[], help=f"one of {', '.join(PEERS)}; repeat it for several")
     parser.add_argument("--replays", type=int, default=20)

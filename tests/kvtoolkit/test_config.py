@@ -5,6 +5,7 @@ import pytest
 
 from kvtoolkit import CacheConfig, ConfigError, KVCache, UnsupportedError
 from kvtoolkit.config import parse_nbytes
+from kvtoolkit.tier_config import TierConfig
 
 SHAPE = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 16}
 
@@ -74,7 +75,7 @@ def test_a_wrong_field_is_named_with_what_was_expected(fields, message):
     [
         ({}, "tiers: expected warm = 'int8', cold = 'int4', or both, got neither"),
         ([], r"tiers: expected a table, got \[\]"),
-        ({"warm": "int4"}, "tiers.warm: expected one of int8, got 'int4'"),
+        ({"warm": "int4"}, "tiers.warm: expected 'int8' or nothing, got 'int4'"),
         ({"warn": "int8"}, "tiers: 'warn': expected one of hot, warm, .*did you mean 'warm'"),
         ({"cold": "int4", "hot": 0}, "tiers.hot: expected an int of at least 64, got 0"),
         ({"cold": "int4", "hot": 100}, "tiers.hot: expected a multiple of 64, got 100"),
@@ -85,14 +86,25 @@ def test_a_wrong_field_is_named_with_what_was_expected(fields, message):
         ({"cold": "int4", "prefix_reuse_tiers": "cold"}, "tiers.prefix_reuse_tiers: expected one of hot, all"),
         ({"cold": "int4", "cold_allocator": "budy"}, "tiers.cold_allocator: .*got 'budy'"),
         ({"cold": "int4", "warm_allocator": 3}, "tiers.warm_allocator: expected a name or .*, got 3"),
+        ({"cold": "int4", "warm_allocator": "slab"}, "tiers.warm_allocator: expected nothing without a warm tier"),
+        ({"cold": "int4", "hot": 2048}, r"hot \+ pinned_tokens \+ 64 = 2176 tokens .*, got \d+ of 512; raise"),
         ({"cold": "int4", "tier_memory": {"hot": 1.0}}, "tiers.tier_memory: expected a table with hot, cold, got"),
         ({"cold": "int4", "tier_memory": {"hot": 0.5, "cold": 0.4}}, "tiers.tier_memory: .* sum to 1, got 0.9"),
-        ({"cold": "int4", "tier_memory": {"hot": 2, "cold": -1}}, "tiers.tier_memory.hot: expected a number between"),
+        (
+            {"cold": "int4", "tier_memory": {"hot": 2, "cold": -1}},
+            "tiers.tier_memory.hot: expected a number above 0 and below 1",
+        ),
     ],
 )
 def test_a_wrong_field_of_the_tiers_is_named_with_what_was_expected(tiers, message):
     with pytest.raises(ConfigError, match=message):
         make(head_dim=64, tiers=tiers)
+
+
+def test_tiers_may_come_as_their_own_class():
+    tiers = TierConfig(hot=128, cold="int4")
+    both = [make(head_dim=64, num_tokens=4096, tiers=one) for one in (tiers, tiers.to_dict())]
+    assert both[0] == both[1]
 
 
 def test_tiers_share_the_bytes():

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtoolkit.errors import UnsupportedError
+from kvtoolkit.errors import ShapeError, UnsupportedError
 from kvtoolkit.formats import BLOCK, FORMATS, INT4, INT8, Format, check_head_dim
 
 BOTH = pytest.mark.parametrize("form", [INT8, INT4], ids=lambda form: form.name)
@@ -261,3 +261,29 @@ def test_sizes() -> None:
             check_head_dim(head_dim)
         with pytest.raises(UnsupportedError):
             INT4.nbytes(head_dim)
+
+
+@BOTH
+@pytest.mark.parametrize("shapes", [((60, 64), (60, 64)), ((64, 96), (64, 96)), ((64, 64), (64, 128)), ((64,), (64,))])
+def test_blocks_of_another_shape_are_refused(shapes: tuple[tuple[int, ...], ...], form: Format) -> None:
+    with pytest.raises(
+        ShapeError, match=r"keys, values: expected \[..., 64 tokens, head_dim 64 or 128\], both alike, got"
+    ):
+        form.encode(*(np.ones(shape) for shape in shapes))
+
+
+@BOTH
+def test_bytes_of_another_format_are_refused(form: Format) -> None:
+    blocks = form.encode(np.ones((2, 64, 64)), np.ones((2, 64, 64)))
+    for wrong in (blocks[:, 1:], blocks.astype(np.int64), form.encode(np.ones((64, 128)), np.ones((64, 128)))):
+        with pytest.raises(ShapeError, match=rf"blocks: expected \[..., {form.nbytes(64)}\] uint8 of {form.name}"):
+            form.decode(wrong, 64)
+    with pytest.raises(UnsupportedError, match="got 96"):
+        form.decode(blocks, 96)
+
+
+@BOTH
+def test_tensors_are_encoded_too(form: Format) -> None:
+    torch = pytest.importorskip("torch")
+    x = torch.randn(2, 64, 64).to(torch.bfloat16)
+    assert np.array_equal(form.encode(x, x), form.encode(x.float().numpy(), x.float().numpy()))
