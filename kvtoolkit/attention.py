@@ -178,9 +178,9 @@ def tiered_attention(
 ) -> Any:
     """Attend as `variable_block_attention` to tokens of which some are stored as int8 and some as int4, in one softmax.
 
-    A row whose entries are all hot gives the bits of `variable_block_attention`. Every other row gives the attention
-    over what the codes stand for, see `kvtoolkit.formats`; each 64 positions from a multiple of 64 on, a tile, lie in
-    one tier.
+    A row gives the attention over what the codes stand for, see `kvtoolkit.formats`; each 64 positions from a multiple
+    of 64 on, a tile, lie in one tier. On the CPU a row whose entries are all hot gives the bits of
+    `variable_block_attention`; on a GPU another kernel runs, whose sums have another order.
 
     Args:
         tier_caches: `kvtoolkit.TierCaches`: ``k_cache`` and ``v_cache`` ``[num_granules, num_kv_heads, 8, head_dim]``,
@@ -191,8 +191,9 @@ def tiered_attention(
             in ``block_starts`` a multiple of 8.
         block_mass: None, or ``[batch, max_tiles, num_kv_heads]`` float32, contiguous, ``max_tiles`` at least
             ``max_entries``. Written, not added to: the share of the attention that goes to each tile, averaged over
-            the queries of the row and of the group; 0 from a row's end on. A sink's share is in no tile. It does not
-            change a bit of the result.
+            the queries of the row and of the group; 0 from a row's end on. A sink's share is in no tile. Asking
+            for it does not change a bit of the result (but on a GPU that of `variable_block_attention` where rows have,
+            or for all that the host knows may have, more than 8 new tokens: they are decode kernels' work then).
 
     Everything else is as in `variable_block_attention`.
 
