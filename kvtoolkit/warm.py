@@ -63,7 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", nargs="+", choices=["float16", "bfloat16"], default=["float16", "bfloat16"], help="default both"
     )
-    parser.add_argument("--tiers", action="store_true", help="also those of quantized tiers, for head_dim 64 and 128")
+    parser.add_argument(
+        "--tiers",
+        action="store_true",
+        help="also those of quantized tiers and of attention masses, for head_dim 64 and 128",
+    )
     parser.add_argument("--json", metavar="PATH", help="also write the table there")
 
 
@@ -108,7 +112,9 @@ def _specs(arch: str, options: argparse.Namespace) -> list[specs.Spec]:
                 limit = specs.SMEM_LIMITS[arch]
                 q_heads, kv_heads = num_heads
                 tiers = options.tiers and head_dim in HEAD_DIMS
-                kernels = specs.of_model(head_dim, dtype, q_heads, kv_heads, int(arch), limit, tiers=tiers)
+                kernels = specs.of_model(
+                    head_dim, dtype, q_heads, kv_heads, int(arch), limit, tiers=tiers, masses=tiers
+                )
                 found |= dict.fromkeys(kernels)
     return list(found)
 
