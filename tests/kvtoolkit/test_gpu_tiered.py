@@ -19,6 +19,20 @@ pytestmark = pytest.mark.gpu
 DTYPES = ("float16", "bfloat16")
 HEAD_DIMS = (64, 128)
 
+OPTIONS = [
+    {},
+    {"window_size": (100, -1)},
+    {"window_size": (60, 2), "causal": False},
+    {"causal": False},
+    {"softcap": 30.0},
+    {"sinks": SINKS},
+    {"alibi_slopes": SLOPES},
+    {"num_splits": 1},
+    {"num_splits": 3},
+    {"softmax_scale": 0.3},
+    {"window_size": (200, 0), "softcap": 20.0, "sinks": SINKS, "alibi_slopes": SLOPES, "num_splits": 2},
+]
+
 
 def run(case: TieredCase, arrays: TieredArrays, **options):
     """``out, lse`` of the GPU kernels, written over NaN."""
@@ -77,24 +91,20 @@ def test_the_numba_twin(options, head_dim, dtype):
     case.check_masses(arrays, to_host(masses), **options)
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_numba_twin_with_every_option(options):
+    check(TieredCase([70, 0, 64, 130, 1000], [4, 0, 8, 1, 3], dtype="float16"), backend="numba", **options)
+
+
+@pytest.mark.parametrize("pattern", ["h", "w", "c"])
+def test_the_numba_twin_in_one_tier(pattern):
+    lengths = [1, 0, 63, 64, 65, 1000]
+    check(TieredCase(lengths, dtype="float16", patterns=[pattern * -(-n // 64) for n in lengths]), backend="numba")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"window_size": (100, -1)},
-        {"window_size": (60, 2), "causal": False},
-        {"causal": False},
-        {"softcap": 30.0},
-        {"sinks": SINKS},
-        {"alibi_slopes": SLOPES},
-        {"num_splits": 1},
-        {"num_splits": 3},
-        {"softmax_scale": 0.3},
-        {"window_size": (200, 0), "softcap": 20.0, "sinks": SINKS, "alibi_slopes": SLOPES, "num_splits": 2},
-    ],
-)
+@pytest.mark.parametrize("options", OPTIONS)
 def test_verify_with_every_option(options, head_dim, dtype):
     check(TieredCase([70, 0, 64, 130, 1000], [4, 0, 8, 1, 3], head_dim=head_dim, dtype=dtype), **options)
 
@@ -152,14 +162,16 @@ def test_masses_agree_with_the_reference_and_change_no_bit(options, dtype):
             np.testing.assert_allclose(found.sum(axis=1)[asked], 1.0, atol=1e-3)
 
 
+@pytest.mark.parametrize("backend", ["cuda", "numba"])
 @pytest.mark.parametrize("heads", [2, 8])  # from 8 on one sequence is shared by a cluster
 @pytest.mark.parametrize(("lengths", "new"), [([70, 1000, 5000], None), ([70, 1000, 5000], [4, 1, 8]), ([3000], None)])
-def test_masses_of_the_16_bit_kernel(lengths, new, heads):
+def test_masses_of_the_16_bit_kernel(lengths, new, heads, backend):
     case = Case(lengths, new, head_dim=64, dtype="float16", num_q_heads=3 * heads, num_kv_heads=heads)
     arrays = case.variable()
     k_cache, v_cache, table, starts = arrays
     devices = [to_device(k_cache, ""), to_device(v_cache, ""), to_device(table, ""), to_device(starts, "")]
-    options = {"cu_seqlens_q": None if new is None else to_device(case.cu_seqlens_q, ""), "return_lse": True}
+    options = {"cu_seqlens_q": None if new is None else to_device(case.cu_seqlens_q, "")}
+    options |= {"return_lse": True, "backend": backend}
     masses = to_device(np.full((len(lengths), table.shape[1], heads), np.nan, np.float32), "")
     q, seq_lens = to_device(case.q, ""), to_device(case.lengths, "")
     plain = variable_block_attention(q, *devices, seq_lens, **options)
