@@ -140,7 +140,7 @@ def variable_block_attention(
         block_table: ``[batch, max_entries]`` int32 entries in the hot tier, -1 = empty; `kvtoolkit.tables.pack_entry`
             makes one of a first granule, a length in granules and a tier.
         block_starts: ``[batch, max_entries]`` int32, first logical granule of each entry: 0, then where the one before
-            ends.
+            ends. Behind a row's first empty entry all are empty.
         block_mass: as in `tiered_attention`.
 
     Everything else is as in `paged_attention`.

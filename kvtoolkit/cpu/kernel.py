@@ -89,8 +89,8 @@ from kvtoolkit.tables import MAX_BLOCK_GRANULES, TIER_COLD, TIER_HOT, entry_gran
 ) = range(48)  # fmt: skip
 
 # columns of the plan, one line per row of the batch and one more that closes the sums
-FIRST_ITEM, FIRST_PARTIAL, FIRST_TILE, WORK, SPLITS, SPLIT_TILES = range(6)
-PLAN_COLUMNS = 6
+FIRST_ITEM, FIRST_PARTIAL, FIRST_TILE, WORK, SPLITS, SPLIT_TILES, ENTRIES = range(7)
+PLAN_COLUMNS = 7
 
 _MOST_ROWS_TO_PREFETCH = 16  # with more, arithmetic hides the way to memory
 ROWS_PER_ITEM = 96
@@ -169,10 +169,12 @@ def plan_items(problem: Any, plan: Any, check: int) -> Any:
     for row in range(batch):
         begin, end = _tokens(problem, row)
         seq_len = _int(read_i32(problem[SEQ_LENS] + 4 * row))
+        plan[row, ENTRIES] = problem[MAX_ENTRIES]
         if check:
             code, value = _check_row(problem, row, seq_len)
             if code != FINE:
                 return code, _int(row), value
+            plan[row, ENTRIES] = value
         tiles = (seq_len + TILE - 1) // TILE
         split_tiles = max(1, tiles)
         if problem[NUM_SPLITS] > 0:
@@ -199,6 +201,7 @@ def plan_items(problem: Any, plan: Any, check: int) -> Any:
 
 @jit
 def _check_row(problem: Any, row: int, seq_len: int) -> Any:
+    """``(FINE, entries)``: how many hold the row's tokens, what stands behind is not looked at; or what is wrong."""
     if seq_len < 0:
         return BAD_SEQ_LEN, seq_len
     block_size = problem[BLOCK_SIZE]
@@ -211,7 +214,7 @@ def _check_row(problem: Any, row: int, seq_len: int) -> Any:
             block = _int(read_i32(table + 4 * i))
             if block < 0 or block >= problem[NUM_BLOCKS]:
                 return BAD_BLOCK, block
-        return FINE, _int(0)
+        return FINE, blocks
     starts = problem[STARTS] + 4 * row * problem[STARTS_ROW]
     covered = _int(0)
     i = 0
@@ -233,7 +236,7 @@ def _check_row(problem: Any, row: int, seq_len: int) -> Any:
             return BAD_BLOCK, granule
         covered += entry_length(entry)
         i += 1
-    return FINE, _int(0)
+    return FINE, _int(i)
 
 
 @jit
@@ -253,12 +256,12 @@ def _check_block(problem: Any, entry: int, covered: int) -> int:
 
 
 @jit
-def _find_entry(problem: Any, row: int, granule: int) -> Any:
-    """The entry that holds logical ``granule``: the last one, not empty, whose start is not above it."""
+def _find_entry(problem: Any, row: int, entries: int, granule: int) -> Any:
+    """Which of a row's entries holds logical ``granule``: the last one, not empty, that does not begin above it."""
     table = problem[TABLE] + 4 * row * problem[TABLE_ROW]
     starts = problem[STARTS] + 4 * row * problem[STARTS_ROW]
     low = _int(0)
-    high = problem[MAX_ENTRIES] - 1
+    high = entries - 1
     while low < high:
         middle = (low + high + 1) >> 1
         if read_i32(table + 4 * middle) >= 0 and read_i32(starts + 4 * middle) <= granule:
@@ -412,7 +415,7 @@ def _attend_item(
     end_tile = min((end_key + TILE - 1) // TILE, (split + 1) * split_tiles)
     entry = _int(0)
     if tile < end_tile and problem[STARTS] != 0:
-        entry = _find_entry(problem, row, max(first_key, tile * TILE) // problem[BLOCK_SIZE])
+        entry = _find_entry(problem, row, plan[row, ENTRIES], max(first_key, tile * TILE) // problem[BLOCK_SIZE])
     k_base = problem[KEYS] + itemsize * head * problem[KEYS_HEAD]
     v_base = problem[VALUES] + itemsize * head * problem[VALUES_HEAD]
     start = tile * TILE

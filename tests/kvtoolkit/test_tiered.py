@@ -462,3 +462,18 @@ def test_a_machine_without_wide_registers_agrees_with_the_reference() -> None:
 def test_the_call_and_its_caches_are_public() -> None:
     assert kvtoolkit.tiered_attention is tiered_attention
     assert kvtoolkit.TierCaches is TierCaches
+
+
+def test_what_stands_behind_a_rows_entries_is_not_looked_at():
+    """A search among the entries once found one behind the first empty one, and read wherever it pointed."""
+    case = TieredCase([250, 119, 47, 128], [0, 4, 7, 3], dtype="float16")
+    caches, table, starts = case.tiered()
+    table, starts = (np.pad(one, ((0, 0), (0, 8)), constant_values=-1) for one in (table, starts))
+    expected = case.run((caches, table, starts))
+    for row, n in enumerate(case.seq_lens):
+        used = int(np.count_nonzero(table[row] >= 0))
+        for entry, start in ((0, -1), (pack_entry(1 << 20, 8, TIER_HOT), 0), (pack_entry(40, 8, TIER_COLD), 8)):
+            stale = table.copy(), starts.copy()
+            stale[0][row, used + 1 :], stale[1][row, used + 1 :] = entry, start
+            for one, other in zip(expected, case.run((caches, *stale)), strict=True):
+                assert np.array_equal(one, other), (row, n)
