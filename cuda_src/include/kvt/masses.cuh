@@ -24,7 +24,7 @@ __device__ __forceinline__ int place_of_note(int unit) {
 }
 
 // What a warp notes of its units: the log-sum-exp of each by query row. Lane (g, t) holds that of row
-// 2t + g % 2 of every fourth unit, so that four are reduced with few exchanges and written as one line of 128 bytes.
+// 2t + g % 2 of every fourth unit, so that four are reduced with few exchanges and written side by side.
 //
 //   unit_lse  [batch, num_kv_heads, slots, unit_rows]; `place_of_note` says which slot a unit has
 struct Notes {
