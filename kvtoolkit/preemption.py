@@ -68,12 +68,16 @@ def _room(sequences: Sequences, tiers: NDArray[np.int8]) -> Runs | None:
     if runs is None:
         return None
     blocks: Runs = []
-    for tier in tiers[tiers != TIER_HOT][::MAX_BLOCK_GRANULES].tolist():
-        start = pool.allocate_block(tier)
-        if start < 0:
-            pool.free_runs(runs + blocks)
-            return None
-        blocks.append((start, MAX_BLOCK_GRANULES))
+    try:
+        for tier in tiers[tiers != TIER_HOT][::MAX_BLOCK_GRANULES].tolist():
+            start = pool.allocate_block(tier)
+            if start < 0:
+                pool.free_runs(runs + blocks)
+                return None
+            blocks.append((start, MAX_BLOCK_GRANULES))
+    except BaseException:  # a plug-in's own
+        pool.free_runs(runs + blocks)
+        raise
     return _interleave(tiers, runs, blocks)
 
 

@@ -1,12 +1,16 @@
 """Caches whose older tokens are quantized, one promise a test; `test_cache_machine.py` checks them in all orders."""
 
+import contextlib
+
 import numpy as np
 import pytest
 
+from allocators import OutOfBlocksError
 from kvtoolkit import CacheConfig, CacheFullError, KVCache
 from kvtoolkit.formats import INT4, INT8
 from kvtoolkit.reference import tiered_attention
 from kvtoolkit.tables import unpack_entries
+from tests.kvtoolkit.test_cache_findings import Failing
 
 NUM_LAYERS, NUM_HEADS, HEAD_DIM = 2, 2, 64
 TIERS = {"hot": 128, "warm": "int8", "warm_tokens": 128, "cold": "int4", "pinned_tokens": 64}
@@ -354,6 +358,32 @@ def test_what_finds_no_room_in_its_tier_stays_preempted():
     cache.check_integrity()
     assert tiers_of(cache, seq_ids[0]) == before
     assert read(cache, seq_ids[0]) == list(range(640))
+
+
+@pytest.mark.parametrize("call", range(1, 6))
+@pytest.mark.parametrize("tier", ["warm", "cold"])
+@pytest.mark.parametrize("what", ["restore", "step", "truncate"])
+def test_a_raising_allocator_of_a_tier_loses_nothing(what, tier, call):
+    Failing.countdown = 10**9
+    cache = make({**TIERS, f"{tier}_allocator": "tests.kvtoolkit.test_cache_findings:Failing"}, num_tokens=16384)
+    (seq, other), _ = cache.open([[]] * 2)
+    assert feed(cache, [seq, other], [range(700), range(700)]).all()
+    settle(cache, [seq])
+    cache.preempt([other], "host")
+    calls = {
+        "restore": lambda: cache.restore([other]),
+        "step": lambda: [feed(cache, [seq], [range(begin, begin + 64)]) for begin in range(700, 1020, 64)],
+        "truncate": lambda: cache.truncate([seq], [300]),
+    }
+    Failing.countdown = call
+    with contextlib.suppress(OutOfBlocksError):
+        calls[what]()
+    Failing.countdown = 10**9
+    cache.check_integrity()
+    assert what == "restore" or cache.restore([other]).all()
+    cache.close([seq, other])
+    cache.check_integrity()
+    assert sum(one.used for one in cache.stats().tiers.values()) == 0
 
 
 @pytest.mark.parametrize("reuse", ["hot", "all"])
