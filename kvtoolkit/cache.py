@@ -92,6 +92,11 @@ class KVCache:
             sequences.note_use()
             return sequences.ids_of(opened), cached_lens
 
+    def _finish_moves(self) -> None:
+        """What a step that raised has left to convert; see `Demoter.finish`. The caller holds the lock."""
+        if self._demoter is not None:
+            self._demoter.finish()
+
     def close(self, seq_ids: ArrayLike) -> None:
         """End sequences. Their full granules stay findable until their memory is needed; their ids never come back.
 
@@ -102,6 +107,7 @@ class KVCache:
             SequenceError: an id is not of an open or preempted sequence, or stands twice.
         """
         with self._lock:
+            self._finish_moves()
             self._sequences.release_rows(self._sequences.rows_of(seq_ids, (OPEN, PREEMPTED)))
 
     def lengths(self, seq_ids: ArrayLike) -> Int32Array:
@@ -185,10 +191,10 @@ class KVCache:
         with self._lock:
             self._require_own(step)
             sequences, batch = self._sequences, len(step.seq_ids)
+            tokens = None if token_ids is None else as_tokens(token_ids, len(step.slot_mapping))
             if step._mass is not None and (masses := step._mass.mean) is not None:
                 period = 1 if sequences.storage.device < 0 else demotion.DEVICE_PERIOD
                 demotion.note_masses(sequences.rows, step._arrays, batch, masses, period)
-            tokens = None if token_ids is None else as_tokens(token_ids, len(step.slot_mapping))
             if tokens is None or not self.config.prefix_caching:
                 passes.advance(sequences.rows, step._arrays, batch)
             else:
@@ -231,6 +237,7 @@ class KVCache:
         if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 0:
             raise SequenceError(f"n: expected a number of copies, got {n!r}")
         with self._lock:
+            self._finish_moves()
             parents = self._sequences.rows_of(seq_ids, (OPEN,))
             self._sequences.require_closed_rows(len(parents) * int(n), "fork")
             children = sharing.fork(self._sequences, np.repeat(parents, n), "fork")
@@ -248,6 +255,7 @@ class KVCache:
             CacheFullError: too few blocks for the copies of partly filled granules; nothing was reordered.
         """
         with self._lock:
+            self._finish_moves()
             batch = self._sequences.rows_of(seq_ids, (OPEN,))
             origin = as_vector(parents, "parents", len(batch))
             if len(origin) and not (origin.min() >= 0 and origin.max() < len(batch)):
@@ -269,6 +277,7 @@ class KVCache:
                 truncated.
         """
         with self._lock:
+            self._finish_moves()
             batch = self._sequences.rows_of(seq_ids, (OPEN,))
             targets = as_vector(new_lens, "new_lens", len(batch))
             lengths = self._sequences.rows.info[batch, LENGTH]
@@ -290,6 +299,7 @@ class KVCache:
             CacheFullError: too few rows or blocks.
         """
         with self._lock:
+            self._finish_moves()
             sequences = self._sequences
             held = sharing.fork(sequences, sequences.rows_of(seq_ids, (OPEN,)), "pin")
             sequences.rows.info[held, STATE] = PINNED
@@ -309,6 +319,7 @@ class KVCache:
         if not (isinstance(to, str) and to in ("drop", "host")):
             raise SequenceError(f"to: expected 'drop' or 'host', got {to!r}")
         with self._lock:
+            self._finish_moves()
             preemption.preempt(self._sequences, self._sequences.rows_of(seq_ids, (OPEN,)), to)
 
     def restore(self, seq_ids: ArrayLike) -> NDArray[np.bool_]:
@@ -324,6 +335,7 @@ class KVCache:
             SequenceError: an id is not of a preempted sequence.
         """
         with self._lock:
+            self._finish_moves()
             batch = self._sequences.rows_of(seq_ids, (PREEMPTED,))
             return np.array([preemption.restore(self._sequences, row) for row in batch.tolist()], np.bool_)
 
@@ -341,6 +353,7 @@ class KVCache:
         if isinstance(max_tokens, bool) or not isinstance(max_tokens, int | np.integer) or max_tokens < 0:
             raise StepError(f"max_tokens: expected a number of tokens, got {max_tokens!r}")
         with self._lock:
+            self._finish_moves()
             return compaction.compact(self._sequences, int(max_tokens))
 
     def sync(self) -> None:
@@ -359,6 +372,7 @@ class KVCache:
             IntegrityError: one does not hold.
         """
         with self._lock:
+            self._finish_moves()
             snapshots.check(self._sequences)
 
     def snapshot(self) -> bytes:
@@ -368,6 +382,7 @@ class KVCache:
             StepError: a step or a lease is open.
         """
         with self._lock:
+            self._finish_moves()
             return snapshots.pack(self._sequences)
 
     @classmethod

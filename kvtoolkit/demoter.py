@@ -39,6 +39,7 @@ class Demoter:
 
     def run(self, arrays: StepArrays, num_need: int) -> bool:
         """Move what is due now, before the rows in ``arrays.work[0]`` get their blocks; whether anything moved."""
+        self.finish()
         rows, pool = self._sequences.rows, self._sequences.pool
         missing = 0
         if num_need:
@@ -64,6 +65,14 @@ class Demoter:
         done = np.setdiff1d(due[:, ROW], left)
         rows.scanned[done] = rows.info[done, LENGTH] >> 6
         return moved > 0
+
+    def finish(self) -> None:
+        """Convert what an earlier call has moved and could not convert, since it raised.
+
+        Rows name the new blocks already, so it comes before anything reads, copies or frees what rows hold.
+        """
+        if self._targets:
+            self._flush()
 
     def _list_due(self, everything: bool) -> Int64Array:
         """What `list_due` finds, oldest first."""

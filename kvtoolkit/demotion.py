@@ -81,4 +81,5 @@ def note_masses(rows: Rows, step: StepArrays, batch: int, masses: NDArray[np.flo
     num_tiles = masses.shape[1]
     before = rows.masses[which, :num_tiles]
     kept = _DECAY**num_steps
-    rows.masses[which, :num_tiles] = kept * before + (1 - kept) * masses[took]
+    # what is not a number, as a broken model's attention is, must not stay for ever
+    rows.masses[which, :num_tiles] = kept * before + (1 - kept) * np.nan_to_num(masses[took])

@@ -9,6 +9,7 @@ from kvtoolkit.cpu.arrays import Operand
 from kvtoolkit.cuda import check
 from kvtoolkit.cuda.arrays import check_alignment, check_devices, device_operand, empty
 from kvtoolkit.cuda.specs import check_head_dim
+from kvtoolkit.errors import ShapeError
 from kvtoolkit.runtime import current_stream
 
 _as_it_is: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
@@ -49,6 +50,10 @@ def attend_checked(
         check_alignment(arrays)
         options["query_counts"] = query_counts
     tiers, block_mass = options.get("tiers"), options.get("block_mass")
+    if backend == "cuda" and tiers is not None:
+        for name, one in (("warm", tiers.warm), ("cold", tiers.cold)):
+            if one is not None and one.address % 16:
+                raise ShapeError(f"{name}: expected blocks that begin at multiples of 16 bytes, got {one.address:#x}")
     names = ("cu_seqlens_q", "sinks", "alibi_slopes")
     others = {"block_table": table, "block_starts": starts, "seq_lens": lengths} | {n: options[n] for n in names}
     others |= {"lse": options["lse"], "block_mass": block_mass}

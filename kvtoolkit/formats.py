@@ -84,7 +84,8 @@ class Format(NamedTuple):
                 f"keys, values: expected [..., {BLOCK} tokens, head_dim 64 or 128], both alike, got {keys.shape} and "
                 f"{values.shape}"
             )
-        blocks: Bytes = (_encode_int8 if self.bits == 8 else _encode_int4)(keys, values)
+        with np.errstate(all="ignore"):  # whatever the caller does about rounding to float16, it is meant here
+            blocks: Bytes = (_encode_int8 if self.bits == 8 else _encode_int4)(keys, values)
         return blocks
 
     def decode(self, blocks: Bytes, head_dim: int) -> tuple[Floats, Floats]:
@@ -100,7 +101,8 @@ class Format(NamedTuple):
                 f"blocks: expected [..., {nbytes}] uint8 of {self.name} at head_dim {head_dim}, got {blocks.shape} "
                 f"{blocks.dtype}"
             )
-        return (_decode_int8 if self.bits == 8 else _decode_int4)(blocks, head_dim)
+        with np.errstate(all="ignore"):
+            return (_decode_int8 if self.bits == 8 else _decode_int4)(blocks, head_dim)
 
 
 INT8, INT4 = Format("int8", 8), Format("int4", 4)

@@ -58,7 +58,7 @@ class TierConfig:
 
     def __post_init__(self) -> None:
         for name, low in (("hot", BLOCK), ("warm_tokens", 0), ("pinned_tokens", 0)):
-            require_int(f"tiers.{name}", getattr(self, name), low)
+            require_int(f"tiers.{name}", getattr(self, name), low, 1 << 40)
             if getattr(self, name) % BLOCK:
                 raise ConfigError(f"tiers.{name}: expected a multiple of {BLOCK}, got {getattr(self, name)}")
         for name, expected in (("warm", "int8"), ("cold", "int4")):

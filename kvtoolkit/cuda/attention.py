@@ -12,6 +12,7 @@ from kvtoolkit.cuda.masses import Notes, notes_nbytes, notes_shape, place_notes
 from kvtoolkit.cuda.plan import make_plan, plan_nbytes
 from kvtoolkit.cuda.units import make_units, units_nbytes
 from kvtoolkit.cuda.workspace import Sizes, workspace
+from kvtoolkit.errors import UnsupportedError
 from kvtoolkit.runtime import is_capturing, smem_limit
 from kvtoolkit.runtime.kernels import arch_of, num_sms, packer
 from kvtoolkit.runtime.streams import on_stream
@@ -21,6 +22,8 @@ MAX_DECODE_QUERIES = 8  # as in attention.cuh
 MAX_SPLITS = 128
 MAX_RANGES = 1024  # as in plan.cu
 _UNBOUNDED = 1 << 30  # a window as wide as any sequence; sums with positions stay in 32 bits
+_MAX_ROW_BLOCKS = 65535  # CTAs along the second axis of a grid
+_MAX_STEP_NBYTES = 2 << 30  # it is kept for ever
 _LOG2E = 1.4426950408889634
 _params = packer("17q11q17i3f")
 _tiered_params = packer("5qi4x")  # what TieredParams adds
@@ -128,10 +131,15 @@ def attend(
         stride = macros["KVT_WARPS"] * macros.get("KVT_CLUSTER", 1)
         shape = notes_shape(batch, num_kv_heads, block_mass.shape[1], stride, group_size * most)
         step_nbytes += notes_nbytes(shape, num_tokens * num_q_heads)
+        if step_nbytes > _MAX_STEP_NBYTES:
+            raise UnsupportedError(
+                f"block_mass: {batch} rows of up to {most} new tokens need {step_nbytes} bytes of scratch memory, "
+                f"expected at most {_MAX_STEP_NBYTES}; ask with fewer new tokens"
+            )
     partials, counters, step_at = schedule.partials_nbytes if schedule else 0, 0, 0
     memory = None
     if kept is not None and step_nbytes:
-        key = (width, num_ranges, left, right, shape)
+        key = (width, num_ranges, left, right, shape, step_nbytes)
         memory = _keep(kept, key, step_nbytes, stream)
     mass_counters = 0
     if partials or shape is not None or (step_nbytes and memory is None):
@@ -249,20 +257,25 @@ def _schedule(
     row_blocks = -(-most_rows // rows)
     partial = rows * (head_dim + 2) * 4
     if num_splits == 0 and (batch > 1 or is_tiered) and batch <= specs.MAX_PLANNED:
+        if row_blocks > _MAX_ROW_BLOCKS:
+            raise UnsupportedError(
+                f"q: expected at most {_MAX_ROW_BLOCKS * rows} query rows of a kv head (new tokens times heads of its "
+                f"group), got {most_rows}; feed the prompt in chunks"
+            )
         heads = num_kv_heads * row_blocks
         ranges = max(1, spec.per_sm * num_sms(device) // heads)
         late = ranges if spec.per_sm > 1 and not is_tiered and 2 * ranges <= MAX_RANGES else 0
         even = whole_sequences(ranges, batch) if is_tiered else ranges
         ranges += late
         grid = (num_kv_heads, row_blocks, ranges)
-        return _Schedule(
-            spec, grid, 1, False, row_blocks, ranges, late, even, 2 * ranges * heads * partial, 4 * batch * heads
-        )
+        partials = 2 * ranges * heads * partial if ranges > 1 else 0  # a single range cuts nothing
+        return _Schedule(spec, grid, 1, False, row_blocks, ranges, late, even, partials, 4 * batch * heads)
     # every sequence in even splits, and a block of rows found by its number
     num_blocks = num_tokens * group_size // rows + batch if has_bounds else batch * -(-group_size // rows)
     cluster, splits = 1, min(num_splits, MAX_SPLITS)
-    if num_splits == 0 and not is_tiered:
-        cluster = specs.cluster_size(arch_of(device), row_blocks * num_kv_heads) if batch == 1 else 1
+    if num_splits == 0:
+        alone = batch == 1 and not is_tiered
+        cluster = specs.cluster_size(arch_of(device), row_blocks * num_kv_heads) if alone else 1
         splits = cluster
         if cluster == 1:
             splits = max(1, min(MAX_SPLITS, spec.per_sm * num_sms(device) // (batch * row_blocks * num_kv_heads)))

@@ -15,8 +15,7 @@ pytest.importorskip("cupy")
 
 from kvtoolkit import CacheConfig, CompileError, ConfigError, UnsupportedError, formats, sources, warmup
 from kvtoolkit.cli import main
-from kvtoolkit.cuda import specs
-from kvtoolkit.cuda.attention import whole_sequences
+from kvtoolkit.cuda import attention, specs
 from kvtoolkit.runtime import build, compiler, toolchain
 from kvtoolkit.warm import row_of
 
@@ -178,13 +177,13 @@ def test_the_tiered_kernels_have_room_on_every_architecture():
 
 
 def test_ranges_cut_equal_sequences_evenly_where_that_costs_few_of_them():
-    assert whole_sequences(33, 64) == 32
-    assert whole_sequences(66, 32) == 64
-    assert whole_sequences(33, 32) == 32
-    assert whole_sequences(16, 256) == 16
-    assert whole_sequences(33, 48) == 33  # 24 would leave a quarter idle
-    assert whole_sequences(5, 3) == 5
-    assert whole_sequences(1, 7) == 1
+    assert attention.whole_sequences(33, 64) == 32
+    assert attention.whole_sequences(66, 32) == 64
+    assert attention.whole_sequences(33, 32) == 32
+    assert attention.whole_sequences(16, 256) == 16
+    assert attention.whole_sequences(33, 48) == 33  # 24 would leave a quarter idle
+    assert attention.whole_sequences(5, 3) == 5
+    assert attention.whole_sequences(1, 7) == 1
 
 
 def test_kernels_with_masses_are_asked_for_only_where_they_are_wanted():
@@ -239,3 +238,51 @@ def test_warming_up_what_cannot_be_is_refused():
         warmup(CacheConfig(**shape), 4)
     with pytest.raises(ConfigError, match="num_q_heads: expected a multiple of num_kv_heads 2, got 3"):
         warmup(CacheConfig(**shape, backend="cuda"), 3)
+
+
+@pytest.fixture
+def an_h100(monkeypatch):
+    """What the launch code asks of a device."""
+    monkeypatch.setattr(attention, "smem_limit", lambda device: specs.SMEM_LIMITS["90"])
+    monkeypatch.setattr(attention, "num_sms", lambda device: 132)
+    monkeypatch.setattr(attention, "arch_of", lambda device: 90)
+    attention._schedule.cache_clear()
+    yield
+    attention._schedule.cache_clear()
+
+
+def schedule(batch, most_rows=4, *, num_heads=32, num_kv_heads=8, num_splits=0, is_tiered=True, tokens=None):
+    shape = (tokens or batch, num_heads, 128)
+    return attention._schedule(
+        shape, "float16", 0, num_kv_heads, batch, tokens is not None, most_rows, num_splits, is_tiered
+    )
+
+
+@pytest.mark.usefixtures("an_h100")
+def test_more_sequences_than_can_be_planned_are_split_evenly():
+    for is_tiered in (False, True):
+        found = schedule(specs.MAX_PLANNED + 1, is_tiered=is_tiered)
+        assert (found.num_ranges, found.splits, found.is_fixed) == (0, 1, False)
+        assert min(found.grid) >= 1
+
+
+@pytest.mark.usefixtures("an_h100")
+def test_two_ctas_share_an_sm_where_there_are_sequences_for_them():
+    assert [schedule(batch).spec.per_sm for batch in (1, 24, 32, 64, 256)] == [1, 1, 2, 2, 2]
+    assert schedule(64).num_even == 32
+    assert schedule(64).num_ranges == 33
+    assert not schedule(64).num_late
+
+
+@pytest.mark.usefixtures("an_h100")
+def test_a_single_range_needs_no_memory_for_pieces():
+    found = schedule(1, 8 * 8192, num_heads=64, tokens=8192)
+    assert found.num_ranges == 1
+    assert found.partials_nbytes == 0
+    assert schedule(64).partials_nbytes > 0
+
+
+@pytest.mark.usefixtures("an_h100")
+def test_more_query_rows_than_a_grid_holds_are_refused():
+    with pytest.raises(UnsupportedError, match="expected at most 524280 query rows of a kv head .*, got 581632; feed"):
+        schedule(1, 71 * 8192, num_heads=71, num_kv_heads=1, tokens=8192)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from allocators import OutOfBlocksError
-from kvtoolkit import CacheConfig, CacheFullError, KVCache
+from kvtoolkit import CacheConfig, CacheFullError, KVCache, StepError
 from kvtoolkit.formats import INT4, INT8
 from kvtoolkit.reference import tiered_attention
 from kvtoolkit.tables import unpack_entries
@@ -384,6 +384,61 @@ def test_a_raising_allocator_of_a_tier_loses_nothing(what, tier, call):
     cache.close([seq, other])
     cache.check_integrity()
     assert sum(one.used for one in cache.stats().tiers.values()) == 0
+
+
+@pytest.mark.parametrize("then", ["step", "truncate", "close", "preempt", "fork", "snapshot"])
+def test_a_conversion_that_raised_is_made_up_for(then, monkeypatch):
+    cache = make(num_tokens=16384)
+    (seq, other), _ = cache.open([[]] * 2)
+    assert feed(cache, [seq, other], [range(700), range(700)]).all()
+
+    def fail(*arguments):
+        raise MemoryError("boom")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache._sequences.storage, "convert", fail)
+        for _ in range(3):
+            with pytest.raises(MemoryError):
+                cache.begin_step([seq], 0)
+    calls = {
+        "step": lambda: settle(cache, [seq]),
+        "truncate": lambda: cache.truncate([seq, other], [650, 650]),
+        "close": lambda: cache.close([seq]),
+        "preempt": lambda: (cache.preempt([seq], "host"), cache.restore([seq])),
+        "fork": lambda: cache.fork([seq], 1),
+        "snapshot": cache.snapshot,
+    }
+    calls[then]()
+    cache.check_integrity()
+    if then == "snapshot":
+        cache = KVCache.from_snapshot(cache.config, cache.snapshot())
+    for one in (seq, other)[then == "close" :]:
+        assert read(cache, one) == list(range(int(cache.lengths([one])[0])))
+
+
+def test_what_the_caller_does_about_rounding_does_not_matter():
+    old = np.seterr(all="raise")
+    try:
+        for form in (INT8, INT4):
+            form.decode(form.encode(np.full((64, 64), 1e-9, "f4"), np.full((64, 64), 3e38, "f4")), 64)
+    finally:
+        np.seterr(**old)
+
+
+def test_a_refused_end_of_a_step_counts_no_masses():
+    cache = make({**TIERS, "demote": "mass"})
+    (seq,), _ = cache.open([[]])
+    with cache.begin_step([seq], 100) as step:
+        keys = keys_of(range(100))
+        for layer in range(NUM_LAYERS):
+            step.append(layer, keys, -keys)
+            step.attend(layer, keys)
+        for _ in range(2):
+            with pytest.raises(StepError):
+                cache.end_step(step, [1, 2])
+            assert (cache._sequences.rows.masses == 0).all()
+        cache.end_step(step)
+    assert cache._sequences.rows.masses.any()
 
 
 @pytest.mark.parametrize("reuse", ["hot", "all"])
