@@ -72,6 +72,9 @@ def truncate(sequences: Sequences, batch: Int32Array, lengths: Int64Array) -> No
     tails.attach(sequences, batch[shared])
     for row, runs in zip(batch[cut].tolist(), hot, strict=True):
         sequences.attach(row, runs)
+    if sequences.collects_mass:
+        for row, length in zip(batch.tolist(), lengths.tolist(), strict=True):
+            table.masses[row, -(-length // 64) :] = 0  # what comes there next has none yet
     sequences.note_use()
 
 
@@ -98,12 +101,12 @@ def _dequantize(sequences: Sequences, which: Int32Array, lengths: Int64Array) ->
             block = int(rows.granule_at(table, row, first))
             sources[i] = np.arange(block, block + MAX_BLOCK_GRANULES)
             targets[i, :needed] = np.concatenate([np.arange(start, start + size) for start, size in runs])[:needed]
+        if len(which):
+            sequences.convert(sources, targets, int((lengths & 63).sum()))
     except BaseException:
         pool.free_runs([run for runs in made for run in runs])
         raise
-    if len(which):
-        sequences.convert(sources, targets, int((lengths & 63).sum()))
-        sequences.counters.num_dequantized += len(which)
+    sequences.counters.num_dequantized += len(which)
     return made
 
 

@@ -460,6 +460,8 @@ def _attend_item(
             gather_rows(dtype, v_tile, width, v_base, v_offsets, end, head_dim)
         else:
             dequantize_values(tier, v_tile, quantized, head_dim, k_tile)
+            for i in range((first_key - start) * width):  # what no query sees: 0 * NaN is NaN
+                write_f32(v_tile + 4 * i, np.float32(0))
         _prefetch_rows(v_base, next_v_offsets, half, ahead, head_dim, itemsize)
         _prefetch_block(next_quantized, bytes_ahead, 3)
         for r in range(rows):

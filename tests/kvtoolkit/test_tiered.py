@@ -477,3 +477,12 @@ def test_what_stands_behind_a_rows_entries_is_not_looked_at():
             stale[0][row, used + 1 :], stale[1][row, used + 1 :] = entry, start
             for one, other in zip(expected, case.run((caches, *stale)), strict=True):
                 assert np.array_equal(one, other), (row, n)
+
+
+@pytest.mark.parametrize("pattern", ["hhh", "www", "ccc"])
+def test_values_in_front_of_the_window_do_not_come_in(pattern):
+    case = TieredCase([180], dtype="float16", patterns=[pattern])
+    case.values[0][70] = np.nan
+    out, lse = case.run(arrays := case.tiered(), window_size=(100, 0))
+    assert np.isfinite(out).all()
+    assert_close(out, lse, *case.expected(arrays, window_size=(100, 0)), case.dtype)

@@ -438,7 +438,40 @@ def test_a_refused_end_of_a_step_counts_no_masses():
                 cache.end_step(step, [1, 2])
             assert (cache._sequences.rows.masses == 0).all()
         cache.end_step(step)
-    assert cache._sequences.rows.masses.any()
+    masses = cache._sequences.rows.masses[seq & 0xFFFFF]
+    assert (masses[:2] > 0).all()
+    cache.truncate([seq], [64])
+    assert masses[0] > 0
+    assert masses[1] == 0
+
+
+def test_masses_that_are_no_numbers_do_not_stay():
+    cache = make({**TIERS, "demote": "mass"})
+    (seq,), _ = cache.open([[]])
+    with cache.begin_step([seq], 100) as step:
+        keys = keys_of(range(100))
+        for layer in range(NUM_LAYERS):
+            step.append(layer, keys, -keys)
+            step.attend(layer, np.full_like(keys, np.nan))
+        cache.end_step(step)
+    assert np.isfinite(cache._sequences.rows.masses).all()
+
+
+def test_a_truncation_whose_conversion_raised_loses_nothing(monkeypatch):
+    cache = make(num_tokens=16384)
+    (seq,), _ = cache.open([[]])
+    assert feed(cache, [seq], [range(700)]).all()
+    settle(cache, [seq])
+
+    def fail(*arguments):
+        raise MemoryError("boom")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache._sequences.storage, "convert", fail)
+        with pytest.raises(MemoryError):
+            cache.truncate([seq], [300])
+    cache.check_integrity()
+    assert read(cache, seq) == list(range(700))
 
 
 @pytest.mark.parametrize("reuse", ["hot", "all"])
