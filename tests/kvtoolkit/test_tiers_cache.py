@@ -386,32 +386,40 @@ def test_a_raising_allocator_of_a_tier_loses_nothing(what, tier, call):
     assert sum(one.used for one in cache.stats().tiers.values()) == 0
 
 
-@pytest.mark.parametrize("then", ["step", "truncate", "close", "preempt", "fork", "snapshot"])
-def test_a_conversion_that_raised_is_made_up_for(then, monkeypatch):
-    cache = make(num_tokens=16384)
-    (seq, other), _ = cache.open([[]] * 2)
-    assert feed(cache, [seq, other], [range(700), range(700)]).all()
+@contextlib.contextmanager
+def no_conversions(cache, monkeypatch):
+    """Conversions raise MemoryError."""
 
     def fail(*arguments):
         raise MemoryError("boom")
 
     with monkeypatch.context() as patch:
         patch.setattr(cache._sequences.storage, "convert", fail)
+        yield
+
+
+@pytest.mark.parametrize("then", ["step", "truncate", "close", "preempt", "fork", "snapshot"])
+def test_a_conversion_that_raised_is_made_up_for(then, monkeypatch):
+    cache = make(num_tokens=16384)
+    (seq, other), _ = cache.open([[]] * 2)
+    assert feed(cache, [seq, other], [range(700), range(700)]).all()
+
+    with no_conversions(cache, monkeypatch):
         for _ in range(3):
             with pytest.raises(MemoryError):
                 cache.begin_step([seq], 0)
     calls = {
         "step": lambda: settle(cache, [seq]),
-        "truncate": lambda: cache.truncate([seq, other], [650, 650]),
+        "truncate": lambda: cache.truncate([seq, other], [100, 100]),  # inside what is moved first
         "close": lambda: cache.close([seq]),
         "preempt": lambda: (cache.preempt([seq], "host"), cache.restore([seq])),
         "fork": lambda: cache.fork([seq], 1),
         "snapshot": cache.snapshot,
     }
-    calls[then]()
-    cache.check_integrity()
+    result = calls[then]()
     if then == "snapshot":
-        cache = KVCache.from_snapshot(cache.config, cache.snapshot())
+        cache = KVCache.from_snapshot(cache.config, result)
+    cache.check_integrity()
     for one in (seq, other)[then == "close" :]:
         assert read(cache, one) == list(range(int(cache.lengths([one])[0])))
 
@@ -425,14 +433,20 @@ def test_what_the_caller_does_about_rounding_does_not_matter():
         np.seterr(**old)
 
 
+def attended_step(cache, seq, queries):
+    """An open step in which all layers have attended by these queries, one for each new token."""
+    keys = keys_of(range(len(queries)))
+    step = cache.begin_step([seq], len(queries))
+    for layer in range(NUM_LAYERS):
+        step.append(layer, keys, -keys)
+        step.attend(layer, queries)
+    return step
+
+
 def test_a_refused_end_of_a_step_counts_no_masses():
     cache = make({**TIERS, "demote": "mass"})
     (seq,), _ = cache.open([[]])
-    with cache.begin_step([seq], 100) as step:
-        keys = keys_of(range(100))
-        for layer in range(NUM_LAYERS):
-            step.append(layer, keys, -keys)
-            step.attend(layer, keys)
+    with attended_step(cache, seq, keys_of(range(100))) as step:
         for _ in range(2):
             with pytest.raises(StepError):
                 cache.end_step(step, [1, 2])
@@ -448,11 +462,7 @@ def test_a_refused_end_of_a_step_counts_no_masses():
 def test_masses_that_are_no_numbers_do_not_stay():
     cache = make({**TIERS, "demote": "mass"})
     (seq,), _ = cache.open([[]])
-    with cache.begin_step([seq], 100) as step:
-        keys = keys_of(range(100))
-        for layer in range(NUM_LAYERS):
-            step.append(layer, keys, -keys)
-            step.attend(layer, np.full_like(keys, np.nan))
+    with attended_step(cache, seq, np.full_like(keys_of(range(100)), np.nan)) as step:
         cache.end_step(step)
     assert np.isfinite(cache._sequences.rows.masses).all()
 
@@ -463,13 +473,8 @@ def test_a_truncation_whose_conversion_raised_loses_nothing(monkeypatch):
     assert feed(cache, [seq], [range(700)]).all()
     settle(cache, [seq])
 
-    def fail(*arguments):
-        raise MemoryError("boom")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(cache._sequences.storage, "convert", fail)
-        with pytest.raises(MemoryError):
-            cache.truncate([seq], [300])
+    with no_conversions(cache, monkeypatch), pytest.raises(MemoryError):
+        cache.truncate([seq], [300])
     cache.check_integrity()
     assert read(cache, seq) == list(range(700))
 
