@@ -290,7 +290,7 @@ def _schedule(
 
 
 def whole_sequences(ranges: int, batch: int) -> int:
-    """As many ranges, or up to a tenth fewer so that sequences of equal lengths are cut evenly, or not at all."""
+    """``ranges``, or up to a tenth fewer, if so many cut ``batch`` sequences of equal lengths evenly or not at all."""
     good = (count for count in range(ranges, 0, -1) if count % batch == 0 or batch % count == 0)
     best = next(good)
     return best if 10 * best >= 9 * ranges else ranges

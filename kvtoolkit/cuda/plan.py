@@ -14,7 +14,7 @@ _OVERHEAD = 12  # what a sequence costs to begin and to end
 _MIN_STEPS = 8  # of a sequence that is cut, on either side
 _MIN_COST = 12  # of a range
 _MIN_LATE = 12
-_LONG = 350  # of a range
+_LONG = 350  # cost of a range, from which on an idle SM costs more than cuts
 
 
 class Plan(NamedTuple):

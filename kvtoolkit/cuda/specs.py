@@ -19,9 +19,10 @@ _RESERVED = 256  # static shared memory
 TIERED_SHAPES = ((8, 2, 1), (4, 1, 2), (4, 2, 1), (2, 2, 1), (2, 1, 1))
 """Warps, stages and CTAs of an SM for the tiered kernel; the first that fits."""
 TIERED_ROWS = 8
-"""Query rows of its CTAs."""
+"""Query rows of a CTA of the tiered kernel."""
 SHARED_SM_SHAPES = ((4, 2, 2), *TIERED_SHAPES)
-"""Where every CTA has whole sequences: while one begins or ends a sequence, the other one keeps the memory busy."""
+"""The same where there is a sequence and kv head for nearly every CTA: while one begins or ends a sequence, the other one
+of its SM keeps the memory busy."""
 
 
 class Spec(NamedTuple):
