@@ -21,8 +21,8 @@ TIERED_SHAPES = ((8, 2, 1), (4, 1, 2), (4, 2, 1), (2, 2, 1), (2, 1, 1))
 TIERED_ROWS = 8
 """Query rows of a CTA of the tiered kernel."""
 SHARED_SM_SHAPES = ((4, 2, 2), *TIERED_SHAPES)
-"""The same where there is a sequence and kv head for nearly every CTA: while one begins or ends a sequence, the other one
-of its SM keeps the memory busy."""
+"""The same where nearly every CTA has a sequence and kv head: while one begins or ends a sequence, the other one of
+its SM keeps the memory busy."""
 
 
 class Spec(NamedTuple):
