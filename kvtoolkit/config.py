@@ -65,7 +65,7 @@ class CacheConfig:
     num_tokens: int | None = None
     memory: int | str | None = None
     allocator: str = "buddy"
-    allocator_options: Mapping[str, Any] = field(default_factory=dict)
+    allocator_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     block_sizes: tuple[int, ...] | None = None
     growth: str | None = None
     prefix_caching: bool = True
@@ -74,7 +74,7 @@ class CacheConfig:
     max_seq_len: int | None = None
     max_entries: int | None = None
     migrate_budget: int = 64
-    tiers: Mapping[str, Any] | None = None
+    tiers: Mapping[str, Any] | None = field(default=None, hash=False)
     backend: str = "cpu"
     device: int | None = None
 

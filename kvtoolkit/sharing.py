@@ -134,7 +134,11 @@ def _copy_tails(sequences: Sequences, source: Rows, parents: Int32Array, lengths
     for i in positions:
         _require_entry(sequences, source, int(parents[i]), int(lengths[i]) >> 3, what)
     starts, sizes = sequences.pool.allocate_tails(count, what)
-    sequences.copy(partial, starts, int((lengths[positions] & 7).sum()))
+    try:
+        sequences.copy(partial, starts, int((lengths[positions] & 7).sum()))
+    except BaseException:
+        sequences.pool.free_runs(list(zip(starts.tolist(), sizes.tolist(), strict=True)))
+        raise
     return _Tails(positions, starts, sizes)
 
 

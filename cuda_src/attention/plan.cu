@@ -104,8 +104,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) kvt_plan(const __grid_con
   const int num_early = p.num_ranges - p.num_late;
   const int eighth = total >> 3;
   const int late = p.num_late > 0 && eighth / p.num_late >= p.min_late ? eighth : 0;  // cost of the late ranges
-  const int most = late > 0 || total / num_early >= p.long_cost ? num_early : p.num_even;
-  const int used = late > 0 ? most : max(1, min(most, total / p.min_cost));
+  const int most = total / num_early >= p.long_cost ? num_early : p.num_even;
+  const int used = late > 0 ? num_early : max(1, min(most, total / p.min_cost));
   for (int i = threadIdx.x; i <= p.num_ranges; i += kThreads) {
     int2 place{p.batch, 0};
     if (i < used || (late > 0 && i < p.num_ranges)) {

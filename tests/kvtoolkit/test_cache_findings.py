@@ -158,6 +158,34 @@ def test_a_raising_allocator_loses_nothing(what, call):
     cache.close([*seq_ids, *forks] if what != "fork" else seq_ids)
 
 
+@pytest.mark.parametrize("what", ["fork", "truncate", "reorder"])
+def test_a_copy_that_raises_loses_nothing(what, monkeypatch):
+    cache = make(num_tokens=256, growth="append")
+    seq_ids, _ = cache.open([[]] * 2)
+    put(cache, seq_ids, 12)
+    forks = cache.fork(seq_ids[:1], 1)[0]
+    put(cache, forks, 9)
+    forks = [*forks, *cache.fork(forks, 1)[0]]
+    before = cache.stats().free
+
+    def fail(*_):
+        raise MemoryError("no scratch")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache._sequences, "copy", fail)
+        calls = {
+            "fork": lambda: cache.fork(seq_ids, 1),
+            "truncate": lambda: cache.truncate(forks, [13, 13]),
+            "reorder": lambda: cache.reorder(seq_ids, [1, 0]),
+        }
+        with pytest.raises(MemoryError):
+            calls[what]()
+    cache.check_integrity()
+    assert cache.stats().free == before
+    calls[what]()
+    cache.check_integrity()
+
+
 @pytest.mark.parametrize("answer", [None, [0], np.zeros(1), np.zeros((1, 1), np.int32), np.zeros(2, np.int32)])
 def test_an_allocator_with_a_wrong_answer_is_named(answer, monkeypatch):
     cache = make(allocator="tests.kvtoolkit.test_cache_findings:Failing", growth="append")

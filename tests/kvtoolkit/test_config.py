@@ -167,6 +167,13 @@ def test_sizes_may_carry_units(text, nbytes):
     assert parse_nbytes(text) == nbytes
 
 
+def test_equal_configurations_have_equal_hashes():
+    fields = {"num_layers": 1, "num_kv_heads": 1, "head_dim": 64, "num_tokens": 4096}
+    tiers = {"hot": 64, "warm": "int8"}
+    first, second = (CacheConfig(**fields, tiers=dict(tiers), allocator_options={}) for _ in range(2))
+    assert len({first, second, CacheConfig(**fields)}) == 2
+
+
 def test_a_configuration_survives_its_dictionary():
     config = make(allocator="lockfree", allocator_options={"layout": "slab"}, growth="lazy_merge")
     assert CacheConfig.from_dict(config.to_dict()) == config

@@ -129,6 +129,24 @@ def test_one_long_sequence_and_many():
     check(TieredCase([500, 9, 100] * 20, [1, 9, 8] * 20, dtype="float16"))
 
 
+@pytest.mark.parametrize("copies", [61, 100, 150])  # 4087, 6700 and 10050 sequences: the last more than a plan holds
+def test_large_batches(copies):
+    case = TieredCase([(7 * i) % 200 for i in range(67)], head_dim=64, dtype="float16")
+    arrays = case.tiered()
+    masses = case.no_masses(arrays)
+    out, lse = case.expected(arrays)
+    many = TieredCase([], head_dim=64, dtype="float16")
+    many.q, many.lengths = np.tile(case.q, (copies, 1, 1)), np.tile(case.lengths, copies)
+    tables = tuple(np.tile(one, (copies, 1)) for one in arrays[1:])
+    for num_masses in (0, 1):
+        on_device = to_device(np.tile(masses, (copies, 1, 1)), "")
+        found, found_lse = run(many, (arrays[0], *tables), block_mass=on_device if num_masses else None)
+        assert_close(found, found_lse, np.tile(out, (copies, 1, 1)), np.tile(lse, (copies, 1)), case.dtype)
+        if num_masses:
+            for of_copy in to_host(on_device).reshape(copies, *masses.shape):
+                case.check_masses(arrays, of_copy)
+
+
 @pytest.mark.parametrize("pattern", ["w", "c"])
 def test_the_error_does_not_grow_with_the_length(pattern):
     for n in (64, 1024, 32768):
