@@ -12,7 +12,7 @@
 //           even with KVT_CLUSTER:  (KVT_CLUSTER, num_kv_heads, blocks of rows)
 //           sm_80 and later. Macros: KVT_HEAD_DIM, KVT_BF16, KVT_ROW_TILES (8 query rows each), KVT_WARPS,
 //           KVT_STAGES, KVT_PLANNED, KVT_CLUSTER (CTAs that share one sequence and merge through shared memory, sm_90;
-//           1 = none).
+//           1 = none), KVT_PER_SM (CTAs of an SM).
 // Numerics: scores and running state in float32, weights in scalar_t; an empty sequence gives out = 0, lse = -inf.
 // Source:   online softmax, Milakov & Gimelshein 2018 (arXiv:1805.02867), alg. 3; split-KV, Dao et al. 2023
 //           (Flash-Decoding); merge by the last CTA to arrive, as NVIDIA's XQA kernels do.
@@ -215,7 +215,8 @@ struct Inbox {
 };
 
 __device__ __forceinline__ void merge_cluster(
-    const AttentionParams& p, const Schedule& schedule, const Piece& piece, const WarpStates& scratch, Inbox* inbox) {
+    const AttentionParams& p, const Schedule& schedule, const Piece& piece, const WarpStates& scratch, Inbox* inbox,
+    float* row_lse) {
   const int rank = ptx::cluster_rank();
   const int num_tasks = piece.block.num_rows * kHeadDim / 4;
   const int num_owned = min(Inbox::kOwned, num_tasks - rank * Inbox::kOwned);
@@ -248,7 +249,7 @@ __device__ __forceinline__ void merge_cluster(
       add_scaled(o, weight, inbox->o[k][own]);
     }
     const int i = rank * Inbox::kOwned + own;
-    write_row(p, piece.block, schedule.kv_head(), i / (kHeadDim / 4), i % (kHeadDim / 4) * 4, o, sums);
+    write_row(p, piece.block, schedule.kv_head(), i / (kHeadDim / 4), i % (kHeadDim / 4) * 4, o, sums, row_lse);
   }
 }
 
@@ -260,7 +261,7 @@ __device__ __forceinline__ void merge_cluster(
 #define KVT_CLUSTER_DIMS
 #endif
 
-extern "C" __global__ void __launch_bounds__(kThreads, 1) KVT_CLUSTER_DIMS
+extern "C" __global__ void __launch_bounds__(kThreads, KVT_PER_SM) KVT_CLUSTER_DIMS
     kvt_decode(const __grid_constant__ AttentionParams p) {
   extern __shared__ __align__(128) unsigned char shared[];
   const int warp = threadIdx.x >> 5;
@@ -312,6 +313,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) KVT_CLUSTER_DIMS
 
   const WarpStates scratch(shared);
   int stage = 0;
+  __shared__ float row_lse[kRows];
   do {
     if (queries.sequence != piece.block.sequence) {
       if (reader.queries.sequence == piece.block.sequence) {
@@ -324,6 +326,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) KVT_CLUSTER_DIMS
     const KeyRange keys = visible_keys(p, piece.block);
     State state;
     Notes notes;
+    Shares shares;
+    if (kHasMasses) shares.locate(p, piece.block);
     for (int step = first_of_warp(piece.begin); step < piece.end; step += kStride) {
       ptx::wait_for_copies<kStages - 1>();
       __syncwarp();
@@ -340,8 +344,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) KVT_CLUSTER_DIMS
     if (kCluster == 1) __syncthreads();  // the scratch of the piece before has been read
     scratch.store(state);
     __syncthreads();
+    if (kHasMasses && kCluster == 1 && piece.num_pieces == 1) shares.load(p, piece.block, kv_head);
 #if KVT_CLUSTER > 1
-    merge_cluster(p, schedule, piece, scratch, inbox);
+    merge_cluster(p, schedule, piece, scratch, inbox, row_lse);
     const bool is_complete = true;
 #else
     for (int i = threadIdx.x; i < piece.block.num_rows * kHeadDim / 4; i += kThreads) {
@@ -350,14 +355,21 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) KVT_CLUSTER_DIMS
       float4 o{0.0f, 0.0f, 0.0f, 0.0f};
       const Merged sums = scratch.merge(row, dim, o);
       if (piece.num_pieces == 1) {
-        write_row(p, piece.block, kv_head, row, dim, o, sums);
+        write_row(p, piece.block, kv_head, row, dim, o, sums, row_lse);
       } else {
         write_partial(p, schedule, piece, row, dim, o, sums);
       }
     }
-    const bool is_complete = piece.num_pieces == 1 || merge_pieces(p, schedule, piece);
+    bool is_complete = piece.num_pieces == 1;
+    if (!is_complete) {
+      is_complete = is_last_to_arrive(p.counters + schedule.counter(p, piece), piece.num_pieces);
+      if (is_complete) {
+        if (kHasMasses) shares.load(p, piece.block, kv_head);
+        merge_pieces(p, schedule, piece, row_lse);
+      }
+    }
 #endif
-    if (kHasMasses && is_complete) write_masses(p, piece.block, kv_head);
+    if (kHasMasses && is_complete) shares.write(p, piece.block, kv_head, row_lse);
   } while (schedule.next(p, piece));
 }
 

@@ -541,10 +541,8 @@ class Reader {
   __device__ __forceinline__ void seek(const TieredParams& p) {
     unit_ = first_of_warp(piece_.begin);
     used_ = 0;
-    if (unit_ < piece_.end) {
-      now_ = load(p, unit_);
-      then_ = load(p, unit_ + 32 * kStride);
-    }
+    now_ = load(p, unit_);  // whether there is one or not, so that the list's length is not waited for
+    then_ = load(p, unit_ + 32 * kStride);
   }
 
   __device__ __forceinline__ int4 load(const TieredParams& p, int unit) const {
@@ -596,6 +594,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, KVT_PER_SM) kvt_tiered(co
 
   const WarpStates scratch(shared);
   int stage = 0;
+  __shared__ float row_lse[kRows];
   Queries queries;
   CodeQueries code_queries;
   do {
@@ -603,6 +602,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, KVT_PER_SM) kvt_tiered(co
       queries.load(p, piece.block, kv_head, kSplitRows ? 3 : -1);
       code_queries.make(queries);
     }
+    Shares shares;
+    if (kHasMasses) shares.locate(p, piece.block);
     const Columns columns = columns_of(p, piece.block, kv_head);
     Walk walk{p, columns, visible_keys(p, piece.block), piece.block.seq_len,
               p.cap_outer == 0.0f ? p.scale_log2 : 1.0f, 0, Notes()};
@@ -638,19 +639,27 @@ extern "C" __global__ void __launch_bounds__(kThreads, KVT_PER_SM) kvt_tiered(co
     __syncthreads();  // the scratch of the piece before has been read
     scratch.store(state);
     __syncthreads();
+    if (kHasMasses && piece.num_pieces == 1) shares.load(p, piece.block, kv_head);
     for (int i = threadIdx.x; i < piece.block.num_rows * kHeadDim / 4; i += kThreads) {
       const int row = i / (kHeadDim / 4);
       const int dim = i % (kHeadDim / 4) * 4;
       float4 o{0.0f, 0.0f, 0.0f, 0.0f};
       const Merged sums = scratch.merge(row, dim, o);
       if (piece.num_pieces == 1) {
-        write_row(p, piece.block, kv_head, row, dim, o, sums);
+        write_row(p, piece.block, kv_head, row, dim, o, sums, row_lse);
       } else {
         write_partial(p, schedule, piece, row, dim, o, sums);
       }
     }
-    const bool is_complete = piece.num_pieces == 1 || merge_pieces(p, schedule, piece);
-    if (kHasMasses && is_complete) write_masses(p, piece.block, kv_head);
+    bool is_complete = piece.num_pieces == 1;
+    if (!is_complete) {
+      is_complete = is_last_to_arrive(p.counters + schedule.counter(p, piece), piece.num_pieces);
+      if (is_complete) {
+        if (kHasMasses) shares.load(p, piece.block, kv_head);
+        merge_pieces(p, schedule, piece, row_lse);
+      }
+    }
+    if (kHasMasses && is_complete) shares.write(p, piece.block, kv_head, row_lse);
   } while (schedule.next(p, piece));
 }
 

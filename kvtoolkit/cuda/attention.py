@@ -9,7 +9,7 @@ from kvtoolkit.cuda import specs
 from kvtoolkit.cuda.expand import list_width, make_granules
 from kvtoolkit.cuda.launching import Launch, load_spec
 from kvtoolkit.cuda.masses import Notes, notes_nbytes, notes_shape, place_notes
-from kvtoolkit.cuda.plan import make_plan, plan_nbytes
+from kvtoolkit.cuda.plan import make_plan, most_late, plan_nbytes
 from kvtoolkit.cuda.units import make_units, units_nbytes
 from kvtoolkit.cuda.workspace import Sizes, workspace
 from kvtoolkit.errors import UnsupportedError
@@ -20,7 +20,6 @@ from kvtoolkit.tiers import QuantizedTiers
 
 MAX_DECODE_QUERIES = 8  # as in attention.cuh
 MAX_SPLITS = 128
-MAX_RANGES = 1024  # as in plan.cu
 _UNBOUNDED = 1 << 30  # a window as wide as any sequence; sums with positions stay in 32 bits
 _MAX_ROW_BLOCKS = 65535  # CTAs along the second axis of a grid
 _MAX_STEP_NBYTES = 2 << 30  # it is kept for ever
@@ -113,8 +112,10 @@ def attend(
     schedule = None
     if decodes:
         rows = group_size * (most if not prefills else min(most, MAX_DECODE_QUERIES))
+        longest = max_seq_len or block_table.shape[1] * (block_size if block_starts is None else 64)
         schedule = _schedule(
-            q.shape, q.dtype, device, num_kv_heads, batch, cu_seqlens_q is not None, rows, num_splits, tiers is not None
+            q.shape, q.dtype, device, num_kv_heads, batch, cu_seqlens_q is not None, rows, num_splits,
+            tiers is not None, most_late(batch, longest),
         )  # fmt: skip
     num_ranges = schedule.num_ranges if schedule else 0
     width = list_width(block_table.shape[1], max_seq_len)
@@ -165,7 +166,9 @@ def attend(
     if schedule is not None and num_ranges:
         plan_lens, window = (units.plan_lens, (-1, -1)) if units else (seq_lens, (left, right))
         late, even = schedule.num_late, schedule.num_even
-        plan = make_plan(step_at + plan_at, plan_lens, cu_seqlens_q, num_ranges, late, even, *window, prefills)
+        plan = make_plan(
+            step_at + plan_at, plan_lens, cu_seqlens_q, num_ranges, late, even, tiers is not None, *window, prefills
+        )
     if shape is not None:
         notes = place_notes(step_at + notes_at, shape, notes.lse)
         if fewest == 0 and block_mass is not None:
@@ -241,7 +244,7 @@ def _keep(kept: dict[Any, Any], key: Any, nbytes: int, stream: int) -> Any:
 @functools.lru_cache(4096)
 def _schedule(
     shape: tuple[int, int, int], dtype: str, device: int, num_kv_heads: int, batch: int, has_bounds: bool,
-    most_rows: int, num_splits: int, is_tiered: bool,
+    most_rows: int, num_splits: int, is_tiered: bool, most_late: int,
 ) -> _Schedule:  # fmt: skip
     """Choose a schedule, by what the host knows: never by what lies in the tables, so that a graph stays right."""
     num_tokens, num_q_heads, head_dim = shape
@@ -264,7 +267,7 @@ def _schedule(
             )
         heads = num_kv_heads * row_blocks
         ranges = max(1, spec.per_sm * num_sms(device) // heads)
-        late = ranges if spec.per_sm > 1 and not is_tiered and 2 * ranges <= MAX_RANGES else 0
+        late = ranges if spec.per_sm > 1 and 1 < ranges <= most_late else 0
         even = whole_sequences(ranges, batch) if is_tiered else ranges
         ranges += late
         grid = (num_kv_heads, row_blocks, ranges)

@@ -7,13 +7,16 @@ from kvtoolkit.cuda import specs
 from kvtoolkit.cuda.launching import Launch, load_spec
 from kvtoolkit.runtime.kernels import packer
 
-_params = packer("4q12i")
+MAX_RANGES = 1024  # as in plan.cu
+
+_params = packer("4q13i")
 
 # in steps of 16 tokens, all by measurement
 _OVERHEAD = 12  # what a sequence costs to begin and to end
 _MIN_STEPS = 8  # of a sequence that is cut, on either side
 _MIN_COST = 12  # of a range
 _MIN_LATE = 12
+_RAGGED = 125  # percent of the mean cost that the longest sequence has in a ragged batch
 _LONG = 350  # cost of a range, from which on an idle SM costs more than cuts
 
 
@@ -32,16 +35,26 @@ def plan_nbytes(batch: int, num_ranges: int) -> int:
     return 16 * (num_ranges + 1) + 8 * batch
 
 
+def most_late(batch: int, longest: int) -> int:
+    """As many late ranges as can be worth it where no sequence has more than ``longest`` tokens."""
+    return min(MAX_RANGES // 2, batch * (-(-longest // 16) + _OVERHEAD) // (8 * _MIN_LATE))
+
+
 def make_plan(
     address: int, seq_lens: Operand, cu_seqlens_q: Operand | None, num_ranges: int, num_late: int, num_even: int,
-    left: int, right: int, has_prefill: bool,
+    only_ragged: bool, left: int, right: int, has_prefill: bool,
 ) -> Plan:  # fmt: skip
-    """The launch that fills `plan_nbytes` at an address, a multiple of 16, with a plan; nothing is launched yet."""
+    """The launch that fills `plan_nbytes` at an address, a multiple of 16, with a plan; nothing is launched yet.
+
+    Args:
+        only_ragged: leave the late ranges empty where no sequence is much longer than the others.
+    """
     (batch,) = seq_lens.shape
     sequences = address + 16 * (num_ranges + 1)
     parameters = _params.pack(
         seq_lens.address, cu_seqlens_q.address if cu_seqlens_q else 0, address, sequences, batch, num_ranges, num_late,
-        num_even, _LONG, left, right, _OVERHEAD, _MIN_STEPS, _MIN_COST, _MIN_LATE, int(has_prefill),
+        num_even, _LONG, left, right, _OVERHEAD, _MIN_STEPS, _MIN_COST, _MIN_LATE,
+        _RAGGED if only_ragged else 0, int(has_prefill),
     )  # fmt: skip
     spec = specs.plan(batch)
     ctas = min(4, -(-batch // spec.threads))

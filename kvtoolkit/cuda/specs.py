@@ -95,7 +95,7 @@ def decode(
     defines = (
         ("KVT_HEAD_DIM", head_dim), ("KVT_BF16", int(dtype == "bfloat16")), ("KVT_ROW_TILES", row_tiles),
         ("KVT_WARPS", shape[0]), ("KVT_STAGES", shape[1]),
-        ("KVT_PLANNED", int(planned)), ("KVT_CLUSTER", cluster),
+        ("KVT_PLANNED", int(planned)), ("KVT_CLUSTER", cluster), ("KVT_PER_SM", per_sm),
     )  # fmt: skip
     smem = max(nbytes(shape, row_tiles), _share_of_sm(smem_limit, per_sm))
     return Spec("attention/decode.cu", "kvt_decode", defines, 32 * shape[0], smem, 8 * row_tiles, per_sm)

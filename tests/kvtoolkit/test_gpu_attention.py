@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kvtoolkit import ShapeError, UnsupportedError
 from kvtoolkit.attention import paged_attention, variable_block_attention
 from tests.kvtoolkit.attention_cases import Case
-from tests.kvtoolkit.gpu_cases import check, run, to_device, to_host
+from tests.kvtoolkit.gpu_cases import assert_close, check, run, to_device, to_host
 from tests.kvtoolkit.test_attention import OPTIONS, SINKS, SLOPES
 
 pytestmark = pytest.mark.gpu
@@ -122,6 +122,17 @@ def test_large_batches():
         scores = scores.masked_fill(torch.arange(16, device="cuda") >= lengths[:, None], float("-inf"))
         good = torch.einsum("bn,bnd->bd", scores.softmax(-1).nan_to_num(), keys)
         assert (out[:, 0] - good).norm() <= 1e-3 * good.norm()
+
+
+def test_late_ranges():
+    # ragged, and enough of them that three CTAs of an SM leave an eighth to those that come last
+    case = Case([5000, 64, 0, 3000, 1, 2000, 700, 300, 1500, 63, 4096, 65], head_dim=64, dtype="float16")
+    k_cache, v_cache, table = case.paged(16, "HND")
+    out, lse = case.expected((k_cache, v_cache, table), "HND")
+    many = Case([], head_dim=64, dtype="float16")
+    many.q, many.lengths = np.tile(case.q, (20, 1, 1)), np.tile(case.lengths, 20)
+    found = run(many, (k_cache, v_cache, np.tile(table, (20, 1))), "HND")
+    assert_close(*found, np.tile(out, (20, 1, 1)), np.tile(lse, (20, 1)), case.dtype)
 
 
 def test_an_empty_batch_gives_an_empty_result():

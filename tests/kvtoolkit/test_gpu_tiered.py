@@ -33,6 +33,9 @@ OPTIONS = [
     {"window_size": (200, 0), "softcap": 20.0, "sinks": SINKS, "alibi_slopes": SLOPES, "num_splits": 2},
 ]
 
+SHORT = [(7 * i) % 200 for i in range(67)]
+RAGGED = [5000, 64, 0, 3000, 1, 2000, 700, 300, 1500, 63, 4096, 65, 128, 2500, 900, 4000]
+
 
 def run(case: TieredCase, arrays: TieredArrays, **options):
     """``out, lse`` of the GPU kernels, written over NaN."""
@@ -129,9 +132,10 @@ def test_one_long_sequence_and_many():
     check(TieredCase([500, 9, 100] * 20, [1, 9, 8] * 20, dtype="float16"))
 
 
-@pytest.mark.parametrize("copies", [61, 100, 150])  # 4087, 6700 and 10050 sequences: the last more than a plan holds
-def test_large_batches(copies):
-    case = TieredCase([(7 * i) % 200 for i in range(67)], head_dim=64, dtype="float16")
+# 4087, 6700 and 10050 short sequences, the last more than a plan holds; ragged ones that fill late ranges
+@pytest.mark.parametrize(("lengths", "copies"), [*((SHORT, n) for n in (61, 100, 150)), (RAGGED, 15)])
+def test_large_batches(lengths, copies):
+    case = TieredCase(lengths, head_dim=64, dtype="float16")
     arrays = case.tiered()
     masses = case.no_masses(arrays)
     out, lse = case.expected(arrays)

@@ -15,7 +15,7 @@ pytest.importorskip("cupy")
 
 from kvtoolkit import CacheConfig, CompileError, ConfigError, UnsupportedError, formats, sources, warmup
 from kvtoolkit.cli import main
-from kvtoolkit.cuda import attention, specs
+from kvtoolkit.cuda import attention, plan, specs
 from kvtoolkit.runtime import build, compiler, toolchain
 from kvtoolkit.warm import row_of
 
@@ -251,10 +251,12 @@ def an_h100(monkeypatch):
     attention._schedule.cache_clear()
 
 
-def schedule(batch, most_rows=4, *, num_heads=32, num_kv_heads=8, num_splits=0, is_tiered=True, tokens=None):
-    shape = (tokens or batch, num_heads, 128)
+def schedule(
+    batch, most_rows=4, *, num_heads=32, num_kv_heads=8, num_splits=0, is_tiered=True, tokens=None, longest=1 << 20
+):
+    shape, most_late = (tokens or batch, num_heads, 128), plan.most_late(batch, longest)
     return attention._schedule(
-        shape, "float16", 0, num_kv_heads, batch, tokens is not None, most_rows, num_splits, is_tiered
+        shape, "float16", 0, num_kv_heads, batch, tokens is not None, most_rows, num_splits, is_tiered, most_late
     )
 
 
@@ -270,8 +272,15 @@ def test_more_sequences_than_can_be_planned_are_split_evenly():
 def test_two_ctas_share_an_sm_where_there_are_sequences_for_them():
     assert [schedule(batch).spec.per_sm for batch in (1, 24, 32, 64, 256)] == [1, 1, 2, 2, 2]
     assert schedule(64).num_even == 32
-    assert schedule(64).num_ranges == 33
-    assert not schedule(64).num_late
+    assert (schedule(64).num_ranges, schedule(64).num_late) == (66, 33)
+
+
+@pytest.mark.usefixtures("an_h100")
+def test_there_are_no_late_ranges_where_none_can_be_worth_it():
+    assert schedule(64, longest=512).num_late == 0
+    assert schedule(64, longest=1024).num_late == 33
+    assert schedule(64, longest=512).num_ranges == 33
+    assert schedule(24).num_late == 0  # one CTA to an SM
 
 
 @pytest.mark.usefixtures("an_h100")

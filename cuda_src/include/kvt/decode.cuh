@@ -85,7 +85,8 @@ __device__ __forceinline__ void add_scaled(float4& sum, float weight, const floa
 
 // Write one row's output: 4 dims of it, and by one thread its log-sum-exp.
 __device__ __forceinline__ void write_row(
-    const AttentionParams& p, const RowBlock& block, int kv_head, int row, int dim, float4 o, Merged sums) {
+    const AttentionParams& p, const RowBlock& block, int kv_head, int row, int dim, float4 o, Merged sums,
+    float* row_lse) {
   const RowPlace place = place_of_row(p, block, kv_head, row);
   if (p.sinks != nullptr && block.seq_len > 0) {
     const float sink = p.sinks[place.q_head] * kLog2E;
@@ -100,8 +101,9 @@ __device__ __forceinline__ void write_row(
   const float factor = sums.l > 0.0f ? 1.0f / sums.l : sums.l == 0.0f ? 0.0f : sums.l;  // NaN stays NaN
   const uint2 packed{scalar_t::pack(o.x * factor, o.y * factor), scalar_t::pack(o.z * factor, o.w * factor)};
   *reinterpret_cast<uint2*>(p.out + place.token * p.out_token + place.q_head * p.out_head + dim) = packed;
-  if (p.lse != nullptr && dim == 0) {
+  if ((kHasMasses || p.lse != nullptr) && dim == 0) {
     const float lse = sums.l == 0.0f ? -kInfinity : (sums.m + log2f(sums.l)) * kLn2;
+    if (kHasMasses) row_lse[row] = lse;
     p.lse[static_cast<long long>(place.token) * p.num_kv_heads * p.group_size + place.q_head] = lse;
   }
 }
@@ -345,9 +347,9 @@ __device__ __forceinline__ bool is_last_to_arrive(unsigned* counter, int count) 
   return is_last;
 }
 
-// The last CTA to arrive merges the pieces of a sequence, in their order. Whether it was this one.
-__device__ __forceinline__ bool merge_pieces(const AttentionParams& p, const Schedule& schedule, const Piece& piece) {
-  if (!is_last_to_arrive(p.counters + schedule.counter(p, piece), piece.num_pieces)) return false;
+// Merge the pieces of a sequence, in their order: for the last CTA to arrive.
+__device__ __forceinline__ void merge_pieces(
+    const AttentionParams& p, const Schedule& schedule, const Piece& piece, float* row_lse) {
   for (int i = threadIdx.x; i < piece.block.num_rows * kHeadDim / 4; i += kThreads) {
     const int row = i / (kHeadDim / 4);
     const int dim = i % (kHeadDim / 4) * 4;
@@ -368,9 +370,8 @@ __device__ __forceinline__ bool merge_pieces(const AttentionParams& p, const Sch
       o.x *= shrink, o.y *= shrink, o.z *= shrink, o.w *= shrink;
       add_scaled(o, weight, part);
     }
-    write_row(p, piece.block, schedule.kv_head(), row, dim, o, sums);
+    write_row(p, piece.block, schedule.kv_head(), row, dim, o, sums, row_lse);
   }
-  return true;
 }
 
 }  // namespace kvt

@@ -65,78 +65,150 @@ struct Notes {
   }
 };
 
-// Make shares of a sequence's notes, once all of its rows are complete: to be called by every CTA that completes a block
-// of them (or a part of it), after it wrote them. A warp takes kTiles tiles of a lane at a time, whose loads are under way
-// together; short sequences are one warp's, while the others go on.
-__device__ __forceinline__ void write_masses(const AttentionParams& p, const RowBlock& block, int kv_head) {
-  constexpr int kTiles = 4;
-  constexpr int kUnits = kTile / kStep;  // of a tile, at most
-  const int all_rows = block.num_queries * p.group_size;
-  const int arrivals = kCluster * ((all_rows + kRows - 1) / kRows);
-  if (arrivals > 1) {
-    if (!is_last_to_arrive(p.mass_counters + block.sequence * p.num_kv_heads + kv_head, arrivals)) return;
-  } else {
-    __syncthreads();  // lse is there
+#ifdef KVT_SPLIT_ROWS
+constexpr bool kMayAskEarly = KVT_SPLIT_ROWS;  // registers are short where there are more than 4 rows
+#else
+constexpr bool kMayAskEarly = true;
+#endif
+
+// Makes the shares of a sequence's tiles of what was noted. A thread asks for its first tile's notes early, so that they
+// arrive while the CTA merges what its warps, or other CTAs, found.
+class Shares {
+ public:
+  // Find the units of the thread's first tile.
+  __device__ __forceinline__ void locate(const AttentionParams& p, const RowBlock& block) {
+    if (is_early(p, block)) units_ = units_of(p, block, threadIdx.x);
   }
-  const int num_rows = min(all_rows, p.unit_rows);
-  const float share = 1.0f / num_rows;
-  const StepRange steps = visible_steps(p.left, p.right, block.seq_len, block.num_queries);
-  const bool sees = steps.end > steps.begin;
-  const int begin = sees ? steps.begin / kUnits : 0;
-  const int end = sees ? (steps.end + kUnits - 1) / kUnits : 0;
-  const long long head = static_cast<long long>(block.sequence) * p.num_kv_heads + kv_head;
-  const float* const notes = p.unit_lse + head * num_slots(p) * p.unit_rows;
-  float* const masses = p.masses + static_cast<long long>(block.sequence) * p.max_tiles * p.num_kv_heads + kv_head;
-#pragma unroll 1
-  for (int base = (threadIdx.x >> 5) * 32 * kTiles; base < p.max_tiles; base += kThreads * kTiles) {
-    int first[kTiles];
-    int behind[kTiles];  // the first unit of the next tile
-    float sums[kTiles];
+
+  // Ask for what was noted of it, once all warps have, where a sequence has few rows.
+  __device__ __forceinline__ void load(const AttentionParams& p, const RowBlock& block, int kv_head) {
+    if (!is_early(p, block)) return;
+    const float* const notes = notes_of(p, block, kv_head);
 #pragma unroll
-    for (int k = 0; k < kTiles; ++k) {
-      const int tile = base + 32 * k + lane_id();
-      const bool is_seen = tile >= begin && tile < end;
-      first[k] = is_seen ? first_unit(p, block.sequence, steps, tile) : 0;
-      behind[k] = is_seen ? first_unit(p, block.sequence, steps, tile + 1) : 0;
-      sums[k] = 0.0f;
+    for (int u = 0; u < kUnits; ++u) notes_[u] = load_note(p, notes, units_, u);
+  }
+
+  // Write the shares, once all rows of a sequence are complete: to be called by every CTA that completes a block of them,
+  // or a part of it, after it wrote them. A CTA that completes all of them by itself has loaded the first notes.
+  //   row_lse  [kRows] of its own rows
+  __device__ __forceinline__ void write(
+      const AttentionParams& p, const RowBlock& block, int kv_head, const float* row_lse) {
+    const int all_rows = block.num_queries * p.group_size;
+    const int arrivals = kCluster * ((all_rows + kRows - 1) / kRows);
+    if (arrivals == 1) {
+      __syncthreads();  // row_lse is there
+    } else {
+      if (!is_last_to_arrive(p.mass_counters + block.sequence * p.num_kv_heads + kv_head, arrivals)) return;
+      load(p, block, kv_head);
+      row_lse = nullptr;
     }
-#pragma unroll 1
-    for (int r = 0; r < num_rows && base < end; r += 4) {
-      float totals[4];
+    const int num_rows = num_rows_of(p, block);
+    const float share = 1.0f / num_rows;
+    const float* const notes = notes_of(p, block, kv_head);
+    float* const masses = p.masses + static_cast<long long>(block.sequence) * p.max_tiles * p.num_kv_heads + kv_head;
+    int base = 0;
+    if (is_early(p, block)) {
+      const float4 totals = totals_of(p, block, kv_head, 0, num_rows, row_lse);
+      float sum = 0.0f;
 #pragma unroll
-      for (int c = 0; c < 4; ++c) {  // log2; infinite where a row sees nothing, or is none, so that it adds nothing
-        const int row = min(r + c, num_rows - 1);
-        const int query = block.num_queries == 1 ? 0 : row / p.group_size;
-        const long long token = block.first_token + query;
-        const int q_head = kv_head * p.group_size + row - query * p.group_size;
-        const float lse = ptx::load_l2(p.lse + token * p.num_kv_heads * p.group_size + q_head) * kLog2E;
-        totals[c] = r + c < num_rows && lse != -kInfinity ? lse : kInfinity;
-      }
-      bool goes_on = true;
-#pragma unroll 1
-      for (int u = 0; goes_on; ++u) {  // of cold tiles one unit, so that it is worth a loop
-        goes_on = false;
-        float4 of_unit[kTiles];
-#pragma unroll
-        for (int k = 0; k < kTiles; ++k) {
-          const float* const note = notes + static_cast<long long>(place_of_note(first[k] + u)) * p.unit_rows + r;
-          of_unit[k] =
-              first[k] + u < behind[k] ? ptx::load_l2_16(note) : float4{-kInfinity, -kInfinity, -kInfinity, -kInfinity};
-          goes_on = goes_on || first[k] + u + 1 < behind[k];
-        }
-#pragma unroll
-        for (int k = 0; k < kTiles; ++k) {
-          sums[k] += ptx::exp2(of_unit[k].x - totals[0]) + ptx::exp2(of_unit[k].y - totals[1]) +
-                     ptx::exp2(of_unit[k].z - totals[2]) + ptx::exp2(of_unit[k].w - totals[3]);
-        }
-      }
+      for (int u = 0; u < kUnits; ++u) sum += share_of(notes_[u], totals);
+      if (threadIdx.x < p.max_tiles) masses[threadIdx.x * p.num_kv_heads] = sum * share;
+      base = kThreads;
     }
+    // further tiles, or all of them, kTiles of a thread at a time, whose loads are under way together
+#pragma unroll 1
+    for (; base < p.max_tiles; base += kTiles * kThreads) {
+      int2 units[kTiles];
+      float sums[kTiles];
 #pragma unroll
-    for (int k = 0; k < kTiles; ++k) {
-      const long long tile = base + 32 * k + lane_id();
-      if (tile < p.max_tiles) masses[tile * p.num_kv_heads] = sums[k] * share;
+      for (int k = 0; k < kTiles; ++k) {
+        units[k] = units_of(p, block, base + k * kThreads + threadIdx.x);
+        sums[k] = 0.0f;
+      }
+#pragma unroll 1
+      for (int row = 0; row < num_rows; row += 4) {
+        const float4 totals = totals_of(p, block, kv_head, row, num_rows, row_lse);
+        bool goes_on = true;
+#pragma unroll 1
+        for (int u = 0; goes_on; ++u) {  // of cold tiles one unit, so that it is worth a loop
+          goes_on = false;
+          float4 of_unit[kTiles];
+#pragma unroll
+          for (int k = 0; k < kTiles; ++k) {
+            of_unit[k] = load_note(p, notes + row, units[k], u);
+            goes_on = goes_on || units[k].x + u + 1 < units[k].y;
+          }
+#pragma unroll
+          for (int k = 0; k < kTiles; ++k) sums[k] += share_of(of_unit[k], totals);
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < kTiles; ++k) {
+        const long long tile = base + k * kThreads + static_cast<int>(threadIdx.x);
+        if (tile < p.max_tiles) masses[tile * p.num_kv_heads] = sums[k] * share;
+      }
     }
   }
-}
+
+ private:
+  static constexpr int kUnits = kTile / kStep;  // of a tile, at most
+  static constexpr int kTiles = 4;
+  int2 units_;  // the first of the thread's first tile and of the next one
+  float4 notes_[kUnits];
+
+  static __device__ __forceinline__ int num_rows_of(const AttentionParams& p, const RowBlock& block) {
+    return min(block.num_queries * p.group_size, p.unit_rows);
+  }
+
+  // Whether the first notes are asked for early.
+  static __device__ __forceinline__ bool is_early(const AttentionParams& p, const RowBlock& block) {
+    return kMayAskEarly && num_rows_of(p, block) <= 4;
+  }
+
+  // The units of a tile: the first of them, and the first of the next tile; alike where it is not seen.
+  static __device__ __forceinline__ int2 units_of(const AttentionParams& p, const RowBlock& block, int tile) {
+    const StepRange steps = visible_steps(p.left, p.right, block.seq_len, block.num_queries);
+    const bool is_seen =
+        steps.end > steps.begin && tile >= steps.begin / kUnits && tile < (steps.end + kUnits - 1) / kUnits;
+    if (!is_seen) return {0, 0};
+    return {first_unit(p, block.sequence, steps, tile), first_unit(p, block.sequence, steps, tile + 1)};
+  }
+
+  static __device__ __forceinline__ const float* notes_of(const AttentionParams& p, const RowBlock& block, int kv_head) {
+    const long long head = static_cast<long long>(block.sequence) * p.num_kv_heads + kv_head;
+    return p.unit_lse + head * num_slots(p) * p.unit_rows;
+  }
+
+  // What was noted of 4 rows in the u-th of a tile's units.
+  static __device__ __forceinline__ float4 load_note(const AttentionParams& p, const float* notes, int2 units, int u) {
+    if (units.x + u >= units.y) return {-kInfinity, -kInfinity, -kInfinity, -kInfinity};
+    return ptx::load_l2_16(notes + static_cast<long long>(place_of_note(units.x + u)) * p.unit_rows);
+  }
+
+  static __device__ __forceinline__ float share_of(float4 note, float4 totals) {
+    return ptx::exp2(note.x - totals.x) + ptx::exp2(note.y - totals.y) + ptx::exp2(note.z - totals.z) +
+           ptx::exp2(note.w - totals.w);
+  }
+
+  // log2 of what 4 rows from `row` on sum up to; infinite where one sees nothing, or is none, so that it adds nothing.
+  static __device__ __forceinline__ float4 totals_of(
+      const AttentionParams& p, const RowBlock& block, int kv_head, int row, int num_rows, const float* row_lse) {
+    float totals[4];
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      float lse = -kInfinity;
+      if (row + c < num_rows) lse = row_lse != nullptr ? row_lse[row + c] : lse_of(p, block, kv_head, row + c);
+      totals[c] = lse != -kInfinity ? lse * kLog2E : kInfinity;
+    }
+    return {totals[0], totals[1], totals[2], totals[3]};
+  }
+
+  // Of any of the sequence's rows, which another CTA wrote.
+  static __device__ __forceinline__ float lse_of(const AttentionParams& p, const RowBlock& block, int kv_head, int row) {
+    const int query = row / p.group_size;
+    const long long token = block.first_token + query;
+    return ptx::load_l2(p.lse + (token * p.num_kv_heads + kv_head) * p.group_size + row - query * p.group_size);
+  }
+};
 
 }  // namespace kvt
