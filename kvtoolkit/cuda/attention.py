@@ -1,5 +1,6 @@
 """Launch the attention kernels on device arrays that are known to be right."""
 
+import enum
 import functools
 import math
 from typing import Any, NamedTuple
@@ -21,7 +22,6 @@ from kvtoolkit.tiers import QuantizedTiers
 MAX_DECODE_QUERIES = 8  # as in attention.cuh
 MAX_SPLITS = 128
 _UNBOUNDED = 1 << 30  # a window as wide as any sequence; sums with positions stay in 32 bits
-_MAX_ROW_BLOCKS = 65535  # CTAs along the second axis of a grid
 _MAX_STEP_NBYTES = 2 << 30  # it is kept for ever
 _LOG2E = 1.4426950408889634
 _params = packer("17q11q17i3f")
@@ -58,6 +58,21 @@ class _Schedule(NamedTuple):
     """As many ranges, or fewer, so that they cut sequences of equal lengths evenly or not at all."""
     partials_nbytes: int
     counters_nbytes: int
+
+    @property
+    def stride(self) -> int:
+        """Steps from one of a warp to its next."""
+        macros = dict(self.spec.defines)
+        return macros["KVT_WARPS"] * macros.get("KVT_CLUSTER", 1)
+
+
+class _Rows(enum.IntEnum):
+    """Which sequences a kernel takes, by their query tokens; as in attention.cuh."""
+
+    ALL = 0
+    FEW = 1
+    """Up to `MAX_DECODE_QUERIES`."""
+    MANY = 2
 
 
 def attend(
@@ -99,8 +114,9 @@ def attend(
     if batch == 1 and cu_seqlens_q is not None:
         fewest = most = num_tokens
     decodes, prefills = fewest <= MAX_DECODE_QUERIES, most > MAX_DECODE_QUERIES
-    if tiers is not None or block_mass is not None:
-        decodes, prefills = True, False
+    # the prefill kernel reads 16 bit and tells no masses; else prefill is a decode of many rows, in a launch of its own,
+    # since it would take the CTAs that the sequences of few rows are shared among
+    is_wide = prefills and (tiers is not None or block_mass is not None)
     left, right = (min(side, _UNBOUNDED) for side in window_size)
     if causal:
         right = 0
@@ -109,14 +125,17 @@ def attend(
 
     ids_per_step = 1 if block_size % 16 == 0 else 2 if block_size == 8 else 0
 
-    schedule = None
-    if decodes:
-        rows = group_size * (most if not prefills else min(most, MAX_DECODE_QUERIES))
-        longest = max_seq_len or block_table.shape[1] * (block_size if block_starts is None else 64)
-        schedule = _schedule(
-            q.shape, q.dtype, device, num_kv_heads, batch, cu_seqlens_q is not None, rows, num_splits,
-            tiers is not None, most_late(batch, longest),
+    longest = max_seq_len or block_table.shape[1] * (block_size if block_starts is None else 64)
+
+    def choose(queries: int, may_plan: bool) -> _Schedule:
+        return _schedule(
+            q.shape, q.dtype, device, num_kv_heads, batch, cu_seqlens_q is not None, group_size * queries, num_splits,
+            tiers is not None, may_plan, most_late(batch, longest),
         )  # fmt: skip
+
+    schedule = choose(min(most, MAX_DECODE_QUERIES), True) if decodes else None
+    wide = choose(most, False) if is_wide else None
+    schedules = [one for one in (schedule, wide) if one is not None]
     num_ranges = schedule.num_ranges if schedule else 0
     width = list_width(block_table.shape[1], max_seq_len)
     list_nbytes = 0
@@ -127,9 +146,8 @@ def attend(
     plan_at = -(-list_nbytes // 256) * 256
     notes_at = plan_at + (-(-plan_nbytes(batch, num_ranges) // 256) * 256 if num_ranges else 0)
     step_nbytes, shape = notes_at, None
-    if block_mass is not None and schedule is not None:
-        macros = dict(schedule.spec.defines)
-        stride = macros["KVT_WARPS"] * macros.get("KVT_CLUSTER", 1)
+    if block_mass is not None:
+        stride = max(one.stride for one in schedules)
         shape = notes_shape(batch, num_kv_heads, block_mass.shape[1], stride, group_size * most)
         step_nbytes += notes_nbytes(shape, num_tokens * num_q_heads)
         if step_nbytes > _MAX_STEP_NBYTES:
@@ -137,14 +155,15 @@ def attend(
                 f"block_mass: {batch} rows of up to {most} new tokens need {step_nbytes} bytes of scratch memory, "
                 f"expected at most {_MAX_STEP_NBYTES}; ask with fewer new tokens"
             )
-    partials, counters, step_at = schedule.partials_nbytes if schedule else 0, 0, 0
+    partials = max((one.partials_nbytes for one in schedules), default=0)
+    counters = step_at = 0
     memory = None
     if kept is not None and step_nbytes:
         key = (width, num_ranges, left, right, shape, step_nbytes)
         memory = _keep(kept, key, step_nbytes, stream)
     mass_counters = 0
     if partials or shape is not None or (step_nbytes and memory is None):
-        counters = schedule.counters_nbytes if schedule else 0
+        counters = max((one.counters_nbytes for one in schedules), default=0)
         mass_counters = 4 * batch * num_kv_heads if shape is not None else 0
         scratch = workspace(
             device, stream, Sizes(partials, counters + mass_counters, 0 if memory is not None else step_nbytes)
@@ -174,7 +193,7 @@ def attend(
         if fewest == 0 and block_mass is not None:
             _clear(block_mass, stream)
 
-    def parameters(wait_first: bool) -> bytes:
+    def parameters(schedule: _Schedule | None, rows: _Rows, wait_first: bool) -> bytes:
         packed = _params.pack(
             q.address, out.address, notes.lse, k_cache.address, v_cache.address,
             ids.address, seq_lens.address, cu_seqlens_q.address if cu_seqlens_q else 0,
@@ -188,7 +207,7 @@ def attend(
             batch, num_tokens, num_kv_heads, group_size, block_size, ids.shape[1], block_shift, ids_per_step,
             left, right,
             schedule.splits if schedule else 1, int(schedule is not None and schedule.is_fixed),
-            schedule.row_blocks if schedule else 1, int(prefills),
+            schedule.row_blocks if schedule else 1, rows,
             block_mass.shape[1] if block_mass else 0, notes.rows, int(wait_first),
             scale * _LOG2E, scale / softcap if softcap else 0.0, softcap * _LOG2E,
         )  # fmt: skip
@@ -206,16 +225,21 @@ def attend(
     if schedule is not None:
         spec = schedule.spec if shape is None else schedule.spec.with_masses()
         kernel = load_spec(spec, device)
-        decode = Launch(kernel, schedule.grid, spec.threads, spec.smem_nbytes, parameters(True))
+        rows = _Rows.FEW if prefills else _Rows.ALL
+        decode = Launch(kernel, schedule.grid, spec.threads, spec.smem_nbytes, parameters(schedule, rows, True))
         if kept is not None:
-            early = Launch(kernel, schedule.grid, spec.threads, spec.smem_nbytes, parameters(False))
+            early = Launch(kernel, schedule.grid, spec.threads, spec.smem_nbytes, parameters(schedule, rows, False))
         if plan is not None:
             plan.launch.run(stream)
         decode.run(stream)
     if prefills:
-        spec = specs.prefill(head_dim, k_cache.dtype)
-        grid = (num_tokens * group_size // spec.rows + batch, num_kv_heads)
-        prefill = Launch(load_spec(spec, device), grid, spec.threads, spec.smem_nbytes, parameters(True))
+        if wide is None:
+            spec = specs.prefill(head_dim, k_cache.dtype)
+            grid: tuple[int, ...] = (num_tokens * group_size // spec.rows + batch, num_kv_heads)
+        else:
+            spec, grid = wide.spec if shape is None else wide.spec.with_masses(), wide.grid
+        values = parameters(wide, _Rows.MANY, True)
+        prefill = Launch(load_spec(spec, device), grid, spec.threads, spec.smem_nbytes, values)
         prefill.run(stream)
     if step_nbytes and memory is None:
         return None
@@ -244,7 +268,7 @@ def _keep(kept: dict[Any, Any], key: Any, nbytes: int, stream: int) -> Any:
 @functools.lru_cache(4096)
 def _schedule(
     shape: tuple[int, int, int], dtype: str, device: int, num_kv_heads: int, batch: int, has_bounds: bool,
-    most_rows: int, num_splits: int, is_tiered: bool, most_late: int,
+    most_rows: int, num_splits: int, is_tiered: bool, may_plan: bool, most_late: int,
 ) -> _Schedule:  # fmt: skip
     """Choose a schedule, by what the host knows: never by what lies in the tables, so that a graph stays right."""
     num_tokens, num_q_heads, head_dim = shape
@@ -259,12 +283,7 @@ def _schedule(
     rows = spec.rows
     row_blocks = -(-most_rows // rows)
     partial = rows * (head_dim + 2) * 4
-    if num_splits == 0 and (batch > 1 or is_tiered) and batch <= specs.MAX_PLANNED:
-        if row_blocks > _MAX_ROW_BLOCKS:
-            raise UnsupportedError(
-                f"q: expected at most {_MAX_ROW_BLOCKS * rows} query rows of a kv head (new tokens times heads of its "
-                f"group), got {most_rows}; feed the prompt in chunks"
-            )
+    if may_plan and num_splits == 0 and (batch > 1 or is_tiered) and batch <= specs.MAX_PLANNED:
         heads = num_kv_heads * row_blocks
         ranges = max(1, spec.per_sm * num_sms(device) // heads)
         late = ranges if spec.per_sm > 1 and 1 < ranges <= most_late else 0

@@ -8,6 +8,7 @@ import pytest
 from kvtoolkit import ShapeError, cuda, reference
 from kvtoolkit.attention import tiered_attention, variable_block_attention
 from kvtoolkit.formats import INT4, INT8
+from kvtoolkit.runtime import Kernel
 from kvtoolkit.tiers import TierCaches
 from tests.kvtoolkit.attention_cases import Case, nan_filled
 from tests.kvtoolkit.gpu_cases import assert_close, to_device, to_host
@@ -126,6 +127,32 @@ def test_prefill_over_tiers(dtype):
     check(TieredCase([300, 150, 0, 64], [100, 150, 0, 9], dtype=dtype))
 
 
+MIXED = ([400, 64, 300, 0, 1000, 9], [1, 8, 130, 0, 9, 9])  # decode, verify and prefill in one batch
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_decode_beside_prefill(options, head_dim):
+    check(TieredCase(*MIXED, head_dim=head_dim, dtype="float16"), **options)
+
+
+def test_prefill_does_not_take_the_ctas_of_decode(monkeypatch):
+    grids = []
+    prepare = Kernel.prepare
+
+    def noted(self, grid, *rest):
+        if self.name == "kvt_tiered":
+            grids.append(grid)
+        return prepare(self, grid, *rest)
+
+    monkeypatch.setattr(Kernel, "prepare", noted)
+    case = TieredCase(*MIXED, num_q_heads=16, num_kv_heads=4, dtype="float16")
+    run(case, case.tiered())
+    few, many = grids
+    assert few[2] > 1  # ranges
+    assert many == (4 * (sum(MIXED[1]) * 4 // 8 + len(MIXED[1])), 1, 1)
+
+
 def test_one_long_sequence_and_many():
     check(TieredCase([9000], dtype="float16"))
     check(TieredCase([9000], [5], head_dim=128, dtype="float16"))
@@ -169,7 +196,13 @@ def test_weights_that_differ_by_far_more_than_a_half_can_hold():
 @pytest.mark.parametrize("options", [{}, {"window_size": (300, -1)}, {"sinks": SINKS}, {"num_splits": 3}])
 def test_masses_agree_with_the_reference_and_change_no_bit(options, dtype):
     several = [70, 0, 64, 130, 300, 3000]
-    for lengths, new in ((several, [4, 0, 8, 1, 0, 3]), ([600], [300]), ([5000], None), ([200, 70, 0] * 50, None)):
+    for lengths, new in (
+        (several, [4, 0, 8, 1, 0, 3]),
+        ([600], [300]),
+        MIXED,
+        ([5000], None),
+        ([200, 70, 0] * 50, None),
+    ):
         case = TieredCase(lengths, new, head_dim=128, dtype=dtype)
         arrays = case.tiered()
         plain = run(case, arrays, **options)

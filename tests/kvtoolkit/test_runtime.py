@@ -252,12 +252,14 @@ def an_h100(monkeypatch):
 
 
 def schedule(
-    batch, most_rows=4, *, num_heads=32, num_kv_heads=8, num_splits=0, is_tiered=True, tokens=None, longest=1 << 20
-):
+    batch, most_rows=4, *, num_heads=32, num_kv_heads=8, num_splits=0, is_tiered=True, tokens=None, longest=1 << 20,
+    may_plan=True,
+):  # fmt: skip
     shape, most_late = (tokens or batch, num_heads, 128), plan.most_late(batch, longest)
     return attention._schedule(
-        shape, "float16", 0, num_kv_heads, batch, tokens is not None, most_rows, num_splits, is_tiered, most_late
-    )
+        shape, "float16", 0, num_kv_heads, batch, tokens is not None, most_rows, num_splits, is_tiered, may_plan,
+        most_late,
+    )  # fmt: skip
 
 
 @pytest.mark.usefixtures("an_h100")
@@ -292,6 +294,8 @@ def test_a_single_range_needs_no_memory_for_pieces():
 
 
 @pytest.mark.usefixtures("an_h100")
-def test_more_query_rows_than_a_grid_holds_are_refused():
-    with pytest.raises(UnsupportedError, match="expected at most 524280 query rows of a kv head .*, got 581632; feed"):
-        schedule(1, 71 * 8192, num_heads=71, num_kv_heads=1, tokens=8192)
+def test_prompts_in_tiers_are_as_many_ctas_as_they_have_blocks_of_rows():
+    found = schedule(64, 8192, num_heads=64, tokens=8192 + 63, may_plan=False)
+    assert (found.num_ranges, found.splits, found.spec.rows) == (0, 1, 8)
+    assert found.grid == (8 * ((8192 + 63) + 64), 1, 1)
+    assert schedule(1, 64, tokens=16, may_plan=False).splits == 2  # SMs for twice the blocks of rows
