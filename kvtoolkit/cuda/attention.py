@@ -114,8 +114,8 @@ def attend(
     if batch == 1 and cu_seqlens_q is not None:
         fewest = most = num_tokens
     decodes, prefills = fewest <= MAX_DECODE_QUERIES, most > MAX_DECODE_QUERIES
-    # the prefill kernel reads 16 bit and tells no masses; else prefill is a decode of many rows, in a launch of its own,
-    # since it would take the CTAs that the sequences of few rows are shared among
+    # the prefill kernel reads 16 bit and tells no masses; else prefill is a decode of many rows, launched by itself, as it
+    # would take the CTAs that the sequences of few rows are shared among
     is_wide = prefills and (tiers is not None or block_mass is not None)
     left, right = (min(side, _UNBOUNDED) for side in window_size)
     if causal:
