@@ -114,8 +114,8 @@ def attend(
     if batch == 1 and cu_seqlens_q is not None:
         fewest = most = num_tokens
     decodes, prefills = fewest <= MAX_DECODE_QUERIES, most > MAX_DECODE_QUERIES
-    # the prefill kernel reads 16 bit and tells no masses; else prefill is a decode of many rows, launched by itself, as it
-    # would take the CTAs that the sequences of few rows are shared among
+    # the prefill kernel reads 16 bit and tells no masses; else prefill is a decode of many rows, launched by itself: it
+    # would take the CTAs that sequences of few rows are shared among
     is_wide = prefills and (tiers is not None or block_mass is not None)
     left, right = (min(side, _UNBOUNDED) for side in window_size)
     if causal:
@@ -127,10 +127,14 @@ def attend(
 
     longest = max_seq_len or block_table.shape[1] * (block_size if block_starts is None else 64)
 
-    def choose(queries: int, may_plan: bool) -> _Schedule:
+    usual = (
+        -(-num_tokens // batch) if fewest == 0 or not prefills else fewest
+    )  # query tokens of a row, as far as one knows
+
+    def choose(most: int, may_plan: bool) -> _Schedule:
         return _schedule(
-            q.shape, q.dtype, device, num_kv_heads, batch, cu_seqlens_q is not None, group_size * queries, num_splits,
-            tiers is not None, may_plan, most_late(batch, longest),
+            q.shape, q.dtype, device, num_kv_heads, batch, cu_seqlens_q is not None, min(usual, MAX_DECODE_QUERIES),
+            most, num_splits, tiers is not None, may_plan, most_late(batch, longest),
         )  # fmt: skip
 
     schedule = choose(min(most, MAX_DECODE_QUERIES), True) if decodes else None
@@ -268,14 +272,15 @@ def _keep(kept: dict[Any, Any], key: Any, nbytes: int, stream: int) -> Any:
 @functools.lru_cache(4096)
 def _schedule(
     shape: tuple[int, int, int], dtype: str, device: int, num_kv_heads: int, batch: int, has_bounds: bool,
-    most_rows: int, num_splits: int, is_tiered: bool, may_plan: bool, most_late: int,
+    usual: int, most: int, num_splits: int, is_tiered: bool, may_plan: bool, most_late: int,
 ) -> _Schedule:  # fmt: skip
     """Choose a schedule, by what the host knows: never by what lies in the tables, so that a graph stays right."""
     num_tokens, num_q_heads, head_dim = shape
     group_size = num_q_heads // num_kv_heads
+    usual_rows, most_rows = group_size * usual, group_size * most
     limit = smem_limit(device)
     if is_tiered:
-        pairs = batch * num_kv_heads * -(-most_rows // specs.TIERED_ROWS)
+        pairs = batch * num_kv_heads * -(-usual_rows // specs.TIERED_ROWS)
         # whether there is a whole sequence for nearly every CTA of two to an SM
         spec = specs.tiered(head_dim, dtype, most_rows, limit, shares_sm=10 * pairs >= 18 * num_sms(device))
     else:
@@ -285,7 +290,8 @@ def _schedule(
     partial = rows * (head_dim + 2) * 4
     if may_plan and num_splits == 0 and (batch > 1 or is_tiered) and batch <= specs.MAX_PLANNED:
         heads = num_kv_heads * row_blocks
-        ranges = max(1, spec.per_sm * num_sms(device) // heads)
+        # as many CTAs as SMs hold for the usual sequence; of further blocks of rows most are gone at once
+        ranges = max(1, spec.per_sm * num_sms(device) // (num_kv_heads * -(-usual_rows // rows)))
         late = ranges if spec.per_sm > 1 and 1 < ranges <= most_late else 0
         even = whole_sequences(ranges, batch) if is_tiered else ranges
         ranges += late
@@ -300,7 +306,9 @@ def _schedule(
         cluster = specs.cluster_size(arch_of(device), row_blocks * num_kv_heads) if alone else 1
         splits = cluster
         if cluster == 1:
-            splits = max(1, min(MAX_SPLITS, spec.per_sm * num_sms(device) // (batch * row_blocks * num_kv_heads)))
+            # blocks of rows; a launch for prompts leaves the usual rows to another one
+            own = batch * row_blocks if may_plan else -(-(num_tokens - (batch - 1) * usual) * group_size // rows)
+            splits = max(1, min(MAX_SPLITS, spec.per_sm * num_sms(device) // (max(1, own) * num_kv_heads)))
     if is_tiered:
         spec = specs.tiered(head_dim, dtype, most_rows, limit, planned=False)
     else:

@@ -252,13 +252,13 @@ def an_h100(monkeypatch):
 
 
 def schedule(
-    batch, most_rows=4, *, num_heads=32, num_kv_heads=8, num_splits=0, is_tiered=True, tokens=None, longest=1 << 20,
+    batch, most=1, *, usual=1, num_heads=32, num_kv_heads=8, num_splits=0, is_tiered=True, tokens=None, longest=1 << 20,
     may_plan=True,
 ):  # fmt: skip
     shape, most_late = (tokens or batch, num_heads, 128), plan.most_late(batch, longest)
     return attention._schedule(
-        shape, "float16", 0, num_kv_heads, batch, tokens is not None, most_rows, num_splits, is_tiered, may_plan,
-        most_late,
+        shape, "float16", 0, num_kv_heads, batch, tokens is not None, usual, most, num_splits, is_tiered,
+        may_plan, most_late,
     )  # fmt: skip
 
 
@@ -287,15 +287,26 @@ def test_there_are_no_late_ranges_where_none_can_be_worth_it():
 
 @pytest.mark.usefixtures("an_h100")
 def test_a_single_range_needs_no_memory_for_pieces():
-    found = schedule(1, 8 * 8192, num_heads=64, tokens=8192)
+    found = schedule(1, 8, usual=8, num_heads=512, tokens=8, num_kv_heads=4)
     assert found.num_ranges == 1
     assert found.partials_nbytes == 0
     assert schedule(64).partials_nbytes > 0
 
 
 @pytest.mark.usefixtures("an_h100")
-def test_prompts_in_tiers_are_as_many_ctas_as_they_have_blocks_of_rows():
-    found = schedule(64, 8192, num_heads=64, tokens=8192 + 63, may_plan=False)
+def test_ranges_are_for_the_usual_sequence():
+    for is_tiered in (False, True):
+        for most in (1, 2, 8):
+            found = schedule(64, most, tokens=64 * 2, is_tiered=is_tiered)
+            assert found.num_ranges - found.num_late == (33 if is_tiered else 16)
+            assert found.grid[1] == -(-4 * most // found.spec.rows)
+    assert schedule(64, 8, usual=8, tokens=512).num_ranges == 2 * (264 // 32)
+
+
+@pytest.mark.usefixtures("an_h100")
+def test_prompts_in_tiers_have_as_many_ctas_as_blocks_of_rows():
+    found = schedule(64, 512, tokens=512 + 63, may_plan=False)
     assert (found.num_ranges, found.splits, found.spec.rows) == (0, 1, 8)
-    assert found.grid == (8 * ((8192 + 63) + 64), 1, 1)
-    assert schedule(1, 64, tokens=16, may_plan=False).splits == 2  # SMs for twice the blocks of rows
+    assert found.grid == (8 * ((512 + 63) * 4 // 8 + 64), 1, 1)
+    assert schedule(64, 16, tokens=16 + 63, may_plan=False).splits > 1  # SMs for more than its blocks of rows
+    assert schedule(64, 16, usual=8, tokens=64 * 16, may_plan=False).splits == 1
