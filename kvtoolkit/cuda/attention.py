@@ -124,17 +124,14 @@ def attend(
     block_shift = block_size.bit_length() - 1 if block_size & (block_size - 1) == 0 else -1
 
     ids_per_step = 1 if block_size % 16 == 0 else 2 if block_size == 8 else 0
-
     longest = max_seq_len or block_table.shape[1] * (block_size if block_starts is None else 64)
-
-    usual = (
-        -(-num_tokens // batch) if fewest == 0 or not prefills else fewest
-    )  # query tokens of a row, as far as one knows
+    # query tokens of a sequence that decodes, as far as one knows
+    usual = min(fewest if fewest and prefills else -(-num_tokens // batch), MAX_DECODE_QUERIES)
 
     def choose(most: int, may_plan: bool) -> _Schedule:
         return _schedule(
-            q.shape, q.dtype, device, num_kv_heads, batch, cu_seqlens_q is not None, min(usual, MAX_DECODE_QUERIES),
-            most, num_splits, tiers is not None, may_plan, most_late(batch, longest),
+            q.shape, q.dtype, device, num_kv_heads, batch, cu_seqlens_q is not None, usual, most, num_splits,
+            tiers is not None, may_plan, most_late(batch, longest),
         )  # fmt: skip
 
     schedule = choose(min(most, MAX_DECODE_QUERIES), True) if decodes else None
