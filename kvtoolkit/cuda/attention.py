@@ -10,7 +10,7 @@ from kvtoolkit.cuda import specs
 from kvtoolkit.cuda.expand import list_width, make_granules
 from kvtoolkit.cuda.launching import Launch, load_spec
 from kvtoolkit.cuda.masses import Notes, notes_nbytes, notes_shape, place_notes
-from kvtoolkit.cuda.plan import make_plan, most_late, plan_nbytes
+from kvtoolkit.cuda.plan import MAX_RANGES, make_plan, most_late, plan_nbytes
 from kvtoolkit.cuda.units import make_units, units_nbytes
 from kvtoolkit.cuda.workspace import Sizes, workspace
 from kvtoolkit.errors import UnsupportedError
@@ -22,6 +22,7 @@ from kvtoolkit.tiers import QuantizedTiers
 MAX_DECODE_QUERIES = 8  # as in attention.cuh
 MAX_SPLITS = 128
 _UNBOUNDED = 1 << 30  # a window as wide as any sequence; sums with positions stay in 32 bits
+_MOST_ROUNDS = 16  # of CTAs, where a launch is split
 _MAX_STEP_NBYTES = 2 << 30  # it is kept for ever
 _LOG2E = 1.4426950408889634
 _params = packer("17q11q17i3f")
@@ -128,14 +129,17 @@ def attend(
     # query tokens of a sequence that decodes, as far as one knows
     usual = min(fewest if fewest and prefills else -(-num_tokens // batch), MAX_DECODE_QUERIES)
 
-    def choose(most: int, may_plan: bool) -> _Schedule:
+    # query tokens of the sequences that a launch for prompts takes, at most
+    in_prompts = num_tokens - (batch - 1) * fewest if decodes else num_tokens
+
+    def choose(most: int, in_prompts: int = 0) -> _Schedule:
         return _schedule(
-            q.shape, q.dtype, device, num_kv_heads, batch, cu_seqlens_q is not None, usual, most, num_splits,
-            tiers is not None, may_plan, most_late(batch, longest),
+            q.shape, q.dtype, device, num_kv_heads, batch, cu_seqlens_q is not None, usual, most, in_prompts,
+            num_splits, tiers is not None, most_late(batch, longest),
         )  # fmt: skip
 
-    schedule = choose(min(most, MAX_DECODE_QUERIES), True) if decodes else None
-    wide = choose(most, False) if is_wide else None
+    schedule = choose(min(most, MAX_DECODE_QUERIES)) if decodes else None
+    wide = choose(most, in_prompts) if is_wide else None
     schedules = [one for one in (schedule, wide) if one is not None]
     num_ranges = schedule.num_ranges if schedule else 0
     width = list_width(block_table.shape[1], max_seq_len)
@@ -269,9 +273,15 @@ def _keep(kept: dict[Any, Any], key: Any, nbytes: int, stream: int) -> Any:
 @functools.lru_cache(4096)
 def _schedule(
     shape: tuple[int, int, int], dtype: str, device: int, num_kv_heads: int, batch: int, has_bounds: bool,
-    usual: int, most: int, num_splits: int, is_tiered: bool, may_plan: bool, most_late: int,
+    usual: int, most: int, in_prompts: int, num_splits: int, is_tiered: bool, most_late: int,
 ) -> _Schedule:  # fmt: skip
-    """Choose a schedule, by what the host knows: never by what lies in the tables, so that a graph stays right."""
+    """Choose a schedule, by what the host knows: never by what lies in the tables, so that a graph stays right.
+
+    Args:
+        usual: query tokens of most sequences; ``most`` of the one that has most.
+        in_prompts: of a launch for prompts, the query tokens of its sequences; 0 = for whatever decodes.
+        most_late: late ranges that can be worth it.
+    """
     num_tokens, num_q_heads, head_dim = shape
     group_size = num_q_heads // num_kv_heads
     usual_rows, most_rows = group_size * usual, group_size * most
@@ -285,32 +295,36 @@ def _schedule(
     rows = spec.rows
     row_blocks = -(-most_rows // rows)
     partial = rows * (head_dim + 2) * 4
-    if may_plan and num_splits == 0 and (batch > 1 or is_tiered) and batch <= specs.MAX_PLANNED:
+    if not in_prompts and num_splits == 0 and (batch > 1 or is_tiered) and batch <= specs.MAX_PLANNED:
         heads = num_kv_heads * row_blocks
         # as many CTAs as SMs hold for the usual sequence; of further blocks of rows most are gone at once
         ranges = max(1, spec.per_sm * num_sms(device) // (num_kv_heads * -(-usual_rows // rows)))
-        late = ranges if spec.per_sm > 1 and 1 < ranges <= most_late else 0
+        may_be_late = spec.per_sm > 1 and 1 < ranges <= MAX_RANGES // 2
+        late = ranges if may_be_late and ranges <= most_late else 0
         even = whole_sequences(ranges, batch) if is_tiered else ranges
+        # a single range cuts nothing; the same for all lengths, so that what ran eagerly can be captured
+        slots = 2 * ranges * (2 if may_be_late else 1) if ranges > 1 else 0
+        partials = slots * heads * partial
         ranges += late
         grid = (num_kv_heads, row_blocks, ranges)
-        partials = 2 * ranges * heads * partial if ranges > 1 else 0  # a single range cuts nothing
         return _Schedule(spec, grid, 1, False, row_blocks, ranges, late, even, partials, 4 * batch * heads)
     # every sequence in even splits, and a block of rows found by its number
     num_blocks = num_tokens * group_size // rows + batch if has_bounds else batch * -(-group_size // rows)
+    groups = num_blocks * num_kv_heads
     cluster, splits = 1, min(num_splits, MAX_SPLITS)
-    if num_splits == 0:
-        alone = batch == 1 and not is_tiered
-        cluster = specs.cluster_size(arch_of(device), row_blocks * num_kv_heads) if alone else 1
-        splits = cluster
-        if cluster == 1:
-            # blocks of rows; a launch for prompts leaves the usual rows to another one
-            own = batch * row_blocks if may_plan else -(-(num_tokens - (batch - 1) * usual) * group_size // rows)
-            splits = max(1, min(MAX_SPLITS, spec.per_sm * num_sms(device) // (max(1, own) * num_kv_heads)))
+    if num_splits == 0 and batch == 1 and not is_tiered:
+        cluster = specs.cluster_size(arch_of(device), row_blocks * num_kv_heads)
     if is_tiered:
         spec = specs.tiered(head_dim, dtype, most_rows, limit, planned=False)
     else:
         spec = specs.decode(head_dim, dtype, most_rows, limit, planned=False, cluster=cluster)
-    groups = num_blocks * num_kv_heads
+    if cluster > 1:
+        splits = cluster
+    elif num_splits == 0:
+        own = -(-in_prompts * group_size // rows) if in_prompts else batch * row_blocks
+        ctas = spec.per_sm * num_sms(device)
+        # of a launch for prompts most CTAs may have nothing to do: not many times as many
+        splits = max(1, min(MAX_SPLITS, ctas // (own * num_kv_heads), _MOST_ROUNDS * ctas // groups))
     nbytes = groups * splits * partial if cluster == 1 and splits > 1 else 0
     grid = (groups, splits, 1) if cluster == 1 else (cluster, num_kv_heads, num_blocks)
     return _Schedule(spec, grid, splits, num_splits > 0, row_blocks, 0, 0, 0, nbytes, 4 * groups)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -253,12 +254,12 @@ def an_h100(monkeypatch):
 
 def schedule(
     batch, most=1, *, usual=1, num_heads=32, num_kv_heads=8, num_splits=0, is_tiered=True, tokens=None, longest=1 << 20,
-    may_plan=True,
+    in_prompts=0,
 ):  # fmt: skip
     shape, most_late = (tokens or batch, num_heads, 128), plan.most_late(batch, longest)
     return attention._schedule(
-        shape, "float16", 0, num_kv_heads, batch, tokens is not None, usual, most, num_splits, is_tiered,
-        may_plan, most_late,
+        shape, "float16", 0, num_kv_heads, batch, tokens is not None, usual, most, in_prompts, num_splits,
+        is_tiered, most_late,
     )  # fmt: skip
 
 
@@ -305,8 +306,24 @@ def test_ranges_are_for_the_usual_sequence():
 
 @pytest.mark.usefixtures("an_h100")
 def test_prompts_in_tiers_have_as_many_ctas_as_blocks_of_rows():
-    found = schedule(64, 512, tokens=512 + 63, may_plan=False)
+    found = schedule(64, 512, tokens=512 + 63, in_prompts=512)
     assert (found.num_ranges, found.splits, found.spec.rows) == (0, 1, 8)
     assert found.grid == (8 * ((512 + 63) * 4 // 8 + 64), 1, 1)
-    assert schedule(64, 16, tokens=16 + 63, may_plan=False).splits > 1  # SMs for more than its blocks of rows
-    assert schedule(64, 16, usual=8, tokens=64 * 16, may_plan=False).splits == 1
+    assert schedule(64, 16, tokens=16 + 63, in_prompts=16).splits == 2  # SMs for twice its blocks of rows
+    assert schedule(64, 16, tokens=64 * 16, in_prompts=64 * 16).splits == 1
+
+
+@pytest.mark.usefixtures("an_h100")
+@pytest.mark.parametrize("is_tiered", [False, True])
+@pytest.mark.parametrize("batch", [2, 64, 256, 2048])
+def test_prompts_take_neither_much_memory_nor_many_idle_ctas(batch, is_tiered):
+    for in_prompts, tokens in ((9, batch + 8), (16, batch + 15), (8 * batch, 8 * batch)):
+        found = schedule(batch, in_prompts, tokens=tokens, in_prompts=in_prompts, is_tiered=is_tiered)
+        assert found.partials_nbytes <= 64 << 20
+        assert found.splits == 1 or math.prod(found.grid) <= 16 * 132 * found.spec.per_sm
+
+
+@pytest.mark.usefixtures("an_h100")
+def test_memory_for_pieces_does_not_depend_on_the_longest_length():
+    for batch in (64, 256):
+        assert len({schedule(batch, longest=n).partials_nbytes for n in (64, 512, 1024, 1 << 20)}) == 1
