@@ -10,12 +10,12 @@
 // fewer ranges, num_even, are known to cut sequences of equal lengths evenly or not at all, unless the ranges are so long
 // that an idle SM would cost more than the cuts.
 //
-// SMs are not equally fast, and costs are estimates. Where an SM holds several CTAs, the last eighth of the cost is cut
-// into as many ranges again, the late ones: their CTAs begin wherever one has ended, while its neighbours keep the memory
-// busy. Where sequences of equal lengths are better not cut, this is done for ragged batches only.
+// SMs are not equally fast, and costs are estimates. Where an SM holds several CTAs, the last eighth of the cost is cut into
+// as many ranges again, the late ones: their CTAs begin wherever one has ended, while its neighbours keep the memory busy.
+// Where sequences of equal lengths are better not cut, this is done for ragged batches only.
 //
 // Launch:   CTA 1024, grid = CTAs that share the sequences; each works out all ranges for itself; dynamic shared
-//           memory 4 * batch. sm_80 and later.
+//           memory 4 * batch. Any architecture.
 // Source:   equal ranges with an overhead, as in FlashMLA's scheduler (deepseek-ai), here without a serial loop.
 #include <kvt/attention.cuh>
 #include <kvt/ptx/cluster.cuh>
@@ -37,7 +37,7 @@ struct PlanParams {
   int left, right;
   int overhead, min_steps;  // steps
   int min_cost, min_late;   // of a range, of a late one
-  int ragged_percent;       // of the mean cost: what the longest sequence costs where late ranges are wanted
+  int ragged_percent;       // of the mean: how long the longest sequence is where the late ranges are wanted
   int has_prefill;          // 1: sequences with more than kMaxDecodeQueries queries cost nothing here
 };
 
@@ -69,7 +69,6 @@ extern "C" __global__ void __launch_bounds__(kThreads) kvt_plan(const __grid_con
   __shared__ int2 ranges[kMaxRanges + 1];
   __shared__ int warp_sums[32];
   __shared__ int warp_longest[32];
-  __shared__ int warp_counts[32];
   ptx::wait_for_dependencies();
   ptx::launch_dependents();
   const int each = (p.batch + kThreads - 1) / kThreads;
@@ -78,12 +77,10 @@ extern "C" __global__ void __launch_bounds__(kThreads) kvt_plan(const __grid_con
 
   int sum = 0;
   int longest = 0;  // steps of a sequence
-  int count = 0;    // sequences that have some
   for (int b = first; b < last; ++b) {
     const int steps = num_steps(p, b);
     sum += steps > 0 ? steps + p.overhead : 1;
     longest = max(longest, steps);
-    count += steps > 0;
     ends[b] = sum;
   }
   // the sums of the threads before: within the warp, then of the warps before
@@ -95,15 +92,12 @@ extern "C" __global__ void __launch_bounds__(kThreads) kvt_plan(const __grid_con
     if (lane >= d) inclusive += below;
   }
   longest = __reduce_max_sync(kAllLanes, longest);
-  count = __reduce_add_sync(kAllLanes, count);
   if (lane == 31) {
     warp_sums[threadIdx.x >> 5] = inclusive;
     warp_longest[threadIdx.x >> 5] = longest;
-    warp_counts[threadIdx.x >> 5] = count;
   }
   __syncthreads();
   longest = __reduce_max_sync(kAllLanes, warp_longest[lane]);
-  count = __reduce_add_sync(kAllLanes, warp_counts[lane]);
   int of_warps = warp_sums[lane];
 #pragma unroll
   for (int d = 1; d < 32; d <<= 1) {
@@ -119,7 +113,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) kvt_plan(const __grid_con
 
   const int num_early = p.num_ranges - p.num_late;
   const int eighth = total >> 3;
-  const bool is_ragged = 100LL * (longest + p.overhead) * count > static_cast<long long>(p.ragged_percent) * total;
+  const bool is_ragged = 100LL * longest * p.batch > static_cast<long long>(p.ragged_percent) * total;
   // cost of the late ranges
   const int late = p.num_late > 0 && is_ragged && eighth / p.num_late >= p.min_late ? eighth : 0;
   const int most = total / num_early >= p.long_cost ? num_early : p.num_even;

@@ -1,6 +1,5 @@
 """Launch the attention kernels on device arrays that are known to be right."""
 
-import enum
 import functools
 import math
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ from kvtoolkit.cuda import specs
 from kvtoolkit.cuda.expand import list_width, make_granules
 from kvtoolkit.cuda.launching import Launch, load_spec
 from kvtoolkit.cuda.masses import Notes, notes_nbytes, notes_shape, place_notes
-from kvtoolkit.cuda.plan import MAX_RANGES, make_plan, most_late, plan_nbytes
+from kvtoolkit.cuda.plan import make_plan, most_late, plan_nbytes
 from kvtoolkit.cuda.units import make_units, units_nbytes
 from kvtoolkit.cuda.workspace import Sizes, workspace
 from kvtoolkit.errors import UnsupportedError
@@ -22,7 +21,7 @@ from kvtoolkit.tiers import QuantizedTiers
 MAX_DECODE_QUERIES = 8  # as in attention.cuh
 MAX_SPLITS = 128
 _UNBOUNDED = 1 << 30  # a window as wide as any sequence; sums with positions stay in 32 bits
-_MOST_ROUNDS = 16  # of CTAs, where a launch is split
+_MAX_ROW_BLOCKS = 65535  # CTAs along the second axis of a grid
 _MAX_STEP_NBYTES = 2 << 30  # it is kept for ever
 _LOG2E = 1.4426950408889634
 _params = packer("17q11q17i3f")
@@ -59,21 +58,6 @@ class _Schedule(NamedTuple):
     """As many ranges, or fewer, so that they cut sequences of equal lengths evenly or not at all."""
     partials_nbytes: int
     counters_nbytes: int
-
-    @property
-    def stride(self) -> int:
-        """Steps from one of a warp to its next."""
-        macros = dict(self.spec.defines)
-        return macros["KVT_WARPS"] * macros.get("KVT_CLUSTER", 1)
-
-
-class _Rows(enum.IntEnum):
-    """Which sequences a kernel takes, by their query tokens; as in attention.cuh."""
-
-    ALL = 0
-    FEW = 1
-    """Up to `MAX_DECODE_QUERIES`."""
-    MANY = 2
 
 
 def attend(
@@ -115,9 +99,8 @@ def attend(
     if batch == 1 and cu_seqlens_q is not None:
         fewest = most = num_tokens
     decodes, prefills = fewest <= MAX_DECODE_QUERIES, most > MAX_DECODE_QUERIES
-    # the prefill kernel reads 16 bit and tells no masses; else prefill is a decode of many rows, launched by itself: it
-    # would take the CTAs that sequences of few rows are shared among
-    is_wide = prefills and (tiers is not None or block_mass is not None)
+    if tiers is not None or block_mass is not None:
+        decodes, prefills = True, False
     left, right = (min(side, _UNBOUNDED) for side in window_size)
     if causal:
         right = 0
@@ -125,22 +108,15 @@ def attend(
     block_shift = block_size.bit_length() - 1 if block_size & (block_size - 1) == 0 else -1
 
     ids_per_step = 1 if block_size % 16 == 0 else 2 if block_size == 8 else 0
-    longest = max_seq_len or block_table.shape[1] * (block_size if block_starts is None else 64)
-    # query tokens of a sequence that decodes, as far as one knows
-    usual = min(fewest if fewest and prefills else -(-num_tokens // batch), MAX_DECODE_QUERIES)
 
-    # query tokens of the sequences that a launch for prompts takes, at most
-    in_prompts = num_tokens - (batch - 1) * fewest if decodes else num_tokens
-
-    def choose(most: int, in_prompts: int = 0) -> _Schedule:
-        return _schedule(
-            q.shape, q.dtype, device, num_kv_heads, batch, cu_seqlens_q is not None, usual, most, in_prompts,
-            num_splits, tiers is not None, most_late(batch, longest),
+    schedule = None
+    if decodes:
+        rows = group_size * (most if not prefills else min(most, MAX_DECODE_QUERIES))
+        longest = max_seq_len or block_table.shape[1] * (block_size if block_starts is None else 64)
+        schedule = _schedule(
+            q.shape, q.dtype, device, num_kv_heads, batch, cu_seqlens_q is not None, rows, num_splits,
+            tiers is not None, most_late(batch, longest),
         )  # fmt: skip
-
-    schedule = choose(min(most, MAX_DECODE_QUERIES)) if decodes else None
-    wide = choose(most, in_prompts) if is_wide else None
-    schedules = [one for one in (schedule, wide) if one is not None]
     num_ranges = schedule.num_ranges if schedule else 0
     width = list_width(block_table.shape[1], max_seq_len)
     list_nbytes = 0
@@ -151,8 +127,9 @@ def attend(
     plan_at = -(-list_nbytes // 256) * 256
     notes_at = plan_at + (-(-plan_nbytes(batch, num_ranges) // 256) * 256 if num_ranges else 0)
     step_nbytes, shape = notes_at, None
-    if block_mass is not None:
-        stride = max(one.stride for one in schedules)
+    if block_mass is not None and schedule is not None:
+        macros = dict(schedule.spec.defines)
+        stride = macros["KVT_WARPS"] * macros.get("KVT_CLUSTER", 1)
         shape = notes_shape(batch, num_kv_heads, block_mass.shape[1], stride, group_size * most)
         step_nbytes += notes_nbytes(shape, num_tokens * num_q_heads)
         if step_nbytes > _MAX_STEP_NBYTES:
@@ -160,15 +137,14 @@ def attend(
                 f"block_mass: {batch} rows of up to {most} new tokens need {step_nbytes} bytes of scratch memory, "
                 f"expected at most {_MAX_STEP_NBYTES}; ask with fewer new tokens"
             )
-    partials = max((one.partials_nbytes for one in schedules), default=0)
-    counters = step_at = 0
+    partials, counters, step_at = schedule.partials_nbytes if schedule else 0, 0, 0
     memory = None
     if kept is not None and step_nbytes:
         key = (width, num_ranges, left, right, shape, step_nbytes)
         memory = _keep(kept, key, step_nbytes, stream)
     mass_counters = 0
     if partials or shape is not None or (step_nbytes and memory is None):
-        counters = max((one.counters_nbytes for one in schedules), default=0)
+        counters = schedule.counters_nbytes if schedule else 0
         mass_counters = 4 * batch * num_kv_heads if shape is not None else 0
         scratch = workspace(
             device, stream, Sizes(partials, counters + mass_counters, 0 if memory is not None else step_nbytes)
@@ -198,7 +174,7 @@ def attend(
         if fewest == 0 and block_mass is not None:
             _clear(block_mass, stream)
 
-    def parameters(schedule: _Schedule | None, rows: _Rows, wait_first: bool) -> bytes:
+    def parameters(wait_first: bool) -> bytes:
         packed = _params.pack(
             q.address, out.address, notes.lse, k_cache.address, v_cache.address,
             ids.address, seq_lens.address, cu_seqlens_q.address if cu_seqlens_q else 0,
@@ -212,7 +188,7 @@ def attend(
             batch, num_tokens, num_kv_heads, group_size, block_size, ids.shape[1], block_shift, ids_per_step,
             left, right,
             schedule.splits if schedule else 1, int(schedule is not None and schedule.is_fixed),
-            schedule.row_blocks if schedule else 1, rows,
+            schedule.row_blocks if schedule else 1, int(prefills),
             block_mass.shape[1] if block_mass else 0, notes.rows, int(wait_first),
             scale * _LOG2E, scale / softcap if softcap else 0.0, softcap * _LOG2E,
         )  # fmt: skip
@@ -230,21 +206,16 @@ def attend(
     if schedule is not None:
         spec = schedule.spec if shape is None else schedule.spec.with_masses()
         kernel = load_spec(spec, device)
-        rows = _Rows.FEW if prefills else _Rows.ALL
-        decode = Launch(kernel, schedule.grid, spec.threads, spec.smem_nbytes, parameters(schedule, rows, True))
+        decode = Launch(kernel, schedule.grid, spec.threads, spec.smem_nbytes, parameters(True))
         if kept is not None:
-            early = Launch(kernel, schedule.grid, spec.threads, spec.smem_nbytes, parameters(schedule, rows, False))
+            early = Launch(kernel, schedule.grid, spec.threads, spec.smem_nbytes, parameters(False))
         if plan is not None:
             plan.launch.run(stream)
         decode.run(stream)
     if prefills:
-        if wide is None:
-            spec = specs.prefill(head_dim, k_cache.dtype)
-            grid: tuple[int, ...] = (num_tokens * group_size // spec.rows + batch, num_kv_heads)
-        else:
-            spec, grid = wide.spec if shape is None else wide.spec.with_masses(), wide.grid
-        values = parameters(wide, _Rows.MANY, True)
-        prefill = Launch(load_spec(spec, device), grid, spec.threads, spec.smem_nbytes, values)
+        spec = specs.prefill(head_dim, k_cache.dtype)
+        grid = (num_tokens * group_size // spec.rows + batch, num_kv_heads)
+        prefill = Launch(load_spec(spec, device), grid, spec.threads, spec.smem_nbytes, parameters(True))
         prefill.run(stream)
     if step_nbytes and memory is None:
         return None
@@ -273,21 +244,14 @@ def _keep(kept: dict[Any, Any], key: Any, nbytes: int, stream: int) -> Any:
 @functools.lru_cache(4096)
 def _schedule(
     shape: tuple[int, int, int], dtype: str, device: int, num_kv_heads: int, batch: int, has_bounds: bool,
-    usual: int, most: int, in_prompts: int, num_splits: int, is_tiered: bool, most_late: int,
+    most_rows: int, num_splits: int, is_tiered: bool, most_late: int,
 ) -> _Schedule:  # fmt: skip
-    """Choose a schedule, by what the host knows: never by what lies in the tables, so that a graph stays right.
-
-    Args:
-        usual: query tokens of most sequences; ``most`` of the one that has most.
-        in_prompts: of a launch for prompts, the query tokens of its sequences; 0 = for whatever decodes.
-        most_late: late ranges that can be worth it.
-    """
+    """Choose a schedule, by what the host knows: never by what lies in the tables, so that a graph stays right."""
     num_tokens, num_q_heads, head_dim = shape
     group_size = num_q_heads // num_kv_heads
-    usual_rows, most_rows = group_size * usual, group_size * most
     limit = smem_limit(device)
     if is_tiered:
-        pairs = batch * num_kv_heads * -(-usual_rows // specs.TIERED_ROWS)
+        pairs = batch * num_kv_heads * -(-most_rows // specs.TIERED_ROWS)
         # whether there is a whole sequence for nearly every CTA of two to an SM
         spec = specs.tiered(head_dim, dtype, most_rows, limit, shares_sm=10 * pairs >= 18 * num_sms(device))
     else:
@@ -295,36 +259,34 @@ def _schedule(
     rows = spec.rows
     row_blocks = -(-most_rows // rows)
     partial = rows * (head_dim + 2) * 4
-    if not in_prompts and num_splits == 0 and (batch > 1 or is_tiered) and batch <= specs.MAX_PLANNED:
+    if num_splits == 0 and (batch > 1 or is_tiered) and batch <= specs.MAX_PLANNED:
+        if row_blocks > _MAX_ROW_BLOCKS:
+            raise UnsupportedError(
+                f"q: expected at most {_MAX_ROW_BLOCKS * rows} query rows of a kv head (new tokens times heads of its "
+                f"group), got {most_rows}; feed the prompt in chunks"
+            )
         heads = num_kv_heads * row_blocks
-        # as many CTAs as SMs hold for the usual sequence; of further blocks of rows most are gone at once
-        ranges = max(1, spec.per_sm * num_sms(device) // (num_kv_heads * -(-usual_rows // rows)))
-        may_be_late = spec.per_sm > 1 and 1 < ranges <= MAX_RANGES // 2
-        late = ranges if may_be_late and ranges <= most_late else 0
+        ranges = max(1, spec.per_sm * num_sms(device) // heads)
+        late = ranges if spec.per_sm > 1 and 1 < ranges <= most_late else 0
         even = whole_sequences(ranges, batch) if is_tiered else ranges
-        # a single range cuts nothing; the same for all lengths, so that what ran eagerly can be captured
-        slots = 2 * ranges * (2 if may_be_late else 1) if ranges > 1 else 0
-        partials = slots * heads * partial
         ranges += late
         grid = (num_kv_heads, row_blocks, ranges)
+        partials = 2 * ranges * heads * partial if ranges > 1 else 0  # a single range cuts nothing
         return _Schedule(spec, grid, 1, False, row_blocks, ranges, late, even, partials, 4 * batch * heads)
     # every sequence in even splits, and a block of rows found by its number
     num_blocks = num_tokens * group_size // rows + batch if has_bounds else batch * -(-group_size // rows)
-    groups = num_blocks * num_kv_heads
     cluster, splits = 1, min(num_splits, MAX_SPLITS)
-    if num_splits == 0 and batch == 1 and not is_tiered:
-        cluster = specs.cluster_size(arch_of(device), row_blocks * num_kv_heads)
+    if num_splits == 0:
+        alone = batch == 1 and not is_tiered
+        cluster = specs.cluster_size(arch_of(device), row_blocks * num_kv_heads) if alone else 1
+        splits = cluster
+        if cluster == 1:
+            splits = max(1, min(MAX_SPLITS, spec.per_sm * num_sms(device) // (batch * row_blocks * num_kv_heads)))
     if is_tiered:
         spec = specs.tiered(head_dim, dtype, most_rows, limit, planned=False)
     else:
         spec = specs.decode(head_dim, dtype, most_rows, limit, planned=False, cluster=cluster)
-    if cluster > 1:
-        splits = cluster
-    elif num_splits == 0:
-        own = -(-in_prompts * group_size // rows) if in_prompts else batch * row_blocks
-        ctas = spec.per_sm * num_sms(device)
-        # of a launch for prompts most CTAs may have nothing to do: not many times as many
-        splits = max(1, min(MAX_SPLITS, ctas // (own * num_kv_heads), _MOST_ROUNDS * ctas // groups))
+    groups = num_blocks * num_kv_heads
     nbytes = groups * splits * partial if cluster == 1 and splits > 1 else 0
     grid = (groups, splits, 1) if cluster == 1 else (cluster, num_kv_heads, num_blocks)
     return _Schedule(spec, grid, splits, num_splits > 0, row_blocks, 0, 0, 0, nbytes, 4 * groups)

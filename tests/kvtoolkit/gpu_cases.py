@@ -46,14 +46,6 @@ def run(case: Case, arrays: tuple[np.ndarray, ...], layout: str = "NHD", backend
     return to_host(result[0]), to_host(result[1])
 
 
-def late_ranges(batch: int, is_tiered: bool) -> int:
-    """Of the plan that the present device gets for so many sequences, of 6 query and 2 kv heads of 64."""
-    from kvtoolkit.cuda import attention
-
-    found = attention._schedule((batch, 6, 64), "float16", 0, 2, batch, False, 1, 1, 0, 0, is_tiered, 512)
-    return found.num_late
-
-
 def check(
     case: Case, arrays: tuple[np.ndarray, ...], layout: str = "NHD", backend: str = "cuda", **options: Any
 ) -> None:

@@ -18,8 +18,8 @@ from tests.kvtoolkit.gpu_cases import check, to_device
 from tests.kvtoolkit.test_attention import SINKS, SLOPES
 from tests.kvtoolkit.test_gpu_cache import drive, make, tensor
 from tests.kvtoolkit.test_gpu_pool import SOURCE, launch
-from tests.kvtoolkit.test_gpu_tiered import MIXED, test_conversions_give_the_codes_of_the_judge
 from tests.kvtoolkit.test_gpu_tiered import run as run_tiered
+from tests.kvtoolkit.test_gpu_tiered import test_conversions_give_the_codes_of_the_judge
 from tests.kvtoolkit.test_gpu_tiers_cache import test_steps_attend_to_all_tiers
 from tests.kvtoolkit.tiered_cases import TieredCase
 
@@ -60,9 +60,6 @@ def tiers() -> None:
             arrays = case.tiered()
             run_tiered(case, arrays, block_mass=to_device(case.no_masses(arrays), ""), window_size=(300, -1))
             run_tiered(case, arrays, num_splits=2)
-    case = TieredCase(*MIXED, dtype="float16")
-    arrays = case.tiered()
-    run_tiered(case, arrays, block_mass=to_device(case.no_masses(arrays), ""))
     for head_dim in (64, 128):
         test_conversions_give_the_codes_of_the_judge(head_dim, "float16")
     test_steps_attend_to_all_tiers("cuda")

@@ -45,7 +45,7 @@ struct AttentionParams {
   int max_splits;          // even schedule: CTAs for each block of rows
   int fixed_splits;        // even schedule, 1: every sequence is cut into max_splits; 0: as many as are worth it
   int num_row_blocks;      // planned schedule: blocks of rows that a sequence may have
-  int rows;                // which sequences are this kernel's, see is_own
+  int has_prefill;         // 1: sequences with more than kMaxDecodeQueries queries are another kernel's
   int max_tiles;           // of masses
   int unit_rows;           // query rows of a kv head that it has room for, a multiple of 4
   int wait_first;          // 1: whatever this kernel reads may still be written when it begins
@@ -53,12 +53,6 @@ struct AttentionParams {
   float cap_inner;      // softmax_scale / softcap
   float cap_outer;      // softcap * log2(e); 0 = no cap
 };
-
-// Whether a sequence with so many queries is this kernel's, where `rows` is 0 = all, 1 = those with up to
-// kMaxDecodeQueries, 2 = those with more.
-__device__ __forceinline__ bool is_own(const AttentionParams& p, int num_queries) {
-  return p.rows == 0 || (num_queries > kMaxDecodeQueries) == (p.rows == 2);
-}
 
 // One sequence of the batch and a block of its query rows.
 struct RowBlock {

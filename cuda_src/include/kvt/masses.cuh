@@ -77,7 +77,7 @@ class Shares {
  public:
   // Find the units of the thread's first tile.
   __device__ __forceinline__ void locate(const AttentionParams& p, const RowBlock& block) {
-    if (is_early(p, block)) units_ = units_of(p, block, steps_of(p, block), threadIdx.x);
+    if (is_early(p, block)) units_ = units_of(p, block, threadIdx.x);
   }
 
   // Ask for what was noted of it, once all warps have, where a sequence has few rows.
@@ -89,7 +89,7 @@ class Shares {
   }
 
   // Write the shares, once all rows of a sequence are complete: to be called by every CTA that completes a block of them,
-  // or a part of it, after it wrote them. One that completes all of them by itself has called `load`.
+  // or a part of it, after it wrote them. A CTA that completes all of them by itself has loaded the first notes.
   //   row_lse  [kRows] of its own rows
   __device__ __forceinline__ void write(
       const AttentionParams& p, const RowBlock& block, int kv_head, const float* row_lse) {
@@ -106,7 +106,6 @@ class Shares {
     const float share = 1.0f / num_rows;
     const float* const notes = notes_of(p, block, kv_head);
     float* const masses = p.masses + static_cast<long long>(block.sequence) * p.max_tiles * p.num_kv_heads + kv_head;
-    const StepRange steps = steps_of(p, block);
     int base = 0;
     if (is_early(p, block)) {
       const float4 totals = totals_of(p, block, kv_head, 0, num_rows, row_lse);
@@ -123,11 +122,11 @@ class Shares {
       float sums[kTiles];
 #pragma unroll
       for (int k = 0; k < kTiles; ++k) {
-        units[k] = units_of(p, block, steps, base + k * kThreads + threadIdx.x);
+        units[k] = units_of(p, block, base + k * kThreads + threadIdx.x);
         sums[k] = 0.0f;
       }
 #pragma unroll 1
-      for (int row = 0; row < num_rows && base * kUnits < steps.end; row += 4) {
+      for (int row = 0; row < num_rows; row += 4) {
         const float4 totals = totals_of(p, block, kv_head, row, num_rows, row_lse);
         bool goes_on = true;
 #pragma unroll 1
@@ -166,13 +165,9 @@ class Shares {
     return kMayAskEarly && num_rows_of(p, block) <= 4;
   }
 
-  static __device__ __forceinline__ StepRange steps_of(const AttentionParams& p, const RowBlock& block) {
-    return visible_steps(p.left, p.right, block.seq_len, block.num_queries);
-  }
-
   // The units of a tile: the first of them, and the first of the next tile; alike where it is not seen.
-  static __device__ __forceinline__ int2 units_of(
-      const AttentionParams& p, const RowBlock& block, StepRange steps, int tile) {
+  static __device__ __forceinline__ int2 units_of(const AttentionParams& p, const RowBlock& block, int tile) {
+    const StepRange steps = visible_steps(p.left, p.right, block.seq_len, block.num_queries);
     const bool is_seen =
         steps.end > steps.begin && tile >= steps.begin / kUnits && tile < (steps.end + kUnits - 1) / kUnits;
     if (!is_seen) return {0, 0};
