@@ -9,7 +9,7 @@ from kvtoolkit.cuda import specs
 from kvtoolkit.cuda.expand import list_width, make_granules
 from kvtoolkit.cuda.launching import Launch, load_spec
 from kvtoolkit.cuda.masses import Notes, notes_nbytes, notes_shape, place_notes
-from kvtoolkit.cuda.plan import make_plan, most_late, plan_nbytes
+from kvtoolkit.cuda.plan import MAX_RANGES, make_plan, most_late, plan_nbytes
 from kvtoolkit.cuda.units import make_units, units_nbytes
 from kvtoolkit.cuda.workspace import Sizes, workspace
 from kvtoolkit.errors import UnsupportedError
@@ -267,11 +267,14 @@ def _schedule(
             )
         heads = num_kv_heads * row_blocks
         ranges = max(1, spec.per_sm * num_sms(device) // heads)
-        late = ranges if spec.per_sm > 1 and 1 < ranges <= most_late else 0
+        may_be_late = spec.per_sm > 1 and 1 < ranges <= MAX_RANGES // 2
+        late = ranges if may_be_late and ranges <= most_late else 0
         even = whole_sequences(ranges, batch) if is_tiered else ranges
+        # a single range cuts nothing; others as if with late ones, so that a call on short sequences can be captured
+        slots = 2 * ranges * (1 + may_be_late) if ranges > 1 else 0
         ranges += late
         grid = (num_kv_heads, row_blocks, ranges)
-        partials = 2 * ranges * heads * partial if ranges > 1 else 0  # a single range cuts nothing
+        partials = slots * heads * partial
         return _Schedule(spec, grid, 1, False, row_blocks, ranges, late, even, partials, 4 * batch * heads)
     # every sequence in even splits, and a block of rows found by its number
     num_blocks = num_tokens * group_size // rows + batch if has_bounds else batch * -(-group_size // rows)

@@ -252,9 +252,10 @@ def an_h100(monkeypatch):
 
 
 def schedule(
-    batch, most_rows=4, *, num_heads=32, num_kv_heads=8, num_splits=0, is_tiered=True, tokens=None, longest=1 << 20
-):
-    shape, most_late = (tokens or batch, num_heads, 128), plan.most_late(batch, longest)
+    batch, most_rows=4, *, num_heads=32, num_kv_heads=8, num_splits=0, is_tiered=True, tokens=None, longest=1 << 20,
+    head_dim=128,
+):  # fmt: skip
+    shape, most_late = (tokens or batch, num_heads, head_dim), plan.most_late(batch, longest)
     return attention._schedule(
         shape, "float16", 0, num_kv_heads, batch, tokens is not None, most_rows, num_splits, is_tiered, most_late
     )
@@ -289,6 +290,18 @@ def test_a_single_range_needs_no_memory_for_pieces():
     assert found.num_ranges == 1
     assert found.partials_nbytes == 0
     assert schedule(64).partials_nbytes > 0
+
+
+@pytest.mark.usefixtures("an_h100")
+@pytest.mark.parametrize("is_tiered", [False, True])
+def test_memory_for_pieces_does_not_depend_on_the_longest_length(is_tiered):
+    for head_dim in (64, 128):
+        found = [
+            schedule(64, head_dim=head_dim, longest=n, is_tiered=is_tiered) for n in (64, 512, 1024, 1 << 20)
+        ]  # fmt: skip
+        assert len({one.partials_nbytes for one in found}) == 1
+        partial = found[-1].spec.rows * (head_dim + 2) * 4
+        assert found[-1].partials_nbytes == 2 * found[-1].num_ranges * 8 * partial
 
 
 @pytest.mark.usefixtures("an_h100")
