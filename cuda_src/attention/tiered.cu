@@ -651,14 +651,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, KVT_PER_SM) kvt_tiered(co
         write_partial(p, schedule, piece, row, dim, o, sums);
       }
     }
-    bool is_complete = piece.num_pieces == 1;
-    if (!is_complete) {
-      is_complete = is_last_to_arrive(p.counters + schedule.counter(p, piece), piece.num_pieces);
-      if (is_complete) {
-        if (kHasMasses) shares.load(p, piece.block, kv_head);
-        merge_pieces(p, schedule, piece, row_lse);
-      }
-    }
+    const bool is_complete = complete_piece(p, schedule, piece, kv_head, shares, row_lse);
     if (kHasMasses && is_complete) shares.write(p, piece.block, kv_head, row_lse);
   } while (schedule.next(p, piece));
 }

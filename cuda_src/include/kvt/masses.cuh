@@ -211,4 +211,20 @@ class Shares {
   }
 };
 
+// Whether the rows of a piece that was written are complete: the CTA that arrives last merges a sequence's parts, and
+// asks for its first notes.
+__device__ __forceinline__ bool complete_piece(
+    const AttentionParams& p, const Schedule& schedule, const Piece& piece, int kv_head, Shares& shares,
+    float* row_lse) {
+  bool is_complete = piece.num_pieces == 1;
+  if (!is_complete) {
+    is_complete = is_last_to_arrive(p.counters + schedule.counter(p, piece), piece.num_pieces);
+    if (is_complete) {
+      if (kHasMasses) shares.load(p, piece.block, kv_head);
+      merge_pieces(p, schedule, piece, row_lse);
+    }
+  }
+  return is_complete;
+}
+
 }  // namespace kvt
