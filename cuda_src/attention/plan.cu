@@ -10,12 +10,12 @@
 // fewer ranges, num_even, are known to cut sequences of equal lengths evenly or not at all, unless the ranges are so long
 // that an idle SM would cost more than the cuts.
 //
-// SMs are not equally fast, and costs are estimates. Where an SM holds several CTAs, the last eighth of the cost is cut into
-// as many ranges again, the late ones: their CTAs begin wherever one has ended, while its neighbours keep the memory busy.
-// Where sequences of equal lengths are better not cut, this is done for ragged batches only.
+// SMs are not equally fast, and costs are estimates. Where an SM holds several CTAs, the last eighth of the cost is cut
+// into as many ranges again, the late ones: their CTAs begin wherever one has ended, while its neighbours keep the memory
+// busy. Where sequences of equal lengths are better not cut, this is done for ragged batches only.
 //
 // Launch:   CTA 1024, grid = CTAs that share the sequences; each works out all ranges for itself; dynamic shared
-//           memory 4 * batch. Any architecture.
+//           memory 4 * batch. sm_80 and later.
 // Source:   equal ranges with an overhead, as in FlashMLA's scheduler (deepseek-ai), here without a serial loop.
 #include <kvt/attention.cuh>
 #include <kvt/ptx/cluster.cuh>
@@ -37,7 +37,7 @@ struct PlanParams {
   int left, right;
   int overhead, min_steps;  // steps
   int min_cost, min_late;   // of a range, of a late one
-  int ragged_percent;       // of the mean: how long the longest sequence is where the late ranges are wanted
+  int ragged_percent;       // of the mean cost: steps of the longest sequence above which late ranges are wanted
   int has_prefill;          // 1: sequences with more than kMaxDecodeQueries queries cost nothing here
 };
 

@@ -5,8 +5,8 @@
 //   units          the units that each sequence's queries see, see kvt/tiers.cuh and units.cu
 //
 // Launch:   as decode.cu without clusters; dynamic shared memory for FIFOs of units, then the warps' results. head_dim 64
-//           or 128. sm_80 and later. Further macros: KVT_PER_SM (CTAs of an SM), KVT_SPLIT_ROWS (1: no sequence has more
-//           than 4 query rows to a kv head).
+//           or 128. sm_80 and later. A further macro: KVT_SPLIT_ROWS (1: no sequence has more than 4 query rows to a
+//           kv head).
 // Numerics: scores and running state in float32; the weights of the hot tier in scalar_t, those of codes in float16,
 //           whatever the model has. Scales never touch a code: a channel's key scale goes into the query, a token's into
 //           its score or its weight.

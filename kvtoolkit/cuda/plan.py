@@ -16,7 +16,7 @@ _OVERHEAD = 12  # what a sequence costs to begin and to end
 _MIN_STEPS = 8  # of a sequence that is cut, on either side
 _MIN_COST = 12  # of a range
 _MIN_LATE = 12
-_RAGGED = 125  # percent of the mean cost that the longest sequence has in a ragged batch
+_RAGGED = 125  # percent of the mean cost: steps of the longest sequence, above which a batch is ragged
 _LONG = 350  # cost of a range, from which on an idle SM costs more than cuts
 
 

@@ -84,6 +84,7 @@ __device__ __forceinline__ void add_scaled(float4& sum, float weight, const floa
 }
 
 // Write one row's output: 4 dims of it, and by one thread its log-sum-exp.
+//   row_lse  [kRows] in shared memory, written where there are masses, which are shares of it
 __device__ __forceinline__ void write_row(
     const AttentionParams& p, const RowBlock& block, int kv_head, int row, int dim, float4 o, Merged sums,
     float* row_lse) {

@@ -89,7 +89,7 @@ class Shares {
   }
 
   // Write the shares, once all rows of a sequence are complete: to be called by every CTA that completes a block of them,
-  // or a part of it, after it wrote them. A CTA that completes all of them by itself has loaded the first notes.
+  // or a part of it, after it wrote them. A CTA that completes all of them by itself has called `load`.
   //   row_lse  [kRows] of its own rows
   __device__ __forceinline__ void write(
       const AttentionParams& p, const RowBlock& block, int kv_head, const float* row_lse) {
