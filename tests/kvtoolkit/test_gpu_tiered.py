@@ -142,11 +142,11 @@ def test_large_batches(lengths, copies):
     many = TieredCase([], head_dim=64, dtype="float16")
     many.q, many.lengths = np.tile(case.q, (copies, 1, 1)), np.tile(case.lengths, copies)
     tables = tuple(np.tile(one, (copies, 1)) for one in arrays[1:])
-    for num_masses in (0, 1):
+    for has_masses in (False, True):
         on_device = to_device(np.tile(masses, (copies, 1, 1)), "")
-        found, found_lse = run(many, (arrays[0], *tables), block_mass=on_device if num_masses else None)
+        found, found_lse = run(many, (arrays[0], *tables), block_mass=on_device if has_masses else None)
         assert_close(found, found_lse, np.tile(out, (copies, 1, 1)), np.tile(lse, (copies, 1)), case.dtype)
-        if num_masses:
+        if has_masses:
             for of_copy in to_host(on_device).reshape(copies, *masses.shape):
                 case.check_masses(arrays, of_copy)
 
