@@ -121,6 +121,10 @@ class BuddyAllocator(HostAllocator):
     def _sizes_on_offer(self) -> str:
         return super()._sizes_on_offer() + (" or a multiple of 8" if 64 in self.block_sizes else "")
 
+    def _rebuild(self, live: NDArray[np.bool_]) -> None:
+        self._pool.masks[:] = ~np.packbits(live, bitorder="little")
+        self._after_restore()
+
     def _allocate(self, sizes: Int32Array, starts: Int32Array, partial: bool) -> int:
         if partial:
             return int(_allocate_in_order(self._pool, sizes, starts))

@@ -9,26 +9,38 @@ the *limbo* of the current epoch, from which `complete` frees them once every ke
 Source: epoch-based reclamation, Fraser 2004 (Practical lock-freedom, sec. 5.2.3), with launches in place of threads.
 """
 
-import threading
+import contextlib
 from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from allocators._calls import Calls, exclusive, exclusive_or_later
 from allocators._jit import jit
-from allocators.errors import InvalidFreeError, InvalidSizeError, LeaseError, SnapshotError, UnknownStreamError
+from allocators.errors import (
+    AllocatorError,
+    BusyError,
+    InvalidFreeError,
+    InvalidSizeError,
+    LeaseError,
+    SnapshotError,
+    UnknownStreamError,
+)
 from allocators.protocol import (
     AllocatorStats,
     BlockAllocator,
     Int32Array,
     as_counts,
+    live_granules,
     pack_snapshot,
     require,
     unpack_snapshot,
 )
 
 _NONE, _LIVE, _LIMBO, _LEASED = 0, 1, 2, 3
+_SEEN = 4  # of a granule that the call has named
 _STATE_NAMES = ("free", "live", "in limbo", "leased")
 
 Runs = tuple[Int32Array, Int32Array]
@@ -41,7 +53,9 @@ class EpochPool(BlockAllocator):
         inner: the allocator that owns the granules. Nobody else may use it meanwhile.
         streams: names of the streams whose kernels read the pool; an epoch is complete when all of them say so.
 
-    Thread-safe (one lock). Adds one byte a granule.
+    Thread-safe (one lock). Adds one byte a granule. A call that is interrupted has happened or has not: the next one
+    sees to it, by `rebuild` of the inner pool where it has that. Without it a free is completed, and what an
+    interrupted `allocate` was granted stays live inside, which `check_integrity` tells.
     """
 
     def __init__(self, inner: BlockAllocator, *, streams: Iterable[Hashable] = ("default",)) -> None:
@@ -54,12 +68,15 @@ class EpochPool(BlockAllocator):
         self.inner = inner
         self.num_granules = inner.num_granules
         self.block_sizes = inner.block_sizes
-        self._lock = threading.RLock()
+        self._calls = Calls(self._settle, self._abort_lost, BusyError, (AllocatorError,))
+        self._freeing: Runs | None = None  # what the inner pool is being asked to free
         self._states = np.zeros(inner.num_granules, np.uint8)
         self._limbo: dict[int, list[Runs]] = {}
         self._epoch = 0
+        self._is_behind = False  # whether a complete epoch still has limbo, since the inner pool has raised
         self._completed: dict[Hashable, int] = dict.fromkeys(streams, -1)
-        self._leases: set[Lease] = set()
+        self._leases: dict[int, _Journal] = {}
+        self._next_lease = 0
         if not self._completed:
             raise InvalidSizeError("streams: expected at least one")
 
@@ -73,31 +90,42 @@ class EpochPool(BlockAllocator):
     def largest_free(self) -> int:
         return self.inner.largest_free
 
+    @exclusive
     def allocate(self, sizes: ArrayLike, *, partial: bool = False) -> Int32Array:
-        with self._lock:
-            return self._take(as_counts(sizes, "sizes"), partial, _LIVE)
+        return self._take(as_counts(sizes, "sizes"), partial, _LIVE)
 
+    @exclusive
     def free(self, starts: ArrayLike, sizes: ArrayLike) -> None:
         """Free live runs that no kernel can still read. Raises as `BlockAllocator.free`, also for leased blocks."""
-        with self._lock:
-            runs = self._change((starts, sizes), _LIVE, _NONE)
-            self.inner.free(*runs)
+        self._give_back(self._checked((starts, sizes), _LIVE))
 
+    @exclusive
+    def rebuild(self, starts: ArrayLike, sizes: ArrayLike) -> None:
+        """As `BlockAllocator.rebuild`. What is in limbo or leased stays so; runs must not overlap it."""
+        live = live_granules(as_counts(starts, "starts"), as_counts(sizes, "sizes"), self.num_granules)
+        is_held = (self._states == _LIMBO) | (self._states == _LEASED)
+        if (live & is_held).any():
+            raise InvalidSizeError(f"runs: granule {int(np.argmax(live & is_held))} is in limbo or leased")
+        self.inner.rebuild(*_runs_of(live | is_held))
+        self._states[:] = np.where(live, _LIVE, np.where(is_held, self._states, _NONE))
+
+    @exclusive
     def stats(self) -> AllocatorStats:
         """Figures of the inner pool; its live granules include those in limbo and leased."""
         return self.inner.stats()
 
+    @exclusive
     def check_integrity(self) -> None:
-        with self._lock:
-            self.inner.check_integrity()
-            stats = self.inner.stats()
-            owned = int(np.count_nonzero(self._states))
-            require(owned == stats.num_live, f"epochs: {owned} granules owned here, {stats.num_live} live inside")
-            limbo = sum(int(sizes.sum()) for runs in self._limbo.values() for _, sizes in runs)
-            require(limbo == self.num_in_limbo, f"epochs: {limbo} granules listed in limbo, {self.num_in_limbo} marked")
-            leased = sum(int(lease.sizes.sum()) for lease in self._leases)
-            require(leased == self.num_leased, f"epochs: {leased} granules listed in leases, {self.num_leased} marked")
-            require(all(epoch > self._oldest_complete() for epoch in self._limbo), "epochs: a complete epoch has limbo")
+        self.inner.check_integrity()
+        stats = self.inner.stats()
+        owned = int(np.count_nonzero(self._states))
+        require(owned == stats.num_live, f"epochs: {owned} granules owned here, {stats.num_live} live inside")
+        limbo = sum(int(sizes.sum()) for runs in self._limbo.values() for _, sizes in runs)
+        require(limbo == self.num_in_limbo, f"epochs: {limbo} granules listed in limbo, {self.num_in_limbo} marked")
+        leased = sum(int(journal.runs[1].sum()) for journal in self._leases.values())
+        require(leased == self.num_leased, f"epochs: {leased} granules listed in leases, {self.num_leased} marked")
+        is_emptied = all(epoch > self._oldest_complete() for epoch in self._limbo)
+        require(is_emptied or self._is_behind, "epochs: a complete epoch has limbo")
 
     # -- epochs ------------------------------------------------------------------------------------------------------
 
@@ -121,20 +149,21 @@ class EpochPool(BlockAllocator):
         """Granules in leases that have not ended."""
         return int(np.count_nonzero(self._states == _LEASED))
 
+    @exclusive
     def advance(self) -> int:
         """Begin the next epoch, as for the launch of the next step; returns its number."""
-        with self._lock:
-            self._epoch += 1
-            return self._epoch
+        self._epoch += 1
+        return self._epoch
 
+    @exclusive
     def register_stream(self, stream: Hashable) -> None:
         """Add a stream that must report `complete` too, for the current epoch and later ones."""
-        with self._lock:
-            try:
-                self._completed.setdefault(stream, self._epoch - 1)
-            except TypeError as error:
-                raise UnknownStreamError(f"stream: expected something hashable, got {stream!r}") from error
+        try:
+            self._completed.setdefault(stream, self._epoch - 1)
+        except TypeError as error:
+            raise UnknownStreamError(f"stream: expected something hashable, got {stream!r}") from error
 
+    @exclusive
     def retire(self, starts: ArrayLike, sizes: ArrayLike) -> int:
         """Put live runs into the limbo of the current epoch; they are reusable once it is `complete`.
 
@@ -144,12 +173,14 @@ class EpochPool(BlockAllocator):
         Raises:
             InvalidFreeError: as `free`.
         """
-        with self._lock:
-            runs = self._change((starts, sizes), _LIVE, _LIMBO)
-            if len(runs[0]):
-                self._limbo.setdefault(self._epoch, []).append(runs)
-            return self._epoch
+        runs = self._checked((starts, sizes), _LIVE)
+        self._calls.is_dirty = True
+        if len(runs[0]):
+            self._limbo.setdefault(self._epoch, []).append(runs)
+        _mark(self._states, *runs, _LIMBO)
+        return self._epoch
 
+    @exclusive
     def complete(self, epoch: int, stream: Hashable | None = None) -> None:
         """Say that every kernel of ``epoch`` and of those before it has finished.
 
@@ -161,74 +192,151 @@ class EpochPool(BlockAllocator):
             InvalidSizeError: the epoch has not begun.
             UnknownStreamError: nobody registered it.
         """
-        with self._lock:
-            if isinstance(epoch, bool) or not isinstance(epoch, int | np.integer) or not 0 <= epoch <= self._epoch:
-                raise InvalidSizeError(
-                    f"epoch: expected an int from 0 to the current one, {self._epoch}, got {epoch!r}"
-                )
-            if stream is not None and stream not in list(self._completed):
-                raise UnknownStreamError(f"stream: expected one of {list(self._completed)}, got {stream!r}")
-            for name in self._completed if stream is None else (stream,):
-                self._completed[name] = max(self._completed[name], int(epoch))
-            if epoch == self._epoch:
-                self._epoch += 1
-            done = self._oldest_complete()
-            for past in sorted(past for past in self._limbo if past <= done):
-                for runs in self._limbo.pop(past):
-                    self._change(runs, _LIMBO, _NONE)
-                    self.inner.free(*runs)
+        if isinstance(epoch, bool) or not isinstance(epoch, int | np.integer) or not 0 <= epoch <= self._epoch:
+            raise InvalidSizeError(f"epoch: expected an int from 0 to the current one, {self._epoch}, got {epoch!r}")
+        if stream is not None and stream not in list(self._completed):
+            raise UnknownStreamError(f"stream: expected one of {list(self._completed)}, got {stream!r}")
+        self._calls.is_dirty = True
+        for name in self._completed if stream is None else (stream,):
+            self._completed[name] = max(self._completed[name], int(epoch))
+        self._epoch = max(self._epoch, int(epoch) + 1)
+        self._empty_limbo()
+
+    def _empty_limbo(self) -> None:
+        """Free what lies in the limbo of complete epochs; what cannot be freed stays there."""
+        self._is_behind = True
+        done = self._oldest_complete()
+        for past in sorted(past for past in self._limbo if past <= done):
+            listed = self._limbo[past]
+            while listed:
+                self._give_back(listed[-1])
+                listed.pop()
+            del self._limbo[past]
+        self._is_behind = False
 
     def _oldest_complete(self) -> int:
         return min(self._completed.values())
 
     # -- leases ------------------------------------------------------------------------------------------------------
 
+    @exclusive
     def lease(self, sizes: ArrayLike) -> "Lease":
-        """Take blocks ahead for a future that may not come.
+        """Take blocks ahead for a future that may not come. A lease whose last reference goes is aborted.
 
         Raises:
             OutOfBlocksError: they do not all fit.
         """
         return self._lease(as_counts(sizes, "sizes"), None)
 
-    def _lease(self, sizes: Int32Array, parent: "Lease | None") -> "Lease":
-        with self._lock:
-            lease = Lease(self, self._take(sizes, False, _LEASED), sizes.copy(), parent)
-            self._leases.add(lease)
-            return lease
+    def _lease(self, sizes: Int32Array, parent: int | None) -> "Lease":
+        starts = self._take(sizes, False, _LEASED)
+        journal = _Journal((starts, sizes.copy()), parent)
+        lease = Lease(self, self._next_lease, journal)
+        self._next_lease += 1
+        self._leases[lease._number] = journal
+        return lease
+
+    def _children_of(self, number: int) -> list[int]:
+        return [child for child, journal in self._leases.items() if journal.parent == number]
+
+    def _commit(self, number: int) -> None:
+        journal = self._leases[number]
+        self._calls.is_dirty = True
+        journal.is_committing = True
+        self._finish_commit(number, journal)
+
+    def _finish_commit(self, number: int, journal: "_Journal") -> None:
+        """Hand a journal over; from any point of an earlier attempt on."""
+        if journal.parent is None:
+            _mark(self._states, *journal.runs, _LIVE)
+        else:
+            parent = self._leases[journal.parent]
+            if not np.isin(journal.runs[0], parent.runs[0]).all():
+                (starts, sizes), (more_starts, more_sizes) = parent.runs, journal.runs
+                parent.runs = np.concatenate([starts, more_starts]), np.concatenate([sizes, more_sizes])
+        journal.ended = "committed"
+        del self._leases[number]
+
+    def _abort(self, number: int) -> None:
+        """Free what a lease and those inside it hold, innermost first."""
+        for child in self._children_of(number):
+            self._abort(child)
+        journal = self._leases[number]
+        self._give_back(journal.runs)
+        journal.ended = "aborted"
+        del self._leases[number]
+
+    # -- calls that broke off ----------------------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        """Bring the inner pool, the limbo and the leases in line with the states of the granules."""
+        try:
+            self.inner.rebuild(*_runs_of(self._states != _NONE))
+        except NotImplementedError:
+            if self._freeing is not None:
+                with contextlib.suppress(InvalidFreeError):  # it was done
+                    self.inner.free(*self._freeing)
+                _mark(self._states, *self._freeing, _NONE)
+        self._freeing = None
+        for number, journal in list(self._leases.items()):
+            if journal.is_committing:
+                self._finish_commit(number, journal)
+            elif not _are_all(self._states, *journal.runs, _LEASED):
+                journal.ended = "aborted"
+                del self._leases[number]
+        for epoch, listed in list(self._limbo.items()):
+            listed[:] = [runs for runs in listed if _are_all(self._states, *runs, _LIMBO)]
+            if not listed:
+                del self._limbo[epoch]
+        known = np.zeros(self.num_granules, np.uint8)
+        for runs in (runs for listed in self._limbo.values() for runs in listed):
+            _mark(known, *runs, _LIMBO)
+        for journal in self._leases.values():
+            _mark(known, *journal.runs, _LEASED)
+        stray = (known == _NONE) & ((self._states == _LIMBO) | (self._states == _LEASED))
+        with contextlib.suppress(Exception):  # an inner pool that refuses to free must not stop every later call
+            if stray.any():  # taken for a call that did not return
+                self._give_back(_runs_of(stray))
+            self._empty_limbo()
+
+    def _abort_lost(self) -> None:
+        """Abort the leases that nobody can end any more."""
+        for number, journal in list(self._leases.items()):
+            if journal.is_lost and number in self._leases:
+                self._abort(number)
 
     # -- snapshots ---------------------------------------------------------------------------------------------------
 
+    @exclusive
     def snapshot(self) -> bytes:
         """State of the pool, its limbo and the inner allocator.
 
         Raises:
             LeaseError: a lease is open; a journal cannot outlive its object.
         """
-        with self._lock:
-            if self._leases:
-                raise LeaseError(f"snapshot: expected no open lease, got {len(self._leases)}; commit or abort first")
-            outer = pack_snapshot(self._identity(), self._state())
-            return len(outer).to_bytes(8, "little") + outer + self.inner.snapshot()
+        if self._leases:
+            raise LeaseError(f"snapshot: expected no open lease, got {len(self._leases)}; commit or abort first")
+        outer = pack_snapshot(self._identity(), self._state())
+        return len(outer).to_bytes(8, "little") + outer + self.inner.snapshot()
 
+    @exclusive
     def restore(self, data: bytes) -> None:
         """Return to a snapshot; leases that are open now are void afterwards."""
         if not isinstance(data, bytes | bytearray | memoryview):
             raise SnapshotError(f"snapshot: expected bytes, got {type(data).__name__}")
-        with self._lock:
-            length = int.from_bytes(data[:8], "little")
-            arrays = unpack_snapshot(data[8 : 8 + length], self._identity(), self._state())
-            self.inner.restore(data[8 + length :])
-            self._states[:] = arrays["states"]
-            self._epoch = int(arrays["clock"][0])
-            for stream, completed in zip(self._completed, arrays["clock"][1:], strict=True):
-                self._completed[stream] = int(completed)
-            self._limbo = {
-                int(epoch): [_runs_of(arrays["limbo"] == epoch)] for epoch in np.unique(arrays["limbo"]) if epoch >= 0
-            }
-            for lease in self._leases:
-                lease._ended = "void: the pool was restored"
-            self._leases.clear()
+        length = int.from_bytes(data[:8], "little")
+        arrays = unpack_snapshot(data[8 : 8 + length], self._identity(), self._state())
+        self.inner.restore(data[8 + length :])
+        self._states[:] = arrays["states"]
+        self._epoch = int(arrays["clock"][0])
+        for stream, completed in zip(self._completed, arrays["clock"][1:], strict=True):
+            self._completed[stream] = int(completed)
+        self._limbo = {
+            int(epoch): [_runs_of(arrays["limbo"] == epoch)] for epoch in np.unique(arrays["limbo"]) if epoch >= 0
+        }
+        for journal in self._leases.values():
+            journal.ended = "void: the pool was restored"
+        self._leases.clear()
 
     def _identity(self) -> dict[str, Any]:
         return {"kind": "epochs", "num_granules": self.num_granules, "num_streams": len(self._completed)}
@@ -244,16 +352,29 @@ class EpochPool(BlockAllocator):
     # -- the state of each granule -----------------------------------------------------------------------------------
 
     def _take(self, sizes: Int32Array, partial: bool, state: int) -> Int32Array:
+        self._calls.is_dirty = True
         starts = self.inner.allocate(sizes, partial=partial)
         _mark(self._states, starts, sizes, state)
         return starts
 
-    def _change(self, runs: tuple[ArrayLike, ArrayLike], expected: int, state: int) -> Runs:
-        """Move runs from one state to another, or raise and move none. Returns them as private arrays."""
+    def _give_back(self, runs: Runs) -> None:
+        """Free runs that are known to be owned. If the inner pool raises, nothing has changed."""
+        self._calls.is_dirty = True
+        self._freeing = runs
+        try:
+            self.inner.free(*runs)
+        except Exception:
+            self._freeing = None  # by the protocol nothing was freed
+            raise
+        _mark(self._states, *runs, _NONE)
+        self._freeing = None
+
+    def _checked(self, runs: tuple[ArrayLike, ArrayLike], expected: int) -> Runs:
+        """Runs as private arrays; or InvalidFreeError, unless each granule is in the expected state and named once."""
         starts, sizes = (as_counts(values, name).copy() for values, name in zip(runs, ("starts", "sizes"), strict=True))
         if len(starts) != len(sizes):
             raise InvalidSizeError(f"starts and sizes: expected equal lengths, got {len(starts)} and {len(sizes)}")
-        bad = int(_move(self._states, starts, sizes, expected, state))
+        bad = int(_find_bad(self._states, starts, sizes, expected))
         if bad < 0:
             return starts, sizes
         start, size = int(starts[bad]), int(sizes[bad])
@@ -269,6 +390,18 @@ class EpochPool(BlockAllocator):
         raise InvalidFreeError(f"{run} overlaps another run of the same call")
 
 
+@dataclass(eq=False)
+class _Journal:
+    """What the pool knows of a lease."""
+
+    runs: Runs
+    parent: int | None
+    ended: str = ""
+    is_lost: bool = False
+    """Whether the lease's last reference is gone."""
+    is_committing: bool = False
+
+
 class Lease:
     """Blocks taken ahead; made by `EpochPool.lease` and `Lease.lease`. Usable in a ``with``: aborts unless committed.
 
@@ -277,68 +410,62 @@ class Lease:
         sizes: ``[n]`` int32 granules. Both grow when a nested lease commits into this one.
     """
 
-    def __init__(self, pool: EpochPool, starts: Int32Array, sizes: Int32Array, parent: "Lease | None") -> None:
-        self.starts = starts
-        self.sizes = sizes
+    def __init__(self, pool: EpochPool, number: int, journal: _Journal) -> None:
         self._pool = pool
-        self._parent = parent
-        self._children: set[Lease] = set()
-        self._ended = ""
-        if parent is not None:
-            parent._children.add(self)
+        self._calls = pool._calls
+        self._number = number
+        self._journal = journal
 
+    @property
+    def starts(self) -> Int32Array:
+        return self._journal.runs[0]
+
+    @property
+    def sizes(self) -> Int32Array:
+        return self._journal.runs[1]
+
+    @exclusive
     def lease(self, sizes: ArrayLike) -> "Lease":
         """A lease inside this one: its `commit` hands its blocks to this one, and aborting this one aborts it."""
-        with self._pool._lock:
-            self._require_open()
-            return self._pool._lease(as_counts(sizes, "sizes"), self)
+        self._require_open()
+        return self._pool._lease(as_counts(sizes, "sizes"), self._number)
 
+    @exclusive
     def commit(self) -> None:
         """Keep the blocks: they are live from now on, or belong to the enclosing lease.
 
         Raises:
             LeaseError: the lease has ended, or one inside it has not.
         """
-        with self._pool._lock:
-            self._require_open()
-            if self._children:
-                raise LeaseError(f"commit: expected every inner lease to have ended, got {len(self._children)} open")
-            if self._parent is None:
-                self._pool._change((self.starts, self.sizes), _LEASED, _LIVE)
-            else:
-                self._parent.starts = np.concatenate([self._parent.starts, self.starts])
-                self._parent.sizes = np.concatenate([self._parent.sizes, self.sizes])
-            self._end("committed")
+        self._require_open()
+        if children := self._pool._children_of(self._number):
+            raise LeaseError(f"commit: expected every inner lease to have ended, got {len(children)} open")
+        self._pool._commit(self._number)
 
+    @exclusive_or_later
     def abort(self) -> None:
         """Give the blocks back at once, and those of the leases inside.
 
         Raises:
             LeaseError: the lease has ended.
         """
-        with self._pool._lock:
-            self._require_open()
-            for child in list(self._children):
-                child.abort()
-            runs = self._pool._change((self.starts, self.sizes), _LEASED, _NONE)
-            self._pool.inner.free(*runs)
-            self._end("aborted")
+        self._require_open()
+        self._pool._abort(self._number)
 
     def _require_open(self) -> None:
-        if self._ended:
-            raise LeaseError(f"expected an open lease, got one that is {self._ended}")
+        if self._journal.ended:
+            raise LeaseError(f"expected an open lease, got one that is {self._journal.ended}")
 
-    def _end(self, how: str) -> None:
-        self._ended = how
-        self._pool._leases.discard(self)
-        if self._parent is not None:
-            self._parent._children.discard(self)
+    def __del__(self) -> None:
+        if not self._journal.ended:
+            self._journal.is_lost = True
+            self._calls.note_lost()
 
     def __enter__(self) -> "Lease":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if not self._ended:
+        if not self._journal.ended:
             self.abort()
 
 
@@ -356,16 +483,28 @@ def _mark(states: NDArray[Any], starts: Int32Array, sizes: Int32Array, state: in
 
 
 @jit
-def _move(states: NDArray[np.uint8], starts: Int32Array, sizes: Int32Array, expected: int, state: int) -> Any:
-    """Move all runs, or none: -1, or the index of the first run that is not wholly in the expected state."""
+def _find_bad(states: NDArray[np.uint8], starts: Int32Array, sizes: Int32Array, expected: int) -> Any:
+    """The first run that is not wholly in the expected state or overlaps one before it; -1: none. Changes nothing."""
+    bad = -1
     for i in range(len(starts)):
         ok = sizes[i] >= 1 and starts[i] >= 0 and starts[i] + sizes[i] <= len(states)
         if ok:
             for granule in range(starts[i], starts[i] + sizes[i]):
                 ok = ok and states[granule] == expected
         if not ok:
-            for j in range(i):
-                states[starts[j] : starts[j] + sizes[j]] = expected
-            return i
-        states[starts[i] : starts[i] + sizes[i]] = state
-    return -1
+            bad = i
+            break
+        states[starts[i] : starts[i] + sizes[i]] = expected | _SEEN
+    for i in range(len(starts) if bad < 0 else bad):
+        states[starts[i] : starts[i] + sizes[i]] = expected
+    return bad
+
+
+@jit
+def _are_all(states: NDArray[np.uint8], starts: Int32Array, sizes: Int32Array, expected: int) -> Any:
+    """Whether all granules of all runs are in a state."""
+    for i in range(len(starts)):
+        for granule in range(starts[i], starts[i] + sizes[i]):
+            if states[granule] != expected:
+                return False
+    return True

@@ -21,6 +21,10 @@ class InvalidFreeError(AllocatorError, ValueError):
     """A freed run is out of range, was never handed out, is free already, or stands twice in one call."""
 
 
+class BusyError(AllocatorError, RuntimeError):
+    """A call from inside another one of the same thread: by a signal handler, a finalizer or a plug-in."""
+
+
 class LeaseError(AllocatorError, RuntimeError):
     """A lease is used after its end, or its blocks are touched around it."""
 

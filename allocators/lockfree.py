@@ -31,7 +31,9 @@ from allocators._bits import (
     popcount,
     store_release,
 )
+from allocators._forks import lock_across_forks
 from allocators._jit import jit
+from allocators._slots import slots_of
 from allocators.errors import ContendedError, InvalidSizeError
 from allocators.protocol import GRANULE, HostAllocator, Int32Array, require
 
@@ -99,7 +101,7 @@ class LockFreeAllocator(HostAllocator):
             valid,
             np.zeros(num_words, np.uint64),
         )
-        self._queue = threading.Lock()
+        self._queue = lock_across_forks(threading.RLock())
         self._queueing = False
 
     def _identity(self) -> dict[str, Any]:
@@ -113,6 +115,17 @@ class LockFreeAllocator(HostAllocator):
 
     def _after_restore(self) -> None:
         self._pool.control[:] = 0
+
+    def _rebuild(self, live: NDArray[np.bool_]) -> None:
+        pool = self._pool
+        orders = np.zeros(len(pool.free), np.int64)  # buddies: every granule is a slot
+        offered = [(size // GRANULE).bit_length() - 1 for size in self.block_sizes]
+        if self._slab:
+            in_use = (pool.free != pool.valid) & (pool.owner > 0) & (pool.owner <= 4)
+            orders = np.where(in_use, pool.owner.astype(np.int64) - 1, -1)
+        pool.free[:], pool.returned[:], orders = slots_of(live, orders, offered)
+        pool.owner[:] = orders + 1 if self._slab else 0
+        pool.control[:] = 0
 
     # `HostAllocator.allocate` would take the lock; this one must not.
     def allocate(self, sizes: ArrayLike, *, partial: bool = False) -> Int32Array:

@@ -55,6 +55,15 @@ class PagedAllocator(HostAllocator):
     def _state(self) -> dict[str, NDArray[Any]]:
         return self._pages._asdict()
 
+    def _rebuild(self, live: NDArray[np.bool_]) -> None:
+        pages = self._pages
+        bits = live.reshape(-1, self._block) << np.arange(self._block)
+        pages.live[:] = bits.sum(axis=1)
+        pages.stacked[:] = pages.live == 0
+        free = np.flatnonzero(pages.stacked)[::-1]  # the lowest is granted first, as in a fresh pool
+        pages.stack[: len(free)] = free
+        pages.depth[0] = len(free)
+
     def _allocate(self, sizes: Int32Array, starts: Int32Array, partial: bool) -> int:
         return int(_pop(self._pages, self._block, starts, partial))
 

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from allocators._forks import lock_across_forks
 from allocators._jit import jit
 from allocators.errors import (
     IntegrityError,
@@ -127,6 +128,23 @@ class BlockAllocator(abc.ABC):
             SnapshotError: ``data`` is damaged, or belongs to another kind or size of pool.
         """
 
+    def rebuild(self, starts: ArrayLike, sizes: ArrayLike) -> None:
+        """Make exactly these runs live and everything else free, whatever the state was; optional.
+
+        A cache calls it after one of its calls was interrupted inside the allocator, and to resume a snapshot in
+        another allocator. Runs need not be whole blocks: an allocator that cannot reuse the rest of a block holds it
+        back, as after a free of parts.
+
+        Args:
+            starts: ``[n]`` integers, first granule of each run.
+            sizes: ``[n]`` integers, granules, at least 1.
+
+        Raises:
+            InvalidSizeError: a run leaves the pool, or overlaps another; nothing was changed.
+            NotImplementedError: this allocator cannot be rebuilt.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot be rebuilt from the blocks that are live")
+
 
 def as_counts(values: ArrayLike, name: str) -> Int32Array:
     """``values`` as a contiguous int32 vector, or InvalidSizeError; floats are refused, not rounded."""
@@ -184,7 +202,9 @@ class HostAllocator(BlockAllocator):
     def __init__(self, num_granules: int, *, block_sizes: ArrayLike) -> None:
         self.num_granules = check_num_granules(num_granules)
         self.block_sizes = check_block_sizes(block_sizes)
-        self._lock = threading.Lock()
+        # re-entrant: compiled code does each change as a whole, so that a finalizer or signal handler which enters
+        # between two of them finds the pool in order; with a plain lock it would wait for itself
+        self._lock = lock_across_forks(threading.RLock())
         # is_size[n] says whether blocks of n granules are on offer
         self._is_size = np.zeros(SUPERBLOCK + 1, np.bool_)
         self._is_size[[size // GRANULE for size in self.block_sizes]] = True
@@ -257,6 +277,15 @@ class HostAllocator(BlockAllocator):
     def _after_restore(self) -> None:
         """Rebuild whatever is derived from the state."""
 
+    def rebuild(self, starts: ArrayLike, sizes: ArrayLike) -> None:
+        live = live_granules(as_counts(starts, "starts"), as_counts(sizes, "sizes"), self.num_granules)
+        with self._lock:
+            self._rebuild(live)
+
+    def _rebuild(self, live: NDArray[np.bool_]) -> None:
+        """Write the state in which exactly these granules are live, under the lock."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be rebuilt from the blocks that are live")
+
     # -- messages ----------------------------------------------------------------------------------------------------
 
     def _identity(self) -> dict[str, Any]:
@@ -328,6 +357,22 @@ class HostAllocator(BlockAllocator):
             f"{type(self).__name__}({self.num_granules} granules, {self.num_free} free, "
             f"blocks of {', '.join(map(str, self.block_sizes))} tokens)"
         )
+
+
+def live_granules(starts: Int32Array, sizes: Int32Array, num_granules: int) -> NDArray[np.bool_]:
+    """``[num_granules]`` which granules runs cover; InvalidSizeError if one leaves the pool or overlaps another."""
+    if len(starts) != len(sizes):
+        raise InvalidSizeError(f"starts and sizes: expected equal lengths, got {len(starts)} and {len(sizes)}")
+    live = np.zeros(num_granules, np.bool_)
+    for i, (start, size) in enumerate(zip(starts.tolist(), sizes.tolist(), strict=True)):
+        if size < 1 or start < 0 or start + size > num_granules:
+            raise InvalidSizeError(
+                f"run {i}: expected at least 1 granule of a pool of {num_granules}, got {size} from {start} on"
+            )
+        if live[start : start + size].any():
+            raise InvalidSizeError(f"run {i} (granules {start} to {start + size - 1}) overlaps another run of the call")
+        live[start : start + size] = True
+    return live
 
 
 def require(condition: bool | np.bool_, message: str) -> None:

@@ -20,6 +20,7 @@ from allocators import _bitset
 from allocators._bits import count_trailing_zeros, popcount
 from allocators._bitset import BitSets
 from allocators._jit import jit
+from allocators._slots import slots_of
 from allocators.protocol import GRANULE, HostAllocator, Int32Array, require
 
 SLAB = 64
@@ -81,6 +82,12 @@ class SlabAllocator(HostAllocator):
     def _after_restore(self) -> None:
         _bitset.clear(self._slabs.sets)
         _index(self._slabs)
+
+    def _rebuild(self, live: NDArray[np.bool_]) -> None:
+        slabs = self._slabs
+        offered = [(size // GRANULE).bit_length() - 1 for size in self.block_sizes]
+        slabs.free[:], slabs.returned[:], slabs.owner[:] = slots_of(live, slabs.owner, offered)
+        self._after_restore()
 
     def _allocate(self, sizes: Int32Array, starts: Int32Array, partial: bool) -> int:
         if partial:

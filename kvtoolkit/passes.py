@@ -73,6 +73,8 @@ class StepArrays(NamedTuple):
     """Entries of `table` in use."""
     work: Int32Array
     """``[2, batch]`` rows of the step that need blocks; those that may be merged."""
+    mark: Int64Array
+    """``[1]`` what `Rows.owner` says of the rows that the step holds; no two steps have the same."""
 
 
 @jit
@@ -88,6 +90,7 @@ def begin(rows: Rows, step: StepArrays, ids: Int64Array, max_len: int, merges: b
     """
     rows.clock[1] += 1
     mark = rows.clock[1]
+    step.mark[0] = mark
     num_need, num_merge, total, width = 0, 0, 0, 0
     num_rows = len(rows.info)
     step.cu_seqlens_q[0] = 0
@@ -119,7 +122,7 @@ def begin(rows: Rows, step: StepArrays, ids: Int64Array, max_len: int, merges: b
             step.work[0, num_need] = b
             num_need += 1
         else:
-            rows.info[row, STATE] = IN_STEP
+            _take(rows, step, row)
             step.seq_lens[b] = length + count
             if length >= rows.info[row, TAIL_FIRST]:
                 base = rows.info[row, TAIL_BASE] + length
@@ -136,10 +139,23 @@ def begin(rows: Rows, step: StepArrays, ids: Int64Array, max_len: int, merges: b
 
 
 @jit
+def _take(rows: Rows, step: StepArrays, row: int) -> None:
+    """Let a step hold a row."""
+    rows.info[row, STATE] = IN_STEP
+    rows.owner[row] = step.mark[0]
+
+
+@jit
+def _holds(rows: Rows, step: StepArrays, row: int) -> Any:
+    """Whether a step holds a row: it may have stalled, so that a later step holds it or somebody else uses it."""
+    return rows.info[row, STATE] == IN_STEP and rows.owner[row] == step.mark[0]
+
+
+@jit
 def reopen(rows: Rows, step: StepArrays, batch: int) -> None:
-    """Take the rows of a step out of it."""
+    """Take the rows that a step holds out of it."""
     for b in range(batch):
-        if rows.info[step.rows[b], STATE] == IN_STEP:
+        if _holds(rows, step, step.rows[b]):
             rows.info[step.rows[b], STATE] = OPEN
 
 
@@ -162,7 +178,7 @@ def complete(rows: Rows, step: StepArrays, num_need: int) -> Any:
         if step.status[b] != OK:
             stall(step, b, step.status[b])
         else:
-            rows.info[row, STATE] = IN_STEP
+            _take(rows, step, row)
             step.seq_lens[b] = rows.info[row, LENGTH] + step.counts[b]
             _fill_slots(rows, step, row, step.cu_seqlens_q[b], step.counts[b])
         width = max(width, rows.info[row, NUM_ENTRIES])
@@ -263,8 +279,8 @@ def choose_sizes(
 def advance(rows: Rows, step: StepArrays, batch: int) -> None:
     """End a step whose tokens are not told: lengths advance, and what comes later cannot be published."""
     for b in range(batch):
-        if step.status[b] == OK:
-            row = step.rows[b]
+        row = step.rows[b]
+        if _holds(rows, step, row):
             rows.info[row, LENGTH] += step.counts[b]
             rows.info[row, STATE] = OPEN
             if step.counts[b] > 0:
@@ -285,7 +301,7 @@ def advance_and_publish(
     num_freed, first = 0, 0
     for b in range(batch):
         row, count = step.rows[b], step.counts[b]
-        if step.status[b] == OK:
+        if _holds(rows, step, row):
             length = rows.info[row, LENGTH]
             rows.info[row, LENGTH] = length + count
             rows.info[row, STATE] = OPEN

@@ -65,6 +65,8 @@ class Rows(NamedTuple):
     """``[max_seqs, 8]`` tokens of the granule that is being filled."""
     clock: Int64Array
     """``[2]``: the last stamp of a changed row, the last mark."""
+    owner: Int64Array
+    """``[max_seqs]`` mark of the step or lease that holds the row; only read where STATE is IN_STEP or PINNED."""
     scanned: Int32Array
     """``[max_seqs]`` full tiles of the row when all of them were in the tier they belong to; -1 = not known."""
     masses: NDArray[np.float32]
@@ -84,6 +86,7 @@ def make_rows(max_seqs: int, max_entries: int, num_tiles: int = 0) -> Rows:
         chain_uid=np.zeros(max_seqs, np.int64),
         pending=np.zeros((max_seqs, 8), np.int64),
         clock=np.zeros(2, np.int64),
+        owner=np.zeros(max_seqs, np.int64),
         scanned=np.full(max_seqs, -1, np.int32),
         masses=np.zeros((max_seqs, num_tiles), np.float32),
         bar=np.zeros((max_seqs, 2), np.float64),

@@ -1,0 +1,34 @@
+"""Locks that a forked child finds free.
+
+A thread that holds a lock while another one forks does not exist in the child, where the lock would stay held. So a
+fork waits until nobody is in the middle of a call, and the child begins with state that is in order.
+"""
+
+import os
+import threading
+import weakref
+
+_locks: "dict[weakref.ref[threading.RLock], None]" = {}
+"""In the order in which they were made: whoever holds one may be waiting for one made before it, never the reverse."""
+_held: "list[threading.RLock]" = []
+
+
+def lock_across_forks(lock: "threading.RLock") -> "threading.RLock":
+    """The lock, which every fork of this process holds from now on."""
+    _locks[weakref.ref(lock, lambda gone: _locks.pop(gone, None))] = None
+    return lock
+
+
+def _acquire_all() -> None:
+    for reference in reversed(list(_locks)):
+        if (lock := reference()) is not None:
+            lock.acquire()
+            _held.append(lock)
+
+
+def _release_all() -> None:
+    while _held:
+        _held.pop().release()
+
+
+os.register_at_fork(before=_acquire_all, after_in_parent=_release_all, after_in_child=_release_all)
