@@ -10,6 +10,7 @@ import contextlib
 import functools
 import sys
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable
 from types import CodeType, FrameType
@@ -19,12 +20,14 @@ from allocators._forks import lock_across_forks
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 
 class Calls:
     """What an object knows of its calls.
 
     Args:
+        owner: the object; it is not kept alive.
         settle: puts the object in order after a call that broke off. It may be broken off itself, and is called again
             then.
         drain: does what `lost` asks for.
@@ -32,28 +35,35 @@ class Calls:
 
     Attributes:
         name: of the call under way, or of one that broke off; "" between calls.
-        is_dirty: whether that call may have changed something. A call sets it before its first change, and takes it
-            back if it has undone all of them.
+        serial: number of that call.
+        is_dirty: whether that call, having broken off, may have changed something.
         is_lost: whether a finalizer has left something to do; see `Calls.note_lost`.
         refusals: errors that a call raises before it changes anything, or with everything undone.
     """
 
-    __slots__ = ("_drain", "_later", "_settle", "busy_error", "is_dirty", "is_lost", "lock", "name", "refusals")
+    __slots__ = (
+        "_drain", "_later", "_owner", "_settle", "busy_error", "is_dirty", "is_lost", "lock", "name", "refusals",
+        "serial",
+    )  # fmt: skip
 
     def __init__(
         self,
-        settle: Callable[[], None],
-        drain: Callable[[], None],
+        owner: T,
+        settle: Callable[[T], object],
+        drain: Callable[[T], object],
         busy_error: type[Exception],
         refusals: tuple[type[Exception], ...] = (),
     ) -> None:
         self.lock = lock_across_forks(threading.RLock())
         self.name = ""
+        self.serial = 0
         self.is_dirty = False
         self.is_lost = False
         self.busy_error = busy_error
         self.refusals = refusals
-        self._settle, self._drain = settle, drain
+        self._owner: weakref.ref[Any] = weakref.ref(owner)
+        self._settle: Callable[[Any], object] = settle
+        self._drain: Callable[[Any], object] = drain
         self._later: deque[Callable[[], Any]] = deque()
 
     def note_lost(self, *_: Any) -> None:
@@ -69,13 +79,13 @@ class Calls:
         """Settle a call that broke off, and do what was left for later. The caller holds the lock."""
         if self.name:
             if self.is_dirty:
-                self._settle()
+                self._settle(self._owner())
             self._end()
         while self.is_lost:
             self.is_lost = False
             try:
                 self.name = "what was left for later"
-                self._drain()
+                self._drain(self._owner())
                 while self._later:
                     self._do_next()
                 self._end()
@@ -131,6 +141,8 @@ def exclusive(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S,
                         f"{calls.name or 'its repair'} (from a signal handler, a finalizer or a plug-in)"
                     )
                 calls.put_in_order()
+            calls.serial += 1
+            calls.is_dirty = True
             calls.name = name
             try:
                 result = method(self, *args, **kwargs)

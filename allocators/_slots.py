@@ -32,8 +32,8 @@ def slots_of(
     words, valid = both.reshape(2, num_words, _WORD)
     chosen = np.full(num_words, offered[0])
     for order in offered:
-        slots: NDArray[np.bool_] = words.reshape(num_words, -1, 1 << order)
-        chosen[(slots.all(axis=2) | ~slots.any(axis=2)).all(axis=1)] = order
+        live_in_slot = words.reshape(num_words, -1, 1 << order).sum(axis=2)
+        chosen[(live_in_slot % (1 << order) == 0).all(axis=1)] = order
     orders = np.where(words.any(axis=1), np.where(orders < 0, chosen, orders), -1)
     free = valid & (orders < 0)[:, None]
     for order in range(4):

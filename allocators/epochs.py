@@ -68,7 +68,7 @@ class EpochPool(BlockAllocator):
         self.inner = inner
         self.num_granules = inner.num_granules
         self.block_sizes = inner.block_sizes
-        self._calls = Calls(self._settle, self._abort_lost, BusyError, (AllocatorError,))
+        self._calls = Calls(self, EpochPool._settle, EpochPool._abort_lost, BusyError, (AllocatorError,))
         self._freeing: Runs | None = None  # what the inner pool is being asked to free
         self._states = np.zeros(inner.num_granules, np.uint8)
         self._limbo: dict[int, list[Runs]] = {}
@@ -174,7 +174,6 @@ class EpochPool(BlockAllocator):
             InvalidFreeError: as `free`.
         """
         runs = self._checked((starts, sizes), _LIVE)
-        self._calls.is_dirty = True
         if len(runs[0]):
             self._limbo.setdefault(self._epoch, []).append(runs)
         _mark(self._states, *runs, _LIMBO)
@@ -196,7 +195,6 @@ class EpochPool(BlockAllocator):
             raise InvalidSizeError(f"epoch: expected an int from 0 to the current one, {self._epoch}, got {epoch!r}")
         if stream is not None and stream not in list(self._completed):
             raise UnknownStreamError(f"stream: expected one of {list(self._completed)}, got {stream!r}")
-        self._calls.is_dirty = True
         for name in self._completed if stream is None else (stream,):
             self._completed[name] = max(self._completed[name], int(epoch))
         self._epoch = max(self._epoch, int(epoch) + 1)
@@ -241,7 +239,6 @@ class EpochPool(BlockAllocator):
 
     def _commit(self, number: int) -> None:
         journal = self._leases[number]
-        self._calls.is_dirty = True
         journal.is_committing = True
         self._finish_commit(number, journal)
 
@@ -352,14 +349,12 @@ class EpochPool(BlockAllocator):
     # -- the state of each granule -----------------------------------------------------------------------------------
 
     def _take(self, sizes: Int32Array, partial: bool, state: int) -> Int32Array:
-        self._calls.is_dirty = True
         starts = self.inner.allocate(sizes, partial=partial)
         _mark(self._states, starts, sizes, state)
         return starts
 
     def _give_back(self, runs: Runs) -> None:
         """Free runs that are known to be owned. If the inner pool raises, nothing has changed."""
-        self._calls.is_dirty = True
         self._freeing = runs
         try:
             self.inner.free(*runs)

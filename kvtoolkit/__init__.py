@@ -7,6 +7,7 @@ from kvtoolkit.cache import KVCache
 from kvtoolkit.config import CacheConfig
 from kvtoolkit.device_pool import DevicePool, lockfree
 from kvtoolkit.errors import (
+    BusyError,
     CacheFullError,
     CacheSnapshotError,
     CompileError,
@@ -27,6 +28,7 @@ from kvtoolkit.warm import warmup
 
 __all__ = [
     "BlockAllocator",
+    "BusyError",
     "CacheConfig",
     "CacheFullError",
     "CacheSnapshotError",

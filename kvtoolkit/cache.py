@@ -4,23 +4,26 @@ This file is the interface: it checks, takes the lock and calls. What happens is
 `rows` and `passes` (compiled moves), `growing`, `sharing`, `preemption`, `compaction`, `pool` and `prefix`.
 """
 
-import threading
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kvtoolkit import access, compaction, demotion, passes, preemption, rows, sharing, snapshots
+from allocators._calls import exclusive, exclusive_or_later
+from kvtoolkit import access, compaction, demotion, passes, preemption, repair, rows, sharing, snapshots
 from kvtoolkit.config import CacheConfig
 from kvtoolkit.demoter import Demoter
+from kvtoolkit.device_pool import DevicePool
 from kvtoolkit.errors import ConfigError, SequenceError, StepError
 from kvtoolkit.growing import Grower
 from kvtoolkit.inputs import MAX_TOKENS, as_counts, as_ids, as_prompt, as_tokens, as_vector, is_ids
 from kvtoolkit.lease import Lease
 from kvtoolkit.prefix import Int32Array, Int64Array, match, usable
-from kvtoolkit.rows import IN_STEP, LENGTH, OPEN, PINNED, PREEMPTED, STATE
+from kvtoolkit.repair import Repairs
+from kvtoolkit.rows import IN_STEP, LENGTH, OPEN, PINNED, PREEMPTED
 from kvtoolkit.sequences import Sequences
+from kvtoolkit.shared_allocator import SharedAllocator
 from kvtoolkit.stats import CacheStats, collect
 from kvtoolkit.step import Step
 from kvtoolkit.step_arrays import SpareArrays, widen
@@ -46,16 +49,20 @@ class KVCache:
             raise ConfigError(f"config: expected a CacheConfig, got {type(config).__name__}")
         self.config = config
         self.dtype = config.dtype
-        self._lock = threading.RLock()
         self._sequences = Sequences(config)
+        self._calls = self._sequences.calls
         self._grower = Grower(self._sequences)
         self._demoter = None if config.tier_config is None else Demoter(self._sequences, config.tier_config)
         self._arrays = SpareArrays()
         self._upload = make_upload(config.backend, self._sequences.storage.device)
         self._arenas = access.Arenas(self._sequences.storage, config.dtype, config.backend)
+        hot = self._sequences.pool.allocator
+        is_on_device = isinstance(hot, DevicePool)  # kernels take blocks of it, too
+        self._allocator = hot if is_on_device else SharedAllocator(self._sequences.pool.ledger, self._calls)
 
     # -- opening and closing -----------------------------------------------------------------------------------------
 
+    @exclusive
     def open(self, prompts: Sequence[ArrayLike]) -> tuple[Int64Array, Int32Array]:
         """Open a sequence for each prompt, holding the longest prefix of it that is cached already.
 
@@ -75,28 +82,23 @@ class KVCache:
             tokens = [as_prompt(prompt, i) for i, prompt in enumerate(prompts)]
         except TypeError:
             raise SequenceError(f"prompts: expected a sequence of prompts, got {prompts!r:.80}") from None
-        with self._lock:
-            sequences, counters = self._sequences, self._sequences.counters
-            opened = sequences.new_rows(len(tokens), "open")
-            sequences.tick()
-            nodes, granules = sequences.pool.nodes, sequences.pool.granules
-            cached_lens = np.zeros(len(tokens), np.int32)
-            found = np.empty(max((len(prompt) for prompt in tokens), default=0) // 8 + 1, np.int32)
-            for i, (row, prompt) in enumerate(zip(opened, tokens, strict=True)):
-                most = max(0, (min(len(prompt), self.config.seq_len_limit) - 1) // 8)
-                count = match(nodes, prompt, most, found) if self.config.prefix_caching else 0
-                count = usable(nodes, granules, found, count, sequences.takes_quantized)
-                cached_lens[i] = 8 * rows.adopt(sequences.rows, row, found, count, nodes, granules)
-                counters.prompt_tokens += len(prompt)
-                counters.reused_tokens += int(cached_lens[i])
-            sequences.note_use()
-            return sequences.ids_of(opened), cached_lens
+        sequences, counters = self._sequences, self._sequences.counters
+        opened = sequences.new_rows(len(tokens), "open")
+        sequences.tick()
+        nodes, granules = sequences.pool.nodes, sequences.pool.granules
+        cached_lens = np.zeros(len(tokens), np.int32)
+        found = np.empty(max((len(prompt) for prompt in tokens), default=0) // 8 + 1, np.int32)
+        for i, (row, prompt) in enumerate(zip(opened, tokens, strict=True)):
+            most = max(0, (min(len(prompt), self.config.seq_len_limit) - 1) // 8)
+            count = match(nodes, prompt, most, found) if self.config.prefix_caching else 0
+            count = usable(nodes, granules, found, count, sequences.takes_quantized)
+            cached_lens[i] = 8 * rows.adopt(sequences.rows, row, found, count, nodes, granules)
+            counters.prompt_tokens += len(prompt)
+            counters.reused_tokens += int(cached_lens[i])
+        sequences.note_use()
+        return sequences.ids_of(opened), cached_lens
 
-    def _finish_moves(self) -> None:
-        """What a step that raised has left to convert; see `Demoter.finish`. The caller holds the lock."""
-        if self._demoter is not None:
-            self._demoter.finish()
-
+    @exclusive_or_later
     def close(self, seq_ids: ArrayLike) -> None:
         """End sequences. Their full granules stay findable until their memory is needed; their ids never come back.
 
@@ -106,19 +108,18 @@ class KVCache:
         Raises:
             SequenceError: an id is not of an open or preempted sequence, or stands twice.
         """
-        with self._lock:
-            self._finish_moves()
-            self._sequences.release_rows(self._sequences.rows_of(seq_ids, (OPEN, PREEMPTED)))
+        self._sequences.release_rows(self._sequences.rows_of(seq_ids, (OPEN, PREEMPTED)))
 
+    @exclusive
     def lengths(self, seq_ids: ArrayLike) -> Int32Array:
         """``[batch]`` int32 tokens that each sequence holds; 0 while preempted by ``"drop"``."""
-        with self._lock:
-            which = self._sequences.rows_of(seq_ids, (OPEN, IN_STEP, PREEMPTED, PINNED))
-            lengths: Int32Array = self._sequences.rows.info[which, LENGTH].astype(np.int32)
-            return lengths
+        which = self._sequences.rows_of(seq_ids, (OPEN, IN_STEP, PREEMPTED, PINNED))
+        lengths: Int32Array = self._sequences.rows.info[which, LENGTH].astype(np.int32)
+        return lengths
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
+    @exclusive
     def begin_step(self, seq_ids: ArrayLike, num_new_tokens: int | ArrayLike) -> Step:
         """Make room for new tokens of a batch and say where they go.
 
@@ -148,35 +149,32 @@ class KVCache:
             counts, total = num_new_tokens, batch * num_new_tokens
         else:
             raise StepError(f"num_new_tokens: expected 0 to {MAX_TOKENS}, got {num_new_tokens}")
-        with self._lock:
-            sequences = self._sequences
-            arrays = self._arrays.take(batch, total)
-            arrays.counts[:batch] = counts
-            code, where, num_need, num_merge, width = passes.begin(
-                sequences.rows, arrays, ids, self.config.seq_len_limit, sequences.pool.policy.merges
-            )
-            if code:
-                self._arrays.give_back(arrays)
-                raise sequences.bad_id(code, int(ids[where]), (OPEN,))
-            try:
-                has_moved = self._demoter is not None and self._demoter.run(arrays, num_need)
-                if num_merge:
-                    self._grower.merge_tails(arrays, num_merge)
-                if num_need:
-                    width = max(width, self._grower.grow(arrays, num_need))
-                if has_moved:
-                    width = passes.widest(sequences.rows, arrays, batch)
-            except BaseException:
-                passes.reopen(sequences.rows, arrays, batch)
-                self._arrays.give_back(arrays)
-                raise
-            if width > arrays.table.shape[1]:
-                arrays = widen(arrays, width)
-                passes.sync_tables(sequences.rows, arrays, batch)
-            elif num_merge or has_moved:
-                passes.sync_tables(sequences.rows, arrays, batch)
-            return Step(self, ids, arrays, total)
+        sequences = self._sequences
+        arrays = self._arrays.take(batch, total)
+        arrays.counts[:batch] = counts
+        code, where, num_need, num_merge, width = passes.begin(
+            sequences.rows, arrays, ids, self.config.seq_len_limit, sequences.pool.policy.merges
+        )
+        if code:
+            self._arrays.give_back(arrays)
+            raise sequences.bad_id(code, int(ids[where]), (OPEN,))
+        has_moved = self._demoter is not None and self._demoter.run(arrays, num_need)
+        if num_merge:
+            self._grower.merge_tails(arrays, num_merge)
+        if num_need:
+            width = max(width, self._grower.grow(arrays, num_need))
+        if has_moved:
+            width = passes.widest(sequences.rows, arrays, batch)
+        if width > arrays.table.shape[1]:
+            arrays = widen(arrays, width)
+            passes.sync_tables(sequences.rows, arrays, batch)
+        elif num_merge or has_moved:
+            passes.sync_tables(sequences.rows, arrays, batch)
+        step = Step(self, ids, arrays, total)
+        sequences.hold(step, step._mark)
+        return step
 
+    @exclusive
     def end_step(self, step: Step, token_ids: ArrayLike | None = None) -> None:
         """End a step: the lengths of its rows advance, and granules that became full can be found by later prompts.
 
@@ -188,34 +186,36 @@ class KVCache:
         Raises:
             StepError: the step has ended, belongs to another cache, or ``token_ids`` does not fit it.
         """
-        with self._lock:
-            self._require_own(step)
-            sequences, batch = self._sequences, len(step.seq_ids)
-            tokens = None if token_ids is None else as_tokens(token_ids, len(step.slot_mapping))
-            if step._mass is not None and (masses := step._mass.mean) is not None:
-                period = 1 if sequences.storage.device < 0 else demotion.DEVICE_PERIOD
-                demotion.note_masses(sequences.rows, step._arrays, batch, masses, period)
-            if tokens is None or not self.config.prefix_caching:
-                passes.advance(sequences.rows, step._arrays, batch)
-            else:
-                pool = sequences.pool
-                num_freed = passes.advance_and_publish(
-                    sequences.rows, step._arrays, batch, tokens, pool.nodes, pool.granules, pool.freed
-                )
-                pool.free_listed(num_freed)
-            sequences.counters.num_steps += 1
-            self._end(step)
+        self._require_own(step)
+        sequences, batch = self._sequences, len(step.seq_ids)
+        tokens = None if token_ids is None else as_tokens(token_ids, len(step.slot_mapping))
+        if step._mass is not None and (masses := step._mass.mean) is not None:
+            period = 1 if sequences.storage.device < 0 else demotion.DEVICE_PERIOD
+            demotion.note_masses(sequences.rows, step._arrays, batch, masses, period)
+        num_freed, pool = 0, sequences.pool
+        self._end(step)
+        if tokens is None or not self.config.prefix_caching:
+            passes.advance(sequences.rows, step._arrays, batch)
+        else:
+            num_freed = passes.advance_and_publish(
+                sequences.rows, step._arrays, batch, tokens, pool.nodes, pool.granules, pool.freed
+            )
+        sequences.counters.num_steps += 1
+        self._arrays.give_back(step._arrays)
+        pool.free_listed(num_freed)
 
+    @exclusive_or_later
     def abort_step(self, step: Step) -> None:
         """End a step as if it had not happened; blocks it took stay with their sequences as room to grow."""
-        with self._lock:
-            self._require_own(step)
-            passes.reopen(self._sequences.rows, step._arrays, len(step.seq_ids))
-            self._end(step)
+        self._require_own(step)
+        self._end(step)
+        passes.reopen(self._sequences.rows, step._arrays, len(step.seq_ids))
+        self._arrays.give_back(step._arrays)
 
     def _end(self, step: Step) -> None:
+        """Before anything else changes: a step whose end is interrupted has ended, or was aborted."""
         step._is_open = False
-        self._arrays.give_back(step._arrays)
+        self._sequences.handles.pop(step._mark, None)
 
     def _require_own(self, step: Step) -> None:
         if not isinstance(step, Step) or step._cache is not self:
@@ -224,6 +224,7 @@ class KVCache:
 
     # -- forks, beams, speculation -----------------------------------------------------------------------------------
 
+    @exclusive
     def fork(self, seq_ids: ArrayLike, n: int) -> Int64Array:
         """Open ``n`` copies of each sequence. Full granules are shared; the last, partly filled one is copied.
 
@@ -236,13 +237,12 @@ class KVCache:
         """
         if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 0:
             raise SequenceError(f"n: expected a number of copies, got {n!r}")
-        with self._lock:
-            self._finish_moves()
-            parents = self._sequences.rows_of(seq_ids, (OPEN,))
-            self._sequences.require_closed_rows(len(parents) * int(n), "fork")
-            children = sharing.fork(self._sequences, np.repeat(parents, n), "fork")
-            return self._sequences.ids_of(children).reshape(len(parents), int(n))
+        parents = self._sequences.rows_of(seq_ids, (OPEN,))
+        self._sequences.require_closed_rows(len(parents) * int(n), "fork")
+        children = sharing.fork(self._sequences, np.repeat(parents, n), "fork")
+        return self._sequences.ids_of(children).reshape(len(parents), int(n))
 
+    @exclusive
     def reorder(self, seq_ids: ArrayLike, parents: ArrayLike) -> None:
         """Make sequence ``i`` continue what sequence ``parents[i]`` holds, as beam search does once a step.
 
@@ -254,14 +254,13 @@ class KVCache:
             SequenceError: an id is not of an open sequence, or a parent is no position.
             CacheFullError: too few blocks for the copies of partly filled granules; nothing was reordered.
         """
-        with self._lock:
-            self._finish_moves()
-            batch = self._sequences.rows_of(seq_ids, (OPEN,))
-            origin = as_vector(parents, "parents", len(batch))
-            if len(origin) and not (origin.min() >= 0 and origin.max() < len(batch)):
-                raise SequenceError(f"parents: expected 0 to {len(batch) - 1}, got {origin.tolist()}")
-            sharing.reorder(self._sequences, batch, origin.astype(np.int32))
+        batch = self._sequences.rows_of(seq_ids, (OPEN,))
+        origin = as_vector(parents, "parents", len(batch))
+        if len(origin) and not (origin.min() >= 0 and origin.max() < len(batch)):
+            raise SequenceError(f"parents: expected 0 to {len(batch) - 1}, got {origin.tolist()}")
+        sharing.reorder(self._sequences, batch, origin.astype(np.int32))
 
+    @exclusive
     def truncate(self, seq_ids: ArrayLike, new_lens: ArrayLike) -> None:
         """Forget the last tokens of sequences, as after rejected draft tokens.
 
@@ -276,19 +275,18 @@ class KVCache:
             CacheFullError: a partly kept granule is shared or quantized, and there is no block for a copy; nothing was
                 truncated.
         """
-        with self._lock:
-            self._finish_moves()
-            batch = self._sequences.rows_of(seq_ids, (OPEN,))
-            targets = as_vector(new_lens, "new_lens", len(batch))
-            lengths = self._sequences.rows.info[batch, LENGTH]
-            bad = np.flatnonzero((targets < 0) | (targets > lengths))
-            if len(bad):
-                i = int(bad[0])
-                raise SequenceError(f"new_lens[{i}]: expected 0 to {lengths[i]}, the present length, got {targets[i]}")
-            sharing.truncate(self._sequences, batch, targets)
+        batch = self._sequences.rows_of(seq_ids, (OPEN,))
+        targets = as_vector(new_lens, "new_lens", len(batch))
+        lengths = self._sequences.rows.info[batch, LENGTH]
+        bad = np.flatnonzero((targets < 0) | (targets > lengths))
+        if len(bad):
+            i = int(bad[0])
+            raise SequenceError(f"new_lens[{i}]: expected 0 to {lengths[i]}, the present length, got {targets[i]}")
+        sharing.truncate(self._sequences, batch, targets)
 
     # -- leases, preemption ------------------------------------------------------------------------------------------
 
+    @exclusive
     def pin(self, seq_ids: ArrayLike) -> Lease:
         """Hold what sequences hold now: it is not written, moved, quantized or freed until the lease ends.
 
@@ -298,13 +296,13 @@ class KVCache:
             SequenceError: an id is not of an open sequence.
             CacheFullError: too few rows or blocks.
         """
-        with self._lock:
-            self._finish_moves()
-            sequences = self._sequences
-            held = sharing.fork(sequences, sequences.rows_of(seq_ids, (OPEN,)), "pin")
-            sequences.rows.info[held, STATE] = PINNED
-            return Lease(sequences, self._lock, held)
+        sequences = self._sequences
+        held = sharing.fork(sequences, sequences.rows_of(seq_ids, (OPEN,)), "pin")
+        lease = Lease(sequences, held)
+        sequences.hold(lease, lease._mark)
+        return lease
 
+    @exclusive
     def preempt(self, seq_ids: ArrayLike, to: str = "drop") -> None:
         """Take the memory of sequences away for others; `restore` brings them back.
 
@@ -318,10 +316,9 @@ class KVCache:
         """
         if not (isinstance(to, str) and to in ("drop", "host")):
             raise SequenceError(f"to: expected 'drop' or 'host', got {to!r}")
-        with self._lock:
-            self._finish_moves()
-            preemption.preempt(self._sequences, self._sequences.rows_of(seq_ids, (OPEN,)), to)
+        preemption.preempt(self._sequences, self._sequences.rows_of(seq_ids, (OPEN,)), to)
 
+    @exclusive
     def restore(self, seq_ids: ArrayLike) -> NDArray[np.bool_]:
         """Bring preempted sequences back.
 
@@ -334,13 +331,12 @@ class KVCache:
         Raises:
             SequenceError: an id is not of a preempted sequence.
         """
-        with self._lock:
-            self._finish_moves()
-            batch = self._sequences.rows_of(seq_ids, (PREEMPTED,))
-            return np.array([preemption.restore(self._sequences, row) for row in batch.tolist()], np.bool_)
+        batch = self._sequences.rows_of(seq_ids, (PREEMPTED,))
+        return preemption.restore(self._sequences, batch)
 
     # -- maintenance -------------------------------------------------------------------------------------------------
 
+    @exclusive
     def compact(self, max_tokens: int) -> int:
         """Merge small blocks into blocks of 64 tokens, and move blocks together to make room for them.
 
@@ -352,38 +348,43 @@ class KVCache:
         """
         if isinstance(max_tokens, bool) or not isinstance(max_tokens, int | np.integer) or max_tokens < 0:
             raise StepError(f"max_tokens: expected a number of tokens, got {max_tokens!r}")
-        with self._lock:
-            self._finish_moves()
-            return compaction.compact(self._sequences, int(max_tokens))
+        return compaction.compact(self._sequences, int(max_tokens))
 
     def sync(self) -> None:
         """Wait until the device has done what was asked on the current stream; nothing to do on the CPU."""
         self._sequences.storage.sync()
 
+    @exclusive
     def stats(self) -> CacheStats:
         """Figures of this moment."""
-        with self._lock:
-            return collect(self._sequences)
+        return collect(self._sequences)
 
+    @exclusive
+    def repair(self) -> Repairs:
+        """Make everything that follows from what the sequences hold anew, and end what nobody can end any more.
+
+        After a call that broke off (a plug-in or a copy raised, memory ran out, Ctrl-C) the next call does it by
+        itself. Sequences, steps, leases and blocks that somebody still refers to stay as they are.
+        """
+        return repair.settle(self._sequences)
+
+    @exclusive
     def check_integrity(self) -> None:
         """Verify every invariant of the cache and of its allocator; for tests.
 
         Raises:
             IntegrityError: one does not hold.
         """
-        with self._lock:
-            self._finish_moves()
-            snapshots.check(self._sequences)
+        snapshots.check(self._sequences)
 
+    @exclusive
     def snapshot(self) -> bytes:
         """Everything the cache holds, keys and values included, for `from_snapshot`.
 
         Raises:
             StepError: a step or a lease is open.
         """
-        with self._lock:
-            self._finish_moves()
-            return snapshots.pack(self._sequences)
+        return snapshots.pack(self._sequences)
 
     @classmethod
     def from_snapshot(cls, config: CacheConfig, data: bytes) -> "KVCache":
@@ -403,7 +404,7 @@ class KVCache:
         With ``lockfree`` on a GPU it is a `DevicePool`, and kernels take blocks from ``allocator.memory``: granule
         numbers of `key_cache` and `value_cache`.
         """
-        return self._sequences.pool.allocator
+        return self._allocator
 
     def key_cache(self, layer: int) -> Any:
         """``[num_granules, num_kv_heads, 8, head_dim]`` hot keys of a layer; uint16 for bfloat16. A view, not a copy.

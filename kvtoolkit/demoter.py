@@ -9,7 +9,7 @@ from kvtoolkit.demotion import make_rule, set_bar
 from kvtoolkit.passes import StepArrays
 from kvtoolkit.pool import granules_of
 from kvtoolkit.prefix import Int32Array, Int64Array
-from kvtoolkit.rows import LENGTH
+from kvtoolkit.rows import LENGTH, NUM_ENTRIES
 from kvtoolkit.sequences import Sequences
 from kvtoolkit.tables import MAX_BLOCK_GRANULES, TIER_COLD, TIER_HOT, TIER_WARM
 from kvtoolkit.tier_config import TierConfig
@@ -30,16 +30,15 @@ class Demoter:
         self._has_warm = config.warm is not None
         self._found = np.empty((256, 4), np.int64)
         self._members = np.empty(sequences.config.max_seqs, np.int32)
-        # moves of rows and index that are done, whose tokens are still to be converted and whose granules to be freed
-        self._sources: list[Int32Array] = []
-        self._targets: list[int] = []
+        self._planned: list[_Move] = []
+        self._moving = np.zeros(sequences.config.num_granules, np.bool_)
+        """Granules that planned moves will leave."""
         self._freed = np.empty(8 * _MOST_AT_ONCE, np.int32)
-        self._num_freed = 0
         self._num_freed_hot = 0
 
     def run(self, arrays: StepArrays, num_need: int) -> bool:
         """Move what is due now, before the rows in ``arrays.work[0]`` get their blocks; whether anything moved."""
-        self.finish()
+        self._forget()
         rows, pool = self._sequences.rows, self._sequences.pool
         missing = 0
         if num_need:
@@ -53,26 +52,16 @@ class Demoter:
         share = min(self._sequences.config.migrate_budget, -(-len(due) // SPREAD))
         self._num_freed_hot = 0
         moved, left = 0, []
-        try:
-            for row, tile, _, is_hot in due.tolist():
-                # beyond its share a step moves only what makes room for it
-                if moved < share or (is_hot and self._num_freed_hot < missing):
-                    moved += self._demote(row, tile)
-                else:
-                    left.append(row)
-        finally:
-            self._flush()
+        for row, tile, _, is_hot in due.tolist():
+            # beyond its share a step moves only what makes room for it
+            if moved < share or (is_hot and self._num_freed_hot < missing):
+                moved += self._demote(row, tile)
+            else:
+                left.append(row)
+        self._flush()
         done = np.setdiff1d(due[:, ROW], left)
         rows.scanned[done] = rows.info[done, LENGTH] >> 6
         return moved > 0
-
-    def finish(self) -> None:
-        """Convert what an earlier call has moved and could not convert, since it raised.
-
-        Rows name the new blocks already, so it comes before anything reads, copies or frees what rows hold.
-        """
-        if self._targets:
-            self._flush()
 
     def _list_due(self, everything: bool) -> Int64Array:
         """What `list_due` finds, oldest first."""
@@ -104,7 +93,7 @@ class Demoter:
                 cooled = 1
                 block = self._room(goal)
             if block >= 0:
-                self._move(group, tile, block, goal)
+                self._plan(group, tile, block, goal)
                 return cooled + 1
         self._sequences.counters.num_failed_demotions += 1
         return cooled
@@ -119,49 +108,76 @@ class Demoter:
         group = self._find_group(row, tile)
         if not len(group.members) or (block := self._room(TIER_COLD)) < 0:
             return False
-        self._move(group, tile, block, TIER_COLD)
+        self._plan(group, tile, block, TIER_COLD)
         return True
 
     def _find_group(self, row: int, tile: int) -> "_Group":
+        """The rows that share a tile; empty if it must stay, or is about to move already."""
         sources, members = np.empty(8, np.int32), self._members
         rows, granules = self._sequences.rows, self._sequences.pool.granules
         count, held, wanted = tile_moves.find_group(rows, granules, self._rule, row, tile, members, sources)
+        if count and self._planned:
+            if self._moving[sources].all():  # with this row, since a group has all rows that hold the 8 granules
+                count = 0
+            elif self._may_clash(members[:count], sources):
+                self._flush()
+                count, held, wanted = tile_moves.find_group(rows, granules, self._rule, row, tile, members, sources)
         return _Group(members[:count].copy(), held, wanted, sources)
+
+    def _may_clash(self, members: Int32Array, sources: Int32Array) -> bool:
+        """Whether planned moves take some of the granules, or may leave too few entries to one of the rows."""
+        rows = self._sequences.rows
+        most = rows.info[members, NUM_ENTRIES].max() + 2 * (len(self._planned) + 1)  # a move adds at most 2
+        return bool(self._moving[sources].any() or most > rows.entries.shape[1])
 
     def _room(self, tier: int) -> int:
         """A block of a quantized tier, or -1."""
         block = self._sequences.pool.take_block(tier)
         if block < 0:
-            self._flush()  # frees what moved out of the tier
+            self._flush()  # frees what moves out of the tier
             block = self._sequences.pool.allocate_block(tier)
         return block
 
-    def _move(self, group: "_Group", tile: int, block: int, tier: int) -> None:
-        """Change rows and index now; the tokens follow in `_flush`."""
-        if len(self._targets) == _MOST_AT_ONCE:
+    def _plan(self, group: "_Group", tile: int, block: int, tier: int) -> None:
+        """Have a tile moved by the next `_flush`."""
+        if len(self._planned) == _MOST_AT_ONCE:
             self._flush()
-        pool, counters, before = self._sequences.pool, self._sequences.counters, self._num_freed
-        self._num_freed = tile_moves.change_tier(
-            self._sequences.rows, group.members, tile, block, tier, pool.nodes, pool.granules, group.sources,
-            self._freed, before,
-        )  # fmt: skip
-        self._sources.append(group.sources)
-        self._targets.append(block)
-        self._num_freed_hot += int(np.count_nonzero(self._freed[before : self._num_freed] < pool.num_hot))
-        if tier == TIER_WARM:
-            counters.num_demoted_warm += 1
-        else:
-            counters.num_demoted_cold += 1
+        pool = self._sequences.pool
+        self._planned.append(_Move(group, tile, block, tier))
+        self._moving[group.sources] = True
+        leaves = pool.granules.refs[group.sources] == len(group.members)
+        self._num_freed_hot += int(np.count_nonzero(leaves & (group.sources < pool.num_hot)))
 
     def _flush(self) -> None:
-        """Convert the tokens of the tiles that were moved, and free where they were."""
-        if not self._targets:
+        """Write the tokens of the planned moves to where they go, then let rows and index follow, and free the rest.
+
+        If the conversion raises, nothing has moved.
+        """
+        moves, sequences = self._planned, self._sequences
+        if not moves:
             return
-        sequences, count = self._sequences, len(self._targets)
-        targets = granules_of(np.array(self._targets, np.int32)).reshape(count, MAX_BLOCK_GRANULES)
-        sequences.convert(np.array(self._sources, np.int32), targets, 64 * count)
-        sequences.pool.free_granules(self._freed[: self._num_freed])
-        self._sources, self._targets, self._num_freed = [], [], 0
+        sources = np.array([move.group.sources for move in moves], np.int32)
+        targets = granules_of(np.array([move.block for move in moves], np.int32)).reshape(-1, MAX_BLOCK_GRANULES)
+        sequences.convert(sources, targets, 64 * len(moves))
+        pool, num_freed = sequences.pool, 0
+        for move in moves:
+            num_freed = tile_moves.change_tier(
+                sequences.rows, move.group.members, move.tile, move.block, move.tier, pool.nodes, pool.granules,
+                move.group.sources, self._freed, num_freed,
+            )  # fmt: skip
+        for move in moves:
+            if move.tier == TIER_WARM:
+                sequences.counters.num_demoted_warm += 1
+            else:
+                sequences.counters.num_demoted_cold += 1
+        self._forget()
+        pool.free_granules(self._freed[:num_freed])
+
+    def _forget(self) -> None:
+        """Plan anew; also after a call that broke off."""
+        if self._planned:
+            self._planned = []
+            self._moving[:] = False
 
 
 class _Group(NamedTuple):
@@ -173,3 +189,12 @@ class _Group(NamedTuple):
     wanted: int
     """The hottest tier that the tile belongs in for any of them."""
     sources: Int32Array
+
+
+class _Move(NamedTuple):
+    """A tile that goes to a fresh block of a colder tier."""
+
+    group: _Group
+    tile: int
+    block: int
+    tier: int

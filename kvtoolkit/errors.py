@@ -36,6 +36,10 @@ class StepError(KVToolkitError, RuntimeError):
     """A step is used after its end, or the cache is changed while the step is open."""
 
 
+class BusyError(KVToolkitError, RuntimeError):
+    """A call of a cache from inside another one of the same thread: by a signal handler, a finalizer or a plug-in."""
+
+
 class CacheFullError(KVToolkitError, MemoryError):
     """No row or no block is left for a call that takes all or nothing."""
 

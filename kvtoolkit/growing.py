@@ -83,11 +83,7 @@ class Grower:
         sequences, pool, row = self._sequences, self._sequences.pool, int(arrays.rows[b])
         info = sequences.rows.info[row]
         needed = int(-(-(info[LENGTH] + arrays.counts[b]) // 8) - info[CAPACITY]) - sum(size for _, size in runs)
-        try:
-            more = pool.fit(needed)
-        except BaseException:
-            pool.free_runs(runs)
-            raise
+        more = pool.fit(needed)
         if more is not None and sequences.attach(row, runs + more):
             return
         arrays.status[b] = OUT_OF_BLOCKS if more is None else ROW_FULL

@@ -16,8 +16,8 @@ from allocators import BlockAllocator, InvalidSizeError, create, find
 from kvtoolkit.config import CacheConfig
 from kvtoolkit.errors import CacheFullError, ConfigError
 from kvtoolkit.eviction import eviction_policy
+from kvtoolkit.ledger import Ledger
 from kvtoolkit.prefix import Evictor, Int32Array, make_granules, make_nodes
-from kvtoolkit.rows import coalesce
 from kvtoolkit.tables import MAX_BLOCK_GRANULES, TIER_HOT
 from kvtoolkit.tier_config import TIER_NAMES
 
@@ -104,6 +104,7 @@ class Pool:
         hot = self.allocators[0]
         assert hot is not None
         self.allocator = hot
+        self.ledger = Ledger(self.allocators, self.first, self.num_granules)
         # sizes the cache asks for, in granules, descending
         self.offered = np.array(sorted((size // 8 for size in self.allocator.block_sizes), reverse=True), np.int32)
         self.granules = make_granules(self.num_granules, self.first)
@@ -112,8 +113,6 @@ class Pool:
         self.evictors = [Evictor(policy, self.nodes, self.granules, tier) for tier in range(len(TIER_NAMES))]
         self.freed = np.empty(self.num_granules, np.int32)
         """Where compiled code lists granules to be freed; `free_listed` takes them from here."""
-        self._run_starts = np.empty(self.num_granules, np.int32)
-        self._run_sizes = np.empty(self.num_granules, np.int32)
         self.reserve = int(self.policy.reserve * (self.num_hot // MAX_BLOCK_GRANULES))
         self.kept_back: list[int] = []
         """First granules of the blocks of 64 tokens kept back for merging."""
@@ -139,13 +138,7 @@ class Pool:
 
     def allocate_some(self, sizes: ArrayLike) -> Int32Array:
         """Hot blocks in the order asked for, -1 from the first that does not fit."""
-        starts = self.allocator.allocate(sizes, partial=True)
-        if not (isinstance(starts, np.ndarray) and starts.dtype == np.int32 and starts.shape == np.shape(sizes)):
-            raise ConfigError(
-                f"allocator: expected {type(self.allocator).__name__}.allocate to return [{np.size(sizes)}] int32 "
-                f"starts, got {starts!r:.80}"
-            )
-        return starts
+        return self.ledger.take(TIER_HOT, sizes)
 
     def allocate_tails(self, count: int, what: str) -> tuple[Int32Array, Int32Array]:
         """``count`` blocks of at least a granule, evicting if need be; ``(starts, sizes)``, or CacheFullError."""
@@ -153,19 +146,15 @@ class Pool:
         sizes = np.full(count, self.offered[-1], np.int32)
         starts = self.allocate_some(sizes)
         first = int(np.argmax(starts < 0)) if starts[-1] < 0 else count
-        try:
-            for i in range(first, count):
-                run = self.fit(1)
-                if run is None:
-                    raise CacheFullError(
-                        f"{what}: expected room for {count} copies of a partly filled granule, got room for {i}: "
-                        f"{self.allocator.num_free} granules free, {self.num_cached} cached"
-                    )
-                ((starts[i], sizes[i]),) = run
-                first = i + 1
-        except BaseException:
-            self.free_runs(list(zip(starts[:first].tolist(), sizes[:first].tolist(), strict=True)))
-            raise
+        for i in range(first, count):
+            run = self.fit(1)
+            if run is None:
+                self.free_runs(list(zip(starts[:i].tolist(), sizes[:i].tolist(), strict=True)))
+                raise CacheFullError(
+                    f"{what}: expected room for {count} copies of a partly filled granule, got room for {i}: "
+                    f"{self.allocator.num_free} granules free, {self.num_cached} cached"
+                )
+            ((starts[i], sizes[i]),) = run
         return starts, sizes
 
     def fit(self, needed: int) -> Runs | None:
@@ -174,21 +163,17 @@ class Pool:
         Evicts, and in the end gives up what is kept back for merging.
         """
         runs: Runs = []
-        try:
-            while needed > 0:
-                for size in self._sizes_to_try(needed):
-                    start = int(self.allocate_some([size])[0])
-                    if start >= 0:
-                        runs.append((start, size))
-                        needed -= size
-                        break
-                else:
-                    if not (self._eviction_may_help() and self.evict(needed)) and not self.give_up_reserve():
-                        self.free_runs(runs)
-                        return None
-        except BaseException:
-            self.free_runs(runs)
-            raise
+        while needed > 0:
+            for size in self._sizes_to_try(needed):
+                start = int(self.allocate_some([size])[0])
+                if start >= 0:
+                    runs.append((start, size))
+                    needed -= size
+                    break
+            else:
+                if not (self._eviction_may_help() and self.evict(needed)) and not self.give_up_reserve():
+                    self.free_runs(runs)
+                    return None
         return runs
 
     def _eviction_may_help(self) -> bool:
@@ -228,33 +213,18 @@ class Pool:
 
     def free_granules(self, listed: Int32Array) -> None:
         """Free granules of any tiers."""
-        if self.num_hot == self.num_granules:
-            self._free_runs_of(listed, self.allocator)
-            return
-        tiers = self.tiers_of(listed)
-        for tier, allocator in enumerate(self.allocators):
-            if allocator is not None and len(own := listed[tiers == tier]):
-                self._free_runs_of(own - np.int32(self.first[tier]), allocator)
-
-    def _free_runs_of(self, listed: Int32Array, allocator: BlockAllocator) -> None:
-        runs = coalesce(listed, len(listed), self._run_starts, self._run_sizes)
-        allocator.free(self._run_starts[:runs], self._run_sizes[:runs])
+        self.ledger.give_back(listed)
 
     def free_runs(self, runs: Runs) -> None:
-        """Free ``(start, size)`` runs, each of one tier."""
-        if self.num_hot != self.num_granules and any(start >= self.num_hot for start, _ in runs):
+        """Free ``(start, size)`` runs of any tiers."""
+        if runs:
             self.free_granules(np.concatenate([np.arange(start, start + size, dtype=np.int32) for start, size in runs]))
-        elif runs:
-            self.allocator.free([start for start, _ in runs], [size for _, size in runs])
 
     # -- blocks of the quantized tiers -------------------------------------------------------------------------------
 
     def take_block(self, tier: int) -> int:
         """A free block of 64 tokens of a quantized tier; its first granule, or -1."""
-        allocator = self.allocators[tier]
-        assert allocator is not None
-        start = int(allocator.allocate([MAX_BLOCK_GRANULES], partial=True)[0])
-        return -1 if start < 0 else self.first[tier] + start
+        return int(self.ledger.take(tier, [MAX_BLOCK_GRANULES])[0])
 
     def allocate_block(self, tier: int) -> int:
         """As `take_block`, evicting what is cached in the tier if need be."""
@@ -283,6 +253,6 @@ class Pool:
         """Free what is kept back, when the last blocks are needed; returns whether there was any."""
         if not self.kept_back:
             return False
-        self.free_runs([(start, MAX_BLOCK_GRANULES) for start in self.kept_back])
-        self.kept_back = []
+        given_up, self.kept_back = self.kept_back, []
+        self.free_runs([(start, MAX_BLOCK_GRANULES) for start in given_up])
         return True

@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from kvtoolkit import rows
 from kvtoolkit.pool import Runs
 from kvtoolkit.prefix import Int32Array, usable
-from kvtoolkit.rows import LENGTH, OPEN, PREEMPTED, STATE
+from kvtoolkit.rows import LENGTH, OPEN, STATE
 from kvtoolkit.sequences import Preempted, Sequences
 from kvtoolkit.tables import MAX_BLOCK_GRANULES, TIER_HOT
 
@@ -14,27 +14,37 @@ from kvtoolkit.tables import MAX_BLOCK_GRANULES, TIER_HOT
 def preempt(sequences: Sequences, batch: Int32Array, to: str) -> None:
     """Drop what rows hold, or copy it to the host; see `KVCache.preempt`."""
     pool, table = sequences.pool, sequences.rows
+    saved = {row: _save(sequences, row, to) for row in batch.tolist()}
     sequences.tick()
-    num_freed = 0
-    for row in batch.tolist():
-        used = -(-int(table.info[row, LENGTH]) // 8)
-        chain, uids = np.empty(used, np.int32), np.empty(used, np.int64)
-        count, saved, tiers = 0, None, np.empty(0, np.int8)
-        if to == "host":
-            held = np.empty(used, np.int32)
-            rows.list_granules(table, row, used, held)
-            saved, tiers = sequences.storage.read(held), pool.tiers_of(held).astype(np.int8)
-        else:
-            count = rows.list_chain(table, row, pool.nodes, chain, uids)
-            table.info[row, LENGTH] = 0
-        sequences.preempted[row] = Preempted(chain[:count], uids[:count], saved, tiers)
-        num_freed = rows.shrink(table, row, 0, pool.nodes, pool.granules, pool.freed, num_freed)
-        table.info[row, STATE] = PREEMPTED
-    pool.free_listed(num_freed)
+    sequences.preempted = sequences.preempted | saved
+    num_freed = rows.preempt_rows(table, batch, to == "drop", pool.nodes, pool.granules, pool.freed)
     sequences.counters.num_preempted += len(batch)
+    pool.free_listed(num_freed)
 
 
-def restore(sequences: Sequences, row: int) -> bool:
+def _save(sequences: Sequences, row: int, to: str) -> Preempted:
+    """What a row needs to come back; changes nothing."""
+    pool, table = sequences.pool, sequences.rows
+    used = -(-int(table.info[row, LENGTH]) // 8)
+    chain, uids = np.empty(used, np.int32), np.empty(used, np.int64)
+    if to == "host":
+        held = np.empty(used, np.int32)
+        rows.list_granules(table, row, used, held)
+        return Preempted(chain[:0], uids[:0], sequences.storage.read(held), pool.tiers_of(held).astype(np.int8))
+    count = rows.list_chain(table, row, pool.nodes, chain, uids)
+    return Preempted(chain[:count], uids[:count], None, np.empty(0, np.int8))
+
+
+def restore(sequences: Sequences, batch: Int32Array) -> NDArray[np.bool_]:
+    """Bring rows back; which of them found memory."""
+    ok = np.array([_restore(sequences, row) for row in batch.tolist()], np.bool_)
+    restored = set(batch[ok].tolist())
+    # at once, since rows that are saved and open are those of a call that broke off
+    sequences.preempted = {row: saved for row, saved in sequences.preempted.items() if row not in restored}
+    return ok
+
+
+def _restore(sequences: Sequences, row: int) -> bool:
     """Bring one row back; False if there is no memory for it."""
     pool, table, saved = sequences.pool, sequences.rows, sequences.preempted[row]
     if saved.contents is None:
@@ -47,14 +57,16 @@ def restore(sequences: Sequences, row: int) -> bool:
         runs = _room(sequences, saved.tiers)
         if runs is None:
             return False
+        granules = np.concatenate([np.empty(0, np.int32), *(np.arange(a, a + n, dtype=np.int32) for a, n in runs)])
+        try:
+            sequences.storage.write(granules[: len(saved.tiers)], saved.contents)
+        except MemoryError:  # no room for what the copy needs in between
+            pool.free_runs(runs)
+            return False
         if not sequences.attach(row, runs):
             pool.free_runs(runs)
             return False
-        granules = np.empty(len(saved.tiers), np.int32)
-        rows.list_granules(table, row, len(granules), granules)
-        sequences.storage.write(granules, saved.contents)
     table.info[row, STATE] = OPEN
-    del sequences.preempted[row]
     sequences.note_use()
     return True
 
@@ -68,16 +80,12 @@ def _room(sequences: Sequences, tiers: NDArray[np.int8]) -> Runs | None:
     if runs is None:
         return None
     blocks: Runs = []
-    try:
-        for tier in tiers[tiers != TIER_HOT][::MAX_BLOCK_GRANULES].tolist():
-            start = pool.allocate_block(tier)
-            if start < 0:
-                pool.free_runs(runs + blocks)
-                return None
-            blocks.append((start, MAX_BLOCK_GRANULES))
-    except BaseException:  # a plug-in's own
-        pool.free_runs(runs + blocks)
-        raise
+    for tier in tiers[tiers != TIER_HOT][::MAX_BLOCK_GRANULES].tolist():
+        start = pool.allocate_block(tier)
+        if start < 0:
+            pool.free_runs(runs + blocks)
+            return None
+        blocks.append((start, MAX_BLOCK_GRANULES))
     return _interleave(tiers, runs, blocks)
 
 

@@ -222,14 +222,8 @@ def publish(
     nodes.previous_sibling[node] = -1
     nodes.next_sibling[node] = -1
     if parent >= 0:
-        sibling = nodes.first_child[parent]
-        nodes.next_sibling[node] = sibling
-        if sibling >= 0:
-            nodes.previous_sibling[sibling] = node
-        nodes.first_child[parent] = node
-    bucket = _hash(parent_uid, tokens, 0) & np.uint64(len(nodes.buckets) - 1)
-    nodes.next_in_bucket[node] = nodes.buckets[bucket]
-    nodes.buckets[bucket] = node
+        _add_child(nodes, parent, node)
+    _add_to_bucket(nodes, node)
     granules.node[granule] = node
     return node
 
@@ -334,6 +328,49 @@ def move_granule(nodes: Nodes, granules: Granules, source: int, target: int) -> 
     granules.node[source] = -1
     if node >= 0:
         nodes.granule[node] = target
+
+
+@jit
+def reindex(nodes: Nodes, granules: Granules) -> None:
+    """Make everything that follows from the nodes in use, and from reference counts, anew.
+
+    What is given of a node is its uid, parent, parent_uid, tokens, granule, depth, num_uses and last_used.
+    """
+    granules.node[:] = -1
+    granules.cached[:] = 0
+    nodes.buckets[:] = -1
+    nodes.counts[NUM_SPARE] = 0
+    for node in range(len(nodes.uid) - 1, -1, -1):  # the lowest is used first, as in a fresh index
+        nodes.first_child[node] = nodes.next_sibling[node] = nodes.previous_sibling[node] = -1
+        if nodes.uid[node] == 0:
+            nodes.spare[nodes.counts[NUM_SPARE]] = node
+            nodes.counts[NUM_SPARE] += 1
+    for node in range(len(nodes.uid)):
+        if nodes.uid[node] == 0:
+            continue
+        granule, parent = nodes.granule[node], nodes.parent[node]
+        granules.node[granule] = node
+        if granules.refs[granule] == 0:
+            granules.cached[tier_of(granules, granule)] += 1
+        if parent >= 0:
+            _add_child(nodes, parent, node)
+        _add_to_bucket(nodes, node)
+
+
+@jit
+def _add_child(nodes: Nodes, parent: int, node: int) -> None:
+    sibling = nodes.first_child[parent]
+    nodes.next_sibling[node] = sibling
+    if sibling >= 0:
+        nodes.previous_sibling[sibling] = node
+    nodes.first_child[parent] = node
+
+
+@jit
+def _add_to_bucket(nodes: Nodes, node: int) -> None:
+    bucket = _hash(nodes.parent_uid[node], nodes.tokens[node], 0) & np.uint64(len(nodes.buckets) - 1)
+    nodes.next_in_bucket[node] = nodes.buckets[bucket]
+    nodes.buckets[bucket] = node
 
 
 @jit

@@ -384,11 +384,40 @@ def empty_all(rows: Rows, which: Int32Array, nodes: Nodes, granules: Granules, f
     return num_freed
 
 
+class Tails(NamedTuple):
+    """Freshly allocated blocks for some of a list of rows: copies of what these rows may not share."""
+
+    positions: Int32Array
+    """Places in the list; one that stands several times gets its blocks in this order."""
+    starts: Int32Array
+    sizes: Int32Array
+
+
 @jit
-def attach_tails(rows: Rows, granules: Granules, which: Int32Array, starts: Int32Array, sizes: Int32Array) -> None:
-    """Append one freshly allocated block to each of many rows, which have an entry left for it."""
-    for i in range(len(which)):
-        attach(rows, granules, which[i], starts[i : i + 1], sizes[i : i + 1])
+def attach_tails(rows: Rows, granules: Granules, which: Int32Array, tails: Tails) -> None:
+    """Append each block to its row, which has an entry left for it."""
+    for i in range(len(tails.positions)):
+        attach(rows, granules, which[tails.positions[i]], tails.starts[i : i + 1], tails.sizes[i : i + 1])
+
+
+@jit
+def reorder_all(
+    source_rows: Rows,
+    sources: Int32Array,
+    rows: Rows,
+    targets: Int32Array,
+    keeps: Int64Array,
+    tails: Tails,
+    nodes: Nodes,
+    granules: Granules,
+    freed: Int32Array,
+) -> Any:
+    """Let each target hold what its source held instead of its own; returns the number of ``freed`` granules."""
+    hold_all(source_rows, sources, keeps, nodes, granules)
+    num_freed = empty_all(rows, targets, nodes, granules, freed)
+    share_all(source_rows, sources, rows, targets, keeps)
+    attach_tails(rows, granules, targets, tails)
+    return num_freed
 
 
 @jit
@@ -423,13 +452,14 @@ def truncate_all(
     which: Int32Array,
     lengths: Int64Array,
     keeps: Int64Array,
+    tails: Tails,
     nodes: Nodes,
     granules: Granules,
     freed: Int32Array,
 ) -> Any:
     """Keep the first ``lengths[i]`` tokens of each row; returns the number of ``freed`` granules.
 
-    Of a row with ``keeps[i]`` of at least 0 only so many granules stay: the caller attaches copies of the others.
+    Of a row with ``keeps[i]`` of at least 0 only so many granules stay; ``tails`` are copies of the others.
     """
     num_freed = 0
     for i in range(len(which)):
@@ -448,24 +478,10 @@ def truncate_all(
                     num_freed = unpublish(nodes, granules, node, freed, num_freed)
             keep = spare_end(rows, row, keep, granules)
         num_freed = shrink(rows, row, keep, nodes, granules, freed, num_freed)
+        for tile in range((length + 63) >> 6, rows.masses.shape[1]):
+            rows.masses[row, tile] = 0  # what comes there next has none yet
+    attach_tails(rows, granules, which, tails)
     return num_freed
-
-
-@jit
-def coalesce(freed: Int32Array, count: int, starts: Int32Array, sizes: Int32Array) -> Any:
-    """Join neighbours in a list of granules into runs; returns how many there are."""
-    num_runs = 0
-    for i in range(count):
-        granule = freed[i]
-        if num_runs > 0 and granule == starts[num_runs - 1] - 1:
-            starts[num_runs - 1] = granule
-            sizes[num_runs - 1] += 1
-        elif num_runs > 0 and granule == starts[num_runs - 1] + sizes[num_runs - 1]:
-            sizes[num_runs - 1] += 1
-        else:
-            starts[num_runs], sizes[num_runs] = granule, 1
-            num_runs += 1
-    return num_runs
 
 
 @jit
@@ -478,19 +494,25 @@ def is_private(rows: Rows, row: int, first: int, end: int, granules: Granules) -
 
 
 @jit
-def merge(rows: Rows, row: int, end: int, target: int, nodes: Nodes, granules: Granules, sources: Int32Array) -> None:
+def list_windows(rows: Rows, candidates: Int32Array, ends: Int32Array, count: int, out: Int32Array) -> None:
+    """Write the granules ``[ends[i] - 8, ends[i])`` of the first ``count`` candidates to ``out``, 8 of each."""
+    for i in range(count):
+        for k in range(8):
+            out[8 * i + k] = granule_at(rows, candidates[i], ends[i] - 8 + k)
+
+
+@jit
+def merge(rows: Rows, row: int, end: int, target: int, nodes: Nodes, granules: Granules) -> None:
     """Put the block ``target`` of 8 granules in place of a row's granules ``[end - 8, end)``, which are private.
 
-    ``sources`` receives the 8 granules that were there; the caller has copied them, and frees them.
+    The caller has copied them, and frees them.
     """
     first = mergeable(rows, row, end)
     last = first
     index = 0
     while last < rows.info[row, NUM_ENTRIES] and rows.starts[row, last] < end:
         for i in range(entry_length(rows.entries[row, last])):
-            source = entry_granule(rows.entries[row, last]) + i
-            sources[index] = source
-            move_granule(nodes, granules, source, target + index)
+            move_granule(nodes, granules, entry_granule(rows.entries[row, last]) + i, target + index)
             index += 1
         last += 1
     rows.entries[row, first] = pack_entry(target, 8, 0)
@@ -519,17 +541,11 @@ def keep_private_merges(rows: Rows, candidates: Int32Array, ends: Int32Array, gr
 
 @jit
 def merge_all(
-    rows: Rows,
-    candidates: Int32Array,
-    ends: Int32Array,
-    targets: Int32Array,
-    nodes: Nodes,
-    granules: Granules,
-    sources: Int32Array,
+    rows: Rows, candidates: Int32Array, ends: Int32Array, targets: Int32Array, nodes: Nodes, granules: Granules
 ) -> None:
-    """`merge` for as many candidates as there are targets; ``sources`` receives 8 granules of each."""
+    """`merge` for as many candidates as there are targets."""
     for i in range(len(targets)):
-        merge(rows, candidates[i], ends[i], targets[i], nodes, granules, sources[8 * i : 8 * i + 8])
+        merge(rows, candidates[i], ends[i], targets[i], nodes, granules)
 
 
 @jit
@@ -540,6 +556,33 @@ def close_rows(rows: Rows, closing: Int32Array, nodes: Nodes, granules: Granules
         num_freed = shrink(rows, row, 0, nodes, granules, freed, num_freed)
         rows.info[row, STATE] = CLOSED
     return num_freed
+
+
+@jit
+def preempt_rows(
+    rows: Rows, batch: Int32Array, forgets: bool, nodes: Nodes, granules: Granules, freed: Int32Array
+) -> Any:
+    """Let go of everything the rows hold until they are restored; returns the number of ``freed`` granules.
+
+    ``forgets``: their tokens are gone, too, so that they have none.
+    """
+    num_freed = 0
+    for row in batch:
+        num_freed = shrink(rows, row, 0, nodes, granules, freed, num_freed)
+        rows.info[row, STATE] = PREEMPTED
+        if forgets:
+            rows.info[row, LENGTH] = 0
+    return num_freed
+
+
+@jit
+def pin(rows: Rows, which: Int32Array) -> Any:
+    """Let a lease hold rows; returns its mark."""
+    rows.clock[1] += 1
+    for row in which:
+        rows.info[row, STATE] = PINNED
+        rows.owner[row] = rows.clock[1]
+    return rows.clock[1]
 
 
 @jit

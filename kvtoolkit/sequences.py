@@ -5,16 +5,23 @@ row holds it but a prompt can still find it), or kept back for merging. A granul
 findable, is always full and never written; it moves only while one row holds it, and the index follows.
 
 Nothing here takes a lock; `kvtoolkit.cache.KVCache` does.
+
+A call may break off between any two statements. So each takes the memory it needs and fills it, then changes rows and
+index in one compiled move, and frees what became free last: at any moment the rows hold what they held before the call
+or after it, and `kvtoolkit.repair` makes the rest follow from them.
 """
 
+import weakref
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kvtoolkit import rows
+from allocators._calls import Calls
+from kvtoolkit import repair, rows
 from kvtoolkit.config import CacheConfig
-from kvtoolkit.errors import CacheFullError, SequenceError
+from kvtoolkit.errors import BusyError, CacheFullError, SequenceError, StepError
 from kvtoolkit.inputs import as_ids
 from kvtoolkit.pool import Counters, Pool, Runs
 from kvtoolkit.prefix import CLOCK, ROOT, ROOT_UID, Int32Array, Int64Array
@@ -49,6 +56,12 @@ class Sequences:
         self.rows = rows.make_rows(config.max_seqs, config.entries_limit, num_tiles)
         self.closed_rows = list(range(config.max_seqs))[::-1]
         self.preempted: dict[int, Preempted] = {}
+        self.opened = 0, np.empty(0, np.int32)
+        """Number of a call, and the rows that it has opened: if it breaks off, nobody has their ids."""
+        self.handles: dict[int, weakref.ref[Any]] = {}
+        """The open steps and leases by the mark that `Rows.owner` has of their rows."""
+        refusals = (CacheFullError, SequenceError, StepError)
+        self.calls = Calls(self, repair.settle, repair.end_lost, BusyError, refusals)
 
     # -- ids ---------------------------------------------------------------------------------------------------------
 
@@ -89,7 +102,9 @@ class Sequences:
     def new_rows(self, count: int, what: str) -> Int32Array:
         """Open empty rows with new ids."""
         self.require_closed_rows(count, what)
-        opened = np.array([self.closed_rows.pop() for _ in range(count)], np.int32)
+        opened = np.array(self.closed_rows[len(self.closed_rows) - count :][::-1], np.int32)
+        self.opened = self.calls.serial, opened
+        del self.closed_rows[len(self.closed_rows) - count :]
         info = self.rows.info
         info[opened, GENERATION] += 1
         info[opened, STATE] = OPEN
@@ -104,10 +119,11 @@ class Sequences:
         """Let go of everything that rows hold, and end their ids."""
         pool = self.pool
         self.tick()
-        pool.free_listed(rows.close_rows(self.rows, closing, pool.nodes, pool.granules, pool.freed))
+        num_freed = rows.close_rows(self.rows, closing, pool.nodes, pool.granules, pool.freed)
         for row in closing.tolist():
             self.preempted.pop(row, None)
             self.closed_rows.append(row)
+        pool.free_listed(num_freed)
 
     def tick(self) -> None:
         """Advance the clock that says how recently a granule was used."""
@@ -148,13 +164,17 @@ class Sequences:
         targets = pool.take_targets(private)
         if len(targets):
             sources = np.empty(8 * len(targets), np.int32)
-            rows.merge_all(self.rows, candidates, ends, targets, pool.nodes, pool.granules, sources)
+            rows.list_windows(self.rows, candidates, ends, len(targets), sources)
             self.copy(sources, (targets[:, None] + np.arange(8, dtype=np.int32)).ravel(), 64 * len(targets))
-            pool.freed[: len(sources)] = sources
-            pool.free_listed(len(sources))
+            rows.merge_all(self.rows, candidates, ends, targets, pool.nodes, pool.granules)
+            pool.free_granules(sources)
         self.counters.num_merges += len(targets)
         self.counters.num_failed_merges += private - len(targets)
         return len(targets)
+
+    def hold(self, handle: Any, mark: int) -> None:
+        """Know a step or a lease for as long as it lives; its rows have ``mark`` as their owner already."""
+        self.handles[mark] = weakref.ref(handle, self.calls.note_lost)
 
     def note_use(self) -> None:
         """Keep the peak."""

@@ -38,11 +38,13 @@ class Step:
     """
 
     __slots__ = (
+        "__weakref__",
         "_access",
         "_arrays",
         "_cache",
         "_device_tables",
         "_is_open",
+        "_mark",
         "_mass",
         "block_starts",
         "block_table",
@@ -59,6 +61,7 @@ class Step:
         self._cache = cache
         self._arrays = arrays
         self._is_open = True
+        self._mark = int(arrays.mark[0])
         self.seq_ids = seq_ids
         self.num_new_tokens = arrays.counts[:batch]
         self.block_table = arrays.table[:batch]

@@ -1,0 +1,272 @@
+"""What the allocators of a cache have granted: noted granule by granule, so that a call that breaks off loses nothing.
+
+    granted[g]  the cache has it: rows hold it, it is cached or kept back, or a call under way has just got it
+    callers[g]  somebody took it from `KVCache.allocator`, and the cache leaves it alone
+    never both;  granted + callers == what is live in the allocator, but for what kernels took from a pool on a device
+
+A granule that is granted but that nothing in the cache knows was left behind by a call that broke off; `settle` frees
+it. Where a call broke off inside an allocator nobody knows whether it was done, so the allocator is rebuilt.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from allocators import BlockAllocator, InvalidFreeError
+from allocators._jit import jit
+from kvtoolkit.errors import ConfigError
+from kvtoolkit.prefix import Int32Array
+from kvtoolkit.tier_config import TIER_NAMES
+
+Flags = NDArray[np.bool_]
+
+_NOBODY = -1
+
+
+class Ledger:
+    """The allocators of the hot, the warm and the cold tier; None where there is no such tier.
+
+    Granule numbers run through the tiers; those of an allocator begin at 0.
+
+    Attributes:
+        unresolved: a sentence for each call that broke off inside an allocator which cannot be rebuilt.
+    """
+
+    def __init__(self, allocators: list[BlockAllocator | None], first: tuple[int, int, int], num_granules: int) -> None:
+        self.allocators = allocators
+        self.first = first
+        self.granted = np.zeros(num_granules, np.bool_)
+        self.callers = np.zeros(num_granules, np.bool_)
+        self.unresolved: list[str] = []
+        self._asked = _NOBODY  # the tier whose allocator is in the middle of a call, or broke off there
+        self._kept_its_word = False  # whether it raised an Exception, by the protocol with nothing changed
+        self._freeing: tuple[Int32Array, Int32Array] | None = None
+        self._run_starts = np.empty(num_granules, np.int32)
+        self._run_sizes = np.empty(num_granules, np.int32)
+
+    def take(self, tier: int, sizes: ArrayLike, *, partial: bool = True) -> Int32Array:
+        """Blocks of a tier, numbered through the tiers; with ``partial`` -1 from the first that does not fit.
+
+        Raises:
+            ConfigError: the allocator has granted what it cannot grant.
+            OutOfBlocksError: not ``partial``, and they do not all fit.
+        """
+        allocator, wanted = self._of(tier), np.asarray(sizes, np.int32)
+        self._freeing, self._kept_its_word = None, False
+        self._asked = tier
+        try:
+            starts = allocator.allocate(wanted, partial=partial)
+        except Exception:
+            self._kept_its_word = True
+            raise
+        starts = self._note(tier, allocator, wanted, starts)
+        self._asked = _NOBODY
+        return starts
+
+    def _note(self, tier: int, allocator: BlockAllocator, sizes: Int32Array, starts: Int32Array) -> Int32Array:
+        name = f"allocator: expected {type(allocator).__name__}.allocate to return"
+        if not (isinstance(starts, np.ndarray) and starts.dtype == np.int32 and starts.shape == sizes.shape):
+            raise ConfigError(f"{name} [{sizes.size}] int32 starts, got {starts!r:.80}")
+        first = self.first[tier]
+        if first:
+            starts = np.where(starts < 0, starts, starts + np.int32(first))
+        bad = int(_note_granted(self.granted, self.callers, first, allocator.num_granules, starts, sizes))
+        if bad >= 0:
+            start, size = int(starts[bad]) - first, int(sizes[bad])
+            raise ConfigError(
+                f"{name} aligned starts of free blocks, first those that fit, got {start} for a block of {size} "
+                f"granules, number {bad} of {len(sizes)}"
+            )
+        return starts
+
+    def give_back(self, listed: Int32Array) -> None:
+        """Free granules of any tiers."""
+        if len(self.granted) == self.num_of(0):
+            self._give_back(0, listed)
+            return
+        tiers = np.searchsorted(self.first[1:], listed, side="right")
+        for tier, allocator in enumerate(self.allocators):
+            if allocator is not None and len(own := listed[tiers == tier]):
+                self._give_back(tier, own)
+
+    def _give_back(self, tier: int, listed: Int32Array) -> None:
+        count = coalesce(listed, len(listed), self._run_starts, self._run_sizes)
+        starts, sizes = self._run_starts[:count], self._run_sizes[:count]
+        own = starts - np.int32(self.first[tier]) if tier else starts
+        self._freeing, self._kept_its_word = (starts, sizes), False
+        self._asked = tier
+        try:
+            self._of(tier).free(own, sizes)
+        except Exception:
+            self._kept_its_word = True
+            raise
+        _forget(self.granted, starts, sizes)
+        self._asked = _NOBODY
+
+    def lend(self, starts: Int32Array, sizes: Int32Array) -> None:
+        """Leave hot blocks that were just taken to a caller."""
+        _move(self.granted, self.callers, starts, sizes)
+
+    def take_back(self, starts: Int32Array, sizes: Int32Array) -> int:
+        """The reverse of `lend`, of any runs; returns -1, or which run is not wholly a caller's, with nothing done."""
+        return int(_move(self.callers, self.granted, starts, sizes))
+
+    def settle(self, owned: Flags) -> int:
+        """After a call that broke off: have nothing granted but what is owned; returns how many granules were not.
+
+        An allocator that raises when it is asked to free keeps them; they are offered again the next time.
+        """
+        if self._asked != _NOBODY:
+            self._settle_asked(self._asked, owned)
+            self._asked, self._kept_its_word = _NOBODY, False
+        left = np.flatnonzero(self.granted & ~owned).astype(np.int32)
+        num_freed = 0
+        for tier, allocator in enumerate(self.allocators):
+            if allocator is not None:
+                mine = left[(left >= self.first[tier]) & (left < self.first[tier] + allocator.num_granules)]
+                num_freed += self._free_left(tier, mine)
+        return num_freed
+
+    def _settle_asked(self, tier: int, owned: Flags) -> None:
+        """Where a call broke off inside an allocator: make it have granted what is owned, if that is possible."""
+        allocator, own = self._of(tier), self._slice(tier)
+        try:
+            starts, sizes = runs_of(owned[own] | self.callers[own])
+            allocator.rebuild(starts, sizes)
+            self.granted[own] = owned[own]
+        except Exception:  # it cannot, or fails to
+            if not self._kept_its_word:
+                self._give_up(tier, allocator, owned)
+
+    def _give_up(self, tier: int, allocator: BlockAllocator, owned: Flags) -> None:
+        """Say that nobody knows what an allocator did with the call that broke off."""
+        what = "allocate: blocks that it granted may be lost"
+        if self._freeing is not None:
+            starts, sizes = self._freeing
+            _forget(self.granted, starts, sizes)
+            self.granted |= owned
+            what = f"free: {int(sizes.sum())} granules may be lost"
+        self.unresolved.append(
+            f"{type(allocator).__name__} of the {TIER_NAMES[tier]} tier cannot be rebuilt and was interrupted inside "
+            f"{what}"
+        )
+
+    def _free_left(self, tier: int, left: Int32Array) -> int:
+        if not len(left):
+            return 0
+        try:
+            self._give_back(tier, left)
+        except InvalidFreeError:  # it says that some are free already: ask for each
+            return sum(self._free_run(tier, start, size) for start, size in zip(*runs_of_list(left), strict=True))
+        except Exception:
+            return 0
+        return len(left)
+
+    def _free_run(self, tier: int, start: int, size: int) -> int:
+        run = np.arange(start, start + size, dtype=np.int32)
+        try:
+            self._give_back(tier, run)
+        except InvalidFreeError:
+            _forget(self.granted, run[:1], np.array([size], np.int32))
+        except Exception:
+            return 0
+        return size
+
+    def num_of(self, tier: int) -> int:
+        """Granules of a tier."""
+        allocator = self.allocators[tier]
+        return 0 if allocator is None else allocator.num_granules
+
+    def _slice(self, tier: int) -> slice:
+        return slice(self.first[tier], self.first[tier] + self.num_of(tier))
+
+    def _of(self, tier: int) -> BlockAllocator:
+        allocator = self.allocators[tier]
+        assert allocator is not None
+        return allocator
+
+
+def runs_of(flags: Flags) -> tuple[Int32Array, Int32Array]:
+    """The maximal runs of set flags, as starts and sizes."""
+    edges = np.flatnonzero(np.diff(flags.astype(np.int8), prepend=0, append=0)).astype(np.int32)
+    return edges[::2].copy(), (edges[1::2] - edges[::2]).astype(np.int32)
+
+
+def runs_of_list(listed: Int32Array) -> tuple[list[int], list[int]]:
+    """The maximal runs in an ascending list of granules, as starts and sizes."""
+    breaks = np.flatnonzero(np.diff(listed) != 1) + 1
+    pieces = np.split(listed, breaks)
+    return [int(piece[0]) for piece in pieces], [len(piece) for piece in pieces]
+
+
+@jit
+def _note_granted(
+    granted: Flags,
+    callers: Flags,
+    first: int,
+    count: int,
+    starts: Int32Array,
+    sizes: Int32Array,
+) -> Any:
+    """Note blocks as granted, up to the first -1; returns which of them cannot have been, or -1."""
+    for i in range(len(starts)):
+        start, size = starts[i], sizes[i]
+        if start < 0:
+            for k in range(i, len(starts)):
+                if starts[k] >= 0:
+                    return k
+            return -1
+        if start < first or start + size > first + count or (start & (min(size, 8) - 1)) != 0:
+            return i
+        for granule in range(start, start + size):
+            if granted[granule] or callers[granule]:
+                return i
+        for granule in range(start, start + size):
+            granted[granule] = True
+    return -1
+
+
+@jit
+def _move(source: Flags, target: Flags, starts: Int32Array, sizes: Int32Array) -> Any:
+    """Move runs (a start below 0 is none) from one set to another, or return the first that is not wholly there."""
+    for i in range(len(starts)):
+        fits = starts[i] < 0 or (sizes[i] >= 1 and starts[i] + sizes[i] <= len(source))
+        for granule in range(starts[i], starts[i] + sizes[i] if fits and starts[i] >= 0 else starts[i]):
+            fits = fits and source[granule]
+        if fits and starts[i] >= 0:
+            for granule in range(starts[i], starts[i] + sizes[i]):
+                source[granule] = False  # so that a run which overlaps it is found
+        if not fits:
+            for k in range(i):
+                for granule in range(starts[k], starts[k] + sizes[k] if starts[k] >= 0 else starts[k]):
+                    source[granule] = True
+            return i
+    for i in range(len(starts)):
+        for granule in range(starts[i], starts[i] + sizes[i] if starts[i] >= 0 else starts[i]):
+            target[granule] = True
+    return -1
+
+
+@jit
+def _forget(granted: Flags, starts: Int32Array, sizes: Int32Array) -> None:
+    for i in range(len(starts)):
+        for granule in range(starts[i], starts[i] + sizes[i]):
+            granted[granule] = False
+
+
+@jit
+def coalesce(freed: Int32Array, count: int, starts: Int32Array, sizes: Int32Array) -> Any:
+    """Join neighbours in a list of granules into runs; returns how many there are."""
+    num_runs = 0
+    for i in range(count):
+        granule = freed[i]
+        if num_runs > 0 and granule == starts[num_runs - 1] - 1:
+            starts[num_runs - 1] = granule
+            sizes[num_runs - 1] += 1
+        elif num_runs > 0 and granule == starts[num_runs - 1] + sizes[num_runs - 1]:
+            sizes[num_runs - 1] += 1
+        else:
+            starts[num_runs], sizes[num_runs] = granule, 1
+            num_runs += 1
+    return num_runs
