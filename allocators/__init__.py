@@ -8,6 +8,7 @@ from allocators.buddy import BuddyAllocator
 from allocators.epochs import EpochPool, Lease
 from allocators.errors import (
     AllocatorError,
+    BusyError,
     ContendedError,
     IntegrityError,
     InvalidFreeError,
@@ -30,6 +31,7 @@ __all__ = [
     "AllocatorStats",
     "BlockAllocator",
     "BuddyAllocator",
+    "BusyError",
     "ContendedError",
     "EpochPool",
     "IntegrityError",

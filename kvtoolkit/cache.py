@@ -21,7 +21,7 @@ from kvtoolkit.inputs import MAX_TOKENS, as_counts, as_ids, as_prompt, as_tokens
 from kvtoolkit.lease import Lease
 from kvtoolkit.prefix import Int32Array, Int64Array, match, usable
 from kvtoolkit.repair import Repairs
-from kvtoolkit.rows import IN_STEP, LENGTH, OPEN, PINNED, PREEMPTED
+from kvtoolkit.rows import CLOSED, IN_STEP, LENGTH, OPEN, PINNED, PREEMPTED, STATE
 from kvtoolkit.sequences import Sequences
 from kvtoolkit.shared_allocator import SharedAllocator
 from kvtoolkit.stats import CacheStats, collect
@@ -152,7 +152,7 @@ class KVCache:
         sequences = self._sequences
         arrays = self._arrays.take(batch, total)
         arrays.counts[:batch] = counts
-        code, where, num_need, num_merge, width = passes.begin(
+        code, where, num_need, num_merge, width, mark = passes.begin(
             sequences.rows, arrays, ids, self.config.seq_len_limit, sequences.pool.policy.merges
         )
         if code:
@@ -170,8 +170,8 @@ class KVCache:
             passes.sync_tables(sequences.rows, arrays, batch)
         elif num_merge or has_moved:
             passes.sync_tables(sequences.rows, arrays, batch)
-        step = Step(self, ids, arrays, total)
-        sequences.hold(step, step._mark)
+        step = Step(self, ids, arrays, total, mark)
+        sequences.hold(step, mark)
         return step
 
     @exclusive
@@ -195,10 +195,10 @@ class KVCache:
         num_freed, pool = 0, sequences.pool
         self._end(step)
         if tokens is None or not self.config.prefix_caching:
-            passes.advance(sequences.rows, step._arrays, batch)
+            passes.advance(sequences.rows, step._arrays, batch, step._mark)
         else:
             num_freed = passes.advance_and_publish(
-                sequences.rows, step._arrays, batch, tokens, pool.nodes, pool.granules, pool.freed
+                sequences.rows, step._arrays, batch, step._mark, tokens, pool.nodes, pool.granules, pool.freed
             )
         sequences.counters.num_steps += 1
         self._arrays.give_back(step._arrays)
@@ -209,7 +209,7 @@ class KVCache:
         """End a step as if it had not happened; blocks it took stay with their sequences as room to grow."""
         self._require_own(step)
         self._end(step)
-        passes.reopen(self._sequences.rows, step._arrays, len(step.seq_ids))
+        passes.reopen(self._sequences.rows, step._arrays, len(step.seq_ids), step._mark)
         self._arrays.give_back(step._arrays)
 
     def _end(self, step: Step) -> None:
@@ -358,6 +358,26 @@ class KVCache:
     def stats(self) -> CacheStats:
         """Figures of this moment."""
         return collect(self._sequences)
+
+    @exclusive
+    def seq_ids(self) -> Int64Array:
+        """``[n]`` int64 ids of all sequences that are not closed: open, in a step, preempted, or held by a lease."""
+        return self._sequences.ids_of(np.flatnonzero(self._sequences.rows.info[:, STATE] != CLOSED).astype(np.int32))
+
+    @exclusive
+    def end_orphans(self, known: ArrayLike) -> Int64Array:
+        """Close every sequence whose id the caller does not know; steps and leases that hold one are aborted.
+
+        For ids that were lost, as when Ctrl-C comes between the return of `open` and the assignment of its result.
+        Steps and leases themselves need no such care: they end when their last reference goes.
+
+        Args:
+            known: ``[n]`` ids to keep, those of leases included; ids of closed sequences do no harm.
+
+        Returns:
+            ``[m]`` int64 ids that were closed.
+        """
+        return repair.end_orphans(self._sequences, as_ids(known))
 
     @exclusive
     def repair(self) -> Repairs:

@@ -35,6 +35,8 @@ class Grower:
         sequences, pool, policy = self._sequences, self._sequences.pool, self._sequences.pool.policy
         if len(pool.kept_back) < pool.reserve:
             pool.replenish()
+        if len(pool.ledger.left):
+            pool.ledger.free_left()
         num_free = pool.allocator.num_free
         num_blocks, wanted = passes.choose_sizes(
             sequences.rows,

@@ -30,6 +30,7 @@ class Ledger:
     Granule numbers run through the tiers; those of an allocator begin at 0.
 
     Attributes:
+        left: granules left by calls that broke off and not free yet, since an allocator has refused to free them.
         unresolved: a sentence for each call that broke off inside an allocator which cannot be rebuilt.
     """
 
@@ -38,6 +39,7 @@ class Ledger:
         self.first = first
         self.granted = np.zeros(num_granules, np.bool_)
         self.callers = np.zeros(num_granules, np.bool_)
+        self.left = np.empty(0, np.int32)
         self.unresolved: list[str] = []
         self._asked = _NOBODY  # the tier whose allocator is in the middle of a call, or broke off there
         self._kept_its_word = False  # whether it raised an Exception, by the protocol with nothing changed
@@ -120,12 +122,17 @@ class Ledger:
         if self._asked != _NOBODY:
             self._settle_asked(self._asked, owned)
             self._asked, self._kept_its_word = _NOBODY, False
-        left = np.flatnonzero(self.granted & ~owned).astype(np.int32)
-        num_freed = 0
+        self.left = np.flatnonzero(self.granted & ~owned).astype(np.int32)
+        return self.free_left()
+
+    def free_left(self) -> int:
+        """Free what calls that broke off have left; what an allocator refuses to free stays left."""
+        left, num_freed = self.left, 0
         for tier, allocator in enumerate(self.allocators):
             if allocator is not None:
                 mine = left[(left >= self.first[tier]) & (left < self.first[tier] + allocator.num_granules)]
                 num_freed += self._free_left(tier, mine)
+        self.left = left[self.granted[left]]
         return num_freed
 
     def _settle_asked(self, tier: int, owned: Flags) -> None:

@@ -33,8 +33,10 @@ from kvtoolkit.rows import (
     ID_BITS,
     IN_STEP,
     LENGTH,
+    NAMED,
     NUM_ENTRIES,
     OPEN,
+    OWNER,
     STAMP,
     STATE,
     TAIL_BASE,
@@ -73,8 +75,6 @@ class StepArrays(NamedTuple):
     """Entries of `table` in use."""
     work: Int32Array
     """``[2, batch]`` rows of the step that need blocks; those that may be merged."""
-    mark: Int64Array
-    """``[1]`` what `Rows.owner` says of the rows that the step holds; no two steps have the same."""
 
 
 @jit
@@ -85,12 +85,12 @@ def begin(rows: Rows, step: StepArrays, ids: Int64Array, max_len: int, merges: b
     ``step.work[0]`` need blocks and then `complete`, those in ``step.work[1]`` may be merged.
 
     Returns:
-        ``(code, where, num_need, num_merge, width)``: what is wrong with which row (0 if nothing, and then the widest
-        row), and how many rows stand in either half of ``step.work``. If something is wrong, nothing has changed.
+        ``(code, where, num_need, num_merge, width, mark)``: what is wrong with which row (0 if nothing), how many rows
+        stand in either half of ``step.work``, the widest row, and what marks the rows that the step holds. If something
+        is wrong, nothing has changed.
     """
     rows.clock[1] += 1
     mark = rows.clock[1]
-    step.mark[0] = mark
     num_need, num_merge, total, width = 0, 0, 0, 0
     num_rows = len(rows.info)
     step.cu_seqlens_q[0] = 0
@@ -99,16 +99,16 @@ def begin(rows: Rows, step: StepArrays, ids: Int64Array, max_len: int, merges: b
         code = 0
         if ids[b] < 0 or row >= num_rows or rows.info[row, GENERATION] != ids[b] >> ID_BITS:
             code = BAD_ID
-        elif rows.marks[row] == mark:
+        elif rows.marks[row, NAMED] == mark:
             code = BAD_TWICE
         elif rows.info[row, STATE] != OPEN:
             code = BAD_ID if rows.info[row, STATE] == CLOSED else BAD_STATE
         elif count < 0 or total + count > len(step.slot_mapping):
             code = BAD_COUNT
         if code != 0:
-            reopen(rows, step, b)
-            return code, b, 0, 0, 0
-        rows.marks[row] = mark
+            reopen(rows, step, b, mark)
+            return code, b, 0, 0, 0, mark
+        rows.marks[row, NAMED] = mark
         step.rows[b] = row
         length = rows.info[row, LENGTH]
         first = total
@@ -122,7 +122,7 @@ def begin(rows: Rows, step: StepArrays, ids: Int64Array, max_len: int, merges: b
             step.work[0, num_need] = b
             num_need += 1
         else:
-            _take(rows, step, row)
+            _take(rows, row)
             step.seq_lens[b] = length + count
             if length >= rows.info[row, TAIL_FIRST]:
                 base = rows.info[row, TAIL_BASE] + length
@@ -135,27 +135,27 @@ def begin(rows: Rows, step: StepArrays, ids: Int64Array, max_len: int, merges: b
         if merges and length & 63 == 0 and length > 0 and mergeable(rows, row, length >> 3) >= 0:
             step.work[1, num_merge] = b
             num_merge += 1
-    return 0, 0, num_need, num_merge, width
+    return 0, 0, num_need, num_merge, width, mark
 
 
 @jit
-def _take(rows: Rows, step: StepArrays, row: int) -> None:
-    """Let a step hold a row."""
+def _take(rows: Rows, row: int) -> None:
+    """Let the step that is being begun hold a row."""
     rows.info[row, STATE] = IN_STEP
-    rows.owner[row] = step.mark[0]
+    rows.marks[row, OWNER] = rows.clock[1]
 
 
 @jit
-def _holds(rows: Rows, step: StepArrays, row: int) -> Any:
+def _holds(rows: Rows, row: int, mark: int) -> Any:
     """Whether a step holds a row: it may have stalled, so that a later step holds it or somebody else uses it."""
-    return rows.info[row, STATE] == IN_STEP and rows.owner[row] == step.mark[0]
+    return rows.info[row, STATE] == IN_STEP and rows.marks[row, OWNER] == mark
 
 
 @jit
-def reopen(rows: Rows, step: StepArrays, batch: int) -> None:
+def reopen(rows: Rows, step: StepArrays, batch: int, mark: int) -> None:
     """Take the rows that a step holds out of it."""
     for b in range(batch):
-        if _holds(rows, step, step.rows[b]):
+        if _holds(rows, step.rows[b], mark):
             rows.info[step.rows[b], STATE] = OPEN
 
 
@@ -178,7 +178,7 @@ def complete(rows: Rows, step: StepArrays, num_need: int) -> Any:
         if step.status[b] != OK:
             stall(step, b, step.status[b])
         else:
-            _take(rows, step, row)
+            _take(rows, row)
             step.seq_lens[b] = rows.info[row, LENGTH] + step.counts[b]
             _fill_slots(rows, step, row, step.cu_seqlens_q[b], step.counts[b])
         width = max(width, rows.info[row, NUM_ENTRIES])
@@ -276,11 +276,11 @@ def choose_sizes(
 
 
 @jit
-def advance(rows: Rows, step: StepArrays, batch: int) -> None:
+def advance(rows: Rows, step: StepArrays, batch: int, mark: int) -> None:
     """End a step whose tokens are not told: lengths advance, and what comes later cannot be published."""
     for b in range(batch):
         row = step.rows[b]
-        if _holds(rows, step, row):
+        if _holds(rows, row, mark):
             rows.info[row, LENGTH] += step.counts[b]
             rows.info[row, STATE] = OPEN
             if step.counts[b] > 0:
@@ -292,6 +292,7 @@ def advance_and_publish(
     rows: Rows,
     step: StepArrays,
     batch: int,
+    mark: int,
     tokens: Int64Array,
     nodes: Nodes,
     granules: Granules,
@@ -301,7 +302,7 @@ def advance_and_publish(
     num_freed, first = 0, 0
     for b in range(batch):
         row, count = step.rows[b], step.counts[b]
-        if _holds(rows, step, row):
+        if _holds(rows, row, mark):
             length = rows.info[row, LENGTH]
             rows.info[row, LENGTH] = length + count
             rows.info[row, STATE] = OPEN

@@ -189,6 +189,8 @@ class Pool:
 
     def make_room(self, wanted: int) -> None:
         """Evict until ``wanted`` granules are free or nothing is left to evict."""
+        if len(self.ledger.left):
+            self.ledger.free_left()
         missing = wanted - self.allocator.num_free
         if missing > 0 and self.num_cached:
             self.evict(missing)

@@ -19,6 +19,7 @@ from kvtoolkit.rows import (
     LENGTH,
     NUM_ENTRIES,
     OPEN,
+    OWNER,
     PINNED,
     PREEMPTED,
     STATE,
@@ -52,6 +53,9 @@ class Repairs:
 def settle(sequences: "Sequences") -> Repairs:
     """Put everything in order; may itself break off, and is done again then. The caller holds the lock."""
     table, pool = sequences.rows, sequences.pool
+    for mark, handle in list(sequences.handles.items()):
+        if (found := handle()) is None or not found._is_open:
+            sequences.handles.pop(mark)
     held = np.array(sorted(sequences.handles), np.int64)
     restores = sequences.calls.name == "restore"
     saved = np.array(sorted(sequences.preempted), np.int32)
@@ -89,14 +93,29 @@ def end_lost(sequences: "Sequences") -> None:
 
 def end_handles(sequences: "Sequences", marks: list[int]) -> None:
     """Abort steps and leases: rows in steps are open again, those of leases are closed."""
-    info, owner = sequences.rows.info, sequences.rows.owner
-    is_theirs = np.isin(owner, marks)
+    info = sequences.rows.info
+    is_theirs = np.isin(sequences.rows.marks[:, OWNER], marks)
     pinned = np.flatnonzero(is_theirs & (info[:, STATE] == PINNED)).astype(np.int32)
     info[is_theirs & (info[:, STATE] == IN_STEP), STATE] = OPEN
     for mark in marks:
-        sequences.handles.pop(mark, None)
+        handle = sequences.handles.pop(mark)()
+        if handle is not None:
+            handle._is_open = False
     if len(pinned):
         sequences.release_rows(pinned)
+
+
+def end_orphans(sequences: "Sequences", known: Int64Array) -> Int64Array:
+    """See `KVCache.end_orphans`."""
+    info = sequences.rows.info
+    which = np.flatnonzero(info[:, STATE] != CLOSED).astype(np.int32)
+    ids = sequences.ids_of(which)
+    is_orphan = ~np.isin(ids, known)
+    orphans = which[is_orphan]
+    held = orphans[np.isin(info[orphans, STATE], (IN_STEP, PINNED))]
+    end_handles(sequences, np.unique(sequences.rows.marks[held, OWNER]).tolist())
+    sequences.release_rows(orphans[info[orphans, STATE] != CLOSED])
+    return ids[is_orphan]
 
 
 @jit
@@ -125,8 +144,9 @@ def settle_rows(rows: Rows, opened: Int32Array, held: Int64Array, saved: Int32Ar
     for row in range(len(rows.info)):
         state = rows.info[row, STATE]
         if state in (IN_STEP, PINNED):
-            at = np.searchsorted(held, rows.owner[row])
-            if at == len(held) or held[at] != rows.owner[row]:
+            owner = rows.marks[row, OWNER]
+            at = np.searchsorted(held, owner)
+            if at == len(held) or held[at] != owner:
                 rows.info[row, STATE] = OPEN if state == IN_STEP else CLOSED
                 num_closed += state == PINNED
                 num_back += state == IN_STEP

@@ -35,6 +35,8 @@ from kvtoolkit.tables import entry_granule, entry_length, entry_tier, pack_entry
 
 # columns of `info`
 GENERATION, STATE, LENGTH, CAPACITY, NUM_ENTRIES, STAMP, TAIL_BASE, TAIL_FIRST = range(8)
+# columns of `marks`
+NAMED, OWNER = range(2)
 # values of STATE
 CLOSED, OPEN, IN_STEP, PREEMPTED, PINNED = range(5)
 STATE_NAMES = ("closed", "open", "in a step", "preempted", "pinned")
@@ -56,7 +58,8 @@ class Rows(NamedTuple):
     starts: Int32Array
     """``[max_seqs, max_entries]`` first logical granule of each entry."""
     marks: Int64Array
-    """``[max_seqs]`` the last call that named the row, to find an id that stands twice."""
+    """``[max_seqs, 2]``, columns above: the last call that named the row, to find an id that stands twice; the step or
+    lease that holds the row, while STATE is IN_STEP or PINNED. No two calls have the same mark."""
     chain: Int32Array
     """``[max_seqs]`` index node of the last full granule, ROOT or BROKEN."""
     chain_uid: Int64Array
@@ -65,8 +68,6 @@ class Rows(NamedTuple):
     """``[max_seqs, 8]`` tokens of the granule that is being filled."""
     clock: Int64Array
     """``[2]``: the last stamp of a changed row, the last mark."""
-    owner: Int64Array
-    """``[max_seqs]`` mark of the step or lease that holds the row; only read where STATE is IN_STEP or PINNED."""
     scanned: Int32Array
     """``[max_seqs]`` full tiles of the row when all of them were in the tier they belong to; -1 = not known."""
     masses: NDArray[np.float32]
@@ -81,12 +82,11 @@ def make_rows(max_seqs: int, max_entries: int, num_tiles: int = 0) -> Rows:
         info=np.zeros((max_seqs, 8), np.int64),
         entries=np.full((max_seqs, max_entries), -1, np.int32),
         starts=np.full((max_seqs, max_entries), -1, np.int32),
-        marks=np.zeros(max_seqs, np.int64),
+        marks=np.zeros((max_seqs, 2), np.int64),
         chain=np.full(max_seqs, ROOT, np.int32),
         chain_uid=np.zeros(max_seqs, np.int64),
         pending=np.zeros((max_seqs, 8), np.int64),
         clock=np.zeros(2, np.int64),
-        owner=np.zeros(max_seqs, np.int64),
         scanned=np.full(max_seqs, -1, np.int32),
         masses=np.zeros((max_seqs, num_tiles), np.float32),
         bar=np.zeros((max_seqs, 2), np.float64),
@@ -108,9 +108,9 @@ def check_ids(rows: Rows, ids: Int64Array, states: int, out: Int32Array) -> Any:
         found = rows.info[row, STATE]
         if not (states >> found) & 1:
             return BAD_ID if found == CLOSED else BAD_STATE, i
-        if rows.marks[row] == mark:
+        if rows.marks[row, NAMED] == mark:
             return BAD_TWICE, i
-        rows.marks[row] = mark
+        rows.marks[row, NAMED] = mark
         out[i] = row
     return 0, 0
 
@@ -581,7 +581,7 @@ def pin(rows: Rows, which: Int32Array) -> Any:
     rows.clock[1] += 1
     for row in which:
         rows.info[row, STATE] = PINNED
-        rows.owner[row] = rows.clock[1]
+        rows.marks[row, OWNER] = rows.clock[1]
     return rows.clock[1]
 
 

@@ -59,7 +59,7 @@ class Sequences:
         self.opened = 0, np.empty(0, np.int32)
         """Number of a call, and the rows that it has opened: if it breaks off, nobody has their ids."""
         self.handles: dict[int, weakref.ref[Any]] = {}
-        """The open steps and leases by the mark that `Rows.owner` has of their rows."""
+        """The open steps and leases by the mark that their rows have as their OWNER."""
         refusals = (CacheFullError, SequenceError, StepError)
         self.calls = Calls(self, repair.settle, repair.end_lost, BusyError, refusals)
 

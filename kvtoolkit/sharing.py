@@ -145,7 +145,6 @@ def _copy_of_rows(table: Rows, which: Int32Array) -> Rows:
         table.chain_uid[which],
         table.pending[which],
         table.clock.copy(),
-        table.owner[which],
         table.scanned[which],
         table.masses[which],
         table.bar[which],

@@ -150,11 +150,21 @@ def _check_tier(pool: Pool, tier: int, allocator: BlockAllocator) -> None:
     cached, counted = int(((refs == 0) & (node >= 0)).sum()), int(pool.granules.cached[tier])
     name = TIER_NAMES[tier]
     require(cached == counted, f"cache: {counted} {name} granules counted as cached, found {cached}")
-    owned = int(((refs > 0) | (node >= 0)).sum()) + (8 * len(pool.kept_back) if tier == TIER_HOT else 0)
-    live = allocator.stats().num_live
-    # of a pool on a device kernels may hold blocks that no row knows
-    is_enough = owned <= live if isinstance(allocator, DevicePool) else owned == live
-    require(is_enough, f"cache: {owned} {name} granules held, cached or kept back, {live} live in the pool")
+    owned = (refs > 0) | (node >= 0)
+    if tier == TIER_HOT:
+        for start in pool.kept_back:
+            require(not owned[start : start + 8].any(), f"cache: block {start} is kept back and in use")
+            owned[start : start + 8] = True
+    left = pool.ledger.left - pool.first[tier]
+    owned[left[(left >= 0) & (left < len(owned))]] = True
+    granted, callers = pool.ledger.granted[own], pool.ledger.callers[own]
+    require(np.array_equal(granted, owned), f"cache: not all {name} granules granted are held, cached or kept back")
+    require(not (granted & callers).any(), f"cache: a caller holds a {name} granule of the cache")
+    known, live = int(np.count_nonzero(granted | callers)), allocator.stats().num_live
+    # of a pool on a device kernels may hold blocks that nobody here knows
+    may_hold_more = isinstance(allocator, DevicePool) or pool.ledger.unresolved
+    is_enough = known <= live if may_hold_more else known == live
+    require(is_enough, f"cache: {known} {name} granules held, cached, kept back or a caller's, {live} live in the pool")
 
 
 def _check_row(sequences: Sequences, row: int) -> NDArray[np.int64]:

@@ -56,12 +56,14 @@ class Step:
         "status",
     )
 
-    def __init__(self, cache: "KVCache", seq_ids: NDArray[np.int64], arrays: StepArrays, num_tokens: int) -> None:
+    def __init__(
+        self, cache: "KVCache", seq_ids: NDArray[np.int64], arrays: StepArrays, num_tokens: int, mark: int
+    ) -> None:
         batch = len(seq_ids)
         self._cache = cache
         self._arrays = arrays
         self._is_open = True
-        self._mark = int(arrays.mark[0])
+        self._mark = mark
         self.seq_ids = seq_ids
         self.num_new_tokens = arrays.counts[:batch]
         self.block_table = arrays.table[:batch]

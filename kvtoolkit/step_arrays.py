@@ -51,5 +51,4 @@ def _make(batch: int, width: int) -> StepArrays:
         stamps=np.full(batch, -1, np.int64),
         filled=np.zeros(batch, np.int32),
         work=np.zeros((2, batch), np.int32),
-        mark=np.zeros(1, np.int64),
     )

@@ -17,6 +17,7 @@ from kvtoolkit.rows import (
     LENGTH,
     NUM_ENTRIES,
     OPEN,
+    OWNER,
     PREEMPTED,
     STATE,
     Rows,
@@ -65,7 +66,7 @@ def count_missing(rows: Rows, step: StepArrays, num_need: int) -> Any:
 def _may_change(rows: Rows, row: int) -> Any:
     """Whether a row is open, or in the step that is just being begun, whose table is not read yet."""
     state = rows.info[row, STATE]
-    return state == OPEN or (state == IN_STEP and rows.marks[row] == rows.clock[1])
+    return state == OPEN or (state == IN_STEP and rows.marks[row, OWNER] == rows.clock[1])
 
 
 @jit

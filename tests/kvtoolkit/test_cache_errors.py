@@ -106,7 +106,7 @@ def test_a_wrong_call_is_refused_and_changes_nothing(cache, call, error, message
 
 def without_marks(snapshot: bytes) -> dict:
     with np.load(io.BytesIO(snapshot)) as file:
-        arrays = {name: file[name] for name in file.files if name not in ("rows.marks", "rows.owner", "rows.clock")}
+        arrays = {name: file[name] for name in file.files if name not in ("rows.marks", "rows.clock")}
     return {name: array.tobytes() for name, array in arrays.items()}
 
 

@@ -1,0 +1,256 @@
+"""Calls from inside calls, forks in the middle of calls, and handles that nobody refers to any more."""
+
+import gc
+import signal
+import subprocess
+import sys
+import threading
+import time
+import weakref
+
+import numpy as np
+import pytest
+
+from allocators import BusyError as AllocatorBusyError
+from allocators import EpochPool, create
+from kvtoolkit import BusyError
+from tests.kvtoolkit.broken_calls import CALLS, make, make_world, put
+
+LETS_GO = ("close", "abort_step", "abort")
+
+
+class Nested:
+    """An eviction policy that makes a call of the cache it is asked by."""
+
+    action = None
+
+    def score(self, granules):
+        if Nested.action is not None:
+            action, Nested.action = Nested.action, None
+            action()
+        return granules.last_used.astype(np.float64)
+
+
+@pytest.fixture
+def world():
+    world = make_world(eviction=f"{__name__}:Nested", growth="append")
+    yield world
+    Nested.action = None
+
+
+def evict(world):
+    """A call in whose middle the policy is asked."""
+    return put(world.cache, world.open[:1], [[1] * more_than_free(world)])
+
+
+def more_than_free(world):
+    """Tokens for which something cached must be evicted."""
+    return world.cache.stats().free + 40
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name not in LETS_GO])
+def test_a_call_inside_another_is_refused_and_harms_neither(world, name):
+    refused = []
+
+    def call():
+        with pytest.raises(BusyError, match="expected no other call of this thread under way, got one from inside"):
+            CALLS[name](world)
+        refused.append(name)
+
+    Nested.action = call
+    assert evict(world).all()
+    assert refused == [name]
+    world.cache.check_integrity()
+
+
+@pytest.mark.parametrize("name", LETS_GO)
+def test_what_only_lets_go_inside_another_call_is_done_at_its_end(world, name):
+    open_before = world.cache.stats().num_seqs
+    world.open = [world.open[2], *world.open[:2]]
+    seq = world.open[1]
+    Nested.action = lambda: CALLS[name](world)
+    assert put(world.cache, [seq], [[1] * more_than_free(world)]).all()
+    world.cache.check_integrity()
+    gone = {"close": 1, "abort_step": 0, "abort": 1}[name]  # of close one was preempted
+    assert world.cache.stats().num_seqs == open_before - gone
+    assert name != "abort_step" or not world.step._is_open
+
+
+def test_signal_handlers_may_close_sequences():
+    cache, victims, rounds = make(num_tokens=4096, growth="append"), [], 0
+
+    def close_one(*_):
+        if victims:
+            cache.close([victims.pop()])
+
+    before = signal.signal(signal.SIGALRM, close_one)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.001, 0.0007)
+        while rounds < 150:
+            ids = cache.open([[]] * 4)[0]
+            put(cache, ids, [[rounds] * 20] * 4)
+            cache.close(ids[2:])
+            victims += ids[:2].tolist()
+            rounds += 1
+            while len(victims) > 50:
+                time.sleep(1e-4)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    cache.check_integrity()
+    assert cache.stats().num_seqs == len(victims)
+
+
+def test_finalizers_may_free_blocks_of_allocators_and_abort_leases():
+    pool = EpochPool(create("buddy", 64))
+    lease, freed = pool.lease([8]), []
+
+    class Handle:
+        def __del__(self):
+            freed.append(1)
+            lease.abort()
+
+    class Inner(type(pool.inner)):
+        def allocate(self, sizes, *, partial=False):
+            handles.clear()
+            with pytest.raises(AllocatorBusyError):
+                pool.free([0], [1])
+            return super().allocate(sizes, partial=partial)
+
+    handles = [Handle()]
+    pool.inner.__class__ = Inner
+    pool.allocate([1])
+    assert freed == [1]
+    assert pool.num_leased == 0
+    pool.check_integrity()
+
+
+@pytest.mark.parametrize("make_handle", ["step", "lease", "pool lease"])
+def test_a_handle_that_nobody_refers_to_ends(make_handle):
+    cache = make(max_seqs=4)
+    ids = cache.open([[1] * 20])[0]
+    put(cache, ids, [[1] * 20])
+    pool = EpochPool(create("slab", 192))
+    if make_handle == "step":
+        handle = cache.begin_step(ids, 20)
+    elif make_handle == "lease":
+        handle = cache.pin(ids)
+    else:
+        handle = pool.lease([2, 4])
+    reference = weakref.ref(handle)
+    del handle
+    assert reference() is None  # at once: there is no cycle
+    assert cache.stats().num_seqs == 1
+    cache.close(ids)
+    assert cache.stats().num_seqs == 0
+    cache.check_integrity()
+    pool.allocate([1])
+    assert (pool.num_leased, pool.num_free) == (0, 191)
+
+
+def test_orphans_are_listed_and_ended():
+    world = make_world()
+    cache, kept = world.cache, world.open[:1]
+    assert sorted(cache.seq_ids()) == sorted([*world.known, *world.lease.seq_ids])
+    ended = cache.end_orphans(kept)
+    assert sorted([*ended, *kept]) == sorted([*world.known, *world.lease.seq_ids])
+    assert cache.seq_ids().tolist() == kept
+    cache.check_integrity()
+    with pytest.raises(Exception, match="expected"):
+        world.step.append(0, *np.zeros((2, 9, 1, 8), np.float32))
+
+
+def test_a_cache_has_no_cycle_that_keeps_its_memory():
+    cache = make()
+    put(cache, cache.open([[]])[0], [[1] * 9])
+    gc.disable()
+    try:
+        reference = weakref.ref(cache._sequences.storage)
+        del cache
+        assert reference() is None
+    finally:
+        gc.enable()
+
+
+FORK = """
+import os, sys, threading, time
+import numpy as np
+from kvtoolkit import CacheConfig, KVCache
+
+cache = KVCache(CacheConfig(num_layers=1, num_kv_heads=1, head_dim=8, dtype="float32", num_tokens=4096, max_seqs=64))
+stop = False
+
+def work():
+    kv = np.ones((40, 1, 8), np.float32)
+    while not stop:
+        ids, _ = cache.open([[1] * 30] * 2)
+        with cache.begin_step(ids, 20) as step:
+            step.append(0, kv, kv)
+            step.attend(0, kv)
+            cache.end_step(step, [1] * 40)
+        cache.close(ids)
+
+threads = [threading.Thread(target=work) for _ in range(3)]
+for thread in threads:
+    thread.start()
+time.sleep(1.0)
+for n in range(12):
+    child = os.fork()
+    if child == 0:
+        cache.check_integrity()
+        ids, _ = cache.open([[2] * 30])
+        kv = np.ones((30, 1, 8), np.float32)
+        with cache.begin_step(ids, 30) as step:
+            step.append(0, kv, kv)
+            out = step.attend(0, kv)
+            cache.end_step(step, [2] * 30)
+        cache.end_orphans([])
+        cache.check_integrity()
+        os._exit(0 if (out == 1).all() else 3)
+    _, status = os.waitpid(child, 0)
+    assert status == 0, status
+    time.sleep(0.003 * n)
+stop = True
+for thread in threads:
+    thread.join()
+cache.check_integrity()
+print("fine")
+"""
+
+
+def test_a_child_forked_while_threads_are_in_calls_works():
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORK], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "fine\n"), done.stderr
+
+
+def test_a_plug_in_may_use_another_cache():
+    other = make()
+
+    def use_other():
+        ids = other.open([[]])[0]
+        put(other, ids, [[1] * 9])
+        other.close(ids)
+
+    world = make_world(eviction=f"{__name__}:Nested", growth="append")
+    Nested.action = use_other
+    assert evict(world).all()
+    assert Nested.action is None
+    other.check_integrity()
+
+
+def test_other_threads_wait_for_a_call_under_way():
+    world = make_world(eviction=f"{__name__}:Nested", growth="append")
+    seen = []
+    other = threading.Thread(target=lambda: seen.append(world.cache.stats().num_seqs))
+
+    def start_other():
+        other.start()
+        other.join(0.05)
+        seen.append("inside")
+
+    Nested.action = start_other
+    evict(world)
+    other.join()
+    assert seen[0] == "inside"
