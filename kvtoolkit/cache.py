@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from allocators._calls import exclusive, exclusive_or_later
-from kvtoolkit import access, compaction, demotion, passes, preemption, repair, rows, sharing, snapshots
+from kvtoolkit import access, compaction, demotion, integrity, passes, preemption, repair, rows, sharing, snapshots
 from kvtoolkit.config import CacheConfig
 from kvtoolkit.demoter import Demoter
 from kvtoolkit.device_pool import DevicePool
@@ -395,7 +395,7 @@ class KVCache:
         Raises:
             IntegrityError: one does not hold.
         """
-        snapshots.check(self._sequences)
+        integrity.check(self._sequences)
 
     @exclusive
     def snapshot(self) -> bytes:
@@ -410,8 +410,17 @@ class KVCache:
     def from_snapshot(cls, config: CacheConfig, data: bytes) -> "KVCache":
         """A cache as `snapshot` saw it; sequence ids stay valid.
 
+        Keys and values must lie as they did: the same layers, heads, head_dim, dtype and formats of tiers. Everything
+        else may be another, as long as what is held fits: a pool whose size only cuts off what is free, ``max_seqs``
+        above every row, the allocator, growth, eviction, backend. Only blocks that callers or kernels hold want the
+        same allocator and pool size.
+
+        Args:
+            data: what `snapshot` returned. It is checked in full, and no code is run from it, so that it may come from
+                anywhere; it takes as much memory as it has bytes.
+
         Raises:
-            CacheSnapshotError: ``data`` is damaged, or was taken with another configuration.
+            CacheSnapshotError: ``data`` is damaged, inconsistent, or does not fit the configuration.
         """
         cache = cls(config)
         snapshots.unpack(cache._sequences, data)

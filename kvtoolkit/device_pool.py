@@ -251,6 +251,29 @@ class DevicePool(HostAllocator):
             free = np.where(_is_whole(free), free & ~(np.uint64(3) << _ORDER), free)
         return {"free": free, "limbo": limbo, "epoch": np.array([self._epoch])}
 
+    def taken(self) -> NDArray[np.bool_]:
+        """``[num_granules]`` which granules are live or in limbo; waits for the device."""
+        words = self._free_words()
+        words = words if self.layout == "buddy" else words.astype(np.uint32)
+        bits = np.unpackbits(words.view(np.uint8), bitorder="little")[: self.num_granules]
+        taken: NDArray[np.bool_] = bits == 0
+        return taken
+
+    def resume(self, live: NDArray[np.bool_]) -> None:
+        """Make exactly these granules live; only for a pool that nobody has used yet."""
+        orders: int | NDArray[np.int_] = 0
+        if self.layout == "slab":
+            offered = [(size // GRANULE).bit_length() - 1 for size in self.block_sizes]
+            words = np.zeros(self.num_words * self._word, np.bool_)
+            words[: len(live)] = live
+            orders = np.full(self.num_words, offered[0])
+            for order in offered:  # the largest whose slots are live or dead as a whole
+                live_in_slot = words.reshape(self.num_words, -1, 1 << order).sum(axis=2)
+                orders[(live_in_slot % (1 << order) == 0).all(axis=1)] = order
+            orders[~words.reshape(self.num_words, -1).any(axis=1)] = 0
+        with self._lock:
+            self._reset(self._words_with(~live, orders))
+
     def _identity(self) -> dict[str, Any]:
         return super()._identity() | {"layout": self.layout}
 

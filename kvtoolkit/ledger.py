@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from allocators import BlockAllocator, InvalidFreeError
+from allocators import BlockAllocator, EpochPool, InvalidFreeError
 from allocators._jit import jit
-from kvtoolkit.errors import ConfigError
+from allocators.protocol import HostAllocator
+from kvtoolkit.device_pool import DevicePool
+from kvtoolkit.errors import CacheSnapshotError, ConfigError
 from kvtoolkit.prefix import Int32Array
 from kvtoolkit.tier_config import TIER_NAMES
 
@@ -180,6 +182,62 @@ class Ledger:
             return 0
         return size
 
+    def snapshots(self) -> dict[str, NDArray[Any]]:
+        """What a snapshot needs beside ``granted`` and ``callers`` to make the same allocators again."""
+        arrays: dict[str, NDArray[Any]] = {}
+        for tier, allocator in enumerate(self.allocators):
+            if allocator is None or _is_rebuilt(allocator):
+                continue
+            arrays[f"allocator.{tier}"] = np.frombuffer(allocator.snapshot(), np.uint8)
+            if isinstance(allocator, DevicePool):
+                own = self._slice(tier)
+                arrays[f"kernels.{tier}"] = np.flatnonzero(
+                    allocator.taken() & ~self.granted[own] & ~self.callers[own]
+                ).astype(np.int64)
+        return arrays
+
+    def resume(self, owned: Flags, arrays: dict[str, NDArray[Any]]) -> None:
+        """Have fresh allocators have granted what is owned and what callers have.
+
+        Raises:
+            CacheSnapshotError: an allocator can do neither from ``granted`` nor with what `snapshots` gave, or kernels
+                hold blocks of the pool that the snapshot was taken of.
+        """
+        for tier, allocator in enumerate(self.allocators):
+            if allocator is None:
+                continue
+            own = self._slice(tier)
+            live = owned[own] | self.callers[own]
+            state, held = arrays.get(f"allocator.{tier}"), arrays.get(f"kernels.{tier}")
+            num_held = 0 if held is None else len(held)
+            if num_held and not isinstance(allocator, DevicePool):
+                raise CacheSnapshotError(
+                    f"snapshot: expected a pool on a device, since kernels hold {num_held} granules, got {allocator!r}"
+                )
+            if _is_rebuilt(allocator):
+                allocator.rebuild(*runs_of(live))
+            elif isinstance(allocator, DevicePool) and not num_held:
+                allocator.resume(live)
+            else:
+                self._restore(tier, allocator, state, live)
+            self.granted[own] = owned[own]
+
+    def _restore(self, tier: int, allocator: BlockAllocator, state: NDArray[Any] | None, live: Flags) -> None:
+        if state is None:
+            raise CacheSnapshotError(
+                f"snapshot: expected one taken with {type(allocator).__name__}, since it cannot be rebuilt"
+            )
+        allocator.restore(state.tobytes())
+        allocator.check_integrity()
+        if isinstance(allocator, DevicePool):
+            fits = not (live & ~allocator.taken()).any()
+        else:
+            fits = allocator.stats().num_live == int(live.sum())
+        if not fits:
+            raise CacheSnapshotError(
+                f"snapshot: expected the {TIER_NAMES[tier]} allocator to have granted what is held"
+            )
+
     def num_of(self, tier: int) -> int:
         """Granules of a tier."""
         allocator = self.allocators[tier]
@@ -192,6 +250,16 @@ class Ledger:
         allocator = self.allocators[tier]
         assert allocator is not None
         return allocator
+
+
+def _is_rebuilt(allocator: BlockAllocator) -> bool:
+    """Whether all there is to know of an allocator is what is live in it."""
+    if isinstance(allocator, DevicePool | EpochPool):
+        return False
+    rebuild = getattr(type(allocator), "rebuild", BlockAllocator.rebuild)
+    if rebuild is HostAllocator.rebuild and isinstance(allocator, HostAllocator):
+        return type(allocator)._rebuild is not HostAllocator._rebuild
+    return rebuild is not BlockAllocator.rebuild
 
 
 def runs_of(flags: Flags) -> tuple[Int32Array, Int32Array]:

@@ -194,6 +194,13 @@ def touch(rows: Rows, row: int) -> None:
 
 
 @jit
+def touch_all(rows: Rows, which: Int32Array) -> None:
+    """`touch` for many rows."""
+    for row in which:
+        touch(rows, row)
+
+
+@jit
 def find_entry(rows: Rows, row: int, granule: int) -> Any:
     """The entry that holds a logical granule below the row's capacity."""
     low, high = 0, rows.info[row, NUM_ENTRIES] - 1

@@ -1,52 +1,85 @@
-"""A whole cache as bytes and back, and the check of everything that must hold in it."""
+"""A whole cache as bytes and back.
 
-import io
+A snapshot holds what cannot be worked out: the configuration, rows that are not closed, index nodes in use, the keys
+and values of all granules that rows or the index hold, and what is kept of preempted sequences. Everything else, what
+the allocators have granted included, is made anew. So a cache may resume with another allocator, pool size, eviction or
+growth policy, backend or number of sequences, as long as what it holds has the same place.
+
+The bytes are not trusted: every number is checked against what it indexes before it is used.
+"""
+
 import json
-import zipfile
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from allocators import BlockAllocator, SnapshotError
-from allocators.protocol import require
-from kvtoolkit.device_pool import DevicePool
+from allocators import AllocatorError, IntegrityError
+from kvtoolkit import integrity
+from kvtoolkit.array_file import pack_arrays, unpack_arrays
 from kvtoolkit.errors import CacheSnapshotError, StepError
-from kvtoolkit.pool import Pool
-from kvtoolkit.rows import CAPACITY, CLOSED, IN_STEP, LENGTH, NUM_ENTRIES, PINNED, PREEMPTED, STATE
+from kvtoolkit.prefix import BROKEN, CLOCK, NEXT_UID, ROOT, ROOT_UID, Int64Array, reindex
+from kvtoolkit.repair import count_refs
+from kvtoolkit.rows import (
+    CAPACITY,
+    CLOSED,
+    GENERATION,
+    ID_BITS,
+    IN_STEP,
+    LENGTH,
+    NUM_ENTRIES,
+    OPEN,
+    PINNED,
+    PREEMPTED,
+    STATE,
+    touch_all,
+)
 from kvtoolkit.sequences import Preempted, Sequences
 from kvtoolkit.storage import Contents
-from kvtoolkit.tables import TIER_HOT, unpack_entries
+from kvtoolkit.tables import MAX_BLOCK_GRANULES, TIER_HOT
 from kvtoolkit.tier_config import TIER_NAMES
+
+_SAME = ("num_layers", "num_kv_heads", "head_dim", "dtype")
+"""Fields of the configuration that say how keys and values lie; of tiers, their formats do."""
+_NODE_FIELDS = ("uid", "parent_uid", "tokens", "last_used", "parent", "granule", "depth", "num_uses")
+_MOST = np.int64(1) << 62
 
 
 def pack(sequences: Sequences) -> bytes:
     """See `KVCache.snapshot`; the caller holds the lock."""
+    table, pool = sequences.rows, sequences.pool
     for state, name in ((IN_STEP, "step"), (PINNED, "lease")):
-        if np.any(sequences.rows.info[:, STATE] == state):
+        if np.any(table.info[:, STATE] == state):
             raise StepError(f"snapshot: expected no open {name}; end it first")
-    pool = sequences.pool
     held = np.flatnonzero((pool.granules.refs > 0) | (pool.granules.node >= 0))
+    rows = np.flatnonzero(table.info[:, STATE] != CLOSED)
+    used = np.flatnonzero(pool.nodes.uid)
+    width = int(table.info[rows, NUM_ENTRIES].max(initial=0))
     arrays: dict[str, NDArray[Any]] = {
         "config": _as_bytes(json.dumps(sequences.config.to_dict(), sort_keys=True).encode()),
         "counters": np.array(list(vars(sequences.counters).values()), np.int64),
-        **{f"allocator.{tier}": _as_bytes(one.snapshot()) for tier, one in enumerate(pool.allocators) if one},
-        "kept_back": np.array(pool.kept_back, np.int64),
-        "closed_rows": np.array(sequences.closed_rows, np.int64),
+        "tier_granules": np.array(sequences.config.tier_granules, np.int64),
+        "generations": np.trim_zeros(table.info[:, GENERATION], "b"),
+        "rows": rows,
+        "info": table.info[rows][:, [STATE, LENGTH, NUM_ENTRIES]],
+        "entries": table.entries[rows, :width],
+        "chain": np.stack([table.chain[rows].astype(np.int64), table.chain_uid[rows]], axis=1),
+        "pending": table.pending[rows],
+        "masses": table.masses[rows],
+        "node": used,
+        **{f"node.{name}": getattr(pool.nodes, name)[used] for name in _NODE_FIELDS},
+        "clocks": pool.nodes.counts[[NEXT_UID, CLOCK]],
         "held": held,
         **_named("contents", sequences.storage.read(held)),
-        "preempted": np.array(sorted(sequences.preempted), np.int64),
+        "callers": np.flatnonzero(pool.ledger.callers),
+        **pool.ledger.snapshots(),
     }
-    for group, table in (("rows", sequences.rows), ("nodes", pool.nodes), ("granules", pool.granules)):
-        arrays |= {f"{group}.{name}": array for name, array in table._asdict().items()}
     for row, saved in sequences.preempted.items():
-        arrays[f"preempted.{row}.nodes"], arrays[f"preempted.{row}.uids"] = saved.nodes, saved.uids
+        arrays[f"preempted.{row}.nodes"] = np.stack([saved.nodes.astype(np.int64), saved.uids], axis=1)
         if saved.contents is not None:
             arrays[f"preempted.{row}.tiers"] = saved.tiers
             arrays |= _named(f"preempted.{row}", saved.contents)
-    stream = io.BytesIO()
-    np.savez(stream, **arrays)  # type: ignore[arg-type]
-    return stream.getvalue()
+    return pack_arrays(arrays)
 
 
 def unpack(sequences: Sequences, data: bytes) -> None:
@@ -54,148 +87,289 @@ def unpack(sequences: Sequences, data: bytes) -> None:
     if not isinstance(data, bytes | bytearray | memoryview):
         raise CacheSnapshotError(f"snapshot: expected bytes, got {type(data).__name__}")
     try:
-        _unpack(sequences, data)
-    except (OSError, ValueError, KeyError, IndexError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        _Unpacker(sequences, unpack_arrays(data)).run()
+    except (IntegrityError, AllocatorError, ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
         if isinstance(error, CacheSnapshotError):
             raise
-        raise CacheSnapshotError(
-            f"snapshot: expected the bytes of KVCache.snapshot, got damaged ones: {error}"
-        ) from error
+        raise CacheSnapshotError(f"snapshot: expected what KVCache.snapshot has made, got: {error}") from error
 
 
-def _unpack(sequences: Sequences, data: bytes) -> None:
-    with np.load(io.BytesIO(data), allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
-    found = json.loads(arrays["config"].tobytes())
-    expected = json.loads(json.dumps(sequences.config.to_dict(), sort_keys=True))
-    # where the keys and values lie does not matter: a snapshot of a GPU's cache may go on on the CPU
-    differing = sorted(
-        key for key in {*found, *expected} - {"backend", "device"} if found.get(key) != expected.get(key)
-    )
-    if differing:
-        raise CacheSnapshotError(
-            f"snapshot: expected one of this configuration, got one that differs in {', '.join(differing)}"
+class _Unpacker:
+    """Checks the arrays of a snapshot and writes them into a fresh cache."""
+
+    def __init__(self, sequences: Sequences, arrays: dict[str, NDArray[Any]]) -> None:
+        self._sequences = sequences
+        self._arrays = arrays
+        self._first = np.zeros(3, np.int64)  # first granule of each tier, there; and what to add to come here
+        self._shift = np.zeros(3, np.int64)
+
+    def run(self) -> None:
+        """Read everything."""
+        sequences, pool = self._sequences, self._sequences.pool
+        self._check_config()
+        renumbered = self._read_nodes()
+        self._read_rows(renumbered)
+        self._read_preempted(renumbered)
+        integrity.require_well_formed(sequences.rows, pool)
+        count_refs(sequences.rows, pool.granules)
+        reindex(pool.nodes, pool.granules)
+        integrity.require_rows(sequences.rows, pool)
+        integrity.require_index(pool)
+        self._read_contents()
+        self._grant()
+        states = sequences.rows.info[:, STATE]
+        sequences.closed_rows = np.flatnonzero(states == CLOSED)[::-1].tolist()
+        names = list(vars(sequences.counters))
+        counters = self._vector("counters", "int64", len(names)).tolist()
+        vars(sequences.counters).update(zip(names, counters, strict=True))
+        pool.replenish()
+        integrity.check(sequences)
+
+    # -- arrays ------------------------------------------------------------------------------------------------------
+
+    def _array(self, name: str, dtype: str, shape: tuple[int | None, ...]) -> NDArray[Any]:
+        """An array of this dtype and shape (None: any extent), or CacheSnapshotError."""
+        array = self._arrays.get(name)
+        if array is None:
+            raise CacheSnapshotError(f"snapshot: expected an array {name!r}, got none")
+        fits = array.ndim == len(shape) and all(b in (None, a) for a, b in zip(array.shape, shape, strict=True))
+        if array.dtype != dtype or not fits:
+            raise CacheSnapshotError(
+                f"snapshot: expected {name} of {dtype} {list(shape)}, got {array.dtype} {list(array.shape)}"
+            )
+        return array
+
+    def _vector(self, name: str, dtype: str, length: int | None) -> NDArray[Any]:
+        return self._array(name, dtype, (length,))
+
+    @staticmethod
+    def _within(name: str, values: NDArray[Any], low: int, end: int) -> None:
+        """CacheSnapshotError unless all values are in ``[low, end)``."""
+        if values.size and not (int(values.min()) >= low and int(values.max()) < end):
+            raise CacheSnapshotError(
+                f"snapshot: expected {name} of {low} to {end - 1}, got {values.min()} to {values.max()}"
+            )
+
+    def _distinct(self, name: str, length: int | None, end: int) -> Int64Array:
+        """A vector of different numbers below ``end``, ascending."""
+        values = self._vector(name, "int64", length)
+        self._within(name, values, 0, end)
+        if (np.diff(values) <= 0).any():
+            raise CacheSnapshotError(f"snapshot: expected ascending {name}")
+        return values
+
+    # -- its parts ---------------------------------------------------------------------------------------------------
+
+    def _check_config(self) -> None:
+        config = self._sequences.config
+        try:
+            found = json.loads(self._vector("config", "uint8", None).tobytes())
+        except (ValueError, RecursionError) as error:
+            raise CacheSnapshotError("snapshot: expected its configuration in JSON") from error
+        if not isinstance(found, dict):
+            raise CacheSnapshotError("snapshot: expected its configuration")
+        expected = config.to_dict()
+        differing = [name for name in _SAME if found.get(name) != expected.get(name)]
+        tiers = found.get("tiers") or {}
+        formats = config.tiers or {}
+        if not isinstance(tiers, dict) or any(tiers.get(name) != formats.get(name) for name in ("warm", "cold")):
+            differing.append("tiers")
+        if differing:
+            raise CacheSnapshotError(
+                f"snapshot: expected one of a cache with the same {', '.join(differing)}, got another"
+            )
+        there = self._vector("tier_granules", "int64", 3)
+        self._within("tier_granules", there, 0, 1 << 25)
+        self._first = np.array([0, there[0], there[0] + there[1]])
+        self._shift = np.array(config.first_granules) - self._first
+        self._ends = self._first + there
+        fields = ("allocator", "allocator_options", "block_sizes")
+        self._is_another_pool = any(found.get(name) != expected.get(name) for name in fields) or (
+            there.tolist() != list(config.tier_granules)
         )
-    pool = sequences.pool
-    try:
-        for tier, allocator in enumerate(pool.allocators):
-            if allocator is not None:
-                allocator.restore(arrays[f"allocator.{tier}"].tobytes())
-    except SnapshotError as error:
-        raise CacheSnapshotError(str(error)) from error
-    for group, table in (("rows", sequences.rows), ("nodes", pool.nodes), ("granules", pool.granules)):
-        for name, array in table._asdict().items():
-            array[...] = arrays[f"{group}.{name}"]
-    pool.kept_back = arrays["kept_back"].tolist()
-    for evictor in pool.evictors:
-        evictor.forget()
-    sequences.closed_rows = arrays["closed_rows"].tolist()
-    vars(sequences.counters).update(zip(vars(sequences.counters), arrays["counters"].tolist(), strict=True))
-    sequences.storage.write(arrays["held"], _contents(arrays, "contents"))
-    sequences.preempted = {
-        row: Preempted(
-            arrays[f"preempted.{row}.nodes"],
-            arrays[f"preempted.{row}.uids"],
-            _contents(arrays, f"preempted.{row}") if f"preempted.{row}.tiers" in arrays else None,
-            arrays.get(f"preempted.{row}.tiers", np.empty(0, np.int8)),
+
+    def _granules(self, name: str, values: NDArray[Any]) -> Int64Array:
+        """Numbers of granules there as numbers here, or CacheSnapshotError if the pool here has no such granule."""
+        values = values.astype(np.int64)
+        self._within(name, values, 0, int(self._ends[2]))
+        tiers = np.searchsorted(self._first[1:], values, side="right")
+        offsets = values - self._first[tiers]
+        sizes = np.array(self._sequences.config.tier_granules)
+        if (offsets >= sizes[tiers]).any():
+            tier = int(tiers[np.argmax(offsets >= sizes[tiers])])
+            raise CacheSnapshotError(
+                f"snapshot: expected a pool with granule {int(offsets[tiers == tier].max())} of the {TIER_NAMES[tier]} "
+                f"tier, which is in use, got one of {sizes[tier]}"
+            )
+        here: Int64Array = values + self._shift[tiers]
+        return here
+
+    def _read_nodes(self) -> Int64Array:
+        """Fill in the index; returns the number here of each node there, -1 for none."""
+        nodes = self._sequences.pool.nodes
+        there = self._distinct("node", None, 1 << 25)
+        count = len(there)
+        renumbered = np.full(int(there[-1]) + 2 if count else 1, -1, np.int64)
+        renumbered[there] = np.arange(count)
+        clocks = self._vector("clocks", "int64", 2)
+        self._within("clocks", clocks, 0, int(_MOST))
+        read = {
+            name: self._array(f"node.{name}", str(field.dtype), (count, *field.shape[1:]))
+            for name, field in nodes._asdict().items()
+            if name in _NODE_FIELDS
+        }
+        self._within("node.uid", read["uid"], ROOT_UID + 1, int(clocks[0]))
+        if len(np.unique(read["uid"])) != count:
+            raise CacheSnapshotError("snapshot: expected nodes with different uids")
+        self._within("node.depth", read["depth"], 0, 1 << 25)
+        parents = read["parent"]
+        self._within("node.parent", parents, ROOT, len(renumbered) - 1)
+        granules = self._granules("node.granule", read["granule"])
+        if len(np.unique(granules)) != count:
+            raise CacheSnapshotError("snapshot: expected every node to have a granule of its own")
+        for name in _NODE_FIELDS:
+            getattr(nodes, name)[:count] = read[name]
+        nodes.parent[:count] = np.where(parents < 0, ROOT, renumbered[parents])
+        if ((parents >= 0) & (nodes.parent[:count] < 0)).any():
+            raise CacheSnapshotError("snapshot: expected every node's parent to be there")
+        nodes.granule[:count] = granules
+        nodes.counts[[NEXT_UID, CLOCK]] = clocks
+        return renumbered
+
+    def _chains(self, name: str, pairs: NDArray[Any], renumbered: Int64Array) -> Int64Array:
+        """``[n, 2]`` node here and uid, BROKEN where it is gone."""
+        nodes, uids = self._sequences.pool.nodes, pairs[:, 1]
+        self._within(name, pairs[:, 0], BROKEN, 1 << 25)
+        known = (pairs[:, 0] >= 0) & (pairs[:, 0] < len(renumbered))
+        here = np.where(known, renumbered[np.where(known, pairs[:, 0], 0)], BROKEN)
+        here = np.where((here >= 0) & (nodes.uid[here] == uids), here, BROKEN)
+        is_root = (pairs[:, 0] == ROOT) & (uids == ROOT_UID)
+        return np.stack([np.where(is_root, ROOT, here), uids], axis=1)
+
+    def _read_rows(self, renumbered: Int64Array) -> None:
+        sequences, table = self._sequences, self._sequences.rows
+        generations = self._vector("generations", "int64", None)
+        if len(generations) > len(table.info):
+            # their ids would come back
+            raise CacheSnapshotError(
+                f"snapshot: expected max_seqs of at least {len(generations)}, got {len(table.info)}"
+            )
+        self._within("generations", generations, 0, 1 << (62 - ID_BITS))
+        which = self._distinct("rows", None, len(table.info))
+        count = len(which)
+        info = self._array("info", "int64", (count, 3))
+        entries = self._array("entries", "int32", (count, None))
+        if not np.isin(info[:, 0], (OPEN, PREEMPTED)).all():
+            raise CacheSnapshotError("snapshot: expected rows that are open or preempted")
+        self._within("lengths", info[:, 1], 0, 8 * sequences.pool.num_granules + 1)
+        self._within("numbers of entries", info[:, 2], 0, entries.shape[1] + 1)
+        width = int(info[:, 2].max(initial=0))
+        if width > table.entries.shape[1]:
+            raise CacheSnapshotError(
+                f"snapshot: expected max_entries of at least {width}, got {table.entries.shape[1]}"
+            )
+        is_used = np.arange(width) < info[:, 2:3]
+        named = entries[:, :width][is_used]
+        self._within("entries", named, 0, 1 << 30)
+        granules = self._granules("entries", named & 0xFFFFFF)
+        lengths = ((named >> 24) & 7) + 1
+        self._granules("entries", (named & 0xFFFFFF) + lengths - 1)
+        here = np.full((count, width), -1, np.int32)
+        here[is_used] = (named & ~np.int32(0xFFFFFF)) | granules.astype(np.int32)
+        starts = np.full((count, width), -1, np.int32)
+        sizes = np.zeros((count, width), np.int64)
+        sizes[is_used] = lengths
+        starts[is_used] = (np.cumsum(sizes, axis=1) - sizes)[is_used]
+        table.info[: len(generations), GENERATION] = generations
+        if count and (table.info[which, GENERATION] == 0).any():
+            raise CacheSnapshotError("snapshot: expected rows whose ids exist")
+        table.info[which, STATE], table.info[which, LENGTH] = info[:, 0], info[:, 1]
+        table.info[which, NUM_ENTRIES], table.info[which, CAPACITY] = info[:, 2], sizes.sum(axis=1)
+        table.entries[which, :width], table.starts[which, :width] = here, starts
+        chains = self._chains("chain", self._array("chain", "int64", (count, 2)), renumbered)
+        chains[(info[:, 0] == PREEMPTED) & (info[:, 1] == 0)] = ROOT, ROOT_UID  # dropped
+        in_index = chains[:, 0] >= 0
+        depths = sequences.pool.nodes.depth[chains[in_index, 0]] + 1
+        if (depths != info[in_index, 1] // 8).any():
+            raise CacheSnapshotError("snapshot: expected chains as long as their rows")
+        table.chain[which], table.chain_uid[which] = chains[:, 0], chains[:, 1]
+        table.pending[which] = self._array("pending", "int64", (count, 8))
+        masses = self._array("masses", "float32", (count, None))
+        tiles = min(masses.shape[1], table.masses.shape[1])
+        table.masses[which, :tiles] = np.nan_to_num(masses[:, :tiles], posinf=0, neginf=0)
+        touch_all(table, which.astype(np.int32))
+
+    def _read_preempted(self, renumbered: Int64Array) -> None:
+        sequences, table = self._sequences, self._sequences.rows
+        for row in np.flatnonzero(table.info[:, STATE] == PREEMPTED).tolist():
+            name, length = f"preempted.{row}", int(table.info[row, LENGTH])
+            chain = self._chains(name, self._array(f"{name}.nodes", "int64", (None, 2)), renumbered)
+            nodes, uids = chain[:, 0], chain[:, 1]
+            gone = np.flatnonzero(nodes < 0)
+            nodes = nodes[: gone[0]] if len(gone) else nodes
+            contents, tiers = None, np.empty(0, np.int8)
+            if f"{name}.tiers" in self._arrays:
+                tiers = self._vector(f"{name}.tiers", "int8", -(-length // 8))
+                self._check_tiers(name, tiers)
+                contents = self._contents(name, tiers)
+            elif length:
+                raise CacheSnapshotError(f"snapshot: expected the contents of {name}, got none")
+            sequences.preempted[row] = Preempted(nodes.astype(np.int32), uids[: len(nodes)].copy(), contents, tiers)
+
+    def _check_tiers(self, name: str, tiers: NDArray[np.int8]) -> None:
+        """Quantized granules must be whole tiles at multiples of 64 tokens, of tiers that exist."""
+        self._within(f"{name}.tiers", tiers, 0, 3)
+        sizes = np.array(self._sequences.config.tier_granules)
+        padded = np.zeros(-(-len(tiers) // MAX_BLOCK_GRANULES) * MAX_BLOCK_GRANULES, np.int8)
+        padded[: len(tiers)] = tiers
+        tiles = padded.reshape(-1, MAX_BLOCK_GRANULES)
+        if (tiles != tiles[:, :1]).any() or (sizes[tiers] == 0).any():
+            raise CacheSnapshotError(f"snapshot: expected {name} in whole tiles of tiers that exist")
+
+    def _contents(self, name: str, tiers: NDArray[Any]) -> Contents:
+        """Contents of granules in these tiers."""
+        storage = self._sequences.storage
+        hot = storage.key_values.shape
+        key_values = self._array(
+            f"{name}.key_values", str(storage.key_values.dtype), (*hot[:2], int((tiers == TIER_HOT).sum()), *hot[3:])
         )
-        for row in arrays["preempted"].tolist()
-    }
+        blocks = []
+        for tier, arena in ((1, storage.warm), (2, storage.cold)):
+            count = int((tiers == tier).sum()) // MAX_BLOCK_GRANULES
+            shape = (0,) if arena is None else (arena.shape[0], count, *arena.shape[2:])
+            blocks.append(self._array(f"{name}.{('warm', 'cold')[tier - 1]}", "uint8", shape))
+        return Contents(key_values, *blocks)
+
+    def _read_contents(self) -> None:
+        pool = self._sequences.pool
+        there = self._distinct("held", None, int(self._ends[2]))
+        held = self._granules("held", there)
+        owned = np.flatnonzero((pool.granules.refs > 0) | (pool.granules.node >= 0))
+        if not np.array_equal(held, owned):
+            raise CacheSnapshotError("snapshot: expected the contents of exactly the granules in use")
+        self._sequences.storage.write(held, self._contents("contents", pool.tiers_of(held.astype(np.int32))))
+
+    def _grant(self) -> None:
+        """Have the allocators have granted what is held, and to callers what they hold."""
+        pool, ledger = self._sequences.pool, self._sequences.pool.ledger
+        there = self._distinct("callers", None, int(self._ends[0]))
+        callers = self._granules("callers", there)
+        owned = (pool.granules.refs > 0) | (pool.granules.node >= 0)
+        if owned[callers].any():
+            raise CacheSnapshotError("snapshot: expected callers' blocks apart from those of the cache")
+        if len(callers) and self._is_another_pool:
+            raise CacheSnapshotError(
+                f"snapshot: expected no blocks of callers to resume in another allocator or pool size, got "
+                f"{len(callers)} granules"
+            )
+        pool.kept_back = []
+        ledger.callers[callers] = True
+        ledger.resume(owned, self._arrays)
 
 
 def _named(name: str, contents: Contents) -> dict[str, NDArray[Any]]:
     return {f"{name}.{field}": array for field, array in contents._asdict().items()}
 
 
-def _contents(arrays: dict[str, NDArray[Any]], name: str) -> Contents:
-    return Contents(*(arrays[f"{name}.{field}"] for field in Contents._fields))
-
-
 def _as_bytes(data: bytes) -> NDArray[np.uint8]:
     return np.frombuffer(data, np.uint8)
-
-
-def check(sequences: Sequences) -> None:
-    """See `KVCache.check_integrity`; the caller holds the lock."""
-    table, pool = sequences.rows, sequences.pool
-    nodes, granules = pool.nodes, pool.granules
-    refs = np.zeros(pool.num_granules, np.int64)
-    for row in range(len(table.info)):
-        refs += _check_row(sequences, row)
-    require(np.array_equal(refs, granules.refs), "cache: refs are not the number of rows that hold each granule")
-    used = np.flatnonzero(nodes.uid)
-    require(len(np.unique(nodes.granule[used])) == len(used), "cache: two index nodes hold the same granule")
-    require(np.array_equal(granules.node[nodes.granule[used]], used), "cache: a granule does not know its node")
-    require(int((granules.node >= 0).sum()) == len(used), "cache: a granule knows a node that is not in use")
-    for node in used:
-        parent = int(nodes.parent[node])
-        same = nodes.uid[parent] == nodes.parent_uid[node] if parent >= 0 else nodes.parent_uid[node] == 0
-        require(bool(same), f"cache: node {node} has lost its parent")
-    for tier, allocator in enumerate(pool.allocators):
-        if allocator is not None:
-            _check_tier(pool, tier, allocator)
-    closed = np.flatnonzero(table.info[:, STATE] == CLOSED)
-    require(np.array_equal(np.sort(sequences.closed_rows), closed), "cache: the list of closed rows is wrong")
-    require(
-        sorted(sequences.preempted) == np.flatnonzero(table.info[:, STATE] == PREEMPTED).tolist(),
-        "cache: what is kept of preempted sequences does not match their rows",
-    )
-
-
-def _check_tier(pool: Pool, tier: int, allocator: BlockAllocator) -> None:
-    """What is held and cached in one tier is what its allocator has given away."""
-    allocator.check_integrity()
-    own = slice(pool.first[tier], pool.first[tier] + allocator.num_granules)
-    refs, node = pool.granules.refs[own], pool.granules.node[own]
-    cached, counted = int(((refs == 0) & (node >= 0)).sum()), int(pool.granules.cached[tier])
-    name = TIER_NAMES[tier]
-    require(cached == counted, f"cache: {counted} {name} granules counted as cached, found {cached}")
-    owned = (refs > 0) | (node >= 0)
-    if tier == TIER_HOT:
-        for start in pool.kept_back:
-            require(not owned[start : start + 8].any(), f"cache: block {start} is kept back and in use")
-            owned[start : start + 8] = True
-    left = pool.ledger.left - pool.first[tier]
-    owned[left[(left >= 0) & (left < len(owned))]] = True
-    granted, callers = pool.ledger.granted[own], pool.ledger.callers[own]
-    require(np.array_equal(granted, owned), f"cache: not all {name} granules granted are held, cached or kept back")
-    require(not (granted & callers).any(), f"cache: a caller holds a {name} granule of the cache")
-    known, live = int(np.count_nonzero(granted | callers)), allocator.stats().num_live
-    # of a pool on a device kernels may hold blocks that nobody here knows
-    may_hold_more = isinstance(allocator, DevicePool) or pool.ledger.unresolved
-    is_enough = known <= live if may_hold_more else known == live
-    require(is_enough, f"cache: {known} {name} granules held, cached, kept back or a caller's, {live} live in the pool")
-
-
-def _check_row(sequences: Sequences, row: int) -> NDArray[np.int64]:
-    """Check one row; returns how often it holds each granule (0 or 1)."""
-    table, granules = sequences.rows, sequences.pool.granules
-    count, capacity, length = (int(table.info[row, column]) for column in (NUM_ENTRIES, CAPACITY, LENGTH))
-    starts, sizes, tiers = unpack_entries(table.entries[row, :count])
-    require(bool((sizes > 0).all()), f"cache: row {row} has an empty entry among its entries")
-    require(bool((table.entries[row, count:] == -1).all()), f"cache: row {row} has an entry beyond its last")
-    expected = np.concatenate([[0], np.cumsum(sizes)])
-    require(np.array_equal(table.starts[row, :count], expected[:-1]), f"cache: block_starts of row {row} are wrong")
-    require(int(expected[-1]) == capacity, f"cache: row {row} claims {capacity} granules, holds {expected[-1]}")
-    ends = np.array([*sequences.pool.first[1:], sequences.pool.num_granules])
-    named = np.searchsorted(ends[:2], starts, side="right")
-    inside = starts + sizes <= ends[np.minimum(tiers, 2)]
-    require(bool((tiers == named).all() and inside.all()), f"cache: row {row} has an entry that names another tier")
-    whole = (sizes == 8) & (starts % 8 == 0) & (expected[:-1] % 8 == 0)
-    require(bool(whole[tiers > 0].all()), f"cache: row {row} holds a part of a quantized tile")
-    quantized_end = int((expected[:-1] + sizes)[tiers > 0].max(initial=0))
-    require(8 * quantized_end <= length or not count, f"cache: row {row} will write a quantized tile")
-    if table.info[row, STATE] in (CLOSED, PREEMPTED):
-        require(count == 0, f"cache: row {row} is closed or preempted and still holds memory")
-    else:
-        require(length <= 8 * capacity, f"cache: row {row} has {length} tokens in {capacity} granules")
-    holds = np.zeros(sequences.pool.num_granules, np.int64)
-    listed = np.concatenate(
-        [np.arange(s, s + n) for s, n in zip(starts, sizes, strict=True)] or [np.empty(0, np.int64)]
-    )
-    np.add.at(holds, listed.astype(np.int64), 1)
-    require(bool((holds <= 1).all()), f"cache: row {row} holds a granule twice")
-    open_end = listed[length // 8 :].astype(np.int64)
-    require(bool((granules.refs[open_end] == 1).all()), f"cache: row {row} shares a granule that it will write")
-    require(bool((granules.node[open_end] < 0).all()), f"cache: row {row} will write a granule that can be found")
-    return holds

@@ -113,6 +113,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.tokens: dict[int, list[int]] = {}
         self.preempted: dict[int, tuple[str, list[int]]] = {}
         self.leases: list[tuple] = []
+        self.steps: list[tuple] = []
         self.start(data)
 
     def start(self, data):
@@ -124,6 +125,17 @@ class CacheMachine(RuleBasedStateMachine):
 
     def run_step(self, ids, chunks, publish=True):
         """Append ``chunks`` to the sequences ``ids``; only rows that are ok take theirs."""
+        step = self.begin(ids, chunks)
+        self.tokens |= {seq: self.tokens[seq] + chunk for seq, chunk in self.taken(step, ids, chunks)}
+        self.cache.end_step(step, [t for chunk in chunks for t in chunk] if publish else None)
+
+    @staticmethod
+    def taken(step, ids, chunks):
+        """The sequences that a step holds, with their chunks."""
+        return [(seq, chunk) for seq, chunk, ok in zip(ids, chunks, step.ok, strict=True) if ok]
+
+    def begin(self, ids, chunks):
+        """A step with everything appended."""
         step = self.cache.begin_step(ids, [len(chunk) for chunk in chunks])
         lengths = np.array([len(self.tokens[seq]) for seq in ids])
         total = sum(map(len, chunks))
@@ -133,13 +145,29 @@ class CacheMachine(RuleBasedStateMachine):
                 first, end = step.cu_seqlens_q[b : b + 2]
                 key[first:end] = self.key_of(self.tokens[seq] + chunk, layer)[lengths[b] :]
             step.append(layer, self.put(key), self.put(-key))
-        for b, (seq, chunk) in enumerate(zip(ids, chunks, strict=True)):
-            if step.ok[b]:
-                assert step.seq_lens[b] == lengths[b] + len(chunk)
-                self.tokens[seq] = self.tokens[seq] + chunk
-            else:
-                assert step.seq_lens[b] == 0
-        self.cache.end_step(step, [t for chunk in chunks for t in chunk] if publish else None)
+        assert step.seq_lens.tolist() == [
+            length + len(chunk) if ok else 0 for length, chunk, ok in zip(lengths, chunks, step.ok, strict=True)
+        ]
+        return step
+
+    @precondition(lambda self: self.tokens and len(self.steps) < 3)
+    @rule(data=st.data())
+    def begin_and_leave_open(self, data):
+        ids = self.some(data)
+        chunks = [[1] * data.draw(st.sampled_from([0, 1, 9, 100, 300])) for _ in ids]
+        step = self.begin(ids, chunks)
+        self.steps.append((step, ids, chunks, {seq: self.tokens.pop(seq) for seq, _ in self.taken(step, ids, chunks)}))
+
+    @precondition(lambda self: self.steps)
+    @rule(data=st.data(), end=st.booleans())
+    def end_one(self, data, end):
+        step, ids, chunks, held = self.steps.pop(data.draw(st.integers(0, len(self.steps) - 1)))
+        if end:
+            self.cache.end_step(step, [t for chunk in chunks for t in chunk])
+            held = {seq: held[seq] + chunk for seq, chunk in zip(ids, chunks, strict=True) if seq in held}
+        else:
+            self.cache.abort_step(step)
+        self.tokens |= held
 
     @precondition(lambda self: len(self.tokens) < 8)
     @rule(data=st.data(), count=st.integers(1, 2))
@@ -154,7 +182,11 @@ class CacheMachine(RuleBasedStateMachine):
             ids, cached = self.cache.open(prompts)
         except CacheFullError:
             assert (
-                len(self.tokens) + len(self.preempted) + sum(len(held) for _, held in self.leases) + count
+                len(self.tokens)
+                + len(self.preempted)
+                + sum(len(held) for _, held in self.leases)
+                + sum(len(held) for *_, held in self.steps)
+                + count
                 > self.cache.config.max_seqs
             )
             return
@@ -273,7 +305,7 @@ class CacheMachine(RuleBasedStateMachine):
         else:
             lease.abort()
 
-    @precondition(lambda self: not self.leases)
+    @precondition(lambda self: not self.leases and not self.steps)
     @rule()
     def snapshot(self):
         self.cache = KVCache.from_snapshot(self.cache.config, self.cache.snapshot())
@@ -281,11 +313,14 @@ class CacheMachine(RuleBasedStateMachine):
     @invariant()
     def reads_are_right(self):
         self.cache.check_integrity()
+        for step, ids, _, held in self.steps:
+            for b, seq in enumerate(ids):
+                if seq in held:
+                    self.compare_all(step.block_table[b], held[seq])
         ids = sorted(self.tokens)
         if not ids:
             return
         with self.cache.begin_step(ids, 0) as step:
-            readers = [self.reader(layer) for layer in range(NUM_LAYERS)]
             for b, seq in enumerate(ids):
                 tokens = self.tokens[seq]
                 assert step.ok[b]
@@ -295,15 +330,22 @@ class CacheMachine(RuleBasedStateMachine):
                 assert (
                     starts.tolist() == np.concatenate([[0], np.cumsum(sizes[sizes > 0])[:-1]])[: len(starts)].tolist()
                 )
-                for layer, read in enumerate(readers):
-                    for held, sign in zip(read(step.block_table[b]), (1, -1), strict=True):
-                        self.compare(held[: len(tokens)] * sign, self.key_of(tokens, layer))
+                self.compare_all(step.block_table[b], tokens)
+
+    def compare_all(self, entries, tokens):
+        """The keys and values behind a row of a block table are those of the tokens."""
+        for layer in range(NUM_LAYERS):
+            for held, sign in zip(self.reader(layer)(entries), (1, -1), strict=True):
+                self.compare(held[: len(tokens)] * sign, self.key_of(tokens, layer))
 
     def teardown(self):
         if not hasattr(self, "cache"):
             return
         for lease, _ in self.leases:
             lease.abort()
+        for step, _, _, held in self.steps:
+            self.cache.abort_step(step)
+            self.tokens |= held
         self.cache.close([*self.tokens, *self.preempted])
         self.cache.check_integrity()
         stats = self.cache.stats()

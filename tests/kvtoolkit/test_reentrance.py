@@ -77,7 +77,7 @@ def test_what_only_lets_go_inside_another_call_is_done_at_its_end(world, name):
 
 
 def test_signal_handlers_may_close_sequences():
-    cache, victims, rounds = make(num_tokens=4096, growth="append"), [], 0
+    cache, victims, rounds = make(num_tokens=4096, growth="append", max_seqs=128), [], 0
 
     def close_one(*_):
         if victims:

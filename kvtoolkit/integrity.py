@@ -1,0 +1,183 @@
+"""Everything that must hold in a cache, checked; one pass over rows, index and granules."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from allocators import BlockAllocator
+from allocators._jit import jit
+from allocators.protocol import require
+from kvtoolkit.device_pool import DevicePool
+from kvtoolkit.prefix import ROOT_UID, Granules, Int32Array, tier_of
+from kvtoolkit.rows import CAPACITY, CLOSED, LENGTH, NUM_ENTRIES, PREEMPTED, STATE, Rows
+from kvtoolkit.tables import MAX_BLOCK_GRANULES, TIER_HOT, entry_granule, entry_length, entry_tier
+from kvtoolkit.tier_config import TIER_NAMES
+
+if TYPE_CHECKING:
+    from kvtoolkit.pool import Pool
+    from kvtoolkit.sequences import Sequences
+
+_FAULTS = (
+    "",
+    "has another number of entries than its table has room for",
+    "has an empty entry among its entries",
+    "has wrong block_starts",
+    "has an entry that names another tier, or no granule of it",
+    "holds a part of a quantized tile",
+    "holds a granule twice",
+    "has an entry beyond its last",
+    "claims another number of granules than its entries hold",
+    "is closed or preempted and still holds memory",
+    "has more tokens than its granules",
+    "will write a quantized tile",
+    "shares a granule that it will write",
+    "will write a granule that can be found",
+)
+
+
+def check(sequences: "Sequences") -> None:
+    """See `KVCache.check_integrity`; the caller holds the lock."""
+    table, pool = sequences.rows, sequences.pool
+    require_rows(table, pool)
+    require_index(pool)
+    for tier, allocator in enumerate(pool.allocators):
+        if allocator is not None:
+            _require_tier(pool, tier, allocator)
+    states = table.info[:, STATE]
+    require(
+        np.array_equal(np.sort(sequences.closed_rows), np.flatnonzero(states == CLOSED)),
+        "cache: the list of closed rows is wrong",
+    )
+    require(
+        sorted(sequences.preempted) == np.flatnonzero(states == PREEMPTED).tolist(),
+        "cache: what is kept of preempted sequences does not match their rows",
+    )
+
+
+def require_rows(table: Rows, pool: "Pool") -> None:
+    """IntegrityError unless rows are well formed and reference counts are the number of rows that hold a granule."""
+    require_well_formed(table, pool)
+    counted = np.zeros(pool.num_granules, np.int32)
+    _count(table, counted)
+    require(
+        np.array_equal(counted, pool.granules.refs), "cache: refs are not the number of rows that hold each granule"
+    )
+    fault, row = _check_tails(table, pool.granules)
+    require(not fault, f"cache: row {row} {_FAULTS[fault]}")
+
+
+def require_well_formed(table: Rows, pool: "Pool") -> None:
+    """IntegrityError unless every row names granules that exist, each once, as its figures say."""
+    ends = np.array([*pool.first[1:], pool.num_granules], np.int32)
+    fault, row = _check_rows(table, pool.granules, ends, np.full(pool.num_granules, -1, np.int32))
+    require(not fault, f"cache: row {row} {_FAULTS[fault]}")
+
+
+def require_index(pool: "Pool") -> None:
+    """IntegrityError unless index and granules know each other, and every node its parent."""
+    nodes, granules = pool.nodes, pool.granules
+    used = np.flatnonzero(nodes.uid)
+    require(len(np.unique(nodes.granule[used])) == len(used), "cache: two index nodes hold the same granule")
+    require(np.array_equal(granules.node[nodes.granule[used]], used), "cache: a granule does not know its node")
+    require(int((granules.node >= 0).sum()) == len(used), "cache: a granule knows a node that is not in use")
+    parents = nodes.parent[used]
+    has_parent = parents >= 0
+    expected_uid = np.where(has_parent, nodes.uid[parents], ROOT_UID)
+    expected_depth = np.where(has_parent, nodes.depth[parents] + 1, 0)
+    lost = used[(nodes.parent_uid[used] != expected_uid) | (nodes.depth[used] != expected_depth)]
+    require(not len(lost), f"cache: node {lost[:1]} has lost its parent")
+
+
+def _require_tier(pool: "Pool", tier: int, allocator: BlockAllocator) -> None:
+    """What is held and cached in one tier is what its allocator has granted."""
+    allocator.check_integrity()
+    own, name = slice(pool.first[tier], pool.first[tier] + allocator.num_granules), TIER_NAMES[tier]
+    refs, node = pool.granules.refs[own], pool.granules.node[own]
+    cached, counted = int(((refs == 0) & (node >= 0)).sum()), int(pool.granules.cached[tier])
+    require(cached == counted, f"cache: {counted} {name} granules counted as cached, found {cached}")
+    owned = (refs > 0) | (node >= 0)
+    if tier == TIER_HOT:
+        for start in pool.kept_back:
+            require(
+                not owned[start : start + MAX_BLOCK_GRANULES].any(), f"cache: block {start} is kept back and in use"
+            )
+            owned[start : start + MAX_BLOCK_GRANULES] = True
+    left = pool.ledger.left - pool.first[tier]
+    owned[left[(left >= 0) & (left < len(owned))]] = True
+    granted, callers = pool.ledger.granted[own], pool.ledger.callers[own]
+    require(np.array_equal(granted, owned), f"cache: not all {name} granules granted are held, cached or kept back")
+    require(not (granted & callers).any(), f"cache: a caller holds a {name} granule of the cache")
+    known, live = int(np.count_nonzero(granted | callers)), allocator.stats().num_live
+    # of a pool on a device kernels may hold blocks that nobody here knows
+    may_hold_more = isinstance(allocator, DevicePool) or bool(pool.ledger.unresolved)
+    is_enough = known <= live if may_hold_more else known == live
+    require(is_enough, f"cache: {known} {name} granules held, cached, kept back or a caller's, {live} live in the pool")
+
+
+@jit
+def _check_rows(rows: Rows, granules: Granules, ends: Int32Array, seen: Int32Array) -> Any:
+    """``(fault, row)`` of the first row that is not well formed, or ``(0, 0)``; ``seen`` is -1 everywhere."""
+    for row in range(len(rows.info)):
+        count, expected, quantized_end = rows.info[row, NUM_ENTRIES], 0, 0
+        if count < 0 or count > rows.entries.shape[1]:
+            return 1, row
+        for e in range(count):
+            entry = rows.entries[row, e]
+            if entry < 0:
+                return 2, row
+            if rows.starts[row, e] != expected:
+                return 3, row
+            granule, length, tier = entry_granule(entry), entry_length(entry), entry_tier(entry)
+            if tier > 2 or granule + length > ends[2] or tier_of(granules, granule) != tier:
+                return 4, row
+            if granule + length > ends[tier]:
+                return 4, row
+            if tier > 0 and (length != 8 or granule & 7 != 0 or expected & 7 != 0):
+                return 5, row
+            for i in range(length):
+                if seen[granule + i] == row:
+                    return 6, row
+                seen[granule + i] = row
+            expected += length
+            if tier > 0:
+                quantized_end = expected
+        for e in range(count, rows.entries.shape[1]):
+            if rows.entries[row, e] != -1:
+                return 7, row
+        if rows.info[row, CAPACITY] != expected:
+            return 8, row
+        state, length = rows.info[row, STATE], rows.info[row, LENGTH]
+        if state in (CLOSED, PREEMPTED):
+            if count > 0:
+                return 9, row
+        elif length < 0 or length > 8 * expected:
+            return 10, row
+        elif 8 * quantized_end > length:
+            return 11, row
+    return 0, 0
+
+
+@jit
+def _count(rows: Rows, counted: Int32Array) -> None:
+    for row in range(len(rows.info)):
+        for e in range(rows.info[row, NUM_ENTRIES]):
+            entry = rows.entries[row, e]
+            for i in range(entry_length(entry)):
+                counted[entry_granule(entry) + i] += 1
+
+
+@jit
+def _check_tails(rows: Rows, granules: Granules) -> Any:
+    """``(fault, row)`` of the first well-formed row that would write what it may not write, or ``(0, 0)``."""
+    for row in range(len(rows.info)):
+        for e in range(rows.info[row, NUM_ENTRIES] - 1, -1, -1):
+            entry, first = rows.entries[row, e], rows.starts[row, e]
+            if first + entry_length(entry) <= rows.info[row, LENGTH] >> 3:
+                break
+            for i in range(entry_length(entry)):
+                if first + i >= rows.info[row, LENGTH] >> 3:
+                    if granules.refs[entry_granule(entry) + i] != 1:
+                        return 12, row
+                    if granules.node[entry_granule(entry) + i] >= 0:
+                        return 13, row
+    return 0, 0
