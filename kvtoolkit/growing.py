@@ -88,7 +88,9 @@ class Grower:
         except BaseException:
             pool.free_runs(runs)
             raise
-        if more is not None and sequences.attach(row, runs + more):
-            return
+        if more is not None:
+            pool.require_free(runs + more)
+            if sequences.attach(row, runs + more):
+                return
         arrays.status[b] = OUT_OF_BLOCKS if more is None else ROW_FULL
         pool.free_runs(runs + (more or []))

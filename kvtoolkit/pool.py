@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from allocators import BlockAllocator, InvalidSizeError, create, find
+from allocators import BlockAllocator, InvalidSizeError, UnknownAllocatorError, create, find
 from kvtoolkit.config import CacheConfig
 from kvtoolkit.errors import CacheFullError, ConfigError
 from kvtoolkit.eviction import eviction_policy
+from kvtoolkit.grants import grant, require_allocator, require_free
 from kvtoolkit.prefix import Evictor, Int32Array, make_granules, make_nodes
 from kvtoolkit.rows import coalesce
 from kvtoolkit.tables import MAX_BLOCK_GRANULES, TIER_HOT
@@ -54,9 +55,13 @@ def _make_allocator(name: str, num_granules: int, options: dict[str, Any], devic
     if device is not None and _takes_device(name):
         options = {"device": device, **options}
     try:
-        return create(name, num_granules, **options)
+        allocator = create(name, num_granules, **options)
     except InvalidSizeError as error:
         raise ConfigError(f"allocator_options: {error}") from error
+    except UnknownAllocatorError as error:
+        raise ConfigError(str(error)) from error
+    require_allocator(allocator, num_granules, options["block_sizes"])
+    return allocator
 
 
 def _quantized_allocators(config: CacheConfig, device: int | None) -> list[BlockAllocator | None]:
@@ -139,13 +144,7 @@ class Pool:
 
     def allocate_some(self, sizes: ArrayLike) -> Int32Array:
         """Hot blocks in the order asked for, -1 from the first that does not fit."""
-        starts = self.allocator.allocate(sizes, partial=True)
-        if not (isinstance(starts, np.ndarray) and starts.dtype == np.int32 and starts.shape == np.shape(sizes)):
-            raise ConfigError(
-                f"allocator: expected {type(self.allocator).__name__}.allocate to return [{np.size(sizes)}] int32 "
-                f"starts, got {starts!r:.80}"
-            )
-        return starts
+        return grant(self.allocator, sizes, self.granules, TIER_HOT)
 
     def allocate_tails(self, count: int, what: str) -> tuple[Int32Array, Int32Array]:
         """``count`` blocks of at least a granule, evicting if need be; ``(starts, sizes)``, or CacheFullError."""
@@ -166,6 +165,7 @@ class Pool:
         except BaseException:
             self.free_runs(list(zip(starts[:first].tolist(), sizes[:first].tolist(), strict=True)))
             raise
+        require_free(self.allocator, starts, sizes, self.granules, TIER_HOT)
         return starts, sizes
 
     def fit(self, needed: int) -> Runs | None:
@@ -189,6 +189,7 @@ class Pool:
         except BaseException:
             self.free_runs(runs)
             raise
+        self.require_free(runs)
         return runs
 
     def _eviction_may_help(self) -> bool:
@@ -253,7 +254,7 @@ class Pool:
         """A free block of 64 tokens of a quantized tier; its first granule, or -1."""
         allocator = self.allocators[tier]
         assert allocator is not None
-        start = int(allocator.allocate([MAX_BLOCK_GRANULES], partial=True)[0])
+        start = int(grant(allocator, [MAX_BLOCK_GRANULES], self.granules, tier)[0])
         return -1 if start < 0 else self.first[tier] + start
 
     def allocate_block(self, tier: int) -> int:
@@ -268,6 +269,8 @@ class Pool:
         """Up to ``wanted`` blocks of 64 tokens to merge into: fresh ones, then those kept back. Never evicts."""
         fresh = self.allocate_some(np.full(wanted, MAX_BLOCK_GRANULES, np.int32))
         targets = fresh[fresh >= 0].tolist()
+        if len(targets) < wanted and self.kept_back:
+            self.require_free([(start, MAX_BLOCK_GRANULES) for start in self.kept_back])
         while len(targets) < wanted and self.kept_back:
             targets.append(self.kept_back.pop())
         return np.array(targets, np.int32)
@@ -283,6 +286,13 @@ class Pool:
         """Free what is kept back, when the last blocks are needed; returns whether there was any."""
         if not self.kept_back:
             return False
-        self.free_runs([(start, MAX_BLOCK_GRANULES) for start in self.kept_back])
+        runs = [(start, MAX_BLOCK_GRANULES) for start in self.kept_back]
+        self.require_free(runs)
+        self.free_runs(runs)
         self.kept_back = []
         return True
+
+    def require_free(self, runs: Runs) -> None:
+        """ConfigError unless hot blocks from several calls of the allocator are free and disjoint, see `grant`."""
+        starts, sizes = np.array(runs, np.int32).reshape(-1, 2).T.copy()
+        require_free(self.allocator, starts, sizes, self.granules, TIER_HOT)

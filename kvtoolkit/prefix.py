@@ -164,6 +164,11 @@ class Evictor:
                 f"eviction: expected {type(self._policy).__name__}.score to return [{len(figures.depth)}] numbers, "
                 f"got {scores!r:.80}"
             )
+        if np.isnan(array).any():  # it has no place in an order, so what is evicted would be a matter of chance
+            raise ConfigError(
+                f"eviction: expected {type(self._policy).__name__}.score to return [{len(array)}] numbers without NaN, "
+                f"got {int(np.isnan(array).sum())} NaN"
+            )
         return array
 
 
