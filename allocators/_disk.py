@@ -19,6 +19,7 @@ from pathlib import Path
 
 MAGIC = b"kvtoolkit entry 1\n"
 _HEAD = len(MAGIC) + 64 + 1
+SUFFIX = ".entry"
 _TEMPORARY = ".tmp"
 _STALE_S = 3600.0
 """Age at which a temporary file belongs to nobody any more."""
@@ -158,13 +159,11 @@ class Survey:
 
 
 def survey(folder: Path) -> Survey:
-    """Read every entry of a folder; changes nothing."""
+    """Read every entry of a folder; changes nothing. Other files, as of earlier releases, are not looked at."""
     num_sound, nbytes = 0, 0
     damaged: list[Path] = []
     foreign: list[Path] = []
-    for path in sorted(folder.iterdir()):
-        if path.suffix == _TEMPORARY:
-            continue
+    for path in sorted(folder.glob(f"*{SUFFIX}")):
         try:
             data = _read_own(path)
         except OSError:

@@ -27,7 +27,7 @@ from numba import njit
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
 from numba.core.serialize import dumps
 
-from allocators._disk import find_place, read_entry, write_entry
+from allocators._disk import SUFFIX, find_place, read_entry, write_entry
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -82,8 +82,14 @@ def _imported_sources(path: str) -> set[str]:
         if current in seen:
             continue
         seen.add(current)
-        waiting += [found for name in _imported_modules(current) if (found := _origin(name)) is not None]
+        waiting += _direct_imports(current)
     return seen
+
+
+@functools.cache
+def _direct_imports(path: str) -> tuple[str, ...]:
+    """Our files that one file imports. Kept, because files that import each other would be parsed once for each."""
+    return tuple(found for name in _imported_modules(path) if (found := _origin(name)) is not None)
 
 
 def _imported_modules(path: str) -> list[str]:
@@ -166,8 +172,13 @@ class _Entries:
 
     def _read(self) -> dict[Any, bytes]:
         payload = read_entry(self._path)
-        found: dict[Any, bytes] = {} if payload is None else pickle.loads(payload)
-        return found
+        if payload is None:
+            return {}
+        try:
+            found = pickle.loads(payload)
+        except Exception:  # whole, and yet of no use to this Numba
+            return {}
+        return found if isinstance(found, dict) else {}
 
 
 class _Cache(FunctionCache):  # type: ignore[misc]
@@ -175,12 +186,12 @@ class _Cache(FunctionCache):  # type: ignore[misc]
 
     def __init__(self, py_func: Any) -> None:
         super().__init__(py_func)
-        self._cache_file = _Entries(Path(self._cache_path) / f"{self._impl.filename_base}.entry")
+        self._cache_file = _Entries(Path(self._cache_path) / f"{self._impl.filename_base}{SUFFIX}")
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
             return super().load_overload(sig, target_context)
-        except Exception:  # whole, and yet of no use to this Numba: compile
+        except Exception:  # as there
             return None
 
     def save_overload(self, sig: Any, data: Any) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from allocators._disk import read_entry, write_entry
+from allocators._disk import SUFFIX, read_entry, write_entry
 from allocators._jit import cache_folder
 from kvtoolkit.runtime import toolchain
 from kvtoolkit.sources import source_folder
@@ -72,7 +72,7 @@ def build(source: str, defines: Mapping[str, int], arch: str, *, announce: bool 
     options = (*toolchain.options(), f"-arch=sm_{arch}", *(f"-D{name}={value}" for name, value in defines.items()))
     key = _key(source, text, headers, options)
     folder = cache_folder("cubin")
-    path = None if folder is None else folder / f"{Path(source).stem}-sm{arch}-{key[:32]}.cubin"
+    path = None if folder is None else folder / f"{Path(source).stem}-sm{arch}-{key[:32]}{SUFFIX}"
     if path is not None and (found := _load(path)) is not None:
         return found
     if announce and not os.environ.get("KVTOOLKIT_QUIET"):

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from allocators import _disk
 from kvtoolkit import cli, doctor
 
 
@@ -31,6 +32,54 @@ def test_doctor_survives_a_package_that_cannot_be_imported(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "_torch", broken)
     assert doctor.report() == 1
     assert "OSError: libcudart.so" in capsys.readouterr().out
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    """The folders of compiled code, each with one sound entry."""
+    for kind in ("numba", "cubin"):
+        (tmp_path / kind).mkdir()
+        _disk.write_entry(tmp_path / kind / "sound.entry", b"code")
+    monkeypatch.setattr(_disk, "find_place", lambda kind: _disk.Place(tmp_path / kind))
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", ["numba", "cubin"])
+def test_doctor_tells_a_damaged_and_a_foreign_cache_from_a_sound_one(places, kind):
+    sound = doctor._kernel_cache()
+    assert (sound.state, sound.advice) == (doctor.OK, "")
+    assert f"{places / 'numba'} and cubin beside it, 2 entries" in sound.detail
+    bad = places / kind / "bad.entry"
+    bad.write_bytes(b"half of an ent")
+    found = doctor._kernel_cache()
+    assert (found.state, found.detail) == (doctor.BROKEN, f"{bad} is damaged; compiled again when needed")
+    bad.chmod(0o666)
+    (places / kind / "worse.entry").symlink_to(bad)
+    found = doctor._kernel_cache()
+    assert (found.state, found.detail) == (doctor.BROKEN, f"{bad} is foreign and 1 more; compiled again when needed")
+
+
+@pytest.mark.parametrize(
+    ("place", "state", "detail"),
+    [
+        (
+            _disk.Place(None, "there is no home folder"),
+            doctor.ABSENT,
+            "there is no home folder: every process compiles",
+        ),
+        (
+            _disk.Place(None, "/x can be written by others", True),
+            doctor.BROKEN,
+            "others could put code there: /x can be",
+        ),
+    ],
+)
+def test_doctor_says_why_there_is_no_cache(monkeypatch, place, state, detail):
+    monkeypatch.setattr(_disk, "find_place", lambda kind: place)
+    found = doctor._kernel_cache()
+    assert found.state == state
+    assert detail in found.detail
+    assert "KVTOOLKIT_CACHE_DIR" in found.advice
 
 
 def test_doctor_reports_an_old_transformers(monkeypatch):
