@@ -2,11 +2,14 @@
 
 import json
 import sys
+import types
 
 import pytest
 
 from allocators import _disk
-from kvtoolkit import cli, doctor
+from kvtoolkit import ConfigError, cli, doctor
+from kvtoolkit.bench import peers
+from kvtoolkit.bench.attention_cases import SHAPES
 
 
 def test_doctor_finds_the_cpu_backend_working(capsys):
@@ -131,3 +134,46 @@ def test_help_of_a_command_is_its_own(capsys):
         cli.main(["bench", "host", "--help"])
     assert end.value.code == 0
     assert "--context" in capsys.readouterr().out
+
+
+class Refusing:
+    """Stands in for FlashInfer's wrapper: one of its backends has no kernel for the shape."""
+
+    def __init__(self, workspace, layout, *, use_tensor_cores, backend):
+        self.name = ("fa2" if use_tensor_cores else "cuda cores") if backend in ("auto", "fa2") else backend
+
+    def plan(self, *arguments, **options):
+        if self.name == self.refused:
+            raise ValueError(f"{self.name} has no kernel for this head_dim")
+
+    def run(self, q, storage):
+        return self.name
+
+
+@pytest.mark.parametrize("refused", ["cuda cores", "fa2", "cudnn"])
+def test_a_kernel_of_a_peer_that_refuses_a_shape_does_not_hide_the_others(refused, monkeypatch, capsys):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
+    monkeypatch.setattr(torch, "tensor", lambda data, dtype=None, device=None: torch.as_tensor(data, dtype=dtype))
+    monkeypatch.setattr(peers, "_scratch", lambda: None)
+    wrapper = type("Wrapper", (Refusing,), {"refused": refused})
+    module = types.SimpleNamespace(BatchDecodeWithPagedKVCacheWrapper=wrapper)
+    monkeypatch.setitem(sys.modules, "flashinfer", module)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)  # not installed
+    case = types.SimpleNamespace(
+        shape=SHAPES["b1_1k"], counts=[64], block_size=16, layout="HND", num_sets=2, indices=[0, 1], tables=[0, 1],
+        q=None, storage=None,
+    )  # fmt: skip
+    made = peers.peers_of(case, ["fa3", "flashinfer"])
+    names = ["cuda cores", "fa2", "cudnn"]
+    names.remove(refused)
+    assert [one.name for one in made] == [f"FlashInfer {name}" for name in names]
+    assert [[call() for call in one.calls] for one in made] == [[name] * 2 for name in names]
+    out = capsys.readouterr().out
+    assert f"FlashInfer {refused:<13}ValueError: {refused} has no kernel" in out
+    assert "FA3, scheduled" in out
+
+
+def test_an_unknown_peer_is_named():
+    with pytest.raises(ConfigError, match="--peer: expected some of flashinfer, xqa, xqa-fp8, fa3, got 'fa4'"):
+        peers.peers_of(types.SimpleNamespace(shape=SHAPES["b1_1k"]), ["flashinfer", "fa4"])
