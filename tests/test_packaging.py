@@ -4,8 +4,8 @@ import configparser
 import os
 import subprocess
 import sys
-import warnings
 import tarfile
+import warnings
 import zipfile
 from pathlib import Path
 
