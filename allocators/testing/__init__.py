@@ -14,7 +14,7 @@ The promises by name, as in `ConformanceFailure.invariant`:
     proper use is granted                  no error where there is nothing wrong
     only AllocatorErrors                   and no other exceptions
     canaries                               what a live block holds is never overwritten
-    recovery                               with all freed the pool grants what a fresh one can; if deterministic, is equal
+    recovery                               with all freed the pool grants what a fresh one can
     order independence                     the order of frees does not matter for what is free
     truthful figures                       largest_free and free_blocks are what can be granted
     snapshot and restore                   a restored pool has the figures of the moment, and goes on

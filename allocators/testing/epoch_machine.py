@@ -292,7 +292,7 @@ class EpochMachine(AllocatorMachine):
 
     def fingerprint(self) -> dict[str, Any]:
         pool = self.pool
-        more = {"epoch": pool.epoch, "num_in_limbo": pool.num_in_limbo, "num_leased": pool.num_leased}
+        more: dict[str, Any] = {"epoch": pool.epoch, "num_in_limbo": pool.num_in_limbo, "num_leased": pool.num_leased}
         if self.is_deterministic and not self.futures:
             more["epoch snapshot"] = pool.snapshot()
         return {**super().fingerprint(), **more}

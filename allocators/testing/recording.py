@@ -122,7 +122,7 @@ def recorded_rule(**strategies: Any) -> Callable[[Callable[..., None]], Any]:
 
 def recorded_invariant() -> Callable[[Callable[..., None]], Any]:
     """As Hypothesis' ``invariant``, likewise."""
-    return lambda function: invariant()(_recorded(function))
+    return lambda function: invariant()(_recorded(function))  # type: ignore[no-untyped-call]
 
 
 def _recorded(function: Callable[..., None]) -> Callable[..., None]:
@@ -138,8 +138,8 @@ def _recorded(function: Callable[..., None]) -> Callable[..., None]:
             raise
         except (Exception, SystemExit) as error:  # of a call that the machine makes besides those it draws
             promise = "proper use is granted" if isinstance(error, AllocatorError) else "only AllocatorErrors"
-            failure = ConformanceFailure(promise, f"{type(error).__name__}: {error}")
-            machine.recorder.failed(failure)
-            raise failure from error
+            broken = ConformanceFailure(promise, f"{type(error).__name__}: {error}")
+            machine.recorder.failed(broken)
+            raise broken from error
 
     return run
