@@ -177,3 +177,12 @@ def test_a_kernel_of_a_peer_that_refuses_a_shape_does_not_hide_the_others(refuse
 def test_an_unknown_peer_is_named():
     with pytest.raises(ConfigError, match="--peer: expected some of flashinfer, xqa, xqa-fp8, fa3, got 'fa4'"):
         peers.peers_of(types.SimpleNamespace(shape=SHAPES["b1_1k"]), ["flashinfer", "fa4"])
+
+
+@pytest.mark.parametrize("command", [["fuzz", "--seconds", "0"], ["bench", "host", "--allocator"]])
+def test_an_allocator_in_the_current_folder_is_found_by_every_command(command, tmp_path, monkeypatch, capsys):
+    (tmp_path / "pool_of_mine.py").write_text("NoClass = 7\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
+    assert cli.main([*command, *([] if "--allocator" in command else ["--allocator"]), "pool_of_mine:NoClass"]) == 2
+    assert "expected 'pool_of_mine:NoClass' to be a class, got int" in capsys.readouterr().err
