@@ -117,12 +117,12 @@ def brief(outcome: Any) -> str:
 
 def recorded_rule(**strategies: Any) -> Callable[[Callable[..., None]], Any]:
     """As Hypothesis' ``rule``, for a machine with a ``recorder``."""
-    return lambda function: rule(**strategies)(_recorded(function))
+    return lambda function: rule(**strategies)(_recorded(function))  # type: ignore[no-untyped-call]
 
 
 def recorded_invariant() -> Callable[[Callable[..., None]], Any]:
     """As Hypothesis' ``invariant``, likewise."""
-    return lambda function: invariant()(_recorded(function))  # type: ignore[no-untyped-call]
+    return lambda function: invariant()(_recorded(function))
 
 
 def _recorded(function: Callable[..., None]) -> Callable[..., None]:
