@@ -1,8 +1,9 @@
-"""One way to compile with Numba: `jit`, whose disk cache sees edits in callees and never needs a writable place.
+"""One way to compile with Numba: `jit`, whose disk cache sees edits in callees and never stops a program.
 
 Numba's own ``cache=True`` stamps only the file of the compiled function, so an edit in a callee of another file goes
-unseen, and it raises at import where no folder is writable. Here the stamp covers every file of this project that the
-function's module imports, directly or not, and where nothing is writable there is simply no cache.
+unseen; it raises at import where no folder is writable, and unpickles whatever it finds, whole or not. Here the stamp
+covers every file of this project that the function's module imports, directly or not, entries are checked before they
+are used (`allocators._disk`), and where there is no place for them there is simply no cache.
 
 The folder is ``$KVTOOLKIT_CACHE_DIR/numba``, by default ``~/.cache/kvtoolkit/numba``; ``KVTOOLKIT_CACHE_DIR=off``
 turns the cache off.
@@ -13,14 +14,20 @@ import contextlib
 import functools
 import hashlib
 import importlib.util
-import os
-import tempfile
+import inspect
+import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import llvmlite
+import numba
 from numba import njit
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
+from numba.core.serialize import dumps
+
+from allocators._disk import SUFFIX, find_place, read_entry, write_entry
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -46,27 +53,16 @@ def jit_fastmath(function: F) -> F:
 
 def _with_cache(dispatcher: Any, function: F) -> F:
     if cache_folder() is not None:
-        # no place to write, or no source to stamp: compile in each process instead
+        # no source to stamp: compile in each process instead
         with contextlib.suppress(OSError, RuntimeError):
             dispatcher._cache = _Cache(function)
     compiled: F = dispatcher
     return compiled
 
 
-@functools.cache
 def cache_folder(kind: str = "numba") -> Path | None:
-    """The folder that compiled functions of a kind are kept in, or None where none is writable."""
-    chosen = os.environ.get("KVTOOLKIT_CACHE_DIR", "")
-    if chosen.lower() == "off":
-        return None
-    base = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kvtoolkit"
-    folder = base / kind
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError:
-        return None
+    """The folder that compiled functions of a kind are kept in; None where there is none that can be used."""
+    return find_place(kind).folder
 
 
 @functools.cache
@@ -86,8 +82,14 @@ def _imported_sources(path: str) -> set[str]:
         if current in seen:
             continue
         seen.add(current)
-        waiting += [found for name in _imported_modules(current) if (found := _origin(name)) is not None]
+        waiting += _direct_imports(current)
     return seen
+
+
+@functools.cache
+def _direct_imports(path: str) -> tuple[str, ...]:
+    """Our files that one file imports. Kept, because files that import each other would be parsed once for each."""
+    return tuple(found for name in _imported_modules(path) if (found := _origin(name)) is not None)
 
 
 def _imported_modules(path: str) -> list[str]:
@@ -117,10 +119,15 @@ class _Locator(_CacheLocator):  # type: ignore[misc]
     def __init__(self, py_func: Any, py_file: str) -> None:
         folder = cache_folder()
         if folder is None:
-            raise RuntimeError("no cache folder is writable")
+            raise RuntimeError("no cache folder can be used")
+        self._py_file = py_file
         self._path = str(folder)
-        self._stamp = source_stamp(py_file)
+        versions = f"{numba.__version__} {llvmlite.__version__}"
+        self._stamp = hashlib.sha256(f"{source_stamp(py_file)} {versions}".encode()).hexdigest()
         self._first_line = py_func.__code__.co_firstlineno
+
+    def ensure_cache_path(self) -> None:
+        """Nothing to do: a folder that is gone is made again by the next process, which checks it."""
 
     def get_cache_path(self) -> str:
         return self._path
@@ -138,8 +145,55 @@ class _Locator(_CacheLocator):  # type: ignore[misc]
 
 
 class _CacheImpl(CompileResultCacheImpl):  # type: ignore[misc]
-    _locator_classes = (_Locator,)
+    def __init__(self, py_func: Any) -> None:
+        # not the base's: NUMBA_CACHE_LOCATOR_CLASSES could name another place there, which nobody has checked
+        py_file = inspect.getfile(py_func)
+        self._lineno = py_func.__code__.co_firstlineno
+        self._locator = _Locator(py_func, py_file)
+        self._filename_base = self.get_filename_base(f"{Path(py_file).stem}.{py_func.__qualname__}", sys.abiflags)
+
+
+class _Entries:
+    """The overloads of one function, in one entry: a pickled dict from Numba's key to the pickled result."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def load(self, key: Any) -> Any:
+        data = self._read().get(key)
+        return None if data is None else pickle.loads(data)
+
+    def save(self, key: Any, data: Any) -> None:
+        write_entry(self._path, dumps({**self._read(), key: dumps(data)}))
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._path.unlink(missing_ok=True)
+
+    def _read(self) -> dict[Any, bytes]:
+        payload = read_entry(self._path)
+        if payload is None:
+            return {}
+        try:
+            found = pickle.loads(payload)
+        except Exception:  # whole, and yet of no use to this Numba
+            return {}
+        return found if isinstance(found, dict) else {}
 
 
 class _Cache(FunctionCache):  # type: ignore[misc]
     _impl_class = _CacheImpl
+
+    def __init__(self, py_func: Any) -> None:
+        super().__init__(py_func)
+        self._cache_file = _Entries(Path(self._cache_path) / f"{self._impl.filename_base}{SUFFIX}")
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:  # as there
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        with contextlib.suppress(OSError, pickle.PickleError):
+            super().save_overload(sig, data)

@@ -1,10 +1,10 @@
 """Find an allocator by name, by entry point, or by ``"package.module:Class"``, and make one."""
 
-import importlib
 import importlib.metadata
 from collections.abc import Callable
 from typing import Any
 
+from allocators._plugins import PluginError, load_class, load_entry_point, require_methods
 from allocators.buddy import BuddyAllocator
 from allocators.errors import InvalidSizeError, UnknownAllocatorError
 from allocators.lockfree import LockFreeAllocator
@@ -13,6 +13,10 @@ from allocators.protocol import BlockAllocator
 from allocators.slab import SlabAllocator
 
 ENTRY_POINT_GROUP = "kvtoolkit.allocators"
+
+METHODS = ("allocate", "free", "stats", "check_integrity", "snapshot", "restore")
+"""What every allocator has; the rest of the protocol may be attributes that are set when one is made."""
+_ATTRIBUTES = ("num_granules", "block_sizes", "num_free", "largest_free")
 
 Factory = type[BlockAllocator] | Callable[..., BlockAllocator]
 """A class, or what makes one: called with ``num_granules`` and keyword options."""
@@ -44,11 +48,22 @@ def find(spec: str | type[BlockAllocator]) -> Factory:
 
     Args:
         spec: a registered name, an entry point of the group ``kvtoolkit.allocators``, ``"package.module:Class"``, or
-            the class itself.
+            the class itself. A path names code: its module is imported.
 
     Raises:
-        UnknownAllocatorError: there is none, or what is found is not callable.
+        UnknownAllocatorError: there is none, or what is found is no allocator: a path must lead to a class, and a class
+            must have the methods of `BlockAllocator`. Nothing has been called.
     """
+    try:
+        found = _find(spec)
+        if isinstance(found, type):
+            require_methods(found, METHODS, repr(spec))
+    except PluginError as error:
+        raise UnknownAllocatorError(f"allocator: {error}") from error
+    return found
+
+
+def _find(spec: str | type[BlockAllocator]) -> Factory:
     if isinstance(spec, type):
         return spec
     if not isinstance(spec, str):
@@ -56,10 +71,10 @@ def find(spec: str | type[BlockAllocator]) -> Factory:
     if spec in _registered:
         return _registered[spec]
     if ":" in spec:
-        return _load_path(spec)
+        return load_class(spec, METHODS)
     for point in _entry_points():
         if point.name == spec:
-            loaded: Factory = point.load()
+            loaded: Factory = load_entry_point(point)
             return loaded
     raise UnknownAllocatorError(
         f"allocator: expected one of {', '.join(names())}, or 'package.module:Class', got {spec!r}"
@@ -70,29 +85,24 @@ def create(spec: str | type[BlockAllocator], num_granules: int, **options: Any) 
     """Make the allocator that ``spec`` names (see `find`) with ``num_granules`` and the options of its class.
 
     Raises:
-        UnknownAllocatorError: there is none of that name.
+        UnknownAllocatorError: there is none of that name, or what it makes is no allocator of this size.
         InvalidSizeError: it takes no such option, or refuses a value.
     """
     cls = find(spec)
+    name = getattr(cls, "__name__", repr(cls))
     try:
-        return cls(num_granules, **options)  # type: ignore[call-arg]
+        made = cls(num_granules, **options)  # type: ignore[call-arg]
     except TypeError as error:
-        raise InvalidSizeError(f"{cls.__name__} does not take these options: {error}") from error
+        raise InvalidSizeError(f"{name} does not take these options: {error}") from error
+    except SystemExit as error:
+        raise UnknownAllocatorError(f"allocator: {name} exits when one is made ({error})") from error
+    lacking = [attribute for attribute in (*METHODS, *_ATTRIBUTES) if not hasattr(made, attribute)]
+    if lacking:
+        raise UnknownAllocatorError(
+            f"allocator: expected {name} to make allocators, got {type(made).__name__} without {', '.join(lacking)}"
+        )
+    return made
 
 
 def _entry_points() -> Any:
     return importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
-
-
-def _load_path(path: str) -> Factory:
-    module_name, _, attribute = path.partition(":")
-    try:
-        found: Any = importlib.import_module(module_name)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except Exception as error:  # whatever a plug-in does when it is imported
-        raise UnknownAllocatorError(f"allocator: {path!r} cannot be imported: {error}") from error
-    if not callable(found):
-        raise UnknownAllocatorError(f"allocator: expected {path!r} to be a class, got {type(found).__name__}")
-    cls: Factory = found
-    return cls

@@ -68,6 +68,8 @@ def _add(commands: Any, name: str, module: str | None, help_text: str) -> None:
 
 
 def _run_module(module: str, prog: str, arguments: Sequence[str]) -> int:
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # where `python -m` finds an allocator of the user's too
     loaded: Any = importlib.import_module(module)
     parser = argparse.ArgumentParser(prog=prog, description=loaded.__doc__.partition("\n")[0])
     loaded.add_arguments(parser)

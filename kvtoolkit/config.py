@@ -16,8 +16,8 @@ from kvtoolkit.errors import ConfigError, UnsupportedError
 from kvtoolkit.eviction import eviction_policy
 from kvtoolkit.fields import require_int, require_known, require_one_of
 from kvtoolkit.formats import check_head_dim
-from kvtoolkit.growth import NAMES as GROWTH_NAMES
-from kvtoolkit.growth import GrowthPolicy, growth_policy
+from kvtoolkit.growth import FIXED, GrowthPolicy, growth_policy
+from kvtoolkit.sizes import require_tables_fit
 from kvtoolkit.tables import MAX_GRANULES
 from kvtoolkit.tier_config import TIER_NAMES, TierConfig
 
@@ -29,6 +29,9 @@ _TOKENS_PER_SUPERBLOCK = 64
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
     """What a `KVCache` is made of. Checked when made; ConfigError says which field, what was expected and what came.
+
+    A configuration names code: the module of ``"package.module:Class"`` is imported when the configuration is made. So
+    read configuration files only from where you would run programs from.
 
     Give either ``num_tokens`` or ``memory``; both are rounded to whole superblocks of 64 tokens (``num_tokens`` up,
     ``memory`` down).
@@ -43,10 +46,13 @@ class CacheConfig:
             ``lockfree``.
         block_sizes: sizes on offer in tokens, of 8, 16, 32, 64. Default: all; of a fixed growth policy, its own; of
             ``paged``, 16.
-        growth: see `kvtoolkit.growth`. Default: ``adaptive``, or the fixed policy of the only block size.
+        growth: see `kvtoolkit.growth`, or a policy registered there. Default: ``adaptive``, or the fixed policy of the
+            only block size.
         prefix_caching: whether full granules become findable by later prompts.
-        eviction: ``lru``, ``lfu``, or ``"package.module:Class"``: which cached prefix goes first when memory is needed.
-        max_seqs: sequences open at once.
+        eviction: ``lru``, ``lfu``, a policy registered in `kvtoolkit.eviction`, or ``"package.module:Class"``: which
+            cached prefix goes first when memory is needed.
+        max_seqs: sequences open at once. Each has a row of ``max_entries`` entries in host memory, where all rows must
+            fit.
         max_seq_len: tokens in one sequence. Default: all of the pool.
         max_entries: entries in one row of the block table; a row that is full stalls. Default: enough for blocks of 8
             tokens.
@@ -141,17 +147,14 @@ class CacheConfig:
                 f"got {8 * self.tier_granules[0]} of {8 * self.num_granules}; raise num_tokens, memory or "
                 "tier_memory['hot'], or lower hot"
             )
+        require_tables_fit(self)
 
     def _settle_sizes(self) -> None:
         """Fill in `block_sizes` and `growth` from each other, and refuse what does not go together."""
         sizes, growth = self.block_sizes, self.growth
-        if growth is not None:
-            require_one_of("growth", growth, GROWTH_NAMES)
+        only_size = growth_policy(growth).only_size if growth is not None else None
         if sizes is None:
-            if growth is not None and growth.startswith("fixed"):
-                sizes = (int(growth.removeprefix("fixed")),)
-            else:
-                sizes = (16,) if self.allocator == "paged" else (8, 16, 32, 64)
+            sizes = (only_size,) if only_size else (16,) if self.allocator == "paged" else (8, 16, 32, 64)
         try:
             sizes = tuple(sorted(set(sizes)))
         except TypeError:
@@ -162,11 +165,14 @@ class CacheConfig:
             raise ConfigError(f"block_sizes: expected one size for the paged allocator, got {sizes}")
         if growth is None:
             growth = f"fixed{sizes[0]}" if len(sizes) == 1 else "adaptive"
-        if growth.startswith("fixed") and int(growth.removeprefix("fixed")) not in sizes:
+        policy = growth_policy(growth)
+        if policy.only_size and policy.only_size not in sizes:
             raise ConfigError(f"growth: expected a fixed size among block_sizes {sizes}, got {growth!r}")
-        if growth in ("append", "lazy_merge") and 8 not in sizes:
-            raise ConfigError(f"growth: {growth!r} needs 8 among block_sizes, got {sizes}")
-        if growth_policy(growth).merges and 64 not in sizes:
+        if policy.rule == FIXED and 8 * policy.tail not in sizes:
+            raise ConfigError(f"growth: {growth!r} needs {8 * policy.tail} among block_sizes, got {sizes}")
+        if 8 * policy.largest < sizes[0]:
+            raise ConfigError(f"growth: {growth!r} needs blocks of {8 * policy.largest} tokens or less, got {sizes}")
+        if policy.merges and 64 not in sizes:
             raise ConfigError(f"growth: {growth!r} needs 64 among block_sizes, got {sizes}")
         object.__setattr__(self, "block_sizes", sizes)
         object.__setattr__(self, "growth", growth)
@@ -255,6 +261,8 @@ class CacheConfig:
     @classmethod
     def load(cls, path: str | Path, **overrides: Any) -> "CacheConfig":
         """Read a TOML file whose keys, or those of its table ``[cache]``, are the fields; ``overrides`` win.
+
+        The file can name code, see `CacheConfig`.
 
         Raises:
             ConfigError: the file is not there, is not TOML, or a field is wrong.

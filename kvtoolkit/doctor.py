@@ -123,18 +123,27 @@ def _cpu_kernels() -> Finding:
 
 
 def _kernel_cache() -> Finding:
-    from allocators._jit import cache_folder
+    """The folders of compiled code on disk: where they are, and whether everything in them is whole and the user's."""
+    from allocators._disk import find_place, survey
 
-    folder = cache_folder()
-    if folder is None:
-        return Finding(
-            "kernel cache",
-            ABSENT,
-            "no folder is writable: every process compiles again",
-            "set KVTOOLKIT_CACHE_DIR to a writable folder",
-        )
-    used = sum(file.stat().st_size for file in folder.glob("**/*") if file.is_file())
-    return Finding("kernel cache", OK, f"{folder}, {used / 1e6:.1f} MB")
+    name = "kernel cache"
+    places = [find_place(kind) for kind in ("numba", "cubin")]
+    for place in places:
+        if place.is_foreign:
+            advice = "take the right to write from others (chmod go-w), or set KVTOOLKIT_CACHE_DIR to a folder of yours"
+            return Finding(name, BROKEN, f"not used, for others could put code there: {place.problem}", advice)
+        if place.folder is None:
+            detail = f"{place.problem}: every process compiles again"
+            return Finding(name, ABSENT, detail, "set KVTOOLKIT_CACHE_DIR to a writable folder")
+    surveys = [survey(place.folder) for place in places if place.folder is not None]
+    bad = [(path, what) for one in surveys for what in ("damaged", "foreign") for path in getattr(one, what)]
+    if bad:
+        path, what = bad[0]
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        detail = f"{path} is {what}{more}; compiled again when needed"
+        return Finding(name, BROKEN, detail, "delete what is named; if it comes back, look at the disk")
+    nbytes, count = (sum(getattr(one, field) for one in surveys) for field in ("nbytes", "num_sound"))
+    return Finding(name, OK, f"{places[0].folder} and cubin beside it, {count} entries, {nbytes / 1e6:.1f} MB")
 
 
 def _torch() -> Finding:

@@ -4,13 +4,14 @@ A policy sees figures of every granule that no sequence holds any more but that 
 gives each a score; the lowest goes first, among equals the one deepest in its sequence.
 """
 
-import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from allocators._plugins import PluginError, load_class
 from kvtoolkit.errors import ConfigError
 
 
@@ -30,7 +31,7 @@ class EvictionPolicy(Protocol):
     """What a plug-in provides."""
 
     def score(self, granules: CachedGranules) -> NDArray[np.float64]:
-        """``[n]`` scores; the lowest are evicted first."""
+        """``[n]`` scores, none of them NaN; the lowest are evicted first."""
         ...
 
 
@@ -50,22 +51,49 @@ class LFU:
         return scores
 
 
-_POLICIES: dict[str, type[EvictionPolicy]] = {"lru": LRU, "lfu": LFU}
+_POLICIES: dict[str, Callable[[], EvictionPolicy]] = {"lru": LRU, "lfu": LFU}
+
+
+def register(name: str, factory: Callable[[], EvictionPolicy]) -> None:
+    """Make a policy available under ``name``, as ``eviction`` of a `CacheConfig`; a name that is taken is replaced.
+
+    Args:
+        name: an identifier.
+        factory: a class, or what makes a policy: called without arguments, once for each cache.
+
+    Raises:
+        ConfigError: ``name`` is no identifier, or ``factory`` cannot be called.
+    """
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ConfigError(f"name: expected an identifier, got {name!r}")
+    if not callable(factory):
+        raise ConfigError(f"factory: expected a class or a function, got {factory!r}")
+    _POLICIES[name] = factory
+
+
+def names() -> tuple[str, ...]:
+    """The registered policies."""
+    return tuple(_POLICIES)
 
 
 def eviction_policy(spec: str) -> EvictionPolicy:
-    """The policy of this name, or of the class at ``"package.module:Class"``; ConfigError if there is none."""
+    """Make the policy of this name, or of the class at ``"package.module:Class"``.
+
+    Raises:
+        ConfigError: there is none, it cannot be made, or what is found is no policy: a path must lead to a class with a
+            method `score`, and nothing else is called.
+    """
     if not isinstance(spec, str):
         raise ConfigError(f"eviction: expected a name or 'package.module:Class', got {spec!r}")
-    if spec in _POLICIES:
-        return _POLICIES[spec]()
-    module, _, name = spec.partition(":")
-    if not name:
+    factory = _POLICIES.get(spec)
+    if factory is None and ":" not in spec:
         raise ConfigError(f"eviction: expected one of {', '.join(_POLICIES)} or 'package.module:Class', got {spec!r}")
     try:
-        policy: EvictionPolicy = getattr(importlib.import_module(module), name)()
-    except Exception as error:  # whatever a plug-in does when it is imported
-        raise ConfigError(f"eviction: {spec!r} cannot be made: {error}") from error
+        policy = (factory or load_class(spec, ("score",)))()
+    except PluginError as error:
+        raise ConfigError(f"eviction: {error}") from error
+    except (Exception, SystemExit) as error:  # whatever a plug-in does when it is made
+        raise ConfigError(f"eviction: {spec!r} cannot be made: {type(error).__name__}: {error}") from error
     if not callable(getattr(policy, "score", None)):
-        raise ConfigError(f"eviction: expected {spec!r} to have a method `score`")
+        raise ConfigError(f"eviction: expected {spec!r} to make policies with a method `score`, got {policy!r:.80}")
     return policy

@@ -20,22 +20,58 @@ from numpy.typing import NDArray
 
 from allocators._jit import jit
 from kvtoolkit.errors import ConfigError
+from kvtoolkit.fields import require_one_of
 
 FIXED, BY_LENGTH, BY_FREE_MEMORY = range(3)
 
 
 @dataclass(frozen=True)
 class GrowthPolicy:
-    """A growth policy as figures that compiled code can read. Sizes in granules."""
+    """A growth policy as figures that compiled code can read. Sizes in granules.
+
+    Checked when made; ConfigError names the field.
+    """
 
     name: str
+    """An identifier."""
     rule: int
     """FIXED: `tail`; BY_LENGTH and BY_FREE_MEMORY: the thresholds of `tail_size`."""
     tail: int = 1
+    """Size of the block at the tail of a sequence, by the rule FIXED."""
     largest: int = 8
+    """Largest block of a prompt, at least `tail`."""
     merges: bool = False
+    """Whether small blocks are copied into one of 64 tokens when 64 tokens are full."""
     reserve: float = 0.0
-    """Share of the superblocks kept back as targets for merging."""
+    """Share of the superblocks kept back as targets for merging, from 0 to 1; of a policy that merges."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name.isidentifier():
+            raise ConfigError(f"growth policy: expected an identifier as name, got {self.name!r}")
+        if type(self.rule) is not int or self.rule not in (FIXED, BY_LENGTH, BY_FREE_MEMORY):
+            raise ConfigError(f"growth policy {self.name}: expected a rule of this module, got {self.rule!r}")
+        for field in ("tail", "largest"):
+            value = getattr(self, field)
+            if type(value) is not int or value not in (1, 2, 4, 8):
+                raise ConfigError(
+                    f"growth policy {self.name}: expected {field} to be 1, 2, 4 or 8 granules, got {value!r}"
+                )
+        if self.largest < self.tail:
+            raise ConfigError(
+                f"growth policy {self.name}: expected largest to be at least tail, {self.tail}, got {self.largest}"
+            )
+        if not isinstance(self.merges, bool):
+            raise ConfigError(f"growth policy {self.name}: expected merges to be true or false, got {self.merges!r}")
+        reserve = self.reserve
+        if isinstance(reserve, bool) or not isinstance(reserve, int | float) or not 0 <= reserve <= 1:
+            raise ConfigError(f"growth policy {self.name}: expected a reserve from 0 to 1, got {reserve!r}")
+        if reserve and not self.merges:
+            raise ConfigError(f"growth policy {self.name}: expected no reserve without merges, got {reserve}")
+
+    @property
+    def only_size(self) -> int | None:
+        """The only block size it asks for, in tokens; None if there are several."""
+        return 8 * self.tail if self.rule == FIXED and self.tail == self.largest else None
 
 
 _POLICIES = {
@@ -49,13 +85,26 @@ _POLICIES = {
     )
 }
 
-NAMES = tuple(_POLICIES)
+
+def register(policy: GrowthPolicy) -> None:
+    """Make a policy available under its name, as ``growth`` of a `CacheConfig`; a name that is taken is replaced.
+
+    Raises:
+        ConfigError: it is no `GrowthPolicy`.
+    """
+    if not isinstance(policy, GrowthPolicy):
+        raise ConfigError(f"policy: expected a GrowthPolicy, got {policy!r:.80}")
+    _POLICIES[policy.name] = policy
+
+
+def names() -> tuple[str, ...]:
+    """The registered policies."""
+    return tuple(_POLICIES)
 
 
 def growth_policy(name: str) -> GrowthPolicy:
     """The policy called ``name``; ConfigError if there is none."""
-    if name not in _POLICIES:
-        raise ConfigError(f"growth: expected one of {', '.join(NAMES)}, got {name!r}")
+    require_one_of("growth", name, names())
     return _POLICIES[name]
 
 

@@ -24,6 +24,8 @@ from kvtoolkit.tier_config import TIER_NAMES
 Flags = NDArray[np.bool_]
 
 _NOBODY = -1
+# what may be wrong with a block that an allocator has granted
+_FINE, _OUTSIDE, _MISALIGNED, _HELD, _TWICE, _AFTER_REFUSAL = range(6)
 
 
 class Ledger:
@@ -56,31 +58,40 @@ class Ledger:
             ConfigError: the allocator has granted what it cannot grant.
             OutOfBlocksError: not ``partial``, and they do not all fit.
         """
-        allocator, wanted = self._of(tier), np.asarray(sizes, np.int32)
+        allocator, wanted = self._of(tier), np.array(sizes, np.int32)
         self._freeing, self._kept_its_word = None, False
         self._asked = tier
         try:
-            starts = allocator.allocate(wanted, partial=partial)
+            answer = allocator.allocate(wanted.copy(), partial=partial)  # a plug-in may sort what it is given
         except Exception:
             self._kept_its_word = True
             raise
-        starts = self._note(tier, allocator, wanted, starts)
+        starts = self._note(tier, allocator, wanted, answer)
         self._asked = _NOBODY
         return starts
 
-    def _note(self, tier: int, allocator: BlockAllocator, sizes: Int32Array, starts: Int32Array) -> Int32Array:
-        name = f"allocator: expected {type(allocator).__name__}.allocate to return"
-        if not (isinstance(starts, np.ndarray) and starts.dtype == np.int32 and starts.shape == sizes.shape):
-            raise ConfigError(f"{name} [{sizes.size}] int32 starts, got {starts!r:.80}")
-        first = self.first[tier]
-        if first:
-            starts = np.where(starts < 0, starts, starts + np.int32(first))
-        bad = int(_note_granted(self.granted, self.callers, first, allocator.num_granules, starts, sizes))
-        if bad >= 0:
-            start, size = int(starts[bad]) - first, int(sizes[bad])
+    def _note(self, tier: int, allocator: BlockAllocator, sizes: Int32Array, answer: Int32Array) -> Int32Array:
+        """Note what an allocator has granted, in numbers through the tiers, or ConfigError."""
+        name = type(allocator).__name__
+        if not (isinstance(answer, np.ndarray) and answer.dtype == np.int32 and answer.shape == sizes.shape):
             raise ConfigError(
-                f"{name} aligned starts of free blocks, first those that fit, got {start} for a block of {size} "
-                f"granules, number {bad} of {len(sizes)}"
+                f"allocator: expected {name}.allocate to return [{sizes.size}] int32 starts, got {answer!r:.80}"
+            )
+        first = self.first[tier]
+        # an array of our own, whatever a plug-in keeps of its answer
+        starts = np.where(answer == -1, answer, answer + np.int32(first)).astype(np.int32)
+        code, i = _note_granted(self.granted, self.callers, first, allocator.num_granules, starts, sizes)
+        if code:
+            problem = {
+                _OUTSIDE: "outside the pool",
+                _MISALIGNED: f"no multiple of {sizes[i]}",
+                _HELD: "held by the cache or a caller already",
+                _TWICE: "granted twice in one call",
+                _AFTER_REFUSAL: "granted after a size that did not fit",
+            }[code]
+            raise ConfigError(
+                f"allocator: expected {name}.allocate to return free blocks, got {sizes[i]} granules at {answer[i]}, "
+                f"{problem}; `kvtoolkit fuzz` tests an allocator"
             )
         return starts
 
@@ -262,6 +273,19 @@ def _is_rebuilt(allocator: BlockAllocator) -> bool:
     return rebuild is not BlockAllocator.rebuild
 
 
+def require_allocator(allocator: BlockAllocator, num_granules: int, block_sizes: tuple[int, ...]) -> None:
+    """ConfigError unless an allocator that was just made is of this size, wholly free, and offers some of the sizes."""
+    name = type(allocator).__name__
+    figures = {"num_granules": allocator.num_granules, "num_free of a fresh one": allocator.num_free}
+    for what, got in figures.items():
+        if isinstance(got, bool) or not isinstance(got, int | np.integer) or got != num_granules:
+            raise ConfigError(f"allocator: expected {name} to have {what} {num_granules}, got {got!r:.80}")
+    sizes: Any = allocator.block_sizes
+    if not isinstance(sizes, tuple | list) or not sizes or not set(sizes) <= set(block_sizes):
+        expected = ", ".join(map(str, block_sizes))
+        raise ConfigError(f"allocator: expected {name} to have block_sizes among {expected}, got {sizes!r:.80}")
+
+
 def runs_of(flags: Flags) -> tuple[Int32Array, Int32Array]:
     """The maximal runs of set flags, as starts and sizes."""
     edges = np.flatnonzero(np.diff(flags.astype(np.int8), prepend=0, append=0)).astype(np.int32)
@@ -276,30 +300,28 @@ def runs_of_list(listed: Int32Array) -> tuple[list[int], list[int]]:
 
 
 @jit
-def _note_granted(
-    granted: Flags,
-    callers: Flags,
-    first: int,
-    count: int,
-    starts: Int32Array,
-    sizes: Int32Array,
-) -> Any:
-    """Note blocks as granted, up to the first -1; returns which of them cannot have been, or -1."""
+def _note_granted(granted: Flags, callers: Flags, first: int, count: int, starts: Int32Array, sizes: Int32Array) -> Any:
+    """Note blocks as granted, up to the first -1; returns ``(0, 0)``, or what is wrong with which of them."""
     for i in range(len(starts)):
         start, size = starts[i], sizes[i]
-        if start < 0:
+        if start == -1:
             for k in range(i, len(starts)):
-                if starts[k] >= 0:
-                    return k
-            return -1
-        if start < first or start + size > first + count or (start & (min(size, 8) - 1)) != 0:
-            return i
+                if starts[k] != -1:
+                    return _AFTER_REFUSAL, k
+            return _FINE, 0
+        if start < first or start > first + count - size:
+            return _OUTSIDE, i
+        if start & (min(size, 8) - 1) != 0:
+            return _MISALIGNED, i
         for granule in range(start, start + size):
             if granted[granule] or callers[granule]:
-                return i
+                for k in range(i):
+                    if starts[k] <= granule and granule < starts[k] + sizes[k]:
+                        return _TWICE, i
+                return _HELD, i
         for granule in range(start, start + size):
             granted[granule] = True
-    return -1
+    return _FINE, 0
 
 
 @jit

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from allocators import BlockAllocator, InvalidSizeError, create, find
+from allocators import BlockAllocator, InvalidSizeError, UnknownAllocatorError, create, find
 from kvtoolkit.config import CacheConfig
 from kvtoolkit.errors import CacheFullError, ConfigError
 from kvtoolkit.eviction import eviction_policy
-from kvtoolkit.ledger import Ledger
+from kvtoolkit.ledger import Ledger, require_allocator
 from kvtoolkit.prefix import Evictor, Int32Array, make_granules, make_nodes
 from kvtoolkit.tables import MAX_BLOCK_GRANULES, TIER_HOT
 from kvtoolkit.tier_config import TIER_NAMES
@@ -54,9 +54,13 @@ def _make_allocator(name: str, num_granules: int, options: dict[str, Any], devic
     if device is not None and _takes_device(name):
         options = {"device": device, **options}
     try:
-        return create(name, num_granules, **options)
+        allocator = create(name, num_granules, **options)
     except InvalidSizeError as error:
         raise ConfigError(f"allocator_options: {error}") from error
+    except UnknownAllocatorError as error:
+        raise ConfigError(str(error)) from error
+    require_allocator(allocator, num_granules, options["block_sizes"])
+    return allocator
 
 
 def _quantized_allocators(config: CacheConfig, device: int | None) -> list[BlockAllocator | None]:

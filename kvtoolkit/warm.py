@@ -96,7 +96,7 @@ def main(options: argparse.Namespace) -> int:
             rows.append(row_of(spec, arch))
             print(line_of(rows[-1]), flush=True)
     folder = cache_folder("cubin")
-    where = f"kept in {folder}" if folder else "not kept: no folder is writable"
+    where = f"kept in {folder}" if folder else "not kept: no folder can be used, see `kvtoolkit doctor`"
     print(f"{len(rows)} kernels, {sum(row['seconds'] for row in rows):.1f} s (0.00 = from the cache), {where}")
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -106,3 +107,9 @@ def test_a_read_only_install_works_with_numpy_and_numba_alone(built, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == str(site / "kvtoolkit" / "__init__.py")
+
+
+def test_a_plug_in_of_pytest_that_disables_itself_beside_xdist_is_no_error():
+    warnings.warn("Benchmarks are automatically disabled because xdist plugin is active.", Warning, stacklevel=1)
+    with pytest.raises(UserWarning):
+        warnings.warn("another one", UserWarning, stacklevel=1)

@@ -4,11 +4,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hypothesis import strategies as st
-from hypothesis.stateful import invariant, precondition, rule
+from hypothesis.stateful import precondition
 
 from allocators.epochs import EpochPool, Lease
 from allocators.errors import AllocatorError, LeaseError, OutOfBlocksError
-from allocators.testing.failure import expect, fail
+from allocators.testing.failure import difference, expect, fail
 from allocators.testing.machine import (
     FEW_PICKS,
     PICK,
@@ -17,10 +17,14 @@ from allocators.testing.machine import (
     SOME_PICKS,
     AllocatorMachine,
     call,
+    call_of,
     columns,
     free_set,
 )
 from allocators.testing.model import Run
+from allocators.testing.recording import literal
+from allocators.testing.recording import recorded_invariant as invariant
+from allocators.testing.recording import recorded_rule as rule
 
 _MAX_STREAMS = 3
 
@@ -29,6 +33,8 @@ _MAX_STREAMS = 3
 class _Future:
     """A lease and what it must hold."""
 
+    name: str
+    """In the script."""
     lease: Lease
     runs: list[Run]
     parent: "_Future | None"
@@ -48,6 +54,7 @@ class EpochMachine(AllocatorMachine):
         self.epoch = self.pool.epoch
         self.completed = dict.fromkeys(self.pool.streams, self.epoch - 1)
         self.futures: list[_Future] = []
+        self.num_leases = 0
         self.ended: list[Lease] = []
         self.order_free = _is_order_free(self)
 
@@ -70,7 +77,8 @@ class EpochMachine(AllocatorMachine):
     def retire_runs(self, runs: list[Run]) -> None:
         for start, size in runs:
             self.model.retire(start, size, self.epoch)
-        epoch = self.must("retire", lambda: self.pool.retire(*columns(runs, "int32")))
+        action = lambda: self.must("retire", lambda: self.pool.retire(*columns(runs, "int32")))  # noqa: E731
+        epoch = self.recorder.call(call_of("retire", runs), action)
         expect(epoch == self.epoch, "epochs", f"retired into epoch {epoch}, expected {self.epoch}")
         self.note("retire", columns(runs, "list"), epoch)
 
@@ -78,7 +86,8 @@ class EpochMachine(AllocatorMachine):
     def advance(self) -> None:
         """The next step is launched."""
         self.epoch += 1
-        expect(self.pool.advance() == self.epoch, "epochs", f"expected epoch {self.epoch} to begin")
+        began = self.recorder.call("pool.advance()", self.pool.advance)
+        expect(began == self.epoch, "epochs", f"expected epoch {self.epoch} to begin, got {began}")
         self.note("advance", (), self.epoch)
 
     @rule(back=st.integers(0, 3), pick=st.none() | PICK)
@@ -92,7 +101,8 @@ class EpochMachine(AllocatorMachine):
     def complete_epoch(self, epoch: int, stream: Any = None) -> None:
         for name in self.completed if stream is None else (stream,):
             self.completed[name] = max(self.completed[name], epoch)
-        self.must("complete", lambda: self.pool.complete(epoch, stream))
+        line = f"pool.complete({epoch}{'' if stream is None else f', {stream!r}'})"
+        self.recorder.call(line, lambda: self.must("complete", lambda: self.pool.complete(epoch, stream)))
         self.epoch = max(self.epoch, epoch + 1)
         self.model.complete(min(self.completed.values()))
         self.note("complete", (epoch, stream), None)
@@ -102,7 +112,7 @@ class EpochMachine(AllocatorMachine):
     def register_stream(self) -> None:
         """Another stream reads the pool from now on."""
         name = f"stream {len(self.completed)}"
-        self.pool.register_stream(name)
+        self.recorder.call(f"pool.register_stream({name!r})", lambda: self.pool.register_stream(name))
         self.completed[name] = self.epoch - 1
         self.saved = None  # a snapshot belongs to a pool with as many streams
 
@@ -115,9 +125,10 @@ class EpochMachine(AllocatorMachine):
         self.open_lease([self.sizes[pick % len(self.sizes)] for pick in picks], parent)
 
     def open_lease(self, sizes: list[int], parent: _Future | None) -> _Future | None:
-        before = self.fingerprint()
+        before, name = self.fingerprint(), f"lease{self.num_leases}"
+        line = f"{name} = {parent.name if parent else 'pool'}.lease({literal(sizes)})"
         try:
-            lease = call((parent.lease if parent else self.pool).lease, sizes)
+            lease = self.recorder.call(line, lambda: call((parent.lease if parent else self.pool).lease, sizes))
         except OutOfBlocksError as error:
             self.refused(before, f"lease({sizes})")
             self.check_exhausted(sizes, error)
@@ -126,7 +137,8 @@ class EpochMachine(AllocatorMachine):
         runs = list(zip(lease.starts.tolist(), sizes, strict=True))
         for start, size in runs:
             self.model.take(start, size, into="leased")
-        future = _Future(lease, runs, parent)
+        self.num_leases += 1
+        future = _Future(name, lease, runs, parent)
         self.futures.append(future)
         if parent:
             parent.children.append(future)
@@ -139,9 +151,9 @@ class EpochMachine(AllocatorMachine):
         """The future came; refused while a future inside it is open."""
         future = self.futures[pick % len(self.futures)]
         if future.children:
-            self.must_refuse("commit of a lease with open ones inside", future.lease.commit)
+            self.must_refuse("commit of a lease with open ones inside", future.lease.commit, f"{future.name}.commit()")
             return
-        self.must("commit", future.lease.commit)
+        self.recorder.call(f"{future.name}.commit()", lambda: self.must("commit", future.lease.commit))
         if future.parent:
             future.parent.runs += future.runs
             inside = future.parent.lease
@@ -158,7 +170,7 @@ class EpochMachine(AllocatorMachine):
         self.abort_future(self.futures[pick % len(self.futures)])
 
     def abort_future(self, future: _Future) -> None:
-        self.must("abort", future.lease.abort)
+        self.recorder.call(f"{future.name}.abort()", lambda: self.must("abort", future.lease.abort))
         for inner in future.with_children():
             self.model.drop(inner.runs)
         self.end(future)
@@ -179,13 +191,14 @@ class EpochMachine(AllocatorMachine):
             return
         inner = self.open_lease([self.sizes[pick % len(self.sizes)] for pick in inner_picks], outer)
         if inner is not None:
-            self.must_refuse("commit of a lease with an open one inside", outer.lease.commit)
+            self.must_refuse("commit of a lease with an open one inside", outer.lease.commit, f"{outer.name}.commit()")
             if commit_inside:
                 self.commit(self.futures.index(inner))
         self.abort_future(outer)
         skip = () if self.order_free else ("snapshot()", "epoch snapshot")
-        for name, was, now in zip(before[0], before[1:], self.fingerprint()[1:], strict=True):
-            expect(name in skip or was == now, "speculation", f"after an abort {name} was {was!r}, is {now!r}")
+        for name, now in self.fingerprint().items():
+            same = name in skip or before[name] == now
+            expect(same, "speculation", f"after an abort, {name}: {difference(before[name], now)}")
         expect(self.free_set() == free_before, "speculation", "after an abort other blocks are free than before")
 
     # -- misuse ------------------------------------------------------------------------------------------------------
@@ -197,7 +210,8 @@ class EpochMachine(AllocatorMachine):
         if held:
             runs = [*self.pick_pieces(good), (held[pick % len(held)], 1)]
             action = self.pool.free if how == "free" else self.pool.retire
-            self.must_refuse(f"{how} of a granule in {what}", lambda: action(*columns(runs, "list")))
+            said = f"{how} of a granule in {what}"
+            self.must_refuse(said, lambda: action(*columns(runs, "list")), call_of(how, runs))
 
     @rule(pick=PICK, good=PICKS)
     def retire_twice(self, pick: int, good: list[int]) -> None:
@@ -209,14 +223,17 @@ class EpochMachine(AllocatorMachine):
             runs.append((dead[pick % len(dead)], 1))
         else:
             return
-        self.must_refuse(f"retire of {runs}", lambda: self.pool.retire(*columns(runs, "list")))
+        said = "retire of a granule that is not live, or twice"
+        self.must_refuse(said, lambda: self.pool.retire(*columns(runs, "list")), call_of("retire", runs))
 
     @rule(epoch=st.sampled_from([-1, 1, 10, 1.5, None, True]))
     def complete_wrongly(self, epoch: Any) -> None:
         """An epoch that has not begun, or is none; a stream that nobody registered."""
         future = self.epoch + epoch if isinstance(epoch, int) and not isinstance(epoch, bool) and epoch > 0 else epoch
-        self.must_refuse(f"complete({future!r})", lambda: self.pool.complete(future))
-        self.must_refuse("complete of an unknown stream", lambda: self.pool.complete(self.epoch, "nobody"))
+        line = f"pool.complete({future!r})"
+        self.must_refuse("complete of what is no epoch", lambda: self.pool.complete(future), line)
+        line = f"pool.complete({self.epoch}, 'nobody')"
+        self.must_refuse("complete of an unknown stream", lambda: self.pool.complete(self.epoch, "nobody"), line)
 
     @precondition(lambda self: self.ended)
     @rule(pick=PICK, how=st.sampled_from(["commit", "abort", "lease"]))
@@ -224,7 +241,9 @@ class EpochMachine(AllocatorMachine):
         """What has ended stays so."""
         lease = self.ended[pick % len(self.ended)]
         action = {"commit": lease.commit, "abort": lease.abort, "lease": lambda: lease.lease([self.sizes[0]])}[how]
-        self.must_refuse(f"{how} of an ended lease", action)
+        self.must_refuse(
+            f"{how} of an ended lease", action, f"ended_lease.{how}({self.sizes[:1] if how == 'lease' else ''})"
+        )
 
     @precondition(lambda self: self.futures)
     @rule()
@@ -271,12 +290,12 @@ class EpochMachine(AllocatorMachine):
         expect(leased == len(self.model.leased), "leases", f"expected {len(self.model.leased)} leased, got {leased}")
         expect(self.pool.epoch == self.epoch, "epochs", f"expected epoch {self.epoch}, got {self.pool.epoch}")
 
-    def fingerprint(self) -> tuple[Any, ...]:
-        names, *seen = super().fingerprint()
+    def fingerprint(self) -> dict[str, Any]:
         pool = self.pool
-        whole = None if self.futures else pool.snapshot()
-        more = ("epoch", "num_in_limbo", "num_leased", "epoch snapshot")
-        return (names + more, *seen, pool.epoch, pool.num_in_limbo, pool.num_leased, whole)
+        more: dict[str, Any] = {"epoch": pool.epoch, "num_in_limbo": pool.num_in_limbo, "num_leased": pool.num_leased}
+        if self.is_deterministic and not self.futures:
+            more["epoch snapshot"] = pool.snapshot()
+        return {**super().fingerprint(), **more}
 
     def free_set(self) -> tuple[frozenset[int], ...]:
         self.twins[0].restore(self.base.snapshot())

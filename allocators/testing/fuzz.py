@@ -19,9 +19,11 @@ from allocators.testing.conformance import run_conformance
 from allocators.testing.machine import Make
 from allocators.testing.threads import run_threads
 
+Round = Callable[[Make, int, bool], int]
+
 _POOL_SIZES = (8, 24, 64, 200, 512, 1024)
-_KINDS = ("calls", "calls", "epochs", "threads")
-"""What rounds try, in turn."""
+_KINDS = ("calls", "epochs", "threads")
+"""What rounds try: first a short one of each, then in turn."""
 
 
 def fuzz(
@@ -33,9 +35,11 @@ def fuzz(
     stream: TextIO | None = None,
     *,
     first_round: int = 0,
-    more: Mapping[str, Callable[[Make, int], int]] | None = None,
+    more: Mapping[str, Round] | None = None,
 ) -> int:
     """Try to break an allocator until the time is over. The same seed tries the same calls in the same order.
+
+    The first rounds are short, one of each kind, so that a run of seconds has tried a little of everything.
 
     Args:
         spec: name or ``"package.module:Class"``, as for `allocators.create`.
@@ -45,8 +49,8 @@ def fuzz(
         options: of the allocator.
         stream: where to report; None for standard output.
         first_round: where to begin, to come back to a failure at once.
-        more: further kinds of rounds, which come first, by name: called with what makes a fresh pool and a seed, they
-            raise what they find and return how many operations they did.
+        more: further kinds of rounds, which come first, by name: called with what makes a fresh pool, a seed and
+            whether the round is a short one, they raise what they find and return how many operations they did.
 
     Returns:
         0, or 1 after a failure, which has been printed with the calls that lead there and the command to repeat it.
@@ -64,12 +68,16 @@ def fuzz(
     operations = 0
     more = dict(more or {})
     kinds = [*more, *_KINDS]
+    tried: set[str] = set()
     with _Progress(out, seconds) as progress:
         while number == first_round or time.monotonic() - began < seconds:
             size = num_granules or random.Random(f"{seed} {number}").choice(_POOL_SIZES)
             kind = kinds[number % len(kinds)]
-            found = _run_round(spec, kind, size, options, seed, number, more)
-            if isinstance(found, Exception):
+            is_short = number < len(kinds)
+            progress.begin(kind, size)
+            found = _run_round(spec, kind, size, options, seed, number, more, is_short, progress.tell)
+            tried.add(kind)
+            if not isinstance(found, int):
                 progress.stop()
                 again = replay_command(spec, seed, num_granules, options, number)
                 _report(found, f"round {number}, {kind}, {size} granules", again, out)
@@ -78,7 +86,10 @@ def fuzz(
             number += 1
             progress.show(time.monotonic() - began, number - first_round, kind, size)
     counted = f", {operations} operations of kernels" if operations else ""
-    print(f"fuzz: {number - first_round} rounds{counted}, nothing found", file=out, flush=True)
+    print(f"fuzz: {number - first_round} rounds{counted}, nothing found", file=out)
+    if missed := [kind for kind in kinds if kind not in tried]:
+        print(f"fuzz: no round of {', '.join(missed)} was reached; give it more --seconds", file=out)
+    out.flush()
     return 0
 
 
@@ -104,10 +115,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--first-round", type=int, default=0, help="begin at this round (default %(default)s)")
 
 
-def main(args: argparse.Namespace, more: Mapping[str, Callable[[Make, int], int]] | None = None) -> int:
+def main(args: argparse.Namespace, more: Mapping[str, Round] | None = None) -> int:
     """Run `fuzz` with parsed arguments; returns the exit status."""
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # a console script does not look in the current folder by itself
+    look_in_current_folder()
     try:
         options = parse_options(args.option)
         find(args.allocator)
@@ -120,6 +130,12 @@ def main(args: argparse.Namespace, more: Mapping[str, Callable[[Make, int], int]
         args.allocator, args.seconds, args.seed, args.num_granules, options, sys.stdout,
         first_round=args.first_round, more=more,
     )  # fmt: skip
+
+
+def look_in_current_folder() -> None:
+    """Find modules of plug-ins in the current folder, where a console script does not look by itself."""
+    if "" not in sys.path:
+        sys.path.insert(0, "")
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
@@ -142,29 +158,39 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
 
 def _run_round(
     spec: str, kind: str, num_granules: int, options: dict[str, Any], seed: int, number: int,
-    more: Mapping[str, Callable[[Make, int], int]],
-) -> Exception | int:  # fmt: skip
+    more: Mapping[str, Round], is_short: bool, report: Callable[[str], None],
+) -> Exception | SystemExit | int:  # fmt: skip
     """What was found, or how many operations a kind of ``more`` did."""
 
     def make() -> BlockAllocator:
         return create(spec, num_granules, **options)
 
     round_seed = seed * 1_000_003 + number
-    rounds: dict[str, Callable[[], None]] = {
-        "calls": lambda: run_conformance(make, max_examples=50, seed=round_seed),
-        "epochs": lambda: run_conformance(lambda: EpochPool(make()), max_examples=50, seed=round_seed),
-        "threads": lambda: run_threads(make, max_examples=10, num_ops=500, seed=round_seed),
-    }
+    made = (
+        f"create({spec!r}, {', '.join([str(num_granules), *(f'{key}={value!r}' for key, value in options.items())])})"
+    )
+    examples = 5 if is_short else 50
     try:
         if kind in more:
-            return more[kind](make, round_seed)
-        rounds[kind]()
-    except Exception as failure:
+            return more[kind](make, round_seed, is_short)
+        if kind == "threads":
+            run_threads(make, max_examples=1 if is_short else 10, num_ops=100 if is_short else 500, seed=round_seed)
+        elif kind == "epochs":
+            run_conformance(
+                lambda: EpochPool(make()), max_examples=examples, seed=round_seed, report=report,
+                opening=f"from allocators import EpochPool, create; pool = EpochPool({made})",
+            )  # fmt: skip
+        else:
+            run_conformance(
+                make, max_examples=examples, seed=round_seed, report=report,
+                opening=f"from allocators import create; pool = {made}",
+            )  # fmt: skip
+    except (Exception, SystemExit) as failure:  # of a plug-in
         return failure
     return 0
 
 
-def _report(failure: Exception, where: str, command: str, out: TextIO) -> None:
+def _report(failure: BaseException, where: str, command: str, out: TextIO) -> None:
     print(f"fuzz: FAILED in {where}", file=out)
     print("".join(traceback.format_exception_only(failure)), file=out)
     print(f"again: {command}", file=out, flush=True)
@@ -177,11 +203,22 @@ class _Progress:
         self._out = out
         self._seconds = seconds
         self._shown = 0.0
+        self._where = ""
         self._status: Any = None
         if out.isatty() and importlib.util.find_spec("rich") is not None:
             from rich.console import Console
 
             self._status = Console(file=out).status("round 0")
+
+    def begin(self, kind: str, num_granules: int) -> None:
+        self._where = f"{kind}, {num_granules} granules"
+
+    def tell(self, line: str) -> None:
+        """What a round says while it runs."""
+        if self._status is not None:
+            self._status.update(f"{self._where}: {line}")
+        else:
+            print(f"{self._where}: {line}", file=self._out, flush=True)
 
     def show(self, elapsed: float, rounds: int, kind: str, num_granules: int) -> None:
         line = f"{elapsed:.0f} of {self._seconds:g} s, {rounds} rounds, last: {kind}, {num_granules} granules"

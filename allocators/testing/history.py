@@ -53,6 +53,8 @@ def _check_disjoint(events: list[Event]) -> None:
         for start, size in event.runs:
             for granule in range(start, start + size):
                 if event.kind == "grant":
+                    if (event.thread, granule) in since:
+                        fail("disjoint", f"granule {granule} was granted to thread {event.thread}, which held it")
                     since[event.thread, granule] = event.responded
                 else:
                     begin = since.pop((event.thread, granule))

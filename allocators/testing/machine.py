@@ -8,12 +8,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, precondition
 
 from allocators.errors import AllocatorError, ContendedError, IntegrityError, OutOfBlocksError, SnapshotError
-from allocators.protocol import GRANULE, SUPERBLOCK, BlockAllocator
-from allocators.testing.failure import expect, fail
+from allocators.protocol import GRANULE, SUPERBLOCK, AllocatorStats, BlockAllocator
+from allocators.testing.failure import difference, expect, fail
 from allocators.testing.model import PoolModel, Run
+from allocators.testing.recording import Recorder, literal
+from allocators.testing.recording import recorded_invariant as invariant
+from allocators.testing.recording import recorded_rule as rule
 
 Make = Callable[[], BlockAllocator]
 """Makes a fresh pool; every call another object, and all of them alike."""
@@ -58,6 +61,7 @@ class _Saved:
     data: bytes
     model: PoolModel
     extra: Any
+    figures: dict[str, Any]
     calls: list[tuple[str, tuple[Any, ...], Any]] = field(default_factory=list)
 
 
@@ -65,9 +69,13 @@ class AllocatorMachine(RuleBasedStateMachine):
     """No granule ever has two owners, and the rest of the protocol. `conformance_machine` fills in ``make``."""
 
     make: ClassVar[Make]
+    is_deterministic: ClassVar[bool] = True
+    """Whether equal histories must lead to equal pools: what the classes of this project promise."""
+    recorder: ClassVar[Recorder] = Recorder()
 
     def __init__(self) -> None:
         super().__init__()
+        self.recorder.begin()
         self.pool = self.make_pool()
         self.base = base_of(self.pool)
         # Probes run on twins, so that a restore cannot mend what is derived from the state of the pool under test.
@@ -98,8 +106,9 @@ class AllocatorMachine(RuleBasedStateMachine):
 
     def grant(self, sizes: list[int], partial: bool, form: str) -> None:
         before = self.fingerprint()
+        line = f"pool.allocate({literal(sizes)}{', partial=True' if partial else ''})"
         try:
-            starts = call(self.pool.allocate, _FORMS[form](sizes), partial=partial)
+            starts = self.recorder.call(line, lambda: call(self.pool.allocate, _FORMS[form](sizes), partial=partial))
         except OutOfBlocksError as error:
             expect(not partial, "partial", f"a partial call for {sizes} raised {error!r}")
             self.refused(before, f"allocate({sizes})")
@@ -182,7 +191,8 @@ class AllocatorMachine(RuleBasedStateMachine):
     def release(self, runs: list[Run], form: str) -> None:
         for start, size in runs:
             self.model.give(start, size)
-        self.must("free", lambda: self.pool.free(*columns(runs, form)))
+        line = call_of("free", runs)
+        self.recorder.call(line, lambda: self.must("free", lambda: self.pool.free(*columns(runs, form))))
         self.note("free", columns(runs, "list"), None)
 
     # -- misuse ------------------------------------------------------------------------------------------------------
@@ -191,14 +201,16 @@ class AllocatorMachine(RuleBasedStateMachine):
     def allocate_wrongly(self, kind: str, partial: bool) -> None:
         """A size that is not on offer, or no vector of integers."""
         sizes = _BAD_SIZES[kind]
-        self.must_refuse(f"allocate, {kind}", lambda: self.pool.allocate(sizes, partial=partial))
+        line = f"pool.allocate({sizes!r}{', partial=True' if partial else ''})"
+        self.must_refuse(f"allocate, {kind}", lambda: self.pool.allocate(sizes, partial=partial), line)
 
     @rule(pick=PICK, good=PICKS)
     def allocate_size_not_on_offer(self, pick: int, good: list[int]) -> None:
         """One wrong size among right ones."""
         wrong = [size for size in range(1, SUPERBLOCK + 8) if size not in self.sizes and size != 2 * SUPERBLOCK]
         sizes = [*(self.sizes[i % len(self.sizes)] for i in good), wrong[pick % len(wrong)]]
-        self.must_refuse("allocate, a size not on offer", lambda: self.pool.allocate(sizes))
+        line = f"pool.allocate({literal(sizes)})"
+        self.must_refuse("allocate, a size not on offer", lambda: self.pool.allocate(sizes), line)
 
     @rule(pick=PICK, good=PICKS, after=st.booleans(), one_call=st.booleans())
     def free_twice(self, pick: int, good: list[int], after: bool, one_call: bool) -> None:
@@ -257,25 +269,27 @@ class AllocatorMachine(RuleBasedStateMachine):
             "a scalar": (start, size),
             "text": ([str(start)], [size]),
         }[kind]
-        self.must_refuse(f"free, {kind}", lambda: self.pool.free(starts, sizes))  # type: ignore[arg-type]
+        line = f"pool.free({starts!r}, {sizes!r})"
+        self.must_refuse(f"free, {kind}", lambda: self.pool.free(starts, sizes), line)  # type: ignore[arg-type]
 
     def must_refuse_free(self, runs: list[Run], what: str, form: str = "list") -> None:
         starts, sizes = columns(runs, form)
-        self.must_refuse(f"free of {runs}, {what}", lambda: self.pool.free(starts, sizes))
+        self.must_refuse(f"free, {what}", lambda: self.pool.free(starts, sizes), call_of("free", runs))
 
-    def must_refuse(self, what: str, action: Callable[[], Any]) -> None:
-        """The call raises an AllocatorError, and nothing has changed."""
+    def must_refuse(self, what: str, action: Callable[[], Any], line: str) -> None:
+        """The call, ``line`` in the script, raises an AllocatorError, and nothing has changed."""
         before = self.fingerprint()
         try:
-            call(action)
+            self.recorder.call(line, lambda: call(action))
         except AllocatorError:
             self.refused(before, what)
         else:
             fail("misuse is refused", f"{what}: no error")
 
-    def refused(self, before: tuple[Any, ...], what: str) -> None:
-        for name, was, now in zip(before[0], before[1:], self.fingerprint()[1:], strict=True):
-            expect(was == now, "a refused call changes nothing", f"{what}: {name} was {was!r}, is {now!r}")
+    def refused(self, before: dict[str, Any], what: str) -> None:
+        for name, now in self.fingerprint().items():
+            same = before[name] == now
+            expect(same, "a refused call changes nothing", f"{what}: {name}: {difference(before[name], now)}")
 
     # -- snapshots ---------------------------------------------------------------------------------------------------
 
@@ -283,33 +297,40 @@ class AllocatorMachine(RuleBasedStateMachine):
     def save(self) -> None:
         """Keep a snapshot for `replay` and `rewind`."""
         if self.may_save():
-            self.saved = _Saved(self.pool.snapshot(), self.model.copy(), self.extra())
+            data = self.must("snapshot", self.pool.snapshot)
+            self.recorder.call("saved = pool.snapshot()", lambda: None)
+            self.saved = _Saved(data, self.model.copy(), self.extra(), self.figures(self.pool))
 
     @precondition(lambda self: self.saved is not None)
     @rule()
     def rewind(self) -> None:
         """Return to the snapshot."""
         assert self.saved is not None
-        self.pool.restore(self.saved.data)
-        self.model = self.saved.model.copy()
-        self.set_extra(self.saved.extra)
-        self.saved.calls.clear()
-        expect(
-            self.pool.snapshot() == self.saved.data, "snapshot and restore", "the snapshot of a restored pool differs"
-        )
+        saved = self.saved
+        self.recorder.call("pool.restore(saved)", lambda: self.must("restore", lambda: self.pool.restore(saved.data)))
+        self.model = saved.model.copy()
+        self.set_extra(saved.extra)
+        saved.calls.clear()
+        changed = difference(saved.figures, self.figures(self.pool))
+        expect(not changed, "snapshot and restore", f"a restored pool has other figures: {changed}")
+        if self.is_deterministic:
+            changed = difference(saved.data, self.pool.snapshot())
+            expect(not changed, "snapshot and restore", f"the snapshot of a restored pool differs: {changed}")
 
-    @precondition(lambda self: self.saved is not None)
+    @precondition(lambda self: self.saved is not None and self.is_deterministic)
     @rule()
     def replay(self) -> None:
         """Return to the snapshot and repeat the calls since: the same grants, the same state."""
         assert self.saved is not None
         if not self.may_save():
             return
-        now = self.pool.snapshot()
-        self.pool.restore(self.saved.data)
-        for name, arguments, outcome in self.saved.calls:
+        saved, now = self.saved, self.pool.snapshot()
+        self.recorder.call("pool.restore(saved)  # and the same calls as after it", lambda: None)
+        self.must("restore", lambda: self.pool.restore(saved.data))
+        for name, arguments, outcome in saved.calls:
             self.check_replayed(name, arguments, outcome)
-        expect(self.pool.snapshot() == now, "deterministic", "the same calls led to another state")
+        changed = difference(now, self.pool.snapshot())
+        expect(not changed, "deterministic", f"the same calls led to another state: snapshot(): {changed}")
 
     def check_replayed(self, name: str, arguments: tuple[Any, ...], outcome: Any) -> None:
         if name == "allocate":
@@ -351,7 +372,7 @@ class AllocatorMachine(RuleBasedStateMachine):
                 expect(isinstance(error, SnapshotError), "misuse is refused", f"restore raised {error!r}")
                 raise
 
-        self.must_refuse(f"restore, {what}", restore)
+        self.must_refuse(f"restore, {what}", restore, f"pool.restore(...)  # {what}")
 
     def may_save(self) -> bool:
         """Whether the pool can be saved now."""
@@ -371,13 +392,12 @@ class AllocatorMachine(RuleBasedStateMachine):
 
     @rule(shuffle=SHUFFLE, one_call=st.booleans())
     def recover(self, shuffle: int, one_call: bool) -> None:
-        """Everything is freed: the pool is as fresh, and all of it can be granted in every size."""
+        """Everything is freed: all of the pool can be granted in every size, as by a fresh one."""
         runs = self.model.pieces()
         random.Random(shuffle).shuffle(runs)
         for batch in [runs] if one_call else [[run] for run in runs]:
             self.release(batch, "list")
-        stats = self.pool.stats()
-        expect(stats == self.fresh, "recovery", f"all is free, expected {self.fresh}, got {stats}")
+        check_as_fresh(self.pool.stats(), self.fresh, self.is_deterministic)
         for tokens, count in self.fresh.free_blocks.items():
             size = tokens // GRANULE
             expect(count == self.pool.num_granules // size, "recovery", f"fresh: {count} blocks of {size}")
@@ -400,15 +420,17 @@ class AllocatorMachine(RuleBasedStateMachine):
         random.Random(shuffle).shuffle(runs)
         for run in runs:
             self.must("free", bound(self.twins[1].free, *columns([run], "list")))
-        figures = [(twin.stats(), free_set(twin)) for twin in self.twins]
-        expect(figures[0] == figures[1], "order independence", f"freeing {runs} one by one: {figures[1][0]}")
+        figures = [{**self.figures(twin), "what can be granted": free_set(twin)} for twin in self.twins]
+        changed = difference(*figures)
+        expect(not changed, "order independence", f"freeing {runs} one by one instead of together: {changed}")
 
     @rule()
     def tell_the_truth(self) -> None:
         """On a twin: `largest_free` is granted and nothing larger, `free_blocks` are granted and not one more."""
         twin, state, stats = self.twins[0], self.base.snapshot(), self.pool.stats()
         twin.restore(state)
-        expect(twin.stats() == base_of(self.pool).stats(), "snapshot and restore", "a restored twin has other figures")
+        changed = difference(self.figures(self.base), self.figures(twin))
+        expect(not changed, "snapshot and restore", f"another pool, restored, has other figures: {changed}")
         largest = stats.largest_free
         expect(largest == self.pool.largest_free, "truthful figures", "stats() and largest_free disagree")
         if largest:
@@ -455,10 +477,18 @@ class AllocatorMachine(RuleBasedStateMachine):
         except IntegrityError as error:
             fail("integrity", str(error))
 
-    def fingerprint(self) -> tuple[Any, ...]:
-        """Names, then all that can be seen of the pool."""
-        names = ("snapshot()", "num_free", "largest_free", "stats()")
-        return names, self.base.snapshot(), self.pool.num_free, self.pool.largest_free, self.pool.stats()
+    def figures(self, pool: BlockAllocator) -> dict[str, Any]:
+        """What a pool says of itself; how large its books are is a plug-in's own affair."""
+        found = dict(vars(pool.stats()))
+        if not self.is_deterministic:
+            del found["metadata_nbytes"]
+        return found
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a refused call must not change, by name."""
+        pool = self.pool
+        seen = {"num_free": pool.num_free, "largest_free": pool.largest_free, "stats()": self.figures(pool)}
+        return {**seen, "snapshot()": self.base.snapshot()} if self.is_deterministic else seen
 
     def must(self, what: str, action: Callable[[], Any]) -> Any:
         """The outcome of a call that may not fail."""
@@ -472,6 +502,18 @@ def base_of(pool: BlockAllocator) -> BlockAllocator:
     """The allocator inside an epoch pool, or the pool itself."""
     inner: BlockAllocator = pool.inner if is_epoch_pool(pool) else pool  # type: ignore[attr-defined]
     return inner
+
+
+def is_own(pool: BlockAllocator) -> bool:
+    """Whether a pool is of a class of this project, which promises more than the protocol asks for."""
+    return type(base_of(pool)).__module__.partition(".")[0] in ("allocators", "kvtoolkit")
+
+
+def check_as_fresh(stats: AllocatorStats, fresh: AllocatorStats, is_deterministic: bool) -> None:
+    """With all freed, nothing is in use; and of our own allocators every figure is as it was."""
+    expected = vars(fresh) if is_deterministic else {"num_free": fresh.num_free, "num_live": 0, "pinned": 0}
+    changed = difference(expected, {name: getattr(stats, name) for name in expected})
+    expect(not changed, "recovery", f"all is free, but not as in a fresh pool: {changed}")
 
 
 def is_epoch_pool(pool: BlockAllocator) -> bool:
@@ -488,6 +530,12 @@ def sizes_on_offer(pool: BlockAllocator) -> tuple[int, ...]:
 def columns(runs: list[Run], form: str) -> tuple[Any, Any]:
     """Runs as starts and sizes."""
     return _FORMS[form]([start for start, _ in runs]), _FORMS[form]([size for _, size in runs])
+
+
+def call_of(name: str, runs: list[Run]) -> str:
+    """A call with runs, as Python."""
+    starts, sizes = ([run[i] for run in runs] for i in (0, 1))
+    return f"pool.{name}({literal(starts)}, {literal(sizes)})"
 
 
 def grant_up_to(pool: BlockAllocator, size: int, count: int) -> list[int]:

@@ -20,7 +20,7 @@ from allocators.errors import AllocatorError, ContendedError, IntegrityError, In
 from allocators.protocol import GRANULE, AllocatorStats, BlockAllocator, Int32Array
 from allocators.testing.failure import ConformanceFailure, expect, fail
 from allocators.testing.history import Event, check_history
-from allocators.testing.machine import Make
+from allocators.testing.machine import Make, check_as_fresh, is_own
 from allocators.testing.model import Run
 
 Tags = NDArray[np.int64]
@@ -54,9 +54,9 @@ def run_threads(
         timeout_s: after which a thread counts as hung.
 
     Raises:
-        ConformanceFailure: it broke a promise, which ``invariant`` names.
+        ConformanceFailure: it broke a promise, which ``invariant`` names; nothing else, whatever the allocator raises.
     """
-    with frequent_switches():
+    with frequent_switches(), _only_failures():
         run_programs(make, max_examples=max_examples, seed=seed, timeout_s=timeout_s)
         race_to_free(make, num_threads=num_threads, seed=seed or 0, timeout_s=timeout_s)
         hammer(make, num_threads=num_threads, num_ops=num_ops, seed=seed or 0, timeout_s=timeout_s)
@@ -64,6 +64,17 @@ def run_threads(
             stay_within_quotas(
                 make, num_threads=num_threads, num_ops=num_ops, fill=fill, seed=seed or 0, timeout_s=timeout_s
             )
+
+
+@contextlib.contextmanager
+def _only_failures() -> Iterator[None]:
+    """Raise what an allocator raised as the promise that it broke."""
+    try:
+        yield
+    except ConformanceFailure:
+        raise
+    except (Exception, SystemExit) as error:
+        raise _as_failure(error, "the calls after the threads") from error
 
 
 # -- drawn programs ----------------------------------------------------------------------------------------------------
@@ -122,9 +133,7 @@ def run_program(make: Make, programs: Sequence[Sequence[Step]], *, one_size: boo
     events = [event for thread in threads for event in thread.events]
     check_history(events, block=sizes[0] if one_size else None, capacity=fresh.free_blocks[pool.block_sizes[0]])
     held = [run for thread in threads for run in thread.held]
-    check_left(pool, sum(size for _, size in held))
-    free_all(pool, held)
-    check_fresh(pool, fresh)
+    check_end(pool, held, fresh, timeout_s)
 
 
 @dataclass
@@ -209,9 +218,7 @@ def hammer(make: Make, *, num_threads: int = 4, num_ops: int = 2000, seed: int =
         left.extend(held)
 
     in_parallel([partial(work, number) for number in range(num_threads)], timeout_s)
-    check_left(pool, sum(size for _, size in left))
-    free_all(pool, left)
-    check_fresh(pool, fresh)
+    check_end(pool, left, fresh, timeout_s)
 
 
 def stay_within_quotas(
@@ -284,9 +291,7 @@ def stay_within_quotas(
     running.set()
     workers = [partial(work, number) for number in range(num_workers)]
     in_parallel(workers, timeout_s, meanwhile=ask_for_too_much if greedy else None, running=running)
-    check_left(pool, sum(size for _, size in filling))
-    free_all(pool, filling)
-    check_fresh(pool, fresh)
+    check_end(pool, filling, fresh, timeout_s)
 
 
 def take_share(pool: BlockAllocator, size: int, count: int) -> Int32Array:
@@ -333,8 +338,7 @@ def race_to_free(
             f"{num_threads} threads freed the same {len(expected)} granules, {len(freed)} in all were accepted",
         )
         gone = set(expected)
-        free_all(pool, [(start, size) for start in order if start not in gone])
-        check_fresh(pool, fresh)
+        check_end(pool, [(start, size) for start in order if start not in gone], fresh, timeout_s)
 
 
 # -- what they share ---------------------------------------------------------------------------------------------------
@@ -376,16 +380,16 @@ def in_parallel(
         aside.join(timeout_s)
         hung += aside.is_alive()
     if failures:
-        raise _as_failure(failures[0])
+        raise _as_failure(failures[0], "a thread")
     expect(not hung, "bounded time", f"{hung} of {len(bodies)} threads have not come back after {timeout_s} s")
 
 
-def _as_failure(error: BaseException) -> BaseException:
-    if isinstance(error, ConformanceFailure) or not isinstance(error, Exception):
+def _as_failure(error: BaseException, who: str) -> BaseException:
+    if isinstance(error, ConformanceFailure) or not isinstance(error, Exception | SystemExit):
         return error
     if isinstance(error, AllocatorError):
-        return ConformanceFailure("proper use is granted", f"a thread got {error!r}")
-    return ConformanceFailure("only AllocatorErrors", f"a thread got {error!r}")
+        return ConformanceFailure("proper use is granted", f"{who} got {error!r}")
+    return ConformanceFailure("only AllocatorErrors", f"{who} got {error!r}")
 
 
 @contextlib.contextmanager
@@ -445,11 +449,28 @@ def check_left(pool: BlockAllocator, num_held: int) -> None:
         fail("integrity", str(error))
 
 
+def check_end(pool: BlockAllocator, held: list[Run], fresh: AllocatorStats, timeout_s: float) -> None:
+    """What must hold once the threads have ended: counts, and with ``held`` freed all is granted again.
+
+    On a thread of its own, because one of those that ended may have left a lock behind.
+    """
+
+    def check() -> None:
+        check_left(pool, sum(size for _, size in held))
+        free_all(pool, held)
+        check_fresh(pool, fresh)
+
+    in_parallel([check], timeout_s)
+
+
 def check_fresh(pool: BlockAllocator, fresh: AllocatorStats) -> None:
-    """With all freed, the pool is as fresh and grants all it has."""
-    expect(pool.stats() == fresh, "recovery", f"all is free, expected {fresh}, got {pool.stats()}")
+    """With all freed, nothing is in use, and the pool grants all that a fresh one does."""
+    check_as_fresh(pool.stats(), fresh, is_own(pool))
     size = pool.block_sizes[0] // GRANULE
     count = fresh.free_blocks[pool.block_sizes[0]]
-    starts = pool.allocate([size] * count).tolist()
+    try:
+        starts = pool.allocate([size] * count).tolist()
+    except OutOfBlocksError as error:
+        fail("recovery", f"all is free, and {count} blocks of {size} granules are not granted: {error}")
     expect(len(set(starts)) == count, "disjoint", "a block was granted twice after all had been freed")
     pool.free(starts, [size] * count)

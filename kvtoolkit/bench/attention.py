@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from kvtoolkit.bench.attention_cases import PEER_SHAPES, SHAPES, Case, Contender
-from kvtoolkit.bench.peers import PEERS, contenders
+from kvtoolkit.bench.peers import PEERS, peers_of
 from kvtoolkit.bench.timing import device_line, read_ceiling, require_device, time_graph
 from kvtoolkit.errors import ConfigError
 
@@ -54,7 +54,7 @@ def main(options: argparse.Namespace) -> int:
 def _measure(case: Case, options: argparse.Namespace, ceiling: float) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     best = None
-    for contender in [*_peers(case, options.peer), *ours(case)]:
+    for contender in [*peers_of(case, options.peer), *ours(case)]:
         try:
             row = _time(case, contender, options.replays, ceiling)
         except Exception as error:  # a peer without a kernel for this shape
@@ -74,18 +74,6 @@ def _measure(case: Case, options: argparse.Namespace, ceiling: float) -> list[di
             flush=True,
         )
     return found
-
-
-def _peers(case: Case, peers: list[str]) -> list[Contender]:
-    made = []
-    for peer in peers:
-        try:
-            made += list(contenders(peer, case))
-        except ConfigError:
-            raise
-        except Exception as error:  # not installed, or no kernel for this shape
-            print(f"{case.shape.name:<22}{peer:<24}{type(error).__name__}: {error!s:.60}", flush=True)
-    return made
 
 
 def ours(case: Case) -> list[Contender]:

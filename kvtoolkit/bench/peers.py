@@ -1,6 +1,7 @@
 """Other people's paged decode kernels, on the tensors of a `Case`; each needs its package."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from kvtoolkit.bench.attention_cases import Case, Contender
@@ -11,12 +12,27 @@ PEERS = ("flashinfer", "xqa", "xqa-fp8", "fa3")
 _workspace: Any = None
 
 
-def contenders(peer: str, case: Case) -> Iterator[Contender]:
-    """The variants of one peer for a case; ConfigError if there is no such peer."""
-    if peer not in PEERS:
-        raise ConfigError(f"--peer: expected some of {', '.join(PEERS)}, got {peer!r}")
-    if case.shape.num_queries == 1:
-        yield from {"flashinfer": _flashinfer, "xqa": _xqa, "xqa-fp8": _xqa_fp8, "fa3": _fa3}[peer](case)
+def peers_of(case: Case, peers: Sequence[str]) -> list[Contender]:
+    """The kernels of these peers that take a case; what the others say is printed.
+
+    Each is made by itself, because one that refuses a shape must not hide the others.
+
+    Raises:
+        ConfigError: there is no such peer.
+    """
+    for peer in peers:
+        if peer not in PEERS:
+            raise ConfigError(f"--peer: expected some of {', '.join(PEERS)}, got {peer!r}")
+    made: list[Contender] = []
+    if case.shape.num_queries != 1:
+        return made
+    for peer in peers:
+        for name, make in _KERNELS[peer].items():
+            try:
+                made.append(make(case, name))
+            except Exception as error:  # not installed, or no kernel for this shape
+                print(f"{case.shape.name:<22}{name:<24}{type(error).__name__}: {error!s:.60}", flush=True)
+    return made
 
 
 def _scratch() -> Any:
@@ -28,44 +44,50 @@ def _scratch() -> Any:
     return _workspace
 
 
-def _flashinfer(case: Case) -> Iterator[Contender]:
+_FLASHINFER = {
+    "FlashInfer cuda cores": (False, "auto"),
+    "FlashInfer fa2": (True, "fa2"),
+    "FlashInfer cudnn": (False, "cudnn"),
+}
+"""Whether by tensor cores, and FlashInfer's name of the backend."""
+
+
+def _flashinfer(case: Case, name: str) -> Contender:
     import torch
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
     shape = case.shape
+    tensor_cores, backend = _FLASHINFER[name]
     starts = torch.tensor([0, *case.counts]).cumsum(0).int().cuda()
     last = torch.tensor([(n - 1) % case.block_size + 1 for n in shape.lengths], dtype=torch.int32, device="cuda")
-    for name, tensor_cores, backend in (("cuda cores", False, "auto"), ("fa2", True, "fa2"), ("cudnn", False, "cudnn")):
-        wrapper = BatchDecodeWithPagedKVCacheWrapper(
-            _scratch(), case.layout, use_tensor_cores=tensor_cores, backend=backend
-        )
-        options = {"q_data_type": torch.bfloat16, "kv_data_type": torch.bfloat16, "o_data_type": torch.bfloat16}
+    wrapper = BatchDecodeWithPagedKVCacheWrapper(
+        _scratch(), case.layout, use_tensor_cores=tensor_cores, backend=backend
+    )
+    options = {"q_data_type": torch.bfloat16, "kv_data_type": torch.bfloat16, "o_data_type": torch.bfloat16}
+    if backend == "cudnn":
+        options["block_tables"] = case.tables[0]
+    wrapper.plan(
+        starts,
+        case.indices[0],
+        last,
+        shape.num_q_heads,
+        shape.num_kv_heads,
+        shape.head_dim,
+        case.block_size,
+        **options,
+    )
+
+    def run(which: int) -> Any:
+        # the same plan serves every set: only the ids of its blocks differ
+        wrapper._paged_kv_indices_buf = case.indices[which]
         if backend == "cudnn":
-            options["block_tables"] = case.tables[0]
-        wrapper.plan(
-            starts,
-            case.indices[0],
-            last,
-            shape.num_q_heads,
-            shape.num_kv_heads,
-            shape.head_dim,
-            case.block_size,
-            **options,
-        )
+            wrapper._block_tables = case.tables[which]
+        return wrapper.run(case.q, case.storage)
 
-        def run(which: int, wrapper: Any = wrapper, backend: str = backend) -> Any:
-            # the same plan serves every set: only the ids of its blocks differ
-            wrapper._paged_kv_indices_buf = case.indices[which]
-            if backend == "cudnn":
-                wrapper._block_tables = case.tables[which]
-            return wrapper.run(case.q, case.storage)
-
-        yield Contender(
-            f"FlashInfer {name}", [lambda which=which, run=run: run(which) for which in range(case.num_sets)]
-        )
+    return Contender(name, [partial(run, which) for which in range(case.num_sets)])
 
 
-def _xqa(case: Case) -> Iterator[Contender]:
+def _xqa(case: Case, name: str) -> Contender:
     import torch
     from flashinfer.decode import xqa_batch_decode_with_kv_cache
 
@@ -78,10 +100,10 @@ def _xqa(case: Case) -> Iterator[Contender]:
             bmm1_scale=case.shape.head_dim**-0.5, bmm2_scale=1.0, kv_layout=case.layout,
         )  # fmt: skip
 
-    yield Contender("FlashInfer XQA", [lambda which=which: run(which) for which in range(case.num_sets)])
+    return Contender(name, [partial(run, which) for which in range(case.num_sets)])
 
 
-def _xqa_fp8(case: Case) -> Iterator[Contender]:
+def _xqa_fp8(case: Case, name: str) -> Contender:
     import torch
     from flashinfer.decode import xqa_batch_decode_with_kv_cache
 
@@ -95,10 +117,10 @@ def _xqa_fp8(case: Case) -> Iterator[Contender]:
             bmm1_scale=case.shape.head_dim**-0.5, bmm2_scale=1.0, kv_layout=case.layout,
         )  # fmt: skip
 
-    yield Contender("FlashInfer XQA fp8", [lambda which=which: run(which) for which in range(case.num_sets)])
+    return Contender(name, [partial(run, which) for which in range(case.num_sets)])
 
 
-def _fa3(case: Case) -> Iterator[Contender]:
+def _fa3(case: Case, name: str) -> Contender:
     import torch
     from flash_attn_interface import flash_attn_with_kvcache, get_scheduler_metadata
 
@@ -115,4 +137,12 @@ def _fa3(case: Case) -> Iterator[Contender]:
         )  # fmt: skip
         return (out[0] if isinstance(out, tuple) else out)[:, 0]
 
-    yield Contender("FA3, scheduled", [lambda which=which: run(which) for which in range(case.num_sets)])
+    return Contender(name, [partial(run, which) for which in range(case.num_sets)])
+
+
+_KERNELS: dict[str, dict[str, Callable[[Case, str], Contender]]] = {
+    "flashinfer": dict.fromkeys(_FLASHINFER, _flashinfer),
+    "xqa": {"FlashInfer XQA": _xqa},
+    "xqa-fp8": {"FlashInfer XQA fp8": _xqa_fp8},
+    "fa3": {"FA3, scheduled": _fa3},
+}

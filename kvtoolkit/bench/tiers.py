@@ -12,7 +12,7 @@ from typing import Any
 
 from kvtoolkit.bench.attention import ours
 from kvtoolkit.bench.attention_cases import Case, Contender
-from kvtoolkit.bench.peers import PEERS, contenders
+from kvtoolkit.bench.peers import PEERS, peers_of
 from kvtoolkit.bench.tier_cases import MIXES, TIER_SHAPES, TierCase
 from kvtoolkit.bench.timing import device_line, read_ceiling, require_device, time_graph
 from kvtoolkit.errors import ConfigError
@@ -50,14 +50,7 @@ def main(options: argparse.Namespace) -> int:
     rows: list[dict[str, Any]] = []
     for name in options.shape:
         base = Case(TIER_SHAPES[name], 16, "HND")
-        found = []
-        for peer in options.peer:
-            try:
-                found += list(contenders(peer, base))
-            except ConfigError:
-                raise
-            except Exception as error:  # not installed, or no kernel for this shape
-                print(f"{name:<14}{peer:<20}{type(error).__name__}: {error!s:.60}", flush=True)
+        found = peers_of(base, options.peer)
         reference: dict[str, float] = {}
         for contender in [*ours(base), *found]:
             row = _time(base, contender, base.shape.kv_nbytes, "16 bit, paged", options.replays, ceiling)

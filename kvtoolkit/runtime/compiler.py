@@ -1,22 +1,20 @@
 """Compile a kernel source for one architecture, with a cache on disk.
 
 The key covers the source, every header it includes, directly or not, the options, the architecture and the compiler.
-A file is written under another name and renamed, so that processes never see half of one; a file whose digest does
-not match is compiled again. The folder is ``cubin`` beside Numba's, see `allocators._jit.cache_folder`.
+Entries are checked as those of Numba are, see `allocators._disk`. The folder is ``cubin`` beside Numba's.
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from allocators._disk import SUFFIX, read_entry, write_entry
 from allocators._jit import cache_folder
 from kvtoolkit.runtime import toolchain
 from kvtoolkit.sources import source_folder
@@ -27,7 +25,6 @@ _ENTRY = re.compile(
     r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers(?:[^\n]*?(?P<smem>\d+) bytes smem)?",
     re.DOTALL,
 )
-_MAGIC = b"kvtoolkit cubin 1\n"
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ class Build:
     cubin: bytes
     usage: tuple[KernelUsage, ...]
     path: Path | None
-    """Where it lies in the cache; None where nothing is writable."""
+    """Where it is in the cache; None where there is none."""
     seconds: float
     """Spent compiling; 0 if it was in the cache."""
 
@@ -75,11 +72,11 @@ def build(source: str, defines: Mapping[str, int], arch: str, *, announce: bool 
     options = (*toolchain.options(), f"-arch=sm_{arch}", *(f"-D{name}={value}" for name, value in defines.items()))
     key = _key(source, text, headers, options)
     folder = cache_folder("cubin")
-    path = None if folder is None else folder / f"{Path(source).stem}-sm{arch}-{key[:32]}.cubin"
+    path = None if folder is None else folder / f"{Path(source).stem}-sm{arch}-{key[:32]}{SUFFIX}"
     if path is not None and (found := _load(path)) is not None:
         return found
     if announce and not os.environ.get("KVTOOLKIT_QUIET"):
-        kept = f"kept in {folder}" if folder else "not kept: no folder is writable, see `kvtoolkit doctor`"
+        kept = f"kept in {folder}" if folder else "not kept: no folder can be used, see `kvtoolkit doctor`"
         settings = " ".join(f"{name.removeprefix('KVT_').lower()}={value}" for name, value in defines.items())
         print(f"kvtoolkit: compiling {source} for sm_{arch} ({settings}), first use; {kept}", file=sys.stderr)
     start = time.perf_counter()
@@ -118,23 +115,17 @@ def _key(source: str, text: str, headers: Mapping[str, str], options: tuple[str,
 
 def _load(path: Path) -> Build | None:
     """A cached build; None if there is none or it is damaged."""
+    payload = read_entry(path)
+    if payload is None:
+        return None
+    header, _, cubin = payload.partition(b"\n")
     try:
-        data = path.read_bytes()
-        magic, digest, header, cubin = data.split(b"\n", 3)
-        if magic + b"\n" != _MAGIC or hashlib.sha256(header + cubin).hexdigest().encode() != digest:
-            return None
         usage = tuple(KernelUsage(**fields) for fields in json.loads(header))
-    except (OSError, ValueError, TypeError):
+    except (ValueError, TypeError):
         return None
     return Build(cubin, usage, path, 0.0)
 
 
 def _save(path: Path, result: Build) -> bool:
     header = json.dumps([asdict(usage) for usage in result.usage]).encode()
-    digest = hashlib.sha256(header + result.cubin).hexdigest().encode()
-    with contextlib.suppress(OSError):
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(_MAGIC + digest + b"\n" + header + b"\n" + result.cubin)
-        os.replace(file.name, path)
-        return True
-    return False
+    return write_entry(path, header + b"\n" + result.cubin)

@@ -7,10 +7,8 @@ the disk cache) and loads it; every later one is a look-up. Loading inside a cap
 
 import atexit
 import struct
-import tempfile
 import threading
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from kvtoolkit.errors import UnsupportedError
@@ -77,15 +75,15 @@ def load(source: str, name: str, defines: Mapping[str, int], device: int, *, sme
 def _load(built: Build, name: str, smem_nbytes: int) -> Kernel:
     import cupy
 
-    # RawModule wants a file, of the cubin alone
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(built.cubin)
-        raw = cupy.RawModule(path=str(path)).get_function(name)
-        function = int(raw.kernel.ptr)  # loads it
-        _modules.append(raw)  # or it would be unloaded
+    # from memory: `cupy.RawModule` wants a file, and there may be no room for one
+    module = cupy.cuda.function.Module()
+    module.load(built.cubin)
+    loaded = module.get_function(name)
+    function = int(loaded.ptr)
+    _modules.append(module)  # or it would be unloaded
     if smem_nbytes > 48 << 10:
-        raw.max_dynamic_shared_size_bytes = smem_nbytes
+        attribute = cupy.cuda.driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        cupy.cuda.driver.funcSetAttribute(function, attribute, smem_nbytes)
     return Kernel(name, function, next((usage for usage in built.usage if usage.name == name), None))
 
 

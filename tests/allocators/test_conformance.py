@@ -35,7 +35,7 @@ def test_failure_names_the_promise_and_the_calls():
         run_conformance(lambda: Leaky(24), max_examples=200)
     assert caught.value.invariant
     notes = "\n".join(caught.value.__notes__)
-    assert "state.recover(" in notes
+    assert "    pool = make()\n    pool.allocate(" in notes
 
 
 class TestBuddyAsTestCase(conformance_machine(maker("buddy", 64)).TestCase):

@@ -55,6 +55,7 @@ def package(tmp_path, monkeypatch):
 
 def stamp(path):
     source_stamp.cache_clear()
+    _jit._direct_imports.cache_clear()
     return source_stamp(str(path))
 
 

@@ -72,6 +72,24 @@ def test_a_damaged_file_is_compiled_again(own_sources, damage):
     assert build("cache/move.cu", {}, "90").seconds == 0
 
 
+def test_a_full_disk_costs_the_cache_and_nothing_else(own_sources, monkeypatch):
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    built = build("cache/move.cu", {}, "90")
+    assert built.path is None
+    assert built.cubin[:4] == b"\x7fELF"
+    assert not list((own_sources.parent / "cubin").iterdir())
+
+
+def test_a_file_that_others_can_write_is_compiled_again(own_sources):
+    good = build("cache/move.cu", {}, "90")
+    good.path.chmod(0o666)
+    assert build("cache/move.cu", {}, "90").seconds > 0
+    assert build("cache/move.cu", {}, "90").seconds == 0
+
+
 def test_where_nothing_is_writable_it_compiles_every_time(own_sources, monkeypatch):
     monkeypatch.setattr(compiler, "cache_folder", lambda kind: None)
     assert build("cache/move.cu", {}, "90").path is None
