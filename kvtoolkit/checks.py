@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from kvtoolkit.cpu.arrays import DTYPE_CODES, ITEMSIZES, Operand
+from kvtoolkit.cpu.extents import extent, share_bytes
 from kvtoolkit.errors import ShapeError, UnsupportedError
 
 BACKENDS = ("cpu", "cuda", "numba")
@@ -89,12 +90,6 @@ def _is_scattered(array: Operand) -> bool:
     return array.shape[-1] > 1 and 0 not in array.shape
 
 
-def _repeats(array: Operand) -> bool:
-    """Whether two elements share a place, as after a broadcast."""
-    repeated = any(stride == 0 and size > 1 for stride, size in zip(array.strides, array.shape, strict=True))
-    return repeated and 0 not in array.shape
-
-
 def check_per_head(array: Operand, name: str, num_q_heads: int, infinite: bool) -> None:
     """Refuse what is not ``[num_q_heads]`` float32 of numbers; with ``infinite``, -inf is one. On a device the numbers
     are not looked at."""
@@ -116,8 +111,42 @@ def check_output(out: Operand, name: str, shape: tuple[int, ...], dtype: str) ->
         raise ShapeError(f"{name}: expected a writable array, got a read-only one")
     if out.strides[-1] != 1 and _is_scattered(out):
         raise ShapeError(f"{name}: expected the last axis contiguous, got strides {out.strides} (elements)")
-    if 0 in out.strides and _repeats(out):
-        raise ShapeError(f"{name}: expected every element in a place of its own, got strides {out.strides} (elements)")
+    check_places(out, name)
+
+
+def check_places(written: Operand, name: str) -> None:
+    """Refuse an array to write to in which two elements share a place, as after a broadcast."""
+    if extent(written.shape, written.strides).repeats:
+        raise UnsupportedError(
+            f"{name}: expected every element in a place of its own, got shape {written.shape} and strides "
+            f"{written.strides} (elements)"
+        )
+
+
+def check_apart(written: Operand, name: str, others: dict[str, Operand | None], in_place: str = "") -> None:
+    """Refuse an array to write to that shares memory with another argument of the call.
+
+    Args:
+        written: where the call writes.
+        name: what to call it in an error.
+        others: the other arguments, by name.
+        in_place: the one of them that ``written`` may be itself, with the same shape and strides.
+    """
+    shape, low, end, _ = extent(written.shape, written.strides)
+    address, size = written.address, ITEMSIZES[written.dtype]
+    begin, stop = address + size * low, address + size * end
+    for other_name, other in others.items():
+        if other is None:
+            continue
+        _, other_low, other_end, _ = extent(other.shape, other.strides)
+        other_size = ITEMSIZES[other.dtype]
+        if other.address + other_size * other_low >= stop or other.address + other_size * other_end <= begin:
+            continue
+        if other_name == in_place and other[:3] == written[:3]:
+            continue
+        layout = (shape, written.strides, size)
+        if share_bytes(other.address - address, layout, (other.shape, other.strides, other_size)):
+            raise UnsupportedError(f"{name}: expected memory of its own, got some that {other_name} uses, too")
 
 
 def check_options(

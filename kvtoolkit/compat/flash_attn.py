@@ -17,13 +17,18 @@ import torch
 
 from kvtoolkit.attention import _attention, append
 from kvtoolkit.checks import check_options
-from kvtoolkit.cpu import Operand, operand
-from kvtoolkit.cuda import device_operand
+from kvtoolkit.cpu import Operand
+from kvtoolkit.cpu.arrays import tensor_operand
+from kvtoolkit.cpu.indices import check_bounds, check_lengths, check_rows_of
 from kvtoolkit.errors import ShapeError, UnsupportedError
+from kvtoolkit.untraced import untraced
+
+_MOST = (1 << 31) - 1
 
 __all__ = ["flash_attn_varlen_func", "flash_attn_with_kvcache"]
 
 
+@untraced
 def flash_attn_with_kvcache(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -80,11 +85,14 @@ def flash_attn_with_kvcache(
     _refuse(rotary_cos=rotary_cos, rotary_sin=rotary_sin, cache_leftpad=cache_leftpad)
     _refuse_slopes_of_rows(alibi_slopes)
     _check_ndim(4, q=q, k_cache=k_cache, v_cache=v_cache)
-    batch, seqlen_q = q.shape[:2]
-    table = _block_table(batch, k_cache, block_table, cache_batch_idx)
+    queries = tensor_operand(q, "q", not q.is_cpu)
+    batch, seqlen_q = queries.shape[:2]
+    table = _block_table(batch, q, k_cache, block_table, cache_batch_idx)
     capacity = table.shape[1] * k_cache.shape[1]
     if isinstance(cache_seqlens, torch.Tensor):
-        _check_int32("cache_seqlens", cache_seqlens, (batch,))
+        held = _check_int32("cache_seqlens", cache_seqlens, (batch,), q)
+        if q.is_cpu:
+            check_lengths(held, "cache_seqlens", capacity)
         lengths = cache_seqlens
     else:
         length = capacity if cache_seqlens is None else _count("cache_seqlens", cache_seqlens)
@@ -97,6 +105,8 @@ def flash_attn_with_kvcache(
         check_options(softmax_scale, window_size, softcap, num_splits)  # before anything is written
         _append(q, k, v, k_cache, v_cache, table, lengths, capacity)
         lengths = lengths + k.shape[1]
+    elif cache_batch_idx is not None and q.is_cpu:
+        _check_batch_idx(cache_batch_idx, lengths, k_cache)
     out, lse = _attend(
         q.flatten(0, 1), k_cache, v_cache, table, lengths,
         None if seqlen_q == 1 else torch.arange(batch + 1, dtype=torch.int32, device=q.device) * seqlen_q,
@@ -108,6 +118,7 @@ def flash_attn_with_kvcache(
     return (out, lse.view(q.shape[:3]).transpose(1, 2).contiguous()) if return_softmax_lse else out
 
 
+@untraced
 def flash_attn_varlen_func(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -157,20 +168,24 @@ def flash_attn_varlen_func(
         raise UnsupportedError(f"dropout_p: expected 0, got {dropout_p}")
     _refuse_slopes_of_rows(alibi_slopes)
     _check_ndim(3, q=q)
-    batch = max(len(cu_seqlens_q) - 1, 0)
-    _check_int32("cu_seqlens_q", cu_seqlens_q, (batch + 1,))
-    _check_int32("cu_seqlens_k", cu_seqlens_k, (batch + 1,))
+    batch = max(_check_int32("cu_seqlens_q", cu_seqlens_q, (None,), q).shape[0] - 1, 0)
+    _check_int32("cu_seqlens_q", cu_seqlens_q, (batch + 1,), q)
+    key_bounds = _check_int32("cu_seqlens_k", cu_seqlens_k, (batch + 1,), q)
     max_seqlen_q, max_seqlen_k = _count("max_seqlen_q", max_seqlen_q), _count("max_seqlen_k", max_seqlen_k)
     keys: Any = k
     values: Any = v
     if block_table is not None:
         _check_ndim(4, k=k, v=v)
-        _check_int32("block_table", block_table, (batch, None))
+        _check_int32("block_table", block_table, (batch, None), q)
         table = block_table
+        total = _MOST  # how much the tables hold is checked row by row
     else:
         _check_ndim(3, k=k, v=v)
         keys, values = _as_blocks(q, k, "k", max_seqlen_k), _as_blocks(q, v, "v", max_seqlen_k)
         table = cu_seqlens_k[:-1].unsqueeze(1)  # a row's only block has the number of its first token
+        total = k.shape[0]
+    if q.is_cpu:
+        check_bounds(key_bounds, "cu_seqlens_k", total)
     fewest = max(0, q.shape[0] - (batch - 1) * max_seqlen_q)
     out, lse = _attend(
         q, keys, values, table, cu_seqlens_k.diff(), cu_seqlens_q, (fewest, max_seqlen_q), return_attn_probs,
@@ -193,20 +208,26 @@ def _attend(
 
 
 def _block_table(
-    batch: int, k_cache: torch.Tensor, block_table: torch.Tensor | None, cache_batch_idx: torch.Tensor | None
+    batch: int, q: torch.Tensor, k_cache: torch.Tensor, block_table: torch.Tensor | None, cache_batch_idx: torch.Tensor | None
 ) -> torch.Tensor:
     """The table of a cache; without one, every sequence of the cache is a block."""
     if block_table is not None:
         if cache_batch_idx is not None:
             raise UnsupportedError("cache_batch_idx: expected None beside a block_table, whose rows say as much")
-        _check_int32("block_table", block_table, (batch, None))
+        _check_int32("block_table", block_table, (batch, None), q)
         return block_table
     if cache_batch_idx is not None:
-        _check_int32("cache_batch_idx", cache_batch_idx, (batch,))
+        _check_int32("cache_batch_idx", cache_batch_idx, (batch,), q)
         return cache_batch_idx.unsqueeze(1)
     if batch > k_cache.shape[0]:
         raise ShapeError(f"q: expected a batch of up to {k_cache.shape[0]}, the sequences of k_cache, got {batch}")
     return torch.arange(batch, dtype=torch.int32, device=k_cache.device).unsqueeze(1)
+
+
+def _check_batch_idx(indices: torch.Tensor, lengths: torch.Tensor, k_cache: torch.Tensor) -> None:
+    """Refuse rows that the cache does not have; a row of no tokens may name any."""
+    described = tensor_operand(indices, "cache_batch_idx", False), tensor_operand(lengths, "cache_seqlens", False)
+    check_rows_of(described[0], "cache_batch_idx", described[1], k_cache.shape[0])
 
 
 def _append(
@@ -217,15 +238,17 @@ def _append(
     block_size, num_kv_heads, head_dim = k_cache.shape[1:]
     expected = (q.shape[0], k.shape[1] if k.ndim > 1 else 1, num_kv_heads, head_dim)
     for name, new in (("k", k), ("v", v)):
+        tensor_operand(new, name, not q.is_cpu)
         if new.shape != expected or new.dtype != q.dtype:
             raise ShapeError(f"{name}: expected {expected} {q.dtype}, got {tuple(new.shape)} {new.dtype}")
     if k.shape[1] > capacity:
         raise ShapeError(f"k: expected up to {capacity} tokens, which is what a row has room for, got {k.shape[1]}")
     positions = lengths.unsqueeze(1) + torch.arange(k.shape[1], device=k.device)
     index = positions // block_size
-    blocks = table.gather(1, index.clamp(max=table.shape[1] - 1))
+    # An index out of range would be a device-side assert on a GPU, after which the process cannot use the device.
+    blocks = table.gather(1, index.clamp(0, table.shape[1] - 1))
     slots = torch.add(positions % block_size, blocks, alpha=block_size)
-    slots = slots.masked_fill(index >= table.shape[1], -1).flatten()
+    slots = slots.masked_fill((index < 0) | (index >= table.shape[1]), -1).flatten()
     if slots.is_cpu and (slots < 0).any():  # on a GPU looking would mean to wait
         raise ShapeError("k: expected a block for every new token in block_table or in the cache, found none for some")
     append(k.flatten(0, 1), v.flatten(0, 1), k_cache, v_cache, slots, layout="NHD")
@@ -237,7 +260,7 @@ def _as_blocks(q: torch.Tensor, states: torch.Tensor, name: str, longest: int) -
     So a sequence of any length is one block, the first token's, and nothing is copied. That blocks overlap matters to
     nobody who only reads, and the part of a block that lies behind its sequence is never read.
     """
-    packed = (operand if q.is_cpu else device_operand)(states, name)
+    packed = tensor_operand(states, name, not q.is_cpu)
     (num_tokens, num_heads, head_dim), (token, head, dim) = packed.shape, packed.strides
     return packed._replace(shape=(num_tokens, max(longest, 1), num_heads, head_dim), strides=(token, token, head, dim))
 
@@ -249,7 +272,7 @@ def _refuse(**arguments: Any) -> None:
 
 
 def _refuse_slopes_of_rows(alibi_slopes: torch.Tensor | None) -> None:
-    if alibi_slopes is not None and alibi_slopes.ndim != 1:
+    if isinstance(alibi_slopes, torch.Tensor) and alibi_slopes.ndim != 1:
         raise UnsupportedError(f"alibi_slopes: expected [num_q_heads], got {tuple(alibi_slopes.shape)}")
 
 
@@ -272,9 +295,13 @@ def _check_ndim(ndim: int, **tensors: torch.Tensor) -> None:
             raise ShapeError(f"{name}: expected {ndim} axes, got shape {tuple(tensor.shape)}")
 
 
-def _check_int32(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...]) -> None:
-    """Refuse what is not an int32 tensor of ``shape``, where None stands for any size."""
-    good = tensor.ndim == len(shape) and tensor.dtype == torch.int32
-    if not good or any(want not in (None, got) for want, got in zip(shape, tensor.shape, strict=True)):
+def _check_int32(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...], q: torch.Tensor) -> Operand:
+    """Refuse what is not an int32 tensor of ``shape`` beside ``q``, where None stands for any size."""
+    if not isinstance(tensor, torch.Tensor):
+        raise ShapeError(f"{name}: expected a torch tensor, got {type(tensor).__name__}")
+    described = tensor_operand(tensor, name, not q.is_cpu)
+    good = len(described.shape) == len(shape) and described.dtype == "int32"
+    if not good or any(want not in (None, got) for want, got in zip(shape, described.shape, strict=True)):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ShapeError(f"{name}: expected [{wanted}] int32, got {tuple(tensor.shape)} {tensor.dtype}")
+        raise ShapeError(f"{name}: expected [{wanted}] int32, got {described.shape} {described.dtype}")
+    return described
