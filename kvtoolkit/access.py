@@ -10,8 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtoolkit import cpu
-from kvtoolkit.checks import check_apart, check_heads, check_options, check_output, check_per_head, check_rows
-from kvtoolkit.cpu.arrays import ITEMSIZES, Operand, address_of, empty, is_torch, mark_written, operand
+from kvtoolkit.checks import (
+    check_apart,
+    check_flags,
+    check_heads,
+    check_options,
+    check_output,
+    check_per_head,
+    check_rows,
+)
+from kvtoolkit.cpu.arrays import ITEMSIZES, Operand, address_of, empty, mark_written, operand
 from kvtoolkit.cpu.extents import extent
 from kvtoolkit.errors import ShapeError, StepError, UnsupportedError
 from kvtoolkit.storage import Storage
@@ -220,11 +228,11 @@ class StepAccess:
             target = arenas.describe(out, "out")
         options = (softmax_scale, causal, window_size, softcap, num_splits, backend)
         form = (queries[1:4], target[1:4], target.writable, queries.device, target.device, options)
-        is_plain = sinks is None and alibi_slopes is None and not return_lse
+        is_plain = sinks is None and alibi_slopes is None and return_lse is False
         if (
             is_plain
             and self._attended is not None
-            and self._attended[0] == form
+            and self._is_as_before(form)
             and arenas.are_aligned(queries, target)
             and (is_own or self._is_apart(queries, target))
         ):
@@ -235,6 +243,7 @@ class StepAccess:
                 mark_written(out)
             return out
         arenas.check_backend(backend)
+        check_flags(causal=causal, return_lse=return_lse)
         window = check_options(softmax_scale, window_size, softcap, num_splits)
         self._check_queries(queries)
         num_q_heads = queries.shape[1]
@@ -263,6 +272,14 @@ class StepAccess:
         if not is_own:
             mark_written(out)
         return (out, lse) if return_lse else out
+
+    def _is_as_before(self, form: Any) -> bool:
+        """Whether arrays and options are those of the layer before."""
+        assert self._attended is not None
+        try:
+            return bool(self._attended[0] == form)
+        except ValueError:  # an option is an array; it will be refused
+            return False
 
     def _is_apart(self, q: Operand, out: Operand) -> bool:
         """Whether an output of the caller certainly shares no memory with what attention reads, or is ``q`` itself."""

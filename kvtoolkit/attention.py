@@ -27,6 +27,7 @@ from kvtoolkit import cpu
 from kvtoolkit.checks import (
     check_apart,
     check_caches,
+    check_flags,
     check_heads,
     check_indices,
     check_layout,
@@ -227,6 +228,8 @@ def _attention(
     chosen = choose_backend(backend, is_on_device(q))
     describe = operand if chosen == "cpu" else _device().device_operand
     window = check_options(softmax_scale, window_size, softcap, num_splits)
+    if type(causal) is not bool or type(return_lse) is not bool:
+        check_flags(causal=causal, return_lse=return_lse)
     queries = describe(q, "q")
     keys, values = describe(k_cache, "k_cache"), describe(v_cache, "v_cache")
     check_rows(queries, "q", "[num_tokens, num_q_heads, head_dim]", 3)

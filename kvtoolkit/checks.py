@@ -3,6 +3,8 @@
 import math
 from typing import Any
 
+import numpy as np
+
 from kvtoolkit.cpu.arrays import DTYPE_CODES, ITEMSIZES, Operand
 from kvtoolkit.cpu.extents import extent, share_bytes
 from kvtoolkit.errors import ShapeError, UnsupportedError
@@ -167,6 +169,13 @@ def check_options(
     if not isinstance(num_splits, int) or not 0 <= num_splits < _MOST:
         raise ShapeError(f"num_splits: expected an integer from 0 (automatic) to {_MOST - 1}, got {num_splits!r}")
     return window
+
+
+def check_flags(**flags: Any) -> None:
+    """Refuse what is no truth value, such as an array."""
+    for name, value in flags.items():
+        if not isinstance(value, (bool, int, np.bool_)):
+            raise ShapeError(f"{name}: expected True or False, got {value!r}")
 
 
 def _is_finite(number: Any) -> bool:

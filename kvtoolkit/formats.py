@@ -97,7 +97,10 @@ class Format(NamedTuple):
             UnsupportedError: head_dim is neither 64 nor 128.
         """
         nbytes = self.nbytes(head_dim)
-        blocks = as_numpy_view(blocks, "blocks") if is_torch(blocks) else np.asarray(blocks)
+        try:
+            blocks = as_numpy_view(blocks, "blocks") if is_torch(blocks) else np.asarray(blocks)
+        except ValueError as error:
+            raise ShapeError(f"blocks: expected an array of uint8, got none: {error}") from error
         if blocks.dtype != np.uint8 or blocks.ndim < 1 or blocks.shape[-1] != nbytes:
             raise ShapeError(
                 f"blocks: expected [..., {nbytes}] uint8 of {self.name} at head_dim {head_dim}, got {blocks.shape} "
@@ -113,8 +116,8 @@ FORMATS = {"int8": INT8, "int4": INT4}
 
 def check_head_dim(head_dim: int) -> None:
     """UnsupportedError unless there are quantized formats for it."""
-    if head_dim not in HEAD_DIMS:
-        raise UnsupportedError(f"head_dim: quantized tiers expect 64 or 128, got {head_dim}")
+    if not isinstance(head_dim, (int, np.integer)) or head_dim not in HEAD_DIMS:
+        raise UnsupportedError(f"head_dim: quantized tiers expect 64 or 128, got {head_dim!r}")
 
 
 def _as_float32(x: Any, name: str) -> Floats:
@@ -122,7 +125,10 @@ def _as_float32(x: Any, name: str) -> Floats:
     if is_torch(x):
         tensor_operand(x, name, False)
         x = x.detach()
-    return np.asarray(x.float() if hasattr(x, "float") else x, np.float32)
+    try:
+        return np.asarray(x.float() if hasattr(x, "float") else x, np.float32)
+    except (TypeError, ValueError) as error:
+        raise ShapeError(f"{name}: expected an array of numbers, got {type(x).__name__}: {error}") from error
 
 
 def _as_half(values: Floats) -> NDArray[np.float16]:

@@ -57,9 +57,7 @@ def _run_as_it_is(code: types.CodeType) -> None:
 class _DynamoImport(MetaPathFinder):
     """Finds no module; it is there to be asked for Dynamo."""
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
-    ) -> None:
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None) -> None:
         if name == _DYNAMO:
             while _codes:
                 _run_as_it_is(_codes.pop())

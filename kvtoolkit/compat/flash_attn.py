@@ -18,7 +18,7 @@ import torch
 from kvtoolkit.attention import _attention, append
 from kvtoolkit.checks import check_options
 from kvtoolkit.cpu import Operand
-from kvtoolkit.cpu.arrays import tensor_operand
+from kvtoolkit.cpu.arrays import is_on_device, tensor_operand
 from kvtoolkit.cpu.indices import check_bounds, check_lengths, check_rows_of
 from kvtoolkit.errors import ShapeError, UnsupportedError
 from kvtoolkit.untraced import untraced
@@ -84,8 +84,9 @@ def flash_attn_with_kvcache(
     """
     _refuse(rotary_cos=rotary_cos, rotary_sin=rotary_sin, cache_leftpad=cache_leftpad)
     _refuse_slopes_of_rows(alibi_slopes)
-    _check_ndim(4, q=q, k_cache=k_cache, v_cache=v_cache)
-    queries = tensor_operand(q, "q", not q.is_cpu)
+    queries, keys, values = (
+        _describe(x, name, q, 4) for x, name in ((q, "q"), (k_cache, "k_cache"), (v_cache, "v_cache"))
+    )
     batch, seqlen_q = queries.shape[:2]
     table = _block_table(batch, q, k_cache, block_table, cache_batch_idx)
     capacity = table.shape[1] * k_cache.shape[1]
@@ -108,7 +109,7 @@ def flash_attn_with_kvcache(
     elif cache_batch_idx is not None and q.is_cpu:
         _check_batch_idx(cache_batch_idx, lengths, k_cache)
     out, lse = _attend(
-        q.flatten(0, 1), k_cache, v_cache, table, lengths,
+        q.flatten(0, 1), keys, values, table, lengths,
         None if seqlen_q == 1 else torch.arange(batch + 1, dtype=torch.int32, device=q.device) * seqlen_q,
         (seqlen_q, seqlen_q), return_softmax_lse,
         softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap,
@@ -164,24 +165,22 @@ def flash_attn_varlen_func(
         ShapeError: a shape, dtype or stride is not as above; on the CPU also a length or a block id.
         UnsupportedError: an argument that is not offered, or no kernel for this head_dim, dtype or device.
     """
-    if dropout_p:
-        raise UnsupportedError(f"dropout_p: expected 0, got {dropout_p}")
+    if not isinstance(dropout_p, (int, float)) or dropout_p:
+        raise UnsupportedError(f"dropout_p: expected 0, got {dropout_p!r}")
     _refuse_slopes_of_rows(alibi_slopes)
-    _check_ndim(3, q=q)
+    _describe(q, "q", q, 3)
     batch = max(_check_int32("cu_seqlens_q", cu_seqlens_q, (None,), q).shape[0] - 1, 0)
     _check_int32("cu_seqlens_q", cu_seqlens_q, (batch + 1,), q)
     key_bounds = _check_int32("cu_seqlens_k", cu_seqlens_k, (batch + 1,), q)
     max_seqlen_q, max_seqlen_k = _count("max_seqlen_q", max_seqlen_q), _count("max_seqlen_k", max_seqlen_k)
-    keys: Any = k
-    values: Any = v
+    ndim = 3 if block_table is None else 4
+    keys, values = _describe(k, "k", q, ndim), _describe(v, "v", q, ndim)
     if block_table is not None:
-        _check_ndim(4, k=k, v=v)
         _check_int32("block_table", block_table, (batch, None), q)
         table = block_table
         total = _MOST  # how much the tables hold is checked row by row
     else:
-        _check_ndim(3, k=k, v=v)
-        keys, values = _as_blocks(q, k, "k", max_seqlen_k), _as_blocks(q, v, "v", max_seqlen_k)
+        keys, values = _as_blocks(keys, max_seqlen_k), _as_blocks(values, max_seqlen_k)
         table = cu_seqlens_k[:-1].unsqueeze(1)  # a row's only block has the number of its first token
         total = k.shape[0]
     if q.is_cpu:
@@ -208,7 +207,11 @@ def _attend(
 
 
 def _block_table(
-    batch: int, q: torch.Tensor, k_cache: torch.Tensor, block_table: torch.Tensor | None, cache_batch_idx: torch.Tensor | None
+    batch: int,
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    block_table: torch.Tensor | None,
+    cache_batch_idx: torch.Tensor | None,
 ) -> torch.Tensor:
     """The table of a cache; without one, every sequence of the cache is a block."""
     if block_table is not None:
@@ -238,7 +241,7 @@ def _append(
     block_size, num_kv_heads, head_dim = k_cache.shape[1:]
     expected = (q.shape[0], k.shape[1] if k.ndim > 1 else 1, num_kv_heads, head_dim)
     for name, new in (("k", k), ("v", v)):
-        tensor_operand(new, name, not q.is_cpu)
+        _describe(new, name, q, 4)
         if new.shape != expected or new.dtype != q.dtype:
             raise ShapeError(f"{name}: expected {expected} {q.dtype}, got {tuple(new.shape)} {new.dtype}")
     if k.shape[1] > capacity:
@@ -254,13 +257,12 @@ def _append(
     append(k.flatten(0, 1), v.flatten(0, 1), k_cache, v_cache, slots, layout="NHD")
 
 
-def _as_blocks(q: torch.Tensor, states: torch.Tensor, name: str, longest: int) -> Operand:
+def _as_blocks(packed: Operand, longest: int) -> Operand:
     """Packed tokens as a paged cache whose block ``i`` is the ``longest`` tokens from token ``i`` on.
 
     So a sequence of any length is one block, the first token's, and nothing is copied. That blocks overlap matters to
     nobody who only reads, and the part of a block that lies behind its sequence is never read.
     """
-    packed = tensor_operand(states, name, not q.is_cpu)
     (num_tokens, num_heads, head_dim), (token, head, dim) = packed.shape, packed.strides
     return packed._replace(shape=(num_tokens, max(longest, 1), num_heads, head_dim), strides=(token, token, head, dim))
 
@@ -287,19 +289,20 @@ def _count(name: str, value: Any) -> int:
     return count
 
 
-def _check_ndim(ndim: int, **tensors: torch.Tensor) -> None:
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise ShapeError(f"{name}: expected a torch tensor, got {type(tensor).__name__}")
-        if tensor.ndim != ndim:
-            raise ShapeError(f"{name}: expected {ndim} axes, got shape {tuple(tensor.shape)}")
+def _describe(tensor: Any, name: str, q: Any, ndim: int | None = None) -> Operand:
+    """A tensor where ``q`` is, of ``ndim`` axes."""
+    for one, called in ((q, "q"), (tensor, name)):
+        if not isinstance(one, torch.Tensor):
+            raise ShapeError(f"{called}: expected a torch tensor, got {type(one).__name__}")
+    described = tensor_operand(tensor, name, is_on_device(q))
+    if ndim not in (None, len(described.shape)):
+        raise ShapeError(f"{name}: expected {ndim} axes, got shape {described.shape}")
+    return described
 
 
 def _check_int32(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...], q: torch.Tensor) -> Operand:
     """Refuse what is not an int32 tensor of ``shape`` beside ``q``, where None stands for any size."""
-    if not isinstance(tensor, torch.Tensor):
-        raise ShapeError(f"{name}: expected a torch tensor, got {type(tensor).__name__}")
-    described = tensor_operand(tensor, name, not q.is_cpu)
+    described = _describe(tensor, name, q)
     good = len(described.shape) == len(shape) and described.dtype == "int32"
     if not good or any(want not in (None, got) for want, got in zip(shape, described.shape, strict=True)):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)

@@ -67,7 +67,7 @@ address_of = _fast_address if _knows_layout() else _slow_address
 """The address of an array's first element."""
 
 _NUMPY_NAMES: dict[Any, str] = {}
-_TORCH_DTYPES: dict[Any, tuple[str, int, bool]] = {}
+_TORCH_DTYPES: dict[Any, tuple[str, int]] = {}
 _DENSE_TYPES: set[type] = set()
 
 
@@ -217,7 +217,7 @@ def tensor_operand(tensor: Any, name: str, on_device: bool) -> Operand:
             if not tensor.is_cpu:
                 raise UnsupportedError(f"{name}: expected a tensor in host memory, got one on {tensor.device}")
             device = -1
-        dtype, itemsize, may_be_negated = _TORCH_DTYPES.get(tensor.dtype) or _learn_dtype(tensor.dtype)
+        dtype, itemsize = _TORCH_DTYPES.get(tensor.dtype) or _learn_dtype(tensor.dtype)
         shape, strides = tensor.shape, tensor.stride()
         shape, _, end, _ = EXTENTS.get((shape, strides)) or extent(shape, strides)
         if end and tensor.untyped_storage().nbytes() < itemsize * (tensor.storage_offset() + end):
@@ -225,16 +225,19 @@ def tensor_operand(tensor: Any, name: str, on_device: bool) -> Operand:
                 f"{name}: expected a tensor with memory, got a storage of {tensor.untyped_storage().nbytes()} bytes "
                 f"where its last element ends at byte {itemsize * (tensor.storage_offset() + end)}"
             )
-        if may_be_negated and tensor.is_neg():
+        if tensor.is_neg():
             raise UnsupportedError(
                 f"{name}: expected elements as they are in memory, got a view that torch negates when it is read; "
                 "resolve_neg() makes a tensor of it"
             )
-        return make_operand((tensor.data_ptr(), shape, strides, dtype, tensor, True, device))
+        address = tensor.data_ptr()
+        if end and not address:
+            raise UnsupportedError(f"{name}: expected a tensor with memory, got one at address 0")
+        return make_operand((address, shape, strides, dtype, tensor, True, device))
     except UnsupportedError:
         raise
     except (RuntimeError, TypeError, ValueError) as error:  # sparse, nested, inside a transform such as vmap
-        raise UnsupportedError(f"{name}: expected a dense tensor, got a {tensor.layout} one: {error}") from error
+        raise UnsupportedError(f"{name}: expected a dense tensor, got another: {error}") from error
 
 
 def _is_dense_type(kind: type) -> bool:
@@ -250,8 +253,7 @@ def _is_dense_type(kind: type) -> bool:
     return is_dense
 
 
-def _learn_dtype(dtype: Any) -> tuple[str, int, bool]:
-    """The name and size of a torch dtype, and whether views of it can be negated: imaginary parts of conjugates can."""
-    learned = str(dtype).removeprefix("torch."), int(dtype.itemsize), bool(dtype.is_floating_point)
-    _TORCH_DTYPES[dtype] = learned
+def _learn_dtype(dtype: Any) -> tuple[str, int]:
+    """The name of a torch dtype and the bytes of an element."""
+    learned = _TORCH_DTYPES[dtype] = str(dtype).removeprefix("torch."), int(dtype.itemsize)
     return learned

@@ -182,7 +182,7 @@ def copy_granules(arenas: Any, src: ArrayLike, dst: ArrayLike) -> None:
         return
     lowest = min(sources.min(), targets.min())
     highest = max(sources.max(), targets.max())
-    several: Sequence[np.ndarray] = [arenas] if isinstance(arenas, np.ndarray) else list(arenas)
+    several = list(arenas) if isinstance(arenas, Sequence) else [arenas]
     for arena in several:
         _check_arena(arena, int(lowest), int(highest))
     for arena in several:
@@ -196,7 +196,10 @@ def copy_granules(arenas: Any, src: ArrayLike, dst: ArrayLike) -> None:
 
 def _granules(listed: ArrayLike, name: str) -> Any:
     """``[n]`` int64, contiguous and writable, so that compiled code has one type to deal with."""
-    found = as_numpy_view(listed, name) if is_torch(listed) else np.asarray(listed)
+    try:
+        found = as_numpy_view(listed, name) if is_torch(listed) else np.asarray(listed)
+    except ValueError as error:
+        raise ShapeError(f"{name}: expected integers, got no array: {error}") from error
     if found.size and found.dtype.kind not in "iu":
         raise ShapeError(f"{name}: expected integers, got {found.dtype}")
     return found.astype(np.int64).reshape(-1)
