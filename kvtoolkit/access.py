@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from kvtoolkit import cpu
 from kvtoolkit.checks import (
+    autocast_note,
     check_apart,
     check_flags,
     check_heads,
@@ -76,9 +77,13 @@ class Arenas:
     def check_apart(self, layer: int, written: Operand, q: Operand) -> None:
         """UnsupportedError if the output of attention shares memory with what it reads; it may be ``q`` itself."""
         tiers = self.tiers[layer].get("tiers")
-        read = {"q": q, "the keys of the cache": self.keys[layer], "the values of the cache": self.values[layer]}
+        read: dict[str, Operand | None] = {
+            "q": q,
+            "k_cache": self.keys[layer],
+            "v_cache": self.values[layer],
+        }
         if tiers is not None:
-            read |= {"the warm tier": tiers.warm, "the cold tier": tiers.cold}
+            read |= {"warm": tiers.warm, "cold": tiers.cold}
         check_apart(written, "out", read, in_place="q")
 
     def hold(self, address: int) -> bool:
@@ -173,7 +178,7 @@ class StepAccess:
             if new.shape != expected or new.dtype != arenas.dtype:
                 raise ShapeError(
                     f"{name}: expected [num_tokens, num_kv_heads, head_dim] = {expected} {arenas.dtype}, "
-                    f"got {new.shape} {new.dtype}"
+                    f"got {new.shape} {new.dtype}{autocast_note()}"
                 )
             check_rows(new, name, "[num_tokens, num_kv_heads, head_dim]", 3)
             if not apart:
@@ -243,7 +248,7 @@ class StepAccess:
                 mark_written(out)
             return out
         arenas.check_backend(backend)
-        check_flags(causal=causal, return_lse=return_lse)
+        check_flags(causal, return_lse)
         window = check_options(softmax_scale, window_size, softcap, num_splits)
         self._check_queries(queries)
         num_q_heads = queries.shape[1]
@@ -307,7 +312,7 @@ class StepAccess:
         if not good or queries.dtype != arenas.dtype:
             raise ShapeError(
                 f"q: expected [num_tokens, num_q_heads, head_dim] = ({self._num_tokens}, num_q_heads, "
-                f"{arenas.head_dim}) {arenas.dtype}, got {shape} {queries.dtype}"
+                f"{arenas.head_dim}) {arenas.dtype}, got {shape} {queries.dtype}{autocast_note()}"
             )
         check_rows(queries, "q", "[num_tokens, num_q_heads, head_dim]", 3)
         check_heads(shape[1], arenas.num_kv_heads, arenas.head_dim)

@@ -228,8 +228,7 @@ def _attention(
     chosen = choose_backend(backend, is_on_device(q))
     describe = operand if chosen == "cpu" else _device().device_operand
     window = check_options(softmax_scale, window_size, softcap, num_splits)
-    if type(causal) is not bool or type(return_lse) is not bool:
-        check_flags(causal=causal, return_lse=return_lse)
+    check_flags(causal, return_lse)
     queries = describe(q, "q")
     keys, values = describe(k_cache, "k_cache"), describe(v_cache, "v_cache")
     check_rows(queries, "q", "[num_tokens, num_q_heads, head_dim]", 3)

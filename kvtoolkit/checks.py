@@ -1,6 +1,7 @@
 """What every attention call asks of its arguments before anything is written; each refusal says name, expected, got."""
 
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -59,7 +60,7 @@ def check_caches(keys: Operand, values: Operand, dtype: str, layout: str, head_d
         raise ShapeError(f"v_cache: expected the shape of k_cache, {keys.shape}, got {values.shape}")
     for name, cache in (("k_cache", keys), ("v_cache", values)):
         if cache.dtype != dtype:
-            raise ShapeError(f"{name}: expected the dtype of the tokens, {dtype}, got {cache.dtype}")
+            raise ShapeError(f"{name}: expected the dtype of the tokens, {dtype}, got {cache.dtype}{autocast_note()}")
     found = keys.shape[1 if layout == "HND" else 2]
     if keys.shape[3] != head_dim:
         raise ShapeError(f"k_cache: expected head_dim {head_dim} as in the tokens, got {keys.shape[3]}")
@@ -67,6 +68,14 @@ def check_caches(keys: Operand, values: Operand, dtype: str, layout: str, head_d
         raise ShapeError(f"k_cache: expected {num_heads} kv heads as in the tokens, got {found}")
     if found < 1 or keys.shape[1] < 1 or keys.shape[2] < 1:
         raise ShapeError(f"k_cache: expected {shape} with at least one head and slot, got {keys.shape}")
+
+
+def autocast_note() -> str:
+    """What a refused dtype may come from, for the end of a message."""
+    torch = sys.modules.get("torch")
+    if torch is None or not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
+        return ""
+    return "; torch.autocast is on, under which layers change dtypes: cast to one first"
 
 
 def check_heads(num_q_heads: int, num_kv_heads: int, head_dim: int) -> None:
@@ -171,9 +180,9 @@ def check_options(
     return window
 
 
-def check_flags(**flags: Any) -> None:
+def check_flags(causal: Any, return_lse: Any) -> None:
     """Refuse what is no truth value, such as an array."""
-    for name, value in flags.items():
+    for name, value in (("causal", causal), ("return_lse", return_lse)):
         if not isinstance(value, (bool, int, np.bool_)):
             raise ShapeError(f"{name}: expected True or False, got {value!r}")
 

@@ -26,11 +26,11 @@ def _read_only(array: NDArray[Any], count: int) -> NDArray[Any]:
 class Step:
     """What `KVCache.begin_step` returns; serves all layers, until `KVCache.end_step`.
 
-    The arrays are NumPy's, read-only because the kernels trust them; `on_device` has those that kernels read on a GPU,
-    which cannot be protected: do not write to them. They belong to the cache; the next `KVCache.begin_step` may write
-    them again. ``torch.from_numpy`` warns about read-only arrays: give it a copy. Rows stand in the order of ``seq_ids``. As a context manager a step that
-    was not ended is aborted: its tokens are forgotten, its blocks stay with the sequences. `append` and `attend` of one
-    step are for one thread at a time.
+    The arrays are NumPy's, read-only because the kernels trust them (``torch.from_numpy`` warns about such: give it a
+    copy); `on_device` has those that kernels read on a GPU, which cannot be protected: do not write to them. They
+    belong to the cache; the next `KVCache.begin_step` may write them again. Rows stand in the order of ``seq_ids``. As
+    a context manager a step that was not ended is aborted: its tokens are forgotten, its blocks stay with the
+    sequences. `append` and `attend` of one step are for one thread at a time.
 
     Attributes:
         seq_ids: ``[batch]`` int64.

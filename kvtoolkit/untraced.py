@@ -49,7 +49,7 @@ def _mark(function: Any) -> None:
 
 
 def _run_as_it_is(code: types.CodeType) -> None:
-    eval_frame: Any = sys.modules["torch"]._C._dynamo.eval_frame  # type: ignore[attr-defined]
+    eval_frame: Any = sys.modules["torch"]._C._dynamo.eval_frame
     skip = eval_frame._FrameAction.SKIP
     eval_frame.set_code_exec_strategy(code, eval_frame._FrameExecStrategy(skip, skip))
 

@@ -67,7 +67,7 @@ def share_bytes(distance: int, one: _Layout, other: _Layout) -> bool:
     """
     base = 1 << 50
     try:
-        return np.shares_memory(_dummy(base, one), _dummy(base + distance, other), max_work=_MAX_WORK)
+        return np.shares_memory(_dummy(base, one), _dummy(base + distance, other), max_work=_MAX_WORK)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
 

@@ -205,18 +205,6 @@ CALLS = (
 )
 
 
-def check_good() -> None:
-    """Every call takes its good arguments, as NumPy arrays and as tensors."""
-    for call in CALLS:
-        for use_torch in (False, True):
-            arguments, function = call.make()
-            if use_torch:
-                if call.numpy_only:
-                    continue
-                arguments = {
-                    name: torch.from_numpy(x.copy()) if isinstance(x, np.ndarray) else x
-                    for name, x in arguments.items()
-                }
-            elif call.torch_only:
-                continue
-            function(**{name: x.copy() if isinstance(x, np.ndarray) else x for name, x in arguments.items()})
+def with_tensors(arguments: Arguments) -> Arguments:
+    """The arguments with a tensor of its own for every array."""
+    return {name: torch.from_numpy(x.copy()) if isinstance(x, np.ndarray) else x for name, x in arguments.items()}
