@@ -79,8 +79,9 @@ def flash_attn_with_kvcache(
         float32, natural log.
 
     Raises:
-        ShapeError: a shape, dtype or stride is not as above; on the CPU also a length or a block id.
-        UnsupportedError: an argument that is not offered, or no kernel for this head_dim, dtype or device.
+        ShapeError: a shape, dtype or stride is not as above; on the CPU also a length, an index or a block id.
+        UnsupportedError: an argument that is not offered, no kernel for this head_dim, dtype or device, or a tensor
+            without memory of its own.
     """
     _refuse(rotary_cos=rotary_cos, rotary_sin=rotary_sin, cache_leftpad=cache_leftpad)
     _refuse_slopes_of_rows(alibi_slopes)
@@ -162,8 +163,9 @@ def flash_attn_varlen_func(
         ``[num_q_heads, total_q]`` float32, natural log.
 
     Raises:
-        ShapeError: a shape, dtype or stride is not as above; on the CPU also a length or a block id.
-        UnsupportedError: an argument that is not offered, or no kernel for this head_dim, dtype or device.
+        ShapeError: a shape, dtype or stride is not as above; on the CPU also a length, an index or a block id.
+        UnsupportedError: an argument that is not offered, no kernel for this head_dim, dtype or device, or a tensor
+            without memory of its own.
     """
     if not isinstance(dropout_p, (int, float)) or dropout_p:
         raise UnsupportedError(f"dropout_p: expected 0, got {dropout_p!r}")

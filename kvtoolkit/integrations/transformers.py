@@ -5,8 +5,9 @@
     model.generate(**inputs, past_key_values=cache)
 
 For decoder-only models whose attention goes through `AttentionInterface`: Llama, Qwen, Mistral, Gemma and their like,
-with transformers 5.17 or later, on the CPU or on one CUDA device, without torch.compile. No gradient goes through the
-cache. On a GPU the host looks at the padding mask once a forward, since it decides how much memory each row takes.
+with transformers 5.17 or later, on the CPU or on one CUDA device. torch.compile breaks its graph at every layer's
+attention, which runs as without it. No gradient goes through the cache. On a GPU the host looks at the padding mask once
+a forward, since it decides how much memory each row takes.
 """
 
 from typing import Any
@@ -173,7 +174,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         if self.index != self.batch.next_layer and self.index != 0:
             raise NotImplementedError(
                 f"layer {self.index} follows layer {self.batch.next_layer - 1}, which was not attended by kvtoolkit: "
-                "call use_kvtoolkit(model) first; torch.compile and skipped layers are not supported"
+                "call use_kvtoolkit(model) first; skipped layers are not supported"
             )
         key_states.kvtoolkit_layer = self
         return key_states, value_states

@@ -42,8 +42,8 @@ def test_outputs_that_overlap_are_refused():
         paged_attention(**arguments | {"out": cache.view(-1)[:512].view(2, 4, 64)})
     with pytest.raises(UnsupportedError, match="out: expected every element in a place of its own"):
         paged_attention(**arguments | {"out": torch.zeros_like(arguments["q"][:1]).expand(2, -1, -1)})
+    new, slot = torch.ones(1, 2, 64, device="cuda", dtype=torch.float16), torch.tensor([3], device="cuda")
     with pytest.raises(UnsupportedError, match="v_cache: expected memory of its own"):
-        new, slot = torch.ones(1, 2, 64, device="cuda", dtype=torch.float16), torch.tensor([3], device="cuda")
         append(new, new, cache, cache, slot, layout="NHD")
 
 
