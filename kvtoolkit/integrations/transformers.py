@@ -6,8 +6,8 @@
 
 For decoder-only models whose attention goes through `AttentionInterface`: Llama, Qwen, Mistral, Gemma and their like,
 with transformers 5.17 or later, on the CPU or on one CUDA device. torch.compile breaks its graph at every layer's
-attention, which runs as without it. No gradient goes through the cache. On a GPU the host looks at the padding mask once
-a forward, since it decides how much memory each row takes.
+attention, which runs as without it. No gradient goes through the cache. On a GPU the host looks at the padding mask
+once a forward, since it decides how much memory each row takes.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from kvtoolkit.cache import KVCache
 from kvtoolkit.config import DTYPES, CacheConfig
 from kvtoolkit.cpu import Operand
-from kvtoolkit.cpu.arrays import as_numpy_view
+from kvtoolkit.cpu.arrays import as_numpy_view, tensor_operand
 from kvtoolkit.integrations.padded import PaddedBatch
 from kvtoolkit.untraced import untraced
 
@@ -275,6 +275,7 @@ def attention_forward(
             key.dtype,
             value.dtype,
             query.get_device(),
+            (type(query), type(key), type(value)),
             scaling,
             window,
             softcap,
@@ -316,6 +317,7 @@ def _tokens_of(states: torch.Tensor) -> Operand:
     What ``transpose(1, 2).flatten(0, 1)`` would give, without the two tensors in between: this is done for every
     layer of every token.
     """
+    tensor_operand(states, "query, key, value", states.is_cuda)  # refuses those without memory of their own
     batch, num_heads, columns, head_dim = states.shape
     row, head, column, dim = states.stride()
     if batch > 1 and columns > 1 and row != columns * column:
