@@ -228,7 +228,8 @@ def _attention(
     chosen = choose_backend(backend, is_on_device(q))
     describe = operand if chosen == "cpu" else _device().device_operand
     window = check_options(softmax_scale, window_size, softcap, num_splits)
-    check_flags(causal, return_lse)
+    if causal.__class__ is not bool or return_lse.__class__ is not bool:
+        check_flags(causal, return_lse)
     queries = describe(q, "q")
     keys, values = describe(k_cache, "k_cache"), describe(v_cache, "v_cache")
     check_rows(queries, "q", "[num_tokens, num_q_heads, head_dim]", 3)
@@ -298,7 +299,8 @@ def _attention(
         cpu.attend(*arguments, **options, check=True)
     else:
         _device().attend_checked(chosen, *arguments, query_counts=query_counts, from_torch=is_torch(q), **options)
-    mark_written(None if is_own else out, block_mass)
+    if not is_own or block_mass is not None:
+        mark_written(None if is_own else out, block_mass)
     return (out, lse) if return_lse else out
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from kvtoolkit.cpu.arrays import DTYPE_CODES, ITEMSIZES, Operand
-from kvtoolkit.cpu.extents import extent, share_bytes
+from kvtoolkit.cpu.extents import EXTENTS, extent, share_bytes
 from kvtoolkit.errors import ShapeError, UnsupportedError
 
 BACKENDS = ("cpu", "cuda", "numba")
@@ -143,20 +143,21 @@ def check_apart(written: Operand, name: str, others: dict[str, Operand | None], 
         others: the other arguments, by name.
         in_place: the one of them that ``written`` may be itself, with the same shape and strides.
     """
-    shape, low, end, _ = extent(written.shape, written.strides)
-    address, size = written.address, ITEMSIZES[written.dtype]
+    address, shape, strides, dtype, *_ = written
+    size = ITEMSIZES[dtype]
+    _, low, end, _ = EXTENTS.get((shape, strides)) or extent(shape, strides)
     begin, stop = address + size * low, address + size * end
     for other_name, other in others.items():
         if other is None:
             continue
-        _, other_low, other_end, _ = extent(other.shape, other.strides)
-        other_size = ITEMSIZES[other.dtype]
-        if other.address + other_size * other_low >= stop or other.address + other_size * other_end <= begin:
+        at, other_shape, other_strides, other_dtype, _, _, _ = other
+        _, low, end, _ = EXTENTS.get((other_shape, other_strides)) or extent(other_shape, other_strides)
+        other_size = ITEMSIZES[other_dtype]
+        if at + other_size * low >= stop or at + other_size * end <= begin:
             continue
         if other_name == in_place and other[:3] == written[:3]:
             continue
-        layout = (shape, written.strides, size)
-        if share_bytes(other.address - address, layout, (other.shape, other.strides, other_size)):
+        if share_bytes(at - address, (shape, strides, size), (other_shape, other_strides, other_size)):
             raise UnsupportedError(f"{name}: expected memory of its own, got some that {other_name} uses, too")
 
 

@@ -85,18 +85,19 @@ def flash_attn_with_kvcache(
     """
     _refuse(rotary_cos=rotary_cos, rotary_sin=rotary_sin, cache_leftpad=cache_leftpad)
     _refuse_slopes_of_rows(alibi_slopes)
-    queries, keys, values = (
-        _describe(x, name, q, 4) for x, name in ((q, "q"), (k_cache, "k_cache"), (v_cache, "v_cache"))
-    )
+    on_device = _is_on_device(q)
+    queries = _describe(q, "q", on_device, 4)
+    keys, values = _describe(k_cache, "k_cache", on_device, 4), _describe(v_cache, "v_cache", on_device, 4)
     batch, seqlen_q = queries.shape[:2]
-    table = _block_table(batch, q, k_cache, block_table, cache_batch_idx)
+    table, described_table = _block_table(batch, on_device, k_cache, block_table, cache_batch_idx)
     capacity = table.shape[1] * k_cache.shape[1]
     if isinstance(cache_seqlens, torch.Tensor):
-        held = _check_int32("cache_seqlens", cache_seqlens, (batch,), q)
-        if q.is_cpu:
+        held = _check_int32("cache_seqlens", cache_seqlens, (batch,), on_device)
+        if not on_device:
             check_lengths(held, "cache_seqlens", capacity)
-        lengths = cache_seqlens
+        lengths, described_lengths = cache_seqlens, held
     else:
+        described_lengths = None
         length = capacity if cache_seqlens is None else _count("cache_seqlens", cache_seqlens)
         if length > capacity:
             raise ShapeError(f"cache_seqlens: expected up to {capacity}, which is what a row can hold, got {length}")
@@ -106,11 +107,11 @@ def flash_attn_with_kvcache(
             raise ShapeError("k, v: expected both of them and cache_seqlens, to append; got one or two of the three")
         check_options(softmax_scale, window_size, softcap, num_splits)  # before anything is written
         _append(q, k, v, k_cache, v_cache, table, lengths, capacity)
-        lengths = lengths + k.shape[1]
-    elif cache_batch_idx is not None and q.is_cpu:
+        lengths, described_lengths = lengths + k.shape[1], None
+    elif cache_batch_idx is not None and not on_device:
         _check_batch_idx(cache_batch_idx, lengths, k_cache)
     out, lse = _attend(
-        q.flatten(0, 1), keys, values, table, lengths,
+        q.flatten(0, 1), keys, values, described_table or table, described_lengths or lengths,
         None if seqlen_q == 1 else torch.arange(batch + 1, dtype=torch.int32, device=q.device) * seqlen_q,
         (seqlen_q, seqlen_q), return_softmax_lse,
         softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap,
@@ -170,26 +171,28 @@ def flash_attn_varlen_func(
     if not isinstance(dropout_p, (int, float)) or dropout_p:
         raise UnsupportedError(f"dropout_p: expected 0, got {dropout_p!r}")
     _refuse_slopes_of_rows(alibi_slopes)
-    _describe(q, "q", q, 3)
-    batch = max(_check_int32("cu_seqlens_q", cu_seqlens_q, (None,), q).shape[0] - 1, 0)
-    _check_int32("cu_seqlens_q", cu_seqlens_q, (batch + 1,), q)
-    key_bounds = _check_int32("cu_seqlens_k", cu_seqlens_k, (batch + 1,), q)
+    on_device = _is_on_device(q)
+    queries = _describe(q, "q", on_device, 3)
+    bounds = _check_int32("cu_seqlens_q", cu_seqlens_q, (None,), on_device)
+    batch = bounds.shape[0] - 1
+    if batch < 0:
+        raise ShapeError("cu_seqlens_q: expected [batch + 1] int32, got none")
+    key_bounds = _check_int32("cu_seqlens_k", cu_seqlens_k, (batch + 1,), on_device)
     max_seqlen_q, max_seqlen_k = _count("max_seqlen_q", max_seqlen_q), _count("max_seqlen_k", max_seqlen_k)
     ndim = 3 if block_table is None else 4
-    keys, values = _describe(k, "k", q, ndim), _describe(v, "v", q, ndim)
+    keys, values = _describe(k, "k", on_device, ndim), _describe(v, "v", on_device, ndim)
     if block_table is not None:
-        _check_int32("block_table", block_table, (batch, None), q)
-        table = block_table
+        table: Any = _check_int32("block_table", block_table, (batch, None), on_device)
         total = _MOST  # how much the tables hold is checked row by row
     else:
         keys, values = _as_blocks(keys, max_seqlen_k), _as_blocks(values, max_seqlen_k)
         table = cu_seqlens_k[:-1].unsqueeze(1)  # a row's only block has the number of its first token
         total = k.shape[0]
-    if q.is_cpu:
+    if not on_device:
         check_bounds(key_bounds, "cu_seqlens_k", total)
-    fewest = max(0, q.shape[0] - (batch - 1) * max_seqlen_q)
+    fewest = max(0, queries.shape[0] - (batch - 1) * max_seqlen_q)
     out, lse = _attend(
-        q, keys, values, table, cu_seqlens_k.diff(), cu_seqlens_q, (fewest, max_seqlen_q), return_attn_probs,
+        q, keys, values, table, cu_seqlens_k.diff(), bounds, (fewest, max_seqlen_q), return_attn_probs,
         softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap,
         alibi_slopes=alibi_slopes, num_splits=0,
     )  # fmt: skip
@@ -197,7 +200,7 @@ def flash_attn_varlen_func(
 
 
 def _attend(
-    q: torch.Tensor, keys: Any, values: Any, table: torch.Tensor, lengths: torch.Tensor, bounds: torch.Tensor | None,
+    q: torch.Tensor, keys: Any, values: Any, table: Any, lengths: Any, bounds: Any,
     query_counts: tuple[int, int], return_lse: bool, **options: Any,
 ) -> tuple[Any, Any]:  # fmt: skip
     """``(out, lse)`` of `kvtoolkit.paged_attention`; ``query_counts`` spares a launch where it is known."""
@@ -210,23 +213,22 @@ def _attend(
 
 def _block_table(
     batch: int,
-    q: torch.Tensor,
+    on_device: bool,
     k_cache: torch.Tensor,
     block_table: torch.Tensor | None,
     cache_batch_idx: torch.Tensor | None,
-) -> torch.Tensor:
-    """The table of a cache; without one, every sequence of the cache is a block."""
+) -> tuple[torch.Tensor, Operand | None]:
+    """The table of a cache, described if the caller gave it; without one, every sequence of the cache is a block."""
     if block_table is not None:
         if cache_batch_idx is not None:
             raise UnsupportedError("cache_batch_idx: expected None beside a block_table, whose rows say as much")
-        _check_int32("block_table", block_table, (batch, None), q)
-        return block_table
+        return block_table, _check_int32("block_table", block_table, (batch, None), on_device)
     if cache_batch_idx is not None:
-        _check_int32("cache_batch_idx", cache_batch_idx, (batch,), q)
-        return cache_batch_idx.unsqueeze(1)
+        _check_int32("cache_batch_idx", cache_batch_idx, (batch,), on_device)
+        return cache_batch_idx.unsqueeze(1), None
     if batch > k_cache.shape[0]:
         raise ShapeError(f"q: expected a batch of up to {k_cache.shape[0]}, the sequences of k_cache, got {batch}")
-    return torch.arange(batch, dtype=torch.int32, device=k_cache.device).unsqueeze(1)
+    return torch.arange(batch, dtype=torch.int32, device=k_cache.device).unsqueeze(1), None
 
 
 def _check_batch_idx(indices: torch.Tensor, lengths: torch.Tensor, k_cache: torch.Tensor) -> None:
@@ -243,7 +245,7 @@ def _append(
     block_size, num_kv_heads, head_dim = k_cache.shape[1:]
     expected = (q.shape[0], k.shape[1] if k.ndim > 1 else 1, num_kv_heads, head_dim)
     for name, new in (("k", k), ("v", v)):
-        _describe(new, name, q, 4)
+        _describe(new, name, is_on_device(q), 4)
         if new.shape != expected or new.dtype != q.dtype:
             raise ShapeError(f"{name}: expected {expected} {q.dtype}, got {tuple(new.shape)} {new.dtype}")
     if k.shape[1] > capacity:
@@ -291,22 +293,29 @@ def _count(name: str, value: Any) -> int:
     return count
 
 
-def _describe(tensor: Any, name: str, q: Any, ndim: int | None = None) -> Operand:
-    """A tensor where ``q`` is, of ``ndim`` axes."""
-    for one, called in ((q, "q"), (tensor, name)):
-        if not isinstance(one, torch.Tensor):
-            raise ShapeError(f"{called}: expected a torch tensor, got {type(one).__name__}")
-    described = tensor_operand(tensor, name, is_on_device(q))
-    if ndim not in (None, len(described.shape)):
+def _is_on_device(q: Any) -> bool:
+    if not isinstance(q, torch.Tensor):
+        raise ShapeError(f"q: expected a torch tensor, got {type(q).__name__}")
+    return is_on_device(q)
+
+
+def _describe(tensor: Any, name: str, on_device: bool, ndim: int | None = None) -> Operand:
+    """A tensor of ``ndim`` axes, on a device or in host memory."""
+    if not isinstance(tensor, torch.Tensor):
+        raise ShapeError(f"{name}: expected a torch tensor, got {type(tensor).__name__}")
+    described = tensor_operand(tensor, name, on_device)
+    if ndim is not None and ndim != len(described.shape):
         raise ShapeError(f"{name}: expected {ndim} axes, got shape {described.shape}")
     return described
 
 
-def _check_int32(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...], q: torch.Tensor) -> Operand:
-    """Refuse what is not an int32 tensor of ``shape`` beside ``q``, where None stands for any size."""
-    described = _describe(tensor, name, q)
-    good = len(described.shape) == len(shape) and described.dtype == "int32"
-    if not good or any(want not in (None, got) for want, got in zip(shape, described.shape, strict=True)):
+def _check_int32(name: str, tensor: Any, shape: tuple[int | None, ...], on_device: bool) -> Operand:
+    """Refuse what is not an int32 tensor of ``shape``, where None stands for any size."""
+    described = _describe(tensor, name, on_device)
+    good = described.dtype == "int32" and len(described.shape) == len(shape)
+    if good and described.shape != shape:
+        good = all(want in (None, got) for want, got in zip(shape, described.shape, strict=True))
+    if not good:
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ShapeError(f"{name}: expected [{wanted}] int32, got {described.shape} {described.dtype}")
     return described
