@@ -221,14 +221,14 @@ def tiered_attention(
 
 def _attention(
     q: Any, k_cache: Any, v_cache: Any, block_table: Any, block_starts: Any, seq_lens: Any, layout: str | None,
-    cu_seqlens_q: Any, softmax_scale: float | None, causal: bool, window_size: tuple[int, int], softcap: float,
-    sinks: Any, alibi_slopes: Any, out: Any, return_lse: bool, num_splits: int, backend: str | None,
+    cu_seqlens_q: Any, softmax_scale: float | None, causal: Any, window_size: tuple[int, int], softcap: float,
+    sinks: Any, alibi_slopes: Any, out: Any, return_lse: Any, num_splits: int, backend: str | None,
     query_counts: tuple[int, int] | None = None, *, block_mass: Any = None, tier_caches: TierCaches | None = None,
 ) -> Any:  # fmt: skip
     chosen = choose_backend(backend, is_on_device(q))
     describe = operand if chosen == "cpu" else _device().device_operand
     window = check_options(softmax_scale, window_size, softcap, num_splits)
-    if causal.__class__ is not bool or return_lse.__class__ is not bool:
+    if type(causal) is not bool or type(return_lse) is not bool:
         check_flags(causal, return_lse)
     queries = describe(q, "q")
     keys, values = describe(k_cache, "k_cache"), describe(v_cache, "v_cache")

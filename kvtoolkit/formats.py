@@ -106,6 +106,9 @@ class Format(NamedTuple):
                 f"blocks: expected [..., {nbytes}] uint8 of {self.name} at head_dim {head_dim}, got {blocks.shape} "
                 f"{blocks.dtype}"
             )
+        if not blocks.size:
+            nothing = np.zeros((*blocks.shape[:-1], BLOCK, head_dim), np.float32)
+            return nothing, nothing.copy()
         with np.errstate(all="ignore"):
             return (_decode_int8 if self.bits == 8 else _decode_int4)(blocks, head_dim)
 

@@ -243,9 +243,10 @@ def _append(
 ) -> None:  # fmt: skip
     """Write new tokens behind the first ``lengths`` of each row."""
     block_size, num_kv_heads, head_dim = k_cache.shape[1:]
-    expected = (q.shape[0], k.shape[1] if k.ndim > 1 else 1, num_kv_heads, head_dim)
     for name, new in (("k", k), ("v", v)):
         _describe(new, name, is_on_device(q), 4)
+    expected = (q.shape[0], k.shape[1], num_kv_heads, head_dim)
+    for name, new in (("k", k), ("v", v)):
         if new.shape != expected or new.dtype != q.dtype:
             raise ShapeError(f"{name}: expected {expected} {q.dtype}, got {tuple(new.shape)} {new.dtype}")
     if k.shape[1] > capacity:
@@ -288,7 +289,7 @@ def _count(name: str, value: Any) -> int:
         count = operator.index(value)
     except TypeError:
         count = -1
-    if count < 0:
+    if not 0 <= count <= _MOST:
         raise ShapeError(f"{name}: expected a number of tokens, got {value!r}")
     return count
 

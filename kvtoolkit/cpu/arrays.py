@@ -158,7 +158,10 @@ def as_numpy_view(array: Any, name: str) -> np.ndarray:
         torch = sys.modules["torch"]
         tensor_operand(array, name, False)
         array = array.detach()
-        return (array.view(torch.uint16) if array.dtype is torch.bfloat16 else array).numpy()  # type: ignore[no-any-return]
+        try:
+            return (array.view(torch.uint16) if array.dtype is torch.bfloat16 else array).numpy()  # type: ignore[no-any-return]
+        except (RuntimeError, TypeError) as error:  # a conjugated view, a dtype that NumPy lacks
+            raise UnsupportedError(f"{name}: NumPy cannot view this tensor: {error}") from error
     try:
         if hasattr(array, "__array_interface__"):
             return np.asarray(array)
