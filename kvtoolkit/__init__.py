@@ -24,6 +24,7 @@ from kvtoolkit.sources import get_include
 from kvtoolkit.stats import CacheStats
 from kvtoolkit.step import Step
 from kvtoolkit.tiers import TierCaches
+from kvtoolkit.untraced import untraced
 from kvtoolkit.warm import warmup
 
 __all__ = [
@@ -58,3 +59,8 @@ __all__ = [
 ]
 
 register("lockfree", lockfree)
+
+for _call in (append, merge_states, paged_attention, tiered_attention, variable_block_attention, warmup):
+    untraced(_call)
+for _class in (DevicePool, GraphStep, KVCache, Lease, Step):
+    untraced(_class)

@@ -1,17 +1,27 @@
 """What the layers of a step do with the cache: check what the caller brings, then run the kernels.
 
-The arrays of the cache itself and those of the step cannot be wrong; they are described once and checked never.
+The cache's arrays and the step's tables are valid by construction, so they are described once per step and never
+checked; the step's tables on the host are read-only to callers.
 """
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvtoolkit import cpu
-from kvtoolkit.checks import check_heads, check_options, check_output, check_per_head, check_rows
-from kvtoolkit.cpu.arrays import ITEMSIZES, Operand, is_torch, operand
+from kvtoolkit.checks import (
+    autocast_note,
+    check_apart,
+    check_flags,
+    check_heads,
+    check_options,
+    check_output,
+    check_per_head,
+    check_rows,
+)
+from kvtoolkit.cpu.arrays import ITEMSIZES, Operand, address_of, empty, mark_written, operand
+from kvtoolkit.cpu.extents import extent
 from kvtoolkit.errors import ShapeError, StepError, UnsupportedError
 from kvtoolkit.storage import Storage
 
@@ -37,6 +47,10 @@ class Arenas:
         self.tier_addresses = none if quantized is None else [one.addresses() for one in quantized]
         self.dtype, self.backend, self.device = dtype, backend, storage.device
         _, self.num_kv_heads, _, self.head_dim = self.keys[0].shape
+        held = [one for one in (storage.key_values, storage.warm, storage.cold) if one is not None]
+        begins = [address_of(one) if isinstance(one, np.ndarray) else one.data.ptr for one in held]
+        self.ranges = [(begin, begin + one.nbytes) for begin, one in zip(begins, held, strict=True)]
+        """Addresses of the hot tier, first to one past the last, then of the quantized ones."""
         # of addresses: an element on the host; the kernels of a device load rows by 16 bytes
         self.alignment = ITEMSIZES[dtype] if storage.device < 0 else 16
         self._raw = "bfloat16" if dtype == "bfloat16" else None
@@ -59,6 +73,22 @@ class Arenas:
         """StepError unless there is such a layer."""
         if not isinstance(layer, (int, np.integer)) or not 0 <= layer < len(self.keys):
             raise StepError(f"layer: expected 0 to {len(self.keys) - 1}, got {layer!r}")
+
+    def check_apart(self, layer: int, written: Operand, q: Operand) -> None:
+        """UnsupportedError if the output of attention shares memory with what it reads; it may be ``q`` itself."""
+        tiers = self.tiers[layer].get("tiers")
+        read: dict[str, Operand | None] = {
+            "q": q,
+            "k_cache": self.keys[layer],
+            "v_cache": self.values[layer],
+        }
+        if tiers is not None:
+            read |= {"warm": tiers.warm, "cold": tiers.cold}
+        check_apart(written, "out", read, in_place="q")
+
+    def hold(self, address: int) -> bool:
+        """Whether an address is in the memory of the cache."""
+        return any(begin <= address < end for begin, end in self.ranges)
 
     def are_aligned(self, one: Operand, other: Operand) -> bool:
         """Whether both begin where the kernels can load them; strides in elements do not tell."""
@@ -132,7 +162,9 @@ class StepAccess:
         arenas.require_layer(layer)
         keys, values = arenas.describe(key, "key"), arenas.describe(value, "value")
         form = (keys[1:4], values[1:4], keys.device, values.device)
-        if self._appended is not None and self._appended[0] == form and arenas.are_aligned(keys, values):
+        begin, end = arenas.ranges[0]
+        apart = not (begin <= keys.address < end or begin <= values.address < end)
+        if self._appended is not None and self._appended[0] == form and apart and arenas.are_aligned(keys, values):
             self._append_alike(
                 self._appended[1],
                 keys.address,
@@ -146,9 +178,11 @@ class StepAccess:
             if new.shape != expected or new.dtype != arenas.dtype:
                 raise ShapeError(
                     f"{name}: expected [num_tokens, num_kv_heads, head_dim] = {expected} {arenas.dtype}, "
-                    f"got {new.shape} {new.dtype}"
+                    f"got {new.shape} {new.dtype}{autocast_note()}"
                 )
             check_rows(new, name, "[num_tokens, num_kv_heads, head_dim]", 3)
+            if not apart:
+                check_apart(new, name, {"k_cache": arenas.keys[layer], "v_cache": arenas.values[layer]})
         prepared = self._append(keys, values, arenas.keys[layer], arenas.values[layer], self._slots)
         if prepared is not None:
             self._appended = form, prepared
@@ -192,38 +226,46 @@ class StepAccess:
         arenas = self._arenas
         arenas.require_layer(layer)
         queries = arenas.describe(q, "q")
-        if out is None:
-            out = self._empty(q, queries, queries.shape)
-        target = arenas.describe(out, "out")
+        is_own = out is None
+        if is_own:
+            out, target = self._empty(q, queries, queries.shape, arenas.dtype)
+        else:
+            target = arenas.describe(out, "out")
         options = (softmax_scale, causal, window_size, softcap, num_splits, backend)
         form = (queries[1:4], target[1:4], target.writable, queries.device, target.device, options)
-        is_plain = sinks is None and alibi_slopes is None and not return_lse
+        is_plain = sinks is None and alibi_slopes is None and return_lse is False
         if (
             is_plain
             and self._attended is not None
-            and self._attended[0] == form
+            and self._is_as_before(form)
             and arenas.are_aligned(queries, target)
+            and (is_own or self._is_apart(queries, target))
         ):
             self._attend_again(
                 layer, queries.address, arenas.keys[layer].address, arenas.values[layer].address, target.address
             )
+            if not is_own:
+                mark_written(out)
             return out
         arenas.check_backend(backend)
+        check_flags(causal, return_lse)
         window = check_options(softmax_scale, window_size, softcap, num_splits)
         self._check_queries(queries)
         num_q_heads = queries.shape[1]
         check_output(target, "out", queries.shape, arenas.dtype)
+        if not is_own:
+            arenas.check_apart(layer, target, queries)
         if sinks is not None:
             sinks = arenas._describe(sinks, "sinks")
             check_per_head(sinks, "sinks", num_q_heads, infinite=True)
         if alibi_slopes is not None:
             alibi_slopes = arenas._describe(alibi_slopes, "alibi_slopes")
             check_per_head(alibi_slopes, "alibi_slopes", num_q_heads, infinite=False)
-        lse = self._empty(q, queries, queries.shape[:2], "float32") if return_lse else None
+        lse, lse_target = self._empty(q, queries, queries.shape[:2], "float32") if return_lse else (None, None)
         extra = arenas.tiers[layer] if self._mass is None else {**arenas.tiers[layer], "block_mass": self._mass.operand}
         prepared = self._attend(
             queries, arenas.keys[layer], arenas.values[layer], *self._tables,
-            out=target, lse=None if lse is None else arenas._describe(lse, "lse"),
+            out=target, lse=lse_target,
             cu_seqlens_q=self._cu_seqlens_q, softmax_scale=softmax_scale, causal=causal, window_size=window,
             softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes, num_splits=num_splits,
             **extra,
@@ -232,7 +274,27 @@ class StepAccess:
             self._mass.add()
         if is_plain and prepared is not None:
             self._attended = form, prepared
+        if not is_own:
+            mark_written(out)
         return (out, lse) if return_lse else out
+
+    def _is_as_before(self, form: Any) -> bool:
+        """Whether arrays and options are those of the layer before."""
+        assert self._attended is not None
+        try:
+            return bool(self._attended[0] == form)
+        except ValueError:  # an option is an array; it will be refused
+            return False
+
+    def _is_apart(self, q: Operand, out: Operand) -> bool:
+        """Whether an output of the caller certainly shares no memory with what attention reads, or is ``q`` itself."""
+        distance = out.address - q.address
+        first, second = (q, out) if distance > 0 else (out, q)
+        _, low, _, _ = extent(second.shape, second.strides)
+        _, _, end, _ = extent(first.shape, first.strides)
+        size = ITEMSIZES[q.dtype]
+        apart = abs(distance) + size * low >= size * end or (distance == 0 and q.strides == out.strides)
+        return apart and not self._arenas.hold(out.address)
 
     def _attend_again(self, layer: int, q: int, keys: int, values: int, out: int) -> None:
         assert self._attended is not None
@@ -250,17 +312,12 @@ class StepAccess:
         if not good or queries.dtype != arenas.dtype:
             raise ShapeError(
                 f"q: expected [num_tokens, num_q_heads, head_dim] = ({self._num_tokens}, num_q_heads, "
-                f"{arenas.head_dim}) {arenas.dtype}, got {shape} {queries.dtype}"
+                f"{arenas.head_dim}) {arenas.dtype}, got {shape} {queries.dtype}{autocast_note()}"
             )
         check_rows(queries, "q", "[num_tokens, num_q_heads, head_dim]", 3)
         check_heads(shape[1], arenas.num_kv_heads, arenas.head_dim)
 
     @staticmethod
-    def _empty(array: Any, described: Operand, shape: tuple[int, ...], dtype: str | None = None) -> Any:
-        """A new array or tensor, whichever ``array`` is, of its dtype or of ``dtype``."""
-        if is_torch(array):
-            torch = sys.modules["torch"]
-            return torch.empty(shape, dtype=getattr(torch, dtype) if dtype else array.dtype)
-        if isinstance(array, np.ndarray):
-            return np.empty(shape, dtype or array.dtype)
-        return np.empty(shape, dtype or described.dtype.replace("bfloat16", "uint16"))
+    def _empty(like: Any, described: Operand, shape: tuple[int, ...], dtype: str) -> tuple[Any, Operand]:
+        """A new array or tensor, whichever ``like`` is, and its description."""
+        return empty(shape, dtype, like)

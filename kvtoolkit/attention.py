@@ -12,29 +12,33 @@ from one thread at a time. float16 and bfloat16, head_dim a multiple of 16 up to
 caches at multiples of 16 bytes. What lies in index arrays is not looked at, unless ``KVTOOLKIT_CHECK=1`` was set when
 kvtoolkit was imported: a wrong index reads or writes foreign memory.
 
-bfloat16 is ``torch.bfloat16`` or ``ml_dtypes.bfloat16``. No gradient is recorded.
+bfloat16 is ``torch.bfloat16`` or ``ml_dtypes.bfloat16``. No gradient is recorded; a tensor that a call writes to counts
+as changed for autograd. ``torch.autocast`` changes nothing: arrays keep their dtypes, which must agree. Under
+``torch.compile`` a call is a graph break and runs as without it. Tensors must have memory of their own: fake, meta and
+freed tensors, wrapper subclasses such as DTensor, and negated views raise UnsupportedError, as do arrays to write to
+that overlap themselves or another argument.
 """
 
 import functools
 import importlib
-import sys
 from typing import Any
-
-import numpy as np
 
 from kvtoolkit import cpu
 from kvtoolkit.checks import (
+    check_apart,
     check_caches,
+    check_flags,
     check_heads,
     check_indices,
     check_layout,
     check_options,
     check_output,
     check_per_head,
+    check_places,
     check_rows,
     choose_backend,
 )
-from kvtoolkit.cpu.arrays import Operand, is_on_device, is_torch, operand
+from kvtoolkit.cpu.arrays import Operand, empty, is_on_device, is_torch, mark_written, operand
 from kvtoolkit.cpu.merge import merge_rows
 from kvtoolkit.errors import ShapeError
 from kvtoolkit.formats import INT4, INT8
@@ -217,13 +221,15 @@ def tiered_attention(
 
 def _attention(
     q: Any, k_cache: Any, v_cache: Any, block_table: Any, block_starts: Any, seq_lens: Any, layout: str | None,
-    cu_seqlens_q: Any, softmax_scale: float | None, causal: bool, window_size: tuple[int, int], softcap: float,
-    sinks: Any, alibi_slopes: Any, out: Any, return_lse: bool, num_splits: int, backend: str | None,
+    cu_seqlens_q: Any, softmax_scale: float | None, causal: Any, window_size: tuple[int, int], softcap: float,
+    sinks: Any, alibi_slopes: Any, out: Any, return_lse: Any, num_splits: int, backend: str | None,
     query_counts: tuple[int, int] | None = None, *, block_mass: Any = None, tier_caches: TierCaches | None = None,
 ) -> Any:  # fmt: skip
     chosen = choose_backend(backend, is_on_device(q))
     describe = operand if chosen == "cpu" else _device().device_operand
     window = check_options(softmax_scale, window_size, softcap, num_splits)
+    if type(causal) is not bool or type(return_lse) is not bool:
+        check_flags(causal, return_lse)
     queries = describe(q, "q")
     keys, values = describe(k_cache, "k_cache"), describe(v_cache, "v_cache")
     check_rows(queries, "q", "[num_tokens, num_q_heads, head_dim]", 3)
@@ -264,16 +270,27 @@ def _attention(
         _check_block_mass(masses, batch, max_entries, keys.shape[1])
         tier_options["block_mass"] = masses
 
-    if out is None:
-        out = _empty(q, queries, queries.shape, queries.dtype)
-        target = describe(out, "out")
+    is_own = out is None
+    if is_own:
+        out, target = _empty(q, queries, queries.shape, queries.dtype)
     else:
         target = describe(out, "out")
         check_output(target, "out", queries.shape, queries.dtype)
-    lse = _empty(q, queries, queries.shape[:2], "float32") if return_lse else None
+    if not is_own or block_mass is not None:
+        read = {
+            "q": queries, "k_cache": keys, "v_cache": values, "block_table": table, "block_starts": starts,
+            "seq_lens": lengths, "cu_seqlens_q": bounds, "sinks": sink_logits, "alibi_slopes": slopes,
+        }  # fmt: skip
+        if tier_caches is not None:
+            read |= {"warm": tier_options["tiers"].warm, "cold": tier_options["tiers"].cold}
+        if block_mass is not None:
+            check_apart(masses, "block_mass", read | {"out": target})
+        if not is_own:
+            check_apart(target, "out", read, in_place="q")
+    lse, lse_target = _empty(q, queries, queries.shape[:2], "float32") if return_lse else (None, None)
     arguments = (queries, keys, values, table, starts, lengths)
     options: dict[str, Any] = {
-        "out": target, "lse": lse if lse is None else describe(lse, "lse"), "cu_seqlens_q": bounds,
+        "out": target, "lse": lse_target, "cu_seqlens_q": bounds,
         "softmax_scale": softmax_scale, "causal": causal, "window_size": window, "softcap": softcap,
         "sinks": sink_logits, "alibi_slopes": slopes, "num_splits": num_splits, "layout": layout or "HND",
     }  # fmt: skip
@@ -282,6 +299,8 @@ def _attention(
         cpu.attend(*arguments, **options, check=True)
     else:
         _device().attend_checked(chosen, *arguments, query_counts=query_counts, from_torch=is_torch(q), **options)
+    if not is_own or block_mass is not None:
+        mark_written(None if is_own else out, block_mass)
     return (out, lse) if return_lse else out
 
 
@@ -370,12 +389,18 @@ def append(
         raise ShapeError("k_cache, v_cache: expected writable arrays, got a read-only one")
     slots = describe(slot_mapping, "slot_mapping")
     check_indices(slots, "slot_mapping", (num_tokens,), "int64")
+    read: dict[str, Operand | None] = {"key": new_keys, "value": new_values, "slot_mapping": slots}
+    check_places(keys, "k_cache")
+    check_places(values, "v_cache")
+    check_apart(keys, "k_cache", read)
+    check_apart(values, "v_cache", {"k_cache": keys} | read)
     if chosen == "cpu":
         cpu.append(new_keys, new_values, keys, values, slots, layout=layout, check=True)
     else:
         _device().append_checked(
             chosen, new_keys, new_values, keys, values, slots, layout=layout, from_torch=is_torch(key)
         )
+    mark_written(k_cache, v_cache)
 
 
 def merge_states(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, *, backend: str | None = None) -> tuple[Any, Any]:
@@ -412,8 +437,10 @@ def merge_states(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, *, backend: str
         if scattered and 0 not in a.shape:
             raise ShapeError(f"{name}: expected a contiguous array, got strides {side.strides} (elements)")
         sides.append(side)
-    out, merged = _empty(out_a, a, a.shape, a.dtype), _empty(out_a, a, a.shape[:2], "float32")
-    states = (describe(out, "out"), describe(merged, "lse"), a, sides[0], b, sides[1])
+    (out, target), (merged, merged_target) = (
+        _empty(out_a, a, a.shape, a.dtype), _empty(out_a, a, a.shape[:2], "float32")
+    )  # fmt: skip
+    states = (target, merged_target, a, sides[0], b, sides[1])
     if chosen == "cpu":
         merge_rows(*states)
     else:
@@ -427,11 +454,9 @@ def _device() -> Any:
     return importlib.import_module("kvtoolkit.device")
 
 
-def _empty(like: Any, described: Operand, shape: tuple[int, ...], dtype: str) -> Any:
-    """A new array or tensor where ``like`` lies."""
+def _empty(like: Any, described: Operand, shape: tuple[int, ...], dtype: str) -> tuple[Any, Operand]:
+    """A new array or tensor where ``like`` is, and its description."""
     if described.device >= 0:
-        return _device().empty(shape, dtype, like, described.device)
-    if is_torch(like):
-        torch = sys.modules["torch"]
-        return torch.empty(shape, dtype=getattr(torch, dtype))
-    return np.empty(shape, like.dtype if isinstance(like, np.ndarray) and dtype == "bfloat16" else dtype)
+        made = _device().empty(shape, dtype, like, described.device)
+        return made, _device().device_operand(made, "out", dtype)
+    return empty(shape, dtype, like)

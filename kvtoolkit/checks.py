@@ -1,9 +1,13 @@
 """What every attention call asks of its arguments before anything is written; each refusal says name, expected, got."""
 
 import math
+import sys
 from typing import Any
 
+import numpy as np
+
 from kvtoolkit.cpu.arrays import DTYPE_CODES, ITEMSIZES, Operand
+from kvtoolkit.cpu.extents import EXTENTS, extent, share_bytes
 from kvtoolkit.errors import ShapeError, UnsupportedError
 
 BACKENDS = ("cpu", "cuda", "numba")
@@ -56,7 +60,7 @@ def check_caches(keys: Operand, values: Operand, dtype: str, layout: str, head_d
         raise ShapeError(f"v_cache: expected the shape of k_cache, {keys.shape}, got {values.shape}")
     for name, cache in (("k_cache", keys), ("v_cache", values)):
         if cache.dtype != dtype:
-            raise ShapeError(f"{name}: expected the dtype of the tokens, {dtype}, got {cache.dtype}")
+            raise ShapeError(f"{name}: expected the dtype of the tokens, {dtype}, got {cache.dtype}{autocast_note()}")
     found = keys.shape[1 if layout == "HND" else 2]
     if keys.shape[3] != head_dim:
         raise ShapeError(f"k_cache: expected head_dim {head_dim} as in the tokens, got {keys.shape[3]}")
@@ -64,6 +68,14 @@ def check_caches(keys: Operand, values: Operand, dtype: str, layout: str, head_d
         raise ShapeError(f"k_cache: expected {num_heads} kv heads as in the tokens, got {found}")
     if found < 1 or keys.shape[1] < 1 or keys.shape[2] < 1:
         raise ShapeError(f"k_cache: expected {shape} with at least one head and slot, got {keys.shape}")
+
+
+def autocast_note() -> str:
+    """What a refused dtype may come from, for the end of a message."""
+    torch = sys.modules.get("torch")
+    if torch is None or not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
+        return ""
+    return "; torch.autocast is on, under which layers change dtypes: cast to one first"
 
 
 def check_heads(num_q_heads: int, num_kv_heads: int, head_dim: int) -> None:
@@ -89,12 +101,6 @@ def _is_scattered(array: Operand) -> bool:
     return array.shape[-1] > 1 and 0 not in array.shape
 
 
-def _repeats(array: Operand) -> bool:
-    """Whether two elements share a place, as after a broadcast."""
-    repeated = any(stride == 0 and size > 1 for stride, size in zip(array.strides, array.shape, strict=True))
-    return repeated and 0 not in array.shape
-
-
 def check_per_head(array: Operand, name: str, num_q_heads: int, infinite: bool) -> None:
     """Refuse what is not ``[num_q_heads]`` float32 of numbers; with ``infinite``, -inf is one. On a device the numbers
     are not looked at."""
@@ -116,8 +122,43 @@ def check_output(out: Operand, name: str, shape: tuple[int, ...], dtype: str) ->
         raise ShapeError(f"{name}: expected a writable array, got a read-only one")
     if out.strides[-1] != 1 and _is_scattered(out):
         raise ShapeError(f"{name}: expected the last axis contiguous, got strides {out.strides} (elements)")
-    if 0 in out.strides and _repeats(out):
-        raise ShapeError(f"{name}: expected every element in a place of its own, got strides {out.strides} (elements)")
+    check_places(out, name)
+
+
+def check_places(written: Operand, name: str) -> None:
+    """Refuse an array to write to in which two elements share a place, as after a broadcast."""
+    if extent(written.shape, written.strides).repeats:
+        raise UnsupportedError(
+            f"{name}: expected every element in a place of its own, got shape {written.shape} and strides "
+            f"{written.strides} (elements)"
+        )
+
+
+def check_apart(written: Operand, name: str, others: dict[str, Operand | None], in_place: str = "") -> None:
+    """Refuse an array to write to that shares memory with another argument of the call.
+
+    Args:
+        written: where the call writes.
+        name: what to call it in an error.
+        others: the other arguments, by name.
+        in_place: the one of them that ``written`` may be itself, with the same shape and strides.
+    """
+    address, shape, strides, dtype, *_ = written
+    size = ITEMSIZES[dtype]
+    _, low, end, _ = EXTENTS.get((shape, strides)) or extent(shape, strides)
+    begin, stop = address + size * low, address + size * end
+    for other_name, other in others.items():
+        if other is None:
+            continue
+        at, other_shape, other_strides, other_dtype, _, _, _ = other
+        _, low, end, _ = EXTENTS.get((other_shape, other_strides)) or extent(other_shape, other_strides)
+        other_size = ITEMSIZES[other_dtype]
+        if at + other_size * low >= stop or at + other_size * end <= begin:
+            continue
+        if other_name == in_place and other[:3] == written[:3]:
+            continue
+        if share_bytes(at - address, (shape, strides, size), (other_shape, other_strides, other_size)):
+            raise UnsupportedError(f"{name}: expected memory of its own, got some that {other_name} uses, too")
 
 
 def check_options(
@@ -138,6 +179,13 @@ def check_options(
     if not isinstance(num_splits, int) or not 0 <= num_splits < _MOST:
         raise ShapeError(f"num_splits: expected an integer from 0 (automatic) to {_MOST - 1}, got {num_splits!r}")
     return window
+
+
+def check_flags(causal: Any, return_lse: Any) -> None:
+    """Refuse what is no truth value, such as an array."""
+    for name, value in (("causal", causal), ("return_lse", return_lse)):
+        if not isinstance(value, (bool, int, np.bool_)):
+            raise ShapeError(f"{name}: expected True or False, got {value!r}")
 
 
 def _is_finite(number: Any) -> bool:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from kvtoolkit import cuda
 from kvtoolkit.access import Arenas, StepAccess
 from kvtoolkit.cpu.arrays import Operand
-from kvtoolkit.cuda.arrays import check_alignment, check_devices, empty
+from kvtoolkit.cuda.arrays import check_alignment, check_devices, device_operand, empty
 from kvtoolkit.device import kernels_of, using
 from kvtoolkit.device_mass import DeviceMassSum
 from kvtoolkit.runtime import current_stream, is_capturing
@@ -78,5 +78,6 @@ class DeviceStepAccess(StepAccess):
             cuda.attend_alike(prepared, q, k_cache, v_cache, out, stream=stream, dependent=dependent, **tiers)
 
     @staticmethod
-    def _empty(array: Any, described: Operand, shape: tuple[int, ...], dtype: str | None = None) -> Any:
-        return empty(shape, dtype or described.dtype, array, described.device)
+    def _empty(like: Any, described: Operand, shape: tuple[int, ...], dtype: str) -> tuple[Any, Operand]:
+        made = empty(shape, dtype, like, described.device)
+        return made, device_operand(made, "out", dtype)

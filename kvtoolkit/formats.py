@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtoolkit.cpu.arrays import as_numpy_view, is_torch, tensor_operand
 from kvtoolkit.errors import ShapeError, UnsupportedError
 
 HEAD_DIMS = (64, 128)
@@ -78,7 +79,7 @@ class Format(NamedTuple):
         Raises:
             ShapeError: a shape is not as above.
         """
-        keys, values = _as_float32(keys), _as_float32(values)
+        keys, values = _as_float32(keys, "keys"), _as_float32(values, "values")
         if keys.ndim < 2 or keys.shape[-2] != BLOCK or keys.shape[-1] not in HEAD_DIMS or keys.shape != values.shape:
             raise ShapeError(
                 f"keys, values: expected [..., {BLOCK} tokens, head_dim 64 or 128], both alike, got {keys.shape} and "
@@ -95,12 +96,19 @@ class Format(NamedTuple):
             ShapeError: ``blocks`` is of another dtype, or not of this format at this head_dim.
             UnsupportedError: head_dim is neither 64 nor 128.
         """
-        blocks, nbytes = np.asarray(blocks), self.nbytes(head_dim)
+        nbytes = self.nbytes(head_dim)
+        try:
+            blocks = as_numpy_view(blocks, "blocks") if is_torch(blocks) else np.asarray(blocks)
+        except ValueError as error:
+            raise ShapeError(f"blocks: expected an array of uint8, got none: {error}") from error
         if blocks.dtype != np.uint8 or blocks.ndim < 1 or blocks.shape[-1] != nbytes:
             raise ShapeError(
                 f"blocks: expected [..., {nbytes}] uint8 of {self.name} at head_dim {head_dim}, got {blocks.shape} "
                 f"{blocks.dtype}"
             )
+        if not blocks.size:
+            nothing = np.zeros((*blocks.shape[:-1], BLOCK, head_dim), np.float32)
+            return nothing, nothing.copy()
         with np.errstate(all="ignore"):
             return (_decode_int8 if self.bits == 8 else _decode_int4)(blocks, head_dim)
 
@@ -111,13 +119,19 @@ FORMATS = {"int8": INT8, "int4": INT4}
 
 def check_head_dim(head_dim: int) -> None:
     """UnsupportedError unless there are quantized formats for it."""
-    if head_dim not in HEAD_DIMS:
-        raise UnsupportedError(f"head_dim: quantized tiers expect 64 or 128, got {head_dim}")
+    if not isinstance(head_dim, (int, np.integer)) or head_dim not in HEAD_DIMS:
+        raise UnsupportedError(f"head_dim: quantized tiers expect 64 or 128, got {head_dim!r}")
 
 
-def _as_float32(x: Any) -> Floats:
+def _as_float32(x: Any, name: str) -> Floats:
     """An array of numbers; of a tensor, which may have a dtype that NumPy lacks, by its own conversion."""
-    return np.asarray(x.float() if hasattr(x, "float") else x, np.float32)
+    if is_torch(x):
+        tensor_operand(x, name, False)
+        x = x.detach()
+    try:
+        return np.asarray(x.float() if hasattr(x, "float") else x, np.float32)
+    except (TypeError, ValueError) as error:
+        raise ShapeError(f"{name}: expected an array of numbers, got {type(x).__name__}: {error}") from error
 
 
 def _as_half(values: Floats) -> NDArray[np.float16]:

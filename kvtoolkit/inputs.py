@@ -5,6 +5,7 @@ from typing import Any, TypeGuard
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from kvtoolkit.cpu.arrays import as_numpy_view, is_torch
 from kvtoolkit.errors import SequenceError, StepError
 from kvtoolkit.tables import GRANULE, MAX_GRANULES
 
@@ -68,6 +69,6 @@ def as_tokens(token_ids: ArrayLike, expected: int) -> Int64Array:
 
 def _as_array(values: ArrayLike, name: str, error: type[Exception]) -> NDArray[Any]:
     try:
-        return np.asarray(values)
+        return as_numpy_view(values, name) if is_torch(values) else np.asarray(values)
     except (TypeError, ValueError, RuntimeError) as reason:  # ragged lists, tensors on a device
         raise error(f"{name}: expected integers, got something that is no array: {reason}") from reason

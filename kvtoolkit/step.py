@@ -16,13 +16,21 @@ if TYPE_CHECKING:
     from kvtoolkit.device_mass import DeviceMassSum
 
 
+def _read_only(array: NDArray[Any], count: int) -> NDArray[Any]:
+    """The first ``count`` rows of an array, as a view that its reader cannot write to."""
+    view = array[:count]
+    view.setflags(write=False)
+    return view
+
+
 class Step:
     """What `KVCache.begin_step` returns; serves all layers, until `KVCache.end_step`.
 
-    The arrays are NumPy's; `on_device` has those that kernels read on a GPU. They belong to the cache; the next
-    `KVCache.begin_step` may write them again. Rows stand in the order of ``seq_ids``. As a context manager a step that
-    was not ended is aborted: its tokens are forgotten, its blocks stay with the sequences. `append` and `attend` of one
-    step are for one thread at a time.
+    The arrays are NumPy's, read-only because the kernels trust them (``torch.from_numpy`` warns about such: give it a
+    copy); `on_device` has those that kernels read on a GPU, which cannot be protected: do not write to them. They
+    belong to the cache; the next `KVCache.begin_step` may write them again. Rows stand in the order of ``seq_ids``. As
+    a context manager a step that was not ended is aborted: its tokens are forgotten, its blocks stay with the
+    sequences. `append` and `attend` of one step are for one thread at a time.
 
     Attributes:
         seq_ids: ``[batch]`` int64.
@@ -64,14 +72,14 @@ class Step:
         self._arrays = arrays
         self._is_open = True
         self._mark = mark
-        self.seq_ids = seq_ids
-        self.num_new_tokens = arrays.counts[:batch]
-        self.block_table = arrays.table[:batch]
-        self.block_starts = arrays.starts[:batch]
-        self.seq_lens = arrays.seq_lens[:batch]
-        self.cu_seqlens_q = arrays.cu_seqlens_q[: batch + 1]
-        self.slot_mapping = arrays.slot_mapping[:num_tokens]
-        self.status = arrays.status[:batch]
+        self.seq_ids = _read_only(seq_ids, batch)
+        self.num_new_tokens = _read_only(arrays.counts, batch)
+        self.block_table = _read_only(arrays.table, batch)
+        self.block_starts = _read_only(arrays.starts, batch)
+        self.seq_lens = _read_only(arrays.seq_lens, batch)
+        self.cu_seqlens_q = _read_only(arrays.cu_seqlens_q, batch + 1)
+        self.slot_mapping = _read_only(arrays.slot_mapping, num_tokens)
+        self.status = _read_only(arrays.status, batch)
         self._access: StepAccess | None = None
         self._mass: MassSum | DeviceMassSum | None = None
         self._device_tables: DeviceTables | None = None

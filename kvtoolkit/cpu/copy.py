@@ -9,10 +9,11 @@ from numpy.typing import ArrayLike
 from allocators._bits import fetch_add_acq_rel, load_acquire
 from allocators._jit import jit
 from kvtoolkit.cpu import threads
-from kvtoolkit.cpu.arrays import ITEMSIZES, address_of, operand
+from kvtoolkit.cpu.arrays import ITEMSIZES, address_of, as_numpy_view, is_torch, operand
+from kvtoolkit.cpu.extents import extent
 from kvtoolkit.cpu.kernel import yield_core
 from kvtoolkit.cpu.vector import copy_bytes, read_i64
-from kvtoolkit.errors import ShapeError
+from kvtoolkit.errors import ShapeError, UnsupportedError
 from kvtoolkit.refusals import BAD_SLOT, refuse
 
 _TOKENS_PER_ITEM = 64
@@ -161,34 +162,29 @@ def copy_granules(arenas: Any, src: ArrayLike, dst: ArrayLike) -> None:
     """Copy whole granules inside arenas: granule ``src[i]`` to ``dst[i]``, for every ``i``, one after the other.
 
     Args:
-        arenas: one NumPy array ``[..., num_granules, num_kv_heads, 8, head_dim]`` of any dtype, or a sequence of them;
-            the last three axes contiguous. Every leading index (a layer, K or V) is copied alike.
-        src: granules to read, integers in ``[0, num_granules)``; ``dst`` alike, to write.
+        arenas: one NumPy array ``[..., num_granules, num_kv_heads, 8, head_dim]`` of numbers of any dtype, or a
+            sequence of them; writable, the last three axes contiguous. Every leading index (a layer, K or V) is copied.
+        src: granules to read, integers in ``[0, num_granules)``.
+        dst: granules to write, as many.
 
     Raises:
-        ShapeError: an index is out of range, ``src`` and ``dst`` differ in length, or the axes are not contiguous.
+        ShapeError: an index is no integer or out of range, ``src`` and ``dst`` differ in length, or an arena is not as
+            above; nothing was copied.
+        UnsupportedError: an arena of objects, or one in which granules share memory.
 
     A granule may be read after an earlier copy has written it: order the moves accordingly. Thread-safe for disjoint
     granules.
     """
-    sources = np.ascontiguousarray(src, dtype=np.int64).reshape(-1)
-    targets = np.ascontiguousarray(dst, dtype=np.int64).reshape(-1)
+    sources, targets = _granules(src, "src"), _granules(dst, "dst")
     if len(sources) != len(targets):
         raise ShapeError(f"dst: expected as many granules as src, {len(sources)}, got {len(targets)}")
     if not len(sources):
         return
     lowest = min(sources.min(), targets.min())
     highest = max(sources.max(), targets.max())
-    several: Sequence[np.ndarray] = [arenas] if isinstance(arenas, np.ndarray) else list(arenas)
+    several = list(arenas) if isinstance(arenas, Sequence) else [arenas]
     for arena in several:
-        if arena.ndim < 4 or lowest < 0 or highest >= arena.shape[-4]:
-            raise ShapeError(
-                f"src, dst: expected granules of arenas [..., num_granules, num_kv_heads, 8, head_dim], "
-                f"got {lowest} to {highest} for an arena of shape {arena.shape}"
-            )
-        inner = (arena.shape[-2] * arena.shape[-1] * arena.itemsize, arena.shape[-1] * arena.itemsize, arena.itemsize)
-        if arena.strides[-3:] != inner:
-            raise ShapeError(f"arenas: expected the last three axes contiguous, got strides {arena.strides}")
+        _check_arena(arena, int(lowest), int(highest))
     for arena in several:
         nbytes = arena[(0,) * (arena.ndim - 3)].nbytes
         stride = arena.strides[-4]
@@ -196,3 +192,33 @@ def copy_granules(arenas: Any, src: ArrayLike, dst: ArrayLike) -> None:
         for leading in np.ndindex(arena.shape[:-4]):
             start = address + sum(i * step for i, step in zip(leading, arena.strides, strict=False))
             _copy_blocks(start, stride, nbytes, sources, targets)
+
+
+def _granules(listed: ArrayLike, name: str) -> Any:
+    """``[n]`` int64, contiguous and writable, so that compiled code has one type to deal with."""
+    try:
+        found = as_numpy_view(listed, name) if is_torch(listed) else np.asarray(listed)
+    except ValueError as error:
+        raise ShapeError(f"{name}: expected integers, got no array: {error}") from error
+    if found.size and found.dtype.kind not in "iu":
+        raise ShapeError(f"{name}: expected integers, got {found.dtype}")
+    return found.astype(np.int64).reshape(-1)
+
+
+def _check_arena(arena: Any, lowest: int, highest: int) -> None:
+    if not isinstance(arena, np.ndarray):
+        raise ShapeError(f"arenas: expected NumPy arrays, got {type(arena).__name__}")
+    if arena.dtype.hasobject:
+        raise UnsupportedError(f"arenas: expected numbers, got {arena.dtype}, whose references a copy would not count")
+    if arena.ndim < 4 or lowest < 0 or highest >= arena.shape[-4]:
+        raise ShapeError(
+            f"src, dst: expected granules of arenas [..., num_granules, num_kv_heads, 8, head_dim], "
+            f"got {lowest} to {highest} for an arena of shape {arena.shape}"
+        )
+    inner = (arena.shape[-2] * arena.shape[-1] * arena.itemsize, arena.shape[-1] * arena.itemsize, arena.itemsize)
+    if arena.strides[-3:] != inner:
+        raise ShapeError(f"arenas: expected the last three axes contiguous, got strides {arena.strides}")
+    if not arena.flags.writeable:
+        raise ShapeError("arenas: expected writable arrays, got a read-only one")
+    if extent(arena.shape, arena.strides).repeats:
+        raise UnsupportedError(f"arenas: expected every element in a place of its own, got strides {arena.strides}")

@@ -1,15 +1,11 @@
 """Any array on a CUDA device as an address, a shape, strides and the name of a dtype: torch, CuPy, Numba, DLPack."""
 
-import functools
 import sys
-from collections.abc import Callable
 from typing import Any
 
-from kvtoolkit.cpu.arrays import Operand, is_on_device, is_torch
+from kvtoolkit.cpu.arrays import Operand, is_on_device, is_torch, tensor_operand
 from kvtoolkit.errors import ShapeError, UnsupportedError
 
-_TORCH_NAMES: dict[Any, str] = {}
-_make_operand: Callable[[tuple[Any, ...]], Operand] = functools.partial(tuple.__new__, Operand)  # 1/3 of the time
 _BITS = {"int16": "bfloat16", "uint16": "bfloat16"}
 
 
@@ -24,21 +20,13 @@ def device_operand(array: Any, name: str, dtype: str | None = None) -> Operand:
 
     Raises:
         ShapeError: it is no array.
-        UnsupportedError: it does not lie on a CUDA device.
+        UnsupportedError: it is not in the memory of a CUDA device.
     """
     if type(array) is Operand:
         return array
     if is_torch(array):
-        if not array.is_cuda:
-            raise UnsupportedError(f"{name}: expected a tensor on a CUDA device, got one on {array.device}")
-        found = _TORCH_NAMES.get(array.dtype)
-        if found is None:
-            found = _TORCH_NAMES[array.dtype] = str(array.dtype).removeprefix("torch.")
-        if dtype is not None:
-            found = _BITS.get(found, found)
-        return _make_operand(
-            (array.data_ptr(), tuple(array.shape), array.stride(), found, array, True, array.get_device())
-        )
+        found = tensor_operand(array, name, True)
+        return found if dtype is None or found.dtype not in _BITS else found._replace(dtype=_BITS[found.dtype])
     module: Any = sys.modules.get("cupy")
     if module is not None and isinstance(array, module.ndarray):
         return _of_cupy(array, array, dtype)
@@ -81,6 +69,8 @@ def _of_interface(array: Any, name: str, dtype: str | None) -> Operand:
     else:
         strides = tuple(stride // kind.itemsize for stride in strides)
     found = kind.name if dtype is None else _BITS.get(kind.name, kind.name)
+    if not address and 0 not in shape:
+        raise UnsupportedError(f"{name}: expected an array with memory, got one at address 0")
     device = cupy.cuda.runtime.pointerGetAttributes(address).device if address else cupy.cuda.runtime.getDevice()
     return Operand(int(address or 0), shape, strides, found, array, not is_read_only, int(device))
 

@@ -1,12 +1,12 @@
 """Launch the kernels that write into a cache - append, moves of granules, conversions - on arrays known to be right."""
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from kvtoolkit.cpu.arrays import ITEMSIZES, Operand
 from kvtoolkit.cuda import specs
 from kvtoolkit.cuda.launching import Launch, load_spec
-from kvtoolkit.errors import ShapeError
+from kvtoolkit.errors import ShapeError, UnsupportedError
 from kvtoolkit.runtime.kernels import num_sms, packer
 
 _append_params = packer("5q10q4i")
@@ -78,14 +78,17 @@ def copy_granules(arena: Operand, src: ArrayLike, dst: ArrayLike, *, stream: int
     """Copy granule ``src[i]`` to ``dst[i]`` of every array of an arena, asynchronously on ``stream``.
 
     Args:
-        arena: ``[num_arrays, num_granules, num_kv_heads, 8, head_dim]`` of any dtype, the last three axes contiguous.
+        arena: ``[num_arrays, num_granules, num_kv_heads, 8, head_dim]`` of numbers of any dtype, the last three axes
+            contiguous; granules are whole multiples of 16 bytes, and begin at such.
         src: granules to read, integers on the host in ``[0, num_granules)``; ``dst`` alike, to write. No granule is
             in both, and none stands twice in ``dst``: the copies happen in any order.
 
     Raises:
-        ShapeError: an index is out of range, the lists differ in length, or a granule is both read and written.
+        ShapeError: an index is no integer or out of range, the lists differ in length, or a granule is both read and
+            written.
+        UnsupportedError: an arena of another dtype or alignment.
     """
-    sources, targets = (np.ascontiguousarray(one, np.int32).reshape(-1) for one in (src, dst))
+    sources, targets = _granules(src, "src"), _granules(dst, "dst")
     num_arrays, num_granules = arena.shape[:2]
     if len(sources) != len(targets):
         raise ShapeError(f"dst: expected as many granules as src, {len(sources)}, got {len(targets)}")
@@ -96,8 +99,14 @@ def copy_granules(arena: Operand, src: ArrayLike, dst: ArrayLike, *, stream: int
         raise ShapeError(f"src, dst: expected granules in [0, {num_granules}), got {lowest} to {highest}")
     if np.intersect1d(sources, targets).size:
         raise ShapeError("src, dst: expected no granule in both, since the copies happen in any order")
-    size = ITEMSIZES[arena.dtype]
-    vectors = arena.shape[2] * arena.shape[3] * arena.shape[4] * size // 16
+    size = ITEMSIZES.get(arena.dtype, 0)
+    nbytes = arena.shape[2] * arena.shape[3] * arena.shape[4] * size
+    if not size or (arena.address | nbytes | arena.strides[0] * size | arena.strides[1] * size) % 16:
+        raise UnsupportedError(
+            f"arena: expected numbers in granules of whole multiples of 16 bytes, at such addresses and strides, got "
+            f"{arena.dtype}, {nbytes} bytes a granule, address {arena.address:#x}, strides {arena.strides} (elements)"
+        )
+    vectors = nbytes // 16
     kernel = load_spec(specs.MOVE, arena.device)
     for first in range(0, len(sources), MAX_MOVES):
         some = slice(first, first + MAX_MOVES)
@@ -107,6 +116,15 @@ def copy_granules(arena: Operand, src: ArrayLike, dst: ArrayLike, *, stream: int
         parameters = _move_params.pack(arena.address, arena.strides[0] * size, arena.strides[1] * size, vectors, count)
         ctas = min(-(-count * vectors // (256 * _UNROLL)), max(1, 16 * num_sms(arena.device) // num_arrays))
         Launch(kernel, (ctas, num_arrays), specs.MOVE.threads, 0, parameters + listed.tobytes()).run(stream)
+
+
+def _granules(listed: ArrayLike, name: str) -> NDArray[np.int32]:
+    found = np.asarray(listed)
+    if found.size and found.dtype.kind not in "iu":
+        raise ShapeError(f"{name}: expected integers, got {found.dtype}")
+    if found.size and (found.min() < 0 or found.max() >= 1 << 31):
+        raise ShapeError(f"{name}: expected granules of the arena, got {found.min()} to {found.max()}")
+    return np.ascontiguousarray(found, np.int32).reshape(-1)
 
 
 def convert(

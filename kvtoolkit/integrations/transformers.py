@@ -5,8 +5,9 @@
     model.generate(**inputs, past_key_values=cache)
 
 For decoder-only models whose attention goes through `AttentionInterface`: Llama, Qwen, Mistral, Gemma and their like,
-with transformers 5.17 or later, on the CPU or on one CUDA device, without torch.compile. No gradient goes through the
-cache. On a GPU the host looks at the padding mask once a forward, since it decides how much memory each row takes.
+with transformers 5.17 or later, on the CPU or on one CUDA device. torch.compile breaks its graph at every layer's
+attention, which runs as without it. No gradient goes through the cache. On a GPU the host looks at the padding mask
+once a forward, since it decides how much memory each row takes.
 """
 
 from typing import Any
@@ -21,7 +22,9 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from kvtoolkit.cache import KVCache
 from kvtoolkit.config import DTYPES, CacheConfig
 from kvtoolkit.cpu import Operand
+from kvtoolkit.cpu.arrays import as_numpy_view, tensor_operand
 from kvtoolkit.integrations.padded import PaddedBatch
+from kvtoolkit.untraced import untraced
 
 NAME = "kvtoolkit"
 """What the attention implementation is called in transformers."""
@@ -30,11 +33,13 @@ _DTYPE_NAMES = {getattr(torch, name): name for name in DTYPES}
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
+@untraced
 def use_kvtoolkit(model: PreTrainedModel) -> None:
     """Make a model attend through kvtoolkit wherever it is given a `TransformersCache`, and through SDPA elsewhere."""
     model.set_attn_implementation(NAME)
 
 
+@untraced
 class TransformersCache(Cache):  # type: ignore[misc]
     """The ``past_key_values`` of one batch, kept in a `KVCache`.
 
@@ -96,8 +101,8 @@ class TransformersCache(Cache):  # type: ignore[misc]
         Returns:
             Columns that need not be computed: the fewest over the rows.
         """
-        mask = None if attention_mask is None else attention_mask.cpu().numpy()
-        return self._batch.open(input_ids.cpu().numpy(), mask)
+        mask = None if attention_mask is None else as_numpy_view(attention_mask.cpu(), "attention_mask")
+        return self._batch.open(as_numpy_view(input_ids.cpu(), "input_ids"), mask)
 
     # -- what transformers calls -------------------------------------------------------------------------------------
 
@@ -111,7 +116,7 @@ class TransformersCache(Cache):  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row ``i`` continues row ``beam_idx[i]``; blocks are shared, not copied."""
-        self._batch.reorder(beam_idx.cpu().numpy())
+        self._batch.reorder(as_numpy_view(beam_idx.cpu(), "beam_idx"))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row ``repeats`` times, copies beside each other; blocks are shared."""
@@ -119,7 +124,7 @@ class TransformersCache(Cache):  # type: ignore[misc]
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows of ``indices``, integers or a bool mask; the others are closed."""
-        self._batch.select(np.arange(self._batch.batch_size)[torch.as_tensor(indices).cpu().numpy()])
+        self._batch.select(np.arange(self._batch.batch_size)[torch.as_tensor(indices, device="cpu").numpy()])
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` columns, as after rejected draft tokens.
@@ -149,6 +154,7 @@ class TransformersCache(Cache):  # type: ignore[misc]
         return f"TransformersCache({self._batch.batch_size} rows, {self._batch.num_columns} columns, {self.kv_cache!r})"
 
 
+@untraced
 class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
     """What transformers sees of one layer. What concerns the batch is asked of the `TransformersCache`."""
 
@@ -168,7 +174,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         if self.index != self.batch.next_layer and self.index != 0:
             raise NotImplementedError(
                 f"layer {self.index} follows layer {self.batch.next_layer - 1}, which was not attended by kvtoolkit: "
-                "call use_kvtoolkit(model) first; torch.compile and skipped layers are not supported"
+                "call use_kvtoolkit(model) first; skipped layers are not supported"
             )
         key_states.kvtoolkit_layer = self
         return key_states, value_states
@@ -199,6 +205,7 @@ class _Columns(int):
     """A number of columns that tells `attention_mask` that they are in a `TransformersCache`."""
 
 
+@untraced
 def attention_mask(*, kv_length: int, allow_is_causal_skip: bool = True, **options: Any) -> torch.Tensor | None:
     """The mask that `attention_forward` takes: 2-D, on the host, None where nothing is padded; without our cache that
     of SDPA."""
@@ -214,6 +221,7 @@ def attention_mask(*, kv_length: int, allow_is_causal_skip: bool = True, **optio
     return None if padding.all() else padding
 
 
+@untraced
 def attention_forward(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -267,6 +275,7 @@ def attention_forward(
             key.dtype,
             value.dtype,
             query.get_device(),
+            (type(query), type(key), type(value)),
             scaling,
             window,
             softcap,
@@ -308,6 +317,7 @@ def _tokens_of(states: torch.Tensor) -> Operand:
     What ``transpose(1, 2).flatten(0, 1)`` would give, without the two tensors in between: this is done for every
     layer of every token.
     """
+    tensor_operand(states, "query, key, value", states.is_cuda)  # refuses those without memory of their own
     batch, num_heads, columns, head_dim = states.shape
     row, head, column, dim = states.stride()
     if batch > 1 and columns > 1 and row != columns * column:

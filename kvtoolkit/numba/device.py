@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from kvtoolkit.cpu.arrays import Operand
+from kvtoolkit.cpu.arrays import ITEMSIZES, Operand
+from kvtoolkit.errors import UnsupportedError
 
 with warnings.catch_warnings():
     # of a CUDA target that moves to another package, and of NumPy types inside Numba: nothing that our caller can mend
@@ -130,6 +131,8 @@ class _Described:
 
 def as_array(array: Operand) -> Any:
     """What a kernel takes for ``array``: a view of its memory, float16 and bfloat16 as uint16."""
+    if array.dtype not in ITEMSIZES:
+        raise UnsupportedError(f"expected an array of {', '.join(ITEMSIZES)}, got {array.dtype}")
     dtype = np.dtype(np.uint16 if array.dtype in ("float16", "bfloat16") else array.dtype)
     described = _Described(array, dtype)
     if SIMULATED:
