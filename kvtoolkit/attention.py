@@ -18,6 +18,7 @@ bfloat16 is ``torch.bfloat16`` or ``ml_dtypes.bfloat16``. No gradient is recorde
 import functools
 import importlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from kvtoolkit.checks import (
     check_output,
     check_per_head,
     check_rows,
+    check_slopes,
     choose_backend,
 )
 from kvtoolkit.cpu.arrays import Operand, is_on_device, is_torch, operand
@@ -84,7 +86,7 @@ def paged_attention(
         window_size: a query sees positions ``position - left`` to ``position + right``; -1 = unbounded.
         softcap: bound of the scores; 0 = off.
         sinks: ``[num_q_heads]`` float32, an extra logit in each head's denominator, without a value; -inf = none.
-        alibi_slopes: ``[num_q_heads]`` float32.
+        alibi_slopes: ``[num_q_heads]`` float32; on the CPU also ``[batch, num_q_heads]``, last axis contiguous.
         out: array or tensor to write, shaped and typed as ``q``, last axis contiguous; it may be ``q`` itself.
         num_splits: splits of each sequence, merged by their log-sum-exp, so that a row's result does not depend on the
             batch around it; 0 = automatic: on the CPU also by the row alone, on a GPU by what keeps it busy. Prefill
@@ -220,7 +222,9 @@ def _attention(
     cu_seqlens_q: Any, softmax_scale: float | None, causal: bool, window_size: tuple[int, int], softcap: float,
     sinks: Any, alibi_slopes: Any, out: Any, return_lse: bool, num_splits: int, backend: str | None,
     query_counts: tuple[int, int] | None = None, *, block_mass: Any = None, tier_caches: TierCaches | None = None,
+    before: Callable[[], None] | None = None,
 ) -> Any:  # fmt: skip
+    """Check, choose, launch. ``before`` is called once everything is checked and before anything is read or written."""
     chosen = choose_backend(backend, is_on_device(q))
     describe = operand if chosen == "cpu" else _device().device_operand
     window = check_options(softmax_scale, window_size, softcap, num_splits)
@@ -254,7 +258,7 @@ def _attention(
         check_per_head(sink_logits, "sinks", num_q_heads, infinite=True)
     if alibi_slopes is not None:
         slopes = describe(alibi_slopes, "alibi_slopes")
-        check_per_head(slopes, "alibi_slopes", num_q_heads, infinite=False)
+        check_slopes(slopes, num_q_heads, batch, chosen)
 
     tier_options: dict[str, Any] = {}
     if tier_caches is not None:
@@ -279,9 +283,11 @@ def _attention(
     }  # fmt: skip
     options |= tier_options
     if chosen == "cpu":
-        cpu.attend(*arguments, **options, check=True)
+        cpu.attend(*arguments, **options, check=True, before=before)
     else:
-        _device().attend_checked(chosen, *arguments, query_counts=query_counts, from_torch=is_torch(q), **options)
+        _device().attend_checked(
+            chosen, *arguments, query_counts=query_counts, from_torch=is_torch(q), before=before, **options
+        )
     return (out, lse) if return_lse else out
 
 
