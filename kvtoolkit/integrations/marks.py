@@ -13,7 +13,7 @@ from transformers.masking_utils import causal_mask_function
 _HARMLESS = {"dtype", "device", "layout", "is_cuda", "is_cpu", "requires_grad", "is_nested"}
 
 
-class _Untouchable(torch.Tensor):
+class _Untouchable(torch.Tensor):  # type: ignore[misc]
     """A tensor that nothing may be computed with; ``reason`` is what is raised."""
 
     reason = ""
@@ -63,14 +63,14 @@ class Mask(_Untouchable):
 
 def mark_keys(states: torch.Tensor, layer: Any) -> NewKeys:
     """New keys that lead `attention_forward` to their layer of a cache."""
-    marked = states.as_subclass(NewKeys)
+    marked: NewKeys = states.as_subclass(NewKeys)
     marked.layer, marked.states = layer, states
     return marked
 
 
 def make_mask(padding: torch.Tensor | None, window: int | None) -> Mask:
     """A `Mask`; it holds no elements of its own."""
-    mask = torch.empty(0).as_subclass(Mask)
+    mask: Mask = torch.empty(0, device="cpu").as_subclass(Mask)
     mask.padding, mask.window = padding, window
     return mask
 

@@ -1,4 +1,4 @@
-"""Which models of transformers can run on a `KVCache`: what their configuration says, and what a trial forward shows."""
+"""Which models of transformers can run on a `KVCache`: what a configuration says, and what a trial forward shows."""
 
 import inspect
 from typing import Any, NamedTuple
@@ -52,6 +52,7 @@ class TrialCache(Cache):  # type: ignore[misc]
     def __init__(self, num_layers: int) -> None:
         self.calls: list[tuple[int, CacheShape, str | None]] = []
         """Layer, shape and what is wrong, of every attention call in order."""
+        self.windows: set[int | None] = set()
         self.num_columns = 0
         super().__init__(layers=[TrialLayer(self, i) for i in range(num_layers)])
 
@@ -92,7 +93,7 @@ class TrialLayer(CacheLayerMixin):  # type: ignore[misc]
         """Note the call; the result is zeros."""
         shape = CacheShape(len(self.cache.layers), key.shape[1], key.shape[3])
         self.cache.calls.append((self.index, shape, _wrong_shape(query, key, value)))
-        check_call(module, mask, 0.0, options)
+        self.cache.windows.add(check_call(module, mask, 0.0, options))
         rows, num_heads, columns, _ = query.shape
         return query.new_zeros((rows, columns, num_heads, value.shape[3])), None
 
@@ -144,7 +145,10 @@ def trial_forward(model: PreTrainedModel) -> CacheShape:
         NotImplementedError: its layers do not attend as a `KVCache` can serve; says why.
     """
     config = model.config.get_text_config(decoder=True)
-    cache = TrialCache(config.num_hidden_layers)
+    num_layers = getattr(config, "num_hidden_layers", None)
+    if not isinstance(num_layers, int):
+        raise NotImplementedError(f"expected a configuration with num_hidden_layers, got {type(config).__name__}")
+    cache = TrialCache(num_layers)
     known = inspect.signature(model.forward).parameters
     cache_name = "cache" if "cache" in known else "past_key_values"  # transformers 5.24 renamed it
     mask = torch.ones((2, 5), dtype=torch.long, device=model.device)
@@ -174,6 +178,10 @@ def trial_forward(model: PreTrainedModel) -> CacheShape:
     for _, _, wrong in cache.calls:
         if wrong is not None:
             raise NotImplementedError(f"expected {wrong}")
+    window = getattr(config, "sliding_window", None)
+    if window and not getattr(config, "layer_types", None) and cache.windows == {None}:
+        # transformers' own cache would then forget keys that the model's masks show
+        raise NotImplementedError(f"sliding_window: the configuration says {window}, but no layer's mask has a window")
     shapes = {shape for _, shape, _ in cache.calls}
     if len(shapes) > 1:
         raise NotImplementedError(f"expected layers of one shape, got {sorted(shapes)}")

@@ -283,7 +283,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
 def attention_mask(
     *, kv_length: int, allow_is_causal_skip: bool = True, former: str = "sdpa", **options: Any
 ) -> torch.Tensor | None:
-    """The `Mask` that `attention_forward` takes where the columns are in a `TransformersCache`, else that of ``former``.
+    """The `Mask` that `attention_forward` takes for columns of a `TransformersCache`, else that of ``former``.
 
     Raises:
         NotImplementedError: it is not a matter of padding and windows.
@@ -439,13 +439,14 @@ def cache_config(model: PreTrainedModel, **options: Any) -> CacheConfig:
     """The `CacheConfig` for a model, by its configuration; see `TransformersCache.for_model`."""
     check_structure(model)
     _check_place(model)
-    config = model.config.get_text_config(decoder=True)
-    fitting = {
-        "num_layers": config.num_hidden_layers,
-        "num_kv_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        "dtype": _dtype_name(model),
-    }
+    fitting: dict[str, Any] = {"dtype": _dtype_name(model)}
+    if not {"num_layers", "num_kv_heads", "head_dim"} <= set(options):
+        config = model.config.get_text_config(decoder=True)
+        fitting |= {
+            "num_layers": config.num_hidden_layers,
+            "num_kv_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+            "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        }
     if model.device.type == "cuda" and options.get("backend") != "cpu":
         fitting |= {"backend": "cuda", "device": model.device.index}
     return CacheConfig(**{**fitting, **options})
