@@ -1,6 +1,7 @@
 # make demo   a real model generates text on kvtoolkit's cache
 # make test   every test that this machine can run
 # make lint   ruff and mypy
+# make families   every causal model of the installed transformers, made tiny, beside its own cache: some minutes
 # Both need Python 3.11 or later and nothing else; everything goes into $(VENV).
 
 PYTHON ?= python3
@@ -9,13 +10,16 @@ BIN := $(VENV)/bin
 # the CPU build; a looser requirement may bring gigabytes of CUDA libraries
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint families clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m examples.generate $(ARGS)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(ARGS)
+
+families: $(VENV)/.test
+	$(BIN)/python -m pytest -m sweep tests/kvtoolkit/test_transformers_families.py $(ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

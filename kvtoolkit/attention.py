@@ -21,6 +21,7 @@ that overlap themselves or another argument.
 
 import functools
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 from kvtoolkit import cpu
@@ -36,6 +37,7 @@ from kvtoolkit.checks import (
     check_per_head,
     check_places,
     check_rows,
+    check_slopes,
     choose_backend,
 )
 from kvtoolkit.cpu.arrays import Operand, empty, is_on_device, is_torch, mark_written, operand
@@ -88,7 +90,7 @@ def paged_attention(
         window_size: a query sees positions ``position - left`` to ``position + right``; -1 = unbounded.
         softcap: bound of the scores; 0 = off.
         sinks: ``[num_q_heads]`` float32, an extra logit in each head's denominator, without a value; -inf = none.
-        alibi_slopes: ``[num_q_heads]`` float32.
+        alibi_slopes: ``[num_q_heads]`` float32; on the CPU also ``[batch, num_q_heads]``, last axis contiguous.
         out: array or tensor to write, shaped and typed as ``q``, last axis contiguous; it may be ``q`` itself.
         num_splits: splits of each sequence, merged by their log-sum-exp, so that a row's result does not depend on the
             batch around it; 0 = automatic: on the CPU also by the row alone, on a GPU by what keeps it busy. Prefill
@@ -224,7 +226,9 @@ def _attention(
     cu_seqlens_q: Any, softmax_scale: float | None, causal: Any, window_size: tuple[int, int], softcap: float,
     sinks: Any, alibi_slopes: Any, out: Any, return_lse: Any, num_splits: int, backend: str | None,
     query_counts: tuple[int, int] | None = None, *, block_mass: Any = None, tier_caches: TierCaches | None = None,
+    before: Callable[[], None] | None = None,
 ) -> Any:  # fmt: skip
+    """Check, choose, launch. ``before`` is called once everything is checked and before anything is read or written."""
     chosen = choose_backend(backend, is_on_device(q))
     describe = operand if chosen == "cpu" else _device().device_operand
     window = check_options(softmax_scale, window_size, softcap, num_splits)
@@ -260,7 +264,7 @@ def _attention(
         check_per_head(sink_logits, "sinks", num_q_heads, infinite=True)
     if alibi_slopes is not None:
         slopes = describe(alibi_slopes, "alibi_slopes")
-        check_per_head(slopes, "alibi_slopes", num_q_heads, infinite=False)
+        check_slopes(slopes, num_q_heads, batch, chosen)
 
     tier_options: dict[str, Any] = {}
     if tier_caches is not None:
@@ -296,9 +300,11 @@ def _attention(
     }  # fmt: skip
     options |= tier_options
     if chosen == "cpu":
-        cpu.attend(*arguments, **options, check=True)
+        cpu.attend(*arguments, **options, check=True, before=before)
     else:
-        _device().attend_checked(chosen, *arguments, query_counts=query_counts, from_torch=is_torch(q), **options)
+        _device().attend_checked(
+            chosen, *arguments, query_counts=query_counts, from_torch=is_torch(q), before=before, **options
+        )
     if not is_own or block_mass is not None:
         mark_written(None if is_own else out, block_mass)
     return (out, lse) if return_lse else out

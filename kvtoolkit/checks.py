@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from kvtoolkit.cpu.arrays import DTYPE_CODES, ITEMSIZES, Operand
+from kvtoolkit.cpu.arrays import DTYPE_CODES, ITEMSIZES, Operand, as_numpy_view
 from kvtoolkit.cpu.extents import EXTENTS, extent, share_bytes
 from kvtoolkit.errors import ShapeError, UnsupportedError
 
@@ -113,6 +113,26 @@ def check_per_head(array: Operand, name: str, num_q_heads: int, infinite: bool) 
     for value in array.owner.tolist():
         if not (math.isfinite(value) or (infinite and value == -math.inf)):
             raise ShapeError(f"{name}: expected finite values{' or -inf' if infinite else ''}, got {value}")
+
+
+def check_slopes(array: Operand, num_q_heads: int, batch: int, backend: str) -> None:
+    """Refuse ALiBi slopes that are not ``[num_q_heads]`` float32 or, on the CPU, ``[batch, num_q_heads]``."""
+    if len(array.shape) != 2:
+        check_per_head(array, "alibi_slopes", num_q_heads, infinite=False)
+        return
+    if backend != "cpu":
+        raise UnsupportedError(
+            "alibi_slopes: expected [num_q_heads], one slope for all rows; slopes of every row's own, "
+            f"[batch, num_q_heads], need kernels of their own on a GPU; got {array.shape}"
+        )
+    scattered = array.strides[1] != 1 and num_q_heads > 1
+    if array.shape != (batch, num_q_heads) or array.dtype != "float32" or scattered:
+        raise ShapeError(
+            f"alibi_slopes: expected [batch = {batch}, num_q_heads = {num_q_heads}] float32, last axis contiguous, "
+            f"got {array.shape} {array.dtype}"
+        )
+    if not np.isfinite(as_numpy_view(array.owner, "alibi_slopes")).all():
+        raise ShapeError("alibi_slopes: expected finite values, got one that is not")
 
 
 def check_output(out: Operand, name: str, shape: tuple[int, ...], dtype: str) -> None:

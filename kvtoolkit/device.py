@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 from kvtoolkit.cpu.arrays import Operand
@@ -41,9 +42,10 @@ def _num_devices() -> int:
 
 def attend_checked(
     backend: str, queries: Operand, keys: Operand, values: Operand, table: Operand, starts: Operand | None,
-    lengths: Operand, *, from_torch: bool, query_counts: tuple[int, int] | None, **options: Any,
+    lengths: Operand, *, from_torch: bool, query_counts: tuple[int, int] | None,
+    before: Callable[[], None] | None = None, **options: Any,
 ) -> None:  # fmt: skip
-    """Attend with arguments whose shapes and dtypes are known to be right."""
+    """Attend with arguments whose shapes and dtypes are known to be right. ``before`` is called after all checks."""
     arrays = {"q": queries, "k_cache": keys, "v_cache": values, "out": options["out"]}
     if backend == "cuda":
         check_head_dim(queries.shape[2], queries.dtype)
@@ -68,6 +70,8 @@ def attend_checked(
                 table, starts, lengths, options["cu_seqlens_q"], queries.shape[0], keys.shape[slot_axis], keys.shape[0],
                 stream, tiers,
             )  # fmt: skip
+        if before is not None:
+            before()
         kernels_of(backend).attend(queries, keys, values, table, starts, lengths, stream=stream, **options)
 
 

@@ -177,7 +177,8 @@ def _attend(
                 if softcap > 0:
                     scores = softcap * np.tanh(scores / softcap)
                 if slopes is not None:
-                    scores = scores - slopes[head] * np.abs(position - j[visible])
+                    slope = slopes[head] if slopes.ndim == 1 else slopes[row, head]
+                    scores = scores - slope * np.abs(position - j[visible])
                 logits = scores if sink_logits is None else np.append(scores, sink_logits[head])
                 lse[token, head] = log_sum_exp(logits)
                 if len(scores):

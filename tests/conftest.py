@@ -17,8 +17,22 @@ def has_device() -> bool:
     return bool(cupy.cuda.is_available())
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if "sweep" not in (config.option.markexpr or ""):  # minutes: only where they are asked for
+        swept = [item for item in items if item.get_closest_marker("sweep")]
+        config.hook.pytest_deselected(items=swept)
+        items[:] = [item for item in items if not item.get_closest_marker("sweep")]
     wanted = [item for item in items if item.get_closest_marker("gpu")]
     if wanted and not has_device():
         for item in wanted:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Show what tests have to say that is no failure: their user property ``note``."""
+    reports = [report for found in terminalreporter.stats.values() for report in found]
+    notes = [value for report in reports for name, value in getattr(report, "user_properties", ()) if name == "note"]
+    if notes:
+        terminalreporter.section("notes")
+        for note in dict.fromkeys(notes):
+            terminalreporter.line(note)

@@ -73,7 +73,8 @@ from kvtoolkit.tables import MAX_BLOCK_GRANULES, TIER_COLD, TIER_HOT, entry_gran
     STARTS, STARTS_ROW,                 # alike; address 0 = the table holds plain block ids
     SEQ_LENS,
     CU_SEQLENS,                         # address; 0 = one query per row
-    SLOPES, SINKS,                      # addresses, float32 per query head; 0 = none
+    SLOPES, SLOPES_ROW,                 # address, float32 per query head, 0 = none; from row to row, 0 = same for all
+    SINKS,                              # address, float32 per query head; 0 = none
     PARTIALS,                           # address, one row of float32 per token, query head and split
     DTYPE, BATCH, NUM_TOKENS, NUM_KV_HEADS, GROUP_SIZE, HEAD_DIM,
     BLOCK_SIZE, NUM_BLOCKS, MAX_ENTRIES,
@@ -86,7 +87,7 @@ from kvtoolkit.tables import MAX_BLOCK_GRANULES, TIER_COLD, TIER_HOT, entry_gran
     MASSES, MASS_TILES,                 # address and tiles of block_mass, [batch, tiles, num_kv_heads]; 0 = not wanted
     TILE_LSES,                          # address, float32 per token, query head and tile; with MASSES
     NUM_FIELDS,
-) = range(48)  # fmt: skip
+) = range(49)  # fmt: skip
 
 # columns of the plan, one line per row of the batch and one more that closes the sums
 FIRST_ITEM, FIRST_PARTIAL, FIRST_TILE, WORK, SPLITS, SPLIT_TILES, ENTRIES = range(7)
@@ -471,7 +472,8 @@ def _attend_item(
             if softcap > 0.0:
                 cap_scores(line, softcap)
             if problem[SLOPES] != 0:
-                slope = read_f32(problem[SLOPES] + 4 * (head * group + r - i * group))
+                slope_index = row * problem[SLOPES_ROW] + head * group + r - i * group
+                slope = read_f32(problem[SLOPES] + 4 * slope_index)
                 bias_scores(line, slope, start - position)
             first = _int(0)
             if left >= 0:

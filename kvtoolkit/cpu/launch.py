@@ -1,6 +1,7 @@
 """Run the attention kernel on host arrays: fill in the problem, plan it, share the items among threads."""
 
 import threading
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,6 +57,7 @@ def attend(
     tiers: QuantizedTiers | None = None,
     block_mass: Operand | None = None,
     check: bool = False,
+    before: Callable[[], None] | None = None,
 ) -> Attention:
     """Attend, writing to ``out`` and ``lse``, with arguments that are known to be right.
 
@@ -76,7 +78,9 @@ def attend(
         tiers: the quantized tiers that entries may lie in, or None where all are hot; with ``block_starts``.
         block_mass: ``[batch, max_tiles, num_kv_heads]`` float32, contiguous, no fewer tiles than the longest row has;
             written as in `kvtoolkit.tiered_attention`.
+        alibi_slopes: ``[num_q_heads]`` or ``[batch, num_q_heads]`` float32, last axis contiguous, or None.
         check: look at all lengths and table entries that will be read, before anything is written.
+        before: called after all checks and before anything is read or written.
 
     Returns:
         What `attend_alike` takes.
@@ -115,7 +119,7 @@ def attend(
             starts.address, starts.strides[0],
             lengths.address,
             0 if cu_seqlens_q is None else operand(cu_seqlens_q, "cu_seqlens_q").address,
-            0 if alibi_slopes is None else operand(alibi_slopes, "alibi_slopes").address,
+            *_slope_fields(alibi_slopes),
             0 if sinks is None else operand(sinks, "sinks").address,
             0,
             DTYPE_CODES[keys.dtype], batch, num_tokens, num_kv_heads, group_size, head_dim,
@@ -140,8 +144,18 @@ def attend(
     prepared = Attention(
         problem, plan, float(scale), float(softcap), group_size, head_dim, items, int(num_floats), num_tile_lses, work
     )
+    if before is not None:
+        before()
     _run(problem, prepared)
     return prepared
+
+
+def _slope_fields(alibi_slopes: Any) -> tuple[int, int]:
+    """Address of the slopes and the stride from row to row, 0 where all rows have the same."""
+    if alibi_slopes is None:
+        return 0, 0
+    slopes = operand(alibi_slopes, "alibi_slopes")
+    return slopes.address, slopes.strides[0] if len(slopes.shape) == 2 else 0
 
 
 def _tier_fields(tiers: QuantizedTiers | None) -> tuple[int, ...]:

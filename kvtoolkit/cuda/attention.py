@@ -96,7 +96,7 @@ def attend(
             _clear(block_mass, stream)
         return Attention(None, None, None, None)
     fewest, most = (1, 1) if cu_seqlens_q is None else query_counts or (0, num_tokens)
-    if batch == 1 and cu_seqlens_q is not None:
+    if batch == 1 and cu_seqlens_q is not None and query_counts is None:
         fewest = most = num_tokens
     decodes, prefills = fewest <= MAX_DECODE_QUERIES, most > MAX_DECODE_QUERIES
     if tiers is not None or block_mass is not None:

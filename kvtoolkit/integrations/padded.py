@@ -216,6 +216,20 @@ class PaddedBatch:
         self.seq_ids = seq_ids
         self._map_rows(rows)
 
+    def fork_from(self, other: "PaddedBatch") -> None:
+        """Become a fork of another batch in the same `KVCache`: its rows as of now, their memory shared.
+
+        What an open forward of ``other`` has appended is not in it.
+
+        Raises:
+            CacheFullError: too few rows or blocks; nothing was changed.
+        """
+        self.reset()
+        if other.seq_ids is None:
+            return
+        self.seq_ids = np.asarray(self.cache.fork(other.seq_ids, 1)).reshape(-1)
+        self.num_columns, self._present, self._prompt = other.num_columns, other._present, other._prompt
+
     def _map_rows(self, rows: NDArray[np.int64]) -> None:
         if self._present is not None:
             self._present = self._present[rows]

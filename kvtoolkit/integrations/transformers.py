@@ -10,33 +10,78 @@ attention, which runs as without it. No gradient goes through the cache. On a GP
 once a forward, since it decides how much memory each row takes.
 """
 
+import contextlib
+import functools
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, causal_mask_function
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvtoolkit.cache import KVCache
 from kvtoolkit.config import DTYPES, CacheConfig
 from kvtoolkit.cpu import Operand
 from kvtoolkit.cpu.arrays import as_numpy_view, tensor_operand
+from kvtoolkit.integrations.marks import Mask, NewKeys, make_mask, mark_keys, window_of
+from kvtoolkit.integrations.models import Columns, check_call, check_structure, trial_forward
 from kvtoolkit.integrations.padded import PaddedBatch
 from kvtoolkit.untraced import untraced
 
 NAME = "kvtoolkit"
-"""What the attention implementation is called in transformers."""
+"""What the attention implementation is called in transformers, where SDPA is what it stands in front of."""
 
+_OVER = f"{NAME}_over_"  # begins the name of one that stands in front of another
 _DTYPE_NAMES = {getattr(torch, name): name for name in DTYPES}
-_LAYER_TYPES = ("full_attention", "sliding_attention")
+_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 
 
 @untraced
 def use_kvtoolkit(model: PreTrainedModel) -> None:
-    """Make a model attend through kvtoolkit wherever it is given a `TransformersCache`, and through SDPA elsewhere."""
-    model.set_attn_implementation(NAME)
+    """Make a model attend through kvtoolkit wherever it is given a `TransformersCache`, and as before elsewhere.
+
+    Raises:
+        NotImplementedError: the model cannot run on a `TransformersCache`; says why.
+    """
+    check_structure(model)
+    model.set_attn_implementation(_names_over(model.config))
+
+
+def _names_over(config: Any) -> Any:
+    """For a configuration and those in it, the implementation to set, as `set_attn_implementation` takes them."""
+    own = _name_over(config._attn_implementation)
+    parts = {key: getattr(config, key, None) for key in config.sub_configs}
+    parts = {key: part for key, part in parts.items() if part is not None}
+    return {"": own} | {key: _names_over(part) for key, part in parts.items()} if parts else own
+
+
+def _name_over(former: str | None) -> str:
+    """The name of the implementation that is ours with our cache and ``former`` without; registers it."""
+    former = former or "sdpa"
+    if former == NAME or former.startswith(_OVER):
+        return former
+    # transformers looks for "flash" in names to see what it calls itself
+    name = NAME if former == "sdpa" else _OVER + former.replace("flash", "fl")
+    AttentionInterface.register(name, functools.partial(attention_forward, former=former))
+    AttentionMaskInterface.register(name, functools.partial(attention_mask, former=former))
+    return name
+
+
+@contextlib.contextmanager
+def _using_kvtoolkit(model: PreTrainedModel) -> Iterator[None]:
+    """`use_kvtoolkit` for a while, where it has not been called."""
+    configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
+    former = [(config, config._attn_implementation) for config in configs.values()]
+    use_kvtoolkit(model)
+    try:
+        yield
+    finally:
+        for config, name in former:
+            config._attn_implementation_internal = name
 
 
 @untraced
@@ -73,10 +118,29 @@ class TransformersCache(Cache):  # type: ignore[misc]
         Raises:
             ConfigError: an option makes no sense.
             UnsupportedError: no kernels for the model's dtype or head_dim on a GPU.
-            NotImplementedError: the model has layers other than full and sliding-window attention, or lies on several
-                devices.
+            NotImplementedError: the model cannot run on a `TransformersCache`; says why.
+
+        Two forwards of a few tokens show how the model's layers attend. A 16-bit ``dtype`` with a float32 model is
+        fine: keys, values and queries are rounded.
         """
-        return cls(KVCache(cache_config(model, **options)))
+        check_structure(model)
+        _check_place(model)
+        with _using_kvtoolkit(model):
+            shape = trial_forward(model)
+        return cls(KVCache(cache_config(model, **{**shape._asdict(), **options})))
+
+    def __deepcopy__(self, memo: Any) -> "TransformersCache":
+        """A fork: a cache in the same `KVCache` that goes on from the same columns and shares their memory.
+
+        Raises:
+            CacheFullError: too few rows or blocks for it.
+        """
+        forked = type(self)(self.kv_cache)
+        forked._batch.fork_from(self._batch)
+        return forked
+
+    def __copy__(self) -> "TransformersCache":
+        return self.__deepcopy__(None)
 
     @property
     def kv_cache(self) -> KVCache:
@@ -176,14 +240,35 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
                 f"layer {self.index} follows layer {self.batch.next_layer - 1}, which was not attended by kvtoolkit: "
                 "call use_kvtoolkit(model) first; skipped layers are not supported"
             )
-        key_states.kvtoolkit_layer = self
-        return key_states, value_states
+        return mark_keys(key_states, self), value_states
+
+    def attend(
+        self, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any,
+        scaling: float | None, dropout: float, options: dict[str, Any],
+    ) -> tuple[torch.Tensor, None]:  # fmt: skip
+        """Store the layer's new keys and values, and attend; see `attention_forward`."""
+        window = check_call(module, mask, dropout, options)
+        batch, dtype = self.batch, query.dtype
+        if self.index == 0:
+            _check_device(query, batch.device)
+        stored = _DTYPES[batch.cache.dtype]
+        if not query.dtype == key.dtype == value.dtype == stored:  # autocast, or a cache of another precision
+            query, key, value = query.to(stored), key.to(stored), value.to(stored)
+        if self.index == 0:
+            rows, _, columns, _ = query.shape
+            batch.begin(rows, columns, None if mask.padding is None else mask.padding.numpy())
+            batch.places = None if batch.packed is None else torch.from_numpy(batch.packed).to(query.device)
+        out = _attend(batch, self.index, query, key, value, scaling, window, options)
+        batch.next_layer = self.index + 1
+        if batch.next_layer == batch.cache.config.num_layers:
+            batch.end()
+        return (out if out.dtype == dtype else out.to(dtype)), None
 
     def get_seq_length(self) -> int:
         return self.batch.num_columns
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return _Columns(self.batch.num_columns + query_length), 0
+        return Columns(self.batch.num_columns + query_length), 0
 
     def get_max_length(self) -> int:
         return -1
@@ -201,24 +286,28 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         raise NotImplementedError("ask the TransformersCache, not one layer")
 
 
-class _Columns(int):
-    """A number of columns that tells `attention_mask` that they are in a `TransformersCache`."""
-
-
 @untraced
-def attention_mask(*, kv_length: int, allow_is_causal_skip: bool = True, **options: Any) -> torch.Tensor | None:
-    """The mask that `attention_forward` takes: 2-D, on the host, None where nothing is padded; without our cache that
-    of SDPA."""
-    if not isinstance(kv_length, _Columns):
-        mask: torch.Tensor | None = sdpa_mask(kv_length=kv_length, allow_is_causal_skip=allow_is_causal_skip, **options)
+def attention_mask(
+    *, kv_length: int, allow_is_causal_skip: bool = True, former: str = "sdpa", **options: Any
+) -> torch.Tensor | None:
+    """The `Mask` that `attention_forward` takes for columns of a `TransformersCache`, else that of ``former``.
+
+    Raises:
+        NotImplementedError: it is not a matter of padding and windows.
+    """
+    if not isinstance(kv_length, Columns):
+        mask: torch.Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS[former](
+            kv_length=kv_length, allow_is_causal_skip=allow_is_causal_skip, **options
+        )
         return mask
     if not allow_is_causal_skip:
-        raise NotImplementedError("kvtoolkit masks padding, causally; got a custom mask function")
+        raise NotImplementedError("kvtoolkit masks padding and windows, causally; got a custom mask function")
+    window = window_of(options.get("mask_function", causal_mask_function), options.get("local_size"))
     padding: torch.Tensor | None = options.get("attention_mask")
-    if padding is None:
-        return None
-    padding = padding.cpu()
-    return None if padding.all() else padding
+    if padding is not None:
+        padding = padding.cpu()
+        padding = None if padding.all() else padding
+    return make_mask(padding, window)
 
 
 @untraced
@@ -230,41 +319,54 @@ def attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    *,
+    former: str = "sdpa",
     **options: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Store a layer's new keys and values, and attend.
 
     Args:
         module: the attention layer.
         query: ``[batch, num_q_heads, columns, head_dim]``.
-        key: ``[batch, num_kv_heads, columns, head_dim]``, what `CacheLayer.update` gave back; ``value`` alike. Any
-            other key goes to SDPA.
+        key: ``[batch, num_kv_heads, columns, head_dim]``, what `CacheLayer.update` gave back; ``value`` has its shape.
+            Any other key goes to ``former``.
         attention_mask: of `attention_mask`.
         scaling: factor on q.k.
-        options: ``sliding_window``, ``softcap`` and ``s_aux`` (sinks) are obeyed.
+        former: the implementation without a `TransformersCache`.
+        options: ``softcap`` and ``s_aux`` (sinks) are obeyed; ``sliding_window`` must be the mask's.
 
     Returns:
         ``[batch, columns, num_q_heads, head_dim]``, zeros where padding stands, and None for the weights.
     """
-    layer: CacheLayer | None = getattr(key, "kvtoolkit_layer", None)
-    if layer is None:
-        if options.get("s_aux") is not None:
-            raise NotImplementedError("attention sinks need a TransformersCache; SDPA has none")
-        out, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+    if type(key) is NewKeys:
+        result: tuple[torch.Tensor, None] = key.layer.attend(
+            module, query, key.states, value, attention_mask, scaling, dropout, options
         )
-        return out, None
-    batch, index = layer.batch, layer.index
-    shape = query.shape
-    rows, num_heads, columns, head_dim = shape
-    if index == 0:
-        _refuse(query, attention_mask, dropout, options, batch.device)
-        batch.begin(rows, columns, None if attention_mask is None else attention_mask.cpu().numpy())
-        batch.places = None if batch.packed is None else torch.from_numpy(batch.packed).to(query.device)
+        return result
+    if type(attention_mask) is Mask:
+        raise NotImplementedError(f"{type(module).__name__} attends to keys that are not those of the cache")
+    attend = ALL_ATTENTION_FUNCTIONS.get(former)
+    if attend is None:  # "eager" is a function of each model's module
+        attend = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if attend is None:
+        raise NotImplementedError(f"{type(module).__name__}: its attention '{former}' was not found")
+    found: tuple[torch.Tensor, torch.Tensor | None] = attend(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+    )
+    return found
+
+
+def _attend(
+    batch: PaddedBatch, index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    scaling: float | None, window: int | None, options: dict[str, Any],
+) -> torch.Tensor:  # fmt: skip
+    """``[batch, columns, num_q_heads, head_dim]``: append and attend in the step that is open."""
     step, places = batch.step, batch.places
     assert step is not None
-    window, softcap, sinks = options.get("sliding_window"), options.get("softcap"), options.get("s_aux")
-    if places is None and columns == 1 and sinks is None:  # what is alike from layer to layer is settled once
+    shape = query.shape
+    rows, num_heads, columns, head_dim = shape
+    softcap, sinks = options.get("softcap"), options.get("s_aux")
+    if places is None and columns == 1 and sinks is None:  # what layers have in common is settled once
         form = (
             shape,
             query.stride(),
@@ -281,10 +383,10 @@ def attention_forward(
             softcap,
         )
         out = query.new_empty((rows, columns, num_heads, head_dim))
-        alike = batch.form == form
+        same = batch.form == form
         batch.form = form
-        if alike and step.repeat(index, key.data_ptr(), value.data_ptr(), query.data_ptr(), out.data_ptr()):
-            return _layer_done(batch, index, out)
+        if same and step.repeat(index, key.data_ptr(), value.data_ptr(), query.data_ptr(), out.data_ptr()):
+            return out
     chosen = {
         "softmax_scale": scaling,
         "window_size": (window - 1, 0) if window else (-1, -1),
@@ -295,20 +397,12 @@ def attention_forward(
         step.append(index, _tokens_of(key), _tokens_of(value))
         out = query.new_empty((rows, columns, num_heads, head_dim))
         step.attend(index, _tokens_of(query), out=_tokens_of(out.transpose(1, 2)), **chosen)
-    else:
-        key, value, query = (states.transpose(1, 2).flatten(0, 1)[places] for states in (key, value, query))
-        step.append(index, key, value)
-        out = query.new_zeros((rows * columns, num_heads, head_dim))
-        out[places] = step.attend(index, query, **chosen)
-        out = out.view(rows, columns, num_heads, head_dim)
-    return _layer_done(batch, index, out)
-
-
-def _layer_done(batch: PaddedBatch, index: int, out: torch.Tensor) -> tuple[torch.Tensor, None]:
-    batch.next_layer = index + 1
-    if batch.next_layer == batch.cache.config.num_layers:
-        batch.end()
-    return out, None
+        return out
+    key, value, query = (states.transpose(1, 2).flatten(0, 1)[places] for states in (key, value, query))
+    step.append(index, key, value)
+    out = query.new_zeros((rows * columns, num_heads, head_dim))
+    out[places] = step.attend(index, query, **chosen)
+    return out.view(rows, columns, num_heads, head_dim)
 
 
 def _tokens_of(states: torch.Tensor) -> Operand:
@@ -330,46 +424,42 @@ def _tokens_of(states: torch.Tensor) -> Operand:
     return Operand(states.data_ptr(), shape, strides, name, states, True, states.get_device())
 
 
-def _refuse(
-    query: torch.Tensor, mask: torch.Tensor | None, dropout: float, options: dict[str, Any], device: int
-) -> None:
+def _check_device(query: torch.Tensor, device: int) -> None:
     expected = torch.device("cpu") if device < 0 else torch.device("cuda", device)
     if query.device != expected:
         raise NotImplementedError(
             f"expected a model on {expected}, where the cache is, got one on {query.device}; "
             "TransformersCache.for_model makes a cache where the model is"
         )
-    if mask is not None and mask.ndim != 2:
-        raise NotImplementedError(f"attention_mask: expected [batch, columns], got shape {tuple(mask.shape)}")
-    if dropout:
-        raise NotImplementedError(f"dropout: expected 0, got {dropout}; call model.eval()")
-    if options.get("is_causal") is False or options.get("position_bias") is not None:
-        raise NotImplementedError("expected causal attention without position bias")
+
+
+def _check_place(model: PreTrainedModel) -> None:
+    """NotImplementedError if a model is on several devices, or in a dtype that no cache has."""
+    if _dtype_name(model) not in DTYPES:
+        raise NotImplementedError(f"expected a model in {', '.join(DTYPES)}, got {_dtype_name(model)}")
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+        raise NotImplementedError("expected a model on one device, got one on several")
+
+
+def _dtype_name(model: PreTrainedModel) -> str:
+    return str(model.dtype).removeprefix("torch.")
 
 
 def cache_config(model: PreTrainedModel, **options: Any) -> CacheConfig:
-    """The `CacheConfig` for a model; see `TransformersCache.for_model`."""
-    config = model.config.get_text_config(decoder=True)
-    types = set(getattr(config, "layer_types", None) or _LAYER_TYPES[:1])
-    if model.config.is_encoder_decoder or not types <= set(_LAYER_TYPES):
-        raise NotImplementedError(f"expected a decoder of {' and '.join(_LAYER_TYPES)}, got {', '.join(sorted(types))}")
-    if getattr(config, "num_kv_shared_layers", 0) or getattr(config, "attention_chunk_size", None):
-        raise NotImplementedError("layers that share keys and values, or attend in chunks, are not supported")
-    dtype = str(model.dtype).removeprefix("torch.")
-    if dtype not in DTYPES:
-        raise NotImplementedError(f"expected a model in {', '.join(DTYPES)}, got {dtype}")
-    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
-        raise NotImplementedError("expected a model on one device, got one on several")
-    fitting = {
-        "num_layers": config.num_hidden_layers,
-        "num_kv_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        "dtype": dtype,
-    }
+    """The `CacheConfig` for a model, by its configuration; see `TransformersCache.for_model`."""
+    check_structure(model)
+    _check_place(model)
+    fitting: dict[str, Any] = {"dtype": _dtype_name(model)}
+    if not {"num_layers", "num_kv_heads", "head_dim"} <= set(options):
+        config = model.config.get_text_config(decoder=True)
+        fitting |= {
+            "num_layers": config.num_hidden_layers,
+            "num_kv_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+            "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        }
     if model.device.type == "cuda" and options.get("backend") != "cpu":
         fitting |= {"backend": "cuda", "device": model.device.index}
     return CacheConfig(**{**fitting, **options})
 
 
-AttentionInterface.register(NAME, attention_forward)
-AttentionMaskInterface.register(NAME, attention_mask)
+_name_over("sdpa")

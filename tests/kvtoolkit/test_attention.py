@@ -91,6 +91,12 @@ def test_an_empty_batch_gives_an_empty_result() -> None:
     assert lse.shape == (0, 6)
 
 
+def test_slopes_may_differ_from_row_to_row() -> None:
+    case = Case([100, 0, 70, 12, 530], [1, 1, 40, 15, 3])
+    slopes = np.outer([1.0, 2.0, 0.5, 0.0, 0.1], SLOPES).astype(np.float32)
+    case.check(case.variable(), alibi_slopes=slopes, causal=False)
+
+
 @pytest.mark.parametrize("name", [*OPTIONS, *map("+".join, itertools.combinations(OPTIONS, 2))])
 def test_every_option_alone_and_in_pairs(name: str) -> None:
     case = Case([100, 0, 70, 12, 530], [1, 1, 40, 15, 3])

@@ -1,6 +1,10 @@
 """Models of transformers on a KVCache give what they give on transformers' own DynamicCache."""
 
+import contextlib
+import copy
 import functools
+import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -35,13 +39,13 @@ VOCABULARY = 97
 
 
 @functools.cache
-def tiny(family="Llama", num_q_heads=4, num_kv_heads=2, head_dim=64, dtype="float32", **options):
+def tiny(family="Llama", num_q_heads=4, num_kv_heads=2, head_dim=64, dtype="float32", num_layers=2, **options):
     torch.manual_seed(7)
     config = getattr(transformers, f"{family}Config")(
         vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=2,
+        num_hidden_layers=num_layers,
         num_attention_heads=num_q_heads,
         num_key_value_heads=num_kv_heads,
         head_dim=head_dim,
@@ -217,6 +221,8 @@ def test_16_bit_models_run_as_exactly_as_on_dynamic_cache(dtype):
         ("Qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}),
         ("Gemma2", {"sliding_window": 9, "attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 50}),
         ("GptOss", {"sliding_window": 9, "num_local_experts": 2, "num_experts_per_tok": 1}),
+        ("Phimoe", {"sliding_window": 9, "num_local_experts": 2, "num_experts_per_tok": 1}),  # in the mask alone
+        ("Qwen2Moe", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1, "num_experts": 4}),
     ],
 )
 def test_windows_softcap_and_sinks_are_obeyed(family, options):
@@ -227,6 +233,30 @@ def test_windows_softcap_and_sinks_are_obeyed(family, options):
         assert_same_tokens(got, generate(model, own_cache(model), prompts()))
     finally:
         use_kvtoolkit(model)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma2"])
+def test_without_our_cache_a_model_attends_as_before(family):
+    """Gemma 2 attends eagerly, with a softcap that SDPA does not have."""
+    options = {"attn_logit_softcapping": 1.0} if family == "Gemma2" else {}
+    model = tiny(family, 4, 2, 32, **options)
+    with torch.no_grad():
+        model.set_attn_implementation("eager")
+        before = model(**prompts(), use_cache=False).logits
+        for _ in range(2):
+            use_kvtoolkit(model)
+            assert torch.equal(model(**prompts(), use_cache=False).logits, before)
+            cached = model(**prompts(), use_cache=True, past_key_values=own_cache(model)).logits
+            assert torch.equal(cached, before)
+        model.set_attn_implementation("sdpa" if family == "Llama" else "eager")
+        use_kvtoolkit(model)
+
+
+def test_making_a_cache_leaves_the_models_attention_as_it_was(model):
+    model.set_attn_implementation("sdpa")
+    cache_for(model)
+    assert model.config._attn_implementation == "sdpa"
+    use_kvtoolkit(model)
 
 
 def test_without_our_cache_attention_is_sdpa(model):
@@ -306,6 +336,68 @@ def test_caches_may_share_one_pool(model):
     pool.check_integrity()
 
 
+def test_a_deep_copy_is_a_fork(model):
+    inputs, logits = prompts(), {}
+    cache, reference = cache_for(model), own_cache(model)
+    with torch.no_grad():
+        for one in (cache, reference):
+            model(**inputs, past_key_values=one)
+    alone = cache.kv_cache.stats().used
+    forked = copy.deepcopy(cache)
+    assert forked.kv_cache is cache.kv_cache
+    for name, one in (("fork", forked), ("parent", cache), ("theirs", copy.deepcopy(reference))):
+        logits[name] = next_logits(model, one, inputs["attention_mask"])
+    torch.testing.assert_close(logits["fork"], logits["theirs"])
+    assert torch.equal(logits["fork"], logits["parent"])
+    assert cache.kv_cache.stats().used < 2 * alone, "the fork shares the memory of its parent"
+    cache.close()
+    mask = torch.cat([inputs["attention_mask"], torch.ones(3, 1, dtype=torch.long)], 1)
+    next_logits(model, forked, mask)
+    forked.kv_cache.check_integrity()
+    assert copy.deepcopy(cache_for(model)).batch_size == -1
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_a_lost_cache_is_gone_at_once(model, raises):
+    """No cycle keeps it, and with it its rows, until the garbage collector comes by."""
+    pool = KVCache(cache_config(model, num_tokens=4096))
+    cache = TransformersCache(pool)
+    gc.disable()
+    try:
+        generate(model, cache, prompts(), max_new_tokens=3)
+        if raises:
+            with contextlib.suppress(ShapeError):
+                model(**prompts(batch=2), past_key_values=cache)
+        lost = [weakref.ref(one) for one in (cache, cache._batch, cache.layers[0])]
+        del cache
+        assert [one() for one in lost] == [None] * 3
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float16"])
+def test_a_float32_model_may_have_a_16_bit_cache(model, stored):
+    cache, exact = cache_for(model, dtype=stored), own_cache(model)
+    with torch.no_grad():
+        got = [model(**prompts(), past_key_values=one).logits[:, -1] for one in (cache, exact)]
+        got += [next_logits(model, one, prompts()["attention_mask"])[:, -1] for one in (cache, exact)]
+    assert cache.kv_cache.dtype == stored
+    assert got[0].dtype == torch.float32
+    for ours, theirs in ((got[0], got[1]), (got[2], got[3])):
+        assert (ours - theirs).norm() < 0.03 * theirs.norm()
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_generation_works_under_autocast(model, stored):
+    inputs, cache = prompts(), cache_for(model, dtype=stored)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = generate(model, cache, inputs, max_new_tokens=6)
+        theirs = generate(model, own_cache(model), inputs, max_new_tokens=6)
+    assert (got.logits[0] - theirs.logits[0]).float().norm() < 0.05 * theirs.logits[0].float().norm()
+    assert cache.get_seq_length() == 21 + 5
+    cache.kv_cache.check_integrity()
+
+
 # -- prefix reuse ----------------------------------------------------------------------------------------------------
 
 
@@ -371,13 +463,79 @@ def test_an_exception_in_a_forward_is_forgotten_by_the_next(model):
     torch.testing.assert_close(ours, next_logits(model, reference, inputs["attention_mask"]))
 
 
-def test_a_model_that_does_not_attend_through_kvtoolkit_is_told(model):
+@pytest.fixture(params=[1, 2])
+def layered(request):
+    """A model of one layer, and one of two."""
+    model = tiny(num_layers=request.param)
     model.set_attn_implementation("sdpa")
-    try:
-        with pytest.raises(NotImplementedError, match="call use_kvtoolkit"):
-            model(**prompts(), past_key_values=cache_for(model))
-    finally:
-        use_kvtoolkit(model)
+    use_kvtoolkit(model)
+    yield model
+    model.set_attn_implementation("sdpa")
+    use_kvtoolkit(model)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("late", [False, True])
+def test_a_model_that_does_not_attend_through_kvtoolkit_is_told(layered, implementation, late):
+    cache, mask = cache_for(layered), prompts()["attention_mask"]
+    if late:
+        layered(**prompts(), past_key_values=cache)
+    layered.set_attn_implementation(implementation)
+    with pytest.raises(NotImplementedError, match="call use_kvtoolkit"):
+        next_logits(layered, cache, mask) if late else layered(**prompts(), past_key_values=cache)
+
+
+def last_attention(model):
+    return model.model.layers[-1].self_attn
+
+
+def changing(name, change):
+    """A change of what the attention function of the last layer is given."""
+
+    def set_up(model, monkeypatch):
+        interface, attention = transformers.AttentionInterface._global_mapping, last_attention(model)
+        former = interface["kvtoolkit"]
+
+        def changed(module, query, key, value, mask, **options):
+            given = {"query": query, "key": key, "value": value, "mask": mask, **options}
+            if module is attention:
+                given[name] = change(given.get(name))
+            query, key, value, mask = (given.pop(part) for part in ("query", "key", "value", "mask"))
+            return former(module, query, key, value, mask, **given)
+
+        monkeypatch.setitem(interface, "kvtoolkit", changed)
+
+    return set_up
+
+
+CHANGES = {
+    "acausal": (lambda model, patch: patch.setattr(last_attention(model), "is_causal", False), "is_causal=False"),
+    "told acausal": (changing("is_causal", lambda _: False), "is_causal=False"),
+    "no mask": (changing("mask", lambda _: None), "attention_mask: expected .*, got none"),
+    "mask of numbers": (
+        changing("mask", lambda _: torch.zeros(3, 1, 21, 21)),
+        r"attention_mask: expected \[batch, col",
+    ),
+    "mask sliced": (changing("mask", lambda mask: mask[:, :3]), "changes the attention mask"),
+    "keys scaled": (changing("key", lambda key: key * 2), "keys were used by something else"),
+    "other keys": (changing("key", lambda key: key.states.clone()), "keys that are not those of the cache"),
+    "another window": (changing("sliding_window", lambda _: 5), "sliding_window: expected that of the layer's mask"),
+    "biased": (changing("position_bias", lambda _: 1), "position bias"),
+    "dropout": (changing("dropout", lambda _: 0.1), "dropout: expected 0"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_layer_that_attends_in_another_way_is_refused(layered, monkeypatch, name):
+    change, match = CHANGES[name]
+    cache = cache_for(layered)
+    change(layered, monkeypatch)
+    with pytest.raises(NotImplementedError, match=match):
+        layered(**prompts(), past_key_values=cache)
+    assert cache.get_seq_length() == 0
+    if name != "dropout":  # of a model in training, which may be ended
+        with pytest.raises(NotImplementedError, match=match):
+            cache_for(layered)
 
 
 def test_what_is_not_supported_says_so(model):
@@ -394,6 +552,27 @@ def test_what_is_not_supported_says_so(model):
     with pytest.raises(NotImplementedError, match="cannot be offloaded"):
         cache.layers[0].offload()
     assert cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("call", [use_kvtoolkit, cache_for])
+@pytest.mark.parametrize(
+    ("family", "options", "match"),
+    [
+        (
+            "DeepseekV3",
+            {"kv_lora_rank": 16, "q_lora_rank": 16, "n_routed_experts": 4, "n_group": 1},
+            "latent attention",
+        ),
+        ("Bloom", {"n_head": 4}, "BloomForCausalLM attends by code of its own"),
+        ("Falcon", {"alibi": True, "num_attention_heads": 4}, "ALiBi"),
+    ],
+)
+def test_models_that_cannot_run_are_refused_with_the_reason(family, options, match, call):
+    options = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, **options}
+    with torch.device("meta"):
+        model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**options))
+    with pytest.raises(NotImplementedError, match=match):
+        call(model)
 
 
 @pytest.mark.parametrize(

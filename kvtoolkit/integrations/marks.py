@@ -1,0 +1,98 @@
+"""Tensors that go through a model's own code and come out at our attention: whoever else touches them is told so.
+
+A model that computes with the keys that a cache gives back, or with its mask, does something that our attention would
+not know of. Both are tensors that refuse to be computed with, so such a model raises instead of being wrong.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.masking_utils import causal_mask_function
+
+_HARMLESS = {"dtype", "device", "layout", "is_cuda", "is_cpu", "requires_grad", "is_nested"}
+
+
+class _Untouchable(torch.Tensor):  # type: ignore[misc]
+    """A tensor that nothing may be computed with; ``reason`` is what is raised."""
+
+    reason = ""
+    harmless: frozenset[str] = frozenset(_HARMLESS)
+    """Names of attributes that may be read."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(function, "__name__", "")
+        name = getattr(getattr(function, "__self__", None), "__name__", "") if name == "__get__" else name
+        if name in cls.harmless:
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*args, **(kwargs or {}))
+        if name == "to":
+            return args[0]  # what moves a layer's arguments to its device
+        raise NotImplementedError(f"{cls.reason} (by {name})")
+
+
+class NewKeys(_Untouchable):
+    """The new keys of a layer, on their way from `Cache.update` to the attention function.
+
+    Attributes:
+        layer: the cache's layer.
+        states: the tensor itself.
+    """
+
+    reason = (
+        "the cache's keys were used by something else than kvtoolkit's attention: call use_kvtoolkit(model) first; "
+        "models that attend by code of their own, and torch.compile, are not supported"
+    )
+    layer: Any
+    states: torch.Tensor
+
+
+class Mask(_Untouchable):
+    """Which keys a query sees: the columns up to its own, without padding, the last ``window`` of them.
+
+    Attributes:
+        padding: ``[batch, columns]`` bool on the host, False where padding stands; None where nothing is padded.
+        window: columns a query sees, its own included; None = all.
+    """
+
+    reason = "the model changes the attention mask, of which kvtoolkit only knows padding and windows"
+    padding: torch.Tensor | None
+    window: int | None
+
+
+def mark_keys(states: torch.Tensor, layer: Any) -> NewKeys:
+    """New keys that lead `attention_forward` to their layer of a cache."""
+    marked: NewKeys = states.as_subclass(NewKeys)
+    marked.layer, marked.states = layer, states
+    return marked
+
+
+def make_mask(padding: torch.Tensor | None, window: int | None) -> Mask:
+    """A `Mask`; it holds no elements of its own."""
+    mask: Mask = torch.empty(0, device="cpu").as_subclass(Mask)
+    mask.padding, mask.window = padding, window
+    return mask
+
+
+def window_of(mask_function: Callable[..., Any], local_size: int | None) -> int | None:
+    """The window of a mask function of transformers; None if it is causal without one.
+
+    Args:
+        mask_function: of ``(batch, head, query column, key column)``.
+        local_size: what it was made with.
+
+    Raises:
+        NotImplementedError: it is neither causal nor a causal window.
+    """
+    if mask_function is causal_mask_function:
+        return None
+    window = local_size or 0
+    near = {0, 1, *(place + offset for place in (window, 2 * window, 3 * window) for offset in (-1, 0, 1))}
+    places = torch.tensor(sorted(place for place in near if place >= 0))
+    query, key = places[:, None], places[None, :]
+    expected = (key <= query) & ((key > query - window) if window else True)
+    zero = torch.tensor(0)
+    if not torch.equal(torch.as_tensor(mask_function(zero, zero, query, key)).cpu(), expected):
+        raise NotImplementedError("kvtoolkit masks padding and windows, causally; got a custom mask function")
+    return window or None
