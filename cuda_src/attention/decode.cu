@@ -144,6 +144,7 @@ __device__ __forceinline__ void attend_step(
     weights[r][1] = ptx::transpose_matrix(scalar_t::pack(s[r][2], s[r][3]));
   }
 
+  if (is_partial) take_nonfinite<kPitch>(p, columns, seq_len, stage + kHalfStage, first, state);
   const int token = (lane & 7) + (lane >> 4) * 8;
   const unsigned value_row = stage + kHalfStage + token * kPitch * 16;
 #pragma unroll

@@ -237,9 +237,10 @@ def tile(block: int, first: int = 0) -> list[int]:
     return list(range(first + 8 * block, first + 8 * block + 8))
 
 
+@pytest.mark.parametrize("at_the_edge", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_conversions_give_the_codes_of_the_judge(head_dim, dtype):
+def test_conversions_give_the_codes_of_the_judge(head_dim, dtype, at_the_edge):
     import torch
 
     layers, heads, blocks = 2, 3, 6
@@ -249,6 +250,11 @@ def test_conversions_give_the_codes_of_the_judge(head_dim, dtype):
     hot[..., 3] *= 30
     hot[:, :8] = 0.5  # nothing but one value
     hot[:, 8:10] = 0.0
+    if at_the_edge:
+        hot[:, 11:13] *= 1e-6
+        hot[:, 3, :, 2, 5], hot[::2, 9, 1, 7, 0], hot[1::2, 17, 2, 1, 1] = np.nan, -np.inf, np.inf
+        hot[:, 24:32, 0, :, 3] = np.nan  # all tokens of a tile
+        hot[..., 7] += 60000.0 if dtype == "float16" else 1e5
     hot = hot.cuda()
     warm = torch.zeros(layers, blocks, heads, INT8.nbytes(head_dim), dtype=torch.uint8, device="cuda")
     cold = torch.zeros(layers, blocks, heads, INT4.nbytes(head_dim), dtype=torch.uint8, device="cuda")
@@ -280,6 +286,7 @@ def test_conversions_give_the_codes_of_the_judge(head_dim, dtype):
             decoded = torch.from_numpy(form.decode(arena[layer, block].cpu().numpy(), head_dim)[which]).to(kind)
             for i, granule in enumerate(back):
                 if granule >= 0:
-                    assert torch.equal(hot[2 * layer + which, granule].cpu(), decoded[:, 8 * i : 8 * i + 8])
+                    found = hot[2 * layer + which, granule].cpu()
+                    torch.testing.assert_close(found, decoded[:, 8 * i : 8 * i + 8], rtol=0, atol=0, equal_nan=True)
     untouched = sorted(set(range(8 * blocks)) - set(back))
-    assert np.array_equal(hot.float().cpu().numpy()[:, untouched], before[:, untouched])
+    np.testing.assert_array_equal(hot.float().cpu().numpy()[:, untouched], before[:, untouched])
