@@ -257,7 +257,8 @@ def _encode_int4(keys: Floats, values: Floats) -> Bytes:
     value_scales = _as_scale((high - low) / fifteen * factors)
     scale = value_scales.astype(np.float32) / factors
     with np.errstate(divide="ignore", invalid="ignore"):
-        points: Floats = np.where(scale > 0, -low / scale, zero).astype(np.float32)
+        # at most 15, also where the scale is clipped, so that 0 keeps a code
+        points: Floats = np.where(scale > 0, np.minimum(-low / scale, fifteen), zero).astype(np.float32)
         value_points = _as_half(points / factors * np.float32(4))
         point = value_points.astype(np.float32) * factors / np.float32(4)
         steps = np.where(scale > 0, np.rint(values / scale + point), zero)

@@ -62,8 +62,8 @@ class CacheStats:
         num_demoted_warm: tiles of 64 tokens that went to the warm tier.
         num_demoted_cold: tiles that went to the cold tier.
         num_failed_demotions: tiles that were old enough and found no room in a colder tier.
-        num_unquantizable: tiles that were old enough and stay in 16 bit, since a token of theirs holds an infinity or NaN.
-            One counts whenever it is looked at. On a GPU such tokens become NaN instead.
+        num_unquantizable: tiles that were old enough and stay in 16 bit, since a token of theirs holds an infinity or
+            NaN. One counts whenever it is looked at. On a GPU such tokens become NaN instead.
         num_dequantized: tiles made hot again, since a sequence was cut inside them.
         converted_tokens: tokens of these tiles, which `copied_tokens` does not count.
     """

@@ -231,7 +231,7 @@ __device__ __forceinline__ void write_cold(unsigned char* block, bool is_value, 
     }
     const unsigned short stored = scale_bits(__fmul_rn(step, factor));
     const float scale = half_value(stored) / factor;
-    const float point = scale > 0.0f ? __fdiv_rn(-low, scale) / factor * 4 : 0.0f;
+    const float point = scale > 0.0f ? fminf(__fdiv_rn(-low, scale), 15.0f) / factor * 4 : 0.0f;  // 0 keeps a code
     const unsigned short zero = half_bits(is_value ? point : __fadd_rn(low, __fmul_rn(8.0f, scale)));
     scales[of] = is_value && (tile.bad_key[of] || tile.bad_value[of]) ? kNaN : stored;
     zeros[of] = zero;
