@@ -3,8 +3,10 @@
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 
+from kvtoolkit import merge_states, reference
 from tests.kvtoolkit import unseen_cases
 from tests.kvtoolkit.attention_cases import Case
 from tests.kvtoolkit.tiered_cases import TieredCase
@@ -98,3 +100,36 @@ def test_tiers_with_every_option(backend: str, tiles: str, new: str, name: str) 
         backend, lambda: TieredCase(LENGTHS, NEW[new], dtype="float16", patterns=TILES[tiles]), TieredCase.tiered, name,
         6,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_side_that_is_nan_is_not_dropped_in_a_merge(backend: str) -> None:
+    torch = pytest.importorskip("torch")
+    device = "cpu" if backend == "cpu" else "cuda"
+    outs = torch.ones(2, 2, 4, 16, dtype=torch.float16, device=device)
+    lses = torch.zeros(2, 2, 4, device=device)
+    lses[0, 0] = torch.tensor([torch.nan, -torch.inf, 1.0, torch.nan])
+    lses[1, 0] = torch.tensor([1.0, 2.0, -torch.inf, torch.nan])
+    outs[0, 0, 1] = outs[1, 0, 2] = torch.nan  # of sides that saw nothing
+    out, lse = merge_states(outs[0], lses[0], outs[1], lses[1], backend=backend)
+    with np.errstate(invalid="ignore"):
+        good, good_lse = reference.merge_states(*(one.cpu() for pair in zip(outs, lses, strict=True) for one in pair))
+    np.testing.assert_allclose(out.cpu().numpy(), good, rtol=1e-3)
+    np.testing.assert_allclose(lse.cpu().numpy(), good_lse, rtol=1e-5)
+    assert np.isnan(good_lse).sum() == 2
+
+
+@pytest.mark.parametrize("with_masses", [False, True])
+@pytest.mark.parametrize("new", ["decode", "verify"])
+@pytest.mark.parametrize("backend", [pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_kernels_that_also_give_masses(backend: str, new: str, with_masses: bool) -> None:
+    import torch
+
+    for kind, arrays_of in ((Case, Case.variable), (TieredCase, TieredCase.tiered)):
+        masses = torch.empty(len(LENGTHS), 40, 2, device="cuda") if with_masses else None
+
+        def make(kind: Any = kind) -> Case:
+            return kind(LENGTHS, NEW[new], head_dim=128, dtype="bfloat16")
+
+        options = unseen_cases.options_of("both", 6)
+        unseen_cases.check(make, arrays_of, runner(backend), block_mass=masses, **options)
