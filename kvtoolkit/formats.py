@@ -142,12 +142,13 @@ def _as_scale(values: Floats) -> NDArray[np.float16]:
     """Scales as they are stored; below the normal range rounded up, for rounded down they would clip."""
     nearest = _as_half(values)
     is_low = (values < _SMALLEST_NORMAL) & (nearest < values)
-    return np.where(is_low, np.nextafter(nearest, np.float16(np.inf)), nearest)
+    rounded: NDArray[np.float16] = np.where(is_low, np.nextafter(nearest, np.float16(np.inf)), nearest)
+    return rounded
 
 
 def _without_nonfinite(x: Floats) -> tuple[Floats, NDArray[np.bool_]]:
     """``x`` with zeros for every token that has an infinity or NaN, and ``[..., 64, 1]`` which those are."""
-    bad = ~np.isfinite(x).all(axis=-1, keepdims=True)
+    bad: NDArray[np.bool_] = ~np.isfinite(x).all(axis=-1, keepdims=True)
     return np.where(bad, np.float32(0), x) if bad.any() else x, bad
 
 
@@ -275,13 +276,13 @@ def _encode_int4(keys: Floats, values: Floats) -> Bytes:
 
 def _range_of_channels(keys: Floats, bad: NDArray[np.bool_]) -> tuple[Floats, Floats]:
     """Lowest and highest key of each channel, without the tokens that are not finite; 0 where there are no others."""
-    axis = {"axis": -2, "keepdims": True}
     if not bad.any():
-        return keys.min(**axis), keys.max(**axis)
+        return keys.min(axis=-2, keepdims=True), keys.max(axis=-2, keepdims=True)
     infinity, zero = np.float32(np.inf), np.float32(0)
-    none = bad.all(**axis)
-    low, high = np.where(bad, infinity, keys).min(**axis), np.where(bad, -infinity, keys).max(**axis)
-    return np.where(none, zero, low), np.where(none, zero, high)
+    low = np.where(bad, infinity, keys).min(axis=-2, keepdims=True)
+    high = np.where(bad, -infinity, keys).max(axis=-2, keepdims=True)
+    is_any = low <= high
+    return np.where(is_any, low, zero), np.where(is_any, high, zero)
 
 
 def _decode_int4(blocks: Bytes, head_dim: int) -> tuple[Floats, Floats]:

@@ -133,3 +133,14 @@ def test_kernels_that_also_give_masses(backend: str, new: str, with_masses: bool
 
         options = unseen_cases.options_of("both", 6)
         unseen_cases.check(make, arrays_of, runner(backend), block_mass=masses, **options)
+
+
+@pytest.mark.parametrize("new", [1, 12])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_keys_that_all_score_minus_infinity_count_as_none(backend: str, new: int) -> None:
+    case = Case([20], [new], head_dim=64, dtype="float16")
+    case.q[..., 7], case.keys[0][..., 7] = 1.0, -np.inf
+    arrays = case.variable()
+    for out, lse in (runner(backend)(case, arrays), case.expected(arrays)):
+        assert (out == 0).all()
+        assert np.isneginf(lse).all()
