@@ -148,7 +148,7 @@ def _as_scale(values: Floats) -> NDArray[np.float16]:
 
 def _without_nonfinite(x: Floats) -> tuple[Floats, NDArray[np.bool_]]:
     """``x`` with zeros for every token that has an infinity or NaN, and ``[..., 64, 1]`` which those are."""
-    bad: NDArray[np.bool_] = ~np.isfinite(x).all(axis=-1, keepdims=True)
+    bad = np.asarray(~np.isfinite(x).all(axis=-1, keepdims=True))
     return np.where(bad, np.float32(0), x) if bad.any() else x, bad
 
 
