@@ -294,7 +294,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, KVT_PER_SM) KVT_CLUSTER_D
     return;
   }
   const unsigned long long policy = ptx::evict_first_policy();
-  const unsigned long long mass_policy = ptx::evict_last_policy();
   Queries queries;
   if (p.wait_first) queries.load(p, piece.block, kv_head);
   Reader reader(p, schedule, piece, locate, located);
@@ -334,7 +333,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, KVT_PER_SM) KVT_CLUSTER_D
       __syncwarp();
       attend_step(
           p, queries.q, columns, keys, piece.block.seq_len, fifo + stage * kStageBytes, step * kStep, state, notes);
-      if (kHasMasses) notes.write(p, piece.block, kv_head, step, piece.end, mass_policy);
+      if (kHasMasses) notes.write(p, piece.block, kv_head, step, piece.end, ptx::evict_last_policy());
       __syncwarp();
       if (ahead.slot >= 0) copy_step(p, kv_head, fifo + stage * kStageBytes, ahead, policy);
       ptx::commit_copies();

@@ -614,7 +614,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, KVT_PER_SM) kvt_tiered(co
     return;
   }
   const unsigned long long policy = ptx::evict_first_policy();
-  const unsigned long long mass_policy = ptx::evict_last_policy();
   Reader reader(p, schedule, piece);
   Unit tiers[kStages];  // what is in each stage or on its way there
   Unit ahead;
@@ -665,7 +664,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, KVT_PER_SM) kvt_tiered(co
       } else {
         attend_hot(walk, queries, at, present.position(), state);
       }
-      if (kHasMasses) walk.notes.write(p, piece.block, kv_head, unit, piece.end, mass_policy);
+      if (kHasMasses) walk.notes.write(p, piece.block, kv_head, unit, piece.end, ptx::evict_last_policy());
       __syncwarp();
 #pragma unroll
       for (int i = 0; i + 1 < kStages; ++i) tiers[i] = tiers[i + 1];
