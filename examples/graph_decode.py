@@ -62,13 +62,13 @@ class Decoder:
         self.fixed = GraphStep(self.cache, BATCH)
         with self.cache.begin_step(self.seq_ids, 1) as step:
             self.fixed.load(step)
-            next_tokens = self.model.forward(self.tokens, self.positions, self.fixed).argmax(-1)
+            next_tokens = self.model.forward(self.tokens, self.positions, self.fixed.begin()).argmax(-1)
             self.cache.end_step(step)
         self.tokens.copy_(next_tokens)
         self.positions += 1
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.tokens.copy_(self.model.forward(self.tokens, self.positions, self.fixed).argmax(-1))
+            self.tokens.copy_(self.model.forward(self.tokens, self.positions, self.fixed.begin()).argmax(-1))
             self.positions += 1
 
     def replay(self) -> None:

@@ -71,3 +71,10 @@ def from_floats(array: Floats, dtype: Any) -> NDArray[Any]:
         bits = np.ascontiguousarray(array).view(np.uint32)
         return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
     return array.astype(dtype)
+
+
+def all_finite(array: NDArray[Any]) -> bool:
+    """Whether there are neither infinities nor NaN; uint16 are the bits of bfloat16."""
+    if array.dtype == np.uint16:
+        return bool(((array & 0x7F80) != 0x7F80).all())
+    return bool(np.isfinite(array).all())

@@ -83,6 +83,9 @@ class Demoter:
         group = self._find_group(row, tile)
         if not len(group.members) or group.wanted <= group.held:
             return 0
+        if group.held == TIER_HOT and not self._sequences.storage.all_finite(group.sources):
+            self._sequences.counters.num_unquantizable += 1
+            return 0
         goals = [group.wanted]
         if group.wanted == TIER_COLD and group.held == TIER_HOT and self._has_warm:
             goals.append(TIER_WARM)

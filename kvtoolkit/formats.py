@@ -21,6 +21,20 @@ next 16 bytes are a piece, and pieces follow one another, 32 lanes each:
                  nibble p is dim 2p, nibble p + 4 dim 2p + 1
         values   piece (b, c): dim 32c + 8j + g in word j; nibble n is token 32b + 8t + n
 
+Numbers that float16 scales cannot express are clipped: int8 keys beyond 8.3e6, int8 values beyond 2.08e6, int4 keys
+beyond 1.8e5 or whose channel spans more than 2.45e5, int4 values whose token spans more than 2.45e5. The middle of an
+int4 channel is at most 65504; beyond it the step grows so that the channel's last codes still reach. Scales below
+float16's normal range are rounded up, so that nothing is clipped: steps are multiples of 2^-24 (int8 keys), 2^-26 (int8
+values), 2^-26 or 2^-22 (int4).
+
+Attention on a GPU multiplies in float16, and gives infinities or NaN where a product exceeds 65504: int8 values beyond
+3.2e4 and int4 values whose token spans more than 3.8e3 (a weight of up to 64 times the scale as stored), int4 keys
+where |q| times the channel's step exceeds 1.6e4 (so |q| times its range 2.4e5), and any bfloat16 query beyond 65504.
+Attention on the CPU has no such bounds.
+
+A token that holds an infinity or NaN becomes NaN, and no other token changes. Its scale is NaN; int4 keys share their
+scales, so that there the value's scale is NaN for either, and the key counts for nothing.
+
 In registers every second pair of nibbles comes out times 16 (dims 2, 3, 6, 7 of 8 for keys, odd tokens for values).
 Scales are stored so that this needs no instruction: divided by 4 there, times 4 elsewhere, and points times 16 there.
 The scales of int8 values are stored times 4 as well.
@@ -46,7 +60,9 @@ INT8_UNIT = 32
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
-_LARGEST = 65504.0  # float16
+_LARGEST = np.float32(65504.0)  # float16
+_SMALLEST_NORMAL = np.float32(2.0**-14)
+_NAN = np.float16(np.nan)
 _INT8_VALUE_FACTOR = np.float32(4.0)
 
 
@@ -68,9 +84,7 @@ class Format(NamedTuple):
 
         Args:
             keys: ``[..., 64, head_dim]`` float16, float32 or float64, NumPy arrays or CPU tensors, of a tensor also
-                bfloat16; head_dim 64 or 128. Finite, and clipped to what scales of float16 can say: 8e6 for int8 keys,
-                2e6 for int8 values, a range of 2.4e5 for int4. Attention on a GPU wants less of the values: 32000 for
-                int8, a range of 3800 for int4, since a weight times a scale is a float16 there.
+                bfloat16; head_dim 64 or 128. The module's docstring says how large numbers may be.
             values: as ``keys``.
 
         Returns:
@@ -138,6 +152,20 @@ def _as_half(values: Floats) -> NDArray[np.float16]:
     return np.clip(values, -_LARGEST, _LARGEST).astype(np.float16)
 
 
+def _as_scale(values: Floats) -> NDArray[np.float16]:
+    """Scales as they are stored; below the normal range rounded up, for rounded down they would clip."""
+    nearest = _as_half(values)
+    is_low = (values < _SMALLEST_NORMAL) & (nearest < values)
+    rounded: NDArray[np.float16] = np.where(is_low, np.nextafter(nearest, np.float16(np.inf)), nearest)
+    return rounded
+
+
+def _without_nonfinite(x: Floats) -> tuple[Floats, NDArray[np.bool_]]:
+    """``x`` with zeros for every token that has an infinity or NaN, and ``[..., 64, 1]`` which those are."""
+    bad = np.asarray(~np.isfinite(x).all(axis=-1, keepdims=True))
+    return np.where(bad, np.float32(0), x) if bad.any() else x, bad
+
+
 def _code(x: Floats, scale: Floats, zero: Floats | np.float32, middle: int, low: int, high: int) -> Bytes:
     """Codes of values; where the scale is 0 the middle one."""
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -184,17 +212,20 @@ def _sizes(axes: str, total: int, sizes: dict[str, int]) -> tuple[int, ...]:
 
 
 def _encode_int8(keys: Floats, values: Floats) -> Bytes:
+    keys, bad_keys = _without_nonfinite(keys)
+    values, bad_values = _without_nonfinite(values)
     parts = []
     for half in range(2):
         tokens = slice(half * INT8_UNIT, (half + 1) * INT8_UNIT)
-        for x, factor, order in (
-            (keys[..., tokens, :], np.float32(1), _INT8_KEYS),
-            (values[..., tokens, :], _INT8_VALUE_FACTOR, _INT8_VALUES),
+        for x, bad, factor, order in (
+            (keys, bad_keys, np.float32(1), _INT8_KEYS),
+            (values, bad_values, _INT8_VALUE_FACTOR, _INT8_VALUES),
         ):
+            x, bad = x[..., tokens, :], bad[..., tokens, :]
             largest = np.abs(x).max(axis=-1, keepdims=True)
-            stored = _as_half(largest / np.float32(127) * factor)
+            stored = _as_scale(largest / np.float32(127) * factor)
             codes = _code(x, stored.astype(np.float32) / factor, np.float32(0), 128, 1, 255)
-            parts += [_arrange(codes, order), _raw(stored[..., 0])]
+            parts += [_arrange(codes, order), _raw(np.where(bad, _NAN, stored)[..., 0])]
     return np.concatenate(parts, axis=-1)
 
 
@@ -222,10 +253,15 @@ def _factors(count: int, period: int) -> Floats:
 
 def _encode_int4(keys: Floats, values: Floats) -> Bytes:
     fifteen, eight = np.float32(15), np.float32(8)
+    keys, bad_keys = _without_nonfinite(keys)
+    values, bad = _without_nonfinite(values)
+    bad = bad | bad_keys
     # a key's channel: the range of its 64 tokens, the zero in its middle
     factors = _factors(keys.shape[-1], 4)
-    low, high = keys.min(axis=-2, keepdims=True), keys.max(axis=-2, keepdims=True)
-    key_scales = _as_half((high - low) / fifteen * factors)
+    low, high = _range_of_channels(keys, bad_keys)
+    # a zero of more than a float16 is clipped, and the step such that the codes around it reach both ends
+    reach = np.maximum((high - _LARGEST) / np.float32(7), (-_LARGEST - low) / eight)
+    key_scales = _as_scale(np.maximum((high - low) / fifteen, reach) * factors)
     scale = key_scales.astype(np.float32) / factors
     key_zeros = _as_half(low + eight * scale)
     key_codes = _code(keys, scale, key_zeros.astype(np.float32), 8, 0, 15)
@@ -233,10 +269,11 @@ def _encode_int4(keys: Floats, values: Floats) -> Bytes:
     factors, zero = _factors(BLOCK, 2)[:, None], np.float32(0)
     low = np.minimum(values.min(axis=-1, keepdims=True), zero)
     high = np.maximum(values.max(axis=-1, keepdims=True), zero)
-    value_scales = _as_half((high - low) / fifteen * factors)
+    value_scales = _as_scale((high - low) / fifteen * factors)
     scale = value_scales.astype(np.float32) / factors
     with np.errstate(divide="ignore", invalid="ignore"):
-        points: Floats = np.where(scale > 0, -low / scale, zero).astype(np.float32)
+        # at most 15, also where the scale is clipped, so that 0 keeps a code
+        points: Floats = np.where(scale > 0, np.minimum(-low / scale, fifteen), zero).astype(np.float32)
         value_points = _as_half(points / factors * np.float32(4))
         point = value_points.astype(np.float32) * factors / np.float32(4)
         steps = np.where(scale > 0, np.rint(values / scale + point), zero)
@@ -244,10 +281,22 @@ def _encode_int4(keys: Floats, values: Floats) -> Bytes:
     return np.concatenate(
         [
             _pack(_arrange(key_codes, _INT4_KEYS)), _raw(key_scales[..., 0, :]), _raw(key_zeros[..., 0, :]),
-            _pack(_arrange(value_codes, _INT4_VALUES)), _raw(value_scales[..., 0]), _raw(value_points[..., 0]),
+            _pack(_arrange(value_codes, _INT4_VALUES)), _raw(np.where(bad, _NAN, value_scales)[..., 0]),
+            _raw(value_points[..., 0]),
         ],
         axis=-1,
     )  # fmt: skip
+
+
+def _range_of_channels(keys: Floats, bad: NDArray[np.bool_]) -> tuple[Floats, Floats]:
+    """Lowest and highest key of each channel, without the tokens that are not finite; 0 where there are no others."""
+    if not bad.any():
+        return keys.min(axis=-2, keepdims=True), keys.max(axis=-2, keepdims=True)
+    infinity, zero = np.float32(np.inf), np.float32(0)
+    low = np.where(bad, infinity, keys).min(axis=-2, keepdims=True)
+    high = np.where(bad, -infinity, keys).max(axis=-2, keepdims=True)
+    is_any = low <= high
+    return np.where(is_any, low, zero), np.where(is_any, high, zero)
 
 
 def _decode_int4(blocks: Bytes, head_dim: int) -> tuple[Floats, Floats]:

@@ -12,10 +12,13 @@ from kvtoolkit.upload import DeviceTables, PinnedRing
 
 
 class GraphStep:
-    """Takes the place of a `Step` inside a captured CUDA graph: same `append` and `attend`, tables that do not move.
+    """Tables of decode steps that do not move; `begin` gives what takes the place of a `Step` in a captured CUDA graph.
 
         fixed = GraphStep(cache, batch=8)
-        fixed.load(cache.begin_step(seq_ids, 1))  # run the model once eagerly, then capture it with `fixed` as its step
+        fixed.load(cache.begin_step(seq_ids, 1))
+        model(tokens, fixed.begin())              # run the model once eagerly
+        with torch.cuda.graph(graph):
+            model(tokens, fixed.begin())          # then capture it
         ...
         step = cache.begin_step(seq_ids, 1)       # the host makes room
         fixed.load(step)                          # the tables go to where the graph reads them
@@ -29,9 +32,6 @@ class GraphStep:
         cache: with backend ``"cuda"``.
         batch: rows; a step loaded may have fewer.
         max_seq_len: tokens of the longest sequence that will be loaded; default: the cache's limit.
-
-    Attributes:
-        cu_seqlens_q: ``[batch + 1]`` int32, host: one query each.
 
     Not thread-safe; `load` and the replays belong on one stream.
 
@@ -58,11 +58,9 @@ class GraphStep:
                 cupy.arange(batch + 1, dtype=np.int32),
                 cupy.full(batch, -1, np.int64),
             )
-        self.cu_seqlens_q: NDArray[np.int32] = np.arange(batch + 1, dtype=np.int32)
         self._ring = PinnedRing()
         self._width = 0  # of the widest table loaded: what lies behind it is empty
-        self._access: Any = None
-        self._last_layer = -1
+        self._run: GraphRun | None = None  # the one that was begun last
         self._kept: dict[Any, Any] = {}  # plans and lists, at fixed places too
 
     def load(self, step: Step) -> None:
@@ -101,23 +99,55 @@ class GraphStep:
                  (tables[0], self.tables.block_table), (tables[1], self.tables.block_starts)],
             )  # fmt: skip
 
+    def begin(self) -> "GraphRun":
+        """Begin a run of the model over the tables, eager or captured; call it anew for every run.
+
+        What the layers have in common is planned by kernels that the run's first layer launches, so they belong to the
+        graph that the run is captured in. Runs of before are over.
+        """
+        from kvtoolkit.device_access import DeviceStepAccess
+
+        counts = np.ones(self._batch, np.int32)
+        access = DeviceStepAccess(self._cache._arenas, self.tables, counts, self._max_seq_len, kept=self._kept)
+        self._run = GraphRun(self, access, self._batch)
+        return self._run
+
+
+class GraphRun:
+    """One run of a model over the tables of a `GraphStep`, in the place of a `Step`; `GraphStep.begin` makes it.
+
+    Attributes:
+        cu_seqlens_q: ``[batch + 1]`` int32, host: one query each.
+    """
+
+    def __init__(self, graph_step: GraphStep, access: Any, batch: int) -> None:
+        self._graph_step, self._access = graph_step, access
+        self._appended: set[int] = set()
+        self.cu_seqlens_q: NDArray[np.int32] = np.arange(batch + 1, dtype=np.int32)
+
     def append(self, layer: int, key: Any, value: Any) -> None:
-        """As `Step.append`; rows of ``key`` and ``value`` beyond the step's are skipped. Layers in ascending order."""
-        if layer <= self._last_layer:  # the model runs anew: so must what its layers have in common
-            self._access = None
-        self._last_layer = layer
-        self._accessed().append(layer, key, value)
+        """As `Step.append`; rows of ``key`` and ``value`` beyond the step's are skipped.
+
+        Raises:
+            StepError: there is no such layer, it was appended to before in this run, or another run has begun; nothing
+                was written.
+        """
+        self._require_current()
+        self._graph_step._cache._arenas.require_layer(layer)
+        if layer in self._appended:
+            raise StepError(f"layer: expected one that this run has not appended to, got {layer}; `begin` another run")
+        self._access.append(layer, key, value)
+        self._appended.add(layer)
 
     def attend(self, layer: int, q: Any, **options: Any) -> Any:
-        """As `Step.attend`; rows beyond the step's give zeros."""
-        return self._accessed().attend(layer, q, **options)
+        """As `Step.attend`; rows beyond the step's give zeros.
 
-    def _accessed(self) -> Any:
-        if self._access is None:
-            from kvtoolkit.device_access import DeviceStepAccess
+        Raises:
+            StepError: there is no such layer, or another run has begun.
+        """
+        self._require_current()
+        return self._access.attend(layer, q, **options)
 
-            counts = np.ones(self._batch, np.int32)
-            self._access = DeviceStepAccess(
-                self._cache._arenas, self.tables, counts, self._max_seq_len, kept=self._kept
-            )
-        return self._access
+    def _require_current(self) -> None:
+        if self._graph_step._run is not self:
+            raise StepError("expected the run that `GraphStep.begin` gave last, got one before it")

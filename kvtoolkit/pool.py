@@ -39,6 +39,7 @@ class Counters:
     num_demoted_warm: int = 0
     num_demoted_cold: int = 0
     num_failed_demotions: int = 0
+    num_unquantizable: int = 0
     num_dequantized: int = 0
     converted_tokens: int = 0
 

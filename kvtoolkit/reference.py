@@ -181,7 +181,7 @@ def _attend(
                     scores = scores - slope * np.abs(position - j[visible])
                 logits = scores if sink_logits is None else np.append(scores, sink_logits[head])
                 lse[token, head] = log_sum_exp(logits)
-                if len(scores):
+                if len(scores) and lse[token, head] != -np.inf:  # scores of -inf alone weigh as much as none
                     weights = np.exp(scores - lse[token, head])
                     result[token, head] = weights @ values[visible, kv_head]
                     if block_mass is not None:
@@ -206,7 +206,7 @@ def merge_states(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any) -> tuple[Floats
     for row in np.ndindex(merged.shape):
         merged[row] = log_sum_exp(np.array([side[row] for side in lses]))
         for out, lse in zip(outs, lses, strict=True):
-            if lse[row] > -np.inf:
+            if lse[row] != -np.inf:  # NaN is kept
                 result[row] += np.exp(lse[row] - merged[row]) * out[row]
     return result, merged
 

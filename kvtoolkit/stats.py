@@ -62,6 +62,8 @@ class CacheStats:
         num_demoted_warm: tiles of 64 tokens that went to the warm tier.
         num_demoted_cold: tiles that went to the cold tier.
         num_failed_demotions: tiles that were old enough and found no room in a colder tier.
+        num_unquantizable: tiles that were old enough and stay in 16 bit, since a token of theirs holds an infinity or
+            NaN. One counts whenever it is looked at. On a GPU such tokens become NaN instead.
         num_dequantized: tiles made hot again, since a sequence was cut inside them.
         converted_tokens: tokens of these tiles, which `copied_tokens` does not count.
     """
@@ -93,6 +95,7 @@ class CacheStats:
     num_demoted_warm: int
     num_demoted_cold: int
     num_failed_demotions: int
+    num_unquantizable: int
     num_dequantized: int
     converted_tokens: int
 
@@ -138,6 +141,7 @@ def collect(sequences: Sequences) -> CacheStats:
         num_demoted_warm=counters.num_demoted_warm,
         num_demoted_cold=counters.num_demoted_cold,
         num_failed_demotions=counters.num_failed_demotions,
+        num_unquantizable=counters.num_unquantizable,
         num_dequantized=counters.num_dequantized,
         converted_tokens=counters.converted_tokens,
     )

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kvtoolkit.config import CacheConfig
-from kvtoolkit.converting import convert
+from kvtoolkit.converting import all_finite, convert
 from kvtoolkit.cpu import copy_granules
 from kvtoolkit.cpu.arrays import Operand, operand
 from kvtoolkit.errors import UnsupportedError
@@ -66,6 +66,10 @@ class HostStorage:
     def convert(self, sources: Int32Array, targets: Int32Array) -> None:
         """Write the tokens of tiles to other tiers; see `kvtoolkit.converting.convert`."""
         convert((self.key_values, self.warm, self.cold), self.first, sources, targets)
+
+    def all_finite(self, granules: Int32Array) -> bool:
+        """Whether these 16-bit granules hold neither infinities nor NaN, in all layers."""
+        return all_finite(self.key_values[:, :, granules])
 
     def read(self, granules: ArrayLike) -> Contents:
         """A copy of granules and of the quantized blocks that they are of."""
@@ -151,7 +155,7 @@ class DeviceStorage:
             cuda.copy_granules(self._arena, sources, targets, stream=current_stream(self.device))
 
     def convert(self, sources: Int32Array, targets: Int32Array) -> None:
-        """See `HostStorage.convert`; asynchronous as `copy`."""
+        """See `HostStorage.convert`; asynchronous as `copy`. Tokens that hold an infinity or NaN become NaN."""
         from kvtoolkit import cuda
         from kvtoolkit.device import using
         from kvtoolkit.runtime import current_stream
@@ -160,6 +164,10 @@ class DeviceStorage:
         with using(self.device):
             stream = current_stream(self.device)
             cuda.convert(self._arena, warm, cold, self.first, sources, targets, stream=stream)
+
+    def all_finite(self, granules: Int32Array) -> bool:
+        """True: to know it the host would have to wait, so it is the conversion that deals with such tokens."""
+        return True
 
     def read(self, granules: ArrayLike) -> Contents:
         """See `HostStorage.read`."""

@@ -144,6 +144,7 @@ __device__ __forceinline__ void attend_step(
     weights[r][1] = ptx::transpose_matrix(scalar_t::pack(s[r][2], s[r][3]));
   }
 
+  if (is_partial) take_nonfinite<kPitch>(p, columns, seq_len, stage + kHalfStage, first, state);
   const int token = (lane & 7) + (lane >> 4) * 8;
   const unsigned value_row = stage + kHalfStage + token * kPitch * 16;
 #pragma unroll
@@ -293,7 +294,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, KVT_PER_SM) KVT_CLUSTER_D
     return;
   }
   const unsigned long long policy = ptx::evict_first_policy();
-  const unsigned long long mass_policy = ptx::evict_last_policy();
   Queries queries;
   if (p.wait_first) queries.load(p, piece.block, kv_head);
   Reader reader(p, schedule, piece, locate, located);
@@ -333,7 +333,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, KVT_PER_SM) KVT_CLUSTER_D
       __syncwarp();
       attend_step(
           p, queries.q, columns, keys, piece.block.seq_len, fifo + stage * kStageBytes, step * kStep, state, notes);
-      if (kHasMasses) notes.write(p, piece.block, kv_head, step, piece.end, mass_policy);
+      if (kHasMasses) notes.write(p, piece.block, kv_head, step, piece.end, ptx::evict_last_policy());
       __syncwarp();
       if (ahead.slot >= 0) copy_step(p, kv_head, fifo + stage * kStageBytes, ahead, policy);
       ptx::commit_copies();

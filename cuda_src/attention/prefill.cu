@@ -13,6 +13,7 @@
 // Source:   Dao 2023 (FlashAttention-2, arXiv:2307.08691), sec. 3; block tables, Kwon et al. 2023 (arXiv:2309.06180).
 //           Unlike there, a CTA takes the rows of a whole group of heads, so that K and V are read once for it.
 #include <kvt/attention.cuh>
+#include <kvt/finite.cuh>
 #include <kvt/locate.cuh>
 #include <kvt/ptx/async_copy.cuh>
 #include <kvt/ptx/matrix.cuh>
@@ -179,6 +180,32 @@ extern "C" __global__ void __launch_bounds__(kThreads) kvt_prefill(const __grid_
         s[n][2 * r] = ptx::exp2(s[n][2 * r] - base);
         s[n][2 * r + 1] = ptx::exp2(s[n][2 * r + 1] - base);
         l[r] += s[n][2 * r] + s[n][2 * r + 1];
+      }
+    }
+    if (is_partial) {
+      // infinities and NaN go to the rows that see them, and out of the product: 0 * NaN is NaN
+      const auto piece = [&](int i) { return chunk_address(value_tile, i / kChunks, i % kChunks); };
+      unsigned any = 0;
+      for (int i = threadIdx.x; i < kKeys * kChunks; i += kThreads) any |= any_nonfinite<scalar_t>(piece(i));
+      if (__syncthreads_or(any != 0)) {
+#pragma unroll 1
+        for (int key = 0; key < kKeys; ++key) {
+          const bool sees[2] = {is_visible(p, position[0], first + key, block.seq_len),
+                                is_visible(p, position[1], first + key, block.seq_len)};
+#pragma unroll
+          for (int d = 0; d < 2 * kDimBlocks; ++d) {
+            const unsigned pair = ptx::load_shared_4(chunk_address(value_tile, key, d) + (lane & 3) * 4);
+            const unsigned lost = pair & nonfinite_mask<scalar_t>(pair);
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+              o[d][2 * r] += sees[r] ? scalar_t::low(lost) : 0.0f;
+              o[d][2 * r + 1] += sees[r] ? scalar_t::high(lost) : 0.0f;
+            }
+          }
+        }
+        __syncthreads();
+        for (int i = threadIdx.x; i < kKeys * kChunks; i += kThreads) clear_nonfinite<scalar_t>(piece(i));
+        __syncthreads();
       }
     }
 #pragma unroll

@@ -135,6 +135,16 @@ struct Walk {
   float to_log2;      // from q.k to the score, where there is no cap
   int unit;           // the present one's number in the list
   Notes notes;
+
+  // Whether some row does not see all of the tokens from `first` on.
+  __device__ __forceinline__ bool is_partial(int first, int num_tokens) const {
+    return first < keys.full_begin || first + num_tokens > keys.full_end;
+  }
+
+  // Whether the row of column 2t + c sees the token at `position`.
+  __device__ __forceinline__ bool sees(int r, int c, int position) const {
+    return is_visible(p, columns.position[r][c], position, seq_len);
+  }
 };
 
 // Copy a unit to a stage.
@@ -197,13 +207,12 @@ __device__ __forceinline__ void weigh(
       }
     }
   }
-  if (first < walk.keys.full_begin || first + kTokens > walk.keys.full_end) {
+  if (walk.is_partial(first, kTokens)) {
 #pragma unroll
     for (int n = 0; n < kProducts; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int position = walk.columns.position[r][i & 1];
-        if (!is_visible(p, position, positions(n, i >> 1), walk.seq_len)) s[n][i] = -kInfinity;
+        if (!walk.sees(r, i & 1, positions(n, i >> 1))) s[n][i] = -kInfinity;
       }
     }
   }
@@ -240,11 +249,22 @@ __device__ __forceinline__ void weigh(
   if (kHasMasses) walk.notes.take(r, walk.unit, base, sum);
 }
 
-// Weights of 16 tokens as the operand of a product: rows first, times what each token's values are scaled by.
+// Weights of 16 tokens as the operand of a product: rows first.
 template <typename Scalar>
-__device__ __forceinline__ uint2 as_operand(const float (&s)[4], float low = 1.0f, float high = 1.0f) {
-  return {ptx::transpose_matrix(Scalar::pack(s[0] * low, s[1] * low)),
-          ptx::transpose_matrix(Scalar::pack(s[2] * high, s[3] * high))};
+__device__ __forceinline__ uint2 as_operand(const float (&s)[4]) {
+  return {ptx::transpose_matrix(Scalar::pack(s[0], s[1])), ptx::transpose_matrix(Scalar::pack(s[2], s[3]))};
+}
+
+// The same for codes: times the scales of the values at positions `low` and `high`, which may be NaN where a row does
+// not see them.
+__device__ __forceinline__ uint2 as_scaled_operand(
+    const Walk& walk, int r, const float (&s)[4], float low_scale, float high_scale, bool is_partial, int low, int high) {
+  float scaled[4] = {s[0] * low_scale, s[1] * low_scale, s[2] * high_scale, s[3] * high_scale};
+  if (is_partial) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) scaled[i] = walk.sees(r, i & 1, i < 2 ? low : high) ? scaled[i] : 0.0f;
+  }
+  return as_operand<Half>(scaled);
 }
 
 __device__ __forceinline__ void attend_hot(
@@ -276,6 +296,9 @@ __device__ __forceinline__ void attend_hot(
     for (int i = 0; i < 4; ++i) s[r][0][i] *= walk.to_log2;
     weigh<1, kStep>(walk, r, s[r], first, [&](int, int h) { return first + g + 8 * h; }, state);
     weights[r] = as_operand<scalar_t>(s[r][0]);
+  }
+  if (walk.is_partial(first, kStep)) {
+    take_nonfinite<kChunks>(walk.p, walk.columns, walk.seq_len, stage + kHotHalf, first, state);
   }
   const int token = (lane & 7) + (lane >> 4) * 8;
   const unsigned value_row = stage + kHotHalf + token * kChunks * 16;
@@ -329,6 +352,7 @@ __device__ __forceinline__ void attend_warm(
   const float scales[4] = {Half::low(value_scales.x), Half::high(value_scales.x), Half::low(value_scales.y),
                            Half::high(value_scales.y)};
   state.count_in(true);
+  const bool is_partial = walk.is_partial(first, kWarmUnit);
   uint2 weights[kRowTiles][2];
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r) {
@@ -342,7 +366,8 @@ __device__ __forceinline__ void attend_warm(
     float points[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // sum of weight * scale * 4 * 128
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      weights[r][i] = as_operand<Half>(s[r][i], scales[2 * i], scales[2 * i + 1]);
+      weights[r][i] = as_scaled_operand(walk, r, s[r][i], scales[2 * i], scales[2 * i + 1], is_partial,
+                                        positions(i, 0), positions(i, 1));
       Half::multiply_add(points, kMiddle, kMiddle, kMiddle, kMiddle, weights[r][i].x, weights[r][i].y);
     }
     state.take_points(r, points);
@@ -370,6 +395,21 @@ __device__ __forceinline__ void multiply_add_nibbles(
   low >>= shift;
   high >>= shift;
   Half::multiply_add(c, low & kEven, high & kEven, low & kOdd, high & kOdd, b0, b1);
+}
+
+// Make points that are infinite or NaN 0, and their scales NaN instead: rows share the points, but not a weight times a
+// scale.
+//   value_scales  [64], then the points; this warp's own
+__device__ __forceinline__ void settle_points(unsigned value_scales) {
+  const unsigned scales = value_scales + lane_id() * 4;  // of two tokens
+  const unsigned points = scales + 2 * kBlock;
+  const unsigned pair = ptx::load_shared_4(points);
+  const unsigned mask = nonfinite_mask<Half>(pair);
+  if (mask != 0) {
+    ptx::store_shared_4(points, pair & ~mask);
+    ptx::store_shared_4(scales, ptx::load_shared_4(scales) | mask);
+  }
+  __syncwarp();
 }
 
 // int4: product n = 2b + i takes tokens 32b + 4g + 2i + h as its rows g + 8h.
@@ -451,6 +491,8 @@ __device__ __forceinline__ void attend_cold(
     }
   }
   state.count_in(true);
+  const bool is_partial = walk.is_partial(first, kBlock);
+  if (is_partial) settle_points(value_scales);
   const float to_log2 = walk.to_log2 * (1.0f / kCodeBy4);
   uint2 weights[kRowTiles][4];
 #pragma unroll
@@ -471,7 +513,8 @@ __device__ __forceinline__ void attend_cold(
       for (int i = 0; i < 2; ++i) {
         const unsigned scales = i == 0 ? scale.x : scale.y;
         const float (&w)[4] = s[r][2 * b + i];
-        const uint2 operand = as_operand<Half>(w, Half::low(scales), Half::high(scales));
+        const uint2 operand = as_scaled_operand(walk, r, w, Half::low(scales), Half::high(scales), is_partial,
+                                                positions(2 * b + i, 0), positions(2 * b + i, 1));
         // those of the tokens in a nibble pair's order: 2i and 2i + 4, then 2i + 1 and 2i + 5
         const unsigned low = ptx::low_halves(i == 0 ? points.x : points.y, i == 0 ? points.z : points.w);
         const unsigned high = ptx::high_halves(i == 0 ? points.x : points.y, i == 0 ? points.z : points.w);
@@ -571,7 +614,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, KVT_PER_SM) kvt_tiered(co
     return;
   }
   const unsigned long long policy = ptx::evict_first_policy();
-  const unsigned long long mass_policy = ptx::evict_last_policy();
   Reader reader(p, schedule, piece);
   Unit tiers[kStages];  // what is in each stage or on its way there
   Unit ahead;
@@ -622,7 +664,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, KVT_PER_SM) kvt_tiered(co
       } else {
         attend_hot(walk, queries, at, present.position(), state);
       }
-      if (kHasMasses) walk.notes.write(p, piece.block, kv_head, unit, piece.end, mass_policy);
+      if (kHasMasses) walk.notes.write(p, piece.block, kv_head, unit, piece.end, ptx::evict_last_policy());
       __syncwarp();
 #pragma unroll
       for (int i = 0; i + 1 < kStages; ++i) tiers[i] = tiers[i + 1];

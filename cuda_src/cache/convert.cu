@@ -6,7 +6,8 @@
 //               through the tiers.
 //
 // Launch:   grid (moves, num_kv_heads, num_layers), CTA 256. Any architecture. Macros: KVT_HEAD_DIM, KVT_BF16.
-// Numerics: through float32, each operation rounded by itself: codes are those of kvtoolkit.formats, to the bit.
+// Numerics: through float32, each operation rounded by itself: codes are those of kvtoolkit.formats, to the bit. A token
+//           that holds an infinity or NaN becomes NaN, as there; the host cannot know of it, and so keeps no tile back.
 #include <kvt/attention.cuh>
 #include <kvt/ptx/cluster.cuh>
 #include <kvt/ptx/scalar.cuh>
@@ -26,6 +27,8 @@ constexpr int kThreads = 256;
 constexpr int kMaxMoves = 48;
 constexpr int kPitch = kHeadDim + 1;     // floats; down a column in 32 banks
 constexpr float kLargest = 65504.0f;     // of a half
+constexpr float kSmallestNormal = 1.0f / (1 << 14);
+constexpr unsigned short kNaN = 0x7E00;  // as a half
 using Sizes = Bytes<kHeadDim>;
 
 // Filled in by kvtoolkit/cuda/cache.py, in this order.
@@ -47,6 +50,12 @@ __device__ __forceinline__ unsigned short half_bits(float x) {
 
 __device__ __forceinline__ float half_value(unsigned short bits) { return Half::low(bits); }
 
+// A scale as it is stored: below the normal range rounded up, for rounded down it would clip.
+__device__ __forceinline__ unsigned short scale_bits(float x) {
+  const unsigned short nearest = half_bits(x);
+  return x < kSmallestNormal && half_value(nearest) < x ? nearest + 1 : nearest;
+}
+
 __device__ __forceinline__ Tier tier_of(const ConvertParams& p, int granule) {
   return granule >= p.first_granules[2] ? Tier::kCold : granule >= p.first_granules[1] ? Tier::kWarm : Tier::kHot;
 }
@@ -56,6 +65,7 @@ struct Tile {
   float x[kBlock * kPitch];
   float scale[kHeadDim > kBlock ? kHeadDim : kBlock];  // as a value is a multiple of it
   float zero[kHeadDim > kBlock ? kHeadDim : kBlock];   // of int4; of its values, the point
+  bool bad_key[kBlock], bad_value[kBlock];             // tokens that hold an infinity or NaN
 
   __device__ __forceinline__ float& at(int token, int dim) { return x[token * kPitch + dim]; }
 };
@@ -167,6 +177,19 @@ __device__ __forceinline__ float2 range_of_token(Tile& tile) {
   return {low, high};
 }
 
+// Make zeros of the tokens that hold an infinity or NaN, by 4 threads each, and note which those are.
+__device__ __forceinline__ void take_nonfinite(Tile& tile, bool (&bad)[kBlock]) {
+  const int token = threadIdx.x >> 2;
+  bool is_bad = false;
+  for (int dim = threadIdx.x & 3; dim < kHeadDim; dim += 4) is_bad |= !(fabsf(tile.at(token, dim)) < kInfinity);
+#pragma unroll
+  for (int d = 1; d < 4; d <<= 1) is_bad |= __shfl_xor_sync(kAllLanes, static_cast<int>(is_bad), d) != 0;
+  if (is_bad) {
+    for (int dim = threadIdx.x & 3; dim < kHeadDim; dim += 4) tile.at(token, dim) = 0.0f;
+  }
+  if ((threadIdx.x & 3) == 0) bad[token] = is_bad;
+}
+
 __device__ __forceinline__ void write_warm(unsigned char* block, bool is_value, Tile& tile) {
   const float2 range = range_of_token(tile);
   const float factor = warm_factor(is_value);
@@ -174,9 +197,10 @@ __device__ __forceinline__ void write_warm(unsigned char* block, bool is_value, 
   if ((threadIdx.x & 3) == 0) {
     const int token = threadIdx.x >> 2;
     const float largest = fmaxf(fabsf(range.x), fabsf(range.y));
-    const unsigned short stored = half_bits(__fmul_rn(__fdiv_rn(largest, 127.0f), factor));
+    const unsigned short stored = scale_bits(__fmul_rn(__fdiv_rn(largest, 127.0f), factor));
+    const bool is_bad = (is_value ? tile.bad_value : tile.bad_key)[token];
     unsigned char* const codes = part + token / kWarmUnit * Sizes::kWarm;
-    reinterpret_cast<unsigned short*>(codes + Sizes::kWarmCodes)[token % kWarmUnit] = stored;
+    reinterpret_cast<unsigned short*>(codes + Sizes::kWarmCodes)[token % kWarmUnit] = is_bad ? kNaN : stored;
     tile.scale[token] = half_value(stored) / factor;
   }
   __syncthreads();
@@ -200,11 +224,16 @@ __device__ __forceinline__ void write_cold(unsigned char* block, bool is_value, 
   unsigned short* const zeros = scales + (is_value ? kBlock : kHeadDim);
   const auto settle = [&](int of, float low, float high) {
     const float factor = cold_factor(is_value, of);
-    const unsigned short stored = half_bits(__fmul_rn(__fdiv_rn(__fsub_rn(high, low), 15.0f), factor));
+    float step = __fdiv_rn(__fsub_rn(high, low), 15.0f);
+    if (!is_value) {
+      // a zero of more than a half is clipped, and the step such that the codes around it reach both ends
+      step = fmaxf(step, fmaxf(__fdiv_rn(__fsub_rn(high, kLargest), 7.0f), __fdiv_rn(__fsub_rn(-kLargest, low), 8.0f)));
+    }
+    const unsigned short stored = scale_bits(__fmul_rn(step, factor));
     const float scale = half_value(stored) / factor;
-    const float point = scale > 0.0f ? __fdiv_rn(-low, scale) / factor * 4 : 0.0f;
+    const float point = scale > 0.0f ? fminf(__fdiv_rn(-low, scale), 15.0f) / factor * 4 : 0.0f;  // 0 keeps a code
     const unsigned short zero = half_bits(is_value ? point : __fadd_rn(low, __fmul_rn(8.0f, scale)));
-    scales[of] = stored;
+    scales[of] = is_value && (tile.bad_key[of] || tile.bad_value[of]) ? kNaN : stored;
     zeros[of] = zero;
     tile.scale[of] = scale;
     tile.zero[of] = half_value(zero) * (is_value ? factor / 4 : 1.0f);
@@ -216,11 +245,13 @@ __device__ __forceinline__ void write_cold(unsigned char* block, bool is_value, 
     float low = kInfinity;
     float high = -kInfinity;
     for (int token = 0; token < kBlock; ++token) {
+      if (tile.bad_key[token]) continue;
       const float x = tile.at(token, threadIdx.x);
       low = fminf(low, x);
       high = fmaxf(high, x);
     }
-    settle(threadIdx.x, low, high);
+    const bool is_any = low <= high;
+    settle(threadIdx.x, is_any ? low : 0.0f, is_any ? high : 0.0f);
   }
   __syncthreads();
   for (int w = threadIdx.x; w < kBlock * kHeadDim / 8; w += kThreads) {
@@ -275,6 +306,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) kvt_convert(const __gr
       read_cold(quantized(sources[0], from), which == 1, tile);
     }
     __syncthreads();
+    if (to != Tier::kHot) {
+      take_nonfinite(tile, which == 1 ? tile.bad_value : tile.bad_key);
+      __syncthreads();
+    }
     if (to == Tier::kHot) {
       for (int i = threadIdx.x; i < kBlock * kHeadDim / 2; i += kThreads) {
         const int token = i / (kHeadDim / 2);

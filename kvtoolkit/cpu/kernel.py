@@ -25,7 +25,7 @@ from allocators._bits import fetch_add_acq_rel, load_acquire
 from allocators._jit import jit
 from kvtoolkit.cpu.dequantize import block_bytes, dequantize_keys, dequantize_values
 from kvtoolkit.cpu.softmax import absorb_scores, bias_scores, cap_scores, mask_scores, tile_lse
-from kvtoolkit.cpu.tiles import TILE, gather_rows, gather_transposed, score_rows, weigh_values
+from kvtoolkit.cpu.tiles import TILE, all_finite, gather_rows, gather_transposed, score_rows, weigh_values
 from kvtoolkit.cpu.vector import (
     ITEMSIZE,
     LANES,
@@ -336,6 +336,21 @@ def _locate_block(problem: Any, row: int, head: int, granule: int, entry: int) -
 
 
 @jit
+def _seen(problem: Any, lowest: int, highest: int, seq_len: int, start: int) -> Any:
+    """The positions of the tile at ``start`` that all queries from ``lowest`` to ``highest`` see: first, one past last.
+
+    Both count from the tile's first position and are 0 or more; the first may be beyond the tile, the last too.
+    """
+    first = _int(0)
+    past = seq_len - start
+    if problem[LEFT] >= 0:
+        first = max(first, highest - problem[LEFT] - start)
+    if problem[RIGHT] >= 0:
+        past = min(past, lowest + problem[RIGHT] + 1 - start)
+    return first, max(past, _int(0))
+
+
+@jit
 def _prefetch_rows(base: int, offsets: int, first: int, end: int, head_dim: int, itemsize: int) -> None:
     """Ask for rows of a tile; the processor's own prefetcher does not see from one block to the next."""
     for t in range(first, end):
@@ -461,8 +476,6 @@ def _attend_item(
             gather_rows(dtype, v_tile, width, v_base, v_offsets, end, head_dim)
         else:
             dequantize_values(tier, v_tile, quantized, head_dim, k_tile)
-            for i in range((first_key - start) * width):  # what no query sees: 0 * NaN is NaN
-                write_f32(v_tile + 4 * i, np.float32(0))
         _prefetch_rows(v_base, next_v_offsets, half, ahead, head_dim, itemsize)
         _prefetch_block(next_quantized, bytes_ahead, 3)
         for r in range(rows):
@@ -475,19 +488,21 @@ def _attend_item(
                 slope_index = row * problem[SLOPES_ROW] + head * group + r - i * group
                 slope = read_f32(problem[SLOPES] + 4 * slope_index)
                 bias_scores(line, slope, start - position)
-            first = _int(0)
-            if left >= 0:
-                first = max(first, position - left - start)
-            last = seq_len - 1 - start
-            if right >= 0:
-                last = min(last, position + right - start)
-            if first > 0 or last < TILE - 1:
-                mask_scores(line, first, last)
+            first, past = _seen(problem, position, position, seq_len, start)
+            if first > 0 or past < TILE:
+                mask_scores(line, first, past - 1)
             absorb_scores(line, peaks + 4 * r, masses + 64 * r, out_rows + 4 * width * r, width)
             if problem[MASSES] != 0:
                 query = (first_query + i) * q_heads + head * group + r - i * group
                 write_f32(tile_lses + 4 * (query * line_tiles + tile), tile_lse(line, peaks + 4 * r))
-        weigh_values(out_rows, scores, v_tile, width, rows, end)
+        first, past = _seen(problem, lowest, highest, seq_len, start)
+        if all_finite(v_tile, width, _int(0), min(first, end)) and all_finite(v_tile, width, past, end):
+            weigh_values(out_rows, scores, v_tile, width, rows, end)
+        else:  # 0 * NaN is NaN: each query's weights meet only the values that it sees
+            for r in range(rows):
+                first, past = _seen(problem, lowest + r // group, lowest + r // group, seq_len, start)
+                line, seen = scores + 4 * (TILE * r + first), v_tile + 4 * width * first
+                weigh_values(out_rows + 4 * width * r, line, seen, width, 1, min(past, end) - first)
         tile += 1
         start, end = next_start, next_end
         tier, quantized = next_tier, next_quantized
@@ -579,7 +594,7 @@ def _combine_splits(problem: Any, plan: Any, scratch: int) -> None:
                         weight = _single(math.exp(part_peak - peak))
                     elif math.isnan(part_mass):
                         weight = _single(1.0)
-                    if weight > 0.0:
+                    if weight != 0.0:  # NaN, of a score of +inf, is kept
                         mass = _single(mass + weight * part_mass)
                         factor = splat(weight)
                         for d in range(0, width, 16):

@@ -8,6 +8,7 @@ through a loop together, so that a query's result does not depend on its neighbo
 
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 
@@ -24,12 +25,16 @@ from kvtoolkit.cpu.vector import (
     fma_of,
     load,
     load8,
+    load_f32,
     load_of,
+    multiply_add,
     pointer_to,
     read_i64,
+    splat,
     splat_of,
     store_f32,
     store_of,
+    total,
 )
 
 TILE = 64
@@ -252,3 +257,13 @@ def weigh_values(out: int, weights: int, values: int, width: int, rows: int, cou
         else:
             _weigh_block1(out + 4 * d, width, weights, TILE, values + 4 * d, width, rows, count)
             d += 16
+
+
+@jit
+def all_finite(tile: int, width: int, first: int, end: int) -> bool:
+    """Whether the rows ``first`` to ``end - 1`` of a tile hold neither infinities nor NaN."""
+    zero = splat(np.float32(0.0))
+    products = zero
+    for i in range(first * width, end * width, 16):
+        products = multiply_add(load_f32(tile + 4 * i), zero, products)
+    return bool(total(products) == 0.0)

@@ -126,7 +126,8 @@ def tiered(
 def convert(head_dim: int, dtype: str) -> Spec:
     """The kernel that converts between tiers."""
     defines = (("KVT_HEAD_DIM", head_dim), ("KVT_BF16", int(dtype == "bfloat16")))
-    return Spec("cache/convert.cu", "kvt_convert", defines, 256, 4 * (64 * (head_dim + 1) + 2 * max(64, head_dim)))
+    smem = 4 * (64 * (head_dim + 1) + 2 * max(64, head_dim)) + 2 * 64
+    return Spec("cache/convert.cu", "kvt_convert", defines, 256, smem)
 
 
 def plan(batch: int) -> Spec:

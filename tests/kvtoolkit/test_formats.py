@@ -287,3 +287,67 @@ def test_tensors_are_encoded_too(form: Format) -> None:
     torch = pytest.importorskip("torch")
     x = torch.randn(2, 64, 64).to(torch.bfloat16)
     assert np.array_equal(form.encode(x, x), form.encode(x.float().numpy(), x.float().numpy()))
+
+
+# -- the bounds that the docstring gives -----------------------------------------------------------------------------
+
+
+def filled(value: float) -> np.ndarray:
+    """Tokens whose first two dims are ``value`` and whose others are 0."""
+    x = np.zeros((BLOCK, 64), np.float32)
+    x[:, :2] = value
+    return x
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_numbers_are_kept_up_to_the_bound_and_clipped_beyond(sign: int) -> None:
+    for form, part, bound in ((INT8, 0, 8.3e6), (INT8, 1, 2.08e6), (INT4, 0, 1.8e5), (INT4, 1, 2.45e5)):
+        kept, clipped = (
+            form.decode(form.encode(*[filled(factor * sign * bound)] * 2), 64)[part] for factor in (1.0, 10.0)
+        )
+        np.testing.assert_allclose(kept[:, :2], sign * bound, rtol=1e-2)  # the scale's rounding
+        # other int4 tokens and channels go further
+        assert 0.99 * bound <= np.abs(clipped[:, :2]).min() <= 1.1 * bound
+        assert (clipped[:, 2:] == 0).all()
+
+
+@pytest.mark.parametrize("middle", [0.0, 6e4, 7e4, 1e5, -7e4, -1.2e5, 1.7e5])
+@pytest.mark.parametrize("width", [0.0, 10.0, 5e3])
+def test_int4_keys_are_off_by_half_a_step_also_where_the_middle_is_out_of_reach(middle: float, width: float) -> None:
+    keys = np.float32(middle) + np.float32(width) * np.random.default_rng(0).random((BLOCK, 64), np.float32)
+    found, _ = INT4.decode(INT4.encode(keys, np.zeros_like(keys)), 64)
+    step = max(width / 15, (keys.max() - 65504) / 7, (-65504 - keys.min()) / 8, 0.0)
+    assert np.abs(found - keys).max() <= 0.51 * step + 2 * HALF * (abs(middle) + width)
+
+
+@pytest.mark.parametrize("size", [1e-8, 1e-7, 1e-6, 1e-5, 1e-4])
+def test_small_numbers_are_off_by_half_a_step_of_the_smallest_scale(size: float) -> None:
+    keys, values = np.random.default_rng(0).uniform(-size, size, (2, BLOCK, 64)).astype(np.float32)
+    for form, smallest in ((INT8, (1.0, 0.25)), (INT4, (4.0, 4.0))):
+        decoded = form.decode(form.encode(keys, values), 64)
+        for x, found, factor in zip((keys, values), decoded, smallest, strict=True):
+            step = (size / 127 if form is INT8 else 2 * size / 15) + factor * TINY
+            zero = 2 * TINY if form is INT4 else 0.0  # of a channel; of a token it is rounded relative to its step
+            assert np.abs(x - found).max() <= 0.51 * step + zero + 2 * HALF * size, form.name
+
+
+@BOTH
+@HEAD_DIMS
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_token_that_is_no_number_is_nan_and_spoils_no_other(value: float, head_dim: int, form: Format) -> None:
+    keys, values = tokens(head_dim)
+    good = keys.copy(), values.copy()
+    keys[7, 3], values[40, 9] = value, value
+    decoded = form.decode(form.encode(keys, values), head_dim)
+    others = np.arange(BLOCK)[:, None] != [7, 40]
+    for part, was, bound in zip(decoded, good, bounds(form, *good), strict=True):
+        np.testing.assert_array_less(np.abs(part - was)[others.all(1)], bound[others.all(1)])
+    assert np.isnan(decoded[1][40]).all()
+    if form is INT8:
+        assert np.isnan(decoded[0][7]).all()
+        assert np.isfinite(decoded[1][7]).all()
+    else:  # keys share their scales: the value says it
+        assert np.isfinite(decoded[0]).all()
+        assert np.isnan(decoded[1][7]).all()
+    keys[:], values[:] = value, value
+    assert np.isnan(form.decode(form.encode(keys, values), head_dim)[1]).all()

@@ -103,10 +103,10 @@ def test_steps_of_a_cache_by_replays_are_the_steps_of_a_cache_without_a_graph(co
             cache.end_step(step)
     with captured.begin_step(ids[captured], 1) as step:
         fixed.load(step)
-        layers(fixed)
+        layers(fixed.begin())
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        layers(fixed)
+        layers(fixed.begin())
     for turn in range(150):
         if turn == 50:  # a sequence ends, another begins
             for cache in (eager, captured):
@@ -136,8 +136,9 @@ def test_steps_of_a_cache_by_replays_are_the_steps_of_a_cache_without_a_graph(co
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 @pytest.mark.parametrize("num_kv_heads", [2, 8])
-def test_every_pass_over_the_layers_makes_its_own_plan(num_kv_heads, monkeypatch):
+def test_every_run_of_the_model_makes_its_own_plan(num_kv_heads, order, monkeypatch):
     import torch
 
     from kvtoolkit.cuda.launching import Launch
@@ -152,9 +153,10 @@ def test_every_pass_over_the_layers_makes_its_own_plan(num_kv_heads, monkeypatch
     key = torch.randn(batch, num_kv_heads, 64, device="cuda").half()
 
     def layers():
-        for layer in range(2):
-            fixed.append(layer, key, key)
-            fixed.attend(layer, key)
+        run = fixed.begin()
+        for layer in order:
+            run.append(layer, key, key)
+            run.attend(layer, key)
 
     with cache.begin_step(ids, 1) as step:
         fixed.load(step)
@@ -235,6 +237,27 @@ def test_steps_that_do_not_fit_are_refused():
         fixed.load(step)
     with make().begin_step([], 1) as other, pytest.raises(StepError, match="of the cache that this was made for"):
         fixed.load(other)
+
+
+@pytest.mark.gpu
+def test_a_run_that_is_over_or_a_layer_that_comes_twice_is_refused():
+    import torch
+
+    cache = make()
+    fixed = GraphStep(cache, 1)
+    ids, _ = cache.open([[]])
+    key = torch.ones(1, 2, 64, device="cuda").half()
+    with cache.begin_step(ids, 1) as step:
+        fixed.load(step)
+        run = fixed.begin()
+        run.append(0, key, key)
+        with pytest.raises(StepError, match="layer: expected one that this run has not appended to, got 0"):
+            run.append(0, key, key)
+        run.append(1, key, key)
+        fixed.begin()
+        for call in (lambda: run.append(1, key, key), lambda: run.attend(1, key)):
+            with pytest.raises(StepError, match="expected the run that `GraphStep.begin` gave last"):
+                call()
 
 
 def test_a_cache_on_the_cpu_has_no_graphs():

@@ -9,7 +9,7 @@ from kvtoolkit import ShapeError, cuda, reference
 from kvtoolkit.attention import tiered_attention, variable_block_attention
 from kvtoolkit.formats import INT4, INT8
 from kvtoolkit.tiers import TierCaches
-from tests.kvtoolkit.attention_cases import Case, nan_filled
+from tests.kvtoolkit.attention_cases import Case, nan_filled, to_storage
 from tests.kvtoolkit.gpu_cases import assert_close, to_device, to_host
 from tests.kvtoolkit.test_attention import SINKS, SLOPES
 from tests.kvtoolkit.tiered_cases import TieredArrays, TieredCase
@@ -237,9 +237,10 @@ def tile(block: int, first: int = 0) -> list[int]:
     return list(range(first + 8 * block, first + 8 * block + 8))
 
 
+@pytest.mark.parametrize("at_the_edge", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_conversions_give_the_codes_of_the_judge(head_dim, dtype):
+def test_conversions_give_the_codes_of_the_judge(head_dim, dtype, at_the_edge):
     import torch
 
     layers, heads, blocks = 2, 3, 6
@@ -249,6 +250,11 @@ def test_conversions_give_the_codes_of_the_judge(head_dim, dtype):
     hot[..., 3] *= 30
     hot[:, :8] = 0.5  # nothing but one value
     hot[:, 8:10] = 0.0
+    if at_the_edge:
+        hot[:, 11:13] *= 1e-6
+        hot[:, 3, :, 2, 5], hot[::2, 9, 1, 7, 0], hot[1::2, 17, 2, 1, 1] = np.nan, -np.inf, np.inf
+        hot[:, 24:32, 0, :, 3] = np.nan  # all tokens of a tile
+        hot[..., 7] += 60000.0 if dtype == "float16" else 1e5
     hot = hot.cuda()
     warm = torch.zeros(layers, blocks, heads, INT8.nbytes(head_dim), dtype=torch.uint8, device="cuda")
     cold = torch.zeros(layers, blocks, heads, INT4.nbytes(head_dim), dtype=torch.uint8, device="cuda")
@@ -280,6 +286,44 @@ def test_conversions_give_the_codes_of_the_judge(head_dim, dtype):
             decoded = torch.from_numpy(form.decode(arena[layer, block].cpu().numpy(), head_dim)[which]).to(kind)
             for i, granule in enumerate(back):
                 if granule >= 0:
-                    assert torch.equal(hot[2 * layer + which, granule].cpu(), decoded[:, 8 * i : 8 * i + 8])
+                    found = hot[2 * layer + which, granule].cpu()
+                    torch.testing.assert_close(found, decoded[:, 8 * i : 8 * i + 8], rtol=0, atol=0, equal_nan=True)
     untouched = sorted(set(range(8 * blocks)) - set(back))
-    assert np.array_equal(hot.float().cpu().numpy()[:, untouched], before[:, untouched])
+    np.testing.assert_array_equal(hot.float().cpu().numpy()[:, untouched], before[:, untouched])
+
+
+def at_the_bound(pattern: str, value: float) -> TieredCase:
+    """A long row whose later half has weights of nearly 64, the most there is; the first two dims hold ``value``."""
+    case = TieredCase([1024], num_q_heads=1, num_kv_heads=1, dtype="bfloat16", patterns=[16 * pattern])
+    q, keys, values = np.zeros((1, 1, 64)), np.zeros((1024, 1, 64)), np.zeros((1024, 1, 64))
+    q[..., 0], keys[512:, :, 0], values[..., :2] = 1.0, 3.95, value
+    case.q, case.keys, case.values = (
+        to_storage(q, "bfloat16"), [to_storage(keys, "bfloat16")], [to_storage(values, "bfloat16")]
+    )  # fmt: skip
+    return case
+
+
+@pytest.mark.parametrize(("pattern", "bound"), [("w", 3.2e4), ("c", 3.8e3)])
+def test_values_may_be_as_large_as_the_formats_say(pattern, bound):
+    options = {"num_splits": 1, "softmax_scale": np.log(2.0)}
+    case = at_the_bound(pattern, bound)
+    arrays = case.tiered()
+    out, lse = run(case, arrays, **options)
+    assert_close(out, lse, *case.expected(arrays, **options), case.dtype)
+    case = at_the_bound(pattern, 1.2 * bound)
+    out, _ = run(case, case.tiered(), **options)
+    assert not np.isfinite(reference.to_float64(out, case.dtype)).all()
+
+
+@pytest.mark.parametrize("new", [None, [3]])  # with the rounding of a scaled query in free columns, and in products
+def test_queries_times_steps_of_int4_keys_may_be_as_large_as_the_formats_say(new):
+    for size, is_finite in ((1.5e4, True), (1.8e4, False)):
+        case = TieredCase([200], new, num_q_heads=8, dtype="float16", patterns=["cccc"])
+        case.keys[0][::2, :, 0], case.keys[0][1::2, :, 0] = 750, -750  # a step of 100
+        case.q[..., 0] = size / 100
+        arrays = case.tiered()
+        out, lse = run(case, arrays, softmax_scale=1e-5)
+        if is_finite:
+            assert_close(out, lse, *case.expected(arrays, softmax_scale=1e-5), case.dtype)
+        else:
+            assert not np.isfinite(out).all()

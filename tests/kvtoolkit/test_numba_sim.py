@@ -184,6 +184,18 @@ class TestInSimulator:
         with pytest.raises(UnsupportedError, match="Numba kernel"):
             attend(case, case.variable())
 
+    @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # inf - inf, where a query sees it
+    def test_what_a_query_does_not_see_does_not_reach_it(self) -> None:
+        from tests.kvtoolkit import unseen_cases
+
+        def make() -> Case:
+            return Case([67], [3], num_q_heads=1, num_kv_heads=1, head_dim=8, dtype="float16")
+
+        def run_case(case: Case, arrays: Any, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+            return run_twin(case, *arrays, **options)
+
+        assert unseen_cases.check(make, Case.variable, run_case, window_size=(20, 0)) == 8
+
     @pytest.mark.parametrize("layout", ["NHD", "HND"])
     def test_append_writes_named_slots_and_nothing_else(self, layout: str) -> None:
         rng = np.random.default_rng(0)

@@ -704,3 +704,24 @@ def test_masses_travel_with_snapshots_and_reordered_rows():
     assert masses[seq_ids[1] & 0xFFFFF].argmax() == 3
     settle(cache, seq_ids)
     assert tiers_of(cache, seq_ids[1])[3] == "w"
+
+
+@pytest.mark.parametrize("tiers", [TIERS, {**TIERS, "warm": None}], ids=["warm", "cold"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(("part", "value"), [("key", np.nan), ("value", -np.inf)])
+def test_tiles_with_a_token_that_is_no_number_stay_in_16_bit(part, value, dtype, tiers):
+    cache = make(tiers, dtype=dtype)
+    (seq,), _ = cache.open([[]])
+    with cache.begin_step([seq], 700) as step:
+        for layer in range(NUM_LAYERS):
+            pair = [np.ones((700, NUM_HEADS, HEAD_DIM), np.float32) for _ in range(2)]
+            if layer == 1:
+                pair[part == "value"][[130, 600], 1, 9] = value  # of tiles 2, and 9, which is hot anyway
+            stored = [x.view(np.uint32) >> 16 if dtype == "bfloat16" else x for x in pair]
+            step.append(layer, *(x.astype(np.uint16 if dtype == "bfloat16" else dtype) for x in stored))
+        cache.end_step(step)
+    settle(cache, [seq])
+    assert cache.stats().num_unquantizable >= 1
+    found = tiers_of(cache, seq)
+    assert found[2] == "h"
+    assert [letter for tile, letter in enumerate(found[:8]) if tile not in (0, 2)].count("h") == 0

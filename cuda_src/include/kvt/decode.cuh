@@ -6,6 +6,7 @@
 #pragma once
 
 #include <kvt/attention.cuh>
+#include <kvt/finite.cuh>
 #include <kvt/ptx/atomic.cuh>
 #include <kvt/ptx/codes.cuh>
 #include <kvt/ptx/scalar.cuh>
@@ -271,6 +272,49 @@ __device__ __forceinline__ Columns columns_of(const AttentionParams& p, const Ro
     }
   }
   return columns;
+}
+
+// Take infinities and NaN out of the values of a step that some rows see in part: the rows that see one of them get it
+// now, as what they would become, and in shared memory it is 0 from here on. To be called once o is rescaled.
+//   values  [kStep] tokens of kPitch chunks of 16 bytes, this warp's own; chunk c of token k lies at c ^ (k & 7)
+template <int kPitch>
+__device__ __forceinline__ void take_nonfinite(
+    const AttentionParams& p, const Columns& columns, int seq_len, unsigned values, int first, State& state) {
+  constexpr int kChunks = kHeadDim / 8;
+  const int lane = lane_id();
+  const auto piece = [&](int i) {
+    const int token = (i * 32 + lane) / kChunks;
+    return values + (token * kPitch + ((i * 32 + lane) % kChunks ^ (token & 7))) * 16;
+  };
+  unsigned any = 0;
+#pragma unroll
+  for (int i = 0; i < kStep * kChunks / 32; ++i) any |= any_nonfinite<scalar_t>(piece(i));
+  if (!__any_sync(kAllLanes, any != 0)) return;
+  const int g = lane >> 2;
+#pragma unroll 1
+  for (int token = 0; token < kStep; ++token) {
+    bool sees[kRowTiles][2];
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) sees[r][c] = is_visible(p, columns.position[r][c], first + token, seq_len);
+    }
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk) {  // dims 8 * chunk + g
+      const unsigned pair = ptx::load_shared_4(values + (token * kPitch + (chunk ^ (token & 7))) * 16 + g / 2 * 4);
+      const unsigned lost = pair & nonfinite_mask<scalar_t>(pair);
+      const float x = g & 1 ? scalar_t::high(lost) : scalar_t::low(lost);
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) state.o[r][chunk / 2][c + chunk % 2 * 2] += sees[r][c] ? x : 0.0f;
+      }
+    }
+  }
+  __syncwarp();
+#pragma unroll 1
+  for (int i = 0; i < kStep * kChunks / 32; ++i) clear_nonfinite<scalar_t>(piece(i));
+  __syncwarp();
 }
 
 // The warps' states of one piece, in shared memory: O [kRows][kRowPitch], then m [kRows] and l [kRows].

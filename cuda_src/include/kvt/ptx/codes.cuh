@@ -55,10 +55,11 @@ __device__ __forceinline__ uint2 load_shared_8(unsigned shared) {
   return words;
 }
 
-// createpolicy.fractional.L2::evict_last: for data that is read again soon.
+// createpolicy.fractional.L2::evict_last: for data that is read again soon. Volatile, so that it is made where it is
+// used, not kept in two registers.
 __device__ __forceinline__ unsigned long long evict_last_policy() {
   unsigned long long policy;
-  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
 

@@ -34,6 +34,18 @@ __device__ __forceinline__ uint4 load_shared_16(unsigned shared) {
   return words;
 }
 
+// ld.shared.u32: 4 bytes.
+__device__ __forceinline__ unsigned load_shared_4(unsigned shared) {
+  unsigned word;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(shared) : "memory");
+  return word;
+}
+
+// st.shared.u32: 4 bytes.
+__device__ __forceinline__ void store_shared_4(unsigned shared, unsigned word) {
+  asm volatile("st.shared.u32 [%0], %1;" :: "r"(shared), "r"(word) : "memory");
+}
+
 // st.shared.v4.u32: 16 bytes.
 __device__ __forceinline__ void store_shared_16(unsigned shared, uint4 words) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"

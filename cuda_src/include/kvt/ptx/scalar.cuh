@@ -9,6 +9,9 @@
 namespace kvt::ptx {
 
 struct Half {
+  static constexpr unsigned kExponents = 0x7C007C00u;  // of two numbers; all set in infinities and NaN
+  static constexpr unsigned kLowestExponentBits = 0x04000400u;
+
   // cvt.rn.f16x2.f32
   __device__ __forceinline__ static unsigned pack(float low, float high) {
     unsigned packed;
@@ -36,6 +39,9 @@ struct Half {
 };
 
 struct BFloat16 {
+  static constexpr unsigned kExponents = 0x7F807F80u;
+  static constexpr unsigned kLowestExponentBits = 0x00800080u;
+
   // cvt.rn.bf16x2.f32
   __device__ __forceinline__ static unsigned pack(float low, float high) {
     unsigned packed;
