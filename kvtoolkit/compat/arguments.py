@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from kvtoolkit.cpu.arrays import tensor_operand
@@ -128,11 +129,13 @@ def check_range(name: str, tensor: torch.Tensor, low: int, high: int | torch.Ten
     """
     if not are_readable(tensor):
         return
-    bad = (tensor < low) | (tensor > high)
-    if bool(bad.any()):
-        row = int(bad.nonzero()[0, 0])
-        limit = int(high[row]) if isinstance(high, torch.Tensor) else high
-        raise ShapeError(f"{name}: expected {low} to {limit}, {reason}, got {int(tensor[row])} in row {row}")
+    numbers = tensor.detach().cpu().numpy()
+    limits = high.detach().cpu().numpy() if isinstance(high, torch.Tensor) else high
+    bad = (numbers < low) | (numbers > limits)
+    if bad.any():
+        row = int(bad.argmax())
+        limit = int(np.broadcast_to(limits, numbers.shape)[row])
+        raise ShapeError(f"{name}: expected {low} to {limit}, {reason}, got {int(numbers[row])} in row {row}")
 
 
 def check_cumulative(name: str, sums: torch.Tensor, total: int, most: int | None, limit: str) -> None:
@@ -142,8 +145,9 @@ def check_cumulative(name: str, sums: torch.Tensor, total: int, most: int | None
     """
     if not are_readable(sums):
         return
-    lengths = sums.diff()
-    if int(sums[0]) != 0 or bool((lengths < 0).any()) or int(sums[-1]) > total:
-        raise ShapeError(f"{name}: expected to ascend from 0 to at most {total}, got {sums.tolist()}")
-    if most is not None and bool((lengths > most).any()):
-        raise ShapeError(f"{limit}: expected at least {int(lengths.max())}, the longest row by {name}, got {most}")
+    ends = sums.detach().cpu().numpy().astype(np.int64)
+    lengths = ends[1:] - ends[:-1]
+    if ends[0] != 0 or ends[-1] > total or (lengths < 0).any():
+        raise ShapeError(f"{name}: expected to ascend from 0 to at most {total}, got {ends.tolist()}")
+    if most is not None and (lengths > most).any():
+        raise ShapeError(f"{limit}: expected at least {lengths.max()}, the longest row by {name}, got {most}")

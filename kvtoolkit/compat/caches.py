@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kvtoolkit.compat.arguments import check_range, indices
+from kvtoolkit.compat.arguments import indices
 from kvtoolkit.cpu import Operand, operand
 from kvtoolkit.cuda import device_operand
 from kvtoolkit.errors import ShapeError, UnsupportedError
@@ -33,9 +33,7 @@ def cache_blocks(
             raise UnsupportedError(f"cache_batch_idx: expected None beside {name}, whose rows say as much")
         table = indices(name, block_table, (batch, None), k_cache.device)
     elif cache_batch_idx is not None:
-        table = indices("cache_batch_idx", cache_batch_idx, (batch,), k_cache.device)
-        check_range("cache_batch_idx", table, 0, k_cache.shape[0] - 1, "the sequences of k_cache")
-        table = table.unsqueeze(1)
+        table = indices("cache_batch_idx", cache_batch_idx, (batch,), k_cache.device).unsqueeze(1)
     else:
         if batch > k_cache.shape[0]:
             raise ShapeError(f"q: expected a batch of up to {k_cache.shape[0]}, the sequences of k_cache, got {batch}")

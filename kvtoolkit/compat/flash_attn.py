@@ -161,6 +161,9 @@ def flash_attn_with_kvcache(
     blocks = cache_blocks(batch, k_cache, v_cache, table_name, table, cache_batch_idx)
     num_new = _check_new(k, v, cache_seqlens, blocks, batch, q)
     held = _held_lengths(cache_seqlens, blocks, num_new, batch, device)
+    if cache_batch_idx is not None and are_readable(blocks.table):
+        in_use = torch.where(held + num_new > 0, blocks.table[:, 0], 0)  # of a padding row nothing is read
+        check_range("cache_batch_idx", in_use, 0, len(k_cache) - 1, "the sequences of k_cache")
     names = {
         "seq_lens": "cache_seqlens", "key": "k", "value": "v", "slot_mapping": "cache_seqlens", "sinks": "s_aux",
         "block_table": table_name if table is not None else "cache_batch_idx",

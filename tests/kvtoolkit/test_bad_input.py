@@ -192,7 +192,7 @@ def test_rows_and_lengths_of_a_cache_without_a_table_are_within_it():
     flash_attn_with_kvcache(q, cache, cache, cache_seqlens=ints(3, 0), cache_batch_idx=ints(1, -1))  # a padding row
     for lengths in (ints(-1, 3), ints(25, 3)):
         for k in (None, new):
-            with pytest.raises(ShapeError, match="cache_seqlens: expected lengths from 0 to 24"):
+            with pytest.raises(ShapeError, match="cache_seqlens: expected 0 to "):
                 flash_attn_with_kvcache(q, cache, cache.clone(), k, k, cache_seqlens=lengths)
     assert not cache.any()
 
