@@ -249,22 +249,50 @@ __device__ __forceinline__ void weigh(
   if (kHasMasses) walk.notes.take(r, walk.unit, base, sum);
 }
 
-// Weights of 16 tokens as the operand of a product: rows first.
+// Weights of 16 tokens as the operand of a product: rows first, times what each token's values are scaled by.
 template <typename Scalar>
-__device__ __forceinline__ uint2 as_operand(const float (&s)[4]) {
-  return {ptx::transpose_matrix(Scalar::pack(s[0], s[1])), ptx::transpose_matrix(Scalar::pack(s[2], s[3]))};
+__device__ __forceinline__ uint2 as_operand(const float (&s)[4], float low = 1.0f, float high = 1.0f) {
+  return {ptx::transpose_matrix(Scalar::pack(s[0] * low, s[1] * low)),
+          ptx::transpose_matrix(Scalar::pack(s[2] * high, s[3] * high))};
 }
 
-// The same for codes: times the scales of the values at positions `low` and `high`, which may be NaN where a row does
-// not see them.
-__device__ __forceinline__ uint2 as_scaled_operand(
-    const Walk& walk, int r, const float (&s)[4], float low_scale, float high_scale, bool is_partial, int low, int high) {
-  float scaled[4] = {s[0] * low_scale, s[1] * low_scale, s[2] * high_scale, s[3] * high_scale};
-  if (is_partial) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) scaled[i] = walk.sees(r, i & 1, i < 2 ? low : high) ? scaled[i] : 0.0f;
+// Take tokens whose values are NaN out of a unit that some rows see in part, since a weight of 0 times NaN is NaN: rows
+// that see one of them are NaN from here on, and for the others its values are 0.
+//   value_scales  [kTokens], with kHasPoints then the zero points; this warp's own
+template <int kTokens, bool kHasPoints>
+__device__ __forceinline__ void take_lost_tokens(const Walk& walk, unsigned value_scales, int first, TieredState& state) {
+  const int lane = lane_id();
+  const unsigned scales = value_scales + lane * 4;  // of two tokens
+  const unsigned points = scales + 2 * kTokens;
+  unsigned lost = 0;
+  if (lane < kTokens / 2) {
+    lost = nonfinite_mask<Half>(ptx::load_shared_4(scales));
+    if (kHasPoints) lost |= nonfinite_mask<Half>(ptx::load_shared_4(points));
   }
-  return as_operand<Half>(scaled);
+  if (!__any_sync(kAllLanes, lost != 0)) return;
+  const unsigned tokens[2] = {__ballot_sync(kAllLanes, (lost & 1) != 0), __ballot_sync(kAllLanes, lost >> 31 != 0)};
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      float taken = 0.0f;
+#pragma unroll 1
+      for (int token = 0; token < kTokens; ++token) {
+        const bool is_lost = tokens[token & 1] >> (token >> 1) & 1;
+        if (is_lost && walk.sees(r, c, first + token)) taken = kInfinity - kInfinity;
+      }
+#pragma unroll
+      for (int d = 0; d < kHeadDim / 16; ++d) {
+        state.o[r][d][c] += taken;
+        state.o[r][d][c + 2] += taken;
+      }
+    }
+  }
+  if (lane < kTokens / 2) {
+    ptx::store_shared_4(scales, ptx::load_shared_4(scales) & ~lost);
+    if (kHasPoints) ptx::store_shared_4(points, ptx::load_shared_4(points) & ~lost);
+  }
+  __syncwarp();
 }
 
 __device__ __forceinline__ void attend_hot(
@@ -345,6 +373,7 @@ __device__ __forceinline__ void attend_warm(
   }
   const uint2 key_scales = ptx::load_shared_8(stage + Sizes::kWarmCodes + 8 * g);
   const unsigned values = stage + Sizes::kWarmCodes + 2 * kWarmUnit;
+  if (walk.is_partial(first, kWarmUnit)) take_lost_tokens<kWarmUnit, false>(walk, values + Sizes::kWarmCodes, first, state);
   const uint2 value_scales = ptx::load_shared_8(values + Sizes::kWarmCodes + 8 * g);
   const float to_log2 = walk.to_log2 * (1.0f / kCode);
   const float factors[4] = {Half::low(key_scales.x) * to_log2, Half::high(key_scales.x) * to_log2,
@@ -352,7 +381,6 @@ __device__ __forceinline__ void attend_warm(
   const float scales[4] = {Half::low(value_scales.x), Half::high(value_scales.x), Half::low(value_scales.y),
                            Half::high(value_scales.y)};
   state.count_in(true);
-  const bool is_partial = walk.is_partial(first, kWarmUnit);
   uint2 weights[kRowTiles][2];
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r) {
@@ -366,8 +394,7 @@ __device__ __forceinline__ void attend_warm(
     float points[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // sum of weight * scale * 4 * 128
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      weights[r][i] = as_scaled_operand(walk, r, s[r][i], scales[2 * i], scales[2 * i + 1], is_partial,
-                                        positions(i, 0), positions(i, 1));
+      weights[r][i] = as_operand<Half>(s[r][i], scales[2 * i], scales[2 * i + 1]);
       Half::multiply_add(points, kMiddle, kMiddle, kMiddle, kMiddle, weights[r][i].x, weights[r][i].y);
     }
     state.take_points(r, points);
@@ -395,21 +422,6 @@ __device__ __forceinline__ void multiply_add_nibbles(
   low >>= shift;
   high >>= shift;
   Half::multiply_add(c, low & kEven, high & kEven, low & kOdd, high & kOdd, b0, b1);
-}
-
-// Make points that are infinite or NaN 0, and their scales NaN instead: rows share the points, but not a weight times a
-// scale.
-//   value_scales  [64], then the points; this warp's own
-__device__ __forceinline__ void settle_points(unsigned value_scales) {
-  const unsigned scales = value_scales + lane_id() * 4;  // of two tokens
-  const unsigned points = scales + 2 * kBlock;
-  const unsigned pair = ptx::load_shared_4(points);
-  const unsigned mask = nonfinite_mask<Half>(pair);
-  if (mask != 0) {
-    ptx::store_shared_4(points, pair & ~mask);
-    ptx::store_shared_4(scales, ptx::load_shared_4(scales) | mask);
-  }
-  __syncwarp();
 }
 
 // int4: product n = 2b + i takes tokens 32b + 4g + 2i + h as its rows g + 8h.
@@ -491,8 +503,7 @@ __device__ __forceinline__ void attend_cold(
     }
   }
   state.count_in(true);
-  const bool is_partial = walk.is_partial(first, kBlock);
-  if (is_partial) settle_points(value_scales);
+  if (walk.is_partial(first, kBlock)) take_lost_tokens<kBlock, true>(walk, value_scales, first, state);
   const float to_log2 = walk.to_log2 * (1.0f / kCodeBy4);
   uint2 weights[kRowTiles][4];
 #pragma unroll
@@ -513,8 +524,7 @@ __device__ __forceinline__ void attend_cold(
       for (int i = 0; i < 2; ++i) {
         const unsigned scales = i == 0 ? scale.x : scale.y;
         const float (&w)[4] = s[r][2 * b + i];
-        const uint2 operand = as_scaled_operand(walk, r, w, Half::low(scales), Half::high(scales), is_partial,
-                                                positions(2 * b + i, 0), positions(2 * b + i, 1));
+        const uint2 operand = as_operand<Half>(w, Half::low(scales), Half::high(scales));
         // those of the tokens in a nibble pair's order: 2i and 2i + 4, then 2i + 1 and 2i + 5
         const unsigned low = ptx::low_halves(i == 0 ? points.x : points.y, i == 0 ? points.z : points.w);
         const unsigned high = ptx::high_halves(i == 0 ? points.x : points.y, i == 0 ? points.z : points.w);
@@ -614,6 +624,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, KVT_PER_SM) kvt_tiered(co
     return;
   }
   const unsigned long long policy = ptx::evict_first_policy();
+  const unsigned long long mass_policy = ptx::evict_last_policy();
   Reader reader(p, schedule, piece);
   Unit tiers[kStages];  // what is in each stage or on its way there
   Unit ahead;
@@ -664,7 +675,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, KVT_PER_SM) kvt_tiered(co
       } else {
         attend_hot(walk, queries, at, present.position(), state);
       }
-      if (kHasMasses) walk.notes.write(p, piece.block, kv_head, unit, piece.end, ptx::evict_last_policy());
+      if (kHasMasses) walk.notes.write(p, piece.block, kv_head, unit, piece.end, mass_policy);
       __syncwarp();
 #pragma unroll
       for (int i = 0; i + 1 < kStages; ++i) tiers[i] = tiers[i + 1];

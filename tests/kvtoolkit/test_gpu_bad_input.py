@@ -57,7 +57,8 @@ def test_results_are_where_the_queries_are_and_a_cache_counts_as_changed():
     k_cache, v_cache = arguments["k_cache"], arguments["v_cache"]
     before = k_cache._version, v_cache._version
     append(new, new, k_cache, v_cache, slot, layout="NHD")
-    assert (k_cache._version, v_cache._version) == (before[0] + 1, before[1] + 1)
+    assert k_cache._version > before[0]
+    assert v_cache._version > before[1]
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
