@@ -4,6 +4,7 @@ The device side is ``kvt/pool.cuh`` (`kvtoolkit.get_include`), which states the 
 """
 
 import contextlib
+import threading
 from typing import Any
 
 import numpy as np
@@ -113,6 +114,7 @@ class DevicePool(HostAllocator):
             currents = 4 * (self.num_words // 32 + 1)
             self.memory: Any = cupy.zeros(_FREE + self.num_words * (2 + _EPOCHS) + currents, cupy.uint64)
         self._epoch = 0
+        self._receipts: dict[int, tuple[str, Any, Int32Array]] = {}
         self._reset(self._all_free())
 
     def journals(self, count: int) -> Any:
@@ -221,12 +223,36 @@ class DevicePool(HostAllocator):
             starts = sizes = np.empty(0, np.int32)
         with self._cupy() as cupy:
             batch = cupy.asarray(np.concatenate([np.zeros(2, np.int32), starts, sizes]))
+            self._receipts[threading.get_ident()] = name, batch, sizes
             result, first = batch.data.ptr, batch.data.ptr + 8
             parameters = _params.pack(self.memory.data.ptr, first, first + 4 * len(starts), result, count, int(partial))
             kernel = load("pool/batch.cu", name, {"KVT_SLAB": int(self.layout == "slab")}, self.device)
             Launch(kernel, (ctas,), threads, 0, parameters).run(cupy.cuda.get_current_stream().ptr)
             found = batch.get()
         return found[2 : 2 + len(starts)], found[:2]
+
+    def forget_receipt(self) -> None:
+        """Before a call that may be interrupted: have `receipt` speak of that call alone."""
+        self._receipts.pop(threading.get_ident(), None)
+
+    def receipt(self, thread: int) -> tuple[Int32Array, Int32Array, bool] | None:
+        """What the last host call of a thread came to, also where it was interrupted before it returned.
+
+        Waits for the device. Kernels take blocks too, so the pool cannot be rebuilt from what the host knows.
+
+        Returns:
+            ``(starts, sizes, are_live)``: runs, and whether that call has left them live; None if it launched nothing.
+        """
+        name, batch, sizes = self._receipts.get(thread, ("", None, np.empty(0, np.int32)))
+        if batch is None:
+            return None
+        with self._cupy() as cupy:
+            cupy.cuda.runtime.deviceSynchronize()
+            found: Int32Array = batch.get()
+        starts = found[2 : 2 + len(sizes)]
+        if name == "kvt_pool_allocate":
+            return starts[: found[0]], sizes[: found[0]], True
+        return starts, sizes, int(found[0]) != -1
 
     def _cupy(self) -> contextlib.AbstractContextManager[Any]:
         return cupy_on_current_stream(self.device)

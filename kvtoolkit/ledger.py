@@ -8,6 +8,7 @@ A granule that is granted but that nothing in the cache knows was left behind by
 it. Where a call broke off inside an allocator nobody knows whether it was done, so the allocator is rebuilt.
 """
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,7 @@ class Ledger:
         self.left = np.empty(0, np.int32)
         self.unresolved: list[str] = []
         self._asked = _NOBODY  # the tier whose allocator is in the middle of a call, or broke off there
+        self._asked_by = 0  # the thread that called it
         self._kept_its_word = False  # whether it raised an Exception, by the protocol with nothing changed
         self._freeing: tuple[Int32Array, Int32Array] | None = None
         self._run_starts = np.empty(num_granules, np.int32)
@@ -60,7 +62,7 @@ class Ledger:
         """
         allocator, wanted = self._of(tier), np.array(sizes, np.int32)
         self._freeing, self._kept_its_word = None, False
-        self._asked = tier
+        self._ask(tier, allocator)
         try:
             answer = allocator.allocate(wanted.copy(), partial=partial)  # a plug-in may sort what it is given
         except Exception:
@@ -69,6 +71,13 @@ class Ledger:
         starts = self._note(tier, allocator, wanted, answer)
         self._asked = _NOBODY
         return starts
+
+    def _ask(self, tier: int, allocator: BlockAllocator) -> None:
+        """From here on a call that breaks off may have done so inside an allocator."""
+        if isinstance(allocator, DevicePool):
+            allocator.forget_receipt()
+        self._asked_by = threading.get_ident()
+        self._asked = tier
 
     def _note(self, tier: int, allocator: BlockAllocator, sizes: Int32Array, answer: Int32Array) -> Int32Array:
         """Note what an allocator has granted, in numbers through the tiers, or ConfigError."""
@@ -110,13 +119,13 @@ class Ledger:
         starts, sizes = self._run_starts[:count], self._run_sizes[:count]
         own = starts - np.int32(self.first[tier]) if tier else starts
         self._freeing, self._kept_its_word = (starts, sizes), False
-        self._asked = tier
+        self._ask(tier, self._of(tier))
         try:
             self._of(tier).free(own, sizes)
         except Exception:
             self._kept_its_word = True
             raise
-        _forget(self.granted, starts, sizes)
+        _set(self.granted, starts, sizes, False)
         self._asked = _NOBODY
 
     def lend(self, starts: Int32Array, sizes: Int32Array) -> None:
@@ -151,6 +160,12 @@ class Ledger:
     def _settle_asked(self, tier: int, owned: Flags) -> None:
         """Where a call broke off inside an allocator: make it have granted what is owned, if that is possible."""
         allocator, own = self._of(tier), self._slice(tier)
+        if isinstance(allocator, DevicePool):
+            receipt = allocator.receipt(self._asked_by)
+            if receipt is not None:
+                starts, sizes, are_live = receipt
+                _set(self.granted, starts + np.int32(self.first[tier]), sizes, are_live)
+            return
         try:
             starts, sizes = runs_of(owned[own] | self.callers[own])
             allocator.rebuild(starts, sizes)
@@ -164,7 +179,7 @@ class Ledger:
         what = "allocate: blocks that it granted may be lost"
         if self._freeing is not None:
             starts, sizes = self._freeing
-            _forget(self.granted, starts, sizes)
+            _set(self.granted, starts, sizes, False)
             self.granted |= owned
             what = f"free: {int(sizes.sum())} granules may be lost"
         self.unresolved.append(
@@ -188,7 +203,7 @@ class Ledger:
         try:
             self._give_back(tier, run)
         except InvalidFreeError:
-            _forget(self.granted, run[:1], np.array([size], np.int32))
+            _set(self.granted, run[:1], np.array([size], np.int32), False)
         except Exception:
             return 0
         return size
@@ -346,10 +361,10 @@ def _move(source: Flags, target: Flags, starts: Int32Array, sizes: Int32Array) -
 
 
 @jit
-def _forget(granted: Flags, starts: Int32Array, sizes: Int32Array) -> None:
+def _set(granted: Flags, starts: Int32Array, sizes: Int32Array, value: bool) -> None:
     for i in range(len(starts)):
         for granule in range(starts[i], starts[i] + sizes[i]):
-            granted[granule] = False
+            granted[granule] = value
 
 
 @jit

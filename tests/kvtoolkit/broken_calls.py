@@ -22,6 +22,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "lockfree": {"allocator": "lockfree", "growth": "append"},
     "tiers": {"num_tokens": 4096, "head_dim": 64, "tiers": TIERS},
 }
+_DEVICE = {"backend": "cuda", "dtype": "float16", "head_dim": 16, "growth": "append", "allocator": "lockfree"}
+DEVICE_CONFIGS: dict[str, dict[str, Any]] = {
+    "device buddy": {**_DEVICE, "num_tokens": 1024},
+    "device slab": {**_DEVICE, "num_tokens": 2048, "allocator_options": {"layout": "slab"}},
+}
 
 
 def make(**fields: Any) -> KVCache:
@@ -39,7 +44,11 @@ def put(cache: KVCache, seq_ids: Any, chunks: list[list[int]], *, publish: bool 
 
 def finish(cache: KVCache, step: Step, tokens: list[int], *, publish: bool = True) -> None:
     shape = (len(tokens), cache.config.num_kv_heads, cache.config.head_dim)
-    kv = np.broadcast_to(np.array(tokens, np.float32)[:, None, None], shape).copy()
+    kv = np.broadcast_to(np.array(tokens, cache.dtype)[:, None, None], shape).copy()
+    if cache.config.backend != "cpu":
+        import cupy
+
+        kv = cupy.asarray(kv)
     step.append(0, kv, kv)
     cache.end_step(step, tokens if publish else None)
 
@@ -47,7 +56,8 @@ def finish(cache: KVCache, step: Step, tokens: list[int], *, publish: bool = Tru
 def read(cache: KVCache, entries: np.ndarray, length: int) -> list[int]:
     """The tokens behind the entries of a row."""
     tiers, out = cache.tier_caches(0), []
-    values = np.asarray(tiers.v_cache)
+    values = tiers.v_cache
+    values = np.asarray(values if isinstance(values, np.ndarray) else values.get(), np.float32)
     for granule, size, tier in zip(*(column.tolist() for column in unpack_entries(entries[entries >= 0])), strict=True):
         if tier == 0:
             out.append(values[granule : granule + size, 0, :, 0].reshape(-1))

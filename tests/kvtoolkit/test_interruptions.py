@@ -10,7 +10,7 @@ import pytest
 
 import allocators
 import kvtoolkit
-from tests.kvtoolkit.broken_calls import CONFIGS, check, clean_runs, make, make_world, put
+from tests.kvtoolkit.broken_calls import CONFIGS, DEVICE_CONFIGS, check, clean_runs, make, make_world, put
 
 ROOTS = tuple(str(Path(module.__file__).parent) for module in (kvtoolkit, allocators))
 
@@ -72,6 +72,13 @@ def break_everywhere(config, every=1, first=1):
 def test_an_exception_at_any_line_of_any_call_leaves_a_whole_cache(name):
     # `python -m tests.kvtoolkit.reliability` takes every line
     counts = break_everywhere(CONFIGS[name], every=23, first=1 + 4 * list(CONFIGS).index(name))
+    assert sum(counts.values()) > 60
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", DEVICE_CONFIGS)
+def test_an_exception_at_any_line_leaves_a_whole_cache_whose_pool_is_on_a_device(name):
+    counts = break_everywhere(DEVICE_CONFIGS[name], every=41, first=1 + 20 * list(DEVICE_CONFIGS).index(name))
     assert sum(counts.values()) > 60
 
 
