@@ -35,8 +35,8 @@ from kvtoolkit.rows import (
     touch_all,
 )
 from kvtoolkit.sequences import Preempted, Sequences
-from kvtoolkit.storage import Contents
-from kvtoolkit.tables import MAX_BLOCK_GRANULES, TIER_HOT
+from kvtoolkit.storage import Contents, split
+from kvtoolkit.tables import MAX_BLOCK_GRANULES
 from kvtoolkit.tier_config import TIER_NAMES
 
 _SAME = ("num_layers", "num_kv_heads", "head_dim", "dtype")
@@ -311,7 +311,9 @@ class _Unpacker:
             if f"{name}.tiers" in self._arrays:
                 tiers = self._vector(f"{name}.tiers", "int8", -(-length // 8))
                 self._check_tiers(name, tiers)
-                contents = self._contents(name, tiers)
+                of_tier = np.bincount(tiers, minlength=3)
+                num_blocks = int(of_tier[1]) // MAX_BLOCK_GRANULES, int(of_tier[2]) // MAX_BLOCK_GRANULES
+                contents = self._contents(name, int(of_tier[0]), num_blocks)
             elif length:
                 raise CacheSnapshotError(f"snapshot: expected the contents of {name}, got none")
             sequences.preempted[row] = Preempted(nodes.astype(np.int32), uids[: len(nodes)].copy(), contents, tiers)
@@ -326,18 +328,15 @@ class _Unpacker:
         if (tiles != tiles[:, :1]).any() or (sizes[tiers] == 0).any():
             raise CacheSnapshotError(f"snapshot: expected {name} in whole tiles of tiers that exist")
 
-    def _contents(self, name: str, tiers: NDArray[Any]) -> Contents:
-        """Contents of granules in these tiers."""
+    def _contents(self, name: str, num_hot: int, num_blocks: tuple[int, int]) -> Contents:
+        """Contents of so many hot granules, and warm and cold blocks."""
         storage = self._sequences.storage
         hot = storage.key_values.shape
-        key_values = self._array(
-            f"{name}.key_values", str(storage.key_values.dtype), (*hot[:2], int((tiers == TIER_HOT).sum()), *hot[3:])
-        )
+        key_values = self._array(f"{name}.key_values", str(storage.key_values.dtype), (*hot[:2], num_hot, *hot[3:]))
         blocks = []
-        for tier, arena in ((1, storage.warm), (2, storage.cold)):
-            count = int((tiers == tier).sum()) // MAX_BLOCK_GRANULES
+        for tier, arena, count in zip(("warm", "cold"), (storage.warm, storage.cold), num_blocks, strict=True):
             shape = (0,) if arena is None else (arena.shape[0], count, *arena.shape[2:])
-            blocks.append(self._array(f"{name}.{('warm', 'cold')[tier - 1]}", "uint8", shape))
+            blocks.append(self._array(f"{name}.{tier}", "uint8", shape))
         return Contents(key_values, *blocks)
 
     def _read_contents(self) -> None:
@@ -347,7 +346,8 @@ class _Unpacker:
         owned = np.flatnonzero((pool.granules.refs > 0) | (pool.granules.node >= 0))
         if not np.array_equal(held, owned):
             raise CacheSnapshotError("snapshot: expected the contents of exactly the granules in use")
-        self._sequences.storage.write(held, self._contents("contents", pool.tiers_of(held.astype(np.int32))))
+        hot, warm, cold = split(held, self._sequences.config.first_granules)  # of a block a part may be held
+        self._sequences.storage.write(held, self._contents("contents", len(hot), (len(warm), len(cold))))
 
     def _grant(self) -> None:
         """Have the allocators have granted what is held, and to callers what they hold."""
