@@ -110,6 +110,11 @@ class KVCache:
         """
         self._sequences.release_rows(self._sequences.rows_of(seq_ids, (OPEN, PREEMPTED)))
 
+    def _close_later(self, seq_ids: Int64Array) -> None:
+        """Have the next call close what is left of some sequences. For finalizers: it takes no lock."""
+        sequences = self._sequences
+        self._calls.do_later(lambda: repair.close_left(sequences, seq_ids))
+
     @exclusive
     def lengths(self, seq_ids: ArrayLike) -> Int32Array:
         """``[batch]`` int32 tokens that each sequence holds; 0 while preempted by ``"drop"``."""

@@ -105,6 +105,13 @@ def end_handles(sequences: "Sequences", marks: list[int]) -> None:
         sequences.release_rows(pinned)
 
 
+def close_left(sequences: "Sequences", seq_ids: Int64Array) -> None:
+    """Close those of some sequences that are open or preempted still."""
+    states = sequences.rows.info[:, STATE]
+    which = np.flatnonzero((states == OPEN) | (states == PREEMPTED)).astype(np.int32)
+    sequences.release_rows(which[np.isin(sequences.ids_of(which), seq_ids)])
+
+
 def end_orphans(sequences: "Sequences", known: Int64Array) -> Int64Array:
     """See `KVCache.end_orphans`."""
     info = sequences.rows.info

@@ -21,7 +21,8 @@ class PaddedBatch:
     """The rows of one padded batch, and the step that a forward of the model is in.
 
     A forward is `begin`, every layer through `step`, `end`. One that never came to its end, because something raised,
-    is forgotten by whatever is called next. Not thread-safe; several batches may share one `KVCache`.
+    is forgotten by whatever is called next. A batch whose last reference goes closes its rows. Not thread-safe; several
+    batches may share one `KVCache`.
 
     Attributes:
         cache: the `KVCache`.
@@ -49,6 +50,11 @@ class PaddedBatch:
         self._new_columns = 0
         self._new_present: BoolArray | None = None
         self._prompt: tuple[NDArray[np.int64], BoolArray] | None = None  # what `open` was told, to be published
+
+    def __del__(self) -> None:
+        seq_ids = getattr(self, "seq_ids", None)
+        if seq_ids is not None:  # nobody else has these ids
+            self.cache._close_later(seq_ids)
 
     @property
     def batch_size(self) -> int:

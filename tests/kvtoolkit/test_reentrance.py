@@ -14,6 +14,7 @@ import pytest
 from allocators import BusyError as AllocatorBusyError
 from allocators import EpochPool, create
 from kvtoolkit import BusyError
+from kvtoolkit.integrations.padded import PaddedBatch
 from tests.kvtoolkit.broken_calls import CALLS, make, make_world, put
 
 LETS_GO = ("close", "abort_step", "abort")
@@ -146,6 +147,19 @@ def test_a_handle_that_nobody_refers_to_ends(make_handle):
     cache.check_integrity()
     pool.allocate([1])
     assert (pool.num_leased, pool.num_free) == (0, 191)
+
+
+def test_a_padded_batch_that_nobody_refers_to_closes_its_rows():
+    cache = make()
+    batch = PaddedBatch(cache)
+    batch.open([[0, 5, 6], [1, 2, 3]], [[0, 1, 1], [1, 1, 1]])
+    batch.begin(2, 3)
+    fork = PaddedBatch(cache)
+    fork.open([[1, 2, 3]])
+    assert cache.stats().num_seqs == 3
+    del batch
+    assert cache.stats().num_seqs == 1
+    cache.check_integrity()
 
 
 def test_orphans_are_listed_and_ended():
