@@ -30,19 +30,20 @@ class Calls:
         owner: the object; it is not kept alive.
         settle: puts the object in order after a call that broke off. It may be broken off itself, and is called again
             then.
-        drain: does what `lost` asks for.
+        drain: looks for handles that are gone.
         busy_error: what a call inside another one raises.
 
     Attributes:
         name: of the call under way, or of one that broke off; "" between calls.
         serial: number of that call.
         is_dirty: whether that call, having broken off, may have changed something.
-        is_lost: whether a finalizer has left something to do; see `Calls.note_lost`.
+        lost: not empty if finalizers have left something to do. Its ``append`` is the callback of the weak references
+            to handles: it takes no lock, and nothing interrupts it.
         refusals: errors that a call raises before it changes anything, or with everything undone.
     """
 
     __slots__ = (
-        "_drain", "_later", "_owner", "_settle", "busy_error", "is_dirty", "is_lost", "lock", "name", "refusals",
+        "_drain", "_later", "_owner", "_settle", "busy_error", "is_dirty", "lock", "lost", "name", "refusals",
         "serial",
     )  # fmt: skip
 
@@ -58,7 +59,7 @@ class Calls:
         self.name = ""
         self.serial = 0
         self.is_dirty = False
-        self.is_lost = False
+        self.lost: deque[Any] = deque()
         self.busy_error = busy_error
         self.refusals = refusals
         self._owner: weakref.ref[Any] = weakref.ref(owner)
@@ -66,14 +67,10 @@ class Calls:
         self._drain: Callable[[Any], object] = drain
         self._later: deque[Callable[[], Any]] = deque()
 
-    def note_lost(self, *_: Any) -> None:
-        """Have the next call look for handles that are gone. For finalizers: it takes no lock and cannot fail."""
-        self.is_lost = True
-
     def do_later(self, action: Callable[[], Any]) -> None:
         """Have the next call do something first. For finalizers: it takes no lock and cannot fail."""
         self._later.append(action)
-        self.is_lost = True
+        self.lost.append(None)
 
     def put_in_order(self) -> None:
         """Settle a call that broke off, and do what was left for later. The caller holds the lock."""
@@ -81,8 +78,8 @@ class Calls:
             if self.is_dirty:
                 self._settle(self._owner())
             self._end()
-        while self.is_lost:
-            self.is_lost = False
+        while self.lost:
+            self.lost.clear()
             try:
                 self.name = "what was left for later"
                 self._drain(self._owner())
@@ -90,7 +87,7 @@ class Calls:
                     self._do_next()
                 self._end()
             except BaseException:
-                self.is_lost = True
+                self.lost.append(None)
                 raise
 
     def _do_next(self) -> None:
@@ -134,7 +131,7 @@ def exclusive(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S,
     def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
         calls = self._calls
         with calls.lock:
-            if calls.name or calls.is_lost:
+            if calls.name or calls.lost:
                 if calls.is_inside():
                     raise calls.busy_error(
                         f"{name}: expected no other call of this thread under way, got one from inside "
@@ -151,7 +148,7 @@ def exclusive(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S,
                 raise
             calls.is_dirty = False
             calls.name = ""
-            if calls.is_lost:
+            if calls.lost:
                 with contextlib.suppress(Exception):  # the next call meets it again
                     calls.put_in_order()
             return result
@@ -168,7 +165,7 @@ def exclusive_or_later(method: Callable[Concatenate[S, P], None]) -> Callable[Co
     def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> None:
         calls = self._calls
         with calls.lock:
-            if (calls.name or calls.is_lost) and calls.is_inside():
+            if (calls.name or calls.lost) and calls.is_inside():
                 calls.do_later(lambda: method(self, *args, **kwargs))
                 return
             guarded(self, *args, **kwargs)

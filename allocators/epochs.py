@@ -10,6 +10,7 @@ Source: epoch-based reclamation, Fraser 2004 (Practical lock-freedom, sec. 5.2.3
 """
 
 import contextlib
+import weakref
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -226,10 +227,11 @@ class EpochPool(BlockAllocator):
         """
         return self._lease(as_counts(sizes, "sizes"), None)
 
-    def _lease(self, sizes: Int32Array, parent: int | None) -> "Lease":
+    def _lease(self, sizes: Int32Array, parent: "Lease | None") -> "Lease":
         starts = self._take(sizes, False, _LEASED)
-        journal = _Journal((starts, sizes.copy()), parent)
-        lease = Lease(self, self._next_lease, journal)
+        journal = _Journal((starts, sizes.copy()), None if parent is None else parent._number)
+        lease = Lease(self, self._next_lease, journal, parent)
+        journal.handle = weakref.ref(lease, self._calls.lost.append)
         self._next_lease += 1
         self._leases[lease._number] = journal
         return lease
@@ -299,7 +301,7 @@ class EpochPool(BlockAllocator):
     def _abort_lost(self) -> None:
         """Abort the leases that nobody can end any more."""
         for number, journal in list(self._leases.items()):
-            if journal.is_lost and number in self._leases:
+            if journal.handle is not None and journal.handle() is None and number in self._leases:
                 self._abort(number)
 
     # -- snapshots ---------------------------------------------------------------------------------------------------
@@ -392,8 +394,7 @@ class _Journal:
     runs: Runs
     parent: int | None
     ended: str = ""
-    is_lost: bool = False
-    """Whether the lease's last reference is gone."""
+    handle: "weakref.ref[Lease] | None" = None
     is_committing: bool = False
 
 
@@ -405,8 +406,9 @@ class Lease:
         sizes: ``[n]`` int32 granules. Both grow when a nested lease commits into this one.
     """
 
-    def __init__(self, pool: EpochPool, number: int, journal: _Journal) -> None:
+    def __init__(self, pool: EpochPool, number: int, journal: _Journal, parent: "Lease | None") -> None:
         self._pool = pool
+        self._parent = parent  # which is not lost while this one is there
         self._calls = pool._calls
         self._number = number
         self._journal = journal
@@ -423,7 +425,7 @@ class Lease:
     def lease(self, sizes: ArrayLike) -> "Lease":
         """A lease inside this one: its `commit` hands its blocks to this one, and aborting this one aborts it."""
         self._require_open()
-        return self._pool._lease(as_counts(sizes, "sizes"), self._number)
+        return self._pool._lease(as_counts(sizes, "sizes"), self)
 
     @exclusive
     def commit(self) -> None:
@@ -450,11 +452,6 @@ class Lease:
     def _require_open(self) -> None:
         if self._journal.ended:
             raise LeaseError(f"expected an open lease, got one that is {self._journal.ended}")
-
-    def __del__(self) -> None:
-        if not self._journal.ended:
-            self._journal.is_lost = True
-            self._calls.note_lost()
 
     def __enter__(self) -> "Lease":
         return self

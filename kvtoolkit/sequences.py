@@ -174,7 +174,7 @@ class Sequences:
 
     def hold(self, handle: Any, mark: int) -> None:
         """Know a step or a lease for as long as it lives; its rows have ``mark`` as their owner already."""
-        self.handles[mark] = weakref.ref(handle, self.calls.note_lost)
+        self.handles[mark] = weakref.ref(handle, self.calls.lost.append)
 
     def note_use(self) -> None:
         """Keep the peak."""

@@ -329,23 +329,22 @@ MUTANTS: tuple[Mutant, ...] = (
         "lease-abort-leaks",
         "an aborted lease does not give its blocks back",
         "epochs:EpochPool",
-        ("            self._pool.inner.free(*runs)\n", "            del runs\n"),
+        ("        self._give_back(journal.runs)\n", "        _mark(self._states, *journal.runs, _NONE)\n"),
     ),
     _edit(
         "lease-nested-lost",
         "aborting a lease forgets what a lease inside it committed",
         "epochs:EpochPool",
         (
-            "                self._parent.starts = np.concatenate([self._parent.starts, self.starts])\n"
-            "                self._parent.sizes = np.concatenate([self._parent.sizes, self.sizes])\n",
-            "                pass\n",
+            "                parent.runs = np.concatenate([starts, more_starts]), ",
+            "                _ = np.concatenate([starts, more_starts]), ",
         ),
     ),
     _edit(
         "lease-commits-over-inner",
         "a lease commits while one inside it is open",
         "epochs:EpochPool",
-        ("            if self._children:\n", "            if not self:\n"),
+        ("        if children := self._pool._children_of(self._number):\n", "        if children := []:\n"),
     ),
     # threads
     Mutant("paged-no-lock", "no lock", lambda: _without_lock(PagedAllocator(4096, block_sizes=(8,))), _loops),
