@@ -97,9 +97,26 @@ class _Return:
 
 
 def _restore_copied(sequences: Sequences, row: int, saved: Preempted, copies: tuple[Copy, ...], keep_free: int) -> bool:
-    """Let a row hold what the pool still has of it, and fresh granules filled from the copies of the rest."""
+    """Let a row hold what the pool still has of it, and fresh granules filled from the copies of the rest.
+
+    What is there may lie in the way, in blocks of which the rest is of no use; then the row gets fresh granules alone.
+    """
+    num_full = int(sequences.rows.info[row, LENGTH]) // 8
+    found, tiers = _find(sequences, saved, copies, num_full), copy_tiers(copies)
+    if _restore_with(sequences, row, saved, copies, _Return(found, found < 0, tiers, []), keep_free):
+        return True
+    nothing = np.full(len(found), -1, np.int32)
+    is_other = bool((found >= 0).any())
+    return is_other and _restore_with(
+        sequences, row, saved, copies, _Return(nothing, nothing < 0, tiers, []), keep_free
+    )
+
+
+def _restore_with(
+    sequences: Sequences, row: int, saved: Preempted, copies: tuple[Copy, ...], back: _Return, keep_free: int
+) -> bool:
+    """Let a row hold what ``back`` says; False, and nothing done, if there is no memory for it."""
     pool, num_full = sequences.pool, int(sequences.rows.info[row, LENGTH]) // 8
-    back = _find(sequences, saved, copies, num_full)
     held = back.granules[~back.is_fresh]
     returning.hold_listed(pool.nodes, pool.granules, held)  # so that nothing of it is evicted to make room for the rest
     if _allocate(pool, back, keep_free) and _fill(sequences, back, copies):
@@ -113,16 +130,15 @@ def _restore_copied(sequences: Sequences, row: int, saved: Preempted, copies: tu
     return False
 
 
-def _find(sequences: Sequences, saved: Preempted, copies: tuple[Copy, ...], num_full: int) -> _Return:
-    """The granules in the pool that hold tokens of a row: those that were copied, else those that the index knows."""
+def _find(sequences: Sequences, saved: Preempted, copies: tuple[Copy, ...], num_full: int) -> Int32Array:
+    """``[n]`` granules in the pool that hold tokens of a row: those copied, else those that the index knows; or -1."""
     pool, tiers = sequences.pool, copy_tiers(copies)
     found = sequences.copies.find(copies, num_full)
     returning.find_tokens(pool.nodes, pool.granules, saved.root_uid, saved.tokens, tiers, found)
     _, first = np.unique(found, return_index=True)
-    is_fresh = np.ones(len(found), np.bool_)
-    is_fresh[first] = False  # none is taken twice, whatever an index from a snapshot says
-    is_fresh |= found < 0
-    return _Return(np.where(is_fresh, np.int32(-1), found), is_fresh, tiers, [])
+    is_first = np.zeros(len(found), np.bool_)
+    is_first[first] = True  # none is taken twice, whatever an index from a snapshot says
+    return np.where(is_first, found, np.int32(-1))
 
 
 def _available(pool: Pool) -> int:
@@ -137,6 +153,10 @@ def _allocate(pool: Pool, back: _Return, keep_free: int) -> bool:
     smallest = int(pool.offered[-1])
     if 8 * (_available(pool) - -(-hot // smallest) * smallest) < keep_free:
         return False  # before anything is evicted in vain
+    for tier, allocator in enumerate(pool.allocators[1:], 1):
+        needed = int(np.count_nonzero(missing == tier))
+        if allocator is not None and needed > allocator.num_free + pool.granules.cached[tier]:
+            return False
     if hot:
         pool.make_room(hot)
         runs = pool.fit(hot)
