@@ -1,8 +1,11 @@
-"""An inference engine in 150 lines: continuous batching, chunked prefill, prefix reuse, preemption.
+"""An inference engine in 200 lines: continuous batching, chunked prefill, prefix reuse, preemption.
 
 What it leaves to kvtoolkit is everything about memory. What it decides is who runs: requests are admitted in order
 while there is room, every step feeds each running request its next tokens (a part of its prompt, or the token it just
-got), and when the pool is full the request that came last gives its memory up and is computed again later.
+got), and when the pool is full the request that came last waits in host memory until there is room for it again.
+
+Every request finishes: the oldest one is never preempted, and nobody is let in between a step in which a request found
+no memory and one in which all did. So the oldest gets what the others give up before anybody else can take it.
 """
 
 from collections import deque
@@ -29,6 +32,8 @@ class Request:
     preempted: bool = False
     num_held: int = 0
     """Tokens the cache holds of it."""
+    reuses: bool = True
+    """Whether it may begin with what the cache has of its prompt."""
 
     @property
     def tokens(self) -> list[int]:
@@ -86,6 +91,12 @@ class Engine:
         self.max_step_tokens = max_step_tokens
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of admission: the last one is the first to be preempted
+        self.has_stalled = False
+        """Whether a request found no memory in the last step."""
+        self.step_tokens = max_step_tokens
+        """New tokens in the next step; fewer than ``max_step_tokens`` after they found no memory."""
+        self.tail_tokens = min(config.block_sizes or (8,))
+        """What a request that runs needs to go on: a block."""
         self.num_prefilled = 0
         self.num_decoded = 0
         self.averages = Averages()
@@ -111,25 +122,43 @@ class Engine:
             on_step(self)
 
     def admit(self) -> None:
-        """Let waiting requests in while their prompts seem to fit."""
-        while self.waiting and len(self.running) < self.max_batch:
-            request, stats = self.waiting[0], self.cache.stats()
-            if self.running and stats.free + stats.cached < len(request.tokens) + 8 * (len(self.running) + 1):
-                return  # it, and a granule for each to go on, would not fit
+        """Let waiting requests in while there is room for what they hold, and for everybody to go on."""
+        while self.waiting and len(self.running) < self.max_batch and not self.has_stalled:
+            request = self.waiting[0]
             if any(other.num_held == 0 and other.prompt[:8] == request.prompt[:8] for other in self.running):
                 return  # one step later the beginning they share is in the cache
-            self.waiting.popleft()
-            if request.preempted:
-                self.cache.restore([request.seq_id])
-                request.preempted = False
-                request.num_held = int(self.cache.lengths([request.seq_id])[0])
-            else:
-                (request.seq_id,), (request.num_held,) = (part.tolist() for part in self.cache.open([request.prompt]))
-            self.running.append(request)
+            if not self.let_in(request):
+                return
+            self.running.append(self.waiting.popleft())
+
+    def let_in(self, request: Request) -> bool:
+        """Open a request's sequence, or bring it back; False, and nothing done, if the others would lack the memory."""
+        headroom = self.tail_tokens * (len(self.running) + 1)
+        if request.preempted:
+            # all that it may still need: to come back once more costs more than to wait
+            missing = len(request.prompt) + request.max_new_tokens - request.num_held
+            keep_free = self.hot_tokens(missing) + headroom if self.running else 0
+            if not self.cache.restore([request.seq_id], keep_free=keep_free)[0]:
+                if not self.running:
+                    raise CacheFullError("the pool is too small for one request: no room to bring it back")
+                return False
+            request.preempted = False
+            return True
+        hot = self.cache.stats().tiers["hot"]
+        if self.running and hot.free + hot.cached < self.hot_tokens(len(request.prompt)) + headroom:
+            return False
+        (request.seq_id,), (request.num_held,) = (part.tolist() for part in self.cache.open([request.prompt]))
+        return True
+
+    def hot_tokens(self, num_tokens: int) -> int:
+        """How many of a sequence's next tokens are in the hot tier at a time."""
+        tiers = self.cache.config.tier_config
+        most = num_tokens if tiers is None else tiers.hot + tiers.pinned_tokens + 64 + self.step_tokens
+        return min(num_tokens, most)
 
     def step(self) -> None:
         """Feed every running request its next tokens."""
-        chunks, budget = [], self.max_step_tokens
+        chunks, budget = [], self.step_tokens
         for request in self.running:
             chunk = request.tokens[request.num_held :][: max(budget, 0)]
             budget -= len(chunk)
@@ -147,9 +176,13 @@ class Engine:
         for row, (request, chunk) in enumerate(batch):
             if fed[row]:
                 self.accept(request, len(chunk), logits[row])
+        num_running = len(self.running)
         self.running = [request for request in self.running if request.seq_id is not None]
-        if stalled:
-            self.preempt_last(stalled)
+        self.has_stalled = bool(stalled)
+        if not stalled:
+            self.step_tokens = min(2 * self.step_tokens, self.max_step_tokens)
+        elif len(self.running) == num_running:  # if one has finished there is memory now
+            self.make_room(stalled, sum(len(chunk) for _, chunk in batch))
 
     def accept(self, request: Request, num_fed: int, logits: torch.Tensor) -> None:
         """Count what was fed; if that was all there is, choose the next token."""
@@ -173,11 +206,20 @@ class Engine:
         draw = np.random.default_rng([request.seed, len(request.output)]).random() * chances[-1]
         return int(np.searchsorted(chances, draw, side="right"))
 
-    def preempt_last(self, stalled: list[str]) -> None:
-        """Take the memory of the request that was admitted last; it will be computed again."""
-        if len(self.running) < 2:
+    def make_room(self, stalled: list[str], num_tokens: int) -> None:
+        """Take the memory of the request that was admitted last, or feed the only one fewer tokens at a time."""
+        if len(self.running) > 1:
+            request = self.running.pop()
+            self.cache.preempt([request.seq_id], to="host")
+            request.preempted = True
+            self.waiting.appendleft(request)
+            return
+        (request,) = self.running
+        if num_tokens > 1:
+            self.step_tokens = num_tokens // 2
+        elif request.reuses:  # the beginning that it shares may be scattered over blocks whose rest it cannot use
+            self.cache.close([request.seq_id])
+            (request.seq_id,), request.num_held = self.cache.open([[]])[0].tolist(), 0
+            request.reuses = False
+        else:
             raise CacheFullError(f"the pool is too small for one request: {'; '.join(stalled)}")
-        request = self.running.pop()
-        self.cache.preempt([request.seq_id])
-        request.preempted = True
-        self.waiting.appendleft(request)

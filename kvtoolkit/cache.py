@@ -314,7 +314,8 @@ class KVCache:
         Args:
             seq_ids: ``[batch]`` open sequences.
             to: ``"drop"``: keys and values are forgotten, but for full granules that stay findable, as after `close`,
-                for as long as their memory is not needed. ``"host"``: they are copied to host memory outside the pool.
+                for as long as their memory is not needed. ``"host"``: they are copied to host memory outside the pool,
+                what several preempted sequences share once.
 
         Raises:
             SequenceError: an id is not of an open sequence, or ``to`` is neither.
@@ -324,20 +325,28 @@ class KVCache:
         preemption.preempt(self._sequences, self._sequences.rows_of(seq_ids, (OPEN,)), to)
 
     @exclusive
-    def restore(self, seq_ids: ArrayLike) -> NDArray[np.bool_]:
+    def restore(self, seq_ids: ArrayLike, *, keep_free: int = 0) -> NDArray[np.bool_]:
         """Bring preempted sequences back.
 
-        A sequence preempted to the host holds all its tokens again. A dropped one holds the prefix that is still
-        cached, see `lengths`; its engine computes the rest again.
+        A sequence preempted to the host holds all its tokens again, full granules that are still in the pool shared
+        with whoever holds them, and later prompts find them. A dropped one holds the prefix that is still cached, see
+        `lengths`; its engine computes the rest again.
+
+        Args:
+            seq_ids: ``[batch]`` preempted sequences, the most urgent first.
+            keep_free: tokens of the hot tier that must be free, or cached and so free when they are needed, after a
+                sequence has come back: room for its next tokens, so that it need not go again at once.
 
         Returns:
-            ``[batch]`` bool: which are open again; the others found no memory and stay preempted.
+            ``[batch]`` bool: which are open again; the others found too little memory and stay preempted.
 
         Raises:
-            SequenceError: an id is not of a preempted sequence.
+            SequenceError: an id is not of a preempted sequence, or ``keep_free`` is no number of tokens.
         """
+        if isinstance(keep_free, bool) or not isinstance(keep_free, int | np.integer) or keep_free < 0:
+            raise SequenceError(f"keep_free: expected a number of tokens, got {keep_free!r}")
         batch = self._sequences.rows_of(seq_ids, (PREEMPTED,))
-        return preemption.restore(self._sequences, batch)
+        return preemption.restore(self._sequences, batch, int(keep_free))
 
     # -- maintenance -------------------------------------------------------------------------------------------------
 

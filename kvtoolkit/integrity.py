@@ -32,6 +32,7 @@ _FAULTS = (
     "will write a quantized tile",
     "shares a granule that it will write",
     "will write a granule that can be found",
+    "will write a granule that was copied for a preempted sequence",
 )
 
 
@@ -180,4 +181,6 @@ def _check_tails(rows: Rows, granules: Granules) -> Any:
                         return 12, row
                     if granules.node[entry_granule(entry) + i] >= 0:
                         return 13, row
+                    if granules.copy[entry_granule(entry) + i] != 0:
+                        return 14, row
     return 0, 0

@@ -44,6 +44,8 @@ class Granules(NamedTuple):
     """Rows that hold it."""
     node: Int32Array
     """Its node in the index, or -1."""
+    copy: Int64Array
+    """Number of the copy in host memory that was made of it since it was filled, or 0; of nobody's granule anything."""
     first: Int32Array
     """``[3]`` number of the first granule of the hot, the warm and the cold tier."""
     cached: Int64Array
@@ -81,6 +83,7 @@ def make_granules(num_granules: int, first: tuple[int, int, int]) -> Granules:
     return Granules(
         refs=np.zeros(num_granules, np.int32),
         node=np.full(num_granules, -1, np.int32),
+        copy=np.zeros(num_granules, np.int64),
         first=np.array(first, np.int32),
         cached=np.zeros(3, np.int64),
     )
@@ -151,15 +154,12 @@ class Evictor:
         nodes = self._nodes
         used = np.flatnonzero(nodes.uid)
         held = nodes.granule[used]
-        cached = used[(self._granules.refs[held] == 0) & (self._tiers_of(held) == self._tier)]
+        cached = used[(self._granules.refs[held] == 0) & (tiers_of(self._granules, held) == self._tier)]
         figures = CachedGranules(nodes.last_used[cached], nodes.num_uses[cached], nodes.depth[cached])
         order = np.lexsort((-figures.depth, self._scores(figures)))
         self._queue = cached[order].astype(np.int32)
         self._stamps = nodes.last_used[self._queue]
         self._next = 0
-
-    def _tiers_of(self, held: Int32Array) -> Int64Array:
-        return np.searchsorted(self._granules.first[1:], held, side="right")
 
     def _scores(self, figures: CachedGranules) -> NDArray[np.float64]:
         scores = self._policy.score(figures)
@@ -178,6 +178,11 @@ class Evictor:
                 f"got {int(np.isnan(array).sum())} NaN"
             )
         return array
+
+
+def tiers_of(granules: Granules, listed: NDArray[np.integer[Any]]) -> Int64Array:
+    """The tier of each granule number."""
+    return np.searchsorted(granules.first[1:], listed, side="right")
 
 
 @jit
@@ -357,6 +362,7 @@ def move_granule(nodes: Nodes, granules: Granules, source: int, target: int) -> 
     """Re-point what knows ``source`` to ``target``, which nobody knew."""
     granules.refs[target] = granules.refs[source]
     granules.refs[source] = 0
+    granules.copy[target] = granules.copy[source]
     node = granules.node[source]
     granules.node[target] = node
     granules.node[source] = -1

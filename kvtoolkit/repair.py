@@ -65,7 +65,7 @@ def settle(sequences: "Sequences") -> Repairs:
     states = table.info[:, STATE]
     sequences.preempted = {row: kept for row, kept in sequences.preempted.items() if states[row] == PREEMPTED}
     for row, kept in sequences.preempted.items():
-        if kept.contents is None:
+        if kept.copies is None:
             table.info[row, LENGTH] = 0
     sequences.closed_rows = np.flatnonzero(states == CLOSED)[::-1].tolist()
     count_refs(table, pool.granules)

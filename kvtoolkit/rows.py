@@ -139,7 +139,7 @@ def attach(rows: Rows, granules: Granules, row: int, starts: Int32Array, sizes: 
         return False
     for k in range(len(starts)):
         for granule in range(starts[k], starts[k] + sizes[k]):
-            granules.refs[granule] = 1
+            granules.refs[granule], granules.copy[granule] = 1, 0
         count = _append_run(rows, row, count, capacity, starts[k], sizes[k], tier_of(granules, starts[k]))
         capacity += sizes[k]
     rows.info[row, NUM_ENTRIES], rows.info[row, CAPACITY] = count, capacity
@@ -484,6 +484,8 @@ def truncate_all(
                 if node >= 0:
                     num_freed = unpublish(nodes, granules, node, freed, num_freed)
             keep = spare_end(rows, row, keep, granules)
+            for index in range(length >> 3, keep):
+                granules.copy[granule_at(rows, row, index)] = 0  # written again, too
         num_freed = shrink(rows, row, keep, nodes, granules, freed, num_freed)
         for tile in range((length + 63) >> 6, rows.masses.shape[1]):
             rows.masses[row, tile] = 0  # what comes there next has none yet

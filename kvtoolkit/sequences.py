@@ -16,17 +16,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from allocators._calls import Calls
 from kvtoolkit import repair, rows
 from kvtoolkit.config import CacheConfig
 from kvtoolkit.errors import BusyError, CacheFullError, SequenceError, StepError
+from kvtoolkit.host_copies import Copy, HostCopies
 from kvtoolkit.inputs import as_ids
 from kvtoolkit.pool import Counters, Pool, Runs
 from kvtoolkit.prefix import CLOCK, ROOT, ROOT_UID, Int32Array, Int64Array
 from kvtoolkit.rows import GENERATION, ID_BITS, LENGTH, OPEN, STATE, STATE_NAMES
-from kvtoolkit.storage import Contents, make_storage
+from kvtoolkit.storage import make_storage
 
 
 @dataclass
@@ -35,11 +36,13 @@ class Preempted:
 
     nodes: Int32Array
     uids: Int64Array
-    """Where its full granules stood in the index; for ``to="drop"``."""
-    contents: Contents | None
-    """Of its granules; for ``to="host"``."""
-    tiers: NDArray[np.int8]
-    """``[num_granules]`` where each of them was."""
+    """Its full granules in the index; for ``to="drop"``."""
+    copies: tuple[Copy, ...] | None
+    """Of its granules, in order; for ``to="host"``."""
+    tokens: Int64Array
+    """8 for each full granule, where they are known; for ``to="host"``."""
+    root_uid: int = ROOT_UID
+    """What the first of these granules follows in the index."""
 
 
 class Sequences:
@@ -56,6 +59,7 @@ class Sequences:
         self.rows = rows.make_rows(config.max_seqs, config.entries_limit, num_tiles)
         self.closed_rows = list(range(config.max_seqs))[::-1]
         self.preempted: dict[int, Preempted] = {}
+        self.copies = HostCopies(self.storage, self.pool.granules)
         self.opened = 0, np.empty(0, np.int32)
         """Number of a call, and the rows that it has opened: if it breaks off, nobody has their ids."""
         self.handles: dict[int, weakref.ref[Any]] = {}

@@ -18,6 +18,7 @@ from allocators import AllocatorError, IntegrityError
 from kvtoolkit import integrity
 from kvtoolkit.array_file import pack_arrays, unpack_arrays
 from kvtoolkit.errors import CacheSnapshotError, StepError
+from kvtoolkit.host_copies import Copy, copy_tiers, sizes_of
 from kvtoolkit.prefix import BROKEN, CLOCK, NEXT_UID, ROOT, ROOT_UID, Int64Array, reindex
 from kvtoolkit.repair import count_refs
 from kvtoolkit.rows import (
@@ -74,12 +75,25 @@ def pack(sequences: Sequences) -> bytes:
         "callers": np.flatnonzero(pool.ledger.callers),
         **pool.ledger.snapshots(),
     }
+    return pack_arrays(arrays | _pack_preempted(sequences, held))
+
+
+def _pack_preempted(sequences: Sequences, held: Int64Array) -> dict[str, NDArray[Any]]:
+    """What is kept of preempted sequences; their copies are numbered from 0."""
+    arrays: dict[str, NDArray[Any]] = {}
+    saved_copies = [saved.copies or () for saved in sequences.preempted.values()]
+    copies = {copy.number: copy for listed in saved_copies for copy in listed}
+    places = {number: i for i, number in enumerate(copies)}
     for row, saved in sequences.preempted.items():
         arrays[f"preempted.{row}.nodes"] = np.stack([saved.nodes.astype(np.int64), saved.uids], axis=1)
-        if saved.contents is not None:
-            arrays[f"preempted.{row}.tiers"] = saved.tiers
-            arrays |= _named(f"preempted.{row}", saved.contents)
-    return pack_arrays(arrays)
+        if saved.copies is not None:
+            arrays[f"preempted.{row}.copies"] = np.array([places[copy.number] for copy in saved.copies], np.int64)
+            arrays[f"preempted.{row}.tokens"] = saved.tokens
+            arrays[f"preempted.{row}.root"] = np.array([saved.root_uid], np.int64)
+    numbers = sequences.pool.granules.copy[held].tolist()
+    arrays["held.copies"] = np.array([places.get(number, -1) for number in numbers], np.int64)
+    arrays["copies.tiers"] = np.array([copy.tier for copy in copies.values()], np.int8)
+    return arrays | _named("copies", sequences.copies.contents_of(list(copies.values())))
 
 
 def unpack(sequences: Sequences, data: bytes) -> None:
@@ -102,6 +116,7 @@ class _Unpacker:
         self._arrays = arrays
         self._first = np.zeros(3, np.int64)  # first granule of each tier, there; and what to add to come here
         self._shift = np.zeros(3, np.int64)
+        self._copies: list[Copy] = []
 
     def run(self) -> None:
         """Read everything."""
@@ -301,32 +316,49 @@ class _Unpacker:
 
     def _read_preempted(self, renumbered: Int64Array) -> None:
         sequences, table = self._sequences, self._sequences.rows
+        self._read_copies()
         for row in np.flatnonzero(table.info[:, STATE] == PREEMPTED).tolist():
             name, length = f"preempted.{row}", int(table.info[row, LENGTH])
             chain = self._chains(name, self._array(f"{name}.nodes", "int64", (None, 2)), renumbered)
             nodes, uids = chain[:, 0], chain[:, 1]
             gone = np.flatnonzero(nodes < 0)
             nodes = nodes[: gone[0]] if len(gone) else nodes
-            contents, tiers = None, np.empty(0, np.int8)
-            if f"{name}.tiers" in self._arrays:
-                tiers = self._vector(f"{name}.tiers", "int8", -(-length // 8))
-                self._check_tiers(name, tiers)
-                of_tier = np.bincount(tiers, minlength=3)
-                num_blocks = int(of_tier[1]) // MAX_BLOCK_GRANULES, int(of_tier[2]) // MAX_BLOCK_GRANULES
-                contents = self._contents(name, int(of_tier[0]), num_blocks)
+            saved = Preempted(nodes.astype(np.int32), uids[: len(nodes)].copy(), None, np.empty(0, np.int64))
+            if f"{name}.copies" in self._arrays:
+                saved.copies = self._copies_of(name, length)
+                saved.tokens = self._vector(f"{name}.tokens", "int64", None).copy()
+                if len(saved.tokens) not in (0, length // 8 * 8):
+                    raise CacheSnapshotError(f"snapshot: expected {name}.tokens of all full granules or of none")
+                self._within(f"{name}.root", self._vector(f"{name}.root", "int64", 1), ROOT_UID, ROOT_UID + 1)
             elif length:
                 raise CacheSnapshotError(f"snapshot: expected the contents of {name}, got none")
-            sequences.preempted[row] = Preempted(nodes.astype(np.int32), uids[: len(nodes)].copy(), contents, tiers)
+            sequences.preempted[row] = saved
 
-    def _check_tiers(self, name: str, tiers: NDArray[np.int8]) -> None:
-        """Quantized granules must be whole tiles at multiples of 64 tokens, of tiers that exist."""
-        self._within(f"{name}.tiers", tiers, 0, 3)
-        sizes = np.array(self._sequences.config.tier_granules)
-        padded = np.zeros(-(-len(tiers) // MAX_BLOCK_GRANULES) * MAX_BLOCK_GRANULES, np.int8)
-        padded[: len(tiers)] = tiers
-        tiles = padded.reshape(-1, MAX_BLOCK_GRANULES)
-        if (tiles != tiles[:, :1]).any() or (sizes[tiers] == 0).any():
-            raise CacheSnapshotError(f"snapshot: expected {name} in whole tiles of tiers that exist")
+    def _read_copies(self) -> None:
+        """Make all copies in host memory; those that no preempted sequence refers to go with the unpacker."""
+        sequences = self._sequences
+        tiers = self._vector("copies.tiers", "int8", None)
+        self._within("copies.tiers", tiers, 0, 3)
+        if (np.array(sequences.config.tier_granules)[tiers] == 0).any():
+            raise CacheSnapshotError("snapshot: expected copies of tiers that exist")
+        num_hot, num_warm, num_cold = np.bincount(tiers, minlength=3).tolist()
+        self._copies = sequences.copies.make(tiers, self._contents("copies", num_hot, (num_warm, num_cold)))
+
+    def _copies_of(self, name: str, length: int) -> tuple[Copy, ...]:
+        """The copies that hold the tokens of a preempted sequence; quantized ones are full tiles of 64 tokens."""
+        places = self._vector(f"{name}.copies", "int64", None)
+        self._within(f"{name}.copies", places, 0, len(self._copies))
+        if len(np.unique(places)) != len(places):
+            raise CacheSnapshotError(f"snapshot: expected {name} to hold different copies")
+        copies = tuple(self._copies[place] for place in places.tolist())
+        tiers = copy_tiers(copies)
+        sizes = sizes_of([copy.tier for copy in copies])
+        quantized = (np.cumsum(sizes) - sizes)[sizes > 1]
+        if len(tiers) != -(-length // 8):
+            raise CacheSnapshotError(f"snapshot: expected {name} to hold {-(-length // 8)} granules, got {len(tiers)}")
+        if (quantized % MAX_BLOCK_GRANULES).any() or (8 * quantized + 64 > length).any():
+            raise CacheSnapshotError(f"snapshot: expected {name} in whole tiles")
+        return copies
 
     def _contents(self, name: str, num_hot: int, num_blocks: tuple[int, int]) -> Contents:
         """Contents of so many hot granules, and warm and cold blocks."""
@@ -348,6 +380,10 @@ class _Unpacker:
             raise CacheSnapshotError("snapshot: expected the contents of exactly the granules in use")
         hot, warm, cold = split(held, self._sequences.config.first_granules)  # of a block a part may be held
         self._sequences.storage.write(held, self._contents("contents", len(hot), (len(warm), len(cold))))
+        places = self._vector("held.copies", "int64", len(held))
+        self._within("held.copies", places, -1, len(self._copies))
+        numbers = np.array([0, *(copy.number for copy in self._copies)], np.int64)
+        pool.granules.copy[held] = numbers[places + 1]
 
     def _grant(self) -> None:
         """Have the allocators have granted what is held, and to callers what they hold."""

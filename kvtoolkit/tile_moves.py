@@ -179,7 +179,7 @@ def change_tier(
     count = len(members)
     for k in range(8):
         old, new = sources[k], block + k
-        granules.refs[new] = count
+        granules.refs[new], granules.copy[new] = count, 0
         node = granules.node[old]
         if node >= 0 and granules.refs[old] == count:
             granules.node[new], granules.node[old] = node, -1

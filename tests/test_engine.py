@@ -12,8 +12,9 @@ transformers = pytest.importorskip("transformers")
 from examples import generate  # noqa: E402
 from examples.engine import Engine, Request  # noqa: E402
 from examples.llama import PackedLlama  # noqa: E402
-from kvtoolkit import CacheFullError  # noqa: E402
+from kvtoolkit import CacheConfig, CacheFullError  # noqa: E402
 from kvtoolkit.integrations.smollm2 import missing_packages  # noqa: E402
+from tests.kvtoolkit.broken_calls import pinned  # noqa: E402
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -125,6 +126,86 @@ def test_a_pool_too_small_for_one_request_says_so(model):
     engine.add(Request([1] * 50, 14))
     with pytest.raises(CacheFullError, match="the pool is too small for one request"):
         engine.run()
+
+
+# -- any load, in any memory -----------------------------------------------------------------------------------------
+
+
+class Zeros:
+    """A model whose likeliest token is always 0; the cache does not look at what it holds."""
+
+    def forward(self, tokens, positions, step):
+        return torch.zeros(len(step.seq_ids), 10)
+
+
+def small_engine(num_tokens, requests, **options):
+    options = {"num_layers": 1, "num_kv_heads": 1, "head_dim": 64, "dtype": "float16"} | options
+    limits = {name: options.pop(name) for name in ("max_batch", "max_step_tokens") if name in options}
+    engine = Engine(Zeros(), CacheConfig(num_tokens=num_tokens, **options), **limits)
+    for request in requests:
+        engine.add(request)
+    return engine
+
+
+def finish(engine, requests, most_steps):
+    """Run to the end; every request has got its tokens, and no memory is lost."""
+
+    def on_step(engine):
+        assert engine.averages.num_steps < most_steps, engine.cache.stats()
+
+    engine.run(on_step)
+    assert all(len(request.output) == request.max_new_tokens for request in requests)
+    engine.cache.check_integrity()
+    stats = engine.cache.stats()
+    assert stats.used == pinned(engine.cache)
+    assert stats.num_preempted_seqs == 0
+    return stats
+
+
+def random_requests(draw, most):
+    """Some with the same beginning; each fits alone into ``most`` tokens, some but just."""
+    shared = [[draw.randrange(9) for _ in range(90)] for _ in range(2)]
+    for _ in range(draw.randint(3, 8)):
+        length = draw.randint(1, most - 1)
+        beginning = draw.choice(shared) if draw.random() < 0.6 else []
+        prompt = (beginning + [draw.randrange(9) for _ in range(length)])[:length]
+        yield Request(prompt, min(draw.randint(1, 40), most - length))
+
+
+MEMORY = [
+    {"allocator": allocator, "growth": growth, "tiers": tiers}
+    for allocator in ("buddy", "slab", "paged", "lockfree")
+    for growth in ("fixed8", "fixed16", "fixed64", "append", "proportional", "lazy_merge", "adaptive")
+    for tiers in (None, generate.TIERS)
+    if allocator != "paged" or growth not in ("append", "lazy_merge", "adaptive")
+]
+
+
+@pytest.mark.parametrize("options", MEMORY, ids=lambda o: f"{o['allocator']}-{o['growth']}-{len(o['tiers'] or ())}")
+def test_every_load_ends_with_few_preemptions(options):
+    draw = random.Random(MEMORY.index(options))
+    num_tokens = 64 * (draw.randint(9, 14) if options["tiers"] else draw.randint(3, 12))
+    limits = {"max_batch": draw.randint(2, 8), "max_step_tokens": draw.choice([16, 64, 512])}
+    engine = small_engine(num_tokens, [], **options, **limits)
+    wanted = list(random_requests(draw, engine.cache.stats().tiers["hot"].capacity))
+    for request in wanted:
+        engine.add(request)
+    stats = finish(engine, wanted, 2000)
+    assert stats.num_preempted <= 2 * len(wanted)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "lengths", "options"),
+    [
+        (640, [(250, 100), (326, 60)], {"growth": "fixed64"}),  # each holds what the other lacks
+        (128, [(60, 30), (20, 6)], {}),  # one finds no memory in the step in which the other finishes
+        (1024, [(400, 8)], {"tiers": generate.TIERS, "max_step_tokens": 512}),  # a prompt larger than the hot tier
+    ],
+)
+def test_a_request_that_fits_alone_is_not_given_up(num_tokens, lengths, options):
+    wanted = [Request([length % 9] * length, count) for length, count in lengths]
+    stats = finish(small_engine(num_tokens, wanted, **options), wanted, 500)
+    assert stats.num_preempted <= 1
 
 
 # -- 16 bits, on a GPU too -------------------------------------------------------------------------------------------

@@ -33,7 +33,8 @@ class LineBreaker:
         sys.settrace(None)
 
     def _enter(self, frame, event, arg):
-        return self._line if frame.f_code.co_filename.startswith(ROOTS) else None
+        is_finalizer = frame.f_code.co_name == "note_lost"  # Python swallows what it raises, and goes on
+        return self._line if frame.f_code.co_filename.startswith(ROOTS) and not is_finalizer else None
 
     def _line(self, frame, event, arg):
         if event == "line" and not self.fired:
