@@ -52,7 +52,7 @@ def _restore(sequences: Sequences, row: int) -> bool:
         count = int(lost[0]) if len(lost) else len(saved.nodes)
         count = usable(pool.nodes, pool.granules, saved.nodes, count, sequences.takes_quantized)
         held = rows.adopt(table, row, saved.nodes, count, pool.nodes, pool.granules)
-        sequences.counters.reused_tokens += 8 * held
+        sequences.counters.restored_tokens += 8 * held
     else:
         runs = _room(sequences, saved.tiers)
         if runs is None:
