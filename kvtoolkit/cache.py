@@ -200,14 +200,18 @@ class KVCache:
         """End a step: the lengths of its rows advance, and granules that became full can be found by later prompts.
 
         Args:
-            step: the open step. That every layer of it was appended is for the engine to see to; it is not checked.
+            step: the open step. Once a layer of it was appended to (`Step.append`, or the run of a `GraphStep`), all
+                layers must be. A step without any is taken for one of an engine whose own kernels write the cache.
             token_ids: ``[num_tokens]`` the tokens whose keys and values the step appended, in its order. Without them
                 nothing is published, and what these sequences append later is not either.
 
         Raises:
-            StepError: the step has ended, belongs to another cache, or ``token_ids`` does not fit it.
+            StepError: the step has ended, belongs to another cache, ``token_ids`` does not fit it, or some layers were
+                appended to and others were not. No length advances, and the step stays open: append to the layers
+                that are named and end it again, or abort it.
         """
         self._require_own(step)
+        step._require_all_layers()
         sequences, batch = self._sequences, len(step.seq_ids)
         tokens = None if token_ids is None else as_tokens(token_ids, len(step.slot_mapping))
         if step._mass is not None and (masses := step._mass.mean) is not None:

@@ -3,7 +3,7 @@
 A salt has a root of the prefix index to itself, and the extra keys of a granule have a number that its node carries.
 Both come from dictionaries that compare what callers gave, so two that differ never share a root or a number.
 
-    a row's root is ROOT_UID or the number of a salt;  nodes.extra is NO_EXTRA or the number of extra keys
+    a row's root is ROOT_UID or the number of a salt;  a node's EXTRA is NO_EXTRA or that of extra keys
     numbers are drawn from the same counter as the uids of nodes, so none is ever used twice
 
 A number is forgotten some time after the last node and the last row that use it are gone: the dictionaries hold at most
@@ -21,6 +21,7 @@ from kvtoolkit.errors import SequenceError
 from kvtoolkit.inputs import MAX_TOKENS
 from kvtoolkit.prefix import (
     BROKEN,
+    EXTRA,
     NEXT_UID,
     ROOT_UID,
     Granules,
@@ -29,7 +30,7 @@ from kvtoolkit.prefix import (
     Nodes,
     unpublish,
 )
-from kvtoolkit.rows import CLOSED, END_EXTRA, FIRST_EXTRA, IN_STEP, LENGTH, ROOT_OF, STATE, Rows
+from kvtoolkit.rows import CHAIN_UID, CLOSED, END_EXTRA, FIRST_EXTRA, IN_STEP, LENGTH, ROOT_OF, STATE, Rows
 
 FEWEST = 1024
 """Names that are kept before any is forgotten."""
@@ -79,10 +80,10 @@ class Identities:
     def origins(self, salts: list[bytes], extras: list[Extras]) -> Int64Array:
         """Rows of `Rows.origin` for prompts; the texts are those of `as_salts` and `as_extras`."""
         self.forget_unused()
-        made = np.zeros((len(salts), 3), np.int64)
+        made = np.zeros((len(salts), 4), np.int64)
         self._make_room(sum(map(len, extras)))
         for i, (salt, own) in enumerate(zip(salts, extras, strict=True)):
-            made[i, ROOT_OF] = self.salts.number_of(salt) if salt else ROOT_UID
+            made[i, CHAIN_UID] = made[i, ROOT_OF] = self.salts.number_of(salt) if salt else ROOT_UID
             if own:
                 first, end = self.num_extras, self.num_extras + len(own)
                 self.extras[first:end] = [(granule, self.keys.number_of(text)) for granule, text in own]
@@ -127,7 +128,7 @@ class Identities:
 
     def _used_keys(self) -> Int64Array:
         nodes = self._nodes
-        return np.concatenate([nodes.extra[nodes.uid != 0], self.extras[: self.num_extras, 1]])
+        return np.concatenate([nodes.tokens[nodes.uid != 0, EXTRA], self.extras[: self.num_extras, 1]])
 
 
 # -- what callers give -----------------------------------------------------------------------------------------------
@@ -157,24 +158,26 @@ def as_text(value: Any, name: str) -> bytes:
 
 def as_extras(extra_keys: Any, count: int) -> list[Extras]:
     """The extra keys of each prompt by granule; SequenceError if they are not ``count`` lists of (position, key)."""
+    made = []
+    for i, pairs in enumerate(as_pairs(extra_keys, count)):
+        found: dict[int, set[tuple[int, bytes]]] = {}
+        for position, key in pairs:
+            found.setdefault(position >> 3, set()).add((position & 7, as_text(key, f"extra_keys[{i}]")))
+        made.append([(granule, _joined(found[granule])) for granule in sorted(found)])
+    return made
+
+
+def as_pairs(extra_keys: Any, count: int) -> list[list[tuple[int, Any]]]:
+    """The ``(position, key)`` of each prompt; SequenceError if they are not ``count`` lists of them."""
     if extra_keys is None:
         return [[]] * count
     if not isinstance(extra_keys, list | tuple) or len(extra_keys) != count:
         got = f"{len(extra_keys)} of them" if isinstance(extra_keys, list | tuple) else repr(extra_keys)[:80]
         raise SequenceError(f"extra_keys: expected {count} lists, one for each prompt, got {got}")
-    return [_by_granule(pairs, f"extra_keys[{i}]") for i, pairs in enumerate(extra_keys)]
+    return [[] if pairs is None else list(_pairs(pairs, f"extra_keys[{i}]")) for i, pairs in enumerate(extra_keys)]
 
 
-def _by_granule(pairs: Any, name: str) -> Extras:
-    if pairs is None:
-        return []
-    found: dict[int, set[tuple[int, bytes]]] = {}
-    for position, text in _pairs(pairs, name):
-        found.setdefault(position >> 3, set()).add((position & 7, text))
-    return [(granule, _joined(found[granule])) for granule in sorted(found)]
-
-
-def _pairs(pairs: Any, name: str) -> Iterable[tuple[int, bytes]]:
+def _pairs(pairs: Any, name: str) -> Iterable[tuple[int, Any]]:
     if not isinstance(pairs, list | tuple):
         raise SequenceError(f"{name}: expected a list of (position, key), got {pairs!r:.80}")
     for pair in pairs:
@@ -184,7 +187,8 @@ def _pairs(pairs: Any, name: str) -> Iterable[tuple[int, bytes]]:
         is_whole = isinstance(position, int | np.integer) and not isinstance(position, bool)
         if not is_whole or not 0 <= position < MAX_TOKENS:
             raise SequenceError(f"{name}: expected positions of 0 to {MAX_TOKENS - 1}, got {position!r:.80}")
-        yield int(position), as_text(key, name)
+        as_text(key, name)
+        yield int(position), key
 
 
 def _joined(keys: set[tuple[int, bytes]]) -> bytes:

@@ -9,9 +9,10 @@ from allocators._jit import jit
 from allocators.protocol import require
 from kvtoolkit.device_pool import DevicePool
 from kvtoolkit.identity import Identities, roots_of
-from kvtoolkit.prefix import NO_EXTRA, ROOT, ROOT_UID, Granules, Int32Array, tier_of
+from kvtoolkit.prefix import EXTRA, HELD, NO_EXTRA, ROOT, ROOT_UID, Granules, Int32Array, tier_of
 from kvtoolkit.rows import (
     CAPACITY,
+    CHAIN_UID,
     CLOSED,
     END_EXTRA,
     FIRST_EXTRA,
@@ -102,7 +103,7 @@ def require_index(pool: "Pool") -> None:
 
 
 def require_identities(table: Rows, pool: "Pool", identities: Identities) -> None:
-    """IntegrityError unless rows and nodes have roots and extra keys that are known, and rows the root of their nodes."""
+    """IntegrityError unless rows and nodes have known roots and extra keys, and rows the root of their nodes."""
     nodes, (salts, keys) = pool.nodes, (identities.salts.numbers, identities.keys.numbers)
     numbers = [*salts.values(), *keys.values(), *nodes.uid[nodes.uid != 0].tolist()]
     is_distinct = len(set(numbers)) == len(numbers) and ROOT_UID not in numbers
@@ -112,10 +113,12 @@ def require_identities(table: Rows, pool: "Pool", identities: Identities) -> Non
     roots_of(nodes, used[np.argsort(nodes.depth[used], kind="stable")], roots)
     known_roots, known_keys = np.array([ROOT_UID, *salts.values()]), np.array([NO_EXTRA, *keys.values()])
     require(bool(np.isin(roots[used], known_roots).all()), "cache: a node's root is that of no salt")
-    require(bool(np.isin(nodes.extra[used], known_keys).all()), "cache: a node has extra keys that nobody knows")
+    require(
+        bool(np.isin(nodes.tokens[used, EXTRA], known_keys).all()), "cache: a node has extra keys that nobody knows"
+    )
     own = table.origin[live, ROOT_OF]
     require(bool(np.isin(own, known_roots).all()), "cache: a row's root is that of no salt")
-    chain, uids = table.chain[live], table.chain_uid[live]
+    chain, uids = table.chain[live], table.origin[live, CHAIN_UID]
     is_there = (chain >= 0) & (nodes.uid[chain] == uids)
     expected = np.where(is_there, roots[chain], np.where(chain == ROOT, uids, own))
     require(np.array_equal(own, expected), "cache: a row continues what stands under another root than its own")
@@ -133,7 +136,7 @@ def _require_tier(pool: "Pool", tier: int, allocator: BlockAllocator) -> None:
     refs, node = pool.granules.refs[own], pool.granules.node[own]
     cached, counted = int(((refs == 0) & (node >= 0)).sum()), int(pool.granules.cached[tier])
     require(cached == counted, f"cache: {counted} {name} granules counted as cached, found {cached}")
-    held, counted = int((refs > 0).sum()), int(pool.granules.held[tier])
+    held, counted = int((refs > 0).sum()), int(pool.granules.cached[HELD + tier])
     require(held == counted, f"cache: {counted} {name} granules counted as held, found {held}")
     owned = (refs > 0) | (node >= 0)
     if tier == TIER_HOT:

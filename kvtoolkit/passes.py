@@ -28,6 +28,7 @@ from kvtoolkit.rows import (
     BAD_STATE,
     BAD_TWICE,
     CAPACITY,
+    CHAIN_UID,
     CLOSED,
     GENERATION,
     ID_BITS,
@@ -334,7 +335,7 @@ def _publish_full(
 
     If that one is quantized the index stands for the hot one from now on. Returns the new number of ``freed``.
     """
-    parent, uid = rows.chain[row], rows.chain_uid[row]
+    parent, uid = rows.chain[row], rows.origin[row, CHAIN_UID]
     if parent == BROKEN:
         return num_freed
     if parent != ROOT and nodes.uid[parent] != uid:  # evicted meanwhile: nothing can follow it
@@ -347,7 +348,7 @@ def _publish_full(
         node = publish(nodes, granules, parent, uid, extra, index, rows.pending[row], granule)
     elif tier_of(granules, nodes.granule[node]) > 0:
         num_freed = repoint(nodes, granules, node, granule_at(rows, row, index), freed, num_freed)
-    rows.chain[row], rows.chain_uid[row] = node, nodes.uid[node]
+    rows.chain[row], rows.origin[row, CHAIN_UID] = node, nodes.uid[node]
     return num_freed
 
 

@@ -17,7 +17,7 @@ from kvtoolkit.config import CacheConfig
 from kvtoolkit.errors import CacheFullError, ConfigError
 from kvtoolkit.eviction import eviction_policy
 from kvtoolkit.ledger import Ledger, require_allocator
-from kvtoolkit.prefix import Evictor, Int32Array, make_granules, make_nodes
+from kvtoolkit.prefix import HELD, Evictor, Int32Array, make_granules, make_nodes
 from kvtoolkit.tables import MAX_BLOCK_GRANULES, TIER_HOT
 from kvtoolkit.tier_config import TIER_NAMES
 
@@ -134,7 +134,7 @@ class Pool:
     @property
     def num_used(self) -> int:
         """Granules held by rows, one that several of them share counted once."""
-        return int(self.granules.held.sum())
+        return int(self.granules.cached[HELD:].sum())
 
     def allocate_some(self, sizes: ArrayLike) -> Int32Array:
         """Hot blocks in the order asked for, -1 from the first that does not fit."""

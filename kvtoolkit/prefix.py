@@ -9,7 +9,7 @@ can tell whether that is still there. Every salt has a root with a uid of its ow
     granules.node[nodes.granule[n]] == n for every node in use
     granules.cached[t] == number of published granules of tier t that no row holds: found by `open`, evicted when
                           memory is needed
-    granules.held[t]   == number of granules of tier t that rows hold
+    granules.cached[HELD + t] == number of granules of tier t that rows hold
 
 Source: prefix sharing by content, as radix trees in SGLang (Zheng et al. 2024, arXiv:2312.07104, sec. 3); here at
 granule (8 token) granularity. The hash is Multilinear-HM of Lemire and Kaser 2014 ("Strongly universal string hashing
@@ -36,6 +36,10 @@ ROOT_UID = 0
 """Uid of the root of prompts without a salt."""
 NO_EXTRA = 0
 """Number of no extra keys at all."""
+EXTRA = 8
+"""Where `Nodes.tokens` has the number of the extra keys."""
+HELD = 3
+"""Where `Granules.cached` has the granules that rows hold."""
 NEXT_UID, CLOCK, NUM_SPARE = range(3)
 
 _KEY_WORDS = 19
@@ -52,9 +56,7 @@ class Granules(NamedTuple):
     first: Int32Array
     """``[3]`` number of the first granule of the hot, the warm and the cold tier."""
     cached: Int64Array
-    """``[3]`` how many granules of each tier are cached, see above."""
-    held: Int64Array
-    """``[3]`` how many granules of each tier rows hold."""
+    """``[6]`` how many granules of each tier are cached, then how many of each tier rows hold; see above."""
 
 
 class Nodes(NamedTuple):
@@ -63,10 +65,8 @@ class Nodes(NamedTuple):
     uid: Int64Array
     """0 while unused."""
     parent_uid: Int64Array
-    extra: Int64Array
-    """Number of the extra keys at its tokens, or NO_EXTRA."""
     tokens: Int64Array
-    """``[num_granules, 8]``"""
+    """``[num_granules, 9]``: 8 tokens, and at EXTRA the number of the extra keys at them, or NO_EXTRA."""
     last_used: Int64Array
     parent: Int32Array
     granule: Int32Array
@@ -91,8 +91,7 @@ def make_granules(num_granules: int, first: tuple[int, int, int]) -> Granules:
         refs=np.zeros(num_granules, np.int32),
         node=np.full(num_granules, -1, np.int32),
         first=np.array(first, np.int32),
-        cached=np.zeros(3, np.int64),
-        held=np.zeros(3, np.int64),
+        cached=np.zeros(6, np.int64),
     )
 
 
@@ -108,8 +107,7 @@ def make_nodes(num_granules: int) -> Nodes:
     return Nodes(
         uid=np.zeros(num_granules, np.int64),
         parent_uid=np.zeros(num_granules, np.int64),
-        extra=np.zeros(num_granules, np.int64),
-        tokens=np.zeros((num_granules, 8), np.int64),
+        tokens=np.zeros((num_granules, 9), np.int64),
         last_used=np.zeros(num_granules, np.int64),
         parent=int32s(-1),
         granule=int32s(-1),
@@ -239,7 +237,7 @@ def find_node(nodes: Nodes, parent_uid: int, extra: int, tokens: Int64Array, fir
     """The node that holds ``tokens[first:first + 8]`` with these extra keys after the node ``parent_uid``, or -1."""
     node = nodes.buckets[_bucket_of(nodes, parent_uid, extra, tokens, first)]
     while node >= 0:
-        if nodes.parent_uid[node] == parent_uid and nodes.extra[node] == extra:
+        if nodes.parent_uid[node] == parent_uid and nodes.tokens[node, EXTRA] == extra:
             same = True
             for i in range(8):
                 same = same and nodes.tokens[node, i] == tokens[first + i]
@@ -265,9 +263,10 @@ def publish(
     node = nodes.spare[nodes.counts[NUM_SPARE]]
     nodes.uid[node] = nodes.counts[NEXT_UID]
     nodes.counts[NEXT_UID] += 1
-    nodes.parent[node], nodes.parent_uid[node], nodes.extra[node] = parent, parent_uid, extra
+    nodes.parent[node], nodes.parent_uid[node] = parent, parent_uid
     for i in range(8):
         nodes.tokens[node, i] = tokens[i]
+    nodes.tokens[node, EXTRA] = extra
     nodes.granule[node] = granule
     nodes.depth[node] = depth
     nodes.num_uses[node] = 0
@@ -285,7 +284,7 @@ def publish(
 @jit
 def _remove(nodes: Nodes, granules: Granules, node: int) -> None:
     """Take one node without children out of the index."""
-    bucket = _bucket_of(nodes, nodes.parent_uid[node], nodes.extra[node], nodes.tokens[node], 0)
+    bucket = _bucket_of(nodes, nodes.parent_uid[node], nodes.tokens[node, EXTRA], nodes.tokens[node], 0)
     if nodes.buckets[bucket] == node:
         nodes.buckets[bucket] = nodes.next_in_bucket[node]
     else:
@@ -354,7 +353,7 @@ def hold(nodes: Nodes, granules: Granules, granule: int) -> None:
     """One row more holds the granule."""
     if granules.refs[granule] == 0:
         tier = tier_of(granules, granule)
-        granules.held[tier] += 1
+        granules.cached[HELD + tier] += 1
         if granules.node[granule] >= 0:
             granules.cached[tier] -= 1
     granules.refs[granule] += 1
@@ -367,7 +366,7 @@ def release(nodes: Nodes, granules: Granules, granule: int, freed: Int32Array, n
     if granules.refs[granule] > 0:
         return num_freed
     tier = tier_of(granules, granule)
-    granules.held[tier] -= 1
+    granules.cached[HELD + tier] -= 1
     node = granules.node[granule]
     if node >= 0:
         granules.cached[tier] += 1
@@ -393,14 +392,13 @@ def move_granule(nodes: Nodes, granules: Granules, source: int, target: int) -> 
 def reindex(nodes: Nodes, granules: Granules) -> None:
     """Make everything that follows from the nodes in use, and from reference counts, anew.
 
-    What is given of a node is its uid, parent, parent_uid, extra, tokens, granule, depth, num_uses and last_used.
+    What is given of a node is its uid, parent, parent_uid, tokens, granule, depth, num_uses and last_used.
     """
     granules.node[:] = -1
     granules.cached[:] = 0
-    granules.held[:] = 0
     for granule in range(len(granules.refs)):
         if granules.refs[granule] > 0:
-            granules.held[tier_of(granules, granule)] += 1
+            granules.cached[HELD + tier_of(granules, granule)] += 1
     nodes.counts[NUM_SPARE] = 0
     for node in range(len(nodes.uid) - 1, -1, -1):  # the lowest is used first, as in a fresh index
         nodes.first_child[node] = nodes.next_sibling[node] = nodes.previous_sibling[node] = -1
@@ -430,7 +428,7 @@ def _add_child(nodes: Nodes, parent: int, node: int) -> None:
 
 @jit
 def _add_to_bucket(nodes: Nodes, node: int) -> None:
-    bucket = _bucket_of(nodes, nodes.parent_uid[node], nodes.extra[node], nodes.tokens[node], 0)
+    bucket = _bucket_of(nodes, nodes.parent_uid[node], nodes.tokens[node, EXTRA], nodes.tokens[node], 0)
     nodes.next_in_bucket[node] = nodes.buckets[bucket]
     nodes.buckets[bucket] = node
 

@@ -25,8 +25,8 @@ from kvtoolkit.errors import BusyError, CacheFullError, SequenceError, StepError
 from kvtoolkit.identity import Identities
 from kvtoolkit.inputs import as_ids
 from kvtoolkit.pool import Counters, Pool, Runs
-from kvtoolkit.prefix import CLOCK, ROOT, Int32Array, Int64Array
-from kvtoolkit.rows import GENERATION, ID_BITS, LENGTH, OPEN, ROOT_OF, STATE, STATE_NAMES
+from kvtoolkit.prefix import CLOCK, ROOT, ROOT_UID, Int32Array, Int64Array
+from kvtoolkit.rows import GENERATION, ID_BITS, LENGTH, OPEN, STATE, STATE_NAMES
 from kvtoolkit.storage import Contents, make_storage
 
 
@@ -111,9 +111,8 @@ class Sequences:
         info[opened, GENERATION] += 1
         info[opened, STATE] = OPEN
         info[opened, LENGTH] = 0
-        self.rows.origin[opened] = 0 if origins is None else origins
+        self.rows.origin[opened] = ROOT_UID if origins is None else origins
         self.rows.chain[opened] = ROOT
-        self.rows.chain_uid[opened] = self.rows.origin[opened, ROOT_OF]
         self.rows.scanned[opened] = -1
         self.rows.masses[opened] = 0
         return opened

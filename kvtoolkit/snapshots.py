@@ -23,6 +23,7 @@ from kvtoolkit.prefix import BROKEN, CLOCK, NEXT_UID, ROOT, ROOT_UID, Int64Array
 from kvtoolkit.repair import count_refs
 from kvtoolkit.rows import (
     CAPACITY,
+    CHAIN_UID,
     CLOSED,
     GENERATION,
     ID_BITS,
@@ -43,7 +44,7 @@ from kvtoolkit.tier_config import TIER_NAMES
 
 _SAME = ("num_layers", "num_kv_heads", "head_dim", "dtype")
 """Fields of the configuration that say how keys and values lie; of tiers, their formats do."""
-_NODE_FIELDS = ("uid", "parent_uid", "extra", "tokens", "last_used", "parent", "granule", "depth", "num_uses")
+_NODE_FIELDS = ("uid", "parent_uid", "tokens", "last_used", "parent", "granule", "depth", "num_uses")
 _MOST = np.int64(1) << 62
 
 
@@ -66,7 +67,7 @@ def pack(sequences: Sequences) -> bytes:
         "rows": rows,
         "info": table.info[rows][:, [STATE, LENGTH, NUM_ENTRIES]],
         "entries": table.entries[rows, :width],
-        "chain": np.stack([table.chain[rows].astype(np.int64), table.chain_uid[rows]], axis=1),
+        "chain": table.chain[rows],
         "origin": table.origin[rows],
         "extras": sequences.identities.extras[: sequences.identities.num_extras],
         **_named_texts("salts", sequences.identities.salts),
@@ -316,16 +317,17 @@ class _Unpacker:
         table.info[which, STATE], table.info[which, LENGTH] = info[:, 0], info[:, 1]
         table.info[which, NUM_ENTRIES], table.info[which, CAPACITY] = info[:, 2], sizes.sum(axis=1)
         table.entries[which, :width], table.starts[which, :width] = here, starts
-        table.origin[which] = self._array("origin", "int64", (count, 3))
-        roots = table.origin[which, ROOT_OF]
-        chains = self._chains("chain", self._array("chain", "int64", (count, 2)), roots, renumbered)
+        table.origin[which] = self._array("origin", "int64", (count, 4))
+        uids, roots = table.origin[which][:, [CHAIN_UID, ROOT_OF]].T
+        pairs = np.stack([self._vector("chain", "int32", count), uids], axis=1)
+        chains = self._chains("chain", pairs, roots, renumbered)
         dropped = (info[:, 0] == PREEMPTED) & (info[:, 1] == 0)
         chains[dropped, 0], chains[dropped, 1] = ROOT, roots[dropped]
         in_index = chains[:, 0] >= 0
         depths = sequences.pool.nodes.depth[chains[in_index, 0]] + 1
         if (depths != info[in_index, 1] // 8).any():
             raise CacheSnapshotError("snapshot: expected chains as long as their rows")
-        table.chain[which], table.chain_uid[which] = chains[:, 0], chains[:, 1]
+        table.chain[which], table.origin[which, CHAIN_UID] = chains[:, 0], chains[:, 1]
         table.pending[which] = self._array("pending", "int64", (count, 8))
         masses = self._array("masses", "float32", (count, None))
         tiles = min(masses.shape[1], table.masses.shape[1])

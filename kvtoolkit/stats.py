@@ -12,6 +12,7 @@ import numpy as np
 
 from allocators import AllocatorStats
 from kvtoolkit.device_pool import DevicePool
+from kvtoolkit.prefix import HELD
 from kvtoolkit.rows import CAPACITY, CLOSED, LENGTH, NUM_ENTRIES, PREEMPTED, STATE
 from kvtoolkit.sequences import Sequences
 from kvtoolkit.tables import MAX_BLOCK_GRANULES, TIER_HOT
@@ -187,7 +188,7 @@ def _tier(sequences: Sequences, tier: int, figures: AllocatorStats) -> TierStats
         callers, others = callers + others, 0
     return TierStats(
         capacity=figures.num_granules * 8,
-        used=int(pool.granules.held[tier]) * 8,
+        used=int(pool.granules.cached[HELD + tier]) * 8,
         cached=int(pool.granules.cached[tier]) * 8,
         free=figures.num_free * 8,
         kept_back=8 * MAX_BLOCK_GRANULES * len(pool.kept_back) if tier == TIER_HOT else 0,
