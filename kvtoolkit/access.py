@@ -40,7 +40,6 @@ class Arenas:
 
     def __init__(self, storage: Storage, dtype: str, backend: str) -> None:
         self.keys, self.values = storage.keys, storage.values
-        self.bits = [1 << layer for layer in range(len(self.keys))]
         # of each layer: what `attend` takes of the quantized tiers, and what `attend_alike` does
         none: list[dict[str, Any]] = [{}] * len(self.keys)
         quantized = storage.quantized
@@ -177,7 +176,7 @@ class StepAccess:
                 arenas.keys[layer].address,
                 arenas.values[layer].address,
             )
-            self.layers |= arenas.bits[layer]
+            self.layers |= 1 << int(layer)  # NumPy shifts within 64 bits
             return
         expected = (self._num_tokens, arenas.num_kv_heads, arenas.head_dim)
         for new, name in ((keys, "key"), (values, "value")):
@@ -192,7 +191,7 @@ class StepAccess:
         prepared = self._append(keys, values, arenas.keys[layer], arenas.values[layer], self._slots)
         if prepared is not None:
             self._appended = form, prepared
-        self.layers |= arenas.bits[layer]
+        self.layers |= 1 << int(layer)  # NumPy shifts within 64 bits
 
     def repeat(self, layer: int, key: int, value: int, q: int, out: int) -> bool:
         """Append and attend as the layer before did, with arrays of the same shapes, strides and dtypes elsewhere.
@@ -210,7 +209,7 @@ class StepAccess:
         arenas.require_layer(layer)
         keys, values = arenas.keys[layer].address, arenas.values[layer].address
         self._append_alike(self._appended[1], key, value, keys, values)
-        self.layers |= arenas.bits[layer]
+        self.layers |= 1 << int(layer)  # NumPy shifts within 64 bits
         self._attend_again(layer, q, keys, values, out)
         return True
 

@@ -10,7 +10,6 @@ from kvtoolkit import CacheConfig, CacheFullError, CacheSnapshotError, KVCache
 from kvtoolkit.array_file import pack_arrays, unpack_arrays
 from tests.kvtoolkit.broken_calls import CONFIGS, make_world, prompt, put, seen
 
-
 OWN = {"salt": ["tenant", 7], "extra_keys": [[(10, "image"), (30, b"other")], [(45, 5)]]}
 
 
