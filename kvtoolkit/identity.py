@@ -23,6 +23,7 @@ from kvtoolkit.prefix import (
     BROKEN,
     EXTRA,
     NEXT_UID,
+    NO_EXTRA,
     ROOT_UID,
     Granules,
     Int32Array,
@@ -197,6 +198,22 @@ def _joined(keys: set[tuple[int, bytes]]) -> bytes:
 
 
 # -- compiled moves --------------------------------------------------------------------------------------------------
+
+
+@jit
+def extra_at(rows: Rows, extras: Int64Array, row: int, index: int) -> Any:
+    """The number of the extra keys in granule ``index`` of a row, or NO_EXTRA; ``extras`` are those of all rows."""
+    low, high = rows.origin[row, FIRST_EXTRA], rows.origin[row, END_EXTRA]
+    end = high
+    while low < high:
+        middle = (low + high) >> 1
+        if extras[middle, 0] < index:
+            low = middle + 1
+        else:
+            high = middle
+    if low < end and extras[low, 0] == index:
+        return extras[low, 1]
+    return NO_EXTRA
 
 
 @jit

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from allocators._jit import jit
 from kvtoolkit.growth import split, tail_size
+from kvtoolkit.identity import extra_at
 from kvtoolkit.prefix import (
     BROKEN,
     ROOT,
@@ -44,7 +45,6 @@ from kvtoolkit.rows import (
     TAIL_FIRST,
     Rows,
     attach,
-    extra_at,
     find_entry,
     granule_at,
     mergeable,

@@ -20,7 +20,6 @@ from allocators._jit import jit
 from kvtoolkit.prefix import (
     BROKEN,
     HELD,
-    NO_EXTRA,
     ROOT,
     Granules,
     Int32Array,
@@ -346,22 +345,6 @@ def walk_back(rows: Rows, row: int, length: int, nodes: Nodes) -> None:
             rows.pending[row, i] = nodes.tokens[node, i]
         node, uid = nodes.parent[node], nodes.parent_uid[node]
     rows.chain[row], rows.origin[row, CHAIN_UID] = node, uid
-
-
-@jit
-def extra_at(rows: Rows, extras: Int64Array, row: int, index: int) -> Any:
-    """The number of the extra keys in granule ``index`` of a row, or NO_EXTRA; ``extras`` are those of all rows."""
-    low, high = rows.origin[row, FIRST_EXTRA], rows.origin[row, END_EXTRA]
-    end = high
-    while low < high:
-        middle = (low + high) >> 1
-        if extras[middle, 0] < index:
-            low = middle + 1
-        else:
-            high = middle
-    if low < end and extras[low, 0] == index:
-        return extras[low, 1]
-    return NO_EXTRA
 
 
 @jit
