@@ -412,11 +412,11 @@ def test_opened_prompts_are_computed_once(model):
 
 
 def test_a_batch_is_found_under_its_own_salt_and_extra_keys(model):
-    cache, inputs = cache_for(model), prompts(batch=2, pads=(0, 2))
-    own = {"salt": ["a", "b"], "extra_keys": [None, [(12, "image")]]}
-    assert cache.open(**inputs, **own) == 0
-    generate(model, cache, inputs)
-    for other, columns in (({}, 0), ({"salt": "a"}, 0), ({"salt": ["a", "b"]}, 10), (own, 16)):
+    own, inputs = {"salt": ["a", "b"], "extra_keys": [None, [(12, "image")]]}, prompts(batch=2, pads=(0, 2))
+    for other, columns in (({}, 0), ({"salt": "a"}, 2), ({"salt": ["a", "b"]}, 10), (own, 16)):
+        cache = cache_for(model)
+        assert cache.open(**inputs, **own) == 0
+        generate(model, cache, inputs, max_new_tokens=1)
         assert cache.open(**inputs, **other) == columns, other
     for bad, error in (([None, [(1, "image")]], ShapeError), ([None], SequenceError)):
         with pytest.raises(error, match="extra_keys"):
