@@ -211,7 +211,8 @@ class KVCache:
                 that are named and end it again, or abort it.
         """
         self._require_own(step)
-        step._require_all_layers()
+        if step._access is not None or step._graph_step is not None:
+            step._require_all_layers()
         sequences, batch = self._sequences, len(step.seq_ids)
         tokens = None if token_ids is None else as_tokens(token_ids, len(step.slot_mapping))
         if step._mass is not None and (masses := step._mass.mean) is not None:
