@@ -126,10 +126,13 @@ class StepAccess:
     """The arrays of one step, described once, and what its layers have in common with the first of them.
 
     A layer whose arrays have the shape, strides and dtype of the layer before needs no check, and no new plan.
+
+    Attributes:
+        layers: bit ``i`` is set once layer ``i`` has been appended to.
     """
 
     __slots__ = (
-        "_appended", "_arenas", "_attended", "_cu_seqlens_q", "_mass", "_num_tokens", "_slots", "_tables",
+        "_appended", "_arenas", "_attended", "_cu_seqlens_q", "_mass", "_num_tokens", "_slots", "_tables", "layers",
     )  # fmt: skip
 
     def __init__(
@@ -149,6 +152,7 @@ class StepAccess:
         self._appended: tuple[Any, Any] | None = None
         self._attended: tuple[Any, Any] | None = None
         self._mass = mass
+        self.layers = 0
 
     # the kernels; `kvtoolkit.device_access` has those of a device
     _append = staticmethod(cpu.append)
@@ -172,6 +176,7 @@ class StepAccess:
                 arenas.keys[layer].address,
                 arenas.values[layer].address,
             )
+            self.layers |= 1 << int(layer)  # NumPy shifts within 64 bits
             return
         expected = (self._num_tokens, arenas.num_kv_heads, arenas.head_dim)
         for new, name in ((keys, "key"), (values, "value")):
@@ -186,6 +191,7 @@ class StepAccess:
         prepared = self._append(keys, values, arenas.keys[layer], arenas.values[layer], self._slots)
         if prepared is not None:
             self._appended = form, prepared
+        self.layers |= 1 << int(layer)  # NumPy shifts within 64 bits
 
     def repeat(self, layer: int, key: int, value: int, q: int, out: int) -> bool:
         """Append and attend as the layer before did, with arrays of the same shapes, strides and dtypes elsewhere.
@@ -203,6 +209,7 @@ class StepAccess:
         arenas.require_layer(layer)
         keys, values = arenas.keys[layer].address, arenas.values[layer].address
         self._append_alike(self._appended[1], key, value, keys, values)
+        self.layers |= 1 << int(layer)  # NumPy shifts within 64 bits
         self._attend_again(layer, q, keys, values, out)
         return True
 

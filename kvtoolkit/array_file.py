@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from kvtoolkit.errors import CacheSnapshotError
 
-_MAGIC = b"kvt-cache-2\n"
+_MAGIC = b"kvt-cache-3\n"
 _DTYPES = ("bool", "int8", "uint8", "uint16", "int32", "int64", "float16", "float32", "float64", "uint64")
 
 

@@ -17,11 +17,12 @@ from kvtoolkit.demoter import Demoter
 from kvtoolkit.device_pool import DevicePool
 from kvtoolkit.errors import ConfigError, SequenceError, StepError
 from kvtoolkit.growing import Grower
+from kvtoolkit.identity import as_extras, as_salts, as_text, forget_prefixes
 from kvtoolkit.inputs import MAX_TOKENS, as_counts, as_ids, as_prompt, as_tokens, as_vector, is_ids
 from kvtoolkit.lease import Lease
 from kvtoolkit.prefix import Int32Array, Int64Array, match, usable
 from kvtoolkit.repair import Repairs
-from kvtoolkit.rows import CLOSED, IN_STEP, LENGTH, OPEN, PINNED, PREEMPTED, STATE
+from kvtoolkit.rows import CLOSED, END_EXTRA, FIRST_EXTRA, IN_STEP, LENGTH, OPEN, PINNED, PREEMPTED, ROOT_OF, STATE
 from kvtoolkit.sequences import Sequences
 from kvtoolkit.shared_allocator import SharedAllocator
 from kvtoolkit.stats import CacheStats, collect
@@ -63,11 +64,24 @@ class KVCache:
     # -- opening and closing -----------------------------------------------------------------------------------------
 
     @exclusive
-    def open(self, prompts: Sequence[ArrayLike]) -> tuple[Int64Array, Int32Array]:
+    def open(
+        self, prompts: Sequence[ArrayLike], *, salt: Any = None, extra_keys: Any = None
+    ) -> tuple[Int64Array, Int32Array]:
         """Open a sequence for each prompt, holding the longest prefix of it that is cached already.
 
+        Salt and extra keys are compared in full, and stay with a sequence and its forks until they are closed.
+        Sequences of all salts share the memory: one tenant's prefixes may be evicted for another's.
+
         Args:
-            prompts: token ids of each prompt, ``[n]`` integers; may be empty.
+            prompts: token ids of each prompt, ``[n]`` integers; may be empty. Any 64-bit integers, negative ones too;
+                floats, bools and numbers of 2**63 or more are refused.
+            salt: an int, str or bytes for all prompts, or a list with one for each (None = no salt): whose prompt it
+                is, a tenant or an adapter (LoRA). What was computed under a salt is found under the same salt only;
+                ``1``, ``"1"`` and ``b"1"`` differ, and no salt is a salt of its own.
+            extra_keys: for each prompt a list of ``(position, key)``, or None: what its tokens do not say, such as the
+                hash of an image at its first placeholder token. The key, an int, str or bytes, is part of the identity
+                of the 8 tokens around the position, and so of everything after it; positions are those of the
+                sequence, and may be of tokens yet to come.
 
         Returns:
             ``(seq_ids, cached_lens)``: ``[batch]`` int64, and ``[batch]`` int32 tokens that need not be computed, a
@@ -76,25 +90,32 @@ class KVCache:
 
         Raises:
             CacheFullError: more than ``max_seqs`` sequences would be open.
-            SequenceError: a prompt is no vector of integers.
+            SequenceError: a prompt is no vector of 64-bit integers, or a salt or extra key is not as above.
         """
         try:
             tokens = [as_prompt(prompt, i) for i, prompt in enumerate(prompts)]
         except TypeError:
             raise SequenceError(f"prompts: expected a sequence of prompts, got {prompts!r:.80}") from None
+        salts, extras = as_salts(salt, len(tokens)), as_extras(extra_keys, len(tokens))
         sequences, counters = self._sequences, self._sequences.counters
-        opened = sequences.new_rows(len(tokens), "open")
+        sequences.require_closed_rows(len(tokens), "open")
+        origins = sequences.identities.origins(salts, extras)
+        opened = sequences.new_rows(len(tokens), "open", origins)
         sequences.tick()
         nodes, granules = sequences.pool.nodes, sequences.pool.granules
         cached_lens = np.zeros(len(tokens), np.int32)
         found = np.empty(max((len(prompt) for prompt in tokens), default=0) // 8 + 1, np.int32)
         for i, (row, prompt) in enumerate(zip(opened, tokens, strict=True)):
             most = max(0, (min(len(prompt), self.config.seq_len_limit) - 1) // 8)
-            count = match(nodes, prompt, most, found) if self.config.prefix_caching else 0
+            most = most if self.config.prefix_caching else 0
+            keys = sequences.identities.extras[origins[i, FIRST_EXTRA] : origins[i, END_EXTRA]]
+            count = match(nodes, origins[i, ROOT_OF], keys, prompt, most, found)
             count = usable(nodes, granules, found, count, sequences.takes_quantized)
             cached_lens[i] = 8 * rows.adopt(sequences.rows, row, found, count, nodes, granules)
             counters.prompt_tokens += len(prompt)
             counters.reused_tokens += int(cached_lens[i])
+            counters.num_prefix_hits += bool(cached_lens[i])
+            counters.num_prefix_misses += most > 0 and not cached_lens[i]
         sequences.note_use()
         return sequences.ids_of(opened), cached_lens
 
@@ -184,14 +205,19 @@ class KVCache:
         """End a step: the lengths of its rows advance, and granules that became full can be found by later prompts.
 
         Args:
-            step: the open step. That every layer of it was appended is for the engine to see to; it is not checked.
+            step: the open step. Once a layer of it was appended to (`Step.append`, or the run of a `GraphStep`), all
+                layers must be. A step without any is taken for one of an engine whose own kernels write the cache.
             token_ids: ``[num_tokens]`` the tokens whose keys and values the step appended, in its order. Without them
                 nothing is published, and what these sequences append later is not either.
 
         Raises:
-            StepError: the step has ended, belongs to another cache, or ``token_ids`` does not fit it.
+            StepError: the step has ended, belongs to another cache, ``token_ids`` does not fit it, or some layers were
+                appended to and others were not. No length advances, and the step stays open: append to the layers
+                that are named and end it again, or abort it.
         """
         self._require_own(step)
+        if step._access is not None or step._graph_step is not None:
+            step._require_all_layers()
         sequences, batch = self._sequences, len(step.seq_ids)
         tokens = None if token_ids is None else as_tokens(token_ids, len(step.slot_mapping))
         if step._mass is not None and (masses := step._mass.mean) is not None:
@@ -203,8 +229,9 @@ class KVCache:
             passes.advance(sequences.rows, step._arrays, batch, step._mark)
         else:
             num_freed = passes.advance_and_publish(
-                sequences.rows, step._arrays, batch, step._mark, tokens, pool.nodes, pool.granules, pool.freed
-            )
+                sequences.rows, step._arrays, batch, step._mark, tokens, sequences.identities.extras,
+                pool.nodes, pool.granules, pool.freed,
+            )  # fmt: skip
         sequences.counters.num_steps += 1
         self._arrays.give_back(step._arrays)
         pool.free_listed(num_freed)
@@ -349,6 +376,28 @@ class KVCache:
         return preemption.restore(self._sequences, batch, int(keep_free))
 
     # -- maintenance -------------------------------------------------------------------------------------------------
+
+    @exclusive
+    def clear_prefixes(self, salt: Any = None) -> None:
+        """Forget all cached prefixes, or those of one salt, as after a change of the weights.
+
+        Prompts opened from now on find nothing that was computed before. Sequences keep what they hold; neither that
+        nor what they append to it is ever found, until they are truncated to 0 tokens or begin anew after
+        ``preempt(to="drop")``. So is what a step that is open now has appended.
+
+        Args:
+            salt: as `open` takes it; None = the prefixes of all salts and those without one.
+
+        Raises:
+            SequenceError: it is no int, str or bytes.
+        """
+        sequences, pool = self._sequences, self._sequences.pool
+        root_uid = None if salt is None else sequences.identities.salts.numbers.get(as_text(salt, "salt"))
+        if salt is not None and root_uid is None:
+            return
+        pool.free_listed(
+            forget_prefixes(sequences.rows, salt is None, root_uid or 0, pool.nodes, pool.granules, pool.freed)
+        )
 
     @exclusive
     def compact(self, max_tokens: int) -> int:

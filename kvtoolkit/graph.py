@@ -27,6 +27,8 @@ class GraphStep:
 
     Lengths, tables and the sequences themselves may change from replay to replay; what runs beside them is planned on
     the device. Rows beyond those of the step loaded last are padding: they cost next to nothing, and give zeros.
+    `KVCache.end_step` of a step that was loaded takes the layers that the run begun last has appended to for those
+    that a replay of it appends to.
 
     Args:
         cache: with backend ``"cuda"``.
@@ -63,6 +65,11 @@ class GraphStep:
         self._run: GraphRun | None = None  # the one that was begun last
         self._kept: dict[Any, Any] = {}  # plans and lists, at fixed places too
 
+    @property
+    def layers(self) -> int:
+        """Bit ``i`` is set if the run that was begun last, so the one that is captured, has appended to layer ``i``."""
+        return 0 if self._run is None else int(self._run._access.layers)
+
     def load(self, step: Step) -> None:
         """Bring the tables of a step to the fixed places, asynchronously on the current stream.
 
@@ -98,6 +105,7 @@ class GraphStep:
                 [(slots, self.tables.slot_mapping), (seq_lens, self.tables.seq_lens),
                  (tables[0], self.tables.block_table), (tables[1], self.tables.block_starts)],
             )  # fmt: skip
+        step._graph_step = self
 
     def begin(self) -> "GraphRun":
         """Begin a run of the model over the tables, eager or captured; call it anew for every run.
@@ -122,7 +130,6 @@ class GraphRun:
 
     def __init__(self, graph_step: GraphStep, access: Any, batch: int) -> None:
         self._graph_step, self._access = graph_step, access
-        self._appended: set[int] = set()
         self.cu_seqlens_q: NDArray[np.int32] = np.arange(batch + 1, dtype=np.int32)
 
     def append(self, layer: int, key: Any, value: Any) -> None:
@@ -134,10 +141,9 @@ class GraphRun:
         """
         self._require_current()
         self._graph_step._cache._arenas.require_layer(layer)
-        if layer in self._appended:
+        if self._access.layers >> int(layer) & 1:
             raise StepError(f"layer: expected one that this run has not appended to, got {layer}; `begin` another run")
         self._access.append(layer, key, value)
-        self._appended.add(layer)
 
     def attend(self, layer: int, q: Any, **options: Any) -> Any:
         """As `Step.attend`; rows beyond the step's give zeros.

@@ -42,7 +42,7 @@ def _integers(values: ArrayLike, name: str, shape: str) -> Int64Array:
     array = _as_array(values, name, SequenceError)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise SequenceError(f"{name}: expected {shape} integers, got {array.dtype} {list(array.shape)}")
-    return np.ascontiguousarray(array, np.int64)
+    return _as_int64(array, name, SequenceError)
 
 
 def as_counts(num_new_tokens: ArrayLike, batch: int) -> Int64Array:
@@ -64,7 +64,14 @@ def as_tokens(token_ids: ArrayLike, expected: int) -> Int64Array:
         raise StepError(f"token_ids: expected integers, got {tokens.dtype}")
     if tokens.ndim != 1 or len(tokens) != expected:
         raise StepError(f"token_ids: expected [{expected}], one for every new token, got {list(tokens.shape)}")
-    return np.ascontiguousarray(tokens, np.int64)
+    return _as_int64(tokens, "token_ids", StepError)
+
+
+def _as_int64(array: NDArray[Any], name: str, error: type[Exception]) -> Int64Array:
+    """Integers as int64, contiguous, or an error where one has no place in it."""
+    if array.dtype == np.uint64 and array.size and array.max() >= 1 << 63:
+        raise error(f"{name}: expected integers below 2**63, got {array.max()}")
+    return np.ascontiguousarray(array, np.int64)
 
 
 def _as_array(values: ArrayLike, name: str, error: type[Exception]) -> NDArray[Any]:

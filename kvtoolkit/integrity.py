@@ -8,8 +8,21 @@ from allocators import BlockAllocator
 from allocators._jit import jit
 from allocators.protocol import require
 from kvtoolkit.device_pool import DevicePool
-from kvtoolkit.prefix import ROOT_UID, Granules, Int32Array, tier_of
-from kvtoolkit.rows import CAPACITY, CLOSED, LENGTH, NUM_ENTRIES, PREEMPTED, STATE, Rows
+from kvtoolkit.identity import Identities, roots_of
+from kvtoolkit.prefix import EXTRA, HELD, NO_EXTRA, ROOT, ROOT_UID, Granules, Int32Array, tier_of
+from kvtoolkit.rows import (
+    CAPACITY,
+    CHAIN_UID,
+    CLOSED,
+    END_EXTRA,
+    FIRST_EXTRA,
+    LENGTH,
+    NUM_ENTRIES,
+    PREEMPTED,
+    ROOT_OF,
+    STATE,
+    Rows,
+)
 from kvtoolkit.tables import MAX_BLOCK_GRANULES, TIER_HOT, entry_granule, entry_length, entry_tier
 from kvtoolkit.tier_config import TIER_NAMES
 
@@ -41,6 +54,7 @@ def check(sequences: "Sequences") -> None:
     table, pool = sequences.rows, sequences.pool
     require_rows(table, pool)
     require_index(pool)
+    require_identities(table, pool, sequences.identities)
     for tier, allocator in enumerate(pool.allocators):
         if allocator is not None:
             _require_tier(pool, tier, allocator)
@@ -83,10 +97,37 @@ def require_index(pool: "Pool") -> None:
     require(int((granules.node >= 0).sum()) == len(used), "cache: a granule knows a node that is not in use")
     parents = nodes.parent[used]
     has_parent = parents >= 0
-    expected_uid = np.where(has_parent, nodes.uid[parents], ROOT_UID)
+    expected_uid = np.where(has_parent, nodes.uid[parents], nodes.parent_uid[used])  # of roots: require_identities
     expected_depth = np.where(has_parent, nodes.depth[parents] + 1, 0)
     lost = used[(nodes.parent_uid[used] != expected_uid) | (nodes.depth[used] != expected_depth)]
     require(not len(lost), f"cache: node {lost[:1]} has lost its parent")
+
+
+def require_identities(table: Rows, pool: "Pool", identities: Identities) -> None:
+    """IntegrityError unless rows and nodes have known roots and extra keys, and rows the root of their nodes."""
+    nodes, (salts, keys) = pool.nodes, (identities.salts.numbers, identities.keys.numbers)
+    numbers = [*salts.values(), *keys.values(), *nodes.uid[nodes.uid != 0].tolist()]
+    is_distinct = len(set(numbers)) == len(numbers) and ROOT_UID not in numbers
+    require(is_distinct, "cache: a number is that of two salts, extra keys or index nodes")
+    used, live = np.flatnonzero(nodes.uid), np.flatnonzero(identities.is_live())
+    roots = np.zeros(len(nodes.uid), np.int64)
+    roots_of(nodes, used[np.argsort(nodes.depth[used], kind="stable")], roots)
+    known_roots, known_keys = np.array([ROOT_UID, *salts.values()]), np.array([NO_EXTRA, *keys.values()])
+    require(bool(np.isin(roots[used], known_roots).all()), "cache: a node's root is that of no salt")
+    require(
+        bool(np.isin(nodes.tokens[used, EXTRA], known_keys).all()), "cache: a node has extra keys that nobody knows"
+    )
+    own = table.origin[live, ROOT_OF]
+    require(bool(np.isin(own, known_roots).all()), "cache: a row's root is that of no salt")
+    chain, uids = table.chain[live], table.origin[live, CHAIN_UID]
+    is_there = (chain >= 0) & (nodes.uid[chain] == uids)
+    expected = np.where(is_there, roots[chain], np.where(chain == ROOT, uids, own))
+    require(np.array_equal(own, expected), "cache: a row continues what stands under another root than its own")
+    for first, end in table.origin[live][:, [FIRST_EXTRA, END_EXTRA]].tolist():
+        extras = identities.extras[first:end]
+        is_whole = 0 <= first <= end <= identities.num_extras
+        is_whole = is_whole and bool((np.diff(extras[:, 0]) > 0).all() and np.isin(extras[:, 1], known_keys).all())
+        require(is_whole, "cache: the extra keys of a row are not in order")
 
 
 def _require_tier(pool: "Pool", tier: int, allocator: BlockAllocator) -> None:
@@ -96,6 +137,8 @@ def _require_tier(pool: "Pool", tier: int, allocator: BlockAllocator) -> None:
     refs, node = pool.granules.refs[own], pool.granules.node[own]
     cached, counted = int(((refs == 0) & (node >= 0)).sum()), int(pool.granules.cached[tier])
     require(cached == counted, f"cache: {counted} {name} granules counted as cached, found {cached}")
+    held, counted = int((refs > 0).sum()), int(pool.granules.cached[HELD + tier])
+    require(held == counted, f"cache: {counted} {name} granules counted as held, found {held}")
     owned = (refs > 0) | (node >= 0)
     if tier == TIER_HOT:
         for start in pool.kept_back:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from allocators._jit import jit
 from kvtoolkit.growth import split, tail_size
+from kvtoolkit.identity import extra_at
 from kvtoolkit.prefix import (
     BROKEN,
     ROOT,
@@ -28,6 +29,7 @@ from kvtoolkit.rows import (
     BAD_STATE,
     BAD_TWICE,
     CAPACITY,
+    CHAIN_UID,
     CLOSED,
     GENERATION,
     ID_BITS,
@@ -294,6 +296,7 @@ def advance_and_publish(
     batch: int,
     mark: int,
     tokens: Int64Array,
+    extras: Int64Array,
     nodes: Nodes,
     granules: Granules,
     freed: Int32Array,
@@ -311,32 +314,41 @@ def advance_and_publish(
                     place = (length + i) & 7
                     rows.pending[row, place] = tokens[first + i]
                     if place == 7:
-                        num_freed = _publish_full(rows, row, (length + i) >> 3, nodes, granules, freed, num_freed)
+                        index = (length + i) >> 3
+                        num_freed = _publish_full(rows, row, index, extras, nodes, granules, freed, num_freed)
         first += count
     return num_freed
 
 
 @jit
 def _publish_full(
-    rows: Rows, row: int, index: int, nodes: Nodes, granules: Granules, freed: Int32Array, num_freed: int
+    rows: Rows,
+    row: int,
+    index: int,
+    extras: Int64Array,
+    nodes: Nodes,
+    granules: Granules,
+    freed: Int32Array,
+    num_freed: int,
 ) -> Any:
     """The granule ``index`` of a row is full: publish it, or follow the one that holds the same already.
 
     If that one is quantized the index stands for the hot one from now on. Returns the new number of ``freed``.
     """
-    parent, uid = rows.chain[row], rows.chain_uid[row]
+    parent, uid = rows.chain[row], rows.origin[row, CHAIN_UID]
     if parent == BROKEN:
         return num_freed
     if parent != ROOT and nodes.uid[parent] != uid:  # evicted meanwhile: nothing can follow it
         rows.chain[row] = BROKEN
         return num_freed
-    node = find_node(nodes, uid, rows.pending[row], 0)
+    extra = extra_at(rows, extras, row, index)
+    node = find_node(nodes, uid, extra, rows.pending[row], 0)
     if node < 0:
         granule = granule_at(rows, row, index)
-        node = publish(nodes, granules, parent, uid, index, rows.pending[row], granule)
+        node = publish(nodes, granules, parent, uid, extra, index, rows.pending[row], granule)
     elif tier_of(granules, nodes.granule[node]) > 0:
         num_freed = repoint(nodes, granules, node, granule_at(rows, row, index), freed, num_freed)
-    rows.chain[row], rows.chain_uid[row] = node, nodes.uid[node]
+    rows.chain[row], rows.origin[row, CHAIN_UID] = node, nodes.uid[node]
     return num_freed
 
 

@@ -1,6 +1,6 @@
 """The cache's side of its allocators: what to do when a request does not fit, and the blocks kept back for merging.
 
-free + held by rows + cached + kept back (+ pinned) == num_granules
+free + held by rows + cached + kept back + callers' + pinned == num_granules
 
 Every tier has an allocator of its own. Granule numbers run through the tiers; those of an allocator begin at 0.
 """
@@ -17,7 +17,7 @@ from kvtoolkit.config import CacheConfig
 from kvtoolkit.errors import CacheFullError, ConfigError
 from kvtoolkit.eviction import eviction_policy
 from kvtoolkit.ledger import Ledger, require_allocator
-from kvtoolkit.prefix import Evictor, Int32Array, make_granules, make_nodes
+from kvtoolkit.prefix import HELD, Evictor, Int32Array, make_granules, make_nodes
 from kvtoolkit.tables import MAX_BLOCK_GRANULES, TIER_HOT
 from kvtoolkit.tier_config import TIER_NAMES
 
@@ -29,6 +29,9 @@ class Counters:
     num_steps: int = 0
     prompt_tokens: int = 0
     reused_tokens: int = 0
+    restored_tokens: int = 0
+    num_prefix_hits: int = 0
+    num_prefix_misses: int = 0
     copied_tokens: int = 0
     num_merges: int = 0
     num_failed_merges: int = 0
@@ -130,16 +133,8 @@ class Pool:
 
     @property
     def num_used(self) -> int:
-        """Granules held by rows, granules pinned inside the allocators included."""
-        return sum(self.num_used_of(tier) for tier, one in enumerate(self.allocators) if one is not None)
-
-    def num_used_of(self, tier: int) -> int:
-        """`num_used` of one tier."""
-        allocator = self.allocators[tier]
-        if allocator is None:
-            return 0
-        kept_back = MAX_BLOCK_GRANULES * len(self.kept_back) if tier == TIER_HOT else 0
-        return int(allocator.num_granules - allocator.num_free - self.granules.cached[tier] - kept_back)
+        """Granules held by rows, one that several of them share counted once."""
+        return int(self.granules.cached[HELD:].sum())
 
     def allocate_some(self, sizes: ArrayLike) -> Int32Array:
         """Hot blocks in the order asked for, -1 from the first that does not fit."""

@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from kvtoolkit import returning, rows
 from kvtoolkit.host_copies import Copy, copy_tiers, numbers_of
 from kvtoolkit.pool import Pool, Runs, granules_of
-from kvtoolkit.prefix import ROOT_UID, Int32Array, Int64Array, usable
-from kvtoolkit.rows import LENGTH, OPEN, STATE
+from kvtoolkit.prefix import BROKEN, Int32Array, Int64Array, usable
+from kvtoolkit.rows import LENGTH, OPEN, ROOT_OF, STATE
 from kvtoolkit.sequences import Preempted, Sequences
 from kvtoolkit.tables import MAX_BLOCK_GRANULES, TIER_HOT
 
@@ -34,12 +34,11 @@ def _save(sequences: Sequences, row: int, to: str) -> Preempted:
     count = int(rows.list_chain(table, row, nodes, chain, uids))
     chain, uids = chain[:count], uids[:count]
     if to == "drop":
-        return Preempted(chain, uids, None, np.empty(0, np.int64))
+        return Preempted(chain, uids, None, np.empty((0, 9), np.int64))
     held = np.empty(used, np.int32)
     rows.list_granules(table, row, used, held)
     copies = sequences.copies.save(held, length // 8)
-    root_uid = int(nodes.parent_uid[chain[0]]) if count else ROOT_UID
-    return Preempted(chain[:0], uids[:0], copies, nodes.tokens[chain].ravel(), root_uid)
+    return Preempted(chain[:0], uids[:0], copies, nodes.tokens[chain])
 
 
 def restore(sequences: Sequences, batch: Int32Array, keep_free: int) -> NDArray[np.bool_]:
@@ -74,7 +73,7 @@ def _restore_dropped(sequences: Sequences, row: int, saved: Preempted, keep_free
     if 8 * (_available(pool) - taken) < keep_free:
         return False
     count = rows.adopt(table, row, saved.nodes, count, pool.nodes, pool.granules)
-    sequences.counters.reused_tokens += 8 * count
+    sequences.counters.restored_tokens += 8 * count
     table.info[row, STATE] = OPEN
     return True
 
@@ -102,7 +101,7 @@ def _restore_copied(sequences: Sequences, row: int, saved: Preempted, copies: tu
     What is there may lie in the way, in blocks of which the rest is of no use; then the row gets fresh granules alone.
     """
     num_full = int(sequences.rows.info[row, LENGTH]) // 8
-    found, tiers = _find(sequences, saved, copies, num_full), copy_tiers(copies)
+    found, tiers = _find(sequences, row, saved, copies, num_full), copy_tiers(copies)
     if _restore_with(sequences, row, saved, copies, _Return(found, found < 0, tiers, []), keep_free):
         return True
     nothing = np.full(len(found), -1, np.int32)
@@ -130,11 +129,18 @@ def _restore_with(
     return False
 
 
-def _find(sequences: Sequences, saved: Preempted, copies: tuple[Copy, ...], num_full: int) -> Int32Array:
+def _tokens_of(sequences: Sequences, row: int, saved: Preempted) -> tuple[int, Int64Array]:
+    """The root of a row in the index and its tokens there; none if its prefixes were cleared meanwhile."""
+    is_known = sequences.rows.chain[row] != BROKEN
+    return int(sequences.rows.origin[row, ROOT_OF]), saved.tokens if is_known else saved.tokens[:0]
+
+
+def _find(sequences: Sequences, row: int, saved: Preempted, copies: tuple[Copy, ...], num_full: int) -> Int32Array:
     """``[n]`` granules in the pool that hold tokens of a row: those copied, else those that the index knows; or -1."""
     pool, tiers = sequences.pool, copy_tiers(copies)
     found = sequences.copies.find(copies, num_full)
-    returning.find_tokens(pool.nodes, pool.granules, saved.root_uid, saved.tokens, tiers, found)
+    root_uid, tokens = _tokens_of(sequences, row, saved)
+    returning.find_tokens(pool.nodes, pool.granules, root_uid, tokens, tiers, found)
     _, first = np.unique(found, return_index=True)
     is_first = np.zeros(len(found), np.bool_)
     is_first[first] = True  # none is taken twice, whatever an index from a snapshot says
@@ -196,8 +202,9 @@ def _attach(sequences: Sequences, row: int, saved: Preempted, back: _Return, ful
     pool = sequences.pool
     numbers = np.zeros(len(back.granules), np.int64)
     numbers[: len(full)] = full
+    root_uid, tokens = _tokens_of(sequences, row, saved)
     num_freed: int = returning.bring_back(
-        sequences.rows, row, back.granules, back.is_fresh, numbers, saved.root_uid, saved.tokens, pool.nodes,
+        sequences.rows, row, back.granules, back.is_fresh, numbers, root_uid, tokens, pool.nodes,
         pool.granules, pool.freed,
     )  # fmt: skip
     return num_freed

@@ -1,13 +1,15 @@
 """The prefix index: finds the granules that already hold the beginning of a prompt.
 
-One node per published granule, a trie of granules: a node is its parent plus the 8 tokens it holds, and it is found
-through a hash table keyed by both. Tokens are compared, so a hash collision costs time, never a wrong hit. Prompts come
-from anybody, so the hash has a random key: without it nobody can make prompts whose granules share a bucket. A node's
-``uid`` is never used twice, so a sequence that remembers the node it ended on can tell whether that is still there.
+One node per published granule, a trie of granules: a node is its parent, the 8 tokens it holds and the number of its
+extra keys, and it is found through a hash table keyed by all of them. They are compared, so a hash collision costs
+time, never a wrong hit. Prompts come from anybody, so the hash has a random key: without it nobody can make prompts
+whose granules share a bucket. A node's ``uid`` is never used twice, so a sequence that remembers the node it ended on
+can tell whether that is still there. Every salt has a root with a uid of its own (`kvtoolkit.identity`).
 
     granules.node[nodes.granule[n]] == n for every node in use
     granules.cached[t] == number of published granules of tier t that no row holds: found by `open`, evicted when
                           memory is needed
+    granules.cached[HELD + t] == number of granules of tier t that rows hold
 
 Source: prefix sharing by content, as radix trees in SGLang (Zheng et al. 2024, arXiv:2312.07104, sec. 3); here at
 granule (8 token) granularity. The hash is Multilinear-HM of Lemire and Kaser 2014 ("Strongly universal string hashing
@@ -31,6 +33,13 @@ Uint64Array = NDArray[np.uint64]
 ROOT, BROKEN = -1, -2
 """Chain ends that are no node: nothing yet, and a row whose tokens are not all known."""
 ROOT_UID = 0
+"""Uid of the root of prompts without a salt."""
+NO_EXTRA = 0
+"""Number of no extra keys at all."""
+EXTRA = 8
+"""Where `Nodes.tokens` has the number of the extra keys."""
+HELD = 3
+"""Where `Granules.cached` has the granules that rows hold."""
 NEXT_UID, CLOCK, NUM_SPARE = range(3)
 
 _KEY_WORDS = 19
@@ -49,7 +58,7 @@ class Granules(NamedTuple):
     first: Int32Array
     """``[3]`` number of the first granule of the hot, the warm and the cold tier."""
     cached: Int64Array
-    """``[3]`` how many granules of each tier are cached, see above."""
+    """``[6]`` how many granules of each tier are cached, then how many of each tier rows hold; see above."""
 
 
 class Nodes(NamedTuple):
@@ -59,7 +68,7 @@ class Nodes(NamedTuple):
     """0 while unused."""
     parent_uid: Int64Array
     tokens: Int64Array
-    """``[num_granules, 8]``"""
+    """``[num_granules, 9]``: 8 tokens, and at EXTRA the number of the extra keys at them, or NO_EXTRA."""
     last_used: Int64Array
     parent: Int32Array
     granule: Int32Array
@@ -85,7 +94,7 @@ def make_granules(num_granules: int, first: tuple[int, int, int]) -> Granules:
         node=np.full(num_granules, -1, np.int32),
         copy=np.zeros(num_granules, np.int64),
         first=np.array(first, np.int32),
-        cached=np.zeros(3, np.int64),
+        cached=np.zeros(6, np.int64),
     )
 
 
@@ -101,7 +110,7 @@ def make_nodes(num_granules: int) -> Nodes:
     return Nodes(
         uid=np.zeros(num_granules, np.int64),
         parent_uid=np.zeros(num_granules, np.int64),
-        tokens=np.zeros((num_granules, 8), np.int64),
+        tokens=np.zeros((num_granules, 9), np.int64),
         last_used=np.zeros(num_granules, np.int64),
         parent=int32s(-1),
         granule=int32s(-1),
@@ -213,8 +222,10 @@ def _hash(key: Uint64Array, parent_uid: int, tokens: Int64Array, first: int) -> 
 
 
 @jit
-def _bucket_of(nodes: Nodes, parent_uid: int, tokens: Int64Array, first: int) -> Any:
-    return _hash(nodes.key, parent_uid, tokens, first) & np.uint64(len(nodes.buckets) - 1)
+def _bucket_of(nodes: Nodes, parent_uid: int, extra: int, tokens: Int64Array, first: int) -> Any:
+    # one word for both: two pairs have the same only after 2**32 uids, and then collide without being confused
+    word = parent_uid ^ (extra << 32)
+    return _hash(nodes.key, word, tokens, first) & np.uint64(len(nodes.buckets) - 1)
 
 
 @jit
@@ -227,11 +238,11 @@ def rehash(nodes: Nodes) -> None:
 
 
 @jit
-def find_node(nodes: Nodes, parent_uid: int, tokens: Int64Array, first: int) -> Any:
-    """The node that holds ``tokens[first:first + 8]`` after the node ``parent_uid``, or -1."""
-    node = nodes.buckets[_bucket_of(nodes, parent_uid, tokens, first)]
+def find_node(nodes: Nodes, parent_uid: int, extra: int, tokens: Int64Array, first: int) -> Any:
+    """The node that holds ``tokens[first:first + 8]`` with these extra keys after the node ``parent_uid``, or -1."""
+    node = nodes.buckets[_bucket_of(nodes, parent_uid, extra, tokens, first)]
     while node >= 0:
-        if nodes.parent_uid[node] == parent_uid:
+        if nodes.parent_uid[node] == parent_uid and nodes.tokens[node, EXTRA] == extra:
             same = True
             for i in range(8):
                 same = same and nodes.tokens[node, i] == tokens[first + i]
@@ -243,9 +254,16 @@ def find_node(nodes: Nodes, parent_uid: int, tokens: Int64Array, first: int) -> 
 
 @jit
 def publish(
-    nodes: Nodes, granules: Granules, parent: int, parent_uid: int, depth: int, tokens: Int64Array, granule: int
+    nodes: Nodes,
+    granules: Granules,
+    parent: int,
+    parent_uid: int,
+    extra: int,
+    depth: int,
+    tokens: Int64Array,
+    granule: int,
 ) -> Any:
-    """Make a full granule findable; returns its node. Nothing may hold these tokens after this parent yet."""
+    """Make a full granule findable; returns its node. `find_node` must not find one for the same arguments."""
     nodes.counts[NUM_SPARE] -= 1
     node = nodes.spare[nodes.counts[NUM_SPARE]]
     nodes.uid[node] = nodes.counts[NEXT_UID]
@@ -253,6 +271,7 @@ def publish(
     nodes.parent[node], nodes.parent_uid[node] = parent, parent_uid
     for i in range(8):
         nodes.tokens[node, i] = tokens[i]
+    nodes.tokens[node, EXTRA] = extra
     nodes.granule[node] = granule
     nodes.depth[node] = depth
     nodes.num_uses[node] = 0
@@ -270,7 +289,7 @@ def publish(
 @jit
 def _remove(nodes: Nodes, granules: Granules, node: int) -> None:
     """Take one node without children out of the index."""
-    bucket = _bucket_of(nodes, nodes.parent_uid[node], nodes.tokens[node], 0)
+    bucket = _bucket_of(nodes, nodes.parent_uid[node], nodes.tokens[node, EXTRA], nodes.tokens[node], 0)
     if nodes.buckets[bucket] == node:
         nodes.buckets[bucket] = nodes.next_in_bucket[node]
     else:
@@ -337,8 +356,11 @@ def _evict(
 @jit
 def hold(nodes: Nodes, granules: Granules, granule: int) -> None:
     """One row more holds the granule."""
-    if granules.refs[granule] == 0 and granules.node[granule] >= 0:
-        granules.cached[tier_of(granules, granule)] -= 1
+    if granules.refs[granule] == 0:
+        tier = tier_of(granules, granule)
+        granules.cached[HELD + tier] += 1
+        if granules.node[granule] >= 0:
+            granules.cached[tier] -= 1
     granules.refs[granule] += 1
 
 
@@ -348,9 +370,11 @@ def release(nodes: Nodes, granules: Granules, granule: int, freed: Int32Array, n
     granules.refs[granule] -= 1
     if granules.refs[granule] > 0:
         return num_freed
+    tier = tier_of(granules, granule)
+    granules.cached[HELD + tier] -= 1
     node = granules.node[granule]
     if node >= 0:
-        granules.cached[tier_of(granules, granule)] += 1
+        granules.cached[tier] += 1
         nodes.last_used[node] = nodes.counts[CLOCK]
         return num_freed
     freed[num_freed] = granule
@@ -378,6 +402,9 @@ def reindex(nodes: Nodes, granules: Granules) -> None:
     """
     granules.node[:] = -1
     granules.cached[:] = 0
+    for granule in range(len(granules.refs)):
+        if granules.refs[granule] > 0:
+            granules.cached[HELD + tier_of(granules, granule)] += 1
     nodes.counts[NUM_SPARE] = 0
     for node in range(len(nodes.uid) - 1, -1, -1):  # the lowest is used first, as in a fresh index
         nodes.first_child[node] = nodes.next_sibling[node] = nodes.previous_sibling[node] = -1
@@ -407,17 +434,29 @@ def _add_child(nodes: Nodes, parent: int, node: int) -> None:
 
 @jit
 def _add_to_bucket(nodes: Nodes, node: int) -> None:
-    bucket = _bucket_of(nodes, nodes.parent_uid[node], nodes.tokens[node], 0)
+    bucket = _bucket_of(nodes, nodes.parent_uid[node], nodes.tokens[node, EXTRA], nodes.tokens[node], 0)
     nodes.next_in_bucket[node] = nodes.buckets[bucket]
     nodes.buckets[bucket] = node
 
 
 @jit
-def match(nodes: Nodes, tokens: Int64Array, most: int, found: Int32Array) -> Any:
-    """Follow the trie along ``tokens`` for up to ``most`` granules; ``found`` receives the nodes. Returns how many."""
-    uid = ROOT_UID
+def match(nodes: Nodes, root_uid: int, extras: Int64Array, tokens: Int64Array, most: int, found: Int32Array) -> Any:
+    """Follow the trie from a root along ``tokens`` for up to ``most`` granules.
+
+    Args:
+        extras: ``[n, 2]`` granule, ascending, and number of the extra keys in it.
+        found: receives the nodes.
+
+    Returns:
+        How many were found.
+    """
+    uid, k = root_uid, 0
     for i in range(most):
-        node = find_node(nodes, uid, tokens, i * 8)
+        extra = NO_EXTRA
+        if k < len(extras) and extras[k, 0] == i:
+            extra = extras[k, 1]
+            k += 1
+        node = find_node(nodes, uid, extra, tokens, i * 8)
         if node < 0:
             return i
         found[i] = node

@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 from allocators._jit import jit
 from kvtoolkit.prefix import (
     BROKEN,
+    EXTRA,
+    HELD,
     ROOT,
     Granules,
     Int32Array,
@@ -19,7 +21,7 @@ from kvtoolkit.prefix import (
     repoint,
     tier_of,
 )
-from kvtoolkit.rows import CAPACITY, NUM_ENTRIES, OPEN, STATE, Rows, _append_run, touch
+from kvtoolkit.rows import CAPACITY, CHAIN_UID, NUM_ENTRIES, OPEN, STATE, Rows, _append_run, touch
 
 
 @jit
@@ -28,11 +30,12 @@ def find_tokens(
 ) -> None:
     """Add to ``found`` the hot granules that the index has for ``tokens``, where there is none yet.
 
-    ``tokens`` are 8 for each granule, from the beginning; a granule that was quantized is not replaced by a hot one.
+    ``tokens`` are those of `Nodes.tokens` for each granule, from the beginning; a granule that was quantized is not
+    replaced by a hot one.
     """
     uid = root_uid
-    for i in range(len(tokens) // 8):
-        node = find_node(nodes, uid, tokens, 8 * i)
+    for i in range(len(tokens)):
+        node = find_node(nodes, uid, tokens[i, EXTRA], tokens[i], 0)
         if node < 0:
             return
         granule = nodes.granule[node]
@@ -55,6 +58,7 @@ def let_go_listed(granules: Granules, listed: Int32Array, freed: Int32Array) -> 
     for granule in listed:
         granules.refs[granule] -= 1
         if granules.refs[granule] == 0:
+            granules.cached[HELD + tier_of(granules, granule)] -= 1
             if granules.node[granule] >= 0:
                 granules.cached[tier_of(granules, granule)] += 1
             else:  # evicted with what it followed
@@ -83,7 +87,7 @@ def bring_back(
         is_fresh: ``[n]`` which of them were just allocated and filled.
         numbers: ``[n]`` the copy that each fresh one was filled from, if it is full, else 0.
         root_uid: what the first granule follows in the index.
-        tokens: 8 for each full granule, which become findable; or none if they are not known.
+        tokens: ``[n, 9]`` of each full granule, as `Nodes.tokens` has them, which become findable; or none.
         freed: receives granules that nobody needs any more.
 
     Returns:
@@ -101,6 +105,7 @@ def bring_back(
         granule = listed[i]
         if is_fresh[i]:
             granules.refs[granule] = 1
+            granules.cached[HELD + tier_of(granules, granule)] += 1
             granules.copy[granule] = numbers[i]
         count = _append_run(rows, row, count, i, granule, 1, tier_of(granules, granule))
     rows.info[row, NUM_ENTRIES], rows.info[row, CAPACITY] = count, len(listed)
@@ -128,17 +133,17 @@ def _publish_all(
     As at the end of a step: where a quantized granule is found for a hot one, the index stands for the hot one.
     """
     node, uid, num_freed = ROOT, root_uid, 0
-    for i in range(len(tokens) // 8):
+    for i in range(len(tokens)):
         parent, granule = node, listed[i]
         is_known = granules.node[granule] >= 0
-        node = find_node(nodes, uid, tokens, 8 * i)
+        node = find_node(nodes, uid, tokens[i, EXTRA], tokens[i], 0)
         if node < 0:
             if is_known:  # under other tokens: nothing can be said of what follows
                 rows.chain[row] = BROKEN
                 return num_freed
-            node = publish(nodes, granules, parent, uid, i, tokens[8 * i : 8 * i + 8], granule)
+            node = publish(nodes, granules, parent, uid, tokens[i, EXTRA], i, tokens[i], granule)
         elif not is_known and tier_of(granules, granule) == 0 and tier_of(granules, nodes.granule[node]) > 0:
             num_freed = repoint(nodes, granules, node, granule, freed, num_freed)
         uid = nodes.uid[node]
-    rows.chain[row], rows.chain_uid[row] = node, uid
+    rows.chain[row], rows.origin[row, CHAIN_UID] = node, uid
     return num_freed

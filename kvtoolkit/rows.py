@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from allocators._jit import jit
 from kvtoolkit.prefix import (
     BROKEN,
+    HELD,
     ROOT,
-    ROOT_UID,
     Granules,
     Int32Array,
     Int64Array,
@@ -37,6 +37,8 @@ from kvtoolkit.tables import entry_granule, entry_length, entry_tier, pack_entry
 GENERATION, STATE, LENGTH, CAPACITY, NUM_ENTRIES, STAMP, TAIL_BASE, TAIL_FIRST = range(8)
 # columns of `marks`
 NAMED, OWNER = range(2)
+# columns of `origin`
+CHAIN_UID, ROOT_OF, FIRST_EXTRA, END_EXTRA = range(4)
 # values of STATE
 CLOSED, OPEN, IN_STEP, PREEMPTED, PINNED = range(5)
 STATE_NAMES = ("closed", "open", "in a step", "preempted", "pinned")
@@ -62,8 +64,9 @@ class Rows(NamedTuple):
     lease that holds the row, while STATE is IN_STEP or PINNED. No two calls have the same mark."""
     chain: Int32Array
     """``[max_seqs]`` index node of the last full granule, ROOT or BROKEN."""
-    chain_uid: Int64Array
-    """``[max_seqs]`` its uid: whether it still is what it was."""
+    origin: Int64Array
+    """``[max_seqs, 4]``, columns above: the uid of `chain`, which tells whether that still is what it was, at ROOT the
+    next column; uid of the root of the row's salt; where its extra keys are among all of them."""
     pending: Int64Array
     """``[max_seqs, 8]`` tokens of the granule that is being filled."""
     clock: Int64Array
@@ -84,7 +87,7 @@ def make_rows(max_seqs: int, max_entries: int, num_tiles: int = 0) -> Rows:
         starts=np.full((max_seqs, max_entries), -1, np.int32),
         marks=np.zeros((max_seqs, 2), np.int64),
         chain=np.full(max_seqs, ROOT, np.int32),
-        chain_uid=np.zeros(max_seqs, np.int64),
+        origin=np.zeros((max_seqs, 4), np.int64),
         pending=np.zeros((max_seqs, 8), np.int64),
         clock=np.zeros(2, np.int64),
         scanned=np.full(max_seqs, -1, np.int32),
@@ -140,7 +143,9 @@ def attach(rows: Rows, granules: Granules, row: int, starts: Int32Array, sizes: 
     for k in range(len(starts)):
         for granule in range(starts[k], starts[k] + sizes[k]):
             granules.refs[granule], granules.copy[granule] = 1, 0
-        count = _append_run(rows, row, count, capacity, starts[k], sizes[k], tier_of(granules, starts[k]))
+        tier = tier_of(granules, starts[k])
+        granules.cached[HELD + tier] += sizes[k]
+        count = _append_run(rows, row, count, capacity, starts[k], sizes[k], tier)
         capacity += sizes[k]
     rows.info[row, NUM_ENTRIES], rows.info[row, CAPACITY] = count, capacity
     touch(rows, row)
@@ -256,7 +261,7 @@ def adopt(rows: Rows, row: int, found: Int32Array, count: int, nodes: Nodes, gra
     rows.info[row, CAPACITY] = count
     rows.info[row, LENGTH] = 8 * count
     rows.chain[row] = found[count - 1] if count else ROOT
-    rows.chain_uid[row] = nodes.uid[found[count - 1]] if count else ROOT_UID
+    rows.origin[row, CHAIN_UID] = nodes.uid[found[count - 1]] if count else rows.origin[row, ROOT_OF]
     rows.scanned[row] = -1
     touch(rows, row)
     return count
@@ -311,10 +316,11 @@ def copy_first(source_rows: Rows, source: int, rows: Rows, row: int, keep: int) 
 
 @jit
 def copy_tokens(source_rows: Rows, source: int, rows: Rows, row: int) -> None:
-    """Copy what a row knows of its tokens: length, place in the index, tokens of the granule being filled."""
+    """Copy what a row knows of its tokens: length, place in the index, extra keys, tokens of the last granule."""
     rows.info[row, LENGTH] = source_rows.info[source, LENGTH]
     rows.chain[row] = source_rows.chain[source]
-    rows.chain_uid[row] = source_rows.chain_uid[source]
+    for i in range(4):
+        rows.origin[row, i] = source_rows.origin[source, i]
     rows.scanned[row] = -1
     rows.bar[row, 0], rows.bar[row, 1] = source_rows.bar[source, 0], source_rows.bar[source, 1]
     for tile in range(rows.masses.shape[1]):
@@ -326,8 +332,11 @@ def copy_tokens(source_rows: Rows, source: int, rows: Rows, row: int) -> None:
 @jit
 def walk_back(rows: Rows, row: int, length: int, nodes: Nodes) -> None:
     """Take back what a row knows of its tokens to its first ``length``, which is not above what it holds."""
+    if length == 0:  # whatever it held before
+        rows.chain[row], rows.origin[row, CHAIN_UID] = ROOT, rows.origin[row, ROOT_OF]
+        return
     steps = (rows.info[row, LENGTH] >> 3) - (length >> 3)
-    node, uid = rows.chain[row], rows.chain_uid[row]
+    node, uid = rows.chain[row], rows.origin[row, CHAIN_UID]
     for _ in range(steps):
         if node < 0 or nodes.uid[node] != uid:
             rows.chain[row] = BROKEN
@@ -335,13 +344,13 @@ def walk_back(rows: Rows, row: int, length: int, nodes: Nodes) -> None:
         for i in range(8):
             rows.pending[row, i] = nodes.tokens[node, i]
         node, uid = nodes.parent[node], nodes.parent_uid[node]
-    rows.chain[row], rows.chain_uid[row] = node, uid
+    rows.chain[row], rows.origin[row, CHAIN_UID] = node, uid
 
 
 @jit
 def list_chain(rows: Rows, row: int, nodes: Nodes, out_nodes: Int32Array, out_uids: Int64Array) -> Any:
     """Write the index nodes of a row's full granules, in order; returns how many, 0 where the chain is broken."""
-    node, uid = rows.chain[row], rows.chain_uid[row]
+    node, uid = rows.chain[row], rows.origin[row, CHAIN_UID]
     if node < 0 or nodes.uid[node] != uid:
         return 0
     count = nodes.depth[node] + 1

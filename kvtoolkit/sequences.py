@@ -23,6 +23,7 @@ from kvtoolkit import repair, rows
 from kvtoolkit.config import CacheConfig
 from kvtoolkit.errors import BusyError, CacheFullError, SequenceError, StepError
 from kvtoolkit.host_copies import Copy, HostCopies
+from kvtoolkit.identity import Identities
 from kvtoolkit.inputs import as_ids
 from kvtoolkit.pool import Counters, Pool, Runs
 from kvtoolkit.prefix import CLOCK, ROOT, ROOT_UID, Int32Array, Int64Array
@@ -40,9 +41,7 @@ class Preempted:
     copies: tuple[Copy, ...] | None
     """Of its granules, in order; for ``to="host"``."""
     tokens: Int64Array
-    """8 for each full granule, where they are known; for ``to="host"``."""
-    root_uid: int = ROOT_UID
-    """What the first of these granules follows in the index."""
+    """``[n, 9]`` of each full granule, as `Nodes.tokens` has them, or none if they are not known; for ``to="host"``."""
 
 
 class Sequences:
@@ -57,6 +56,7 @@ class Sequences:
         self.collects_mass = config.tier_config is not None and config.tier_config.demote == "mass"
         num_tiles = -(-config.seq_len_limit // 64) if self.collects_mass else 0
         self.rows = rows.make_rows(config.max_seqs, config.entries_limit, num_tiles)
+        self.identities = Identities(self.rows, self.pool.nodes)
         self.closed_rows = list(range(config.max_seqs))[::-1]
         self.preempted: dict[int, Preempted] = {}
         self.copies = HostCopies(self.storage, self.pool.granules)
@@ -103,8 +103,8 @@ class Sequences:
                 f"{self.config.max_seqs}), got {count}"
             )
 
-    def new_rows(self, count: int, what: str) -> Int32Array:
-        """Open empty rows with new ids."""
+    def new_rows(self, count: int, what: str, origins: Int64Array | None = None) -> Int32Array:
+        """Open empty rows with new ids, with `Rows.origin` as given, or without salt and extra keys."""
         self.require_closed_rows(count, what)
         opened = np.array(self.closed_rows[len(self.closed_rows) - count :][::-1], np.int32)
         self.opened = self.calls.serial, opened
@@ -113,8 +113,8 @@ class Sequences:
         info[opened, GENERATION] += 1
         info[opened, STATE] = OPEN
         info[opened, LENGTH] = 0
+        self.rows.origin[opened] = ROOT_UID if origins is None else origins
         self.rows.chain[opened] = ROOT
-        self.rows.chain_uid[opened] = ROOT_UID
         self.rows.scanned[opened] = -1
         self.rows.masses[opened] = 0
         return opened

@@ -142,7 +142,7 @@ def _copy_of_rows(table: Rows, which: Int32Array) -> Rows:
         table.starts[which, :width],
         table.marks[which],
         table.chain[which],
-        table.chain_uid[which],
+        table.origin[which],
         table.pending[which],
         table.clock.copy(),
         table.scanned[which],

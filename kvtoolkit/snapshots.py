@@ -1,9 +1,9 @@
 """A whole cache as bytes and back.
 
-A snapshot holds what cannot be worked out: the configuration, rows that are not closed, index nodes in use, the keys
-and values of all granules that rows or the index hold, and what is kept of preempted sequences. Everything else, what
-the allocators have granted included, is made anew. So a cache may resume with another allocator, pool size, eviction or
-growth policy, backend or number of sequences, as long as what it holds has the same place.
+A snapshot holds what cannot be worked out: the configuration, rows that are not closed, index nodes in use, salts and
+extra keys, the keys and values of all granules that rows or the index hold, and what is kept of preempted sequences.
+Everything else, what the allocators have granted included, is made anew. So a cache may resume with another allocator,
+pool size, eviction or growth policy, backend or number of sequences, as long as what it holds has the same place.
 
 The bytes are not trusted: every number is checked against what it indexes before it is used.
 """
@@ -19,10 +19,12 @@ from kvtoolkit import integrity
 from kvtoolkit.array_file import pack_arrays, unpack_arrays
 from kvtoolkit.errors import CacheSnapshotError, StepError
 from kvtoolkit.host_copies import Copy, copy_tiers, sizes_of
+from kvtoolkit.identity import Names
 from kvtoolkit.prefix import BROKEN, CLOCK, NEXT_UID, ROOT, ROOT_UID, Int64Array, reindex
 from kvtoolkit.repair import count_refs
 from kvtoolkit.rows import (
     CAPACITY,
+    CHAIN_UID,
     CLOSED,
     GENERATION,
     ID_BITS,
@@ -32,6 +34,7 @@ from kvtoolkit.rows import (
     OPEN,
     PINNED,
     PREEMPTED,
+    ROOT_OF,
     STATE,
     touch_all,
 )
@@ -52,6 +55,7 @@ def pack(sequences: Sequences) -> bytes:
     for state, name in ((IN_STEP, "step"), (PINNED, "lease")):
         if np.any(table.info[:, STATE] == state):
             raise StepError(f"snapshot: expected no open {name}; end it first")
+    sequences.identities.forget_unused(at_once=True)
     held = np.flatnonzero((pool.granules.refs > 0) | (pool.granules.node >= 0))
     rows = np.flatnonzero(table.info[:, STATE] != CLOSED)
     used = np.flatnonzero(pool.nodes.uid)
@@ -64,7 +68,11 @@ def pack(sequences: Sequences) -> bytes:
         "rows": rows,
         "info": table.info[rows][:, [STATE, LENGTH, NUM_ENTRIES]],
         "entries": table.entries[rows, :width],
-        "chain": np.stack([table.chain[rows].astype(np.int64), table.chain_uid[rows]], axis=1),
+        "chain": table.chain[rows],
+        "origin": table.origin[rows],
+        "extras": sequences.identities.extras[: sequences.identities.num_extras],
+        **_named_texts("salts", sequences.identities.salts),
+        **_named_texts("keys", sequences.identities.keys),
         "pending": table.pending[rows],
         "masses": table.masses[rows],
         "node": used,
@@ -89,7 +97,6 @@ def _pack_preempted(sequences: Sequences, held: Int64Array) -> dict[str, NDArray
         if saved.copies is not None:
             arrays[f"preempted.{row}.copies"] = np.array([places[copy.number] for copy in saved.copies], np.int64)
             arrays[f"preempted.{row}.tokens"] = saved.tokens
-            arrays[f"preempted.{row}.root"] = np.array([saved.root_uid], np.int64)
     numbers = sequences.pool.granules.copy[held].tolist()
     arrays["held.copies"] = np.array([places.get(number, -1) for number in numbers], np.int64)
     arrays["copies.tiers"] = np.array([copy.tier for copy in copies.values()], np.int8)
@@ -123,6 +130,7 @@ class _Unpacker:
         sequences, pool = self._sequences, self._sequences.pool
         self._check_config()
         renumbered = self._read_nodes()
+        self._read_identities()
         self._read_rows(renumbered)
         self._read_preempted(renumbered)
         integrity.require_well_formed(sequences.rows, pool)
@@ -135,8 +143,11 @@ class _Unpacker:
         states = sequences.rows.info[:, STATE]
         sequences.closed_rows = np.flatnonzero(states == CLOSED)[::-1].tolist()
         names = list(vars(sequences.counters))
-        counters = self._vector("counters", "int64", len(names)).tolist()
-        vars(sequences.counters).update(zip(names, counters, strict=True))
+        counters = self._vector("counters", "int64", len(names))
+        self._within("counters", counters, 0, int(_MOST))
+        vars(sequences.counters).update(zip(names, counters.tolist(), strict=True))
+        if sequences.counters.reused_tokens > sequences.counters.prompt_tokens:
+            raise CacheSnapshotError("snapshot: expected no more reused tokens than prompts have")
         pool.replenish()
         integrity.check(sequences)
 
@@ -251,14 +262,33 @@ class _Unpacker:
         nodes.counts[[NEXT_UID, CLOCK]] = clocks
         return renumbered
 
-    def _chains(self, name: str, pairs: NDArray[Any], renumbered: Int64Array) -> Int64Array:
-        """``[n, 2]`` node here and uid, BROKEN where it is gone."""
+    def _read_identities(self) -> None:
+        """Fill in the salts and extra keys; that rows and nodes fit them is for `integrity.check` to see."""
+        identities = self._sequences.identities
+        for name, names in (("salts", identities.salts), ("keys", identities.keys)):
+            numbers = self._vector(f"{name}.numbers", "int64", None)
+            self._within(f"{name}.numbers", numbers, ROOT_UID + 1, int(self._sequences.pool.nodes.counts[NEXT_UID]))
+            ends = self._vector(f"{name}.ends", "int64", len(numbers))
+            text = self._vector(f"{name}.text", "uint8", int(ends[-1]) if len(ends) else 0).tobytes()
+            begins = np.concatenate([np.zeros(1, np.int64), ends])[:-1]
+            if (begins >= ends).any():
+                raise CacheSnapshotError(f"snapshot: expected {name} that are not empty")
+            pairs = zip(begins.tolist(), ends.tolist(), numbers.tolist(), strict=True)
+            names.numbers = {text[begin:end]: number for begin, end, number in pairs}
+            if len(names.numbers) != len(numbers):
+                raise CacheSnapshotError(f"snapshot: expected different {name}")
+        identities.extras = self._array("extras", "int64", (None, 2)).copy()
+        identities.num_extras = len(identities.extras)
+        self._within("extras", identities.extras[:, 0], 0, 1 << 25)
+
+    def _chains(self, name: str, pairs: NDArray[Any], roots: Any, renumbered: Int64Array) -> Int64Array:
+        """``[n, 2]`` node here and uid, BROKEN where it is gone; ``roots`` are those of the rows."""
         nodes, uids = self._sequences.pool.nodes, pairs[:, 1]
         self._within(name, pairs[:, 0], BROKEN, 1 << 25)
         known = (pairs[:, 0] >= 0) & (pairs[:, 0] < len(renumbered))
         here = np.where(known, renumbered[np.where(known, pairs[:, 0], 0)], BROKEN)
         here = np.where((here >= 0) & (nodes.uid[here] == uids), here, BROKEN)
-        is_root = (pairs[:, 0] == ROOT) & (uids == ROOT_UID)
+        is_root = (pairs[:, 0] == ROOT) & (uids == roots)
         return np.stack([np.where(is_root, ROOT, here), uids], axis=1)
 
     def _read_rows(self, renumbered: Int64Array) -> None:
@@ -301,13 +331,17 @@ class _Unpacker:
         table.info[which, STATE], table.info[which, LENGTH] = info[:, 0], info[:, 1]
         table.info[which, NUM_ENTRIES], table.info[which, CAPACITY] = info[:, 2], sizes.sum(axis=1)
         table.entries[which, :width], table.starts[which, :width] = here, starts
-        chains = self._chains("chain", self._array("chain", "int64", (count, 2)), renumbered)
-        chains[(info[:, 0] == PREEMPTED) & (info[:, 1] == 0)] = ROOT, ROOT_UID  # dropped
+        table.origin[which] = self._array("origin", "int64", (count, 4))
+        uids, roots = table.origin[which][:, [CHAIN_UID, ROOT_OF]].T
+        pairs = np.stack([self._vector("chain", "int32", count), uids], axis=1)
+        chains = self._chains("chain", pairs, roots, renumbered)
+        dropped = (info[:, 0] == PREEMPTED) & (info[:, 1] == 0)
+        chains[dropped, 0], chains[dropped, 1] = ROOT, roots[dropped]
         in_index = chains[:, 0] >= 0
         depths = sequences.pool.nodes.depth[chains[in_index, 0]] + 1
         if (depths != info[in_index, 1] // 8).any():
             raise CacheSnapshotError("snapshot: expected chains as long as their rows")
-        table.chain[which], table.chain_uid[which] = chains[:, 0], chains[:, 1]
+        table.chain[which], table.origin[which, CHAIN_UID] = chains[:, 0], chains[:, 1]
         table.pending[which] = self._array("pending", "int64", (count, 8))
         masses = self._array("masses", "float32", (count, None))
         tiles = min(masses.shape[1], table.masses.shape[1])
@@ -319,17 +353,24 @@ class _Unpacker:
         self._read_copies()
         for row in np.flatnonzero(table.info[:, STATE] == PREEMPTED).tolist():
             name, length = f"preempted.{row}", int(table.info[row, LENGTH])
-            chain = self._chains(name, self._array(f"{name}.nodes", "int64", (None, 2)), renumbered)
+            root_uid = table.origin[row, ROOT_OF]
+            chain = self._chains(name, self._array(f"{name}.nodes", "int64", (None, 2)), root_uid, renumbered)
             nodes, uids = chain[:, 0], chain[:, 1]
             gone = np.flatnonzero(nodes < 0)
             nodes = nodes[: gone[0]] if len(gone) else nodes
-            saved = Preempted(nodes.astype(np.int32), uids[: len(nodes)].copy(), None, np.empty(0, np.int64))
+            index = sequences.pool.nodes
+            parents = np.concatenate([np.full(1, ROOT), nodes])[:-1]
+            if (index.parent[nodes] != parents).any() or (index.parent_uid[nodes[:1]] != root_uid).any():
+                raise CacheSnapshotError(f"snapshot: expected nodes of {name} that follow each other from its root")
+            saved = Preempted(nodes.astype(np.int32), uids[: len(nodes)].copy(), None, np.empty((0, 9), np.int64))
             if f"{name}.copies" in self._arrays:
                 saved.copies = self._copies_of(name, length)
-                saved.tokens = self._vector(f"{name}.tokens", "int64", None).copy()
-                if len(saved.tokens) not in (0, length // 8 * 8):
+                saved.tokens = self._array(f"{name}.tokens", "int64", (None, 9)).copy()
+                if len(saved.tokens) not in (0, length // 8):
                     raise CacheSnapshotError(f"snapshot: expected {name}.tokens of all full granules or of none")
-                self._within(f"{name}.root", self._vector(f"{name}.root", "int64", 1), ROOT_UID, ROOT_UID + 1)
+                known = np.array([NO_EXTRA, *sequences.identities.keys.numbers.values()], np.int64)
+                if not np.isin(saved.tokens[:, EXTRA], known).all():
+                    raise CacheSnapshotError(f"snapshot: expected {name}.tokens with extra keys that are known")
             elif length:
                 raise CacheSnapshotError(f"snapshot: expected the contents of {name}, got none")
             sequences.preempted[row] = saved
@@ -405,6 +446,15 @@ class _Unpacker:
 
 def _named(name: str, contents: Contents) -> dict[str, NDArray[Any]]:
     return {f"{name}.{field}": array for field, array in contents._asdict().items()}
+
+
+def _named_texts(name: str, names: Names) -> dict[str, NDArray[Any]]:
+    texts, numbers = list(names.numbers), list(names.numbers.values())
+    return {
+        f"{name}.numbers": np.array(numbers, np.int64),
+        f"{name}.ends": np.cumsum([len(text) for text in texts], dtype=np.int64),
+        f"{name}.text": _as_bytes(b"".join(texts)),
+    }
 
 
 def _as_bytes(data: bytes) -> NDArray[np.uint8]:

@@ -14,6 +14,7 @@ from kvtoolkit.upload import DeviceTables
 if TYPE_CHECKING:
     from kvtoolkit.cache import KVCache
     from kvtoolkit.device_mass import DeviceMassSum
+    from kvtoolkit.graph import GraphStep
 
 
 def _read_only(array: NDArray[Any], count: int) -> NDArray[Any]:
@@ -51,6 +52,7 @@ class Step:
         "_arrays",
         "_cache",
         "_device_tables",
+        "_graph_step",
         "_is_open",
         "_mark",
         "_mass",
@@ -83,6 +85,7 @@ class Step:
         self._access: StepAccess | None = None
         self._mass: MassSum | DeviceMassSum | None = None
         self._device_tables: DeviceTables | None = None
+        self._graph_step: GraphStep | None = None  # which has loaded it
 
     @property
     def ok(self) -> NDArray[np.bool_]:
@@ -200,6 +203,20 @@ class Step:
         return (
             f": {num_new_tokens} new tokens, {hot.num_free * 8} of {hot.num_granules * 8}{kind} slots free "
             "beside what cached prefixes hold"
+        )
+
+    def _require_all_layers(self) -> None:
+        """StepError if some layers were appended to and others were not."""
+        layers = 0 if self._access is None else self._access.layers
+        if self._graph_step is not None:
+            layers |= self._graph_step.layers
+        num_layers = self._cache.config.num_layers
+        if not layers or layers == (1 << num_layers) - 1 or not len(self.slot_mapping):
+            return
+        missing = [layer for layer in range(num_layers) if not layers >> layer & 1]
+        raise StepError(
+            f"end_step: expected all {num_layers} layers appended to, or none, got none for layer "
+            f"{', '.join(map(str, missing))}; append them and end the step again, or abort it"
         )
 
     def _require_open(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from allocators._jit import jit
 from kvtoolkit.demotion import Rule, wanted_tier
 from kvtoolkit.passes import StepArrays
-from kvtoolkit.prefix import Granules, Int32Array, Int64Array, Nodes
+from kvtoolkit.prefix import HELD, Granules, Int32Array, Int64Array, Nodes, tier_of
 from kvtoolkit.rows import (
     CAPACITY,
     CLOSED,
@@ -177,6 +177,7 @@ def change_tier(
     The index follows where nobody else holds a granule. Returns the new number of ``freed`` granules.
     """
     count = len(members)
+    granules.cached[HELD + tier] += 8
     for k in range(8):
         old, new = sources[k], block + k
         granules.refs[new], granules.copy[new] = count, 0
@@ -186,6 +187,7 @@ def change_tier(
             nodes.granule[node] = new
         granules.refs[old] -= count
         if granules.refs[old] == 0:
+            granules.cached[HELD + tier_of(granules, old)] -= 1
             freed[num_freed] = old
             num_freed += 1
     for row in members:

@@ -12,6 +12,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from kvtoolkit.cache import KVCache
 from kvtoolkit.errors import CacheFullError, ShapeError, StepError
+from kvtoolkit.identity import as_pairs, as_salts
+from kvtoolkit.inputs import as_prompt
 from kvtoolkit.step import Step
 
 BoolArray = NDArray[np.bool_]
@@ -63,12 +65,16 @@ class PaddedBatch:
 
     # -- forwards ----------------------------------------------------------------------------------------------------
 
-    def open(self, tokens: ArrayLike, mask: ArrayLike | None = None) -> int:
+    def open(
+        self, tokens: ArrayLike, mask: ArrayLike | None = None, *, salt: Any = None, extra_keys: Any = None
+    ) -> int:
         """Begin with prompts, of which as much as is cached already need not be computed again.
 
         Args:
             tokens: ``[batch, columns]`` integers, padded on the left.
             mask: ``[batch, columns]``, 0 where padding stands.
+            salt: as `KVCache.open` takes it.
+            extra_keys: as `KVCache.open` takes them, with columns for positions; those of padding are refused.
 
         Returns:
             Columns that are cached, fewer than ``columns``. The forwards to come must be of the rest of these tokens.
@@ -79,10 +85,16 @@ class PaddedBatch:
         present = np.ones(ids.shape, np.bool_) if mask is None else np.asarray(mask).astype(np.bool_)
         if present.shape != ids.shape or (np.diff(present.astype(np.int8), axis=1) < 0).any():
             raise ShapeError(f"mask: expected {list(ids.shape)}, padding on the left only, got {list(present.shape)}")
-        self.reset()
-        prompts = [row[here].astype(np.int64) for row, here in zip(ids, present, strict=True)]
-        self.seq_ids, cached_lens = self.cache.open(prompts)
         pads = ids.shape[1] - present.sum(1)
+        as_salts(salt, len(ids))  # before anything is closed
+        extras = as_pairs(extra_keys, len(ids))
+        for i, pairs in enumerate(extras):
+            if any(position < pads[i] for position, _ in pairs):
+                raise ShapeError(f"extra_keys[{i}]: expected columns from {pads[i]} on, got one that is padding")
+        shifted = [[(position - int(pads[i]), key) for position, key in pairs] for i, pairs in enumerate(extras)]
+        prompts = [as_prompt(row[here], i) for i, (row, here) in enumerate(zip(ids, present, strict=True))]
+        self.reset()
+        self.seq_ids, cached_lens = self.cache.open(prompts, salt=salt, extra_keys=shifted)
         columns = int(min((pads + cached_lens).min(initial=ids.shape[1] - 1), ids.shape[1] - 1))
         keep = np.maximum(columns - pads, 0)
         try:

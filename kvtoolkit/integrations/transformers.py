@@ -152,7 +152,10 @@ class TransformersCache(Cache):  # type: ignore[misc]
         """``[batch]`` int64 ids of the rows in `kv_cache`; empty before the first forward."""
         return np.empty(0, np.int64) if self._batch.seq_ids is None else self._batch.seq_ids
 
-    def open(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> int:
+    def open(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, *, salt: Any = None,
+        extra_keys: Any = None,
+    ) -> int:  # fmt: skip
         """Begin a batch with prompts, reusing the longest prefixes that earlier batches left in the `KVCache`.
 
         Call it right before ``generate`` with the same ``input_ids`` and ``attention_mask``; transformers then computes
@@ -161,12 +164,15 @@ class TransformersCache(Cache):  # type: ignore[misc]
         Args:
             input_ids: ``[batch, columns]``, padded on the left.
             attention_mask: ``[batch, columns]``; None = no padding.
+            salt: whose prompts these are (a tenant, an adapter), one for all or a list; see `KVCache.open`.
+            extra_keys: for each row a list of ``(column, key)``, such as an image's first column and its hash.
 
         Returns:
             Columns that need not be computed: the fewest over the rows.
         """
         mask = None if attention_mask is None else as_numpy_view(attention_mask.cpu(), "attention_mask")
-        return self._batch.open(as_numpy_view(input_ids.cpu(), "input_ids"), mask)
+        tokens = as_numpy_view(input_ids.cpu(), "input_ids")
+        return self._batch.open(tokens, mask, salt=salt, extra_keys=extra_keys)
 
     # -- what transformers calls -------------------------------------------------------------------------------------
 

@@ -292,6 +292,7 @@ def test_a_step_attends_like_the_reference(dtype):
         step = cache.begin_step(seq_ids, counts)
         key, value = random.standard_normal((2, sum(counts), 2, 16)).astype(dtype)
         q = random.standard_normal((sum(counts), 6, 16)).astype(dtype)
+        step.append(0, -key, -value)
         step.append(1, key, value)
         out, lse = step.attend(1, q, return_lse=True)
         expected, expected_lse = reference.variable_block_attention(

@@ -32,7 +32,7 @@ def keys(cache, seq_id):
 
 def accounted(cache):
     stats = cache.stats()
-    return stats.free + stats.cached + stats.kept_back + stats.used
+    return stats.free + stats.cached + stats.kept_back + stats.used + stats.callers + stats.pinned
 
 
 @pytest.mark.parametrize("what", ["fork", "pin", "reorder"])

@@ -350,8 +350,10 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.check_integrity()
         stats = self.cache.stats()
         allocators = [one for one in self.cache._sequences.pool.allocators if one is not None]
-        assert stats.used == 8 * sum(one.stats().pinned for one in allocators)
-        assert stats.free + stats.cached + stats.kept_back + stats.used == stats.capacity
+        assert stats.used == stats.callers == 0
+        assert stats.pinned == 8 * sum(one.stats().pinned for one in allocators)
+        for one in (stats, *stats.tiers.values()):
+            assert one.free + one.cached + one.kept_back + one.pinned == one.capacity
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: "-".join(map(str, c.values())))

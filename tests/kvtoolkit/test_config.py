@@ -216,7 +216,8 @@ def test_an_allocator_of_ones_own_serves_a_cache():
     seq_ids, _ = cache.open([[1, 2, 3]])
     step = cache.begin_step(seq_ids, 3)
     key = np.ones((3, 2, 16), np.float16)
-    step.append(0, key, key)
+    for layer in range(2):
+        step.append(layer, key, key)
     cache.end_step(step, [1, 2, 3])
     assert cache.allocator.num_calls > 0
 

@@ -152,7 +152,8 @@ def test_a_snapshot_moves_between_host_and_device():
     seq_ids, _ = gpu.open([[1] * 20])
     key = np.random.default_rng(0).standard_normal((20, 2, 64)).astype(np.float16)
     with gpu.begin_step(seq_ids, 20) as step:
-        step.append(0, tensor(key), tensor(-key))
+        for layer in range(2):
+            step.append(layer, tensor(key), tensor(-key))
         gpu.end_step(step)
     host = KVCache.from_snapshot(make("cpu", num_tokens=128).config, gpu.snapshot())
     assert np.array_equal(host.key_cache(0), gpu.key_cache(0).get())

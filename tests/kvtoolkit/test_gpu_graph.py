@@ -171,6 +171,40 @@ def test_every_run_of_the_model_makes_its_own_plan(num_kv_heads, order, monkeypa
 
 
 @pytest.mark.gpu
+def test_a_graph_that_leaves_a_layer_out_is_noticed_at_the_end_of_each_step():
+    import torch
+
+    cache = make()
+    fixed = GraphStep(cache, 1)
+    ids, _ = cache.open([[]])
+    key = torch.ones(1, 2, 64, device="cuda").half()
+
+    def layers(count):
+        run = fixed.begin()
+        for layer in range(count):
+            run.append(layer, key, key)
+            run.attend(layer, key)
+
+    for count in (1, 2):
+        with cache.begin_step(ids, 1) as step:
+            fixed.load(step)
+            layers(count)  # eagerly, so that nothing is compiled while it is captured
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            layers(count)
+        for _ in range(2):
+            with cache.begin_step(ids, 1) as step:
+                fixed.load(step)
+                graph.replay()
+                if count == 1:
+                    with pytest.raises(StepError, match="all 2 layers .* none for layer 1;"):
+                        cache.end_step(step)
+                else:
+                    cache.end_step(step)
+    assert cache.lengths(ids).tolist() == [2]
+
+
+@pytest.mark.gpu
 def test_other_attention_may_run_between_the_layers_of_a_captured_step():
     import torch
 

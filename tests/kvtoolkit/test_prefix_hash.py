@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from kvtoolkit import CacheConfig, KVCache, prefix
-from kvtoolkit.prefix import ROOT, ROOT_UID, find_node, make_granules, make_nodes, publish, rehash
+from kvtoolkit.prefix import NO_EXTRA, ROOT, ROOT_UID, find_node, make_granules, make_nodes, publish, rehash
 
 NUM_NODES = 4096
 FAMILIES = {
@@ -26,7 +26,7 @@ def index_of(tokens):
     """An index with one node for each row of tokens, all at the root."""
     nodes, granules = make_nodes(NUM_NODES), make_granules(NUM_NODES, (0, NUM_NODES, NUM_NODES))
     for granule, row in enumerate(tokens):
-        publish(nodes, granules, ROOT, ROOT_UID, 0, row, granule)
+        publish(nodes, granules, ROOT, ROOT_UID, NO_EXTRA, 0, row, granule)
     return nodes
 
 
@@ -41,7 +41,7 @@ def chain_lengths(nodes):
 
 
 def buckets_of(nodes, tokens):
-    return np.array([prefix._bucket_of(nodes, ROOT_UID, row, 0) for row in tokens])
+    return np.array([prefix._bucket_of(nodes, ROOT_UID, NO_EXTRA, row, 0) for row in tokens])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -88,7 +88,7 @@ def test_all_is_found_after_rehashing_for_another_key():
     nodes.buckets[:] = 17  # as lists would be that came with a snapshot
     nodes.next_in_bucket[:] = 17
     rehash(nodes)
-    found = [find_node(nodes, ROOT_UID, row, 0) for row in tokens]
+    found = [find_node(nodes, ROOT_UID, NO_EXTRA, row, 0) for row in tokens]
     expected = np.arange(NUM_NODES)
     expected[100] = -1
     assert np.array_equal(found, expected)

@@ -8,7 +8,9 @@ import pytest
 
 from kvtoolkit import CacheConfig, CacheFullError, CacheSnapshotError, KVCache
 from kvtoolkit.array_file import pack_arrays, unpack_arrays
-from tests.kvtoolkit.broken_calls import CONFIGS, make_world, pinned, prompt, put, seen
+from tests.kvtoolkit.broken_calls import CONFIGS, make_world, prompt, put, seen
+
+OWN = {"salt": ["tenant", 7], "extra_keys": [[(10, "image"), (30, b"other")], [(45, 5)]]}
 
 
 def quiet_world(**fields):
@@ -19,6 +21,10 @@ def quiet_world(**fields):
     world.cache.allocator.free(world.blocks, [world.cache.allocator.block_sizes[0] // 8])
     world.open += world.in_step
     world.step, world.lease, world.in_step = None, None, []
+    ids = world.cache.open([[]] * 2, **OWN)[0].tolist()
+    put(world.cache, ids, [prompt(0, 50), prompt(0, 50)])
+    world.cache.preempt(ids[1:], "drop")
+    world.open, world.preempted = [*world.open, ids[0]], [*world.preempted, ids[1]]
     return world
 
 
@@ -51,6 +57,8 @@ def test_a_snapshot_resumes_in_another_cache(name, other):
     again.check_integrity()
     assert contents(again, world.known) == before
     assert again.open([prompt(0, 60)])[1][0] == world.cache.open([prompt(0, 60)])[1][0]
+    hits, there = (one.open([prompt(0, 60)] * 2, **OWN)[1].tolist() for one in (again, world.cache))
+    assert hits == there == [48, 48]
     assert put(again, world.open[:1], [[5] * 20]).all()
     assert again.restore(world.preempted).all()
     again.close(world.known)
@@ -151,7 +159,7 @@ def use(cache, ids):
     cache.check_integrity()
     cache.end_orphans([])
     stats = cache.stats()
-    assert stats.free + stats.cached + stats.kept_back + pinned(cache) == stats.capacity
+    assert stats.free + stats.cached + stats.kept_back + stats.pinned == stats.capacity
 
 
 def damage_snapshots(name, tries, seed):

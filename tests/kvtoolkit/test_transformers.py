@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers")
 
 from transformers import DynamicCache  # noqa: E402
 
-from kvtoolkit import CacheFullError, KVCache, ShapeError, UnsupportedError  # noqa: E402
+from kvtoolkit import CacheFullError, KVCache, SequenceError, ShapeError, UnsupportedError  # noqa: E402
 from kvtoolkit.integrations.smollm2 import load_smollm2, missing_packages  # noqa: E402
 from kvtoolkit.integrations.transformers import TransformersCache, cache_config, use_kvtoolkit  # noqa: E402
 
@@ -409,6 +409,19 @@ def test_opened_prompts_are_computed_once(model):
     assert cache.kv_cache.stats().reused_tokens == 16 + 16 + 16
     assert_same_tokens(generate(model, cache, inputs), first)
     cache.kv_cache.check_integrity()
+
+
+def test_a_batch_is_found_under_its_own_salt_and_extra_keys(model):
+    own, inputs = {"salt": ["a", "b"], "extra_keys": [None, [(12, "image")]]}, prompts(batch=2, pads=(0, 2))
+    for other, columns in (({}, 0), ({"salt": "a"}, 2), ({"salt": ["a", "b"]}, 10), (own, 16)):
+        cache = cache_for(model)
+        assert cache.open(**inputs, **own) == 0
+        generate(model, cache, inputs, max_new_tokens=1)
+        assert cache.open(**inputs, **other) == columns, other
+    for bad, error in (([None, [(1, "image")]], ShapeError), ([None], SequenceError)):
+        with pytest.raises(error, match="extra_keys"):
+            cache.open(**inputs, extra_keys=bad)
+    assert cache.get_seq_length() == 16, "what is refused changes nothing"
 
 
 def test_what_comes_after_the_prompt_is_never_published(model):
