@@ -20,7 +20,7 @@ from kvtoolkit.array_file import pack_arrays, unpack_arrays
 from kvtoolkit.errors import CacheSnapshotError, StepError
 from kvtoolkit.host_copies import Copy, copy_tiers, sizes_of
 from kvtoolkit.identity import Names
-from kvtoolkit.prefix import BROKEN, CLOCK, NEXT_UID, ROOT, ROOT_UID, Int64Array, reindex
+from kvtoolkit.prefix import BROKEN, CLOCK, EXTRA, NEXT_UID, NO_EXTRA, ROOT, ROOT_UID, Int64Array, reindex
 from kvtoolkit.repair import count_refs
 from kvtoolkit.rows import (
     CAPACITY,
