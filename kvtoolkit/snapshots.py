@@ -96,7 +96,8 @@ def _pack_preempted(sequences: Sequences, held: Int64Array) -> dict[str, NDArray
         arrays[f"preempted.{row}.nodes"] = np.stack([saved.nodes.astype(np.int64), saved.uids], axis=1)
         if saved.copies is not None:
             arrays[f"preempted.{row}.copies"] = np.array([places[copy.number] for copy in saved.copies], np.int64)
-            arrays[f"preempted.{row}.tokens"] = saved.tokens
+            is_findable = sequences.rows.chain[row] != BROKEN  # else its prefixes were cleared
+            arrays[f"preempted.{row}.tokens"] = saved.tokens if is_findable else saved.tokens[:0]
     numbers = sequences.pool.granules.copy[held].tolist()
     arrays["held.copies"] = np.array([places.get(number, -1) for number in numbers], np.int64)
     arrays["copies.tiers"] = np.array([copy.tier for copy in copies.values()], np.int8)
@@ -371,6 +372,8 @@ class _Unpacker:
                 known = np.array([NO_EXTRA, *sequences.identities.keys.numbers.values()], np.int64)
                 if not np.isin(saved.tokens[:, EXTRA], known).all():
                     raise CacheSnapshotError(f"snapshot: expected {name}.tokens with extra keys that are known")
+                if len(saved.tokens):  # to be published again when it comes back, whatever is gone of its chain
+                    table.chain[row], table.origin[row, CHAIN_UID] = ROOT, root_uid
             elif length:
                 raise CacheSnapshotError(f"snapshot: expected the contents of {name}, got none")
             sequences.preempted[row] = saved

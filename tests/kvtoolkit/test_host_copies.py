@@ -194,7 +194,7 @@ def test_keep_free_is_what_is_free_afterwards_or_nothing_is_done(name, to, evict
     assert available(cache) >= left
     assert seen(cache, seq) == seen(again, seq)
     reused = {"drop": int(cache.lengths([seq])[0]), "host": 0}[to]
-    assert cache.stats().reused_tokens - before.reused_tokens == reused
+    assert cache.stats().restored_tokens - before.restored_tokens == reused
 
 
 @pytest.mark.parametrize("evicts", [True, False])
