@@ -82,12 +82,14 @@ def test_what_preempted_sequences_shared_is_saved_and_restored_once(name, betwee
     assert not len(cache._sequences.copies._made)
 
 
+@pytest.mark.parametrize("between", [lambda cache: cache, resume], ids=["stays", "snapshot"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_what_another_sequence_still_holds_is_taken_back(name, monkeypatch):
+def test_what_another_sequence_still_holds_is_taken_back(name, between, monkeypatch):
     cache, ids = beams(name)
     before = [seen(cache, seq) for seq in ids]
     cache.preempt(ids[1:], "host")
     cache.compact(10**6)  # it may lie elsewhere meanwhile
+    cache = between(cache)
     written = count_written(cache, monkeypatch)
     assert cache.restore(ids[1:]).all()
     cache.check_integrity()
