@@ -61,7 +61,7 @@ def tiers() -> None:
             run_tiered(case, arrays, block_mass=to_device(case.no_masses(arrays), ""), window_size=(300, -1))
             run_tiered(case, arrays, num_splits=2)
     for head_dim in (64, 128):
-        test_conversions_give_the_codes_of_the_judge(head_dim, "float16")
+        test_conversions_give_the_codes_of_the_judge(head_dim, "float16", at_the_edge=True)
     test_steps_attend_to_all_tiers("cuda")
 
 
