@@ -136,6 +136,8 @@ def _free(world: World) -> None:
 
 CALLS: dict[str, Call] = {
     "open": lambda w: w.cache.open([prompt(0, 80), prompt(30, 100), []]),
+    "open with a salt": lambda w: w.cache.open([prompt(0, 80)] * 2, salt=["a", None], extra_keys=[[(9, "b")], None]),
+    "clear_prefixes": lambda w: w.cache.clear_prefixes(),
     "close": lambda w: w.cache.close([w.open[0], w.preempted[0]]),
     "step": lambda w: put(w.cache, w.open, [[8], [7] * 30, [6] * 70]),
     "large step": lambda w: put(w.cache, w.open, [[8] * 200, [7] * 100, [6] * 300]),
