@@ -36,7 +36,7 @@ from kvtoolkit.rows import (
     touch_all,
 )
 from kvtoolkit.sequences import Preempted, Sequences
-from kvtoolkit.storage import Contents
+from kvtoolkit.storage import Contents, split
 from kvtoolkit.tables import MAX_BLOCK_GRANULES, TIER_HOT
 from kvtoolkit.tier_config import TIER_NAMES
 
@@ -341,7 +341,7 @@ class _Unpacker:
         self._within("copies.tiers", tiers, 0, 3)
         if (np.array(sequences.config.tier_granules)[tiers] == 0).any():
             raise CacheSnapshotError("snapshot: expected copies of tiers that exist")
-        self._copies = sequences.copies.make(tiers, self._contents("copies", tiers.repeat(sizes_of(tiers))))
+        self._copies = sequences.copies.make(tiers, self._contents("copies", np.bincount(tiers, minlength=3).tolist()))
 
     def _copies_of(self, name: str, length: int) -> tuple[Copy, ...]:
         """The copies that hold the tokens of a preempted sequence; quantized ones are full tiles of 64 tokens."""
@@ -359,17 +359,16 @@ class _Unpacker:
             raise CacheSnapshotError(f"snapshot: expected {name} in whole tiles")
         return copies
 
-    def _contents(self, name: str, tiers: NDArray[Any]) -> Contents:
-        """Contents of granules in these tiers."""
+    def _contents(self, name: str, counts: list[int]) -> Contents:
+        """Contents of so many hot granules, warm blocks and cold blocks."""
         storage = self._sequences.storage
         hot = storage.key_values.shape
         key_values = self._array(
-            f"{name}.key_values", str(storage.key_values.dtype), (*hot[:2], int((tiers == TIER_HOT).sum()), *hot[3:])
+            f"{name}.key_values", str(storage.key_values.dtype), (*hot[:2], counts[TIER_HOT], *hot[3:])
         )
         blocks = []
         for tier, arena in ((1, storage.warm), (2, storage.cold)):
-            count = int((tiers == tier).sum()) // MAX_BLOCK_GRANULES
-            shape = (0,) if arena is None else (arena.shape[0], count, *arena.shape[2:])
+            shape = (0,) if arena is None else (arena.shape[0], counts[tier], *arena.shape[2:])
             blocks.append(self._array(f"{name}.{('warm', 'cold')[tier - 1]}", "uint8", shape))
         return Contents(key_values, *blocks)
 
@@ -380,7 +379,8 @@ class _Unpacker:
         owned = np.flatnonzero((pool.granules.refs > 0) | (pool.granules.node >= 0))
         if not np.array_equal(held, owned):
             raise CacheSnapshotError("snapshot: expected the contents of exactly the granules in use")
-        self._sequences.storage.write(held, self._contents("contents", pool.tiers_of(held.astype(np.int32))))
+        counts = [len(named) for named in split(held, pool.first)]  # of a block only some granules may be cached still
+        self._sequences.storage.write(held, self._contents("contents", counts))
         places = self._vector("held.copies", "int64", len(held))
         self._within("held.copies", places, -1, len(self._copies))
         numbers = np.array([0, *(copy.number for copy in self._copies)], np.int64)
