@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from kvtoolkit import KVCache, SequenceError
+from kvtoolkit.prefix import unpublish
 from tests.kvtoolkit.broken_calls import TIERS, make, prompt, put, seen
 from tests.kvtoolkit.test_interruptions import Interrupted, LineBreaker
 
@@ -233,3 +234,16 @@ def test_keep_free_is_a_number_of_tokens(keep_free):
     with pytest.raises(SequenceError, match="keep_free: expected a number of tokens, got"):
         cache.restore(ids, keep_free=keep_free)
     assert cache.restore(ids).all()
+
+
+def test_a_snapshot_holds_quantized_blocks_of_which_only_a_part_is_still_cached():
+    cache, ids = beams("tiers", count=1)
+    cache.close(ids)
+    pool = cache._sequences.pool
+    cached = np.flatnonzero((pool.granules.node >= 0) & (np.arange(pool.num_granules) >= pool.first[1]))
+    (middle,) = cached[cached % 8 == 4][:1]
+    pool.free_listed(unpublish(pool.nodes, pool.granules, pool.granules.node[middle], pool.freed, 0))
+    cache.check_integrity()
+    again = resume(cache)
+    assert again.stats().cached == cache.stats().cached
+    again.check_integrity()
