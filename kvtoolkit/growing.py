@@ -8,6 +8,7 @@ from kvtoolkit.pool import Runs
 from kvtoolkit.prefix import Int32Array
 from kvtoolkit.rows import CAPACITY, LENGTH
 from kvtoolkit.sequences import Sequences
+from kvtoolkit.tables import TIER_HOT
 
 
 class Grower:
@@ -38,12 +39,14 @@ class Grower:
         if len(pool.ledger.left):
             pool.ledger.free_left()
         num_free = pool.allocator.num_free
+        available = num_free + 8 * len(pool.kept_back) + pool.num_cached
         num_blocks, wanted = passes.choose_sizes(
             sequences.rows,
             arrays,
             num_need,
-            num_free + 8 * len(pool.kept_back),
-            pool.num_cached,
+            available,
+            # what is cached may hold more back than itself, or be held back; `Pool.fit` finds out
+            available if pool.ledger.frees_singly(TIER_HOT) else pool.num_hot,
             pool.num_hot,
             policy.rule,
             policy.tail,
@@ -53,7 +56,7 @@ class Grower:
             self._ends,
         )
         if wanted > num_free:
-            pool.make_room(wanted)
+            pool.evict(wanted - num_free)
         sizes = self._sizes[:num_blocks]
         starts = pool.allocate_some(sizes)
         first, num_refused, width = passes.attach_all(

@@ -86,6 +86,8 @@ def require_index(pool: "Pool") -> None:
     expected_depth = np.where(has_parent, nodes.depth[parents] + 1, 0)
     lost = used[(nodes.parent_uid[used] != expected_uid) | (nodes.depth[used] != expected_depth)]
     require(not len(lost), f"cache: node {lost[:1]} has lost its parent")
+    wrong = int(_check_twins(granules))
+    require(wrong < 0, f"cache: granule {wrong} has twins that are not held, or not exactly one of them is findable")
 
 
 def _require_tier(pool: "Pool", tier: int, allocator: BlockAllocator) -> None:
@@ -155,6 +157,33 @@ def _check_rows(rows: Rows, granules: Granules, ends: Int32Array, seen: Int32Arr
         elif 8 * quantized_end > length:
             return 11, row
     return 0, 0
+
+
+@jit
+def _check_twins(granules: Granules) -> Any:
+    """A granule whose ring of twins is wrong, or -1."""
+    num_members, num_reached = 0, 0
+    for granule in range(len(granules.refs)):
+        following = granules.next_twin[granule]
+        if granules.previous_twin[following] != granule:
+            return granule
+        if following == granule:
+            continue
+        num_members += 1
+        if granules.refs[granule] == 0:
+            return granule
+        if granules.node[granule] >= 0:
+            num_reached += 1
+            while following != granule:
+                if granules.node[following] >= 0:
+                    return granule
+                num_reached += 1
+                following = granules.next_twin[following]
+    if num_reached != num_members:
+        for granule in range(len(granules.refs)):
+            if granules.next_twin[granule] != granule:
+                return granule
+    return -1
 
 
 @jit

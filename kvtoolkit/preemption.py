@@ -9,6 +9,7 @@ from kvtoolkit.prefix import Int32Array, usable
 from kvtoolkit.rows import LENGTH, OPEN, STATE
 from kvtoolkit.sequences import Preempted, Sequences
 from kvtoolkit.tables import MAX_BLOCK_GRANULES, TIER_HOT
+from kvtoolkit.twins import find_twins
 
 
 def preempt(sequences: Sequences, batch: Int32Array, to: str) -> None:
@@ -66,6 +67,7 @@ def _restore(sequences: Sequences, row: int) -> bool:
         if not sequences.attach(row, runs):
             pool.free_runs(runs)
             return False
+        pool.free_listed(find_twins(table, np.array([row], np.int32), pool.nodes, pool.granules, pool.freed))
     table.info[row, STATE] = OPEN
     sequences.note_use()
     return True
@@ -74,9 +76,10 @@ def _restore(sequences: Sequences, row: int) -> bool:
 def _room(sequences: Sequences, tiers: NDArray[np.int8]) -> Runs | None:
     """Runs for granules of these tiers, in their order; None if one of the tiers has no room for them."""
     pool = sequences.pool
-    hot = int(np.count_nonzero(tiers == TIER_HOT))
-    pool.make_room(hot)
-    runs = pool.fit(hot)
+    counts = np.bincount(tiers, minlength=len(pool.allocators)).tolist()
+    if not all(pool.can_have(count, tier) for tier, count in enumerate(counts)):
+        return None  # before anything is evicted for it
+    runs = pool.fit(counts[TIER_HOT])
     if runs is None:
         return None
     blocks: Runs = []

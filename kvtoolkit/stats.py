@@ -40,7 +40,8 @@ class CacheStats:
         capacity: slots in the pool.
         used: slots that sequences hold, a shared one counted once.
         cached: slots that no sequence holds but that are not forgotten yet. Later prompts can find them, but for
-            those behind the first quantized tile where ``prefix_reuse_tiers`` is ``hot``.
+            those behind the first quantized tile where ``prefix_reuse_tiers`` is ``hot``. The rest of their blocks
+            counts, too, where the allocator gets blocks back only as a whole: evicting makes all of these free.
         free: slots that nobody holds.
         kept_back: slots kept back as targets for merging.
         waste: share of the slots held that hold no token: room at the ends of sequences.
@@ -117,8 +118,8 @@ def collect(sequences: Sequences) -> CacheStats:
         num_preempted_seqs=int(np.count_nonzero(info[:, STATE] == PREEMPTED)),
         num_tokens=int(lengths.sum()),
         capacity=pool.num_granules * 8,
-        used=pool.num_used * 8,
-        cached=int(pool.granules.cached.sum()) * 8,
+        used=sum(one.used for one in tiers.values()),
+        cached=sum(one.cached for one in tiers.values()),
         free=sum(one.num_free for one in allocators) * 8,
         kept_back=64 * len(pool.kept_back),
         waste=(slots - int(lengths.sum())) / slots if slots else 0.0,
@@ -149,11 +150,13 @@ def collect(sequences: Sequences) -> CacheStats:
 
 def _tiers(sequences: Sequences) -> dict[str, TierStats]:
     pool, block_nbytes = sequences.pool, sequences.config.block_nbytes
+    evictable = [pool.num_evictable(tier) for tier in range(len(TIER_NAMES))]
+    cached = pool.granules.cached.tolist()
     return {
         TIER_NAMES[tier]: TierStats(
             capacity=allocator.num_granules * 8,
-            used=pool.num_used_of(tier) * 8,
-            cached=int(pool.granules.cached[tier]) * 8,
+            used=(pool.num_used_of(tier) + cached[tier] - evictable[tier]) * 8,
+            cached=evictable[tier] * 8,
             free=allocator.num_free * 8,
             nbytes=allocator.num_granules // 8 * block_nbytes[TIER_NAMES[tier]],
         )
