@@ -203,23 +203,6 @@ def test_blocks_that_a_row_holds_a_part_of_are_left_alone(kind):
     assert [hits(cache, [prompt] * 64) for prompt in range(7)] == [0] + [64] * 6
 
 
-def test_what_follows_a_prefix_in_another_tier_goes_only_with_it():
-    tiers = {"hot": 64, "warm": "int8", "prefix_reuse_tiers": "all"}
-    cache = make(tiers=tiers, num_tokens=2048, head_dim=64)
-    seq_ids, _ = cache.open([[]])
-    prompt = list(range(256))
-    for first in range(0, 256, 32):
-        assert feed(cache, seq_ids, [prompt[first : first + 32]])
-    cache.close(seq_ids)
-    cache.check_integrity()
-    found = hits(cache, prompt)
-    assert found > 64
-    other, _ = cache.open([[]])
-    while feed(cache, other, [[5] * 8]):
-        cache.check_integrity()
-    assert cache.stats().num_evicted > 0
-
-
 # -- requests that cannot be granted ---------------------------------------------------------------------------------
 
 
@@ -230,11 +213,6 @@ def refused_step(cache, running, saved):
 def refused_fork(cache, running, saved):
     with pytest.raises(CacheFullError):
         cache.fork(running, 200)
-
-
-def refused_pin(cache, running, saved):
-    with pytest.raises(CacheFullError):
-        cache.pin(cache.fork(running, 100).ravel())
 
 
 def refused_restore(cache, running, saved):
