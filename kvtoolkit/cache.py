@@ -30,6 +30,9 @@ from kvtoolkit.step_arrays import SpareArrays, widen
 from kvtoolkit.tiers import TierCaches
 from kvtoolkit.upload import make_upload
 
+_LEAST_TOKENS_REFUSED = 1 << 20
+"""New tokens of a step that are never too many to ask for, however small the pool: rows without room just stall."""
+
 
 class KVCache:
     """The KV cache of one model: paged memory, prefix reuse, forks, preemption, for a batch at a time.
@@ -54,6 +57,7 @@ class KVCache:
         self._grower = Grower(self._sequences)
         self._demoter = None if config.tier_config is None else Demoter(self._sequences, config.tier_config)
         self._arrays = SpareArrays()
+        self._most_new_tokens = max(_LEAST_TOKENS_REFUSED, 16 * 8 * config.num_granules)
         self._upload = make_upload(config.backend, self._sequences.storage.device)
         self._arenas = access.Arenas(self._sequences.storage, config.dtype, config.backend)
         hot = self._sequences.pool.allocator
@@ -137,7 +141,8 @@ class KVCache:
 
         Raises:
             SequenceError: an id is unknown, closed, preempted, in another open step, or stands twice.
-            StepError: ``num_new_tokens`` is negative, above any cache, or has another shape.
+            StepError: ``num_new_tokens`` is negative, above any cache, has another shape, or comes to more than 16
+                times the pool (and 2**20) in all.
         """
         ids = seq_ids.copy() if is_ids(seq_ids) else as_ids(seq_ids)
         batch = len(ids)
@@ -150,6 +155,10 @@ class KVCache:
         else:
             raise StepError(f"num_new_tokens: expected 0 to {MAX_TOKENS}, got {num_new_tokens}")
         sequences = self._sequences
+        if total > self._most_new_tokens:
+            raise StepError(
+                f"num_new_tokens: expected at most {self._most_new_tokens} in all, 16 times the pool, got {total}"
+            )
         arrays = self._arrays.take(batch, total)
         arrays.counts[:batch] = counts
         code, where, num_need, num_merge, width, mark = passes.begin(
@@ -201,7 +210,7 @@ class KVCache:
                 sequences.rows, step._arrays, batch, step._mark, tokens, pool.nodes, pool.granules, pool.freed
             )
         sequences.counters.num_steps += 1
-        self._arrays.give_back(step._arrays)
+        self._arrays.give_back(step._arrays, batch, len(step.slot_mapping))
         pool.free_listed(num_freed)
 
     @exclusive_or_later
@@ -339,6 +348,9 @@ class KVCache:
     @exclusive
     def compact(self, max_tokens: int) -> int:
         """Merge small blocks into blocks of 64 tokens, and move blocks together to make room for them.
+
+        A call looks at 4096 entries of the block table, and at one more for every 8 tokens of its budget; the next one
+        goes on from there. So a result of 0 says that there was nothing to do in that part.
 
         Args:
             max_tokens: most tokens to copy.

@@ -55,6 +55,8 @@ class Sequences:
         num_tiles = -(-config.seq_len_limit // 64) if self.collects_mass else 0
         self.rows = rows.make_rows(config.max_seqs, config.entries_limit, num_tiles)
         self.closed_rows = list(range(config.max_seqs))[::-1]
+        self.compacted = np.zeros(2, np.int64)
+        """Row and logical granule where compaction goes on."""
         self.preempted: dict[int, Preempted] = {}
         self.opened = 0, np.empty(0, np.int32)
         """Number of a call, and the rows that it has opened: if it breaks off, nobody has their ids."""
