@@ -26,7 +26,7 @@ from kvtoolkit.sequences import Sequences
 from kvtoolkit.shared_allocator import SharedAllocator
 from kvtoolkit.stats import CacheStats, collect
 from kvtoolkit.step import Step
-from kvtoolkit.step_arrays import SpareArrays, widen
+from kvtoolkit.step_arrays import SpareArrays
 from kvtoolkit.tiers import TierCaches
 from kvtoolkit.upload import make_upload
 
@@ -165,7 +165,7 @@ class KVCache:
             sequences.rows, arrays, ids, self.config.seq_len_limit, sequences.pool.policy.merges
         )
         if code:
-            self._arrays.give_back(arrays)
+            self._arrays.give_back(arrays, batch, total)
             raise sequences.bad_id(code, int(ids[where]), (OPEN,))
         has_moved = self._demoter is not None and self._demoter.run(arrays, num_need)
         if num_merge:
@@ -175,7 +175,7 @@ class KVCache:
         if has_moved:
             width = passes.widest(sequences.rows, arrays, batch)
         if width > arrays.table.shape[1]:
-            arrays = widen(arrays, width)
+            arrays = self._arrays.widen(arrays, width)
             passes.sync_tables(sequences.rows, arrays, batch)
         elif num_merge or has_moved:
             passes.sync_tables(sequences.rows, arrays, batch)
@@ -218,8 +218,9 @@ class KVCache:
         """End a step as if it had not happened; blocks it took stay with their sequences as room to grow."""
         self._require_own(step)
         self._end(step)
-        passes.reopen(self._sequences.rows, step._arrays, len(step.seq_ids), step._mark)
-        self._arrays.give_back(step._arrays)
+        batch = len(step.seq_ids)
+        passes.reopen(self._sequences.rows, step._arrays, batch, step._mark)
+        self._arrays.give_back(step._arrays, batch, len(step.slot_mapping))
 
     def _end(self, step: Step) -> None:
         """Before anything else changes: a step whose end is interrupted has ended, or was aborted."""

@@ -22,7 +22,18 @@ from allocators._jit import jit
 from kvtoolkit.errors import ConfigError
 from kvtoolkit.eviction import CachedGranules, EvictionPolicy
 from kvtoolkit.ledger import Flags, Ledger
-from kvtoolkit.prefix import NUM_CHANGES, NUM_LISTED, Granules, Int32Array, Int64Array, Nodes, tier_of, unpublish
+from kvtoolkit.prefix import (
+    IS_LISTED,
+    LISTED,
+    NUM_CHANGES,
+    NUM_LISTED,
+    Granules,
+    Int32Array,
+    Int64Array,
+    Nodes,
+    tier_of,
+    unpublish,
+)
 from kvtoolkit.tier_config import TIER_NAMES
 
 _DEEPEST = 1 << 25
@@ -80,7 +91,7 @@ class Evictor:
 
     def can_free(self, tier: int, wanted: int) -> bool:
         """Whether evicting would make ``wanted`` granules of a tier available; evicts nothing."""
-        cached, changes = int(self._granules.cached[tier]), int(self._granules.counts[NUM_CHANGES])
+        cached, changes = int(self._granules.cached[tier]), int(self._granules.cached[NUM_CHANGES])
         if wanted <= 0 or cached == 0:
             return wanted <= 0
         if self._is_single[tier]:
@@ -117,10 +128,10 @@ class Evictor:
     def _score_listed(self) -> None:
         """Score what became cached since the last time, and put its units into the heaps."""
         nodes, granules = self._nodes, self._granules
-        count = int(granules.counts[NUM_LISTED])
+        count = int(granules.cached[NUM_LISTED])
         if not count:
             return
-        listed = granules.listed[:count]
+        listed = granules.links[:count, LISTED]
         cached = listed[(granules.refs[listed] == 0) & (granules.node[listed] >= 0)]
         found = granules.node[cached]
         order = np.argsort(-nodes.depth[found], kind="stable")  # the deepest first
@@ -182,9 +193,9 @@ def _make_heap(room: int) -> _Heap:
 
 @jit
 def _forget_listed(granules: Granules) -> None:
-    for i in range(granules.counts[NUM_LISTED]):
-        granules.is_listed[granules.listed[i]] = False
-    granules.counts[NUM_LISTED] = 0
+    for i in range(granules.cached[NUM_LISTED]):
+        granules.links[granules.links[i, LISTED], IS_LISTED] = 0
+    granules.cached[NUM_LISTED] = 0
 
 
 @jit

@@ -8,7 +8,7 @@ from allocators import BlockAllocator
 from allocators._jit import jit
 from allocators.protocol import require
 from kvtoolkit.device_pool import DevicePool
-from kvtoolkit.prefix import ROOT_UID, Granules, Int32Array, tier_of
+from kvtoolkit.prefix import NEXT, PREVIOUS, ROOT_UID, Granules, Int32Array, tier_of
 from kvtoolkit.rows import CAPACITY, CLOSED, LENGTH, NUM_ENTRIES, PREEMPTED, STATE, Rows
 from kvtoolkit.tables import MAX_BLOCK_GRANULES, TIER_HOT, entry_granule, entry_length, entry_tier
 from kvtoolkit.tier_config import TIER_NAMES
@@ -164,8 +164,8 @@ def _check_twins(granules: Granules) -> Any:
     """A granule whose ring of twins is wrong, or -1."""
     num_members, num_reached = 0, 0
     for granule in range(len(granules.refs)):
-        following = granules.next_twin[granule]
-        if granules.previous_twin[following] != granule:
+        following = granules.links[granule, NEXT]
+        if granules.links[following, PREVIOUS] != granule:
             return granule
         if following == granule:
             continue
@@ -178,10 +178,10 @@ def _check_twins(granules: Granules) -> Any:
                 if granules.node[following] >= 0:
                     return granule
                 num_reached += 1
-                following = granules.next_twin[following]
+                following = granules.links[following, NEXT]
     if num_reached != num_members:
         for granule in range(len(granules.refs)):
-            if granules.next_twin[granule] != granule:
+            if granules.links[granule, NEXT] != granule:
                 return granule
     return -1
 

@@ -36,8 +36,10 @@ ROOT, BROKEN = -1, -2
 """Chain ends that are no node: nothing yet, and a row whose tokens are not all known."""
 ROOT_UID = 0
 NEXT_UID, CLOCK, NUM_SPARE = range(3)
-# entries of `Granules.counts`
-NUM_LISTED, NUM_CHANGES = range(2)
+# further entries of `Granules.cached`
+NUM_LISTED, NUM_CHANGES = 3, 4
+# columns of `Granules.links`
+NEXT, PREVIOUS, IS_LISTED, LISTED = range(4)
 
 _KEY_WORDS = 19
 _LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
@@ -53,15 +55,11 @@ class Granules(NamedTuple):
     first: Int32Array
     """``[3]`` number of the first granule of the hot, the warm and the cold tier."""
     cached: Int64Array
-    """``[3]`` how many granules of each tier are cached, see above."""
-    next_twin: Int32Array
-    """The following member of its ring of twins; itself where it has none."""
-    previous_twin: Int32Array
-    listed: Int32Array
-    """Granules that became cached since the evictor looked, ``counts[NUM_LISTED]`` of them, each once."""
-    is_listed: NDArray[np.bool_]
-    counts: Int64Array
-    """``[2]``: the number of those, and how often something has changed what eviction could free."""
+    """``[5]`` how many granules of each tier are cached, see above; how many of them are listed in `links`; how often
+    something has changed what eviction could free."""
+    links: Int32Array
+    """``[num_granules, 4]``, columns above: the neighbours in the ring of twins, itself where there are none; whether
+    it became cached since the evictor looked; and, by their number, the granules of which that is so."""
 
 
 class Nodes(NamedTuple):
@@ -96,12 +94,8 @@ def make_granules(num_granules: int, first: tuple[int, int, int]) -> Granules:
         refs=np.zeros(num_granules, np.int32),
         node=np.full(num_granules, -1, np.int32),
         first=np.array(first, np.int32),
-        cached=np.zeros(3, np.int64),
-        next_twin=np.arange(num_granules, dtype=np.int32),
-        previous_twin=np.arange(num_granules, dtype=np.int32),
-        listed=np.empty(num_granules, np.int32),
-        is_listed=np.zeros(num_granules, np.bool_),
-        counts=np.zeros(2, np.int64),
+        cached=np.zeros(5, np.int64),
+        links=np.arange(num_granules, dtype=np.int32)[:, None] * np.array([1, 1, 0, 0], np.int32),
     )
 
 
@@ -253,10 +247,10 @@ def unpublish(nodes: Nodes, granules: Granules, node: int, freed: Int32Array, nu
             current = nodes.first_child[current]
         parent, granule = nodes.parent[current], nodes.granule[current]
         _remove(nodes, granules, current)
-        while granules.next_twin[granule] != granule:
-            _leave_ring(granules, granules.next_twin[granule])
+        while granules.links[granule, NEXT] != granule:
+            _leave_ring(granules, granules.links[granule, NEXT])
         if granules.refs[granule] == 0:
-            granules.counts[NUM_CHANGES] += 1
+            granules.cached[NUM_CHANGES] += 1
             granules.cached[tier_of(granules, granule)] -= 1
             freed[num_freed] = granule
             num_freed += 1
@@ -269,7 +263,7 @@ def unpublish(nodes: Nodes, granules: Granules, node: int, freed: Int32Array, nu
 def hold(nodes: Nodes, granules: Granules, granule: int) -> None:
     """One row more holds the granule."""
     if granules.refs[granule] == 0 and granules.node[granule] >= 0:
-        granules.counts[NUM_CHANGES] += 1
+        granules.cached[NUM_CHANGES] += 1
         granules.cached[tier_of(granules, granule)] -= 1
     granules.refs[granule] += 1
 
@@ -284,8 +278,8 @@ def release(nodes: Nodes, granules: Granules, granule: int, freed: Int32Array, n
     granules.refs[granule] -= 1
     if granules.refs[granule] > 0:
         return num_freed
-    granules.counts[NUM_CHANGES] += 1
-    if granules.next_twin[granule] != granule:
+    granules.cached[NUM_CHANGES] += 1
+    if granules.links[granule, NEXT] != granule:
         hand_over(nodes, granules, granule)
     node = granules.node[granule]
     if node >= 0:
@@ -300,31 +294,31 @@ def release(nodes: Nodes, granules: Granules, granule: int, freed: Int32Array, n
 @jit
 def _list(granules: Granules, granule: int) -> None:
     """Tell the evictor of a granule that has become cached."""
-    if not granules.is_listed[granule]:
-        granules.is_listed[granule] = True
-        granules.listed[granules.counts[NUM_LISTED]] = granule
-        granules.counts[NUM_LISTED] += 1
+    if granules.links[granule, IS_LISTED] == 0:
+        granules.links[granule, IS_LISTED] = 1
+        granules.links[granules.cached[NUM_LISTED], LISTED] = granule
+        granules.cached[NUM_LISTED] += 1
 
 
 @jit
 def join_ring(granules: Granules, member: int, granule: int) -> None:
     """Make a granule a twin of another one and its twins."""
-    following = granules.next_twin[member]
-    granules.next_twin[member], granules.previous_twin[granule] = granule, member
-    granules.next_twin[granule], granules.previous_twin[following] = following, granule
+    following = granules.links[member, NEXT]
+    granules.links[member, NEXT], granules.links[granule, PREVIOUS] = granule, member
+    granules.links[granule, NEXT], granules.links[following, PREVIOUS] = following, granule
 
 
 @jit
 def _leave_ring(granules: Granules, granule: int) -> None:
-    before, following = granules.previous_twin[granule], granules.next_twin[granule]
-    granules.next_twin[before], granules.previous_twin[following] = following, before
-    granules.next_twin[granule] = granules.previous_twin[granule] = granule
+    before, following = granules.links[granule, PREVIOUS], granules.links[granule, NEXT]
+    granules.links[before, NEXT], granules.links[following, PREVIOUS] = following, before
+    granules.links[granule, NEXT] = granules.links[granule, PREVIOUS] = granule
 
 
 @jit
 def hand_over(nodes: Nodes, granules: Granules, granule: int) -> None:
     """Let the twins of a granule go on without it: if the index stood for it, it stands for one of them now."""
-    twin, node = granules.next_twin[granule], granules.node[granule]
+    twin, node = granules.links[granule, NEXT], granules.node[granule]
     _leave_ring(granules, granule)
     if node >= 0 and twin != granule:
         granules.node[granule], granules.node[twin] = -1, node
@@ -337,7 +331,7 @@ def withdraw(nodes: Nodes, granules: Granules, granule: int, freed: Int32Array, 
 
     Returns the number of ``freed``, to which `unpublish` adds.
     """
-    if granules.next_twin[granule] != granule:
+    if granules.links[granule, NEXT] != granule:
         hand_over(nodes, granules, granule)
     elif granules.node[granule] >= 0:
         num_freed = unpublish(nodes, granules, granules.node[granule], freed, num_freed)
@@ -347,7 +341,7 @@ def withdraw(nodes: Nodes, granules: Granules, granule: int, freed: Int32Array, 
 @jit
 def move_granule(nodes: Nodes, granules: Granules, source: int, target: int) -> None:
     """Re-point what knows ``source`` to ``target``, which nobody knew."""
-    granules.counts[NUM_CHANGES] += 1
+    granules.cached[NUM_CHANGES] += 1
     granules.refs[target] = granules.refs[source]
     granules.refs[source] = 0
     node = granules.node[source]
@@ -355,7 +349,7 @@ def move_granule(nodes: Nodes, granules: Granules, source: int, target: int) -> 
     granules.node[source] = -1
     if node >= 0:
         nodes.granule[node] = target
-    if granules.next_twin[source] != source:
+    if granules.links[source, NEXT] != source:
         join_ring(granules, source, target)
         _leave_ring(granules, source)
 
@@ -367,12 +361,11 @@ def reindex(nodes: Nodes, granules: Granules) -> None:
     What is given of a node is its uid, parent, parent_uid, tokens, granule, depth, num_uses and last_used.
     """
     granules.node[:] = -1
-    granules.cached[:] = 0
-    granules.is_listed[:] = False
-    granules.counts[NUM_LISTED] = 0
-    granules.counts[NUM_CHANGES] += 1
+    granules.cached[: NUM_LISTED + 1] = 0
+    granules.links[:, IS_LISTED] = 0
+    granules.cached[NUM_CHANGES] += 1
     for granule in range(len(granules.refs)):
-        granules.next_twin[granule] = granules.previous_twin[granule] = granule
+        granules.links[granule, NEXT] = granules.links[granule, PREVIOUS] = granule
     nodes.counts[NUM_SPARE] = 0
     for node in range(len(nodes.uid) - 1, -1, -1):  # the lowest is used first, as in a fresh index
         nodes.first_child[node] = nodes.next_sibling[node] = nodes.previous_sibling[node] = -1
@@ -449,7 +442,7 @@ def repoint(nodes: Nodes, granules: Granules, node: int, granule: int, freed: In
     granules.node[old], granules.node[granule] = -1, node
     nodes.granule[node] = granule
     if granules.refs[old] == 0:
-        granules.counts[NUM_CHANGES] += 1
+        granules.cached[NUM_CHANGES] += 1
         granules.cached[tier_of(granules, old)] -= 1
         freed[num_freed] = old
         num_freed += 1

@@ -15,6 +15,7 @@ class SpareArrays:
     def __init__(self) -> None:
         self._spare: list[StepArrays] = []
         self._num_small = 0  # steps since one that needed an eighth of large arrays
+        self._has_large = False
 
     def take(self, batch: int, num_tokens: int) -> StepArrays:
         """Arrays for so many rows and new tokens; those of the last step if they are large enough."""
@@ -27,11 +28,20 @@ class SpareArrays:
             arrays = _make(max(8, 1 << (batch - 1).bit_length()), 16)
         if num_tokens > len(arrays.slot_mapping):
             arrays = arrays._replace(slot_mapping=np.empty(1 << (num_tokens - 1).bit_length(), np.int64))
+            self._has_large |= num_tokens > _LARGE // 2
         return arrays
 
-    def give_back(self, arrays: StepArrays, batch: int = 0, num_tokens: int = 0) -> None:
+    def widen(self, arrays: StepArrays, width: int) -> StepArrays:
+        """The arrays, with empty tables for rows of ``width`` entries."""
+        table = np.full((len(arrays.rows), 1 << (width - 1).bit_length()), -1, np.int32)
+        self._has_large |= table.size > _LARGE
+        arrays.stamps[:] = -1
+        arrays.filled[:] = 0
+        return arrays._replace(table=table, starts=table.copy())
+
+    def give_back(self, arrays: StepArrays, batch: int, num_tokens: int) -> None:
         """End the use of arrays by a step of so many rows and new tokens."""
-        if arrays.table.size > _LARGE or len(arrays.slot_mapping) > _LARGE:
+        if self._has_large:
             arrays = self._fitting(arrays, batch, num_tokens)
         self._spare.append(arrays)
 
@@ -44,16 +54,9 @@ class SpareArrays:
         self._num_small = 0 if is_large else self._num_small + 1
         if self._num_small <= _PATIENCE:
             return arrays
-        self._num_small = 0
+        self._num_small, self._has_large = 0, False
+        self._spare.clear()
         return _make(max(8, 1 << (batch - 1).bit_length()), 1 << (width - 1).bit_length())
-
-
-def widen(arrays: StepArrays, width: int) -> StepArrays:
-    """The arrays, with empty tables for rows of ``width`` entries."""
-    table = np.full((len(arrays.rows), 1 << (width - 1).bit_length()), -1, np.int32)
-    arrays.stamps[:] = -1
-    arrays.filled[:] = 0
-    return arrays._replace(table=table, starts=table.copy())
 
 
 def _make(batch: int, width: int) -> StepArrays:

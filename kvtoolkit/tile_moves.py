@@ -9,7 +9,7 @@ from typing import Any
 from allocators._jit import jit
 from kvtoolkit.demotion import Rule, wanted_tier
 from kvtoolkit.passes import StepArrays
-from kvtoolkit.prefix import NUM_CHANGES, Granules, Int32Array, Int64Array, Nodes, hand_over
+from kvtoolkit.prefix import NEXT, NUM_CHANGES, Granules, Int32Array, Int64Array, Nodes, hand_over
 from kvtoolkit.rows import (
     CAPACITY,
     CLOSED,
@@ -180,7 +180,7 @@ def change_tier(
     for k in range(8):
         old, new = sources[k], block + k
         granules.refs[new] = count
-        if granules.refs[old] == count and granules.next_twin[old] != old:
+        if granules.refs[old] == count and granules.links[old, NEXT] != old:
             hand_over(nodes, granules, old)  # twins are hot
         node = granules.node[old]
         if node >= 0 and granules.refs[old] == count:
@@ -188,7 +188,7 @@ def change_tier(
             nodes.granule[node] = new
         granules.refs[old] -= count
         if granules.refs[old] == 0:
-            granules.counts[NUM_CHANGES] += 1
+            granules.cached[NUM_CHANGES] += 1
             freed[num_freed] = old
             num_freed += 1
     for row in members:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from allocators._jit import jit
-from kvtoolkit.prefix import Granules, Int32Array, Nodes, add_twin, tier_of
+from kvtoolkit.prefix import NEXT, Granules, Int32Array, Nodes, add_twin, tier_of
 from kvtoolkit.rows import CAPACITY, Rows, granule_at
 
 
@@ -17,7 +17,7 @@ def find_twins(rows: Rows, which: Int32Array, nodes: Nodes, granules: Granules, 
             continue
         while node >= 0:
             granule = granule_at(rows, row, nodes.depth[node])
-            is_alone = granules.node[granule] < 0 and granules.next_twin[granule] == granule
+            is_alone = granules.node[granule] < 0 and granules.links[granule, NEXT] == granule
             if is_alone and tier_of(granules, granule) == 0:
                 num_freed = add_twin(nodes, granules, node, granule, freed, num_freed)
             node = nodes.parent[node]
