@@ -10,7 +10,8 @@ A node's score counts for everything before it, since without its beginning a pr
     key of a unit == max(keys of its cached nodes)
 
 Units are in a heap by their keys. Those with equal keys go one sequence after another, each from its end, so that
-blocks become free as a whole. A granule is scored once, when memory is needed after it became cached.
+blocks become free as a whole. A unit enters the heap when memory is needed after rows let go of granules in it; one of
+which a row holds a part leaves it until then. So a granule is scored once each time it becomes cached.
 """
 
 from typing import Any, NamedTuple
@@ -37,11 +38,10 @@ from kvtoolkit.prefix import (
 from kvtoolkit.tier_config import TIER_NAMES
 
 _DEEPEST = 1 << 25
-_DROPPED, _BLOCKED = 0, -1
 
 
 class _Heap(NamedTuple):
-    """The units of one tier that can be freed, lowest first, and those that a row's granule keeps from that."""
+    """Units of one tier, lowest first; some of them are outdated."""
 
     keys: NDArray[np.float64]
     ties: Int64Array
@@ -50,7 +50,7 @@ class _Heap(NamedTuple):
     serials: Int64Array
     """Which time the unit was pushed: only the latest counts."""
     counts: Int64Array
-    """``[2]``: units in the heap, and units set aside, which are at the end of the arrays."""
+    """``[1]`` units in the heap."""
 
 
 class _Scores(NamedTuple):
@@ -103,9 +103,8 @@ class Evictor:
         heap, ledger = self._heaps[tier], self._ledger
         arguments = (self._scores.latest, self._granules, ledger.granted, ledger.callers)
         gain, num_useless = _count_gain(heap, *arguments, wanted)
-        if gain < wanted or num_useless > 64 + heap.counts[0] // 2:
+        if num_useless > 64:  # so that they are met no more often than they come
             _tidy(heap, *arguments)
-            gain, _ = _count_gain(heap, *arguments, wanted)
         if gain < wanted:
             self._known[tier] = changes, int(gain)
         return bool(gain >= wanted)
@@ -126,43 +125,52 @@ class Evictor:
         )  # fmt: skip
 
     def _score_listed(self) -> None:
-        """Score what became cached since the last time, and put its units into the heaps."""
+        """Score what became cached since the last time, and push the units in which rows let go of something."""
         nodes, granules = self._nodes, self._granules
         count = int(granules.cached[NUM_LISTED])
         if not count:
             return
         listed = granules.links[:count, LISTED]
-        cached = listed[(granules.refs[listed] == 0) & (granules.node[listed] >= 0)]
+        is_cached = (granules.refs[listed] == 0) & (granules.node[listed] >= 0)
+        cached = listed[is_cached]
         found = granules.node[cached]
         order = np.argsort(-nodes.depth[found], kind="stable")  # the deepest first
         cached, found = cached[order], found[order]
         if len(found):
             figures = CachedGranules(nodes.last_used[found], nodes.num_uses[found], nodes.depth[found])
             values = self._ask(figures)
-            tiers = np.searchsorted(granules.first[1:], cached, side="right")
-            sizes = np.maximum(self._ledger.unit_sizes(cached), self._smallest[tiers])
-            self._heaps = [self._with_room(heap, len(cached)) for heap in self._heaps]
-            self._serial += 1
             _inherit(nodes, granules, found, values, self._scores, self._highest)
-            for tier, heap in enumerate(self._heaps):
-                own = tiers == tier
-                _push_units(heap, self._serial, cached[own], sizes[own], nodes, granules, self._scores)
             self._highest = max(self._highest, float(values.max()))
+        self._push(np.concatenate([cached, listed[~is_cached]]), len(cached))
         _forget_listed(granules)
+
+    def _push(self, touched: Int32Array, num_cached: int) -> None:
+        """Put the units of granules, the first ``num_cached`` of which are cached, into the heaps."""
+        granules = self._granules
+        tiers = np.searchsorted(granules.first[1:], touched, side="right")
+        if len(touched) > num_cached:  # which matters only where others depend on them
+            is_of_use = ~np.array(self._is_single)[tiers] | (np.arange(len(touched)) < num_cached)
+            touched, tiers = touched[is_of_use], tiers[is_of_use]
+        sizes = np.maximum(self._ledger.unit_sizes(touched), self._smallest[tiers])
+        self._serial += 1
+        for tier in range(len(TIER_NAMES)):
+            own = tiers == tier
+            if own.any():
+                self._heaps[tier] = heap = self._with_room(self._heaps[tier], int(np.count_nonzero(own)))
+                _push_units(heap, self._serial, touched[own], sizes[own], self._nodes, granules, self._scores)
 
     def _with_room(self, heap: _Heap, more: int) -> _Heap:
         """The heap with room for ``more`` units."""
-        if int(heap.counts.sum()) + more <= len(heap.keys):
+        if heap.counts[0] + more <= len(heap.keys):
             return heap
         _tidy(heap, self._scores.latest, self._granules, self._ledger.granted, self._ledger.callers)
-        count, aside = (int(number) for number in heap.counts)
-        if 2 * (count + aside) + more <= len(heap.keys):
+        count = int(heap.counts[0])
+        if 2 * count + more <= len(heap.keys):
             return heap
-        larger = _make_heap(2 * (count + aside + more))
+        larger = _make_heap(2 * (count + more))
         for old, new in zip(heap[:-1], larger[:-1], strict=True):
             new[:count] = old[:count]
-            new[len(new) - aside :] = old[len(old) - aside :]
-        larger.counts[:] = heap.counts
+        larger.counts[0] = count
         return larger
 
     def _ask(self, figures: CachedGranules) -> NDArray[np.float64]:
@@ -187,7 +195,7 @@ class Evictor:
 def _make_heap(room: int) -> _Heap:
     return _Heap(
         np.empty(room), np.empty(room, np.int64), np.empty(room, np.int64), np.empty(room, np.int64),
-        np.zeros(2, np.int64),
+        np.zeros(1, np.int64),
     )  # fmt: skip
 
 
@@ -233,40 +241,37 @@ def _raise_to(scores: _Scores, node: int, child: int) -> None:
 
 @jit
 def _push_units(
-    heap: _Heap, serial: int, cached: Int32Array, sizes: Int32Array, nodes: Nodes, granules: Granules, scores: _Scores
+    heap: _Heap, serial: int, touched: Int32Array, sizes: Int32Array, nodes: Nodes, granules: Granules, scores: _Scores
 ) -> None:
-    """Push the units that granules are in, each once."""
-    for i in range(len(cached)):
-        first = granules.first[tier_of(granules, cached[i])]
-        start = first + (cached[i] - first) // sizes[i] * sizes[i]
+    """Push the units that granules are in, each once, if something of it is cached."""
+    for i in range(len(touched)):
+        first = granules.first[tier_of(granules, touched[i])]
+        start = first + (touched[i] - first) // sizes[i] * sizes[i]
         if scores.latest[start] == serial:
             continue
         scores.latest[start] = serial
-        key, leaf, depth = -np.inf, 0, 0
+        key, leaf, depth = -np.inf, -1, 0
         for granule in range(start, start + sizes[i]):
             node = granules.node[granule]
             if node >= 0 and granules.refs[granule] == 0:
                 depth = max(depth, nodes.depth[node])
                 if scores.keys[node] > key or (scores.keys[node] == key and scores.leaves[node] > leaf):
                     key, leaf = scores.keys[node], scores.leaves[node]
-        _push(heap, key, leaf * _DEEPEST + _DEEPEST - 1 - depth, start * 8 + sizes[i] - 1, serial)
+        if leaf >= 0:
+            _push(heap, key, leaf * _DEEPEST + _DEEPEST - 1 - depth, start * 8 + sizes[i] - 1, serial)
 
 
 @jit
-def _state(heap: _Heap, i: int, latest: Int64Array, granules: Granules, granted: Flags, callers: Flags) -> Any:
-    """How many granules evicting a unit makes available; _DROPPED: nothing of it is cached, or it was pushed again."""
+def _gain(heap: _Heap, i: int, latest: Int64Array, granules: Granules, granted: Flags, callers: Flags) -> Any:
+    """How many granules evicting a unit makes available; 0 if it is outdated: pushed again, evicted, held in part."""
     start, size = heap.units[i] >> 3, (heap.units[i] & 7) + 1
-    if latest[start] != heap.serials[i]:
-        return _DROPPED
-    num_cached, num_held = 0, 0
+    num_cached, is_held = 0, latest[start] != heap.serials[i]
     for granule in range(start, start + size):
         if granules.node[granule] >= 0 and granules.refs[granule] == 0:
             num_cached += 1
         elif granted[granule] or callers[granule]:
-            num_held += 1
-    if num_cached == 0:
-        return _DROPPED
-    return size if num_held == 0 else _BLOCKED
+            is_held = True
+    return 0 if is_held or num_cached == 0 else size
 
 
 @jit
@@ -300,45 +305,24 @@ def count_pinned(
 def _count_gain(
     heap: _Heap, latest: Int64Array, granules: Granules, granted: Flags, callers: Flags, wanted: int
 ) -> Any:
-    """``(granules, useless units)``, up to where there are ``wanted`` granules."""
-    gain, num_useless, i = 0, 0, 0
-    while i < heap.counts[0] and gain < wanted:
-        state = _state(heap, i, latest, granules, granted, callers)
-        gain += max(state, 0)
-        num_useless += state <= 0
+    """``(granules, outdated units)``, up to where there are ``wanted`` granules."""
+    total, num_outdated, i = 0, 0, 0
+    while i < heap.counts[0] and total < wanted:
+        gain = _gain(heap, i, latest, granules, granted, callers)
+        total += gain
+        num_outdated += gain == 0
         i += 1
-    return gain, num_useless
+    return total, num_outdated
 
 
 @jit
 def _tidy(heap: _Heap, latest: Int64Array, granules: Granules, granted: Flags, callers: Flags) -> None:
-    """Bring back what was set aside, set aside what is blocked, drop what does not count."""
-    size = len(heap.keys)
-    count, aside = heap.counts[0], heap.counts[1]
-    for k in range(aside):
-        _copy(heap, size - aside + k, count + k)
-    heap.counts[:] = 0
-    total, kept = count + aside, 0
-    # the units that stay are moved to the front, those that are blocked to the end, which holds none now
-    i = 0
-    while i < total:
-        state = _state(heap, i, latest, granules, granted, callers)
-        if state > 0:
+    """Drop the units that are outdated."""
+    kept = 0
+    for i in range(heap.counts[0]):
+        if _gain(heap, i, latest, granules, granted, callers) > 0:
             _copy(heap, i, kept)
             kept += 1
-            i += 1
-        elif state == _DROPPED:
-            i += 1
-        else:
-            key, tie, unit, serial = heap.keys[i], heap.ties[i], heap.units[i], heap.serials[i]
-            place = size - 1 - heap.counts[1]
-            heap.counts[1] += 1
-            if place < total:  # the last one takes its place
-                total -= 1
-                _copy(heap, total, i)
-            else:
-                i += 1
-            heap.keys[place], heap.ties[place], heap.units[place], heap.serials[place] = key, tie, unit, serial
     heap.counts[0] = kept
     for k in range(kept // 2 - 1, -1, -1):
         _sink(heap, k)
@@ -356,17 +340,15 @@ def _evict(
     freed: Int32Array,
 ) -> Any:
     """Evict the lowest units until ``wanted`` granules are available, which has been found to be possible."""
-    gain, num_freed = 0, 0
-    while gain < wanted and heap.counts[0] > 0:
-        state = _state(heap, 0, latest, granules, granted, callers)
-        start, size = heap.units[0] >> 3, (heap.units[0] & 7) + 1
-        _pop(heap, state == _BLOCKED and size > 1)
-        if state <= 0:
-            continue
-        for granule in range(start + size - 1, start - 1, -1):
+    total, num_freed = 0, 0
+    while total < wanted and heap.counts[0] > 0:
+        gain = _gain(heap, 0, latest, granules, granted, callers)
+        start = heap.units[0] >> 3
+        _pop(heap)
+        for granule in range(start + gain - 1, start - 1, -1):
             if granules.node[granule] >= 0:
                 num_freed = unpublish(nodes, granules, granules.node[granule], freed, num_freed)
-        gain += state
+        total += gain
     return num_freed
 
 
@@ -403,17 +385,11 @@ def _push(heap: _Heap, key: float, tie: int, unit: int, serial: int) -> None:
 
 
 @jit
-def _pop(heap: _Heap, sets_aside: bool) -> None:
-    """Take the lowest unit out, or set it aside."""
-    key, tie, unit, serial = heap.keys[0], heap.ties[0], heap.units[0], heap.serials[0]
+def _pop(heap: _Heap) -> None:
     heap.counts[0] -= 1
     if heap.counts[0] > 0:
         _copy(heap, heap.counts[0], 0)
         _sink(heap, 0)
-    if sets_aside:
-        place = len(heap.keys) - 1 - heap.counts[1]
-        heap.counts[1] += 1
-        heap.keys[place], heap.ties[place], heap.units[place], heap.serials[place] = key, tie, unit, serial
 
 
 @jit

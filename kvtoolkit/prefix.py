@@ -59,7 +59,7 @@ class Granules(NamedTuple):
     something has changed what eviction could free."""
     links: Int32Array
     """``[num_granules, 4]``, columns above: the neighbours in the ring of twins, itself where there are none; whether
-    it became cached since the evictor looked; and, by their number, the granules of which that is so."""
+    its last row let go of it since the evictor looked; and, by their number, the granules of which that is so."""
 
 
 class Nodes(NamedTuple):
@@ -278,22 +278,22 @@ def release(nodes: Nodes, granules: Granules, granule: int, freed: Int32Array, n
     granules.refs[granule] -= 1
     if granules.refs[granule] > 0:
         return num_freed
-    granules.cached[NUM_CHANGES] += 1
+    note_let_go(granules, granule)
     if granules.links[granule, NEXT] != granule:
         hand_over(nodes, granules, granule)
     node = granules.node[granule]
     if node >= 0:
         granules.cached[tier_of(granules, granule)] += 1
         nodes.last_used[node] = nodes.counts[CLOCK]
-        _list(granules, granule)
         return num_freed
     freed[num_freed] = granule
     return num_freed + 1
 
 
 @jit
-def _list(granules: Granules, granule: int) -> None:
-    """Tell the evictor of a granule that has become cached."""
+def note_let_go(granules: Granules, granule: int) -> None:
+    """Tell the evictor of a granule that no row holds any more: it is cached now, or others can be freed with it."""
+    granules.cached[NUM_CHANGES] += 1
     if granules.links[granule, IS_LISTED] == 0:
         granules.links[granule, IS_LISTED] = 1
         granules.links[granules.cached[NUM_LISTED], LISTED] = granule
@@ -341,7 +341,7 @@ def withdraw(nodes: Nodes, granules: Granules, granule: int, freed: Int32Array, 
 @jit
 def move_granule(nodes: Nodes, granules: Granules, source: int, target: int) -> None:
     """Re-point what knows ``source`` to ``target``, which nobody knew."""
-    granules.cached[NUM_CHANGES] += 1
+    note_let_go(granules, source)
     granules.refs[target] = granules.refs[source]
     granules.refs[source] = 0
     node = granules.node[source]
@@ -379,7 +379,7 @@ def reindex(nodes: Nodes, granules: Granules) -> None:
         granules.node[granule] = node
         if granules.refs[granule] == 0:
             granules.cached[tier_of(granules, granule)] += 1
-            _list(granules, granule)
+            note_let_go(granules, granule)
         if parent >= 0:
             _add_child(nodes, parent, node)
     rehash(nodes)

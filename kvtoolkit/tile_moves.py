@@ -9,7 +9,7 @@ from typing import Any
 from allocators._jit import jit
 from kvtoolkit.demotion import Rule, wanted_tier
 from kvtoolkit.passes import StepArrays
-from kvtoolkit.prefix import NEXT, NUM_CHANGES, Granules, Int32Array, Int64Array, Nodes, hand_over
+from kvtoolkit.prefix import NEXT, Granules, Int32Array, Int64Array, Nodes, hand_over, note_let_go
 from kvtoolkit.rows import (
     CAPACITY,
     CLOSED,
@@ -188,7 +188,7 @@ def change_tier(
             nodes.granule[node] = new
         granules.refs[old] -= count
         if granules.refs[old] == 0:
-            granules.cached[NUM_CHANGES] += 1
+            note_let_go(granules, old)
             freed[num_freed] = old
             num_freed += 1
     for row in members:
