@@ -8,6 +8,8 @@ import os
 import threading
 import weakref
 
+from numba.core.compiler_lock import global_compiler_lock
+
 _locks: "dict[weakref.ref[threading.RLock], None]" = {}
 """In the order in which they were made: whoever holds one may be waiting for one made before it, never the reverse."""
 _held: "list[threading.RLock]" = []
@@ -30,5 +32,10 @@ def _release_all() -> None:
     while _held:
         _held.pop().release()
 
+
+# Numba compiles under a lock of its own, which is the last that a call comes to
+_compiler_lock: "threading.RLock | None" = getattr(global_compiler_lock, "_lock", None)
+if _compiler_lock is not None:
+    lock_across_forks(_compiler_lock)
 
 os.register_at_fork(before=_acquire_all, after_in_parent=_release_all, after_in_child=_release_all)

@@ -194,9 +194,11 @@ from kvtoolkit import CacheConfig, KVCache
 cache = KVCache(CacheConfig(num_layers=1, num_kv_heads=1, head_dim=8, dtype="float32", num_tokens=4096, max_seqs=64))
 stop = False
 
-def work():
+def work(rounds=1 << 30):
     kv = np.ones((40, 1, 8), np.float32)
-    while not stop:
+    for _ in range(rounds):
+        if stop:
+            return
         ids, _ = cache.open([[1] * 30] * 2)
         with cache.begin_step(ids, 20) as step:
             step.append(0, kv, kv)
@@ -204,10 +206,13 @@ def work():
             cache.end_step(step, [1] * 40)
         cache.close(ids)
 
+work(2)  # compiled before the first fork
+cache.end_orphans([])
+cache.check_integrity()
 threads = [threading.Thread(target=work) for _ in range(3)]
 for thread in threads:
     thread.start()
-time.sleep(1.0)
+time.sleep(0.2)
 for n in range(12):
     child = os.fork()
     if child == 0:
