@@ -239,7 +239,7 @@ print("fine")
 
 def test_a_child_forked_while_threads_are_in_calls_works():
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FORK], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-W", "ignore", "-c", FORK], capture_output=True, text=True, timeout=400, check=False
     )
     assert (done.returncode, done.stdout) == (0, "fine\n"), done.stderr
 
