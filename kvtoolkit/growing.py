@@ -20,6 +20,7 @@ class Grower:
         # scratch: a block for every granule, and one for the rest of every row
         self._sizes = np.empty(config.num_granules + config.max_seqs + 8, np.int32)
         self._ends = np.empty(config.max_seqs, np.int32)
+        self._frees_singly = sequences.pool.ledger.frees_singly(TIER_HOT)
 
     def merge_tails(self, arrays: StepArrays, num_merge: int) -> None:
         """Merge the last 64 tokens of the rows in ``arrays.work[1]``, where they have just become full."""
@@ -46,7 +47,7 @@ class Grower:
             num_need,
             available,
             # what is cached may hold more back than itself, or be held back; `Pool.fit` finds out
-            available if pool.ledger.frees_singly(TIER_HOT) else pool.num_hot,
+            available if self._frees_singly else pool.num_hot,
             pool.num_hot,
             policy.rule,
             policy.tail,
