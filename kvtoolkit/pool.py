@@ -21,6 +21,8 @@ from kvtoolkit.ledger import Ledger, require_allocator
 from kvtoolkit.prefix import Int32Array, make_granules, make_nodes
 from kvtoolkit.tables import MAX_BLOCK_GRANULES, TIER_HOT
 
+_REPLENISHED_AT_ONCE = 64
+
 
 @dataclass
 class Counters:
@@ -121,7 +123,8 @@ class Pool:
         self.reserve = int(self.policy.reserve * (self.num_hot // MAX_BLOCK_GRANULES))
         self.kept_back: list[int] = []
         """First granules of the blocks of 64 tokens kept back for merging."""
-        self.replenish()
+        for _ in range(0, self.reserve, _REPLENISHED_AT_ONCE):
+            self.replenish()
 
     @property
     def num_cached(self) -> int:
@@ -222,7 +225,8 @@ class Pool:
             return False
         if needed > kept_back:
             self.evict(needed - kept_back)
-        return self.give_up_reserve()
+        self._give_up_reserve(-(-needed // MAX_BLOCK_GRANULES))
+        return True
 
     def _sizes_to_try(self, needed: int) -> list[int]:
         """The best fitting size, then smaller ones, then larger ones."""
@@ -281,16 +285,14 @@ class Pool:
         return np.array(targets, np.int32)
 
     def replenish(self) -> None:
-        """Keep back as many blocks of 64 tokens as the policy wants, if there are that many."""
-        missing = self.reserve - len(self.kept_back)
-        if missing > 0 and self.allocator.largest_free >= MAX_BLOCK_GRANULES:
+        """Keep back as many blocks of 64 tokens as the policy wants, if there are that many; some of them each time."""
+        missing = min(self.reserve - len(self.kept_back), _REPLENISHED_AT_ONCE)
+        if missing > 0:
             starts = self.allocate_some(np.full(missing, MAX_BLOCK_GRANULES, np.int32))
             self.kept_back += starts[starts >= 0].tolist()
 
-    def give_up_reserve(self) -> bool:
-        """Free what is kept back, when the last blocks are needed; returns whether there was any."""
-        if not self.kept_back:
-            return False
-        given_up, self.kept_back = self.kept_back, []
+    def _give_up_reserve(self, num_blocks: int) -> None:
+        """Free some of what is kept back, when the last blocks are needed."""
+        first = max(0, len(self.kept_back) - num_blocks)
+        given_up, self.kept_back = self.kept_back[first:], self.kept_back[:first]
         self.free_runs([(start, MAX_BLOCK_GRANULES) for start in given_up])
-        return True

@@ -5,7 +5,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from kvtoolkit import CacheConfig, KVCache, StepError, compaction
+from kvtoolkit import CacheConfig, KVCache, StepError, cli, compaction
+from kvtoolkit.bench import costs
 from kvtoolkit.ledger import Ledger
 
 
@@ -131,3 +132,11 @@ def test_room_in_single_granules_is_asked_for_at_once(monkeypatch):
     cache.close(seq_ids[1:])
     assert cache._sequences.pool.fit(200) is not None
     assert len(calls) < 20
+
+
+def test_the_measurement_of_costs_runs_every_case(capsys):
+    assert cli.main(["bench", "costs", "--granules", "8192", "--repeats", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in costs.CASES)
+    with pytest.raises(SystemExit, match="--repeats: expected at least 1, got 0"):
+        cli.main(["bench", "costs", "--repeats", "0"])
