@@ -8,6 +8,7 @@ import pytest
 from kvtoolkit import CacheConfig, KVCache, StepError, cli, compaction
 from kvtoolkit.bench import costs
 from kvtoolkit.ledger import Ledger
+from kvtoolkit.pool import Pool
 
 
 def make(**fields):
@@ -132,6 +133,20 @@ def test_room_in_single_granules_is_asked_for_at_once(monkeypatch):
     cache.close(seq_ids[1:])
     assert cache._sequences.pool.fit(200) is not None
     assert len(calls) < 20
+
+
+def test_rows_that_need_as_much_as_a_refused_one_are_refused_unseen_and_smaller_ones_are_not(monkeypatch):
+    cache = make(growth="append", prefix_caching=False)
+    long, _ = cache.open([[]])
+    step(cache, long, 4096 - 8 * 20)
+    waiting, _ = cache.open([[]] * 50)
+    calls = []
+    fit = Pool.fit
+    monkeypatch.setattr(Pool, "fit", lambda pool, needed: calls.append(needed) or fit(pool, needed))
+    with cache.begin_step(waiting, [8 * 30] * 20 + [8 * 21] * 20 + [8 * 6] * 10) as open_step:
+        assert open_step.ok.tolist() == [False] * 40 + [True] * 3 + [False] * 7
+    assert len(calls) < 10
+    cache.check_integrity()
 
 
 def test_the_measurement_of_costs_runs_every_case(capsys):
