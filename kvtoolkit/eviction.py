@@ -51,8 +51,7 @@ class LFU:
     """Least often found first, among equals the least recently used."""
 
     def score(self, granules: CachedGranules) -> NDArray[np.float64]:
-        scores: NDArray[np.float64] = granules.num_uses * 2.0**32 + granules.last_used
-        return scores
+        return granules.num_uses.astype(np.float64) * 2.0**32 + granules.last_used.astype(np.float64)
 
 
 _POLICIES: dict[str, Callable[[], EvictionPolicy]] = {"lru": LRU, "lfu": LFU}
