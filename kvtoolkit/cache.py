@@ -383,7 +383,7 @@ class KVCache:
 
         Prompts opened from now on find nothing that was computed before. Sequences keep what they hold; neither that
         nor what they append to it is ever found, until they are truncated to 0 tokens or begin anew after
-        ``preempt(to="drop")``. So is what a step that is open now has appended.
+        ``preempt(to="drop")``. The same holds for what a step that is open now has appended.
 
         Args:
             salt: as `open` takes it; None = the prefixes of all salts and those without one.
