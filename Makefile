@@ -1,5 +1,5 @@
 # make demo   a real model generates text on kvtoolkit's cache
-# make test   every test that this machine can run
+# make test   every test that this machine can run; ARGS are pytest's
 # make lint   ruff and mypy
 # make families   every causal model of the installed transformers, made tiny, beside its own cache: some minutes
 # Both need Python 3.11 or later and nothing else; everything goes into $(VENV).
@@ -15,6 +15,7 @@ TORCH ?= torch==2.13.0
 demo: $(VENV)/.demo
 	$(BIN)/python -m examples.generate $(ARGS)
 
+test: ARGS ?= -n auto --maxprocesses 8 --dist worksteal
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(ARGS)
 

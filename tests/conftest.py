@@ -18,6 +18,9 @@ def has_device() -> bool:
 
 
 def pytest_collection_modifyitems(config, items):
+    if config.pluginmanager.hasplugin("timeout"):  # a test that hangs fails, and says where
+        for item in items:
+            item.add_marker(pytest.mark.timeout(900))
     if "sweep" not in (config.option.markexpr or ""):  # minutes: only where they are asked for
         swept = [item for item in items if item.get_closest_marker("sweep")]
         config.hook.pytest_deselected(items=swept)

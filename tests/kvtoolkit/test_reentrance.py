@@ -233,7 +233,7 @@ stop = True
 for thread in threads:
     thread.join()
 cache.check_integrity()
-print("fine")
+print("fine", flush=True)
 """
 
 
@@ -241,6 +241,38 @@ def test_a_child_forked_while_threads_are_in_calls_works():
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", FORK], capture_output=True, text=True, timeout=400, check=False
     )
+    assert (done.returncode, done.stdout) == (0, "fine\n"), done.stderr
+
+
+HUNG = """
+import os, threading, time, warnings
+import allocators._forks
+from allocators import create
+
+allocators._forks.WAIT_S = 0.3
+hung, other = create("buddy", 64), create("slab", 64)
+def hang():
+    with hung._lock:
+        started.set()
+        time.sleep(600)
+started = threading.Event()
+threading.Thread(target=hang, daemon=True).start()
+started.wait()
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if len(other.allocate([1])) == 1 else 3)
+    assert os.waitpid(child, 0)[1] == 0
+assert ["1 calls" in str(warning.message) for warning in caught if warning.category is RuntimeWarning] == [True]
+assert len(other.allocate([1])) == 1
+print("fine", flush=True)
+os._exit(0)
+"""
+
+
+def test_a_call_that_never_ends_does_not_stop_a_fork():
+    done = subprocess.run([sys.executable, "-c", HUNG], capture_output=True, text=True, timeout=400, check=False)
     assert (done.returncode, done.stdout) == (0, "fine\n"), done.stderr
 
 
