@@ -100,6 +100,9 @@ class EpochPool(BlockAllocator):
         """Free live runs that no kernel can still read. Raises as `BlockAllocator.free`, also for leased blocks."""
         self._give_back(self._checked((starts, sizes), _LIVE))
 
+    def unit_sizes(self, granules: Int32Array) -> Int32Array:
+        return self.inner.unit_sizes(granules)
+
     @exclusive
     def rebuild(self, starts: ArrayLike, sizes: ArrayLike) -> None:
         """As `BlockAllocator.rebuild`. What is in limbo or leased stays so; runs must not overlap it."""

@@ -127,6 +127,12 @@ class LockFreeAllocator(HostAllocator):
         pool.owner[:] = orders + 1 if self._slab else 0
         pool.control[:] = 0
 
+    def unit_sizes(self, granules: Int32Array) -> Int32Array:
+        if not self._slab:
+            return super().unit_sizes(granules)
+        orders = np.clip(self._pool.owner[granules // _WORD].astype(np.int32) - 1, 0, 3)
+        return np.left_shift(1, orders, dtype=np.int32)
+
     # `HostAllocator.allocate` would take the lock; this one must not.
     def allocate(self, sizes: ArrayLike, *, partial: bool = False) -> Int32Array:
         wanted = self._wanted(sizes)

@@ -64,6 +64,9 @@ class PagedAllocator(HostAllocator):
         pages.stack[: len(free)] = free
         pages.depth[0] = len(free)
 
+    def unit_sizes(self, granules: Int32Array) -> Int32Array:
+        return np.full(len(granules), self._block, np.int32)
+
     def _allocate(self, sizes: Int32Array, starts: Int32Array, partial: bool) -> int:
         return int(_pop(self._pages, self._block, starts, partial))
 

@@ -128,6 +128,20 @@ class BlockAllocator(abc.ABC):
             SnapshotError: ``data`` is damaged, or belongs to another kind or size of pool.
         """
 
+    def unit_sizes(self, granules: Int32Array) -> Int32Array:
+        """How much of a block must be free before any of it can be granted again; optional.
+
+        A cache evicts by it: whole units, and only those in which it alone holds something. By default every granule
+        that is freed can be granted again by itself.
+
+        Args:
+            granules: ``[n]`` int32 live granules.
+
+        Returns:
+            ``[n]`` int32 1, 2, 4 or 8: the size of the unit that each of them is in, which begins at a multiple of it.
+        """
+        return np.ones(len(granules), np.int32)
+
     def rebuild(self, starts: ArrayLike, sizes: ArrayLike) -> None:
         """Make exactly these runs live and everything else free, whatever the state was; optional.
 

@@ -89,6 +89,10 @@ class SlabAllocator(HostAllocator):
         slabs.free[:], slabs.returned[:], slabs.owner[:] = slots_of(live, slabs.owner, offered)
         self._after_restore()
 
+    def unit_sizes(self, granules: Int32Array) -> Int32Array:
+        sizes: Int32Array = np.left_shift(1, np.maximum(self._slabs.owner[granules // SLAB], 0), dtype=np.int32)
+        return sizes
+
     def _allocate(self, sizes: Int32Array, starts: Int32Array, partial: bool) -> int:
         if partial:
             return int(_allocate_in_order(self._slabs, sizes, starts))

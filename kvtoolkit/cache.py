@@ -27,9 +27,12 @@ from kvtoolkit.sequences import Sequences
 from kvtoolkit.shared_allocator import SharedAllocator
 from kvtoolkit.stats import CacheStats, collect
 from kvtoolkit.step import Step
-from kvtoolkit.step_arrays import SpareArrays, widen
+from kvtoolkit.step_arrays import SpareArrays
 from kvtoolkit.tiers import TierCaches
 from kvtoolkit.upload import make_upload
+
+_LEAST_TOKENS_REFUSED = 1 << 20
+"""New tokens of a step that are never too many to ask for, however small the pool: rows without room just stall."""
 
 
 class KVCache:
@@ -55,6 +58,7 @@ class KVCache:
         self._grower = Grower(self._sequences)
         self._demoter = None if config.tier_config is None else Demoter(self._sequences, config.tier_config)
         self._arrays = SpareArrays()
+        self._most_new_tokens = max(_LEAST_TOKENS_REFUSED, 16 * 8 * config.num_granules)
         self._upload = make_upload(config.backend, self._sequences.storage.device)
         self._arenas = access.Arenas(self._sequences.storage, config.dtype, config.backend)
         hot = self._sequences.pool.allocator
@@ -163,7 +167,8 @@ class KVCache:
 
         Raises:
             SequenceError: an id is unknown, closed, preempted, in another open step, or stands twice.
-            StepError: ``num_new_tokens`` is negative, above any cache, or has another shape.
+            StepError: ``num_new_tokens`` is negative, above any cache, has another shape, or comes to more than 16
+                times the pool (and 2**20) in all.
         """
         ids = seq_ids.copy() if is_ids(seq_ids) else as_ids(seq_ids)
         batch = len(ids)
@@ -176,13 +181,17 @@ class KVCache:
         else:
             raise StepError(f"num_new_tokens: expected 0 to {MAX_TOKENS}, got {num_new_tokens}")
         sequences = self._sequences
+        if total > self._most_new_tokens:
+            raise StepError(
+                f"num_new_tokens: expected at most {self._most_new_tokens} in all, 16 times the pool, got {total}"
+            )
         arrays = self._arrays.take(batch, total)
         arrays.counts[:batch] = counts
         code, where, num_need, num_merge, width, mark = passes.begin(
             sequences.rows, arrays, ids, self.config.seq_len_limit, sequences.pool.policy.merges
         )
         if code:
-            self._arrays.give_back(arrays)
+            self._arrays.give_back(arrays, batch, total)
             raise sequences.bad_id(code, int(ids[where]), (OPEN,))
         has_moved = self._demoter is not None and self._demoter.run(arrays, num_need)
         if num_merge:
@@ -192,7 +201,7 @@ class KVCache:
         if has_moved:
             width = passes.widest(sequences.rows, arrays, batch)
         if width > arrays.table.shape[1]:
-            arrays = widen(arrays, width)
+            arrays = self._arrays.widen(arrays, width)
             passes.sync_tables(sequences.rows, arrays, batch)
         elif num_merge or has_moved:
             passes.sync_tables(sequences.rows, arrays, batch)
@@ -233,7 +242,7 @@ class KVCache:
                 pool.nodes, pool.granules, pool.freed,
             )  # fmt: skip
         sequences.counters.num_steps += 1
-        self._arrays.give_back(step._arrays)
+        self._arrays.give_back(step._arrays, batch, len(step.slot_mapping))
         pool.free_listed(num_freed)
 
     @exclusive_or_later
@@ -241,8 +250,9 @@ class KVCache:
         """End a step as if it had not happened; blocks it took stay with their sequences as room to grow."""
         self._require_own(step)
         self._end(step)
-        passes.reopen(self._sequences.rows, step._arrays, len(step.seq_ids), step._mark)
-        self._arrays.give_back(step._arrays)
+        batch = len(step.seq_ids)
+        passes.reopen(self._sequences.rows, step._arrays, batch, step._mark)
+        self._arrays.give_back(step._arrays, batch, len(step.slot_mapping))
 
     def _end(self, step: Step) -> None:
         """Before anything else changes: a step whose end is interrupted has ended, or was aborted."""
@@ -402,6 +412,9 @@ class KVCache:
     @exclusive
     def compact(self, max_tokens: int) -> int:
         """Merge small blocks into blocks of 64 tokens, and move blocks together to make room for them.
+
+        A call looks at 4096 entries of the block table, and at one more for every 8 tokens of its budget; the next one
+        goes on from there. So a result of 0 says that there was nothing to do in that part.
 
         Args:
             max_tokens: most tokens to copy.

@@ -24,6 +24,9 @@ from kvtoolkit.tier_config import TIER_NAMES, TierConfig
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _BACKENDS = ("cpu", "cuda", "numba")
 _TOKENS_PER_SUPERBLOCK = 64
+_BLOCK_TABLE_NBYTES = 256 << 20
+_ENTRY_NBYTES = 8  # the entry and its start
+_LEAST_ENTRIES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +58,8 @@ class CacheConfig:
             fit.
         max_seq_len: tokens in one sequence. Default: all of the pool.
         max_entries: entries in one row of the block table; a row that is full stalls. Default: enough for blocks of 8
-            tokens.
+            tokens, unless the block table would exceed 256 MiB. Then it has that size, but at least enough entries for
+            twice a sequence's share of the pool, and for a ``max_seq_len`` that is given, in blocks of 64 tokens.
         migrate_budget: most merges in one step, and most tiles of 64 tokens that change their tier while memory is not
             short.
         tiers: quantized tiers for what is older: a table with the fields of `kvtoolkit.tier_config.TierConfig`.
@@ -238,8 +242,14 @@ class CacheConfig:
 
     @property
     def entries_limit(self) -> int:
-        """`max_entries`, or as many as the longest sequence can need."""
-        return self.max_entries or math.ceil(self.seq_len_limit / 8)
+        """`max_entries`, or as many as the longest sequence can need, within bounds."""
+        if self.max_entries is not None:
+            return self.max_entries
+        share = 2 * self.num_granules * 8 // self.max_seqs
+        promised = self.seq_len_limit if self.max_seq_len else 0
+        least = max(_LEAST_ENTRIES, math.ceil(max(share, promised) / _TOKENS_PER_SUPERBLOCK))
+        bound = max(least, _BLOCK_TABLE_NBYTES // (_ENTRY_NBYTES * self.max_seqs))
+        return min(math.ceil(self.seq_len_limit / 8), bound)
 
     # -- files -------------------------------------------------------------------------------------------------------
 

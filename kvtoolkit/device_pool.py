@@ -285,6 +285,13 @@ class DevicePool(HostAllocator):
         taken: NDArray[np.bool_] = bits == 0
         return taken
 
+    def unit_sizes(self, granules: Int32Array) -> Int32Array:
+        """As `BlockAllocator.unit_sizes`; of slabs it waits for the device."""
+        if self.layout == "buddy":
+            return super().unit_sizes(granules)
+        orders = (self._free_words()[granules // self._word] >> _ORDER) & np.uint64(3)
+        return np.left_shift(1, orders.astype(np.int32), dtype=np.int32)
+
     def resume(self, live: NDArray[np.bool_]) -> None:
         """Make exactly these granules live; only for a pool that nobody has used yet."""
         orders: int | NDArray[np.int_] = 0

@@ -1,7 +1,8 @@
 """Which cached prefix goes first when its memory is needed: policies as plug-ins.
 
-A policy sees figures of every granule that no sequence holds any more but that a later prompt could still find, and
-gives each a score; the lowest goes first, among equals the one deepest in its sequence.
+A policy sees figures of granules that no sequence holds any more but that a later prompt could still find, and gives
+each a score; the lowest goes first. A prefix is worth what the best of its continuations is worth, since they are not
+found without it, and it goes after them.
 """
 
 from collections.abc import Callable
@@ -31,7 +32,11 @@ class EvictionPolicy(Protocol):
     """What a plug-in provides."""
 
     def score(self, granules: CachedGranules) -> NDArray[np.float64]:
-        """``[n]`` scores, none of them NaN; the lowest are evicted first."""
+        """``[n]`` scores, none of them NaN; the lowest are evicted first.
+
+        A granule is asked for once each time it becomes cached, and its score is compared with those given before and
+        after: so it may depend on the granule's own figures alone.
+        """
         ...
 
 
@@ -46,9 +51,7 @@ class LFU:
     """Least often found first, among equals the least recently used."""
 
     def score(self, granules: CachedGranules) -> NDArray[np.float64]:
-        latest = float(granules.last_used.max(initial=0)) + 1.0
-        scores: NDArray[np.float64] = granules.num_uses + granules.last_used / latest
-        return scores
+        return granules.num_uses.astype(np.float64) * 2.0**32 + granules.last_used.astype(np.float64)
 
 
 _POLICIES: dict[str, Callable[[], EvictionPolicy]] = {"lru": LRU, "lfu": LFU}

@@ -8,6 +8,9 @@ from kvtoolkit.pool import Runs
 from kvtoolkit.prefix import Int32Array
 from kvtoolkit.rows import CAPACITY, LENGTH
 from kvtoolkit.sequences import Sequences
+from kvtoolkit.tables import TIER_HOT
+
+_NOTHING_REFUSED = 1 << 30
 
 
 class Grower:
@@ -19,6 +22,8 @@ class Grower:
         # scratch: a block for every granule, and one for the rest of every row
         self._sizes = np.empty(config.num_granules + config.max_seqs + 8, np.int32)
         self._ends = np.empty(config.max_seqs, np.int32)
+        self._least_refused = _NOTHING_REFUSED  # granules that a row of this step needed for which there was no memory
+        self._frees_singly = sequences.pool.ledger.frees_singly(TIER_HOT)
 
     def merge_tails(self, arrays: StepArrays, num_merge: int) -> None:
         """Merge the last 64 tokens of the rows in ``arrays.work[1]``, where they have just become full."""
@@ -38,12 +43,14 @@ class Grower:
         if len(pool.ledger.left):
             pool.ledger.free_left()
         num_free = pool.allocator.num_free
+        available = num_free + 8 * len(pool.kept_back) + pool.num_cached
         num_blocks, wanted = passes.choose_sizes(
             sequences.rows,
             arrays,
             num_need,
-            num_free + 8 * len(pool.kept_back),
-            pool.num_cached,
+            available,
+            # what is cached may hold more back than itself, or be held back; `Pool.fit` finds out
+            available if self._frees_singly else pool.num_hot,
             pool.num_hot,
             policy.rule,
             policy.tail,
@@ -53,7 +60,7 @@ class Grower:
             self._ends,
         )
         if wanted > num_free:
-            pool.make_room(wanted)
+            pool.evict(wanted - num_free)
         sizes = self._sizes[:num_blocks]
         starts = pool.allocate_some(sizes)
         first, num_refused, width = passes.attach_all(
@@ -70,6 +77,7 @@ class Grower:
 
     def _grow_hard(self, arrays: StepArrays, first: int, num_need: int, starts: Int32Array) -> None:
         """Go on where memory is short or in small pieces, or rows have few entries left."""
+        self._least_refused = _NOTHING_REFUSED
         for i in range(num_need):
             b = int(arrays.work[0, i])
             if arrays.status[b] == ROW_FULL:
@@ -84,9 +92,16 @@ class Grower:
         """Find room for one row by whatever sizes there are, ``runs`` being a part of it; else set its status."""
         sequences, pool, row = self._sequences, self._sequences.pool, int(arrays.rows[b])
         info = sequences.rows.info[row]
-        needed = int(-(-(info[LENGTH] + arrays.counts[b]) // 8) - info[CAPACITY]) - sum(size for _, size in runs)
-        more = pool.fit(needed)
+        needed = int(-(-(info[LENGTH] + arrays.counts[b]) // 8) - info[CAPACITY])
+        # a row that was refused has left the memory as it was, and those after it have taken some: do not look again
+        more = None
+        if needed < self._least_refused:
+            more = pool.fit(needed - sum(size for _, size in runs))
         if more is not None and sequences.attach(row, runs + more):
             return
+        if runs:  # they are free for the rows after this one
+            self._least_refused = _NOTHING_REFUSED
+        if more is None:
+            self._least_refused = min(needed, self._least_refused)
         arrays.status[b] = OUT_OF_BLOCKS if more is None else ROW_FULL
         pool.free_runs(runs + (more or []))

@@ -9,7 +9,18 @@ from allocators._jit import jit
 from allocators.protocol import require
 from kvtoolkit.device_pool import DevicePool
 from kvtoolkit.identity import Identities, roots_of
-from kvtoolkit.prefix import EXTRA, HELD, NO_EXTRA, ROOT, ROOT_UID, Granules, Int32Array, tier_of
+from kvtoolkit.prefix import (
+    EXTRA,
+    HELD,
+    NEXT,
+    NO_EXTRA,
+    PREVIOUS,
+    ROOT,
+    ROOT_UID,
+    Granules,
+    Int32Array,
+    tier_of,
+)
 from kvtoolkit.rows import (
     CAPACITY,
     CHAIN_UID,
@@ -101,6 +112,8 @@ def require_index(pool: "Pool") -> None:
     expected_depth = np.where(has_parent, nodes.depth[parents] + 1, 0)
     lost = used[(nodes.parent_uid[used] != expected_uid) | (nodes.depth[used] != expected_depth)]
     require(not len(lost), f"cache: node {lost[:1]} has lost its parent")
+    wrong = int(_check_twins(granules))
+    require(wrong < 0, f"cache: granule {wrong} has twins that are not held, or not exactly one of them is findable")
 
 
 def require_identities(table: Rows, pool: "Pool", identities: Identities) -> None:
@@ -199,6 +212,33 @@ def _check_rows(rows: Rows, granules: Granules, ends: Int32Array, seen: Int32Arr
         elif 8 * quantized_end > length:
             return 11, row
     return 0, 0
+
+
+@jit
+def _check_twins(granules: Granules) -> Any:
+    """A granule whose ring of twins is wrong, or -1."""
+    num_members, num_reached = 0, 0
+    for granule in range(len(granules.refs)):
+        following = granules.links[granule, NEXT]
+        if granules.links[following, PREVIOUS] != granule:
+            return granule
+        if following == granule:
+            continue
+        num_members += 1
+        if granules.refs[granule] == 0:
+            return granule
+        if granules.node[granule] >= 0:
+            num_reached += 1
+            while following != granule:
+                if granules.node[following] >= 0:
+                    return granule
+                num_reached += 1
+                following = granules.links[following, NEXT]
+    if num_reached != num_members:
+        for granule in range(len(granules.refs)):
+            if granules.links[granule, NEXT] != granule:
+                return granule
+    return -1
 
 
 @jit

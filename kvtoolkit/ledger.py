@@ -136,6 +136,30 @@ class Ledger:
         """The reverse of `lend`, of any runs; returns -1, or which run is not wholly a caller's, with nothing done."""
         return int(_move(self.callers, self.granted, starts, sizes))
 
+    def unit_sizes(self, granules: Int32Array) -> Int32Array:
+        """See `BlockAllocator.unit_sizes`; of granules of any tiers that the cache has."""
+        sizes = np.ones(len(granules), np.int32)
+        tiers = np.searchsorted(self.first[1:], granules, side="right")
+        for tier, allocator in enumerate(self.allocators):
+            own = tiers == tier
+            if self.frees_singly(tier) or allocator is None or not own.any():
+                continue
+            count = int(np.count_nonzero(own))
+            answer = allocator.unit_sizes(granules[own] - np.int32(self.first[tier]))
+            fits = isinstance(answer, np.ndarray) and answer.shape == (count,) and np.isin(answer, (1, 2, 4, 8)).all()
+            if not fits:
+                raise ConfigError(
+                    f"allocator: expected {type(allocator).__name__}.unit_sizes to return [{count}] of 1, 2, 4, 8, got "
+                    f"{answer!r:.80}"
+                )
+            sizes[own] = answer
+        return sizes
+
+    def frees_singly(self, tier: int) -> bool:
+        """Whether the allocator of a tier can grant every granule that it gets back by itself."""
+        method = getattr(type(self.allocators[tier]), "unit_sizes", BlockAllocator.unit_sizes)
+        return method is BlockAllocator.unit_sizes
+
     def settle(self, owned: Flags) -> int:
         """After a call that broke off: have nothing granted but what is owned; returns how many granules were not.
 

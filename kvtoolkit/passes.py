@@ -18,10 +18,9 @@ from kvtoolkit.prefix import (
     Int32Array,
     Int64Array,
     Nodes,
+    add_twin,
     find_node,
     publish,
-    repoint,
-    tier_of,
 )
 from kvtoolkit.rows import (
     BAD_COUNT,
@@ -242,8 +241,8 @@ def choose_sizes(
     rows: Rows,
     step: StepArrays,
     num_need: int,
-    num_free: int,
-    num_cached: int,
+    available: int,
+    most: int,
     num_granules: int,
     rule: int,
     tail: int,
@@ -254,16 +253,20 @@ def choose_sizes(
 ) -> Any:
     """Block sizes for the rows that need blocks, in order; ``ends[i]`` is where those of row i end.
 
-    A row that would exceed what is free or could be freed gets status OUT_OF_BLOCKS and no sizes. Returns
-    ``(number of blocks, their granules)``.
+    Args:
+        available: granules that are free or cached; growth policies go by it.
+        most: bound on what can be had. A row that would exceed it gets status OUT_OF_BLOCKS and no sizes.
+
+    Returns:
+        ``(number of blocks, their granules)``.
     """
-    end, total, available = 0, 0, num_free + num_cached
+    end, total = 0, 0
     for i in range(num_need):
         b = step.work[0, i]
         row = step.rows[b]
         length = rows.info[row, LENGTH] + step.counts[b]
         needed = (length + 7) // 8 - rows.info[row, CAPACITY]
-        if needed > available:
+        if needed > most:
             step.status[b] = OUT_OF_BLOCKS
         else:
             first = end
@@ -272,7 +275,8 @@ def choose_sizes(
             for k in range(first, end):
                 total += sizes[k]
                 available -= sizes[k]
-            available = max(available, 0)
+                most -= sizes[k]
+            available, most = max(available, 0), max(most, 0)
         ends[i] = end
     return end, total
 
@@ -333,7 +337,7 @@ def _publish_full(
 ) -> Any:
     """The granule ``index`` of a row is full: publish it, or follow the one that holds the same already.
 
-    If that one is quantized the index stands for the hot one from now on. Returns the new number of ``freed``.
+    If it is in another granule the two are twins, see `add_twin`. Returns the new number of ``freed``.
     """
     parent, uid = rows.chain[row], rows.origin[row, CHAIN_UID]
     if parent == BROKEN:
@@ -343,11 +347,11 @@ def _publish_full(
         return num_freed
     extra = extra_at(rows, extras, row, index)
     node = find_node(nodes, uid, extra, rows.pending[row], 0)
+    granule = granule_at(rows, row, index)
     if node < 0:
-        granule = granule_at(rows, row, index)
         node = publish(nodes, granules, parent, uid, extra, index, rows.pending[row], granule)
-    elif tier_of(granules, nodes.granule[node]) > 0:
-        num_freed = repoint(nodes, granules, node, granule_at(rows, row, index), freed, num_freed)
+    elif nodes.granule[node] != granule:
+        num_freed = add_twin(nodes, granules, node, granule, freed, num_freed)
     rows.chain[row], rows.origin[row, CHAIN_UID] = node, nodes.uid[node]
     return num_freed
 

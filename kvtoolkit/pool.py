@@ -16,10 +16,12 @@ from allocators import BlockAllocator, InvalidSizeError, UnknownAllocatorError, 
 from kvtoolkit.config import CacheConfig
 from kvtoolkit.errors import CacheFullError, ConfigError
 from kvtoolkit.eviction import eviction_policy
+from kvtoolkit.evictor import Evictor, count_pinned
 from kvtoolkit.ledger import Ledger, require_allocator
-from kvtoolkit.prefix import HELD, Evictor, Int32Array, make_granules, make_nodes
+from kvtoolkit.prefix import HELD, Int32Array, make_granules, make_nodes
 from kvtoolkit.tables import MAX_BLOCK_GRANULES, TIER_HOT
-from kvtoolkit.tier_config import TIER_NAMES
+
+_REPLENISHED_AT_ONCE = 64
 
 
 @dataclass
@@ -117,24 +119,39 @@ class Pool:
         self.offered = np.array(sorted((size // 8 for size in self.allocator.block_sizes), reverse=True), np.int32)
         self.granules = make_granules(self.num_granules, self.first)
         self.nodes = make_nodes(self.num_granules)
-        policy = eviction_policy(config.eviction)
-        self.evictors = [Evictor(policy, self.nodes, self.granules, tier) for tier in range(len(TIER_NAMES))]
+        smallest = [int(self.offered[-1]), MAX_BLOCK_GRANULES, MAX_BLOCK_GRANULES]
+        self.evictor = Evictor(eviction_policy(config.eviction), self.nodes, self.granules, self.ledger, smallest)
         self.freed = np.empty(self.num_granules, np.int32)
         """Where compiled code lists granules to be freed; `free_listed` takes them from here."""
         self.reserve = int(self.policy.reserve * (self.num_hot // MAX_BLOCK_GRANULES))
         self.kept_back: list[int] = []
         """First granules of the blocks of 64 tokens kept back for merging."""
-        self.replenish()
+        for _ in range(0, self.reserve, _REPLENISHED_AT_ONCE):
+            self.replenish()
 
     @property
     def num_cached(self) -> int:
         """Hot granules that no row holds but that are still findable."""
         return int(self.granules.cached[TIER_HOT])
 
+    def num_evictable(self, tier: int) -> int:
+        """Granules of a tier that are cached, and those that the allocator gets back only with them.
+
+        Looks at all of the tier, if its allocator frees blocks as a whole.
+        """
+        num_cached, first = int(self.granules.cached[tier]), self.first[tier]
+        if num_cached == 0 or self.ledger.frees_singly(tier):
+            return num_cached
+        granules, ledger = self.granules, self.ledger
+        own = slice(first, first + ledger.num_of(tier))
+        cached = (np.flatnonzero((granules.refs[own] == 0) & (granules.node[own] >= 0)) + first).astype(np.int32)
+        sizes = ledger.unit_sizes(cached)
+        return num_cached + int(count_pinned(granules, cached, sizes, first, ledger.granted, ledger.callers))
+
     @property
     def num_used(self) -> int:
         """Granules held by rows, one that several of them share counted once."""
-        return int(self.granules.cached[HELD:].sum())
+        return int(self.granules.cached[HELD : HELD + 3].sum())
 
     def allocate_some(self, sizes: ArrayLike) -> Int32Array:
         """Hot blocks in the order asked for, -1 from the first that does not fit."""
@@ -142,44 +159,70 @@ class Pool:
 
     def allocate_tails(self, count: int, what: str) -> tuple[Int32Array, Int32Array]:
         """``count`` blocks of at least a granule, evicting if need be; ``(starts, sizes)``, or CacheFullError."""
-        self.make_room(count)
-        sizes = np.full(count, self.offered[-1], np.int32)
-        starts = self.allocate_some(sizes)
-        first = int(np.argmax(starts < 0)) if starts[-1] < 0 else count
-        for i in range(first, count):
-            run = self.fit(1)
-            if run is None:
-                self.free_runs(list(zip(starts[:i].tolist(), sizes[:i].tolist(), strict=True)))
+        runs: Runs = []
+        while len(runs) < count:
+            for size in self.offered[::-1].tolist():
+                runs += self._take_blocks(count - len(runs), size)
+            if len(runs) < count and not self._make_way(int(self.offered[-1]) * (count - len(runs))):
+                num_found = len(runs)
+                self.free_runs(runs)
                 raise CacheFullError(
-                    f"{what}: expected room for {count} copies of a partly filled granule, got room for {i}: "
+                    f"{what}: expected room for {count} copies of a partly filled granule, got room for {num_found}: "
                     f"{self.allocator.num_free} granules free, {self.num_cached} cached"
                 )
-            ((starts[i], sizes[i]),) = run
+        starts, sizes = np.array(runs, np.int32).reshape(-1, 2).T.copy()
         return starts, sizes
 
     def fit(self, needed: int) -> Runs | None:
-        """Runs of at least ``needed`` granules by any sizes on offer; None if there is no way.
+        """Runs of at least ``needed`` hot granules by any sizes on offer; None if there is no way.
 
-        Evicts, and in the end gives up what is kept back for merging.
+        Evicts only what makes a way, and in the end gives up what is kept back for merging.
         """
+        if not self.can_have(needed):
+            return None
         runs: Runs = []
-        while needed > 0:
-            for size in self._sizes_to_try(needed):
-                start = int(self.allocate_some([size])[0])
-                if start >= 0:
-                    runs.append((start, size))
-                    needed -= size
+        while (left := needed - sum(size for _, size in runs)) > 0:
+            for size in self._sizes_to_try(left):
+                if found := self._take_blocks(max(1, left // size), size):
+                    runs += found
                     break
             else:
-                if not (self._eviction_may_help() and self.evict(needed)) and not self.give_up_reserve():
+                if not self._make_way(left):
                     self.free_runs(runs)
                     return None
         return runs
 
-    def _eviction_may_help(self) -> bool:
-        """Whether some place for the smallest block is held by no row; if not, evicting all would be in vain."""
-        refs = self.granules.refs[: self.num_hot]
-        return bool((refs.reshape(-1, int(self.offered[-1])) == 0).all(axis=1).any())
+    def can_have(self, needed: int, tier: int = TIER_HOT) -> bool:
+        """Whether so many granules are free, kept back or can be evicted; an allocator may still have no use for them.
+
+        False is certain. It tries what calls that broke off have left, too.
+        """
+        if len(self.ledger.left):
+            self.ledger.free_left()
+        allocator = self.allocators[tier]
+        if needed <= 0 or allocator is None:
+            return needed <= 0
+        return self.evictor.can_free(tier, needed - allocator.num_free - self._num_kept_back(tier))
+
+    def _num_kept_back(self, tier: int) -> int:
+        return MAX_BLOCK_GRANULES * len(self.kept_back) if tier == TIER_HOT else 0
+
+    def _take_blocks(self, count: int, size: int) -> Runs:
+        """Up to ``count`` free blocks."""
+        starts = self.allocate_some(np.full(count, size, np.int32))
+        return [(start, size) for start in starts.tolist() if start >= 0]
+
+    def _make_way(self, needed: int) -> bool:
+        """Evict ``needed`` granules; if there are not so many, also give up what is kept back, or do nothing."""
+        if self.evict(needed):
+            return True
+        kept_back = self._num_kept_back(TIER_HOT)
+        if not kept_back or not self.evictor.can_free(TIER_HOT, needed - kept_back):
+            return False
+        if needed > kept_back:
+            self.evict(needed - kept_back)
+        self._give_up_reserve(-(-needed // MAX_BLOCK_GRANULES))
+        return True
 
     def _sizes_to_try(self, needed: int) -> list[int]:
         """The best fitting size, then smaller ones, then larger ones."""
@@ -187,22 +230,15 @@ class Pool:
         fitting = min((size for size in offered if size >= needed), default=offered[0])
         return [size for size in offered if size <= fitting] + [size for size in offered[::-1] if size > fitting]
 
-    def make_room(self, wanted: int) -> None:
-        """Evict until ``wanted`` granules are free or nothing is left to evict."""
-        if len(self.ledger.left):
-            self.ledger.free_left()
-        missing = wanted - self.allocator.num_free
-        if missing > 0 and self.num_cached:
-            self.evict(missing)
+    def evict(self, wanted: int, tier: int = TIER_HOT) -> bool:
+        """Evict what makes ``wanted`` granules of a tier available, see `kvtoolkit.evictor`.
 
-    def evict(self, wanted: int, tier: int = TIER_HOT) -> int:
-        """Evict about ``wanted`` cached granules of a tier, and what follows them; returns how many of the tier."""
-        total = 0
-        while total < wanted and (count := self.evictors[tier].evict(wanted - total, self.freed)):
-            total += int(np.count_nonzero(self.tiers_of(self.freed[:count]) == tier))
-            self.free_listed(count)
-            self.counters.num_evicted += count
-        return total
+        False, and nothing was evicted, if that cannot be.
+        """
+        count = self.evictor.evict(tier, wanted, self.freed)
+        self.free_listed(count)
+        self.counters.num_evicted += count
+        return count > 0
 
     def tiers_of(self, granules: Int32Array) -> NDArray[np.int64]:
         """The tier of each granule number."""
@@ -245,16 +281,14 @@ class Pool:
         return np.array(targets, np.int32)
 
     def replenish(self) -> None:
-        """Keep back as many blocks of 64 tokens as the policy wants, if there are that many."""
-        missing = self.reserve - len(self.kept_back)
-        if missing > 0 and self.allocator.largest_free >= MAX_BLOCK_GRANULES:
+        """Keep back as many blocks of 64 tokens as the policy wants, if there are that many; some of them each time."""
+        missing = min(self.reserve - len(self.kept_back), _REPLENISHED_AT_ONCE)
+        if missing > 0:
             starts = self.allocate_some(np.full(missing, MAX_BLOCK_GRANULES, np.int32))
             self.kept_back += starts[starts >= 0].tolist()
 
-    def give_up_reserve(self) -> bool:
-        """Free what is kept back, when the last blocks are needed; returns whether there was any."""
-        if not self.kept_back:
-            return False
-        given_up, self.kept_back = self.kept_back, []
+    def _give_up_reserve(self, num_blocks: int) -> None:
+        """Free some of what is kept back, when the last blocks are needed."""
+        first = max(0, len(self.kept_back) - num_blocks)
+        given_up, self.kept_back = self.kept_back[first:], self.kept_back[:first]
         self.free_runs([(start, MAX_BLOCK_GRANULES) for start in given_up])
-        return True

@@ -70,7 +70,7 @@ def _restore_dropped(sequences: Sequences, row: int, saved: Preempted, keep_free
     count = int(usable(pool.nodes, pool.granules, saved.nodes, count, sequences.takes_quantized))
     held = pool.nodes.granule[saved.nodes[:count]]
     taken = int(np.count_nonzero((pool.granules.refs[held] == 0) & (pool.tiers_of(held) == TIER_HOT)))
-    if 8 * (_available(pool) - taken) < keep_free:
+    if keep_free and not pool.can_have(taken + -(-keep_free // 8)):
         return False
     count = rows.adopt(table, row, saved.nodes, count, pool.nodes, pool.granules)
     sequences.counters.restored_tokens += 8 * count
@@ -147,24 +147,15 @@ def _find(sequences: Sequences, row: int, saved: Preempted, copies: tuple[Copy, 
     return np.where(is_first, found, np.int32(-1))
 
 
-def _available(pool: Pool) -> int:
-    """Hot granules that are free or can be freed by eviction."""
-    return int(pool.allocator.num_free) + pool.num_cached + MAX_BLOCK_GRANULES * len(pool.kept_back)
-
-
 def _allocate(pool: Pool, back: _Return, keep_free: int) -> bool:
     """Allocate the granules that are missing; False if one of the tiers has no room for them."""
     missing = back.tiers[back.is_fresh]
-    hot = int(np.count_nonzero(missing == TIER_HOT))
-    smallest = int(pool.offered[-1])
-    if 8 * (_available(pool) - -(-hot // smallest) * smallest) < keep_free:
+    counts = np.bincount(missing, minlength=len(pool.allocators)).tolist()
+    hot, smallest = counts[TIER_HOT], int(pool.offered[-1])
+    counts[TIER_HOT] = -(-hot // smallest) * smallest + -(-keep_free // 8)
+    if not all(pool.can_have(count, tier) for tier, count in enumerate(counts)):
         return False  # before anything is evicted in vain
-    for tier, allocator in enumerate(pool.allocators[1:], 1):
-        needed = int(np.count_nonzero(missing == tier))
-        if allocator is not None and needed > allocator.num_free + pool.granules.cached[tier]:
-            return False
     if hot:
-        pool.make_room(hot)
         runs = pool.fit(hot)
         if runs is None:
             return False
@@ -181,7 +172,7 @@ def _allocate(pool: Pool, back: _Return, keep_free: int) -> bool:
     back.granules[back.is_fresh & (back.tiers != TIER_HOT)] = granules_of(np.array(blocks, np.int32))
     back.granules = np.concatenate([back.granules, listed[hot:]])  # what is over is room to grow
     back.is_fresh = np.concatenate([back.is_fresh, np.ones(len(listed) - hot, np.bool_)])
-    return 8 * _available(pool) >= keep_free
+    return pool.can_have(-(-keep_free // 8))
 
 
 def _fill(sequences: Sequences, back: _Return, copies: tuple[Copy, ...]) -> bool:

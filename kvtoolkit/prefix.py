@@ -11,6 +11,12 @@ can tell whether that is still there. Every salt has a root with a uid of its ow
                           memory is needed
     granules.cached[HELD + t] == number of granules of tier t that rows hold
 
+Rows that were given the same tokens at the same time hold them in different granules, called twins, and the index
+stands for one of them. Twins form a ring. When no row holds the published one any more, the index is pointed at another
+one, so what a row holds stays findable, and memory that holds the same twice is freed instead of cached:
+
+    a ring of more than one granule has exactly one published member, and rows hold all members
+
 Source: prefix sharing by content, as radix trees in SGLang (Zheng et al. 2024, arXiv:2312.07104, sec. 3); here at
 granule (8 token) granularity. The hash is Multilinear-HM of Lemire and Kaser 2014 ("Strongly universal string hashing
 is fast", arXiv:1202.4961, sec. 2).
@@ -23,8 +29,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from allocators._jit import jit
-from kvtoolkit.errors import ConfigError
-from kvtoolkit.eviction import CachedGranules, EvictionPolicy
 
 Int32Array = NDArray[np.int32]
 Int64Array = NDArray[np.int64]
@@ -41,6 +45,10 @@ EXTRA = 8
 HELD = 3
 """Where `Granules.cached` has the granules that rows hold."""
 NEXT_UID, CLOCK, NUM_SPARE = range(3)
+# further entries of `Granules.cached`
+NUM_LISTED, NUM_CHANGES = 6, 7
+# columns of `Granules.links`
+NEXT, PREVIOUS, IS_LISTED, LISTED = range(4)
 
 _KEY_WORDS = 19
 _LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
@@ -58,7 +66,11 @@ class Granules(NamedTuple):
     first: Int32Array
     """``[3]`` number of the first granule of the hot, the warm and the cold tier."""
     cached: Int64Array
-    """``[6]`` how many granules of each tier are cached, then how many of each tier rows hold; see above."""
+    """``[8]`` how many granules of each tier are cached, then how many of each tier rows hold, see above; how many are
+    listed in `links`; how often something has changed what eviction could free."""
+    links: Int32Array
+    """``[num_granules, 4]``, columns above: the neighbours in the ring of twins, itself where there are none; whether
+    its last row let go of it since the evictor looked; and, by their number, the granules of which that is so."""
 
 
 class Nodes(NamedTuple):
@@ -94,7 +106,8 @@ def make_granules(num_granules: int, first: tuple[int, int, int]) -> Granules:
         node=np.full(num_granules, -1, np.int32),
         copy=np.zeros(num_granules, np.int64),
         first=np.array(first, np.int32),
-        cached=np.zeros(6, np.int64),
+        cached=np.zeros(8, np.int64),
+        links=np.arange(num_granules, dtype=np.int32)[:, None] * np.array([1, 1, 0, 0], np.int32),
     )
 
 
@@ -125,68 +138,6 @@ def make_nodes(num_granules: int) -> Nodes:
         spare=np.arange(num_granules, dtype=np.int32)[::-1].copy(),
         counts=counts,
     )
-
-
-class Evictor:
-    """Takes cached granules of one tier out of the index in a policy's order, scoring all of them once per queue."""
-
-    def __init__(self, policy: EvictionPolicy, nodes: Nodes, granules: Granules, tier: int) -> None:
-        self._tier = tier
-        self._policy = policy
-        self._nodes = nodes
-        self._granules = granules
-        self._queue = np.empty(0, np.int32)
-        self._stamps = np.empty(0, np.int64)
-        self._next = 0
-
-    def evict(self, wanted: int, freed: Int32Array) -> int:
-        """Unpublish ``wanted`` cached granules or so; ``freed`` receives them. Returns how many; 0 if none is left.
-
-        What follows an evicted granule goes too, whatever tier it is in. May stop early; ask again. The policy is
-        asked before anything is unpublished, so if it raises nothing is lost.
-        """
-        while self._granules.cached[self._tier] > 0:
-            if self._next == len(self._queue):
-                self._score()
-            count, self._next = _evict(
-                self._nodes, self._granules, self._queue, self._stamps, self._next, wanted, freed, 0
-            )
-            if count:
-                return int(count)
-        return 0
-
-    def forget(self) -> None:
-        """Drop the queue, after the index was replaced."""
-        self._queue, self._stamps, self._next = np.empty(0, np.int32), np.empty(0, np.int64), 0
-
-    def _score(self) -> None:
-        nodes = self._nodes
-        used = np.flatnonzero(nodes.uid)
-        held = nodes.granule[used]
-        cached = used[(self._granules.refs[held] == 0) & (tiers_of(self._granules, held) == self._tier)]
-        figures = CachedGranules(nodes.last_used[cached], nodes.num_uses[cached], nodes.depth[cached])
-        order = np.lexsort((-figures.depth, self._scores(figures)))
-        self._queue = cached[order].astype(np.int32)
-        self._stamps = nodes.last_used[self._queue]
-        self._next = 0
-
-    def _scores(self, figures: CachedGranules) -> NDArray[np.float64]:
-        scores = self._policy.score(figures)
-        try:
-            array = np.asarray(scores, np.float64)
-        except (TypeError, ValueError):
-            array = np.empty(0)
-        if array.shape != figures.depth.shape:
-            raise ConfigError(
-                f"eviction: expected {type(self._policy).__name__}.score to return [{len(figures.depth)}] numbers, "
-                f"got {scores!r:.80}"
-            )
-        if np.isnan(array).any():  # it has no place in an order, so what is evicted would be a matter of chance
-            raise ConfigError(
-                f"eviction: expected {type(self._policy).__name__}.score to return [{len(array)}] numbers without NaN, "
-                f"got {int(np.isnan(array).sum())} NaN"
-            )
-        return array
 
 
 def tiers_of(granules: Granules, listed: NDArray[np.integer[Any]]) -> Int64Array:
@@ -323,7 +274,10 @@ def unpublish(nodes: Nodes, granules: Granules, node: int, freed: Int32Array, nu
             current = nodes.first_child[current]
         parent, granule = nodes.parent[current], nodes.granule[current]
         _remove(nodes, granules, current)
+        while granules.links[granule, NEXT] != granule:
+            _leave_ring(granules, granules.links[granule, NEXT])
         if granules.refs[granule] == 0:
+            granules.cached[NUM_CHANGES] += 1
             granules.cached[tier_of(granules, granule)] -= 1
             freed[num_freed] = granule
             num_freed += 1
@@ -333,45 +287,32 @@ def unpublish(nodes: Nodes, granules: Granules, node: int, freed: Int32Array, nu
 
 
 @jit
-def _evict(
-    nodes: Nodes,
-    granules: Granules,
-    queue: Int32Array,
-    stamps: Int64Array,
-    first: int,
-    wanted: int,
-    freed: Int32Array,
-    num_freed: int,
-) -> Any:
-    """Unpublish from ``queue[first:]`` until enough is freed; skips nodes that were used since they were scored."""
-    i = first
-    while i < len(queue) and num_freed < wanted:
-        node = queue[i]
-        if nodes.uid[node] != 0 and nodes.last_used[node] == stamps[i] and granules.refs[nodes.granule[node]] == 0:
-            num_freed = unpublish(nodes, granules, node, freed, num_freed)
-        i += 1
-    return num_freed, i
-
-
-@jit
 def hold(nodes: Nodes, granules: Granules, granule: int) -> None:
     """One row more holds the granule."""
     if granules.refs[granule] == 0:
         tier = tier_of(granules, granule)
         granules.cached[HELD + tier] += 1
         if granules.node[granule] >= 0:
+            granules.cached[NUM_CHANGES] += 1
             granules.cached[tier] -= 1
     granules.refs[granule] += 1
 
 
 @jit
 def release(nodes: Nodes, granules: Granules, granule: int, freed: Int32Array, num_freed: int) -> Any:
-    """One row less holds the granule; if none is left it stays findable, or joins ``freed``. Returns their number."""
+    """One row less holds the granule; returns the number of ``freed``.
+
+    If none is left it stays findable, unless a row holds a twin: then the index stands for that one, and the granule
+    joins ``freed``, as does one that cannot be found.
+    """
     granules.refs[granule] -= 1
     if granules.refs[granule] > 0:
         return num_freed
     tier = tier_of(granules, granule)
     granules.cached[HELD + tier] -= 1
+    note_let_go(granules, granule)
+    if granules.links[granule, NEXT] != granule:
+        hand_over(nodes, granules, granule)
     node = granules.node[granule]
     if node >= 0:
         granules.cached[tier] += 1
@@ -382,8 +323,57 @@ def release(nodes: Nodes, granules: Granules, granule: int, freed: Int32Array, n
 
 
 @jit
+def note_let_go(granules: Granules, granule: int) -> None:
+    """Tell the evictor of a granule that no row holds any more: it is cached now, or others can be freed with it."""
+    granules.cached[NUM_CHANGES] += 1
+    if granules.links[granule, IS_LISTED] == 0:
+        granules.links[granule, IS_LISTED] = 1
+        granules.links[granules.cached[NUM_LISTED], LISTED] = granule
+        granules.cached[NUM_LISTED] += 1
+
+
+@jit
+def join_ring(granules: Granules, member: int, granule: int) -> None:
+    """Make a granule a twin of another one and its twins."""
+    following = granules.links[member, NEXT]
+    granules.links[member, NEXT], granules.links[granule, PREVIOUS] = granule, member
+    granules.links[granule, NEXT], granules.links[following, PREVIOUS] = following, granule
+
+
+@jit
+def _leave_ring(granules: Granules, granule: int) -> None:
+    before, following = granules.links[granule, PREVIOUS], granules.links[granule, NEXT]
+    granules.links[before, NEXT], granules.links[following, PREVIOUS] = following, before
+    granules.links[granule, NEXT] = granules.links[granule, PREVIOUS] = granule
+
+
+@jit
+def hand_over(nodes: Nodes, granules: Granules, granule: int) -> None:
+    """Let the twins of a granule go on without it: if the index stood for it, it stands for one of them now."""
+    twin, node = granules.links[granule, NEXT], granules.node[granule]
+    _leave_ring(granules, granule)
+    if node >= 0 and twin != granule:
+        granules.node[granule], granules.node[twin] = -1, node
+        nodes.granule[node] = twin
+
+
+@jit
+def withdraw(nodes: Nodes, granules: Granules, granule: int, freed: Int32Array, num_freed: int) -> Any:
+    """A granule that a row holds is about to be written: what it holds must no longer be found in it.
+
+    Returns the number of ``freed``, to which `unpublish` adds.
+    """
+    if granules.links[granule, NEXT] != granule:
+        hand_over(nodes, granules, granule)
+    elif granules.node[granule] >= 0:
+        num_freed = unpublish(nodes, granules, granules.node[granule], freed, num_freed)
+    return num_freed
+
+
+@jit
 def move_granule(nodes: Nodes, granules: Granules, source: int, target: int) -> None:
     """Re-point what knows ``source`` to ``target``, which nobody knew."""
+    note_let_go(granules, source)
     granules.refs[target] = granules.refs[source]
     granules.refs[source] = 0
     granules.copy[target] = granules.copy[source]
@@ -392,17 +382,23 @@ def move_granule(nodes: Nodes, granules: Granules, source: int, target: int) -> 
     granules.node[source] = -1
     if node >= 0:
         nodes.granule[node] = target
+    if granules.links[source, NEXT] != source:
+        join_ring(granules, source, target)
+        _leave_ring(granules, source)
 
 
 @jit
 def reindex(nodes: Nodes, granules: Granules) -> None:
-    """Make everything that follows from the nodes in use, and from reference counts, anew.
+    """Make everything that follows from the nodes in use, and from reference counts, anew; nothing has twins.
 
     What is given of a node is its uid, parent, parent_uid, tokens, granule, depth, num_uses and last_used.
     """
     granules.node[:] = -1
-    granules.cached[:] = 0
+    granules.cached[: NUM_LISTED + 1] = 0
+    granules.links[:, IS_LISTED] = 0
+    granules.cached[NUM_CHANGES] += 1
     for granule in range(len(granules.refs)):
+        granules.links[granule, NEXT] = granules.links[granule, PREVIOUS] = granule
         if granules.refs[granule] > 0:
             granules.cached[HELD + tier_of(granules, granule)] += 1
     nodes.counts[NUM_SPARE] = 0
@@ -418,6 +414,7 @@ def reindex(nodes: Nodes, granules: Granules) -> None:
         granules.node[granule] = node
         if granules.refs[granule] == 0:
             granules.cached[tier_of(granules, granule)] += 1
+            note_let_go(granules, granule)
         if parent >= 0:
             _add_child(nodes, parent, node)
     rehash(nodes)
@@ -486,13 +483,28 @@ def usable(nodes: Nodes, granules: Granules, found: Int32Array, count: int, take
 def repoint(nodes: Nodes, granules: Granules, node: int, granule: int, freed: Int32Array, num_freed: int) -> Any:
     """Make a node stand for another granule with the same tokens, which a row holds.
 
-    The granule it stood for is appended to ``freed`` if no row holds it; returns their new number.
+    The granule it stood for, which has no twins, is appended to ``freed`` if no row holds it; returns their new number.
     """
     old = nodes.granule[node]
     granules.node[old], granules.node[granule] = -1, node
     nodes.granule[node] = granule
     if granules.refs[old] == 0:
+        granules.cached[NUM_CHANGES] += 1
         granules.cached[tier_of(granules, old)] -= 1
         freed[num_freed] = old
         num_freed += 1
+    return num_freed
+
+
+@jit
+def add_twin(nodes: Nodes, granules: Granules, node: int, granule: int, freed: Int32Array, num_freed: int) -> Any:
+    """A row holds the tokens of a node in another, hot granule than the one the node stands for.
+
+    Where no row holds that one, or it is quantized, the node stands for the row's from now on; else the two are twins.
+    Returns the new number of ``freed``.
+    """
+    old = nodes.granule[node]
+    if granules.refs[old] == 0 or tier_of(granules, old) > 0:
+        return repoint(nodes, granules, node, granule, freed, num_freed)
+    join_ring(granules, old, granule)
     return num_freed

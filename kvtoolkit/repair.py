@@ -27,6 +27,7 @@ from kvtoolkit.rows import (
     touch,
 )
 from kvtoolkit.tables import MAX_BLOCK_GRANULES, entry_granule, entry_length
+from kvtoolkit.twins import find_twins
 
 if TYPE_CHECKING:
     from kvtoolkit.sequences import Sequences
@@ -70,6 +71,7 @@ def settle(sequences: "Sequences") -> Repairs:
     sequences.closed_rows = np.flatnonzero(states == CLOSED)[::-1].tolist()
     count_refs(table, pool.granules)
     reindex(pool.nodes, pool.granules)
+    find_twins(table, np.flatnonzero(states != CLOSED).astype(np.int32), pool.nodes, pool.granules, pool.freed)
     owned = (pool.granules.refs > 0) | (pool.granules.node >= 0)
     pool.kept_back = [
         start for start in dict.fromkeys(pool.kept_back)
@@ -78,8 +80,7 @@ def settle(sequences: "Sequences") -> Repairs:
     for start in pool.kept_back:
         owned[start : start + MAX_BLOCK_GRANULES] = True
     num_freed = pool.ledger.settle(owned)
-    for evictor in pool.evictors:
-        evictor.forget()
+    pool.evictor.forget()
     return Repairs(int(num_closed), int(num_reopened), num_freed, tuple(pool.ledger.unresolved))
 
 

@@ -10,15 +10,17 @@ from kvtoolkit.prefix import (
     BROKEN,
     EXTRA,
     HELD,
+    NEXT,
     ROOT,
     Granules,
     Int32Array,
     Int64Array,
     Nodes,
+    add_twin,
     find_node,
     hold,
+    note_let_go,
     publish,
-    repoint,
     tier_of,
 )
 from kvtoolkit.rows import CAPACITY, CHAIN_UID, NUM_ENTRIES, OPEN, STATE, Rows, _append_run, touch
@@ -59,6 +61,7 @@ def let_go_listed(granules: Granules, listed: Int32Array, freed: Int32Array) -> 
         granules.refs[granule] -= 1
         if granules.refs[granule] == 0:
             granules.cached[HELD + tier_of(granules, granule)] -= 1
+            note_let_go(granules, granule)
             if granules.node[granule] >= 0:
                 granules.cached[tier_of(granules, granule)] += 1
             else:  # evicted with what it followed
@@ -130,20 +133,20 @@ def _publish_all(
 ) -> Any:
     """Make the full granules of a row findable, or follow those that are; returns the number of ``freed`` granules.
 
-    As at the end of a step: where a quantized granule is found for a hot one, the index stands for the hot one.
+    As at the end of a step: where the index has another granule for a hot one the two are twins, see `add_twin`.
     """
     node, uid, num_freed = ROOT, root_uid, 0
     for i in range(len(tokens)):
         parent, granule = node, listed[i]
-        is_known = granules.node[granule] >= 0
+        is_known = granules.node[granule] >= 0 or granules.links[granule, NEXT] != granule
         node = find_node(nodes, uid, tokens[i, EXTRA], tokens[i], 0)
         if node < 0:
             if is_known:  # under other tokens: nothing can be said of what follows
                 rows.chain[row] = BROKEN
                 return num_freed
             node = publish(nodes, granules, parent, uid, tokens[i, EXTRA], i, tokens[i], granule)
-        elif not is_known and tier_of(granules, granule) == 0 and tier_of(granules, nodes.granule[node]) > 0:
-            num_freed = repoint(nodes, granules, node, granule, freed, num_freed)
+        elif not is_known and tier_of(granules, granule) == 0:
+            num_freed = add_twin(nodes, granules, node, granule, freed, num_freed)
         uid = nodes.uid[node]
     rows.chain[row], rows.origin[row, CHAIN_UID] = node, uid
     return num_freed

@@ -29,7 +29,7 @@ from kvtoolkit.prefix import (
     move_granule,
     release,
     tier_of,
-    unpublish,
+    withdraw,
 )
 from kvtoolkit.tables import entry_granule, entry_length, entry_tier, pack_entry
 
@@ -489,10 +489,11 @@ def truncate_all(
             keep = (length + 7) >> 3
             if length & 7:
                 # the granule will be written again: what it holds must no longer be found
-                node = granules.node[granule_at(rows, row, length >> 3)]
-                if node >= 0:
-                    num_freed = unpublish(nodes, granules, node, freed, num_freed)
-            keep = spare_end(rows, row, keep, granules)
+                num_freed = withdraw(nodes, granules, granule_at(rows, row, length >> 3), freed, num_freed)
+            end = spare_end(rows, row, keep, granules)
+            for index in range(keep, end):
+                num_freed = withdraw(nodes, granules, granule_at(rows, row, index), freed, num_freed)
+            keep = end
             for index in range(length >> 3, keep):
                 granules.copy[granule_at(rows, row, index)] = 0  # written again, too
         num_freed = shrink(rows, row, keep, nodes, granules, freed, num_freed)

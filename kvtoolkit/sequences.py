@@ -58,6 +58,8 @@ class Sequences:
         self.rows = rows.make_rows(config.max_seqs, config.entries_limit, num_tiles)
         self.identities = Identities(self.rows, self.pool.nodes)
         self.closed_rows = list(range(config.max_seqs))[::-1]
+        self.compacted = np.zeros(2, np.int64)
+        """Row and logical granule where compaction goes on."""
         self.preempted: dict[int, Preempted] = {}
         self.copies = HostCopies(self.storage, self.pool.granules)
         self.opened = 0, np.empty(0, np.int32)

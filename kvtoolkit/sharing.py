@@ -85,7 +85,6 @@ def _dequantize(sequences: Sequences, batch: Int32Array, cut: Int64Array, length
         for i, position in enumerate(cut.tolist()):
             row, length = int(batch[position]), int(lengths[position])
             first, needed = length >> 6 << 3, -(-(length & 63) // 8)
-            pool.make_room(needed)
             runs = pool.fit(needed)
             if runs is None:
                 raise CacheFullError(

@@ -42,6 +42,7 @@ from kvtoolkit.sequences import Preempted, Sequences
 from kvtoolkit.storage import Contents, split
 from kvtoolkit.tables import MAX_BLOCK_GRANULES
 from kvtoolkit.tier_config import TIER_NAMES
+from kvtoolkit.twins import find_twins
 
 _SAME = ("num_layers", "num_kv_heads", "head_dim", "dtype")
 """Fields of the configuration that say how keys and values lie; of tiers, their formats do."""
@@ -140,6 +141,8 @@ class _Unpacker:
         integrity.require_rows(sequences.rows, pool)
         integrity.require_index(pool)
         self._read_contents()
+        rows = np.flatnonzero(sequences.rows.info[:, STATE] != CLOSED).astype(np.int32)
+        find_twins(sequences.rows, rows, pool.nodes, pool.granules, pool.freed)
         self._grant()
         states = sequences.rows.info[:, STATE]
         sequences.closed_rows = np.flatnonzero(states == CLOSED)[::-1].tolist()

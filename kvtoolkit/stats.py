@@ -57,7 +57,8 @@ class CacheStats:
         capacity: slots in the pool.
         used: slots that sequences hold, a shared one counted once.
         cached: slots that no sequence holds but that are not forgotten yet. Later prompts can find them, but for
-            those behind the first quantized tile where ``prefix_reuse_tiers`` is ``hot``.
+            those behind the first quantized tile where ``prefix_reuse_tiers`` is ``hot``. The rest of their blocks
+            counts, too, where the allocator gets blocks back only as a whole: evicting makes all of these free.
         free: slots that can be granted.
         kept_back: slots kept back as targets for merging.
         callers: slots that callers took from `KVCache.allocator`, or kernels from a pool on a device.
@@ -184,15 +185,17 @@ def _tier(sequences: Sequences, tier: int, figures: AllocatorStats) -> TierStats
     num_left = int(np.count_nonzero((left >= own.start) & (left < own.stop)))
     # live in the allocator, but of nobody here: a kernel's, or lost where the allocator broke off
     others = figures.num_live - granted - callers
+    evictable = pool.num_evictable(tier)
+    pinned = figures.pinned + num_left + pool.granules.cached[tier] - evictable
     if isinstance(pool.allocators[tier], DevicePool):
         callers, others = callers + others, 0
     return TierStats(
         capacity=figures.num_granules * 8,
         used=int(pool.granules.cached[HELD + tier]) * 8,
-        cached=int(pool.granules.cached[tier]) * 8,
+        cached=evictable * 8,
         free=figures.num_free * 8,
         kept_back=8 * MAX_BLOCK_GRANULES * len(pool.kept_back) if tier == TIER_HOT else 0,
         callers=callers * 8,
-        pinned=(figures.pinned + num_left + others) * 8,
+        pinned=(int(pinned) + others) * 8,
         nbytes=figures.num_granules // 8 * sequences.config.block_nbytes[TIER_NAMES[tier]],
     )

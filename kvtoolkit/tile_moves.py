@@ -9,7 +9,17 @@ from typing import Any
 from allocators._jit import jit
 from kvtoolkit.demotion import Rule, wanted_tier
 from kvtoolkit.passes import StepArrays
-from kvtoolkit.prefix import HELD, Granules, Int32Array, Int64Array, Nodes, tier_of
+from kvtoolkit.prefix import (
+    HELD,
+    NEXT,
+    Granules,
+    Int32Array,
+    Int64Array,
+    Nodes,
+    hand_over,
+    note_let_go,
+    tier_of,
+)
 from kvtoolkit.rows import (
     CAPACITY,
     CLOSED,
@@ -181,6 +191,8 @@ def change_tier(
     for k in range(8):
         old, new = sources[k], block + k
         granules.refs[new], granules.copy[new] = count, 0
+        if granules.refs[old] == count and granules.links[old, NEXT] != old:
+            hand_over(nodes, granules, old)  # twins are hot
         node = granules.node[old]
         if node >= 0 and granules.refs[old] == count:
             granules.node[new], granules.node[old] = node, -1
@@ -188,6 +200,7 @@ def change_tier(
         granules.refs[old] -= count
         if granules.refs[old] == 0:
             granules.cached[HELD + tier_of(granules, old)] -= 1
+            note_let_go(granules, old)
             freed[num_freed] = old
             num_freed += 1
     for row in members:

@@ -255,7 +255,7 @@ def test_blocks_granted_again_are_refused_within_a_call_and_between_calls():
     """The same block twice in one answer, in two answers of one call, and a block that is kept back for merging."""
     for lie in (
         lambda starts, sizes: np.repeat(starts[:1], len(starts)).astype(np.int32),
-        lambda starts, sizes: np.full(len(starts), 128, np.int32) if len(starts) == 1 else np.full_like(starts, -1),
+        lambda starts, sizes: np.where(np.arange(len(starts)) == 0, 128, -1).astype(np.int32),
     ):
         cache = KVCache(config(allocator=f"{HERE}:Answers", block_sizes=(8,)))
         seq_ids, _ = cache.open([[]])

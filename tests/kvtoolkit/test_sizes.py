@@ -37,11 +37,11 @@ def test_the_estimate_is_what_the_tables_take(fields):
     ("fields", "figure"),
     [
         (
-            {"num_tokens": 1 << 26, "max_seqs": 1 << 20},
+            {"num_tokens": 1 << 26, "max_seqs": 1 << 20, "max_entries": 1 << 23},
             r"got 65,\d\d\d GiB: 65,\d\d\d for 1048576 rows of 8388608 entries",
         ),
         (
-            {"num_tokens": 1 << 27, "max_seqs": 1 << 16},
+            {"num_tokens": 1 << 27, "max_seqs": 1 << 16, "max_entries": 1 << 24},
             r"got 8,\d\d\d GiB: 8,\d\d\d for 65536 rows of 16777216 entries",
         ),
         ({"max_seqs": 1 << 20, "max_entries": 1 << 20}, r"for 1048576 rows of 1048576 entries"),
@@ -69,3 +69,16 @@ def test_what_fits_is_not_refused(monkeypatch):
     monkeypatch.setattr(sizes, "_physical_memory", lambda: needed - 1)
     with pytest.raises(ConfigError, match="max_seqs: expected tables"):
         config()
+
+
+@pytest.mark.parametrize("num_tokens", [1 << 10, 1 << 20, 1 << 24, 1 << 27])
+@pytest.mark.parametrize("max_seqs", [1, 256, 10_000, 1 << 20])
+@pytest.mark.parametrize("max_seq_len", [None, 1 << 10, 1 << 17])
+def test_the_block_table_is_bounded_unless_rows_need_more(num_tokens, max_seqs, max_seq_len):
+    settings = config(num_tokens=num_tokens, max_seqs=max_seqs, max_seq_len=max_seq_len)
+    entries, longest = settings.entries_limit, settings.seq_len_limit
+    needed = min(longest, max(64 * 64, 2 * num_tokens // max_seqs, max_seq_len or 0))
+    assert 64 * entries >= needed
+    assert 8 * entries * max_seqs <= 256 << 20 or 64 * (entries - 1) < max(64 * 64, needed)
+    assert entries == -(-longest // 8) or 8 * (entries + 1) * max_seqs > 256 << 20
+    assert config(num_tokens=num_tokens, max_entries=7).entries_limit == 7
