@@ -17,13 +17,6 @@ if TYPE_CHECKING:
     from kvtoolkit.graph import GraphStep
 
 
-def _read_only(array: NDArray[Any], count: int) -> NDArray[Any]:
-    """The first ``count`` rows of an array, as a view that its reader cannot write to."""
-    view = array[:count]
-    view.setflags(write=False)
-    return view
-
-
 class Step:
     """What `KVCache.begin_step` returns; serves all layers, until `KVCache.end_step`.
 
@@ -74,14 +67,16 @@ class Step:
         self._arrays = arrays
         self._is_open = True
         self._mark = mark
-        self.seq_ids = _read_only(seq_ids, batch)
-        self.num_new_tokens = _read_only(arrays.counts, batch)
-        self.block_table = _read_only(arrays.table, batch)
-        self.block_starts = _read_only(arrays.starts, batch)
-        self.seq_lens = _read_only(arrays.seq_lens, batch)
-        self.cu_seqlens_q = _read_only(arrays.cu_seqlens_q, batch + 1)
-        self.slot_mapping = _read_only(arrays.slot_mapping, num_tokens)
-        self.status = _read_only(arrays.status, batch)
+        self.seq_ids = seq_ids.view()
+        self.seq_ids.setflags(write=False)
+        shown = cache._arrays.shown(arrays)
+        self.num_new_tokens = shown.counts[:batch]
+        self.block_table = shown.table[:batch]
+        self.block_starts = shown.starts[:batch]
+        self.seq_lens = shown.seq_lens[:batch]
+        self.cu_seqlens_q = shown.cu_seqlens_q[: batch + 1]
+        self.slot_mapping = shown.slot_mapping[:num_tokens]
+        self.status = shown.status[:batch]
         self._access: StepAccess | None = None
         self._mass: MassSum | DeviceMassSum | None = None
         self._device_tables: DeviceTables | None = None

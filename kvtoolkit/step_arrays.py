@@ -1,5 +1,7 @@
 """The arrays of steps, kept from one step to the next, so that their tables need only be brought up to date."""
 
+from typing import Any
+
 import numpy as np
 
 from kvtoolkit.passes import StepArrays
@@ -16,6 +18,7 @@ class SpareArrays:
         self._spare: list[StepArrays] = []
         self._num_small = 0  # steps since one that needed an eighth of large arrays
         self._has_large = False
+        self._shown: tuple[StepArrays | None, StepArrays | None] = (None, None)
 
     def take(self, batch: int, num_tokens: int) -> StepArrays:
         """Arrays for so many rows and new tokens; those of the last step if they are large enough."""
@@ -30,6 +33,14 @@ class SpareArrays:
             arrays = arrays._replace(slot_mapping=np.empty(1 << (num_tokens - 1).bit_length(), np.int64))
             self._has_large |= num_tokens > _LARGE // 2
         return arrays
+
+    def shown(self, arrays: StepArrays) -> StepArrays:
+        """Views of arrays that cannot be written to, nor can parts of the views; they last as long as the arrays."""
+        known, views = self._shown
+        if views is None or known is not arrays:
+            views = StepArrays(*map(_read_only, arrays))
+            self._shown = arrays, views
+        return views
 
     def widen(self, arrays: StepArrays, width: int) -> StepArrays:
         """The arrays, with empty tables for rows of ``width`` entries."""
@@ -57,6 +68,12 @@ class SpareArrays:
         self._num_small, self._has_large = 0, False
         self._spare.clear()
         return _make(max(8, 1 << (batch - 1).bit_length()), 1 << (width - 1).bit_length())
+
+
+def _read_only(array: Any) -> Any:
+    view = array.view()
+    view.setflags(write=False)
+    return view
 
 
 def _make(batch: int, width: int) -> StepArrays:
