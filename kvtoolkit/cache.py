@@ -58,6 +58,7 @@ class KVCache:
         self._grower = Grower(self._sequences)
         self._demoter = None if config.tier_config is None else Demoter(self._sequences, config.tier_config)
         self._arrays = SpareArrays()
+        self._most_tokens_of_one = config.seq_len_limit
         self._most_new_tokens = max(_LEAST_TOKENS_REFUSED, 16 * 8 * config.num_granules)
         self._upload = make_upload(config.backend, self._sequences.storage.device)
         self._arenas = access.Arenas(self._sequences.storage, config.dtype, config.backend)
@@ -170,7 +171,7 @@ class KVCache:
             StepError: ``num_new_tokens`` is negative, above any cache, has another shape, or comes to more than 16
                 times the pool (and 2**20) in all.
         """
-        ids = seq_ids.copy() if is_ids(seq_ids) else as_ids(seq_ids)
+        ids = seq_ids.copy() if is_ids(seq_ids) else as_ids(seq_ids).copy()
         batch = len(ids)
         counts: int | Int64Array
         if type(num_new_tokens) is not int:
@@ -188,7 +189,7 @@ class KVCache:
         arrays = self._arrays.take(batch, total)
         arrays.counts[:batch] = counts
         code, where, num_need, num_merge, width, mark = passes.begin(
-            sequences.rows, arrays, ids, self.config.seq_len_limit, sequences.pool.policy.merges
+            sequences.rows, arrays, ids, self._most_tokens_of_one, sequences.pool.policy.merges
         )
         if code:
             self._arrays.give_back(arrays, batch, total)
@@ -228,7 +229,7 @@ class KVCache:
         if step._access is not None or step._graph_step is not None:
             step._require_all_layers()
         sequences, batch = self._sequences, len(step.seq_ids)
-        tokens = None if token_ids is None else as_tokens(token_ids, len(step.slot_mapping))
+        tokens = None if token_ids is None else as_tokens(token_ids, step._num_tokens)
         if step._mass is not None and (masses := step._mass.mean) is not None:
             period = 1 if sequences.storage.device < 0 else demotion.DEVICE_PERIOD
             demotion.note_masses(sequences.rows, step._arrays, batch, masses, period)
@@ -242,7 +243,7 @@ class KVCache:
                 pool.nodes, pool.granules, pool.freed,
             )  # fmt: skip
         sequences.counters.num_steps += 1
-        self._arrays.give_back(step._arrays, batch, len(step.slot_mapping))
+        self._arrays.give_back(step._arrays, batch, step._num_tokens)
         pool.free_listed(num_freed)
 
     @exclusive_or_later
@@ -252,7 +253,7 @@ class KVCache:
         self._end(step)
         batch = len(step.seq_ids)
         passes.reopen(self._sequences.rows, step._arrays, batch, step._mark)
-        self._arrays.give_back(step._arrays, batch, len(step.slot_mapping))
+        self._arrays.give_back(step._arrays, batch, step._num_tokens)
 
     def _end(self, step: Step) -> None:
         """Before anything else changes: a step whose end is interrupted has ended, or was aborted."""

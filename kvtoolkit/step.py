@@ -9,6 +9,7 @@ from kvtoolkit.access import MassSum, StepAccess
 from kvtoolkit.demotion import DEVICE_PERIOD, MOST_QUERIES
 from kvtoolkit.errors import StepError, UnsupportedError
 from kvtoolkit.passes import OK, OUT_OF_BLOCKS, STATUS_NAMES, StepArrays
+from kvtoolkit.prefix import Int32Array, Int64Array
 from kvtoolkit.upload import DeviceTables
 
 if TYPE_CHECKING:
@@ -49,42 +50,66 @@ class Step:
         "_is_open",
         "_mark",
         "_mass",
-        "block_starts",
-        "block_table",
-        "cu_seqlens_q",
-        "num_new_tokens",
+        "_num_tokens",
+        "_shown",
         "seq_ids",
-        "seq_lens",
-        "slot_mapping",
-        "status",
     )
 
     def __init__(
         self, cache: "KVCache", seq_ids: NDArray[np.int64], arrays: StepArrays, num_tokens: int, mark: int
     ) -> None:
-        batch = len(seq_ids)
         self._cache = cache
         self._arrays = arrays
         self._is_open = True
         self._mark = mark
-        self.seq_ids = seq_ids.view()
-        self.seq_ids.setflags(write=False)
-        shown = cache._arrays.shown(arrays)
-        self.num_new_tokens = shown.counts[:batch]
-        self.block_table = shown.table[:batch]
-        self.block_starts = shown.starts[:batch]
-        self.seq_lens = shown.seq_lens[:batch]
-        self.cu_seqlens_q = shown.cu_seqlens_q[: batch + 1]
-        self.slot_mapping = shown.slot_mapping[:num_tokens]
-        self.status = shown.status[:batch]
+        self._num_tokens = num_tokens
+        self._shown = cache._arrays.shown(arrays)
+        seq_ids.setflags(write=False)
+        self.seq_ids = seq_ids
         self._access: StepAccess | None = None
         self._mass: MassSum | DeviceMassSum | None = None
         self._device_tables: DeviceTables | None = None
         self._graph_step: GraphStep | None = None  # which has loaded it
 
+    # cut when they are asked for: an integration of its own may need none of them
+    @property
+    def num_new_tokens(self) -> Int32Array:
+        """``[batch]``; see `Step`."""
+        return self._shown.counts[: len(self.seq_ids)]
+
+    @property
+    def block_table(self) -> Int32Array:
+        """``[batch, max_entries]``; see `Step`."""
+        return self._shown.table[: len(self.seq_ids)]
+
+    @property
+    def block_starts(self) -> Int32Array:
+        """``[batch, max_entries]``; see `Step`."""
+        return self._shown.starts[: len(self.seq_ids)]
+
+    @property
+    def seq_lens(self) -> Int32Array:
+        """``[batch]``; see `Step`."""
+        return self._shown.seq_lens[: len(self.seq_ids)]
+
+    @property
+    def cu_seqlens_q(self) -> Int32Array:
+        """``[batch + 1]``; see `Step`."""
+        return self._shown.cu_seqlens_q[: len(self.seq_ids) + 1]
+
+    @property
+    def slot_mapping(self) -> Int64Array:
+        """``[num_tokens]``; see `Step`."""
+        return self._shown.slot_mapping[: self._num_tokens]
+
+    @property
+    def status(self) -> NDArray[np.int8]:
+        """``[batch]``; see `Step`."""
+        return self._shown.status[: len(self.seq_ids)]
+
     @property
     def ok(self) -> NDArray[np.bool_]:
-        """``[batch]`` bool: which rows got what they need. See `Step`."""
+        """``[batch]``; see `Step`."""
         ok: NDArray[np.bool_] = self.status == OK
         return ok
 
@@ -206,7 +231,7 @@ class Step:
         if self._graph_step is not None:
             layers |= self._graph_step.layers
         num_layers = self._cache.config.num_layers
-        if not layers or layers == (1 << num_layers) - 1 or not len(self.slot_mapping):
+        if not layers or layers == (1 << num_layers) - 1 or not self._num_tokens:
             return
         missing = [layer for layer in range(num_layers) if not layers >> layer & 1]
         raise StepError(
