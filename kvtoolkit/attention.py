@@ -28,6 +28,7 @@ from kvtoolkit import cpu
 from kvtoolkit.checks import (
     check_apart,
     check_caches,
+    check_caches_apart,
     check_flags,
     check_heads,
     check_indices,
@@ -35,7 +36,6 @@ from kvtoolkit.checks import (
     check_options,
     check_output,
     check_per_head,
-    check_places,
     check_rows,
     check_slopes,
     choose_backend,
@@ -395,11 +395,7 @@ def append(
         raise ShapeError("k_cache, v_cache: expected writable arrays, got a read-only one")
     slots = describe(slot_mapping, "slot_mapping")
     check_indices(slots, "slot_mapping", (num_tokens,), "int64")
-    read: dict[str, Operand | None] = {"key": new_keys, "value": new_values, "slot_mapping": slots}
-    check_places(keys, "k_cache")
-    check_places(values, "v_cache")
-    check_apart(keys, "k_cache", read)
-    check_apart(values, "v_cache", {"k_cache": keys} | read)
+    check_caches_apart(keys, values, {"key": new_keys, "value": new_values, "slot_mapping": slots})
     if chosen == "cpu":
         cpu.append(new_keys, new_values, keys, values, slots, layout=layout, check=True)
     else:

@@ -175,10 +175,39 @@ def check_apart(written: Operand, name: str, others: dict[str, Operand | None], 
         other_size = ITEMSIZES[other_dtype]
         if at + other_size * low >= stop or at + other_size * end <= begin:
             continue
-        if other_name == in_place and other[:3] == written[:3]:
-            continue
-        if share_bytes(at - address, (shape, strides, size), (other_shape, other_strides, other_size)):
-            raise UnsupportedError(f"{name}: expected memory of its own, got some that {other_name} uses, too")
+        if other_name != in_place or other[:3] != written[:3]:
+            _require_apart(name, written, other_name, other)
+
+
+def check_caches_apart(keys: Operand, values: Operand, read: dict[str, Operand]) -> None:
+    """`check_places` and `check_apart` for both caches, which a call of `append` cannot afford one by one."""
+    written = []
+    for name, cache in (("k_cache", keys), ("v_cache", values)):
+        address, shape, strides, dtype, _, _, _ = cache
+        _, low, end, repeats = EXTENTS.get((shape, strides)) or extent(shape, strides)
+        if repeats:
+            check_places(cache, name)
+        size = ITEMSIZES[dtype]
+        written.append((address + size * low, address + size * end))
+    (begin_k, stop_k), (begin_v, stop_v) = written
+    if begin_k < stop_v and begin_v < stop_k:
+        _require_apart("v_cache", values, "k_cache", keys)
+    for name, other in read.items():
+        address, shape, strides, dtype, _, _, _ = other
+        _, low, end, _ = EXTENTS.get((shape, strides)) or extent(shape, strides)
+        size = ITEMSIZES[dtype]
+        begin, stop = address + size * low, address + size * end
+        if begin < stop_k and begin_k < stop:
+            _require_apart("k_cache", keys, name, other)
+        if begin < stop_v and begin_v < stop:
+            _require_apart("v_cache", values, name, other)
+
+
+def _require_apart(name: str, written: Operand, other_name: str, other: Operand) -> None:
+    """Refuse an array to write to that has a byte in common with another; slower than a look at where they end."""
+    one, two = ((array.shape, array.strides, ITEMSIZES[array.dtype]) for array in (written, other))
+    if share_bytes(other.address - written.address, one, two):
+        raise UnsupportedError(f"{name}: expected memory of its own, got some that {other_name} uses, too")
 
 
 def check_options(

