@@ -459,6 +459,6 @@ def _device() -> Any:
 def _empty(like: Any, described: Operand, shape: tuple[int, ...], dtype: str) -> tuple[Any, Operand]:
     """A new array or tensor where ``like`` is, and its description."""
     if described.device >= 0:
-        made = _device().empty(shape, dtype, like, described.device)
-        return made, _device().device_operand(made, "out", dtype)
+        made: tuple[Any, Operand] = _device().empty(shape, dtype, like, described.device)
+        return made
     return empty(shape, dtype, like)

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from kvtoolkit import cuda
 from kvtoolkit.access import Arenas, StepAccess
 from kvtoolkit.cpu.arrays import Operand
-from kvtoolkit.cuda.arrays import check_alignment, check_devices, device_operand, empty
+from kvtoolkit.cuda.arrays import check_alignment, check_devices, empty
 from kvtoolkit.device import kernels_of, using
 from kvtoolkit.device_mass import DeviceMassSum
 from kvtoolkit.runtime import current_stream, is_capturing
@@ -79,5 +79,4 @@ class DeviceStepAccess(StepAccess):
 
     @staticmethod
     def _empty(like: Any, described: Operand, shape: tuple[int, ...], dtype: str) -> tuple[Any, Operand]:
-        made = empty(shape, dtype, like, described.device)
-        return made, device_operand(made, "out", dtype)
+        return empty(shape, dtype, like, described.device)

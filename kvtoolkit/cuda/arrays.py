@@ -3,7 +3,7 @@
 import sys
 from typing import Any
 
-from kvtoolkit.cpu.arrays import Operand, is_on_device, is_torch, tensor_operand
+from kvtoolkit.cpu.arrays import Operand, is_on_device, is_torch, make_operand, tensor_operand
 from kvtoolkit.errors import ShapeError, UnsupportedError
 
 _BITS = {"int16": "bfloat16", "uint16": "bfloat16"}
@@ -102,12 +102,19 @@ def check_alignment(operands: dict[str, Operand], nbytes: int = 16) -> None:
             )
 
 
-def empty(shape: tuple[int, ...], dtype: str, like: Any, device: int) -> Any:
-    """A new array on a device: a torch tensor if ``like`` is one, else a CuPy array (bfloat16 as uint16)."""
+def empty(shape: tuple[int, ...], dtype: str, like: Any, device: int) -> tuple[Any, Operand]:
+    """A new array on a device and its description: a torch tensor if ``like`` is one, else a CuPy array (bfloat16 as
+    uint16)."""
+    made: Any
     if is_torch(like):
         torch = sys.modules["torch"]
-        return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
-    import cupy
+        made = torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
+        if len(shape) == 3 and type(made) is torch.Tensor:  # not so where a mode fakes tensors
+            strides = (shape[1] * shape[2], shape[2], 1)
+            return made, make_operand((made.data_ptr(), shape, strides, dtype, made, True, device))
+    else:
+        import cupy
 
-    with cupy.cuda.Device(device):
-        return cupy.empty(shape, "uint16" if dtype == "bfloat16" else dtype)
+        with cupy.cuda.Device(device):
+            made = cupy.empty(shape, "uint16" if dtype == "bfloat16" else dtype)
+    return made, device_operand(made, "out", dtype)
