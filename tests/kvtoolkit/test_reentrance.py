@@ -244,6 +244,58 @@ def test_a_child_forked_while_threads_are_in_calls_works():
     assert (done.returncode, done.stdout) == (0, "fine\n"), done.stderr
 
 
+COMPILING = """
+import os, threading, time
+import allocators
+from numba import njit
+from numba.core.compiler_lock import global_compiler_lock
+
+def compile_one(n):
+    assert njit(lambda x: x + n)(1) == 1 + n
+
+def compile_on():
+    while not stop:
+        compile_one(len(compiled))
+        compiled.append(1)
+
+stop, compiled, lock = False, [], global_compiler_lock._lock
+compile_one(0)
+thread = threading.Thread(target=compile_on, daemon=True)
+thread.start()
+amid = 0
+for n in range(8):
+    time.sleep(0.01 * n)
+    if lock.acquire(blocking=False):
+        lock.release()
+    else:
+        amid += 1
+    child = os.fork()
+    if child == 0:
+        compile_one(100)
+        os._exit(0)
+    for _ in range(600):
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(child, 9)
+        raise SystemExit("the child hangs")
+    assert status == 0, status
+stop = True
+thread.join()
+assert amid, "no fork came while something was compiled"
+print("fine")
+"""
+
+
+def test_a_child_forked_while_a_thread_compiles_can_compile():
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", COMPILING], capture_output=True, text=True, timeout=400, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "fine\n"), done.stderr
+
+
 HUNG = """
 import os, threading, time, warnings
 import allocators._forks
