@@ -20,7 +20,7 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest $(ARGS)
 
 families: $(VENV)/.test
-	$(BIN)/python -m pytest -m sweep tests/kvtoolkit/test_transformers_families.py $(ARGS)
+	$(BIN)/python -m pytest -m sweep tests/kvtoolkit/integrations/test_transformers_families.py $(ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

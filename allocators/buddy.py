@@ -3,7 +3,7 @@
 The whole state is one byte per superblock (8 granules = 64 tokens). A block of ``2**k`` granules is an aligned run of
 set bits, so splitting clears bits, freeing sets them, and buddies coalesce by being neighbours: there are no lists to
 keep in step. A request goes to the *fullest* superblock that still holds it, which keeps whole superblocks alive
-(best fit; the effect is simulated in the growth figures of `kvtoolkit.growth`), the lowest one among equals.
+(best fit; the effect is simulated in the growth figures of `kvtoolkit.config.growth`), the lowest one among equals.
 
     bit set <=> granule free;    popcount(masks) == num_free
 

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 
 from kvtoolkit import CacheConfig, KVCache, Step, UnsupportedError, get_include
-from kvtoolkit.tables import unpack_entries
+from kvtoolkit.formats.entry import unpack_entries
 
 SOURCE = r"""
 // The mean key of each sequence and kv head. Grid (batch, num_kv_heads), CTA head_dim threads, one dim each.

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import seed as with_seed
 from hypothesis.stateful import run_state_machine_as_test
 
-from tests.kvtoolkit.test_cache_machine import CONFIGS, TIERED_CONFIGS, CacheMachine, TierMachine, tiered_fields
+from tests.kvtoolkit.cache.test_cache_machine import CONFIGS, TIERED_CONFIGS, CacheMachine, TierMachine, tiered_fields
 
 MACHINES = [(CacheMachine, config) for config in CONFIGS]
 MACHINES += [(TierMachine, tiered_fields(config)) for config in TIERED_CONFIGS]

@@ -2,10 +2,16 @@
 
 from allocators import BlockAllocator, create, register
 from kvtoolkit._version import __version__
-from kvtoolkit.attention import append, merge_states, paged_attention, tiered_attention, variable_block_attention
-from kvtoolkit.cache import KVCache
-from kvtoolkit.config import CacheConfig
-from kvtoolkit.device_pool import DevicePool, lockfree
+from kvtoolkit.attention.calls import append, merge_states, paged_attention, tiered_attention, variable_block_attention
+from kvtoolkit.cache.graph import GraphStep
+from kvtoolkit.cache.kv_cache import KVCache
+from kvtoolkit.cache.lease import Lease
+from kvtoolkit.cache.stats import CacheStats
+from kvtoolkit.cache.step import Step
+from kvtoolkit.commands.compile import warmup
+from kvtoolkit.config import eviction, growth
+from kvtoolkit.config.cache import CacheConfig
+from kvtoolkit.cuda.pool import DevicePool, lockfree
 from kvtoolkit.errors import (
     BusyError,
     CacheFullError,
@@ -18,14 +24,9 @@ from kvtoolkit.errors import (
     StepError,
     UnsupportedError,
 )
-from kvtoolkit.graph import GraphStep
-from kvtoolkit.lease import Lease
-from kvtoolkit.sources import get_include
-from kvtoolkit.stats import CacheStats
-from kvtoolkit.step import Step
-from kvtoolkit.tiers import TierCaches
+from kvtoolkit.formats.tier_caches import TierCaches
+from kvtoolkit.runtime.sources import get_include
 from kvtoolkit.untraced import untraced
-from kvtoolkit.warm import warmup
 
 __all__ = [
     "BlockAllocator",
@@ -50,7 +51,9 @@ __all__ = [
     "__version__",
     "append",
     "create",
+    "eviction",
     "get_include",
+    "growth",
     "merge_states",
     "paged_attention",
     "tiered_attention",

@@ -1,8 +1,8 @@
 """The judge: attention over paged caches in dense float64 NumPy, one query at a time, written to be obviously right.
 
-The calls have the names, the arguments and the meaning of those in `kvtoolkit.attention`, and return float64 ``out``
-and ``lse``, always both. What cannot change the answer (``out``, ``return_lse``, ``num_splits``, ``backend``) is
-accepted and ignored; `tile_masses` gives what the calls write to ``block_mass``. bfloat16 may also come as uint16
+The calls have the names, the arguments and the meaning of those in `kvtoolkit.attention.calls`, and return float64
+``out`` and ``lse``, always both. What cannot change the answer (``out``, ``return_lse``, ``num_splits``, ``backend``)
+is accepted and ignored; `tile_masses` gives what the calls write to ``block_mass``. bfloat16 may also come as uint16
 words, with ``dtype="bfloat16"``. Nothing is checked.
 """
 
@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtoolkit.formats import FORMATS
-from kvtoolkit.tables import GRANULE, MAX_BLOCK_GRANULES, unpack_entries
+from kvtoolkit.formats.entry import GRANULE, MAX_BLOCK_GRANULES, unpack_entries
+from kvtoolkit.formats.quantized import FORMATS
 
 Floats = NDArray[np.float64]
 

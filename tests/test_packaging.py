@@ -77,7 +77,7 @@ def test_the_wheel_carries_code_types_and_cuda_sources(built):
     assert any(name.endswith("LICENSE") for name in names)
     (points,) = (name for name in names if name.endswith("entry_points.txt"))
     text = zipfile.ZipFile(built[0]).read(points).decode()
-    assert "kvtoolkit = kvtoolkit.cli:main" in text
+    assert "kvtoolkit = kvtoolkit.commands.cli:main" in text
     assert "buddy = allocators.buddy:BuddyAllocator" in text
 
 

@@ -1,7 +1,7 @@
 // Tiered decode: as decode.cu, over sequences whose tokens lie in a 16-bit, an int8 and an int4 tier, with one softmax.
 //
 //   q, k_cache, v_cache, seq_lens, out, lse   as in decode.cu; the caches are the hot tier, [num_granules, ...]
-//   warm, cold     blocks of 64 tokens, see kvtoolkit/formats.py
+//   warm, cold     blocks of 64 tokens, see kvtoolkit/formats/quantized.py
 //   units          the units that each sequence's queries see, see kvt/tiers.cuh and units.cu
 //
 // Launch:   as decode.cu without clusters; dynamic shared memory for FIFOs of units, then the warps' results. head_dim 64

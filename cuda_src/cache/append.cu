@@ -19,7 +19,7 @@ using vector_t = unsigned;
 using vector_t = unsigned short;
 #endif
 
-// Filled in by kvtoolkit/cuda/cache.py, in this order. Strides in bytes.
+// Filled in by kvtoolkit/cuda/copy.py, in this order. Strides in bytes.
 struct AppendParams {
   const char* key;
   const char* value;

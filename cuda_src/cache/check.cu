@@ -1,7 +1,7 @@
 // Check: every length, table entry and slot that a launch would read, on the device, before it is launched.
 //
 // Launch:   one CTA of 256 threads; a thread takes every 256th row. Any architecture.
-// Result:   finding [3] int32: a code (0 = all is well; kvtoolkit/refusals.py), the row or index, the value. The lowest row
+// Result:   finding [3] int32: a code (0 = all is well; kvtoolkit/findings.py), the row or index, the value. The lowest row
 //           that is wrong wins, so that the message does not change from run to run.
 #include <kvt/entry.cuh>
 

@@ -1,12 +1,12 @@
 // Conversions: 64 tokens from one tier to another, all layers: demotion, and the way back where a sequence is truncated.
 //
 //   hot         [2 * num_layers, num_granules, num_kv_heads, 8, head_dim] by strides: keys, then values of each layer
-//   warm, cold  [num_layers, num_blocks, num_kv_heads, bytes of a block], see kvtoolkit/formats.py
+//   warm, cold  [num_layers, num_blocks, num_kv_heads, bytes of a block], see kvtoolkit/formats/quantized.py
 //   moves       up to kMaxMoves, in the parameters: 8 granules from, 8 granules to; -1 = not wanted. Granule numbers run
 //               through the tiers.
 //
 // Launch:   grid (moves, num_kv_heads, num_layers), CTA 256. Any architecture. Macros: KVT_HEAD_DIM, KVT_BF16.
-// Numerics: through float32, each operation rounded by itself: codes are those of kvtoolkit.formats, to the bit. A token
+// Numerics: through float32, each operation rounded by itself: codes are those of kvtoolkit.formats.quantized, to the bit. A token
 //           that holds an infinity or NaN becomes NaN, as there; the host cannot know of it, and so keeps no tile back.
 #include <kvt/attention.cuh>
 #include <kvt/ptx/cluster.cuh>
@@ -31,7 +31,7 @@ constexpr float kSmallestNormal = 1.0f / (1 << 14);
 constexpr unsigned short kNaN = 0x7E00;  // as a half
 using Sizes = Bytes<kHeadDim>;
 
-// Filled in by kvtoolkit/cuda/cache.py, in this order.
+// Filled in by kvtoolkit/cuda/copy.py, in this order.
 struct ConvertParams {
   unsigned short* hot;
   unsigned char* warm;
@@ -70,7 +70,7 @@ struct Tile {
   __device__ __forceinline__ float& at(int token, int dim) { return x[token * kPitch + dim]; }
 };
 
-// Where a code lies: its token and dim, from its number in the order of storage. See kvtoolkit/formats.py.
+// Where a code lies: its token and dim, from its number in the order of storage. See kvtoolkit/formats/quantized.py.
 struct CodePlace {
   int token, dim;
 };

@@ -9,7 +9,7 @@ namespace kvt {
 
 constexpr int kMaxMoves = 448;  // with the rest below the 4 KB that parameters may take
 
-// Filled in by kvtoolkit/cuda/cache.py, in this order.
+// Filled in by kvtoolkit/cuda/copy.py, in this order.
 struct MoveParams {
   char* arena;
   long long array_stride, granule_stride;  // bytes

@@ -20,7 +20,7 @@ using BatchPool = SlabPool;
 using BatchPool = Pool;
 #endif
 
-// Filled in by kvtoolkit/device_pool.py, in this order.
+// Filled in by kvtoolkit/cuda/pool.py, in this order.
 struct BatchParams {
   Word* memory;
   int* starts;

@@ -19,7 +19,7 @@ using FuzzPool = SlabPool;
 using FuzzPool = Pool;
 #endif
 
-// As FAULTS in kvtoolkit/fuzz.py.
+// As FAULTS in kvtoolkit/commands/fuzz.py.
 enum FuzzFault : int { kNotAligned = 1, kTwoOwners, kLost, kRefusedFree, kFalseExhaustion, kUnknownCode };
 
 struct FuzzParams {

@@ -164,7 +164,7 @@ def _check(options: argparse.Namespace) -> dict[str, Tiers]:
 
 def parse_setting(name: str) -> Tiers:
     """The ``tiers`` of a setting: one of `SETTINGS`, or ``field=value`` pairs with commas between them."""
-    from kvtoolkit.tier_config import TierConfig
+    from kvtoolkit.config.tiers import TierConfig
 
     if name in SETTINGS:
         return SETTINGS[name]

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from kvtoolkit.bench.timing import device_line, event_times, require_device
-from kvtoolkit.cache import KVCache
-from kvtoolkit.config import CacheConfig
+from kvtoolkit.cache.kv_cache import KVCache
+from kvtoolkit.config.cache import CacheConfig
 from kvtoolkit.cuda.launching import Launch
-from kvtoolkit.device_pool import DevicePool
+from kvtoolkit.cuda.pool import DevicePool
 from kvtoolkit.errors import ConfigError
 from kvtoolkit.runtime import Kernel, load
 from kvtoolkit.runtime.kernels import packer

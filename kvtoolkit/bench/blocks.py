@@ -15,8 +15,8 @@ import numpy as np
 from kvtoolkit import cuda
 from kvtoolkit.bench.attention_cases import Case, Shape
 from kvtoolkit.bench.timing import device_line, host_us, read_ceiling, require_device, time_graph
-from kvtoolkit.cache import KVCache
-from kvtoolkit.config import CacheConfig
+from kvtoolkit.cache.kv_cache import KVCache
+from kvtoolkit.config.cache import CacheConfig
 from kvtoolkit.cuda.expand import make_granules
 from kvtoolkit.cuda.plan import make_plan, plan_nbytes
 
@@ -157,7 +157,7 @@ def _host() -> dict[str, float]:
     """What calls cost the host, checks included."""
     import torch
 
-    from kvtoolkit.attention import variable_block_attention
+    from kvtoolkit.attention.calls import variable_block_attention
 
     shape: dict[str, Any] = {"num_layers": 4, "num_kv_heads": 8, "head_dim": 128, "dtype": "bfloat16"}
     cache = KVCache(CacheConfig(**shape, num_tokens=1 << 15, backend="cuda"))

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from kvtoolkit.arrays.host import Operand
 from kvtoolkit.bench.timing import Timing, copy_ceiling, device_line, require_device, time_graph
-from kvtoolkit.cpu.arrays import Operand
 
 _HEADS, _HEAD_DIM = 8, 128
 
@@ -52,7 +52,7 @@ def _report(name: str, timing: Timing, nbytes: int, ceiling: float) -> dict[str,
 def _append(tokens: int, ceiling: float) -> dict[str, Any]:
     import torch
 
-    from kvtoolkit.attention import append
+    from kvtoolkit.attention.calls import append
 
     num_granules = max(4096, -(-tokens // 8) * 2)
     layers = max(2, min(32, (2 << 30) // (num_granules * 8 * _HEADS * _HEAD_DIM * 4)))

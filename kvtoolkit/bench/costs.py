@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from kvtoolkit._version import __version__
-from kvtoolkit.cache import KVCache
-from kvtoolkit.config import CacheConfig
-from kvtoolkit.inputs import Int64Array
+from kvtoolkit.arrays.types import Int64Array
+from kvtoolkit.cache.kv_cache import KVCache
+from kvtoolkit.config.cache import CacheConfig
 
 _MOST_TOKENS = 1 << 17
 """Of one sequence, so that filling a large pool takes many of them."""

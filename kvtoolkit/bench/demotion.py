@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from kvtoolkit.bench.timing import device_line, event_times, require_device
-from kvtoolkit.cache import KVCache
-from kvtoolkit.config import CacheConfig
-from kvtoolkit.formats import INT4, INT8
+from kvtoolkit.cache.kv_cache import KVCache
+from kvtoolkit.config.cache import CacheConfig
+from kvtoolkit.formats.quantized import INT4, INT8
 
 _TIERS = {"hot": 256, "warm": "int8", "warm_tokens": 2048, "cold": "int4", "pinned_tokens": 64}
 _HEADS, _KV_HEADS, _HEAD_DIM = 32, 8, 128

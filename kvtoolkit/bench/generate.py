@@ -106,7 +106,7 @@ def _compare(model: Any, pool: Any, prompt: Any, options: argparse.Namespace) ->
 
 
 def _make_pool(model: Any, batch: int, options: argparse.Namespace) -> Any:
-    from kvtoolkit.cache import KVCache
+    from kvtoolkit.cache.kv_cache import KVCache
     from kvtoolkit.integrations.transformers import cache_config
 
     slots = batch * (options.prompt + options.new + 64)

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from allocators import BlockAllocator, create
 from kvtoolkit._version import __version__
-from kvtoolkit.cache import KVCache
-from kvtoolkit.config import CacheConfig
+from kvtoolkit.cache.kv_cache import KVCache
+from kvtoolkit.config.cache import CacheConfig
 
 _STEPS = 64
 

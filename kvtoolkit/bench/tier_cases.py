@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtoolkit.bench.attention_cases import SHAPES, Shape
-from kvtoolkit.formats import BLOCK, FORMATS, INT4, INT8
-from kvtoolkit.tables import TIER_COLD, TIER_HOT, TIER_WARM
+from kvtoolkit.formats.entry import TIER_COLD, TIER_HOT, TIER_WARM
+from kvtoolkit.formats.quantized import BLOCK, FORMATS, INT4, INT8
 
 _POOL_NBYTES = 1 << 30  # the sets of a case span at least so much, many times the second-level cache
 _MAX_SETS = 64

@@ -78,7 +78,7 @@ def tiered(case: TierCase) -> list[Contender]:
     import torch
 
     from kvtoolkit import cuda
-    from kvtoolkit.tiers import QuantizedTiers
+    from kvtoolkit.formats.tier_caches import QuantizedTiers
 
     shape = case.shape
     outs = [torch.empty_like(case.q) for _ in range(case.num_sets)]

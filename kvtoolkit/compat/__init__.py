@@ -1,1 +1,1 @@
-"""Other libraries' calls on kvtoolkit's kernels, for programs that want to change an import and nothing else."""
+"""Former places of modules, kept importable."""

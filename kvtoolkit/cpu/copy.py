@@ -8,13 +8,14 @@ from numpy.typing import ArrayLike
 
 from allocators._bits import fetch_add_acq_rel, load_acquire
 from allocators._jit import jit
+from kvtoolkit.arrays.extents import extent
+from kvtoolkit.arrays.host import address_of, as_numpy_view, is_torch, operand
+from kvtoolkit.arrays.types import ITEMSIZES
 from kvtoolkit.cpu import threads
-from kvtoolkit.cpu.arrays import ITEMSIZES, address_of, as_numpy_view, is_torch, operand
-from kvtoolkit.cpu.extents import extent
 from kvtoolkit.cpu.kernel import yield_core
 from kvtoolkit.cpu.vector import copy_bytes, read_i64
 from kvtoolkit.errors import ShapeError, UnsupportedError
-from kvtoolkit.refusals import BAD_SLOT, refuse
+from kvtoolkit.findings import BAD_SLOT, refuse
 
 _TOKENS_PER_ITEM = 64
 _int: Any = np.int64  # a cast in compiled code

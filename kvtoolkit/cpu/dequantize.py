@@ -1,8 +1,8 @@
 """Blocks of the quantized tiers as float32 tiles: their bytes read once, put in order, widened, scaled.
 
-`kvtoolkit.formats` says how the bytes lie. Its pieces of 16 bytes stand in lines of 64, one piece for each ``t``. Eight
-lines are brought to the order of a tile in four rounds, each one between lines whose numbers differ in one bit; what
-moves are bytes within a piece, which is one instruction of AVX, AVX-512 or NEON. A line then holds, for each ``t``, 16
+`kvtoolkit.formats.quantized` says how the bytes lie. Its pieces of 16 bytes stand in lines of 64, one piece for each
+``t``. Eight lines are brought to the order of a tile in four rounds, each one between lines whose numbers differ in one
+bit; what moves are bytes within a piece, which is one instruction of AVX, AVX-512 or NEON. A line then holds, for each ``t``, 16
 tokens of one dim (keys) or 16 dims of one token (values), of int4 those of two.
 """
 
@@ -14,10 +14,9 @@ from numba import types
 
 from allocators._bits import intrinsic
 from allocators._jit import jit
+from kvtoolkit.arrays.types import FLOAT16, FLOAT32
 from kvtoolkit.cpu.tiles import TILE
 from kvtoolkit.cpu.vector import (
-    FLOAT16,
-    FLOAT32,
     LANES,
     float32x16,
     fma_of,
@@ -31,7 +30,7 @@ from kvtoolkit.cpu.vector import (
     store_f32,
     store_of,
 )
-from kvtoolkit.tables import TIER_WARM
+from kvtoolkit.formats.entry import TIER_WARM
 
 _PIECE, _PIECES = 16, 4
 _LINE = _PIECE * _PIECES
@@ -208,7 +207,7 @@ _times_points = _times((1.0, 0.0625))
 
 @jit
 def block_bytes(tier: int, head_dim: int) -> int:
-    """Bytes of a block of one kv head; `kvtoolkit.formats.Format.nbytes`."""
+    """Bytes of a block of one kv head; `kvtoolkit.formats.quantized.Format.nbytes`."""
     if tier == TIER_WARM:
         return 2 * TILE * (head_dim + 2)
     return TILE * head_dim + 4 * head_dim + 4 * TILE

@@ -49,7 +49,7 @@ from kvtoolkit.cpu.vector import (
     write_f32,
     write_i64,
 )
-from kvtoolkit.refusals import (
+from kvtoolkit.findings import (
     BAD_BLOCK,
     BAD_COVERAGE,
     BAD_CU_SEQLENS,
@@ -61,7 +61,7 @@ from kvtoolkit.refusals import (
     FINE,
     NO_TIER,
 )
-from kvtoolkit.tables import MAX_BLOCK_GRANULES, TIER_COLD, TIER_HOT, entry_granule, entry_length, entry_tier
+from kvtoolkit.formats.entry import MAX_BLOCK_GRANULES, TIER_COLD, TIER_HOT, entry_granule, entry_length, entry_tier
 
 (
     Q, Q_TOKEN, Q_HEAD,                 # address, then strides in elements

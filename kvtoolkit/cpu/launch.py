@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kvtoolkit.arrays.host import Operand, address_of, operand
+from kvtoolkit.arrays.types import DTYPE_CODES
 from kvtoolkit.cpu import kernel, threads
-from kvtoolkit.cpu.arrays import DTYPE_CODES, Operand, address_of, operand
-from kvtoolkit.refusals import FINE, refuse
-from kvtoolkit.tiers import QuantizedTiers
+from kvtoolkit.findings import FINE, refuse
+from kvtoolkit.formats.tier_caches import QuantizedTiers
 
 _WORK_PER_THREAD = 2_500_000  # multiply-adds: some 100 us, several times what waking a thread takes
 _local = threading.local()
@@ -61,7 +62,7 @@ def attend(
 ) -> Attention:
     """Attend, writing to ``out`` and ``lse``, with arguments that are known to be right.
 
-    The calls of `kvtoolkit.attention` come here after their checks; kvtoolkit's own cache, whose arrays cannot be
+    The calls of `kvtoolkit.attention.calls` come here after their checks; kvtoolkit's own cache, whose arrays cannot be
     wrong, comes directly. Shapes, strides and dtypes are *not* checked; a wrong one reads or writes foreign memory.
 
     Args:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from allocators._jit import jit
-from kvtoolkit.cpu.arrays import DTYPE_CODES, Operand
+from kvtoolkit.arrays.host import Operand
+from kvtoolkit.arrays.types import DTYPE_CODES
 from kvtoolkit.cpu.vector import (
     ITEMSIZE,
     load,

@@ -14,10 +14,8 @@ from numba import types
 
 from allocators._bits import intrinsic
 from allocators._jit import jit
+from kvtoolkit.arrays.types import BFLOAT16, FLOAT16, FLOAT32
 from kvtoolkit.cpu.vector import (
-    BFLOAT16,
-    FLOAT16,
-    FLOAT32,
     HAS_WIDE,
     ITEMSIZE,
     LANES,

@@ -17,9 +17,9 @@ from numba.extending import models, register_model
 
 from allocators._bits import intrinsic
 from allocators._jit import jit
+from kvtoolkit.arrays.types import BFLOAT16, FLOAT16, FLOAT32
 
 LANES = 16
-FLOAT32, FLOAT16, BFLOAT16 = range(3)
 ITEMSIZE = (4, 2, 2)
 
 _I1, _I8, _I16, _I32, _I64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))

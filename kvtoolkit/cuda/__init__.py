@@ -1,8 +1,8 @@
 """The raw CUDA kernels: the low-level calls that run them unchecked, on device arrays."""
 
-from kvtoolkit.cuda.arrays import device_operand
+from kvtoolkit.arrays.device import device_operand
 from kvtoolkit.cuda.attention import Attention, attend, attend_alike
-from kvtoolkit.cuda.cache import append, append_alike, convert, copy_granules
+from kvtoolkit.cuda.copy import append, append_alike, convert, copy_granules
 from kvtoolkit.cuda.merge import merge_states
 
 __all__ = [

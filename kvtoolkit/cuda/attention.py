@@ -4,7 +4,7 @@ import functools
 import math
 from typing import Any, NamedTuple
 
-from kvtoolkit.cpu.arrays import Operand
+from kvtoolkit.arrays.host import Operand
 from kvtoolkit.cuda import specs
 from kvtoolkit.cuda.expand import list_width, make_granules
 from kvtoolkit.cuda.launching import Launch, load_spec
@@ -13,10 +13,10 @@ from kvtoolkit.cuda.plan import MAX_RANGES, make_plan, most_late, plan_nbytes
 from kvtoolkit.cuda.units import make_units, units_nbytes
 from kvtoolkit.cuda.workspace import Sizes, workspace
 from kvtoolkit.errors import UnsupportedError
+from kvtoolkit.formats.tier_caches import QuantizedTiers
 from kvtoolkit.runtime import is_capturing, smem_limit
 from kvtoolkit.runtime.kernels import arch_of, num_sms, packer
 from kvtoolkit.runtime.streams import on_stream
-from kvtoolkit.tiers import QuantizedTiers
 
 MAX_DECODE_QUERIES = 8  # as in attention.cuh
 MAX_SPLITS = 128

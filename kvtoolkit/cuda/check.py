@@ -4,14 +4,14 @@ import os
 
 import numpy as np
 
-from kvtoolkit.cpu.arrays import Operand
+from kvtoolkit.arrays.host import Operand
 from kvtoolkit.cuda import specs
 from kvtoolkit.cuda.launching import Launch, load_spec
-from kvtoolkit.refusals import FINE, refuse
+from kvtoolkit.findings import FINE, refuse
+from kvtoolkit.formats.tier_caches import QuantizedTiers
 from kvtoolkit.runtime import is_capturing
 from kvtoolkit.runtime.kernels import packer
 from kvtoolkit.runtime.streams import on_stream
-from kvtoolkit.tiers import QuantizedTiers
 
 ENABLED = os.environ.get("KVTOOLKIT_CHECK", "") not in ("", "0")
 """Whether every launch is preceded by a check. Read from the environment at import."""

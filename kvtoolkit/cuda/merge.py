@@ -1,6 +1,6 @@
 """Launch the kernel that merges attention states, on device arrays that are known to be right."""
 
-from kvtoolkit.cpu.arrays import Operand
+from kvtoolkit.arrays.host import Operand
 from kvtoolkit.cuda import specs
 from kvtoolkit.cuda.launching import Launch, load_spec
 from kvtoolkit.runtime.kernels import packer

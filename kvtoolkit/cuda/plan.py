@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from kvtoolkit.cpu.arrays import Operand
+from kvtoolkit.arrays.host import Operand
 from kvtoolkit.cuda import specs
 from kvtoolkit.cuda.launching import Launch, load_spec
 from kvtoolkit.runtime.kernels import packer

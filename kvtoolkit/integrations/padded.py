@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kvtoolkit.cache import KVCache
+from kvtoolkit.cache.kv_cache import KVCache
+from kvtoolkit.cache.state.arguments import as_prompt
+from kvtoolkit.cache.state.identity import as_pairs, as_salts
+from kvtoolkit.cache.step import Step
 from kvtoolkit.errors import CacheFullError, ShapeError, StepError
-from kvtoolkit.identity import as_pairs, as_salts
-from kvtoolkit.inputs import as_prompt
-from kvtoolkit.step import Step
 
 BoolArray = NDArray[np.bool_]
 

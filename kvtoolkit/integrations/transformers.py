@@ -23,10 +23,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvtoolkit.cache import KVCache
-from kvtoolkit.config import DTYPES, CacheConfig
+from kvtoolkit.arrays.host import as_numpy_view, tensor_operand
+from kvtoolkit.cache.kv_cache import KVCache
+from kvtoolkit.config.cache import DTYPES, CacheConfig
 from kvtoolkit.cpu import Operand
-from kvtoolkit.cpu.arrays import as_numpy_view, tensor_operand
 from kvtoolkit.integrations.marks import Mask, NewKeys, make_mask, mark_keys, window_of
 from kvtoolkit.integrations.models import Columns, check_call, check_structure, trial_forward
 from kvtoolkit.integrations.padded import PaddedBatch

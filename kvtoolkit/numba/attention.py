@@ -3,7 +3,7 @@
     q            [num_tokens, num_q_heads, head_dim]               uint16 words of float16 or bfloat16; out alike
     k_cache      [num_blocks, num_kv_heads, block_size, head_dim]  alike, any strides, so NHD comes transposed
     v_cache      as k_cache
-    warm, cold   [num_blocks, num_kv_heads, nbytes] uint8, see `kvtoolkit.formats`; empty = no such tier
+    warm, cold   [num_blocks, num_kv_heads, nbytes] uint8, see `kvtoolkit.formats.quantized`; empty = no such tier
     block_table  [batch, max_entries] int32 ids or entries;        block_starts [batch, max_entries] int32, granules
     seq_lens     [batch] int32, tokens, the new ones included;     0 = padding row, nothing of it is read
     cu_seqlens_q [batch + 1] int32;                                [0] = one query per row
@@ -26,10 +26,10 @@ from typing import Any
 
 import numpy as np
 
-from kvtoolkit import tables
+from kvtoolkit.formats import entry as tables
+from kvtoolkit.formats.entry import GRANULE, MAX_BLOCK_GRANULES, TIER_COLD, TIER_WARM
 from kvtoolkit.numba.device import NEG_INF, cuda, device, device_twin, float32, kernel, narrow, widen
 from kvtoolkit.numba.quantized import cold_key, cold_value, warm_key, warm_value
-from kvtoolkit.tables import GRANULE, MAX_BLOCK_GRANULES, TIER_COLD, TIER_WARM
 
 TILE = 64
 """Consecutive positions between two updates of the softmax state."""

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from kvtoolkit.cpu.arrays import ITEMSIZES, Operand
+from kvtoolkit.arrays.host import Operand
+from kvtoolkit.arrays.types import ITEMSIZES
 from kvtoolkit.errors import UnsupportedError
 
 with warnings.catch_warnings():

@@ -11,9 +11,9 @@ Numba's CUDA target is imported by the first call, not with this module.
 import math
 from typing import Any
 
-from kvtoolkit.cpu.arrays import Operand
+from kvtoolkit.arrays.host import Operand
 from kvtoolkit.errors import UnsupportedError
-from kvtoolkit.tiers import QuantizedTiers
+from kvtoolkit.formats.tier_caches import QuantizedTiers
 
 
 def attend(
@@ -100,11 +100,11 @@ def append(
             dtype of ``key``, any strides; ``v_cache`` alike.
         slot_mapping: ``[num_tokens]`` int64, ``block * block_size + i``; -1 = skip. No slot may be named twice.
     """
-    from kvtoolkit.numba import cache
+    from kvtoolkit.numba import copy
     from kvtoolkit.numba.device import launch
 
     k_cache, v_cache = _heads_first(k_cache, layout), _heads_first(v_cache, layout)
-    launch(cache.append, (key.shape[0],), stream, key, value, k_cache, v_cache, slot_mapping)
+    launch(copy.append, (key.shape[0],), stream, key, value, k_cache, v_cache, slot_mapping)
 
 
 def merge_states(
@@ -139,14 +139,14 @@ def copy_granules(arena: Operand, src: Operand, dst: Operand, *, stream: int = 0
         arena: ``[n, num_granules, num_kv_heads, 8, head_dim]`` of any dtype, the last three axes contiguous.
         src: ``[num_moves]`` int32 granules to read; ``dst`` alike, to write. No granule may be in both.
     """
-    from kvtoolkit.numba import cache
+    from kvtoolkit.numba import copy
     from kvtoolkit.numba.device import launch
 
     n, num_granules = arena.shape[:2]
     flat = arena._replace(
         shape=(n, num_granules, math.prod(arena.shape[2:])), strides=(arena.strides[0], arena.strides[1], 1)
     )
-    launch(cache.copy_granules, (src.shape[0], n), stream, flat, src, dst)
+    launch(copy.copy_granules, (src.shape[0], n), stream, flat, src, dst)
 
 
 def _kernel_and_tables(

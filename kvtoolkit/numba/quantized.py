@@ -1,4 +1,4 @@
-"""One element of a quantized block: where `kvtoolkit.formats` has put its code, and the number that it stands for.
+"""One element of a quantized block: where its code is, see `kvtoolkit.formats.quantized`, and the number that it means.
 
     block        [nbytes] uint8, 64 tokens of one kv head; ``token`` counts in it
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from kvtoolkit.formats import BLOCK, INT8_UNIT
+from kvtoolkit.formats.quantized import BLOCK, INT8_UNIT
 from kvtoolkit.numba.device import device, float32, widen
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from allocators._disk import SUFFIX, read_entry, write_entry
 from allocators._jit import cache_folder
 from kvtoolkit.runtime import toolchain
-from kvtoolkit.sources import source_folder
+from kvtoolkit.runtime.sources import source_folder
 
 _INCLUDE = re.compile(r"^\s*#include\s*<(kvt/[^>]+)>", re.MULTILINE)
 _ENTRY = re.compile(

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from kvtoolkit.cpu.arrays import address_of
+from kvtoolkit.arrays.host import address_of
 from kvtoolkit.errors import DeviceError
 
 _INVALID_CONTEXT = 201

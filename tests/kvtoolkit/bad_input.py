@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from allocators import AllocatorError
 from kvtoolkit import KVToolkitError, UnsupportedError
-from tests.kvtoolkit.bad_input_calls import CALLS, Call, with_tensors
+from tests.kvtoolkit.attention.bad_input_calls import CALLS, Call, with_tensors
 
 OUTCOMES = ("refused", "accepted", "wrong error", "written", "crashed")
 _LIBC = ctypes.CDLL(None, use_errno=True)

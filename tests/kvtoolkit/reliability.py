@@ -8,10 +8,10 @@ import argparse
 import time
 from collections.abc import Iterator
 
-from tests.kvtoolkit.broken_calls import CONFIGS
-from tests.kvtoolkit.test_failing_parts import ALL, HERE, PARTS, fail_everywhere
-from tests.kvtoolkit.test_interruptions import Interrupted, break_everywhere, interrupt_by_signals
-from tests.kvtoolkit.test_snapshots import damage_snapshots
+from tests.kvtoolkit.cache.broken_calls import CONFIGS
+from tests.kvtoolkit.cache.test_failing_parts import ALL, HERE, PARTS, fail_everywhere
+from tests.kvtoolkit.cache.test_interruptions import Interrupted, break_everywhere, interrupt_by_signals
+from tests.kvtoolkit.cache.test_snapshots import damage_snapshots
 
 Row = tuple[str, int, str]
 

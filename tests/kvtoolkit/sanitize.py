@@ -11,17 +11,17 @@ import random
 import numpy as np
 
 from kvtoolkit import DevicePool, get_include
-from kvtoolkit.attention import append, merge_states
-from kvtoolkit.fuzz import attack
-from tests.kvtoolkit.attention_cases import Case
-from tests.kvtoolkit.gpu_cases import check, to_device
-from tests.kvtoolkit.test_attention import SINKS, SLOPES
-from tests.kvtoolkit.test_gpu_cache import drive, make, tensor
-from tests.kvtoolkit.test_gpu_pool import SOURCE, launch
-from tests.kvtoolkit.test_gpu_tiered import run as run_tiered
-from tests.kvtoolkit.test_gpu_tiered import test_conversions_give_the_codes_of_the_judge
-from tests.kvtoolkit.test_gpu_tiers_cache import test_steps_attend_to_all_tiers
-from tests.kvtoolkit.tiered_cases import TieredCase
+from kvtoolkit.attention.calls import append, merge_states
+from kvtoolkit.commands.fuzz import attack
+from tests.kvtoolkit.attention.attention_cases import Case
+from tests.kvtoolkit.attention.gpu_cases import check, to_device
+from tests.kvtoolkit.attention.test_attention import SINKS, SLOPES
+from tests.kvtoolkit.attention.test_gpu_tiered import run as run_tiered
+from tests.kvtoolkit.attention.test_gpu_tiered import test_conversions_give_the_codes_of_the_judge
+from tests.kvtoolkit.attention.tiered_cases import TieredCase
+from tests.kvtoolkit.cache.test_gpu_cache import drive, make, tensor
+from tests.kvtoolkit.cache.test_gpu_tiers_cache import test_steps_attend_to_all_tiers
+from tests.kvtoolkit.cuda.test_gpu_pool import SOURCE, launch
 
 OPTIONS = {"window_size": (60, 2), "causal": False, "softcap": 30.0, "sinks": SINKS, "alibi_slopes": SLOPES}
 

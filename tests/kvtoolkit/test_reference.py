@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kvtoolkit import reference
-from tests.kvtoolkit.attention_cases import Case
+from tests.kvtoolkit.attention.attention_cases import Case
 
 
 def test_one_key_is_returned_whatever_its_score() -> None:

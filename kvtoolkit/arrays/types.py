@@ -1,0 +1,16 @@
+"""Names of dtypes and of array types."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+FLOAT32, FLOAT16, BFLOAT16 = range(3)
+"""Codes of the dtypes that a cache may have; compiled code and kernels know them by these numbers."""
+DTYPE_CODES = {"float32": FLOAT32, "float16": FLOAT16, "bfloat16": BFLOAT16}
+ITEMSIZES = {
+    "float32": 4, "float16": 2, "bfloat16": 2, "float64": 8, "uint16": 2, "int16": 2,
+    "int32": 4, "int64": 8, "uint32": 4, "uint64": 8, "int8": 1, "uint8": 1, "bool": 1,
+}  # fmt: skip
+
+Int32Array = NDArray[np.int32]
+Int64Array = NDArray[np.int64]
+Uint64Array = NDArray[np.uint64]

@@ -1,0 +1,1 @@
+"""The public attention calls: they check their arguments, choose a backend and launch."""

@@ -1,0 +1,245 @@
+"""What every attention call asks of its arguments before anything is written; each refusal says name, expected, got."""
+
+import math
+import sys
+from typing import Any
+
+import numpy as np
+
+from kvtoolkit.arrays.extents import EXTENTS, extent, share_bytes
+from kvtoolkit.arrays.host import Operand, as_numpy_view
+from kvtoolkit.arrays.types import DTYPE_CODES, ITEMSIZES
+from kvtoolkit.errors import ShapeError, UnsupportedError
+
+BACKENDS = ("cpu", "cuda", "numba")
+LAYOUTS = ("NHD", "HND")
+_MOST = 1 << 31
+_LARGEST_FLOAT32 = 3.4028234e38  # the kernels compute in float32
+
+
+def choose_backend(backend: str | None, on_device: bool) -> str:
+    """The backend that was asked for, or the fast one for where the arrays lie; UnsupportedError if they do not go
+    together."""
+    if backend is None:
+        return "cuda" if on_device else "cpu"
+    if not (isinstance(backend, str) and backend in BACKENDS):
+        raise UnsupportedError(f"backend: expected None or one of {', '.join(BACKENDS)}, got {backend!r}")
+    if on_device and backend == "cpu":
+        raise UnsupportedError("backend: 'cpu' works on arrays in host memory, got one on a device")
+    if not on_device and backend != "cpu":
+        raise UnsupportedError(
+            f"backend: {backend!r} works on arrays on a CUDA device, got one in host memory; move it, or use 'cpu'"
+        )
+    return backend
+
+
+def check_layout(layout: str) -> None:
+    if not (isinstance(layout, str) and layout in LAYOUTS):
+        raise ShapeError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
+
+
+def check_rows(array: Operand, name: str, shape: str, ndim: int) -> None:
+    """Refuse what is not an array of ``ndim`` axes, the last one contiguous, of a dtype that a cache may have."""
+    if len(array.shape) != ndim:
+        raise ShapeError(f"{name}: expected {shape}, got shape {array.shape}")
+    if array.dtype not in DTYPE_CODES:
+        raise ShapeError(f"{name}: expected float32, float16 or bfloat16, got {array.dtype}")
+    if array.strides[-1] != 1 and _is_scattered(array):
+        raise ShapeError(f"{name}: expected the last axis contiguous, got strides {array.strides} (elements)")
+    if array.address % ITEMSIZES[array.dtype]:
+        raise ShapeError(f"{name}: expected aligned elements, got address {array.address:#x}")
+
+
+def check_caches(keys: Operand, values: Operand, dtype: str, layout: str, head_dim: int, num_heads: int | None) -> None:
+    """Refuse caches that differ from each other or from the tokens; ``num_heads`` None leaves the heads open."""
+    shape = "[num_blocks, block_size, num_kv_heads, head_dim]"
+    if layout == "HND":
+        shape = "[num_blocks, num_kv_heads, block_size, head_dim]"
+    check_rows(keys, "k_cache", shape, 4)
+    check_rows(values, "v_cache", shape, 4)
+    if keys.shape != values.shape:
+        raise ShapeError(f"v_cache: expected the shape of k_cache, {keys.shape}, got {values.shape}")
+    for name, cache in (("k_cache", keys), ("v_cache", values)):
+        if cache.dtype != dtype:
+            raise ShapeError(f"{name}: expected the dtype of the tokens, {dtype}, got {cache.dtype}{autocast_note()}")
+    found = keys.shape[1 if layout == "HND" else 2]
+    if keys.shape[3] != head_dim:
+        raise ShapeError(f"k_cache: expected head_dim {head_dim} as in the tokens, got {keys.shape[3]}")
+    if num_heads is not None and found != num_heads:
+        raise ShapeError(f"k_cache: expected {num_heads} kv heads as in the tokens, got {found}")
+    if found < 1 or keys.shape[1] < 1 or keys.shape[2] < 1:
+        raise ShapeError(f"k_cache: expected {shape} with at least one head and slot, got {keys.shape}")
+
+
+def autocast_note() -> str:
+    """What a refused dtype may come from, for the end of a message."""
+    torch = sys.modules.get("torch")
+    if torch is None or not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
+        return ""
+    return "; torch.autocast is on, under which layers change dtypes: cast to one first"
+
+
+def check_heads(num_q_heads: int, num_kv_heads: int, head_dim: int) -> None:
+    if num_q_heads < 1 or num_q_heads % num_kv_heads:
+        raise ShapeError(f"q: expected num_q_heads to be a multiple of num_kv_heads {num_kv_heads}, got {num_q_heads}")
+    if head_dim < 8 or head_dim % 8:
+        raise UnsupportedError(f"q: no kernel for head_dim {head_dim}; it must be a multiple of 8")
+
+
+def check_indices(array: Operand, name: str, shape: tuple[int | str, ...], dtype: str = "int32") -> None:
+    """Refuse what is not an index array of ``shape``, where a string stands for any size."""
+    good = array.dtype == dtype and len(array.shape) == len(shape)
+    for want, got in zip(shape, array.shape, strict=False):
+        good = good and (want == got or type(want) is str)
+    if not good:
+        raise ShapeError(f"{name}: expected [{', '.join(map(str, shape))}] {dtype}, got {array.shape} {array.dtype}")
+    if array.strides[-1] != 1 and _is_scattered(array):
+        raise ShapeError(f"{name}: expected the last axis contiguous, got strides {array.strides} (elements)")
+
+
+def _is_scattered(array: Operand) -> bool:
+    """Whether the stride of the last axis matters: not where there is no second element."""
+    return array.shape[-1] > 1 and 0 not in array.shape
+
+
+def check_per_head(array: Operand, name: str, num_q_heads: int, infinite: bool) -> None:
+    """Refuse what is not ``[num_q_heads]`` float32 of numbers; with ``infinite``, -inf is one. On a device the numbers
+    are not looked at."""
+    if array.shape != (num_q_heads,) or array.dtype != "float32" or (array.strides[0] != 1 and num_q_heads > 1):
+        raise ShapeError(
+            f"{name}: expected [num_q_heads = {num_q_heads}] float32, contiguous, got {array.shape} {array.dtype}"
+        )
+    if array.device >= 0:
+        return
+    for value in array.owner.tolist():
+        if not (math.isfinite(value) or (infinite and value == -math.inf)):
+            raise ShapeError(f"{name}: expected finite values{' or -inf' if infinite else ''}, got {value}")
+
+
+def check_slopes(array: Operand, num_q_heads: int, batch: int, backend: str) -> None:
+    """Refuse ALiBi slopes that are not ``[num_q_heads]`` float32 or, on the CPU, ``[batch, num_q_heads]``."""
+    if len(array.shape) != 2:
+        check_per_head(array, "alibi_slopes", num_q_heads, infinite=False)
+        return
+    if backend != "cpu":
+        raise UnsupportedError(
+            "alibi_slopes: expected [num_q_heads], one slope for all rows; slopes of every row's own, "
+            f"[batch, num_q_heads], need kernels of their own on a GPU; got {array.shape}"
+        )
+    scattered = array.strides[1] != 1 and num_q_heads > 1
+    if array.shape != (batch, num_q_heads) or array.dtype != "float32" or scattered:
+        raise ShapeError(
+            f"alibi_slopes: expected [batch = {batch}, num_q_heads = {num_q_heads}] float32, last axis contiguous, "
+            f"got {array.shape} {array.dtype}"
+        )
+    if not np.isfinite(as_numpy_view(array.owner, "alibi_slopes")).all():
+        raise ShapeError("alibi_slopes: expected finite values, got one that is not")
+
+
+def check_output(out: Operand, name: str, shape: tuple[int, ...], dtype: str) -> None:
+    if out.shape != shape or out.dtype != dtype:
+        raise ShapeError(f"{name}: expected {shape} {dtype}, got {out.shape} {out.dtype}")
+    if not out.writable:
+        raise ShapeError(f"{name}: expected a writable array, got a read-only one")
+    if out.strides[-1] != 1 and _is_scattered(out):
+        raise ShapeError(f"{name}: expected the last axis contiguous, got strides {out.strides} (elements)")
+    check_places(out, name)
+
+
+def check_places(written: Operand, name: str) -> None:
+    """Refuse an array to write to in which two elements share a place, as after a broadcast."""
+    if extent(written.shape, written.strides).repeats:
+        raise UnsupportedError(
+            f"{name}: expected every element in a place of its own, got shape {written.shape} and strides "
+            f"{written.strides} (elements)"
+        )
+
+
+def check_apart(written: Operand, name: str, others: dict[str, Operand | None], in_place: str = "") -> None:
+    """Refuse an array to write to that shares memory with another argument of the call.
+
+    Args:
+        written: where the call writes.
+        name: what to call it in an error.
+        others: the other arguments, by name.
+        in_place: the one of them that ``written`` may be itself, with the same shape and strides.
+    """
+    address, shape, strides, dtype, *_ = written
+    size = ITEMSIZES[dtype]
+    _, low, end, _ = EXTENTS.get((shape, strides)) or extent(shape, strides)
+    begin, stop = address + size * low, address + size * end
+    for other_name, other in others.items():
+        if other is None:
+            continue
+        at, other_shape, other_strides, other_dtype, _, _, _ = other
+        _, low, end, _ = EXTENTS.get((other_shape, other_strides)) or extent(other_shape, other_strides)
+        other_size = ITEMSIZES[other_dtype]
+        if at + other_size * low >= stop or at + other_size * end <= begin:
+            continue
+        if other_name != in_place or other[:3] != written[:3]:
+            _require_apart(name, written, other_name, other)
+
+
+def check_caches_apart(keys: Operand, values: Operand, read: dict[str, Operand]) -> None:
+    """`check_places` and `check_apart` for both caches, which a call of `append` cannot afford one by one."""
+    written = []
+    for name, cache in (("k_cache", keys), ("v_cache", values)):
+        address, shape, strides, dtype, _, _, _ = cache
+        _, low, end, repeats = EXTENTS.get((shape, strides)) or extent(shape, strides)
+        if repeats:
+            check_places(cache, name)
+        size = ITEMSIZES[dtype]
+        written.append((address + size * low, address + size * end))
+    (begin_k, stop_k), (begin_v, stop_v) = written
+    if begin_k < stop_v and begin_v < stop_k:
+        _require_apart("v_cache", values, "k_cache", keys)
+    for name, other in read.items():
+        address, shape, strides, dtype, _, _, _ = other
+        _, low, end, _ = EXTENTS.get((shape, strides)) or extent(shape, strides)
+        size = ITEMSIZES[dtype]
+        begin, stop = address + size * low, address + size * end
+        if begin < stop_k and begin_k < stop:
+            _require_apart("k_cache", keys, name, other)
+        if begin < stop_v and begin_v < stop:
+            _require_apart("v_cache", values, name, other)
+
+
+def _require_apart(name: str, written: Operand, other_name: str, other: Operand) -> None:
+    """Refuse an array to write to that has a byte in common with another; slower than a look at where they end."""
+    one, two = ((array.shape, array.strides, ITEMSIZES[array.dtype]) for array in (written, other))
+    if share_bytes(other.address - written.address, one, two):
+        raise UnsupportedError(f"{name}: expected memory of its own, got some that {other_name} uses, too")
+
+
+def check_options(
+    softmax_scale: float | None, window_size: tuple[int, int], softcap: float, num_splits: int
+) -> tuple[int, int]:
+    """Refuse numbers that make no sense; returns the window as two integers."""
+    if softmax_scale is not None and not _is_finite(softmax_scale):
+        raise ShapeError(f"softmax_scale: expected a finite number or None, got {softmax_scale!r}")
+    if not _is_finite(softcap) or softcap < 0:
+        raise ShapeError(f"softcap: expected a finite number from 0 (off) on, got {softcap!r}")
+    try:
+        left, right = window_size
+        window = left.__index__(), right.__index__()
+    except (TypeError, ValueError, AttributeError):
+        raise ShapeError(f"window_size: expected (left, right), two integers, got {window_size!r}") from None
+    if min(window) < -1 or max(window) >= _MOST:
+        raise ShapeError(f"window_size: expected integers from -1 (unbounded) to {_MOST - 1}, got {window_size!r}")
+    if not isinstance(num_splits, int) or not 0 <= num_splits < _MOST:
+        raise ShapeError(f"num_splits: expected an integer from 0 (automatic) to {_MOST - 1}, got {num_splits!r}")
+    return window
+
+
+def check_flags(causal: Any, return_lse: Any) -> None:
+    """Refuse what is no truth value, such as an array."""
+    for name, value in (("causal", causal), ("return_lse", return_lse)):
+        if not isinstance(value, (bool, int, np.bool_)):
+            raise ShapeError(f"{name}: expected True or False, got {value!r}")
+
+
+def _is_finite(number: Any) -> bool:
+    try:
+        return math.isfinite(number) and abs(float(number)) <= _LARGEST_FLOAT32
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return False

@@ -1,0 +1,464 @@
+"""The attention calls: check the arguments, choose a backend, launch, return.
+
+On the host they take NumPy arrays, torch CPU tensors, or objects with ``__dlpack__`` or ``__array_interface__``, in any
+mixture, and return torch tensors where ``q`` is one, else NumPy arrays. They are synchronous, may be made from several
+threads at once, and share the threads of `kvtoolkit.cpu.threads`; results do not depend on the number of threads.
+
+On a GPU they take torch CUDA tensors, CuPy arrays, or objects with ``__cuda_array_interface__`` or ``__dlpack__``, all
+on one device, and return torch tensors where ``q`` is one, else CuPy arrays. They run on the current stream, torch's
+where ``q`` is a tensor, else CuPy's; nothing is copied and nothing is waited for, so they can be captured in a CUDA
+graph once they have run (`kvtoolkit.warmup` compiles beforehand). Calls on one stream share scratch memory: make them
+from one thread at a time. float16 and bfloat16, head_dim a multiple of 16 up to 256, rows of ``q``, ``out`` and the
+caches at multiples of 16 bytes. What lies in index arrays is not looked at, unless ``KVTOOLKIT_CHECK=1`` was set when
+kvtoolkit was imported: a wrong index reads or writes foreign memory.
+
+bfloat16 is ``torch.bfloat16`` or ``ml_dtypes.bfloat16``. No gradient is recorded; a tensor that a call writes to counts
+as changed for autograd. ``torch.autocast`` changes nothing: arrays keep their dtypes, which must agree. Under
+``torch.compile`` a call is a graph break and runs as without it. Tensors must have memory of their own: fake, meta and
+freed tensors, wrapper subclasses such as DTensor, and negated views raise UnsupportedError, as do arrays to write to
+that overlap themselves or another argument.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from kvtoolkit import cpu
+from kvtoolkit.arrays.host import Operand, empty, is_on_device, is_torch, mark_written, operand
+from kvtoolkit.attention.arguments import (
+    check_apart,
+    check_caches,
+    check_caches_apart,
+    check_flags,
+    check_heads,
+    check_indices,
+    check_layout,
+    check_options,
+    check_output,
+    check_per_head,
+    check_rows,
+    check_slopes,
+    choose_backend,
+)
+from kvtoolkit.cpu.merge import merge_rows
+from kvtoolkit.errors import ShapeError
+from kvtoolkit.formats.entry import GRANULE, MAX_BLOCK_GRANULES, MAX_GRANULES
+from kvtoolkit.formats.quantized import INT4, INT8
+from kvtoolkit.formats.tier_caches import QuantizedTiers, TierCaches
+
+
+def paged_attention(
+    q: Any,
+    k_cache: Any,
+    v_cache: Any,
+    block_table: Any,
+    seq_lens: Any,
+    *,
+    layout: str = "NHD",
+    cu_seqlens_q: Any = None,
+    softmax_scale: float | None = None,
+    causal: bool = True,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: Any = None,
+    alibi_slopes: Any = None,
+    out: Any = None,
+    return_lse: bool = False,
+    num_splits: int = 0,
+    backend: str | None = None,
+) -> Any:
+    """Attend the newest tokens of each sequence to its cached keys and values: decode, verify, chunked or full prefill.
+
+    Query ``i`` of the ``n`` of a row stands at position ``seq_len - n + i``. One before position 0 sees nothing under
+    ``causal``: its ``out`` is 0 and its ``lse`` -inf, or the sink's logit. A padding row gives 0 and -inf.
+    A score is ``softmax_scale * q.k``, then ``softcap * tanh(score / softcap)``, then
+    ``score - slope * |position - j|``: the order of flash-attn.
+
+    Args:
+        q: ``[num_tokens, num_q_heads, head_dim]`` float32, float16 or bfloat16, last axis contiguous, ``head_dim`` a
+            multiple of 8, ``num_q_heads`` one of ``num_kv_heads``; on a GPU no float32, a multiple of 16 up to 256.
+        k_cache: ``[num_blocks, block_size, num_kv_heads, head_dim]`` for layout ``"NHD"``,
+            ``[num_blocks, num_kv_heads, block_size, head_dim]`` for ``"HND"``; dtype of ``q``, any block size, any
+            strides but the last axis contiguous; ``v_cache`` alike. Slots past a sequence's end are never used.
+        block_table: ``[batch, max_blocks_per_seq]`` int32 block ids in ``[0, num_blocks)``; those past a row's end are
+            not read.
+        seq_lens: ``[batch]`` int32, tokens in the cache, the new ones included; 0 = padding row.
+        cu_seqlens_q: ``[batch + 1]`` int32, row ``b`` asks ``q[cu[b]:cu[b + 1]]``; None = one query per row.
+        softmax_scale: factor on q.k; default ``head_dim ** -0.5``.
+        causal: a query sees no later position; bottom-right aligned.
+        window_size: a query sees positions ``position - left`` to ``position + right``; -1 = unbounded.
+        softcap: bound of the scores; 0 = off.
+        sinks: ``[num_q_heads]`` float32, an extra logit in each head's denominator, without a value; -inf = none.
+        alibi_slopes: ``[num_q_heads]`` float32; on the CPU also ``[batch, num_q_heads]``, last axis contiguous.
+        out: array or tensor to write, shaped and typed as ``q``, last axis contiguous; it may be ``q`` itself.
+        num_splits: splits of each sequence, merged by their log-sum-exp, so that a row's result does not depend on the
+            batch around it; 0 = automatic: on the CPU also by the row alone, on a GPU by what keeps it busy. Prefill
+            on a GPU is never split; more than 128 are taken as 128 there.
+        backend: ``"cpu"``, ``"cuda"``, ``"numba"`` (the readable GPU kernels), or None to choose by where the arrays
+            lie.
+
+    Returns:
+        ``out``; with ``return_lse`` also ``lse`` ``[num_tokens, num_q_heads]`` float32, natural log.
+
+    Raises:
+        ShapeError: a shape, dtype, stride or value is not as above, or a row is longer than its table; nothing was
+            written.
+        UnsupportedError: no kernel for this head_dim or backend.
+
+    Source: block tables, Kwon et al. 2023 (arXiv:2309.06180), sec. 4.
+    """
+    check_layout(layout)
+    return _attention(
+        q, k_cache, v_cache, block_table, None, seq_lens, layout, cu_seqlens_q, softmax_scale, causal, window_size,
+        softcap, sinks, alibi_slopes, out, return_lse, num_splits, backend,
+    )  # fmt: skip
+
+
+def variable_block_attention(
+    q: Any,
+    k_cache: Any,
+    v_cache: Any,
+    block_table: Any,
+    block_starts: Any,
+    seq_lens: Any,
+    *,
+    block_mass: Any = None,
+    cu_seqlens_q: Any = None,
+    softmax_scale: float | None = None,
+    causal: bool = True,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: Any = None,
+    alibi_slopes: Any = None,
+    out: Any = None,
+    return_lse: bool = False,
+    num_splits: int = 0,
+    backend: str | None = None,
+) -> Any:
+    """Attend as `paged_attention`, to blocks of 1-8 granules of 8 tokens, all lengths mixed within one sequence.
+
+    Where the tokens lie does not matter: every partition into blocks, and `paged_attention` on the same tokens, gives
+    the same bits.
+
+    Args:
+        k_cache: ``[num_granules, num_kv_heads, 8, head_dim]``, dtype of ``q``, last axis contiguous; ``v_cache`` alike.
+        block_table: ``[batch, max_entries]`` int32 entries in the hot tier, -1 = empty. An entry is made of a first
+            granule, a length in granules and a tier by `kvtoolkit.formats.entry.pack_entry`.
+        block_starts: ``[batch, max_entries]`` int32, first logical granule of each entry: 0, then where the one before
+            ends. Behind a row's first empty entry all are empty.
+        block_mass: as in `tiered_attention`.
+
+    Everything else is as in `paged_attention`.
+
+    Raises:
+        ShapeError: a shape, dtype, stride or value is not as above, or a row is longer than its entries; nothing was
+            written.
+        UnsupportedError: no kernel for this head_dim or backend, or an entry in another tier.
+    """
+    return _attention(
+        q, k_cache, v_cache, block_table, block_starts, seq_lens, None, cu_seqlens_q, softmax_scale, causal,
+        window_size, softcap, sinks, alibi_slopes, out, return_lse, num_splits, backend, block_mass=block_mass,
+    )  # fmt: skip
+
+
+def tiered_attention(
+    q: Any,
+    tier_caches: TierCaches,
+    block_table: Any,
+    block_starts: Any,
+    seq_lens: Any,
+    *,
+    block_mass: Any = None,
+    cu_seqlens_q: Any = None,
+    softmax_scale: float | None = None,
+    causal: bool = True,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: Any = None,
+    alibi_slopes: Any = None,
+    out: Any = None,
+    return_lse: bool = False,
+    num_splits: int = 0,
+    backend: str | None = None,
+) -> Any:
+    """Attend as `variable_block_attention` to tokens of which some are stored as int8 and some as int4, in one softmax.
+
+    A row gives the attention over what the codes stand for, see `kvtoolkit.formats.quantized`; each 64 positions from a
+    multiple of 64 on, a tile, lie in one tier. On the CPU a row whose entries are all hot gives the bits of
+    `variable_block_attention`; on a GPU another kernel runs, whose sums have another order.
+
+    Args:
+        tier_caches: `kvtoolkit.TierCaches`: ``k_cache`` and ``v_cache`` ``[num_granules, num_kv_heads, 8, head_dim]``,
+            dtype of ``q``, last axis contiguous; ``warm`` and ``cold`` ``[num_blocks, num_kv_heads, nbytes]`` uint8,
+            contiguous, or None, for ``head_dim`` 64 or 128; ``first_granules``, multiples of 8.
+        block_table: ``[batch, max_entries]`` int32 entries in these tiers, -1 = empty. Their granules count through
+            the tiers. In the hot tier an entry is 1-8 granules; in another it is 8, both where it lies in its tier and
+            in ``block_starts`` a multiple of 8.
+        block_mass: None, or ``[batch, max_tiles, num_kv_heads]`` float32, contiguous, ``max_tiles`` at least
+            ``max_entries``. Written, not added to: the share of the attention that goes to each tile, averaged over
+            the queries of the row and of the group; 0 from a row's end on. A sink's share is in no tile. Asking
+            for it does not change a bit of the result (but on a GPU that of `variable_block_attention` where rows have,
+            or for all that the host knows may have, more than 8 new tokens: they are decode kernels' work then).
+
+    Everything else is as in `variable_block_attention`.
+
+    Raises:
+        ShapeError: a shape, dtype, stride or value is not as above, a row is longer than its entries, or an entry is in
+            no tier or reaches out of it; nothing was written.
+        UnsupportedError: no kernel for this head_dim or backend.
+    """
+    try:
+        caches = TierCaches(*tier_caches)
+    except TypeError:
+        raise ShapeError(
+            f"tier_caches: expected (k_cache, v_cache, warm, cold, first_granules), got {type(tier_caches).__name__}"
+        ) from None
+    return _attention(
+        q, caches.k_cache, caches.v_cache, block_table, block_starts, seq_lens, None, cu_seqlens_q, softmax_scale,
+        causal, window_size, softcap, sinks, alibi_slopes, out, return_lse, num_splits, backend, block_mass=block_mass,
+        tier_caches=caches,
+    )  # fmt: skip
+
+
+def _attention(
+    q: Any, k_cache: Any, v_cache: Any, block_table: Any, block_starts: Any, seq_lens: Any, layout: str | None,
+    cu_seqlens_q: Any, softmax_scale: float | None, causal: Any, window_size: tuple[int, int], softcap: float,
+    sinks: Any, alibi_slopes: Any, out: Any, return_lse: Any, num_splits: int, backend: str | None,
+    query_counts: tuple[int, int] | None = None, *, block_mass: Any = None, tier_caches: TierCaches | None = None,
+    before: Callable[[], None] | None = None,
+) -> Any:  # fmt: skip
+    """Check, choose, launch. ``before`` is called once everything is checked and before anything is read or written."""
+    chosen = choose_backend(backend, is_on_device(q))
+    describe = operand if chosen == "cpu" else _device().device_operand
+    window = check_options(softmax_scale, window_size, softcap, num_splits)
+    if type(causal) is not bool or type(return_lse) is not bool:
+        check_flags(causal, return_lse)
+    queries = describe(q, "q")
+    keys, values = describe(k_cache, "k_cache"), describe(v_cache, "v_cache")
+    check_rows(queries, "q", "[num_tokens, num_q_heads, head_dim]", 3)
+    num_tokens, num_q_heads, head_dim = queries.shape
+    check_caches(keys, values, queries.dtype, layout or "HND", head_dim, None)
+    check_heads(num_q_heads, keys.shape[2 if layout == "NHD" else 1], head_dim)
+
+    table, lengths = describe(block_table, "block_table"), describe(seq_lens, "seq_lens")
+    check_indices(table, "block_table", ("batch", "max_entries"))
+    batch, max_entries = table.shape
+    check_indices(lengths, "seq_lens", (batch,))
+    if batch == 0 and num_tokens:
+        raise ShapeError(f"q: expected no tokens for a batch of no rows, got {num_tokens}")
+    starts = bounds = None
+    if layout is None:
+        if keys.shape[2] != GRANULE:
+            raise ShapeError(f"k_cache: expected [num_granules, num_kv_heads, 8, head_dim], got {keys.shape}")
+        starts = describe(block_starts, "block_starts")
+        check_indices(starts, "block_starts", (batch, max_entries))
+    if cu_seqlens_q is not None:
+        bounds = describe(cu_seqlens_q, "cu_seqlens_q")
+        check_indices(bounds, "cu_seqlens_q", (batch + 1,))
+    elif num_tokens != batch:
+        raise ShapeError(f"q: expected one token per row, {batch}, where cu_seqlens_q is None, got {num_tokens}")
+    sink_logits = slopes = None
+    if sinks is not None:
+        sink_logits = describe(sinks, "sinks")
+        check_per_head(sink_logits, "sinks", num_q_heads, infinite=True)
+    if alibi_slopes is not None:
+        slopes = describe(alibi_slopes, "alibi_slopes")
+        check_slopes(slopes, num_q_heads, batch, chosen)
+
+    tier_options: dict[str, Any] = {}
+    if tier_caches is not None:
+        tier_options["tiers"] = _describe_tiers(tier_caches, describe, keys.shape[1], head_dim)
+    if block_mass is not None:
+        masses = describe(block_mass, "block_mass")
+        _check_block_mass(masses, batch, max_entries, keys.shape[1])
+        tier_options["block_mass"] = masses
+
+    is_own = out is None
+    if is_own:
+        out, target = _empty(q, queries, queries.shape, queries.dtype)
+    else:
+        target = describe(out, "out")
+        check_output(target, "out", queries.shape, queries.dtype)
+    if not is_own or block_mass is not None:
+        read = {
+            "q": queries, "k_cache": keys, "v_cache": values, "block_table": table, "block_starts": starts,
+            "seq_lens": lengths, "cu_seqlens_q": bounds, "sinks": sink_logits, "alibi_slopes": slopes,
+        }  # fmt: skip
+        if tier_caches is not None:
+            read |= {"warm": tier_options["tiers"].warm, "cold": tier_options["tiers"].cold}
+        if block_mass is not None:
+            check_apart(masses, "block_mass", read | {"out": target})
+        if not is_own:
+            check_apart(target, "out", read, in_place="q")
+    lse, lse_target = _empty(q, queries, queries.shape[:2], "float32") if return_lse else (None, None)
+    arguments = (queries, keys, values, table, starts, lengths)
+    options: dict[str, Any] = {
+        "out": target, "lse": lse_target, "cu_seqlens_q": bounds,
+        "softmax_scale": softmax_scale, "causal": causal, "window_size": window, "softcap": softcap,
+        "sinks": sink_logits, "alibi_slopes": slopes, "num_splits": num_splits, "layout": layout or "HND",
+    }  # fmt: skip
+    options |= tier_options
+    if chosen == "cpu":
+        cpu.attend(*arguments, **options, check=True, before=before)
+    else:
+        _device().attend_checked(
+            chosen, *arguments, query_counts=query_counts, from_torch=is_torch(q), before=before, **options
+        )
+    if not is_own or block_mass is not None:
+        mark_written(None if is_own else out, block_mass)
+    return (out, lse) if return_lse else out
+
+
+def _describe_tiers(caches: TierCaches, describe: Any, num_kv_heads: int, head_dim: int) -> QuantizedTiers:
+    """The quantized tiers for the kernels, checked."""
+    described: list[Operand | None] = []
+    for name, blocks, form in (("warm", caches.warm, INT8), ("cold", caches.cold, INT4)):
+        if blocks is None:
+            described.append(None)
+            continue
+        tier = describe(blocks, name)
+        shape = (num_kv_heads, form.nbytes(head_dim))
+        if tier.dtype != "uint8" or len(tier.shape) != 3 or tier.shape[1:] != shape:
+            raise ShapeError(
+                f"{name}: expected [num_blocks, num_kv_heads = {shape[0]}, nbytes = {shape[1]}] uint8, "
+                f"got {tier.shape} {tier.dtype}"
+            )
+        _check_contiguous(tier, name)
+        described.append(tier)
+    try:
+        hot, warm, cold = (first.__index__() for first in caches.first_granules)
+    except (TypeError, ValueError, AttributeError):
+        raise ShapeError(f"first_granules: expected three integers, got {caches.first_granules!r}") from None
+    for first in (hot, warm, cold):
+        if first % MAX_BLOCK_GRANULES or not 0 <= first <= MAX_GRANULES:
+            raise ShapeError(
+                f"first_granules: expected multiples of 8 from 0 to {MAX_GRANULES}, got {caches.first_granules!r}"
+            )
+    return QuantizedTiers(described[0], described[1], (hot, warm, cold))
+
+
+def _check_block_mass(masses: Operand, batch: int, max_entries: int, num_kv_heads: int) -> None:
+    shape = masses.shape
+    good = len(shape) == 3 and (shape[0], shape[2]) == (batch, num_kv_heads) and shape[1] >= max_entries
+    if not good or masses.dtype != "float32":
+        raise ShapeError(
+            f"block_mass: expected [batch = {batch}, at least max_entries = {max_entries}, "
+            f"num_kv_heads = {num_kv_heads}] float32, got {shape} {masses.dtype}"
+        )
+    if not masses.writable:
+        raise ShapeError("block_mass: expected a writable array, got a read-only one")
+    _check_contiguous(masses, "block_mass")
+
+
+def _check_contiguous(array: Operand, name: str) -> None:
+    expected = 1
+    for size, stride in zip(reversed(array.shape), reversed(array.strides), strict=True):
+        if stride != expected and size > 1 and 0 not in array.shape:
+            raise ShapeError(f"{name}: expected a contiguous array, got strides {array.strides} (elements)")
+        expected *= size
+
+
+def append(
+    key: Any, value: Any, k_cache: Any, v_cache: Any, slot_mapping: Any, *, layout: str, backend: str | None = None
+) -> None:
+    """Write each new token's key and value to its slot of the cache, in place.
+
+    Args:
+        key: ``[num_tokens, num_kv_heads, head_dim]``, last axis contiguous, dtype of the caches; ``value`` alike.
+        k_cache: ``[num_blocks, block_size, num_kv_heads, head_dim]`` for layout ``"NHD"``,
+            ``[num_blocks, num_kv_heads, block_size, head_dim]`` for ``"HND"`` (granule arenas: ``"HND"``, block size
+            8); any strides but the last axis contiguous; ``v_cache`` alike.
+        slot_mapping: ``[num_tokens]`` int64, ``block * block_size + i``; -1 = skip. No slot may be named twice.
+        backend: as in `paged_attention`.
+
+    Raises:
+        ShapeError: a shape, dtype, stride or slot is not as above; nothing was written.
+        UnsupportedError: an array does not lie where the backend works.
+
+    May be called from several threads at once, for different slots.
+    """
+    check_layout(layout)
+    chosen = choose_backend(backend, is_on_device(key))
+    describe = operand if chosen == "cpu" else _device().device_operand
+    new_keys, new_values = describe(key, "key"), describe(value, "value")
+    keys, values = describe(k_cache, "k_cache"), describe(v_cache, "v_cache")
+    check_rows(new_keys, "key", "[num_tokens, num_kv_heads, head_dim]", 3)
+    check_rows(new_values, "value", "[num_tokens, num_kv_heads, head_dim]", 3)
+    num_tokens, num_heads, head_dim = new_keys.shape
+    if new_values.shape != new_keys.shape or new_values.dtype != new_keys.dtype:
+        raise ShapeError(
+            f"value: expected as key, {new_keys.shape} {new_keys.dtype}, got {new_values.shape} {new_values.dtype}"
+        )
+    check_caches(keys, values, new_keys.dtype, layout, head_dim, num_heads)
+    if not (keys.writable and values.writable):
+        raise ShapeError("k_cache, v_cache: expected writable arrays, got a read-only one")
+    slots = describe(slot_mapping, "slot_mapping")
+    check_indices(slots, "slot_mapping", (num_tokens,), "int64")
+    check_caches_apart(keys, values, {"key": new_keys, "value": new_values, "slot_mapping": slots})
+    if chosen == "cpu":
+        cpu.append(new_keys, new_values, keys, values, slots, layout=layout, check=True)
+    else:
+        _device().append_checked(
+            chosen, new_keys, new_values, keys, values, slots, layout=layout, from_torch=is_torch(key)
+        )
+    mark_written(k_cache, v_cache)
+
+
+def merge_states(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, *, backend: str | None = None) -> tuple[Any, Any]:
+    """Merge the attention over two disjoint sets of keys into the attention over both.
+
+    Args:
+        out_a: ``[num_tokens, num_q_heads, head_dim]`` float32, float16 or bfloat16, last axis contiguous; ``out_b``
+            alike. Where a side's lse is -inf, its ``out`` is not used.
+        lse_a: ``[num_tokens, num_q_heads]`` float32, natural log, contiguous; -inf = no keys; ``lse_b`` alike.
+
+    Returns:
+        New ``(out, lse)``, typed as ``out_a`` and ``lse_a``. Two empty sides give 0 and -inf.
+
+    Raises:
+        ShapeError: a shape, dtype or stride is not as above.
+        UnsupportedError: head_dim is not a multiple of 8, or an array does not lie where the backend works.
+
+    Source: Ye et al. 2025 (FlashInfer, arXiv:2501.01005), composition of attention states.
+    """
+    chosen = choose_backend(backend, is_on_device(out_a))
+    describe = operand if chosen == "cpu" else _device().device_operand
+    a, b = describe(out_a, "out_a"), describe(out_b, "out_b")
+    check_rows(a, "out_a", "[num_tokens, num_q_heads, head_dim]", 3)
+    check_rows(b, "out_b", "[num_tokens, num_q_heads, head_dim]", 3)
+    if b.shape != a.shape or b.dtype != a.dtype:
+        raise ShapeError(f"out_b: expected as out_a, {a.shape} {a.dtype}, got {b.shape} {b.dtype}")
+    check_heads(a.shape[1], 1, a.shape[2])
+    sides = []
+    for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):
+        side = describe(lse, name)
+        if side.shape != a.shape[:2] or side.dtype != "float32":
+            raise ShapeError(f"{name}: expected {a.shape[:2]} float32, got {side.shape} {side.dtype}")
+        scattered = (a.shape[0] > 1 and side.strides[0] != a.shape[1]) or (a.shape[1] > 1 and side.strides[1] != 1)
+        if scattered and 0 not in a.shape:
+            raise ShapeError(f"{name}: expected a contiguous array, got strides {side.strides} (elements)")
+        sides.append(side)
+    (out, target), (merged, merged_target) = (
+        _empty(out_a, a, a.shape, a.dtype), _empty(out_a, a, a.shape[:2], "float32")
+    )  # fmt: skip
+    states = (target, merged_target, a, sides[0], b, sides[1])
+    if chosen == "cpu":
+        merge_rows(*states)
+    else:
+        _device().merge_checked(chosen, *states, from_torch=is_torch(out_a))
+    return out, merged
+
+
+@functools.cache
+def _device() -> Any:
+    """The calls for device arrays; imported when the first of them comes."""
+    return importlib.import_module("kvtoolkit.attention.device")
+
+
+def _empty(like: Any, described: Operand, shape: tuple[int, ...], dtype: str) -> tuple[Any, Operand]:
+    """A new array or tensor where ``like`` is, and its description."""
+    if described.device >= 0:
+        made: tuple[Any, Operand] = _device().empty(shape, dtype, like, described.device)
+        return made
+    return empty(shape, dtype, like)

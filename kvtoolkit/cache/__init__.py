@@ -1,0 +1,1 @@
+"""The KV cache: its interface, and one operation a file."""

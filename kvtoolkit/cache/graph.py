@@ -1,0 +1,159 @@
+"""The tables of decode steps at fixed places, so that one captured CUDA graph serves every later step."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtoolkit.cache.kv_cache import KVCache
+from kvtoolkit.cache.step import Step
+from kvtoolkit.cache.storage.upload import DeviceTables, PinnedRing
+from kvtoolkit.errors import StepError, UnsupportedError
+
+
+class GraphStep:
+    """Tables of decode steps that do not move; `begin` gives what takes the place of a `Step` in a captured CUDA graph.
+
+        fixed = GraphStep(cache, batch=8)
+        fixed.load(cache.begin_step(seq_ids, 1))
+        model(tokens, fixed.begin())              # run the model once eagerly
+        with torch.cuda.graph(graph):
+            model(tokens, fixed.begin())          # then capture it
+        ...
+        step = cache.begin_step(seq_ids, 1)       # the host makes room
+        fixed.load(step)                          # the tables go to where the graph reads them
+        graph.replay()
+        cache.end_step(step, tokens)
+
+    Lengths, tables and the sequences themselves may change from replay to replay; what runs beside them is planned on
+    the device. Rows beyond those of the step loaded last are padding: they cost next to nothing, and give zeros.
+    `KVCache.end_step` of a step that was loaded takes the layers that the run begun last has appended to for those
+    that a replay of it appends to.
+
+    Args:
+        cache: with backend ``"cuda"``.
+        batch: rows; a step loaded may have fewer.
+        max_seq_len: tokens of the longest sequence that will be loaded; default: the cache's limit.
+
+    Not thread-safe; `load` and the replays belong on one stream.
+
+    Raises:
+        UnsupportedError: the cache is not on a GPU.
+    """
+
+    def __init__(self, cache: KVCache, batch: int, *, max_seq_len: int | None = None) -> None:
+        if cache.config.backend != "cuda":
+            raise UnsupportedError(f"cache: expected one with backend 'cuda', got {cache.config.backend!r}")
+        limit = cache.config.seq_len_limit
+        self._cache, self._batch = cache, batch
+        self._max_seq_len = limit if max_seq_len is None else min(max_seq_len, limit)
+        if batch < 1 or self._max_seq_len < 1:
+            raise StepError(f"batch, max_seq_len: expected at least 1, got {batch} and {max_seq_len}")
+        from kvtoolkit.runtime.streams import cupy_on_current_stream
+
+        width = min(cache.config.entries_limit, -(-self._max_seq_len // 8))
+        with cupy_on_current_stream(cache._arenas.device) as cupy:
+            self.tables = DeviceTables(
+                cupy.full((batch, width), -1, np.int32),
+                cupy.full((batch, width), -1, np.int32),
+                cupy.zeros(batch, np.int32),
+                cupy.arange(batch + 1, dtype=np.int32),
+                cupy.full(batch, -1, np.int64),
+            )
+        self._ring = PinnedRing()
+        self._width = 0  # of the widest table loaded: what lies behind it is empty
+        self._run: GraphRun | None = None  # the one that was begun last
+        self._kept: dict[Any, Any] = {}  # plans and lists, at fixed places too
+
+    @property
+    def layers(self) -> int:
+        """Bit ``i`` is set if the run that was begun last, so the one that is captured, has appended to layer ``i``."""
+        return 0 if self._run is None else int(self._run._access.layers)
+
+    def load(self, step: Step) -> None:
+        """Bring the tables of a step to the fixed places, asynchronously on the current stream.
+
+        Args:
+            step: of this cache, open, one new token a row, at most ``batch`` rows.
+
+        Raises:
+            StepError: it is not such a step, or a sequence is longer than ``max_seq_len``; nothing was changed.
+        """
+        if step._cache is not self._cache:
+            raise StepError("step: expected one of the cache that this was made for")
+        step._require_open()
+        rows = len(step.seq_ids)
+        if rows > self._batch or len(step.slot_mapping) != rows or not (step.num_new_tokens == 1).all():
+            raise StepError(
+                f"step: expected up to {self._batch} rows of one new token, got {rows} rows and "
+                f"{len(step.slot_mapping)} tokens"
+            )
+        longest = int(step.seq_lens.max(initial=0))
+        if longest > self._max_seq_len:
+            raise StepError(f"step: expected sequences of up to {self._max_seq_len} tokens, got {longest}")
+        used = min(step.block_table.shape[1], self.tables.block_table.shape[1])
+        self._width = max(self._width, used)
+        seq_lens, slots = np.zeros(self._batch, np.int32), np.full(self._batch, -1, np.int64)
+        seq_lens[:rows], slots[:rows] = step.seq_lens, step.slot_mapping
+        tables = np.full((2, rows, self._width), -1, np.int32)
+        tables[0, :, :used], tables[1, :, :used] = step.block_table[:, :used], step.block_starts[:, :used]
+        from kvtoolkit.runtime.streams import cupy_on_current_stream
+
+        with cupy_on_current_stream(self._cache._arenas.device) as cupy:
+            self._ring.copy(
+                cupy,
+                [(slots, self.tables.slot_mapping), (seq_lens, self.tables.seq_lens),
+                 (tables[0], self.tables.block_table), (tables[1], self.tables.block_starts)],
+            )  # fmt: skip
+        step._graph_step = self
+
+    def begin(self) -> "GraphRun":
+        """Begin a run of the model over the tables, eager or captured; call it anew for every run.
+
+        What the layers have in common is planned by kernels that the run's first layer launches, so they belong to the
+        graph that the run is captured in. Runs of before are over.
+        """
+        from kvtoolkit.cache.layers.device_layers import DeviceStepAccess
+
+        counts = np.ones(self._batch, np.int32)
+        access = DeviceStepAccess(self._cache._arenas, self.tables, counts, self._max_seq_len, kept=self._kept)
+        self._run = GraphRun(self, access, self._batch)
+        return self._run
+
+
+class GraphRun:
+    """One run of a model over the tables of a `GraphStep`, in the place of a `Step`; `GraphStep.begin` makes it.
+
+    Attributes:
+        cu_seqlens_q: ``[batch + 1]`` int32, host: one query each.
+    """
+
+    def __init__(self, graph_step: GraphStep, access: Any, batch: int) -> None:
+        self._graph_step, self._access = graph_step, access
+        self.cu_seqlens_q: NDArray[np.int32] = np.arange(batch + 1, dtype=np.int32)
+
+    def append(self, layer: int, key: Any, value: Any) -> None:
+        """As `Step.append`; rows of ``key`` and ``value`` beyond the step's are skipped.
+
+        Raises:
+            StepError: there is no such layer, it was appended to before in this run, or another run has begun; nothing
+                was written.
+        """
+        self._require_current()
+        self._graph_step._cache._arenas.require_layer(layer)
+        if self._access.layers >> int(layer) & 1:
+            raise StepError(f"layer: expected one that this run has not appended to, got {layer}; `begin` another run")
+        self._access.append(layer, key, value)
+
+    def attend(self, layer: int, q: Any, **options: Any) -> Any:
+        """As `Step.attend`; rows beyond the step's give zeros.
+
+        Raises:
+            StepError: there is no such layer, or another run has begun.
+        """
+        self._require_current()
+        return self._access.attend(layer, q, **options)
+
+    def _require_current(self) -> None:
+        if self._graph_step._run is not self:
+            raise StepError("expected the run that `GraphStep.begin` gave last, got one before it")

@@ -1,0 +1,259 @@
+"""Everything that must hold in a cache, checked; one pass over rows, index and granules."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from allocators import BlockAllocator
+from allocators._jit import jit
+from allocators.protocol import require
+from kvtoolkit.arrays.types import Int32Array
+from kvtoolkit.cache.state.block_table import (
+    CAPACITY,
+    CHAIN_UID,
+    CLOSED,
+    END_EXTRA,
+    FIRST_EXTRA,
+    LENGTH,
+    NUM_ENTRIES,
+    PREEMPTED,
+    ROOT_OF,
+    STATE,
+    Rows,
+)
+from kvtoolkit.cache.state.identity import Identities, roots_of
+from kvtoolkit.cache.state.prefix_index import EXTRA, HELD, NEXT, NO_EXTRA, PREVIOUS, ROOT, ROOT_UID, Granules, tier_of
+from kvtoolkit.config.tiers import TIER_NAMES
+from kvtoolkit.cuda.pool import DevicePool
+from kvtoolkit.formats.entry import MAX_BLOCK_GRANULES, TIER_HOT, entry_granule, entry_length, entry_tier
+
+if TYPE_CHECKING:
+    from kvtoolkit.cache.state.block_manager import Pool
+    from kvtoolkit.cache.state.cache_state import Sequences
+
+_FAULTS = (
+    "",
+    "has another number of entries than its table has room for",
+    "has an empty entry among its entries",
+    "has wrong block_starts",
+    "has an entry that names another tier, or no granule of it",
+    "holds a part of a quantized tile",
+    "holds a granule twice",
+    "has an entry beyond its last",
+    "claims another number of granules than its entries hold",
+    "is closed or preempted and still holds memory",
+    "has more tokens than its granules",
+    "will write a quantized tile",
+    "shares a granule that it will write",
+    "will write a granule that can be found",
+    "will write a granule that was copied for a preempted sequence",
+)
+
+
+def check(sequences: "Sequences") -> None:
+    """See `KVCache.check_integrity`; the caller holds the lock."""
+    table, pool = sequences.rows, sequences.pool
+    require_rows(table, pool)
+    require_index(pool)
+    require_identities(table, pool, sequences.identities)
+    for tier, allocator in enumerate(pool.allocators):
+        if allocator is not None:
+            _require_tier(pool, tier, allocator)
+    states = table.info[:, STATE]
+    require(
+        np.array_equal(np.sort(sequences.closed_rows), np.flatnonzero(states == CLOSED)),
+        "cache: the list of closed rows is wrong",
+    )
+    require(
+        sorted(sequences.preempted) == np.flatnonzero(states == PREEMPTED).tolist(),
+        "cache: what is kept of preempted sequences does not match their rows",
+    )
+
+
+def require_rows(table: Rows, pool: "Pool") -> None:
+    """IntegrityError unless rows are well formed and reference counts are the number of rows that hold a granule."""
+    require_well_formed(table, pool)
+    counted = np.zeros(pool.num_granules, np.int32)
+    _count(table, counted)
+    require(
+        np.array_equal(counted, pool.granules.refs), "cache: refs are not the number of rows that hold each granule"
+    )
+    fault, row = _check_tails(table, pool.granules)
+    require(not fault, f"cache: row {row} {_FAULTS[fault]}")
+
+
+def require_well_formed(table: Rows, pool: "Pool") -> None:
+    """IntegrityError unless every row names granules that exist, each once, as its figures say."""
+    ends = np.array([*pool.first[1:], pool.num_granules], np.int32)
+    fault, row = _check_rows(table, pool.granules, ends, np.full(pool.num_granules, -1, np.int32))
+    require(not fault, f"cache: row {row} {_FAULTS[fault]}")
+
+
+def require_index(pool: "Pool") -> None:
+    """IntegrityError unless index and granules know each other, and every node its parent."""
+    nodes, granules = pool.nodes, pool.granules
+    used = np.flatnonzero(nodes.uid)
+    require(len(np.unique(nodes.granule[used])) == len(used), "cache: two index nodes hold the same granule")
+    require(np.array_equal(granules.node[nodes.granule[used]], used), "cache: a granule does not know its node")
+    require(int((granules.node >= 0).sum()) == len(used), "cache: a granule knows a node that is not in use")
+    parents = nodes.parent[used]
+    has_parent = parents >= 0
+    expected_uid = np.where(has_parent, nodes.uid[parents], nodes.parent_uid[used])  # of roots: require_identities
+    expected_depth = np.where(has_parent, nodes.depth[parents] + 1, 0)
+    lost = used[(nodes.parent_uid[used] != expected_uid) | (nodes.depth[used] != expected_depth)]
+    require(not len(lost), f"cache: node {lost[:1]} has lost its parent")
+    wrong = int(_check_twins(granules))
+    require(wrong < 0, f"cache: granule {wrong} has twins that are not held, or not exactly one of them is findable")
+
+
+def require_identities(table: Rows, pool: "Pool", identities: Identities) -> None:
+    """IntegrityError unless rows and nodes have known roots and extra keys, and rows the root of their nodes."""
+    nodes, (salts, keys) = pool.nodes, (identities.salts.numbers, identities.keys.numbers)
+    numbers = [*salts.values(), *keys.values(), *nodes.uid[nodes.uid != 0].tolist()]
+    is_distinct = len(set(numbers)) == len(numbers) and ROOT_UID not in numbers
+    require(is_distinct, "cache: a number is that of two salts, extra keys or index nodes")
+    used, live = np.flatnonzero(nodes.uid), np.flatnonzero(identities.is_live())
+    roots = np.zeros(len(nodes.uid), np.int64)
+    roots_of(nodes, used[np.argsort(nodes.depth[used], kind="stable")], roots)
+    known_roots, known_keys = np.array([ROOT_UID, *salts.values()]), np.array([NO_EXTRA, *keys.values()])
+    require(bool(np.isin(roots[used], known_roots).all()), "cache: a node's root is that of no salt")
+    require(
+        bool(np.isin(nodes.tokens[used, EXTRA], known_keys).all()), "cache: a node has extra keys that nobody knows"
+    )
+    own = table.origin[live, ROOT_OF]
+    require(bool(np.isin(own, known_roots).all()), "cache: a row's root is that of no salt")
+    chain, uids = table.chain[live], table.origin[live, CHAIN_UID]
+    is_there = (chain >= 0) & (nodes.uid[chain] == uids)
+    expected = np.where(is_there, roots[chain], np.where(chain == ROOT, uids, own))
+    require(np.array_equal(own, expected), "cache: a row continues what stands under another root than its own")
+    for first, end in table.origin[live][:, [FIRST_EXTRA, END_EXTRA]].tolist():
+        extras = identities.extras[first:end]
+        is_whole = 0 <= first <= end <= identities.num_extras
+        is_whole = is_whole and bool((np.diff(extras[:, 0]) > 0).all() and np.isin(extras[:, 1], known_keys).all())
+        require(is_whole, "cache: the extra keys of a row are not in order")
+
+
+def _require_tier(pool: "Pool", tier: int, allocator: BlockAllocator) -> None:
+    """What is held and cached in one tier is what its allocator has granted."""
+    allocator.check_integrity()
+    own, name = slice(pool.first[tier], pool.first[tier] + allocator.num_granules), TIER_NAMES[tier]
+    refs, node = pool.granules.refs[own], pool.granules.node[own]
+    cached, counted = int(((refs == 0) & (node >= 0)).sum()), int(pool.granules.cached[tier])
+    require(cached == counted, f"cache: {counted} {name} granules counted as cached, found {cached}")
+    held, counted = int((refs > 0).sum()), int(pool.granules.cached[HELD + tier])
+    require(held == counted, f"cache: {counted} {name} granules counted as held, found {held}")
+    owned = (refs > 0) | (node >= 0)
+    if tier == TIER_HOT:
+        for start in pool.kept_back:
+            require(
+                not owned[start : start + MAX_BLOCK_GRANULES].any(), f"cache: block {start} is kept back and in use"
+            )
+            owned[start : start + MAX_BLOCK_GRANULES] = True
+    left = pool.ledger.left - pool.first[tier]
+    owned[left[(left >= 0) & (left < len(owned))]] = True
+    granted, callers = pool.ledger.granted[own], pool.ledger.callers[own]
+    require(np.array_equal(granted, owned), f"cache: not all {name} granules granted are held, cached or kept back")
+    require(not (granted & callers).any(), f"cache: a caller holds a {name} granule of the cache")
+    known, live = int(np.count_nonzero(granted | callers)), allocator.stats().num_live
+    # of a pool on a device kernels may hold blocks that nobody here knows
+    may_hold_more = isinstance(allocator, DevicePool) or bool(pool.ledger.unresolved)
+    is_enough = known <= live if may_hold_more else known == live
+    require(is_enough, f"cache: {known} {name} granules held, cached, kept back or a caller's, {live} live in the pool")
+
+
+@jit
+def _check_rows(rows: Rows, granules: Granules, ends: Int32Array, seen: Int32Array) -> Any:
+    """``(fault, row)`` of the first row that is not well formed, or ``(0, 0)``; ``seen`` is -1 everywhere."""
+    for row in range(len(rows.info)):
+        count, expected, quantized_end = rows.info[row, NUM_ENTRIES], 0, 0
+        if count < 0 or count > rows.entries.shape[1]:
+            return 1, row
+        for e in range(count):
+            entry = rows.entries[row, e]
+            if entry < 0:
+                return 2, row
+            if rows.starts[row, e] != expected:
+                return 3, row
+            granule, length, tier = entry_granule(entry), entry_length(entry), entry_tier(entry)
+            if tier > 2 or granule + length > ends[2] or tier_of(granules, granule) != tier:
+                return 4, row
+            if granule + length > ends[tier]:
+                return 4, row
+            if tier > 0 and (length != 8 or granule & 7 != 0 or expected & 7 != 0):
+                return 5, row
+            for i in range(length):
+                if seen[granule + i] == row:
+                    return 6, row
+                seen[granule + i] = row
+            expected += length
+            if tier > 0:
+                quantized_end = expected
+        for e in range(count, rows.entries.shape[1]):
+            if rows.entries[row, e] != -1:
+                return 7, row
+        if rows.info[row, CAPACITY] != expected:
+            return 8, row
+        state, length = rows.info[row, STATE], rows.info[row, LENGTH]
+        if state in (CLOSED, PREEMPTED):
+            if count > 0:
+                return 9, row
+        elif length < 0 or length > 8 * expected:
+            return 10, row
+        elif 8 * quantized_end > length:
+            return 11, row
+    return 0, 0
+
+
+@jit
+def _check_twins(granules: Granules) -> Any:
+    """A granule whose ring of twins is wrong, or -1."""
+    num_members, num_reached = 0, 0
+    for granule in range(len(granules.refs)):
+        following = granules.links[granule, NEXT]
+        if granules.links[following, PREVIOUS] != granule:
+            return granule
+        if following == granule:
+            continue
+        num_members += 1
+        if granules.refs[granule] == 0:
+            return granule
+        if granules.node[granule] >= 0:
+            num_reached += 1
+            while following != granule:
+                if granules.node[following] >= 0:
+                    return granule
+                num_reached += 1
+                following = granules.links[following, NEXT]
+    if num_reached != num_members:
+        for granule in range(len(granules.refs)):
+            if granules.links[granule, NEXT] != granule:
+                return granule
+    return -1
+
+
+@jit
+def _count(rows: Rows, counted: Int32Array) -> None:
+    for row in range(len(rows.info)):
+        for e in range(rows.info[row, NUM_ENTRIES]):
+            entry = rows.entries[row, e]
+            for i in range(entry_length(entry)):
+                counted[entry_granule(entry) + i] += 1
+
+
+@jit
+def _check_tails(rows: Rows, granules: Granules) -> Any:
+    """``(fault, row)`` of the first well-formed row that would write what it may not write, or ``(0, 0)``."""
+    for row in range(len(rows.info)):
+        for e in range(rows.info[row, NUM_ENTRIES] - 1, -1, -1):
+            entry, first = rows.entries[row, e], rows.starts[row, e]
+            if first + entry_length(entry) <= rows.info[row, LENGTH] >> 3:
+                break
+            for i in range(entry_length(entry)):
+                if first + i >= rows.info[row, LENGTH] >> 3:
+                    if granules.refs[entry_granule(entry) + i] != 1:
+                        return 12, row
+                    if granules.node[entry_granule(entry) + i] >= 0:
+                        return 13, row
+                    if granules.copy[entry_granule(entry) + i] != 0:
+                        return 14, row
+    return 0, 0

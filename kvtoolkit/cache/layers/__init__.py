@@ -1,0 +1,1 @@
+"""What the layers of a step do with the cache."""

@@ -1,0 +1,468 @@
+"""A whole cache as bytes and back.
+
+A snapshot holds what cannot be worked out: the configuration, rows that are not closed, index nodes in use, salts and
+extra keys, the keys and values of all granules that rows or the index hold, and what is kept of preempted sequences.
+Everything else, what the allocators have granted included, is made anew. So a cache may resume with another allocator,
+pool size, eviction or growth policy, backend or number of sequences, as long as what it holds has the same place.
+
+The bytes are not trusted: every number is checked against what it indexes before it is used.
+"""
+
+import json
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from allocators import AllocatorError, IntegrityError
+from kvtoolkit.arrays.types import Int64Array
+from kvtoolkit.cache import integrity
+from kvtoolkit.cache.array_file import pack_arrays, unpack_arrays
+from kvtoolkit.cache.repair import count_refs
+from kvtoolkit.cache.state.block_table import (
+    CAPACITY,
+    CHAIN_UID,
+    CLOSED,
+    GENERATION,
+    ID_BITS,
+    IN_STEP,
+    LENGTH,
+    NUM_ENTRIES,
+    OPEN,
+    PINNED,
+    PREEMPTED,
+    ROOT_OF,
+    STATE,
+    touch_all,
+)
+from kvtoolkit.cache.state.cache_state import Preempted, Sequences
+from kvtoolkit.cache.state.host_copies import Copy, copy_tiers, sizes_of
+from kvtoolkit.cache.state.identity import Names
+from kvtoolkit.cache.state.prefix_index import BROKEN, CLOCK, EXTRA, NEXT_UID, NO_EXTRA, ROOT, ROOT_UID, reindex
+from kvtoolkit.cache.state.twins import find_twins
+from kvtoolkit.cache.storage.storage import Contents, split
+from kvtoolkit.config.tiers import TIER_NAMES
+from kvtoolkit.errors import CacheSnapshotError, StepError
+from kvtoolkit.formats.entry import MAX_BLOCK_GRANULES
+
+_SAME = ("num_layers", "num_kv_heads", "head_dim", "dtype")
+"""Fields of the configuration that say how keys and values lie; of tiers, their formats do."""
+_NODE_FIELDS = ("uid", "parent_uid", "tokens", "last_used", "parent", "granule", "depth", "num_uses")
+_MOST = np.int64(1) << 62
+
+
+def pack(sequences: Sequences) -> bytes:
+    """See `KVCache.snapshot`; the caller holds the lock."""
+    table, pool = sequences.rows, sequences.pool
+    for state, name in ((IN_STEP, "step"), (PINNED, "lease")):
+        if np.any(table.info[:, STATE] == state):
+            raise StepError(f"snapshot: expected no open {name}; end it first")
+    sequences.identities.forget_unused(at_once=True)
+    held = np.flatnonzero((pool.granules.refs > 0) | (pool.granules.node >= 0))
+    rows = np.flatnonzero(table.info[:, STATE] != CLOSED)
+    used = np.flatnonzero(pool.nodes.uid)
+    width = int(table.info[rows, NUM_ENTRIES].max(initial=0))
+    arrays: dict[str, NDArray[Any]] = {
+        "config": _as_bytes(json.dumps(sequences.config.to_dict(), sort_keys=True).encode()),
+        "counters": np.array(list(vars(sequences.counters).values()), np.int64),
+        "tier_granules": np.array(sequences.config.tier_granules, np.int64),
+        "generations": np.trim_zeros(table.info[:, GENERATION], "b"),
+        "rows": rows,
+        "info": table.info[rows][:, [STATE, LENGTH, NUM_ENTRIES]],
+        "entries": table.entries[rows, :width],
+        "chain": table.chain[rows],
+        "origin": table.origin[rows],
+        "extras": sequences.identities.extras[: sequences.identities.num_extras],
+        **_named_texts("salts", sequences.identities.salts),
+        **_named_texts("keys", sequences.identities.keys),
+        "pending": table.pending[rows],
+        "masses": table.masses[rows],
+        "node": used,
+        **{f"node.{name}": getattr(pool.nodes, name)[used] for name in _NODE_FIELDS},
+        "clocks": pool.nodes.counts[[NEXT_UID, CLOCK]],
+        "held": held,
+        **_named("contents", sequences.storage.read(held)),
+        "callers": np.flatnonzero(pool.ledger.callers),
+        **pool.ledger.snapshots(),
+    }
+    return pack_arrays(arrays | _pack_preempted(sequences, held))
+
+
+def _pack_preempted(sequences: Sequences, held: Int64Array) -> dict[str, NDArray[Any]]:
+    """What is kept of preempted sequences; their copies are numbered from 0."""
+    arrays: dict[str, NDArray[Any]] = {}
+    saved_copies = [saved.copies or () for saved in sequences.preempted.values()]
+    copies = {copy.number: copy for listed in saved_copies for copy in listed}
+    places = {number: i for i, number in enumerate(copies)}
+    for row, saved in sequences.preempted.items():
+        arrays[f"preempted.{row}.nodes"] = np.stack([saved.nodes.astype(np.int64), saved.uids], axis=1)
+        if saved.copies is not None:
+            arrays[f"preempted.{row}.copies"] = np.array([places[copy.number] for copy in saved.copies], np.int64)
+            is_findable = sequences.rows.chain[row] != BROKEN  # else its prefixes were cleared
+            arrays[f"preempted.{row}.tokens"] = saved.tokens if is_findable else saved.tokens[:0]
+    numbers = sequences.pool.granules.copy[held].tolist()
+    arrays["held.copies"] = np.array([places.get(number, -1) for number in numbers], np.int64)
+    arrays["copies.tiers"] = np.array([copy.tier for copy in copies.values()], np.int8)
+    return arrays | _named("copies", sequences.copies.contents_of(list(copies.values())))
+
+
+def unpack(sequences: Sequences, data: bytes) -> None:
+    """Fill a fresh cache from a snapshot; after an error it is of no use."""
+    if not isinstance(data, bytes | bytearray | memoryview):
+        raise CacheSnapshotError(f"snapshot: expected bytes, got {type(data).__name__}")
+    try:
+        _Unpacker(sequences, unpack_arrays(data)).run()
+    except (IntegrityError, AllocatorError, ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
+        if isinstance(error, CacheSnapshotError):
+            raise
+        raise CacheSnapshotError(f"snapshot: expected what KVCache.snapshot has made, got: {error}") from error
+
+
+class _Unpacker:
+    """Checks the arrays of a snapshot and writes them into a fresh cache."""
+
+    def __init__(self, sequences: Sequences, arrays: dict[str, NDArray[Any]]) -> None:
+        self._sequences = sequences
+        self._arrays = arrays
+        self._first = np.zeros(3, np.int64)  # first granule of each tier, there; and what to add to come here
+        self._shift = np.zeros(3, np.int64)
+        self._copies: list[Copy] = []
+
+    def run(self) -> None:
+        """Read everything."""
+        sequences, pool = self._sequences, self._sequences.pool
+        self._check_config()
+        renumbered = self._read_nodes()
+        self._read_identities()
+        self._read_rows(renumbered)
+        self._read_preempted(renumbered)
+        integrity.require_well_formed(sequences.rows, pool)
+        count_refs(sequences.rows, pool.granules)
+        reindex(pool.nodes, pool.granules)
+        integrity.require_rows(sequences.rows, pool)
+        integrity.require_index(pool)
+        self._read_contents()
+        rows = np.flatnonzero(sequences.rows.info[:, STATE] != CLOSED).astype(np.int32)
+        find_twins(sequences.rows, rows, pool.nodes, pool.granules, pool.freed)
+        self._grant()
+        states = sequences.rows.info[:, STATE]
+        sequences.closed_rows = np.flatnonzero(states == CLOSED)[::-1].tolist()
+        names = list(vars(sequences.counters))
+        counters = self._vector("counters", "int64", len(names))
+        self._within("counters", counters, 0, int(_MOST))
+        vars(sequences.counters).update(zip(names, counters.tolist(), strict=True))
+        if sequences.counters.reused_tokens > sequences.counters.prompt_tokens:
+            raise CacheSnapshotError("snapshot: expected no more reused tokens than prompts have")
+        pool.replenish()
+        integrity.check(sequences)
+
+    # -- arrays ------------------------------------------------------------------------------------------------------
+
+    def _array(self, name: str, dtype: str, shape: tuple[int | None, ...]) -> NDArray[Any]:
+        """An array of this dtype and shape (None: any extent), or CacheSnapshotError."""
+        array = self._arrays.get(name)
+        if array is None:
+            raise CacheSnapshotError(f"snapshot: expected an array {name!r}, got none")
+        fits = array.ndim == len(shape) and all(b in (None, a) for a, b in zip(array.shape, shape, strict=True))
+        if array.dtype != dtype or not fits:
+            raise CacheSnapshotError(
+                f"snapshot: expected {name} of {dtype} {list(shape)}, got {array.dtype} {list(array.shape)}"
+            )
+        return array
+
+    def _vector(self, name: str, dtype: str, length: int | None) -> NDArray[Any]:
+        return self._array(name, dtype, (length,))
+
+    @staticmethod
+    def _within(name: str, values: NDArray[Any], low: int, end: int) -> None:
+        """CacheSnapshotError unless all values are in ``[low, end)``."""
+        if values.size and not (int(values.min()) >= low and int(values.max()) < end):
+            raise CacheSnapshotError(
+                f"snapshot: expected {name} of {low} to {end - 1}, got {values.min()} to {values.max()}"
+            )
+
+    def _distinct(self, name: str, length: int | None, end: int) -> Int64Array:
+        """A vector of different numbers below ``end``, ascending."""
+        values = self._vector(name, "int64", length)
+        self._within(name, values, 0, end)
+        if (np.diff(values) <= 0).any():
+            raise CacheSnapshotError(f"snapshot: expected ascending {name}")
+        return values
+
+    # -- its parts ---------------------------------------------------------------------------------------------------
+
+    def _check_config(self) -> None:
+        config = self._sequences.config
+        try:
+            found = json.loads(self._vector("config", "uint8", None).tobytes())
+        except (ValueError, RecursionError) as error:
+            raise CacheSnapshotError("snapshot: expected its configuration in JSON") from error
+        if not isinstance(found, dict):
+            raise CacheSnapshotError("snapshot: expected its configuration")
+        expected = config.to_dict()
+        differing = [name for name in _SAME if found.get(name) != expected.get(name)]
+        tiers = found.get("tiers") or {}
+        formats = config.tiers or {}
+        if not isinstance(tiers, dict) or any(tiers.get(name) != formats.get(name) for name in ("warm", "cold")):
+            differing.append("tiers")
+        if differing:
+            raise CacheSnapshotError(
+                f"snapshot: expected one of a cache with the same {', '.join(differing)}, got another"
+            )
+        there = self._vector("tier_granules", "int64", 3)
+        self._within("tier_granules", there, 0, 1 << 25)
+        self._first = np.array([0, there[0], there[0] + there[1]])
+        self._shift = np.array(config.first_granules) - self._first
+        self._ends = self._first + there
+        fields = ("allocator", "allocator_options", "block_sizes")
+        self._is_another_pool = any(found.get(name) != expected.get(name) for name in fields) or (
+            there.tolist() != list(config.tier_granules)
+        )
+
+    def _granules(self, name: str, values: NDArray[Any]) -> Int64Array:
+        """Numbers of granules there as numbers here, or CacheSnapshotError if the pool here has no such granule."""
+        values = values.astype(np.int64)
+        self._within(name, values, 0, int(self._ends[2]))
+        tiers = np.searchsorted(self._first[1:], values, side="right")
+        offsets = values - self._first[tiers]
+        sizes = np.array(self._sequences.config.tier_granules)
+        if (offsets >= sizes[tiers]).any():
+            tier = int(tiers[np.argmax(offsets >= sizes[tiers])])
+            raise CacheSnapshotError(
+                f"snapshot: expected a pool with granule {int(offsets[tiers == tier].max())} of the {TIER_NAMES[tier]} "
+                f"tier, which is in use, got one of {sizes[tier]}"
+            )
+        here: Int64Array = values + self._shift[tiers]
+        return here
+
+    def _read_nodes(self) -> Int64Array:
+        """Fill in the index; returns the number here of each node there, -1 for none."""
+        nodes = self._sequences.pool.nodes
+        there = self._distinct("node", None, 1 << 25)
+        count = len(there)
+        renumbered = np.full(int(there[-1]) + 2 if count else 1, -1, np.int64)
+        renumbered[there] = np.arange(count)
+        clocks = self._vector("clocks", "int64", 2)
+        self._within("clocks", clocks, 0, int(_MOST))
+        read = {
+            name: self._array(f"node.{name}", str(field.dtype), (count, *field.shape[1:]))
+            for name, field in nodes._asdict().items()
+            if name in _NODE_FIELDS
+        }
+        self._within("node.uid", read["uid"], ROOT_UID + 1, int(clocks[0]))
+        if len(np.unique(read["uid"])) != count:
+            raise CacheSnapshotError("snapshot: expected nodes with different uids")
+        self._within("node.depth", read["depth"], 0, 1 << 25)
+        parents = read["parent"]
+        self._within("node.parent", parents, ROOT, len(renumbered) - 1)
+        granules = self._granules("node.granule", read["granule"])
+        if len(np.unique(granules)) != count:
+            raise CacheSnapshotError("snapshot: expected every node to have a granule of its own")
+        for name in _NODE_FIELDS:
+            getattr(nodes, name)[:count] = read[name]
+        nodes.parent[:count] = np.where(parents < 0, ROOT, renumbered[parents])
+        if ((parents >= 0) & (nodes.parent[:count] < 0)).any():
+            raise CacheSnapshotError("snapshot: expected every node's parent to be there")
+        nodes.granule[:count] = granules
+        nodes.counts[[NEXT_UID, CLOCK]] = clocks
+        return renumbered
+
+    def _read_identities(self) -> None:
+        """Fill in the salts and extra keys; that rows and nodes fit them is for `integrity.check` to see."""
+        identities = self._sequences.identities
+        for name, names in (("salts", identities.salts), ("keys", identities.keys)):
+            numbers = self._vector(f"{name}.numbers", "int64", None)
+            self._within(f"{name}.numbers", numbers, ROOT_UID + 1, int(self._sequences.pool.nodes.counts[NEXT_UID]))
+            ends = self._vector(f"{name}.ends", "int64", len(numbers))
+            text = self._vector(f"{name}.text", "uint8", int(ends[-1]) if len(ends) else 0).tobytes()
+            begins = np.concatenate([np.zeros(1, np.int64), ends])[:-1]
+            if (begins >= ends).any():
+                raise CacheSnapshotError(f"snapshot: expected {name} that are not empty")
+            pairs = zip(begins.tolist(), ends.tolist(), numbers.tolist(), strict=True)
+            names.numbers = {text[begin:end]: number for begin, end, number in pairs}
+            if len(names.numbers) != len(numbers):
+                raise CacheSnapshotError(f"snapshot: expected different {name}")
+        identities.extras = self._array("extras", "int64", (None, 2)).copy()
+        identities.num_extras = len(identities.extras)
+        self._within("extras", identities.extras[:, 0], 0, 1 << 25)
+
+    def _chains(self, name: str, pairs: NDArray[Any], roots: Any, renumbered: Int64Array) -> Int64Array:
+        """``[n, 2]`` node here and uid, BROKEN where it is gone; ``roots`` are those of the rows."""
+        nodes, uids = self._sequences.pool.nodes, pairs[:, 1]
+        self._within(name, pairs[:, 0], BROKEN, 1 << 25)
+        known = (pairs[:, 0] >= 0) & (pairs[:, 0] < len(renumbered))
+        here = np.where(known, renumbered[np.where(known, pairs[:, 0], 0)], BROKEN)
+        here = np.where((here >= 0) & (nodes.uid[here] == uids), here, BROKEN)
+        is_root = (pairs[:, 0] == ROOT) & (uids == roots)
+        return np.stack([np.where(is_root, ROOT, here), uids], axis=1)
+
+    def _read_rows(self, renumbered: Int64Array) -> None:
+        sequences, table = self._sequences, self._sequences.rows
+        generations = self._vector("generations", "int64", None)
+        if len(generations) > len(table.info):
+            # their ids would come back
+            raise CacheSnapshotError(
+                f"snapshot: expected max_seqs of at least {len(generations)}, got {len(table.info)}"
+            )
+        self._within("generations", generations, 0, 1 << (62 - ID_BITS))
+        which = self._distinct("rows", None, len(table.info))
+        count = len(which)
+        info = self._array("info", "int64", (count, 3))
+        entries = self._array("entries", "int32", (count, None))
+        if not np.isin(info[:, 0], (OPEN, PREEMPTED)).all():
+            raise CacheSnapshotError("snapshot: expected rows that are open or preempted")
+        self._within("lengths", info[:, 1], 0, 8 * sequences.pool.num_granules + 1)
+        self._within("numbers of entries", info[:, 2], 0, entries.shape[1] + 1)
+        width = int(info[:, 2].max(initial=0))
+        if width > table.entries.shape[1]:
+            raise CacheSnapshotError(
+                f"snapshot: expected max_entries of at least {width}, got {table.entries.shape[1]}"
+            )
+        is_used = np.arange(width) < info[:, 2:3]
+        named = entries[:, :width][is_used]
+        self._within("entries", named, 0, 1 << 30)
+        granules = self._granules("entries", named & 0xFFFFFF)
+        lengths = ((named >> 24) & 7) + 1
+        self._granules("entries", (named & 0xFFFFFF) + lengths - 1)
+        here = np.full((count, width), -1, np.int32)
+        here[is_used] = (named & ~np.int32(0xFFFFFF)) | granules.astype(np.int32)
+        starts = np.full((count, width), -1, np.int32)
+        sizes = np.zeros((count, width), np.int64)
+        sizes[is_used] = lengths
+        starts[is_used] = (np.cumsum(sizes, axis=1) - sizes)[is_used]
+        table.info[: len(generations), GENERATION] = generations
+        if count and (table.info[which, GENERATION] == 0).any():
+            raise CacheSnapshotError("snapshot: expected rows whose ids exist")
+        table.info[which, STATE], table.info[which, LENGTH] = info[:, 0], info[:, 1]
+        table.info[which, NUM_ENTRIES], table.info[which, CAPACITY] = info[:, 2], sizes.sum(axis=1)
+        table.entries[which, :width], table.starts[which, :width] = here, starts
+        table.origin[which] = self._array("origin", "int64", (count, 4))
+        uids, roots = table.origin[which][:, [CHAIN_UID, ROOT_OF]].T
+        pairs = np.stack([self._vector("chain", "int32", count), uids], axis=1)
+        chains = self._chains("chain", pairs, roots, renumbered)
+        dropped = (info[:, 0] == PREEMPTED) & (info[:, 1] == 0)
+        chains[dropped, 0], chains[dropped, 1] = ROOT, roots[dropped]
+        in_index = chains[:, 0] >= 0
+        depths = sequences.pool.nodes.depth[chains[in_index, 0]] + 1
+        if (depths != info[in_index, 1] // 8).any():
+            raise CacheSnapshotError("snapshot: expected chains as long as their rows")
+        table.chain[which], table.origin[which, CHAIN_UID] = chains[:, 0], chains[:, 1]
+        table.pending[which] = self._array("pending", "int64", (count, 8))
+        masses = self._array("masses", "float32", (count, None))
+        tiles = min(masses.shape[1], table.masses.shape[1])
+        table.masses[which, :tiles] = np.nan_to_num(masses[:, :tiles], posinf=0, neginf=0)
+        touch_all(table, which.astype(np.int32))
+
+    def _read_preempted(self, renumbered: Int64Array) -> None:
+        sequences, table = self._sequences, self._sequences.rows
+        self._read_copies()
+        for row in np.flatnonzero(table.info[:, STATE] == PREEMPTED).tolist():
+            name, length = f"preempted.{row}", int(table.info[row, LENGTH])
+            root_uid = table.origin[row, ROOT_OF]
+            chain = self._chains(name, self._array(f"{name}.nodes", "int64", (None, 2)), root_uid, renumbered)
+            nodes, uids = chain[:, 0], chain[:, 1]
+            gone = np.flatnonzero(nodes < 0)
+            nodes = nodes[: gone[0]] if len(gone) else nodes
+            index = sequences.pool.nodes
+            parents = np.concatenate([np.full(1, ROOT), nodes])[:-1]
+            if (index.parent[nodes] != parents).any() or (index.parent_uid[nodes[:1]] != root_uid).any():
+                raise CacheSnapshotError(f"snapshot: expected nodes of {name} that follow each other from its root")
+            saved = Preempted(nodes.astype(np.int32), uids[: len(nodes)].copy(), None, np.empty((0, 9), np.int64))
+            if f"{name}.copies" in self._arrays:
+                saved.copies = self._copies_of(name, length)
+                saved.tokens = self._array(f"{name}.tokens", "int64", (None, 9)).copy()
+                if len(saved.tokens) not in (0, length // 8):
+                    raise CacheSnapshotError(f"snapshot: expected {name}.tokens of all full granules or of none")
+                known = np.array([NO_EXTRA, *sequences.identities.keys.numbers.values()], np.int64)
+                if not np.isin(saved.tokens[:, EXTRA], known).all():
+                    raise CacheSnapshotError(f"snapshot: expected {name}.tokens with extra keys that are known")
+                if len(saved.tokens):  # to be published again when it comes back, whatever is gone of its chain
+                    table.chain[row], table.origin[row, CHAIN_UID] = ROOT, root_uid
+            elif length:
+                raise CacheSnapshotError(f"snapshot: expected the contents of {name}, got none")
+            sequences.preempted[row] = saved
+
+    def _read_copies(self) -> None:
+        """Make all copies in host memory; those that no preempted sequence refers to go with the unpacker."""
+        sequences = self._sequences
+        tiers = self._vector("copies.tiers", "int8", None)
+        self._within("copies.tiers", tiers, 0, 3)
+        if (np.array(sequences.config.tier_granules)[tiers] == 0).any():
+            raise CacheSnapshotError("snapshot: expected copies of tiers that exist")
+        num_hot, num_warm, num_cold = np.bincount(tiers, minlength=3).tolist()
+        self._copies = sequences.copies.make(tiers, self._contents("copies", num_hot, (num_warm, num_cold)))
+
+    def _copies_of(self, name: str, length: int) -> tuple[Copy, ...]:
+        """The copies that hold the tokens of a preempted sequence; quantized ones are full tiles of 64 tokens."""
+        places = self._vector(f"{name}.copies", "int64", None)
+        self._within(f"{name}.copies", places, 0, len(self._copies))
+        if len(np.unique(places)) != len(places):
+            raise CacheSnapshotError(f"snapshot: expected {name} to hold different copies")
+        copies = tuple(self._copies[place] for place in places.tolist())
+        tiers = copy_tiers(copies)
+        sizes = sizes_of([copy.tier for copy in copies])
+        quantized = (np.cumsum(sizes) - sizes)[sizes > 1]
+        if len(tiers) != -(-length // 8):
+            raise CacheSnapshotError(f"snapshot: expected {name} to hold {-(-length // 8)} granules, got {len(tiers)}")
+        if (quantized % MAX_BLOCK_GRANULES).any() or (8 * quantized + 64 > length).any():
+            raise CacheSnapshotError(f"snapshot: expected {name} in whole tiles")
+        return copies
+
+    def _contents(self, name: str, num_hot: int, num_blocks: tuple[int, int]) -> Contents:
+        """Contents of so many hot granules, and warm and cold blocks."""
+        storage = self._sequences.storage
+        hot = storage.key_values.shape
+        key_values = self._array(f"{name}.key_values", str(storage.key_values.dtype), (*hot[:2], num_hot, *hot[3:]))
+        blocks = []
+        for tier, arena, count in zip(("warm", "cold"), (storage.warm, storage.cold), num_blocks, strict=True):
+            shape = (0,) if arena is None else (arena.shape[0], count, *arena.shape[2:])
+            blocks.append(self._array(f"{name}.{tier}", "uint8", shape))
+        return Contents(key_values, *blocks)
+
+    def _read_contents(self) -> None:
+        pool = self._sequences.pool
+        there = self._distinct("held", None, int(self._ends[2]))
+        held = self._granules("held", there)
+        owned = np.flatnonzero((pool.granules.refs > 0) | (pool.granules.node >= 0))
+        if not np.array_equal(held, owned):
+            raise CacheSnapshotError("snapshot: expected the contents of exactly the granules in use")
+        hot, warm, cold = split(held, self._sequences.config.first_granules)  # of a block a part may be held
+        self._sequences.storage.write(held, self._contents("contents", len(hot), (len(warm), len(cold))))
+        places = self._vector("held.copies", "int64", len(held))
+        self._within("held.copies", places, -1, len(self._copies))
+        numbers = np.array([0, *(copy.number for copy in self._copies)], np.int64)
+        pool.granules.copy[held] = numbers[places + 1]
+
+    def _grant(self) -> None:
+        """Have the allocators have granted what is held, and to callers what they hold."""
+        pool, ledger = self._sequences.pool, self._sequences.pool.ledger
+        there = self._distinct("callers", None, int(self._ends[0]))
+        callers = self._granules("callers", there)
+        owned = (pool.granules.refs > 0) | (pool.granules.node >= 0)
+        if owned[callers].any():
+            raise CacheSnapshotError("snapshot: expected callers' blocks apart from those of the cache")
+        if len(callers) and self._is_another_pool:
+            raise CacheSnapshotError(
+                f"snapshot: expected no blocks of callers to resume in another allocator or pool size, got "
+                f"{len(callers)} granules"
+            )
+        pool.kept_back = []
+        ledger.callers[callers] = True
+        ledger.resume(owned, self._arrays)
+
+
+def _named(name: str, contents: Contents) -> dict[str, NDArray[Any]]:
+    return {f"{name}.{field}": array for field, array in contents._asdict().items()}
+
+
+def _named_texts(name: str, names: Names) -> dict[str, NDArray[Any]]:
+    texts, numbers = list(names.numbers), list(names.numbers.values())
+    return {
+        f"{name}.numbers": np.array(numbers, np.int64),
+        f"{name}.ends": np.cumsum([len(text) for text in texts], dtype=np.int64),
+        f"{name}.text": _as_bytes(b"".join(texts)),
+    }
+
+
+def _as_bytes(data: bytes) -> NDArray[np.uint8]:
+    return np.frombuffer(data, np.uint8)

@@ -1,0 +1,295 @@
+"""The cache's side of its allocators: what to do when a request does not fit, and the blocks kept back for merging.
+
+free + held by rows + cached + kept back + callers' + pinned == num_granules
+
+Every tier has an allocator of its own. Granule numbers run through the tiers; those of an allocator begin at 0.
+"""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from allocators import BlockAllocator, InvalidSizeError, UnknownAllocatorError, create, find
+from kvtoolkit.arrays.types import Int32Array
+from kvtoolkit.cache.state.evictor import Evictor, count_pinned
+from kvtoolkit.cache.state.ledger import Ledger, require_allocator
+from kvtoolkit.cache.state.prefix_index import HELD, make_granules, make_nodes
+from kvtoolkit.config.cache import CacheConfig
+from kvtoolkit.config.eviction import eviction_policy
+from kvtoolkit.errors import CacheFullError, ConfigError
+from kvtoolkit.formats.entry import MAX_BLOCK_GRANULES, TIER_HOT
+
+_REPLENISHED_AT_ONCE = 64
+
+
+@dataclass
+class Counters:
+    """What a cache counts as it goes."""
+
+    num_steps: int = 0
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    restored_tokens: int = 0
+    num_prefix_hits: int = 0
+    num_prefix_misses: int = 0
+    copied_tokens: int = 0
+    num_merges: int = 0
+    num_failed_merges: int = 0
+    num_stalls: int = 0
+    num_preempted: int = 0
+    num_evicted: int = 0
+    peak_granules: int = 0
+    num_demoted_warm: int = 0
+    num_demoted_cold: int = 0
+    num_failed_demotions: int = 0
+    num_unquantizable: int = 0
+    num_dequantized: int = 0
+    converted_tokens: int = 0
+
+
+def _takes_device(allocator: str) -> bool:
+    try:
+        return "device" in inspect.signature(find(allocator)).parameters
+    except (ValueError, TypeError):  # of some things that can be called nobody knows the arguments
+        return False
+
+
+def _make_allocator(name: str, num_granules: int, options: dict[str, Any], device: int | None) -> BlockAllocator:
+    if device is not None and _takes_device(name):
+        options = {"device": device, **options}
+    try:
+        allocator = create(name, num_granules, **options)
+    except InvalidSizeError as error:
+        raise ConfigError(f"allocator_options: {error}") from error
+    except UnknownAllocatorError as error:
+        raise ConfigError(str(error)) from error
+    require_allocator(allocator, num_granules, options["block_sizes"])
+    return allocator
+
+
+def _quantized_allocators(config: CacheConfig, device: int | None) -> list[BlockAllocator | None]:
+    """Those of the warm and the cold tier, which hold nothing but blocks of 64 tokens."""
+    tiers = config.tier_config
+    names = (None, None) if tiers is None else (tiers.warm_allocator, tiers.cold_allocator)
+    made: list[BlockAllocator | None] = []
+    for name, num_granules in zip(names, config.tier_granules[1:], strict=True):
+        is_same = name in (None, config.allocator)
+        options = {"block_sizes": (64,), **(config.allocator_options if is_same else {})}
+        made.append(_make_allocator(name or config.allocator, num_granules, options, device) if num_granules else None)
+    return made
+
+
+def granules_of(blocks: Int32Array) -> Int32Array:
+    """The 8 granules of each block of 64 tokens that begins at ``blocks[i]``, one after another."""
+    listed: Int32Array = (blocks[:, None] + np.arange(MAX_BLOCK_GRANULES, dtype=np.int32)).ravel().astype(np.int32)
+    return listed
+
+
+Runs = list[tuple[int, int]]
+"""``(first granule, granules)`` of pieces of memory."""
+
+
+class Pool:
+    """An allocator whose freed prefixes stay findable until their memory is needed.
+
+    An allocator that takes a ``device`` gets that of the keys and values, where they lie on one.
+
+    Not thread-safe by itself: the cache's lock covers it.
+    """
+
+    def __init__(self, config: CacheConfig, counters: Counters, device: int | None) -> None:
+        self.counters = counters
+        self.policy = config.growth_policy
+        self.num_granules = config.num_granules
+        self.num_hot = config.tier_granules[0]
+        self.first = config.first_granules
+        options = {"block_sizes": config.block_sizes, **config.allocator_options}
+        self.allocators: list[BlockAllocator | None] = [
+            _make_allocator(config.allocator, self.num_hot, options, device),
+            *_quantized_allocators(config, device),
+        ]
+        """Of the hot, the warm and the cold tier; None where there is no such tier."""
+        hot = self.allocators[0]
+        assert hot is not None
+        self.allocator = hot
+        self.ledger = Ledger(self.allocators, self.first, self.num_granules)
+        # sizes the cache asks for, in granules, descending
+        self.offered = np.array(sorted((size // 8 for size in self.allocator.block_sizes), reverse=True), np.int32)
+        self.granules = make_granules(self.num_granules, self.first)
+        self.nodes = make_nodes(self.num_granules)
+        smallest = [int(self.offered[-1]), MAX_BLOCK_GRANULES, MAX_BLOCK_GRANULES]
+        self.evictor = Evictor(eviction_policy(config.eviction), self.nodes, self.granules, self.ledger, smallest)
+        self.freed = np.empty(self.num_granules, np.int32)
+        """Where compiled code lists granules to be freed; `free_listed` takes them from here."""
+        self.reserve = int(self.policy.reserve * (self.num_hot // MAX_BLOCK_GRANULES))
+        self.kept_back: list[int] = []
+        """First granules of the blocks of 64 tokens kept back for merging."""
+        for _ in range(0, self.reserve, _REPLENISHED_AT_ONCE):
+            self.replenish()
+
+    @property
+    def num_cached(self) -> int:
+        """Hot granules that no row holds but that are still findable."""
+        return int(self.granules.cached[TIER_HOT])
+
+    def num_evictable(self, tier: int) -> int:
+        """Granules of a tier that are cached, and those that the allocator gets back only with them.
+
+        Looks at all of the tier, if its allocator frees blocks as a whole.
+        """
+        num_cached, first = int(self.granules.cached[tier]), self.first[tier]
+        if num_cached == 0 or self.ledger.frees_singly(tier):
+            return num_cached
+        granules, ledger = self.granules, self.ledger
+        own = slice(first, first + ledger.num_of(tier))
+        cached = (np.flatnonzero((granules.refs[own] == 0) & (granules.node[own] >= 0)) + first).astype(np.int32)
+        sizes = ledger.unit_sizes(cached)
+        return num_cached + int(count_pinned(granules, cached, sizes, first, ledger.granted, ledger.callers))
+
+    @property
+    def num_used(self) -> int:
+        """Granules held by rows, one that several of them share counted once."""
+        return int(self.granules.cached[HELD : HELD + 3].sum())
+
+    def allocate_some(self, sizes: ArrayLike) -> Int32Array:
+        """Hot blocks in the order asked for, -1 from the first that does not fit."""
+        return self.ledger.take(TIER_HOT, sizes)
+
+    def allocate_tails(self, count: int, what: str) -> tuple[Int32Array, Int32Array]:
+        """``count`` blocks of at least a granule, evicting if need be; ``(starts, sizes)``, or CacheFullError."""
+        runs: Runs = []
+        while len(runs) < count:
+            for size in self.offered[::-1].tolist():
+                runs += self._take_blocks(count - len(runs), size)
+            if len(runs) < count and not self._make_way(int(self.offered[-1]) * (count - len(runs))):
+                num_found = len(runs)
+                self.free_runs(runs)
+                raise CacheFullError(
+                    f"{what}: expected room for {count} copies of a partly filled granule, got room for {num_found}: "
+                    f"{self.allocator.num_free} granules free, {self.num_cached} cached"
+                )
+        starts, sizes = np.array(runs, np.int32).reshape(-1, 2).T.copy()
+        return starts, sizes
+
+    def fit(self, needed: int) -> Runs | None:
+        """Runs of at least ``needed`` hot granules by any sizes on offer; None if there is no way.
+
+        Evicts only what makes a way, and in the end gives up what is kept back for merging.
+        """
+        if not self.can_have(needed):
+            return None
+        runs: Runs = []
+        while (left := needed - sum(size for _, size in runs)) > 0:
+            for size in self._sizes_to_try(left):
+                if found := self._take_blocks(max(1, left // size), size):
+                    runs += found
+                    break
+            else:
+                if not self._make_way(left):
+                    self.free_runs(runs)
+                    return None
+        return runs
+
+    def can_have(self, needed: int, tier: int = TIER_HOT) -> bool:
+        """Whether so many granules are free, kept back or can be evicted; an allocator may still have no use for them.
+
+        False is certain. It tries what calls that broke off have left, too.
+        """
+        if len(self.ledger.left):
+            self.ledger.free_left()
+        allocator = self.allocators[tier]
+        if needed <= 0 or allocator is None:
+            return needed <= 0
+        return self.evictor.can_free(tier, needed - allocator.num_free - self._num_kept_back(tier))
+
+    def _num_kept_back(self, tier: int) -> int:
+        return MAX_BLOCK_GRANULES * len(self.kept_back) if tier == TIER_HOT else 0
+
+    def _take_blocks(self, count: int, size: int) -> Runs:
+        """Up to ``count`` free blocks."""
+        starts = self.allocate_some(np.full(count, size, np.int32))
+        return [(start, size) for start in starts.tolist() if start >= 0]
+
+    def _make_way(self, needed: int) -> bool:
+        """Evict ``needed`` granules; if there are not so many, also give up what is kept back, or do nothing."""
+        if self.evict(needed):
+            return True
+        kept_back = self._num_kept_back(TIER_HOT)
+        if not kept_back or not self.evictor.can_free(TIER_HOT, needed - kept_back):
+            return False
+        if needed > kept_back:
+            self.evict(needed - kept_back)
+        self._give_up_reserve(-(-needed // MAX_BLOCK_GRANULES))
+        return True
+
+    def _sizes_to_try(self, needed: int) -> list[int]:
+        """The best fitting size, then smaller ones, then larger ones."""
+        offered = [int(size) for size in self.offered if size <= self.policy.largest]
+        fitting = min((size for size in offered if size >= needed), default=offered[0])
+        return [size for size in offered if size <= fitting] + [size for size in offered[::-1] if size > fitting]
+
+    def evict(self, wanted: int, tier: int = TIER_HOT) -> bool:
+        """Evict what makes ``wanted`` granules of a tier available, see `kvtoolkit.cache.state.evictor`.
+
+        False, and nothing was evicted, if that cannot be.
+        """
+        count = self.evictor.evict(tier, wanted, self.freed)
+        self.free_listed(count)
+        self.counters.num_evicted += count
+        return count > 0
+
+    def tiers_of(self, granules: Int32Array) -> NDArray[np.int64]:
+        """The tier of each granule number."""
+        return np.searchsorted(self.first[1:], granules, side="right")
+
+    def free_listed(self, count: int) -> None:
+        """Free the first ``count`` granules of `freed`."""
+        if count:
+            self.free_granules(self.freed[:count])
+
+    def free_granules(self, listed: Int32Array) -> None:
+        """Free granules of any tiers."""
+        self.ledger.give_back(listed)
+
+    def free_runs(self, runs: Runs) -> None:
+        """Free ``(start, size)`` runs of any tiers."""
+        if runs:
+            self.free_granules(np.concatenate([np.arange(start, start + size, dtype=np.int32) for start, size in runs]))
+
+    # -- blocks of the quantized tiers -------------------------------------------------------------------------------
+
+    def take_block(self, tier: int) -> int:
+        """A free block of 64 tokens of a quantized tier; its first granule, or -1."""
+        return int(self.ledger.take(tier, [MAX_BLOCK_GRANULES])[0])
+
+    def allocate_block(self, tier: int) -> int:
+        """As `take_block`, evicting what is cached in the tier if need be."""
+        while (start := self.take_block(tier)) < 0 and self.evict(MAX_BLOCK_GRANULES, tier):
+            pass
+        return start
+
+    # -- blocks for merging ------------------------------------------------------------------------------------------
+
+    def take_targets(self, wanted: int) -> Int32Array:
+        """Up to ``wanted`` blocks of 64 tokens to merge into: fresh ones, then those kept back. Never evicts."""
+        fresh = self.allocate_some(np.full(wanted, MAX_BLOCK_GRANULES, np.int32))
+        targets = fresh[fresh >= 0].tolist()
+        while len(targets) < wanted and self.kept_back:
+            targets.append(self.kept_back.pop())
+        return np.array(targets, np.int32)
+
+    def replenish(self) -> None:
+        """Keep back as many blocks of 64 tokens as the policy wants, if there are that many; some of them each time."""
+        missing = min(self.reserve - len(self.kept_back), _REPLENISHED_AT_ONCE)
+        if missing > 0:
+            starts = self.allocate_some(np.full(missing, MAX_BLOCK_GRANULES, np.int32))
+            self.kept_back += starts[starts >= 0].tolist()
+
+    def _give_up_reserve(self, num_blocks: int) -> None:
+        """Free some of what is kept back, when the last blocks are needed."""
+        first = max(0, len(self.kept_back) - num_blocks)
+        given_up, self.kept_back = self.kept_back[first:], self.kept_back[:first]
+        self.free_runs([(start, MAX_BLOCK_GRANULES) for start in given_up])

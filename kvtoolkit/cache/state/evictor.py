@@ -1,0 +1,404 @@
+"""What goes when memory is needed: cached granules in the order of a policy, as many as a request needs or none.
+
+What is freed at once is a *unit*: the aligned run of granules that the allocator must get back before it can grant any
+of it again, and at least the smallest block that the cache asks for. A unit can be freed if all of it that is granted
+is cached. Evicting less frees nothing, so units are evicted as a whole.
+
+A node's score counts for everything before it, since without its beginning a prompt is not found:
+
+    keys[n] == max(score of n, keys of its cached children)
+    key of a unit == max(keys of its cached nodes)
+
+Units are in a heap by their keys. Those with equal keys go one sequence after another, each from its end, so that
+blocks become free as a whole. A unit enters the heap when memory is needed after rows let go of granules in it; one of
+which a row holds a part leaves it until then. So a granule is scored once each time it becomes cached.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from allocators._jit import jit
+from kvtoolkit.arrays.types import Int32Array, Int64Array
+from kvtoolkit.cache.state.ledger import Flags, Ledger
+from kvtoolkit.cache.state.prefix_index import (
+    IS_LISTED,
+    LISTED,
+    NUM_CHANGES,
+    NUM_LISTED,
+    Granules,
+    Nodes,
+    tier_of,
+    unpublish,
+)
+from kvtoolkit.config.eviction import CachedGranules, EvictionPolicy
+from kvtoolkit.config.tiers import TIER_NAMES
+from kvtoolkit.errors import ConfigError
+
+_DEEPEST = 1 << 25
+
+
+class _Heap(NamedTuple):
+    """Units of one tier, lowest first; some of them are outdated."""
+
+    keys: NDArray[np.float64]
+    ties: Int64Array
+    units: Int64Array
+    """First granule * 8 + size - 1."""
+    serials: Int64Array
+    """Which time the unit was pushed: only the latest counts."""
+    counts: Int64Array
+    """``[1]`` units in the heap."""
+
+
+class _Scores(NamedTuple):
+    """Per node, but for the last."""
+
+    keys: NDArray[np.float64]
+    leaves: Int32Array
+    """Granule at the end of the sequence that the node's key is from."""
+    latest: Int64Array
+    """Per granule: serial of the unit that begins there."""
+
+
+class Evictor:
+    """Evicts for all tiers.
+
+    A policy or an allocator that raises is asked before anything changes, so nothing is lost.
+    """
+
+    def __init__(
+        self, policy: EvictionPolicy, nodes: Nodes, granules: Granules, ledger: Ledger, smallest: list[int]
+    ) -> None:
+        self._policy = policy
+        self._nodes = nodes
+        self._granules = granules
+        self._ledger = ledger
+        self._smallest = np.array(smallest, np.int32)  # block that the cache asks of each tier, in granules
+        self._is_single = [size == 1 and ledger.frees_singly(tier) for tier, size in enumerate(smallest)]
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew, after the index was replaced and lists everything that is cached."""
+        num_nodes = len(self._nodes.uid)
+        self._scores = _Scores(np.zeros(num_nodes), np.zeros(num_nodes, np.int32), np.zeros(num_nodes, np.int64))
+        self._heaps = [_make_heap(64) for _ in TIER_NAMES]
+        self._highest = -np.inf
+        self._serial = 0
+        self._known = [(-1, 0) for _ in TIER_NAMES]  # at which change it was counted, and how much could be freed
+
+    def can_free(self, tier: int, wanted: int) -> bool:
+        """Whether evicting would make ``wanted`` granules of a tier available; evicts nothing."""
+        cached, changes = int(self._granules.cached[tier]), int(self._granules.cached[NUM_CHANGES])
+        if wanted <= 0 or cached == 0:
+            return wanted <= 0
+        if self._is_single[tier]:
+            return wanted <= cached
+        known_at, most = self._known[tier]
+        if known_at == changes and wanted > most:
+            return False
+        self._score_listed()
+        heap, ledger = self._heaps[tier], self._ledger
+        arguments = (self._scores.latest, self._granules, ledger.granted, ledger.callers)
+        gain, num_useless = _count_gain(heap, *arguments, wanted)
+        if num_useless > 64:  # so that they are met no more often than they come
+            _tidy(heap, *arguments)
+        if gain < wanted:
+            self._known[tier] = changes, int(gain)
+        return bool(gain >= wanted)
+
+    def evict(self, tier: int, wanted: int, freed: Int32Array) -> int:
+        """Unpublish what makes ``wanted`` granules of a tier available, or nothing if that cannot be.
+
+        What follows an evicted granule goes too, whatever tier it is in. Returns how many granules ``freed`` received.
+        """
+        if not self.can_free(tier, wanted):
+            return 0
+        self._score_listed()
+        return int(
+            _evict(
+                self._heaps[tier], self._scores.latest, self._nodes, self._granules, self._ledger.granted,
+                self._ledger.callers, wanted, freed,
+            )
+        )  # fmt: skip
+
+    def _score_listed(self) -> None:
+        """Score what became cached since the last time, and push the units in which rows let go of something."""
+        nodes, granules = self._nodes, self._granules
+        count = int(granules.cached[NUM_LISTED])
+        if not count:
+            return
+        listed = granules.links[:count, LISTED]
+        is_cached = (granules.refs[listed] == 0) & (granules.node[listed] >= 0)
+        cached = listed[is_cached]
+        found = granules.node[cached]
+        order = np.argsort(-nodes.depth[found], kind="stable")  # the deepest first
+        cached, found = cached[order], found[order]
+        if len(found):
+            figures = CachedGranules(nodes.last_used[found], nodes.num_uses[found], nodes.depth[found])
+            values = self._ask(figures)
+            _inherit(nodes, granules, found, values, self._scores, self._highest)
+            self._highest = max(self._highest, float(values.max()))
+        self._push(np.concatenate([cached, listed[~is_cached]]), len(cached))
+        _forget_listed(granules)
+
+    def _push(self, touched: Int32Array, num_cached: int) -> None:
+        """Put the units of granules, the first ``num_cached`` of which are cached, into the heaps."""
+        granules = self._granules
+        tiers = np.searchsorted(granules.first[1:], touched, side="right")
+        if len(touched) > num_cached:  # which matters only where others depend on them
+            is_of_use = ~np.array(self._is_single)[tiers] | (np.arange(len(touched)) < num_cached)
+            touched, tiers = touched[is_of_use], tiers[is_of_use]
+        sizes = np.maximum(self._ledger.unit_sizes(touched), self._smallest[tiers])
+        self._serial += 1
+        for tier in range(len(TIER_NAMES)):
+            own = tiers == tier
+            if own.any():
+                self._heaps[tier] = heap = self._with_room(self._heaps[tier], int(np.count_nonzero(own)))
+                _push_units(heap, self._serial, touched[own], sizes[own], self._nodes, granules, self._scores)
+
+    def _with_room(self, heap: _Heap, more: int) -> _Heap:
+        """The heap with room for ``more`` units."""
+        if heap.counts[0] + more <= len(heap.keys):
+            return heap
+        _tidy(heap, self._scores.latest, self._granules, self._ledger.granted, self._ledger.callers)
+        count = int(heap.counts[0])
+        if 2 * count + more <= len(heap.keys):
+            return heap
+        larger = _make_heap(2 * (count + more))
+        for old, new in zip(heap[:-1], larger[:-1], strict=True):
+            new[:count] = old[:count]
+        larger.counts[0] = count
+        return larger
+
+    def _ask(self, figures: CachedGranules) -> NDArray[np.float64]:
+        scores = self._policy.score(figures)
+        try:
+            array = np.array(scores, np.float64)
+        except (TypeError, ValueError):
+            array = np.empty(0)
+        if array.shape != figures.depth.shape:
+            raise ConfigError(
+                f"eviction: expected {type(self._policy).__name__}.score to return [{len(figures.depth)}] numbers, "
+                f"got {scores!r:.80}"
+            )
+        if np.isnan(array).any():  # it has no place in an order, so what is evicted would be a matter of chance
+            raise ConfigError(
+                f"eviction: expected {type(self._policy).__name__}.score to return [{len(array)}] numbers without NaN, "
+                f"got {int(np.isnan(array).sum())} NaN"
+            )
+        return array
+
+
+def _make_heap(room: int) -> _Heap:
+    return _Heap(
+        np.empty(room), np.empty(room, np.int64), np.empty(room, np.int64), np.empty(room, np.int64),
+        np.zeros(1, np.int64),
+    )  # fmt: skip
+
+
+@jit
+def _forget_listed(granules: Granules) -> None:
+    for i in range(granules.cached[NUM_LISTED]):
+        granules.links[granules.links[i, LISTED], IS_LISTED] = 0
+    granules.cached[NUM_LISTED] = 0
+
+
+@jit
+def _inherit(
+    nodes: Nodes, granules: Granules, found: Int32Array, values: NDArray[np.float64], scores: _Scores, highest: float
+) -> None:
+    """Give nodes, the deepest first, the highest score of what follows them, and the leaf that it is from.
+
+    ``highest`` is the highest key of all other nodes: most policies score what was used last above it, and then the
+    children that were cached before, of which there may be many, need not be looked at.
+    """
+    for i in range(len(found)):
+        scores.keys[found[i]], scores.leaves[found[i]] = values[i], -1
+    for i in range(len(found)):
+        node = found[i]
+        if scores.keys[node] <= highest:
+            child = nodes.first_child[node]
+            while child >= 0:
+                if granules.refs[nodes.granule[child]] == 0:
+                    _raise_to(scores, node, child)
+                child = nodes.next_sibling[child]
+        if scores.leaves[node] < 0:
+            scores.leaves[node] = nodes.granule[node]
+        parent = nodes.parent[node]
+        if parent >= 0:
+            _raise_to(scores, parent, node)
+
+
+@jit
+def _raise_to(scores: _Scores, node: int, child: int) -> None:
+    key, leaf = scores.keys[child], scores.leaves[child]
+    if key > scores.keys[node] or (key == scores.keys[node] and leaf > scores.leaves[node]):
+        scores.keys[node], scores.leaves[node] = key, leaf
+
+
+@jit
+def _push_units(
+    heap: _Heap, serial: int, touched: Int32Array, sizes: Int32Array, nodes: Nodes, granules: Granules, scores: _Scores
+) -> None:
+    """Push the units that granules are in, each once, if something of it is cached."""
+    for i in range(len(touched)):
+        first = granules.first[tier_of(granules, touched[i])]
+        start = first + (touched[i] - first) // sizes[i] * sizes[i]
+        if scores.latest[start] == serial:
+            continue
+        scores.latest[start] = serial
+        key, leaf, depth = -np.inf, -1, 0
+        for granule in range(start, start + sizes[i]):
+            node = granules.node[granule]
+            if node >= 0 and granules.refs[granule] == 0:
+                depth = max(depth, nodes.depth[node])
+                if scores.keys[node] > key or (scores.keys[node] == key and scores.leaves[node] > leaf):
+                    key, leaf = scores.keys[node], scores.leaves[node]
+        if leaf >= 0:
+            _push(heap, key, leaf * _DEEPEST + _DEEPEST - 1 - depth, start * 8 + sizes[i] - 1, serial)
+
+
+@jit
+def _gain(heap: _Heap, i: int, latest: Int64Array, granules: Granules, granted: Flags, callers: Flags) -> Any:
+    """How many granules evicting a unit makes available; 0 if it is outdated: pushed again, evicted, held in part."""
+    start, size = heap.units[i] >> 3, (heap.units[i] & 7) + 1
+    num_cached, is_held = 0, latest[start] != heap.serials[i]
+    for granule in range(start, start + size):
+        if granules.node[granule] >= 0 and granules.refs[granule] == 0:
+            num_cached += 1
+        elif granted[granule] or callers[granule]:
+            is_held = True
+    return 0 if is_held or num_cached == 0 else size
+
+
+@jit
+def count_pinned(
+    granules: Granules, cached: Int32Array, sizes: Int32Array, first: int, granted: Flags, callers: Flags
+) -> Any:
+    """How many granules nobody has that are in units with cached ones alone, so that evicting those brings them back.
+
+    Args:
+        cached: the cached granules of a tier, ascending.
+        sizes: those of their units.
+        first: first granule of the tier.
+    """
+    num_pinned, last = 0, -1
+    for i in range(len(cached)):
+        start = first + (cached[i] - first) // sizes[i] * sizes[i]
+        if start == last:
+            continue
+        last = start
+        found, is_free = 0, True
+        for granule in range(start, start + sizes[i]):
+            if granules.node[granule] < 0 or granules.refs[granule] > 0:
+                is_free = is_free and not (granted[granule] or callers[granule])
+                found += 1
+        if is_free:
+            num_pinned += found
+    return num_pinned
+
+
+@jit
+def _count_gain(
+    heap: _Heap, latest: Int64Array, granules: Granules, granted: Flags, callers: Flags, wanted: int
+) -> Any:
+    """``(granules, outdated units)``, up to where there are ``wanted`` granules."""
+    total, num_outdated, i = 0, 0, 0
+    while i < heap.counts[0] and total < wanted:
+        gain = _gain(heap, i, latest, granules, granted, callers)
+        total += gain
+        num_outdated += gain == 0
+        i += 1
+    return total, num_outdated
+
+
+@jit
+def _tidy(heap: _Heap, latest: Int64Array, granules: Granules, granted: Flags, callers: Flags) -> None:
+    """Drop the units that are outdated."""
+    kept = 0
+    for i in range(heap.counts[0]):
+        if _gain(heap, i, latest, granules, granted, callers) > 0:
+            _copy(heap, i, kept)
+            kept += 1
+    heap.counts[0] = kept
+    for k in range(kept // 2 - 1, -1, -1):
+        _sink(heap, k)
+
+
+@jit
+def _evict(
+    heap: _Heap,
+    latest: Int64Array,
+    nodes: Nodes,
+    granules: Granules,
+    granted: Flags,
+    callers: Flags,
+    wanted: int,
+    freed: Int32Array,
+) -> Any:
+    """Evict the lowest units until ``wanted`` granules are available, which has been found to be possible."""
+    total, num_freed = 0, 0
+    while total < wanted and heap.counts[0] > 0:
+        gain = _gain(heap, 0, latest, granules, granted, callers)
+        start = heap.units[0] >> 3
+        _pop(heap)
+        for granule in range(start + gain - 1, start - 1, -1):
+            if granules.node[granule] >= 0:
+                num_freed = unpublish(nodes, granules, granules.node[granule], freed, num_freed)
+        total += gain
+    return num_freed
+
+
+# -- a binary heap ---------------------------------------------------------------------------------------------------
+
+
+@jit
+def _copy(heap: _Heap, source: int, target: int) -> None:
+    heap.keys[target], heap.ties[target] = heap.keys[source], heap.ties[source]
+    heap.units[target], heap.serials[target] = heap.units[source], heap.serials[source]
+
+
+@jit
+def _is_below(heap: _Heap, i: int, j: int) -> Any:
+    return heap.keys[i] < heap.keys[j] or (heap.keys[i] == heap.keys[j] and heap.ties[i] < heap.ties[j])
+
+
+@jit
+def _swap(heap: _Heap, i: int, j: int) -> None:
+    heap.keys[i], heap.keys[j] = heap.keys[j], heap.keys[i]
+    heap.ties[i], heap.ties[j] = heap.ties[j], heap.ties[i]
+    heap.units[i], heap.units[j] = heap.units[j], heap.units[i]
+    heap.serials[i], heap.serials[j] = heap.serials[j], heap.serials[i]
+
+
+@jit
+def _push(heap: _Heap, key: float, tie: int, unit: int, serial: int) -> None:
+    i = heap.counts[0]
+    heap.keys[i], heap.ties[i], heap.units[i], heap.serials[i] = key, tie, unit, serial
+    heap.counts[0] += 1
+    while i > 0 and _is_below(heap, i, (i - 1) >> 1):
+        _swap(heap, i, (i - 1) >> 1)
+        i = (i - 1) >> 1
+
+
+@jit
+def _pop(heap: _Heap) -> None:
+    heap.counts[0] -= 1
+    if heap.counts[0] > 0:
+        _copy(heap, heap.counts[0], 0)
+        _sink(heap, 0)
+
+
+@jit
+def _sink(heap: _Heap, i: int) -> None:
+    while True:
+        lowest = i
+        for child in (2 * i + 1, 2 * i + 2):
+            if child < heap.counts[0] and _is_below(heap, child, lowest):
+                lowest = child
+        if lowest == i:
+            return
+        _swap(heap, i, lowest)
+        i = lowest

@@ -1,0 +1,157 @@
+"""Copies of granules in host memory, for preempted sequences: each is made once, however many sequences hold it.
+
+A granule of the pool that has been copied keeps the number of its copy (`Granules.copy`) for as long as it holds the
+same keys and values. So a second sequence that holds it needs no copy of its own, and a sequence that comes back finds
+what is still, or again, in the pool.
+"""
+
+import weakref
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from kvtoolkit.arrays.types import Int32Array, Int64Array
+from kvtoolkit.cache.state.prefix_index import Granules, tiers_of
+from kvtoolkit.cache.storage.storage import Contents, Storage
+from kvtoolkit.formats.entry import MAX_BLOCK_GRANULES, TIER_COLD, TIER_HOT, TIER_WARM
+
+_AT_ONCE = 64
+"""Copies moved by one read or write, which needs as much memory once more."""
+
+
+class Copy:
+    """What one hot granule or one quantized tile held; it is freed with the last sequence that refers to it.
+
+    Attributes:
+        number: of this copy alone, never used again in its cache.
+        tier: of the granules.
+        contents: hot ``[num_layers, 2, num_kv_heads, 8, head_dim]``, else ``[num_layers, num_kv_heads, nbytes]`` uint8.
+    """
+
+    __slots__ = ("__weakref__", "contents", "number", "tier")
+
+    def __init__(self, number: int, tier: int, contents: NDArray[np.generic]) -> None:
+        self.number = number
+        self.tier = tier
+        self.contents = contents
+
+
+class HostCopies:
+    """All copies of a cache that somebody still refers to."""
+
+    def __init__(self, storage: Storage, granules: Granules) -> None:
+        self._storage = storage
+        self._granules = granules
+        self._made: weakref.WeakValueDictionary[int, Copy] = weakref.WeakValueDictionary()
+        self._next = 1
+
+    def save(self, held: Int32Array, num_full: int) -> tuple[Copy, ...]:
+        """Copy the granules of a row, in its order, but for those that have been copied already.
+
+        The first ``num_full`` of them are full, so that they stay as they are while anybody holds them.
+        """
+        tiers = tiers_of(self._granules, held)
+        pieces = np.flatnonzero((tiers == TIER_HOT) | (np.arange(len(held)) % MAX_BLOCK_GRANULES == 0))
+        found = [self._made.get(number) for number in self._granules.copy[held[pieces]].tolist()]
+        missing = [i for i, copy in enumerate(found) if copy is None]
+        for at in range(0, len(missing), _AT_ONCE):
+            which = missing[at : at + _AT_ONCE]
+            kinds = tiers[pieces[which]]
+            listed = np.concatenate([held[pieces[i] : pieces[i] + _size(tiers[pieces[i]])] for i in which])
+            for i, copy in zip(which, self.make(kinds, self._storage.read(listed)), strict=True):
+                found[i] = copy
+        copies = tuple(copy for copy in found if copy is not None)
+        self._granules.copy[held[:num_full]] = numbers_of(copies)[:num_full]
+        return copies
+
+    def make(self, tiers: NDArray[np.integer], contents: Contents) -> list[Copy]:
+        """New copies, in the order of ``tiers``; ``contents`` lists each tier in that order."""
+        places, made = [0, 0, 0], []
+        for tier in tiers.tolist():
+            at = places[tier]
+            places[tier] += 1
+            part = contents.key_values[:, :, at] if tier == TIER_HOT else contents[tier][:, at]
+            self._next += 1
+            copy = Copy(self._next - 1, tier, part.copy())
+            self._made[copy.number] = copy
+            made.append(copy)
+        return made
+
+    def write(self, granules: Int32Array, copies: list[Copy]) -> None:
+        """Fill granules with what copies hold; 8 of them for each quantized one."""
+        ends = np.cumsum([_size(copy.tier) for copy in copies])
+        for at in range(0, len(copies), _AT_ONCE):
+            end = min(at + _AT_ONCE, len(copies))
+            first = ends[at] - _size(copies[at].tier)
+            self._storage.write(granules[first : ends[end - 1]], self.contents_of(copies[at:end]))
+
+    def contents_of(self, copies: list[Copy]) -> Contents:
+        """What copies hold, as `HostStorage.read` gives it."""
+        hot, warm, cold = ([copy.contents for copy in copies if copy.tier == tier] for tier in range(3))
+        shape = self._storage.key_values.shape
+        key_values = np.empty((*shape[:2], len(hot), *shape[3:]), self._storage.key_values.dtype)
+        for i, contents in enumerate(hot):
+            key_values[:, :, i] = contents
+        return Contents(key_values, _joined(warm, self._storage.warm), _joined(cold, self._storage.cold))
+
+    def find(self, copies: tuple[Copy, ...], num_full: int) -> Int32Array:
+        """Where the pool holds what copies hold: the granule for each of the first ``num_full``, -1 where it does not.
+
+        Returns:
+            ``[n]`` with 8 granules of a quantized copy, all of them in one block or -1.
+        """
+        granules, numbers = self._granules, numbers_of(copies)
+        marked = np.flatnonzero((granules.copy > 0) & ((granules.refs > 0) | (granules.node >= 0)))
+        marked = marked[np.argsort(granules.copy[marked], kind="stable")]
+        known = granules.copy[marked]
+        found = np.full(len(numbers), -1, np.int32)
+        i = 0
+        for copy in copies:
+            size, at = _size(copy.tier), int(np.searchsorted(known, copy.number))
+            there = marked[at : at + size][known[at : at + size] == copy.number]
+            if i + size <= num_full and _is_piece(granules, there, copy.tier):
+                found[i : i + size] = there
+            i += size
+        return found
+
+
+def numbers_of(copies: tuple[Copy, ...]) -> Int64Array:
+    """``[n]`` the number of its copy for each granule."""
+    return np.array([copy.number for copy in copies], np.int64).repeat(sizes_of([copy.tier for copy in copies]))
+
+
+def copy_tiers(copies: tuple[Copy, ...]) -> NDArray[np.int8]:
+    """``[n]`` the tier of each granule."""
+    tiers = np.array([copy.tier for copy in copies], np.int8)
+    return tiers.repeat(sizes_of(tiers))
+
+
+def sizes_of(tiers: ArrayLike) -> Int64Array:
+    """Granules of a copy of each tier."""
+    return np.where(np.asarray(tiers, np.int64) == TIER_HOT, 1, MAX_BLOCK_GRANULES)
+
+
+def _size(tier: int) -> int:
+    """Granules of a copy."""
+    return 1 if tier == TIER_HOT else MAX_BLOCK_GRANULES
+
+
+def _is_piece(granules: Granules, listed: NDArray[np.integer], tier: int) -> bool:
+    """Whether these are a granule of the hot tier, or the 8 of one block of another."""
+    size = _size(tier)
+    if len(listed) != size or (tiers_of(granules, listed) != tier).any():
+        return False
+    return bool(listed[0] % size == 0 and listed[-1] == listed[0] + size - 1)
+
+
+def _joined(blocks: list[NDArray[np.generic]], arena: object) -> NDArray[np.uint8]:
+    if arena is None:
+        return np.empty(0, np.uint8)
+    if not blocks:
+        shape = arena.shape  # type: ignore[attr-defined]
+        return np.empty((shape[0], 0, *shape[2:]), np.uint8)
+    joined: NDArray[np.uint8] = np.stack(blocks, axis=1)
+    return joined
+
+
+assert (TIER_HOT, TIER_WARM, TIER_COLD) == (0, 1, 2), "fields of Contents by their tier"

@@ -1,0 +1,259 @@
+"""What identifies a prefix besides its tokens: salts (a tenant, an adapter) and extra keys (an image at a position).
+
+A salt has a root of the prefix index to itself, and the extra keys of a granule have a number that its node carries.
+Both come from dictionaries that compare what callers gave, so two that differ never share a root or a number.
+
+    a row's root is ROOT_UID or the number of a salt;  a node's EXTRA is NO_EXTRA or that of extra keys
+    numbers are drawn from the same counter as the uids of nodes, so none is ever used twice
+
+A number is forgotten some time after the last node and the last row that use it are gone: the dictionaries hold at most
+twice as many as are in use, or 1024.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from allocators._jit import jit
+from kvtoolkit.arrays.types import Int32Array, Int64Array
+from kvtoolkit.cache.state.arguments import MAX_TOKENS
+from kvtoolkit.cache.state.block_table import (
+    CHAIN_UID,
+    CLOSED,
+    END_EXTRA,
+    FIRST_EXTRA,
+    IN_STEP,
+    LENGTH,
+    ROOT_OF,
+    STATE,
+    Rows,
+)
+from kvtoolkit.cache.state.prefix_index import BROKEN, EXTRA, NEXT_UID, NO_EXTRA, ROOT_UID, Granules, Nodes, unpublish
+from kvtoolkit.errors import SequenceError
+
+FEWEST = 1024
+"""Names that are kept before any is forgotten."""
+
+Extras = list[tuple[int, bytes]]
+"""``(granule, text)`` of a prompt's extra keys, by granule; the text says which keys are where in it."""
+
+
+class Names:
+    """Numbers of texts: the same for the same text, until it is forgotten.
+
+    Args:
+        counts: of the nodes, whose uids come from the same counter.
+    """
+
+    def __init__(self, counts: Int64Array) -> None:
+        self.numbers: dict[bytes, int] = {}
+        self.limit = FEWEST
+        self._counts = counts
+
+    def number_of(self, text: bytes) -> int:
+        """The number of a text, which gets one if it has none."""
+        number = self.numbers.get(text)
+        if number is None:
+            number = int(self._counts[NEXT_UID])
+            self._counts[NEXT_UID] += 1
+            self.numbers[text] = number
+        return number
+
+    def keep(self, used: Int64Array) -> None:
+        """Forget the texts whose numbers are not used."""
+        kept = set(np.unique(used).tolist())
+        self.numbers = {text: number for text, number in self.numbers.items() if number in kept}
+        self.limit = max(FEWEST, 2 * len(self.numbers))
+
+
+class Identities:
+    """The salts and extra keys of the rows and nodes of a cache."""
+
+    def __init__(self, rows: Rows, nodes: Nodes) -> None:
+        self.salts, self.keys = Names(nodes.counts), Names(nodes.counts)
+        self.extras: Int64Array = np.empty((0, 2), np.int64)
+        """``[room, 2]`` granule and number of extra keys; a row's are at ``rows.origin``, and forks share them."""
+        self.num_extras = 0
+        self._rows, self._nodes = rows, nodes
+
+    def origins(self, salts: list[bytes], extras: list[Extras]) -> Int64Array:
+        """Rows of `Rows.origin` for prompts; the texts are those of `as_salts` and `as_extras`."""
+        self.forget_unused()
+        made = np.zeros((len(salts), 4), np.int64)
+        self._make_room(sum(map(len, extras)))
+        for i, (salt, own) in enumerate(zip(salts, extras, strict=True)):
+            made[i, CHAIN_UID] = made[i, ROOT_OF] = self.salts.number_of(salt) if salt else ROOT_UID
+            if own:
+                first, end = self.num_extras, self.num_extras + len(own)
+                self.extras[first:end] = [(granule, self.keys.number_of(text)) for granule, text in own]
+                self.num_extras = end
+                made[i, FIRST_EXTRA], made[i, END_EXTRA] = first, end
+        return made
+
+    def _make_room(self, count: int) -> None:
+        if self.num_extras + count <= len(self.extras):
+            return
+        self._pack()
+        needed = self.num_extras + count
+        if 2 * needed > len(self.extras):
+            room = np.empty((max(64, 4 * needed), 2), np.int64)
+            room[: self.num_extras] = self.extras[: self.num_extras]
+            self.extras = room
+
+    def _pack(self) -> None:
+        """Move the extra keys of live rows together."""
+        origin = self._rows.origin
+        rows = np.flatnonzero(self.is_live() & (origin[:, END_EXTRA] > origin[:, FIRST_EXTRA]))
+        order = rows[np.argsort(origin[rows, FIRST_EXTRA], kind="stable")].astype(np.int32)
+        self.num_extras = int(_pack(self._rows, self.extras, order))
+
+    def forget_unused(self, *, at_once: bool = False) -> None:
+        """Forget salts and extra keys that nothing uses, where many have come since the last time."""
+        if at_once or len(self.salts.numbers) > self.salts.limit:
+            self.salts.keep(self._used_roots())
+        if at_once or len(self.keys.numbers) > self.keys.limit:
+            self._pack()
+            self.keys.keep(self._used_keys())
+
+    def is_live(self) -> NDArray[np.bool_]:
+        """``[max_seqs]`` which rows are not closed."""
+        live: NDArray[np.bool_] = self._rows.info[:, STATE] != CLOSED
+        return live
+
+    def _used_roots(self) -> Int64Array:
+        nodes = self._nodes
+        of_nodes = nodes.parent_uid[(nodes.uid != 0) & (nodes.parent < 0)]
+        return np.concatenate([of_nodes, self._rows.origin[self.is_live(), ROOT_OF]])
+
+    def _used_keys(self) -> Int64Array:
+        nodes = self._nodes
+        return np.concatenate([nodes.tokens[nodes.uid != 0, EXTRA], self.extras[: self.num_extras, 1]])
+
+
+# -- what callers give -----------------------------------------------------------------------------------------------
+
+
+def as_salts(salt: Any, count: int) -> list[bytes]:
+    """A text for the salt of each prompt, empty for None; SequenceError if it is no salt, or no list of ``count``."""
+    if salt is None:
+        return [b""] * count
+    if not isinstance(salt, list | tuple | np.ndarray):
+        return [as_text(salt, "salt")] * count
+    if np.ndim(salt) > 1 or len(salt) != count:
+        raise SequenceError(f"salt: expected one, or {count}, one for each prompt, got {len(salt)}")
+    return [b"" if one is None else as_text(one, f"salt[{i}]") for i, one in enumerate(salt)]
+
+
+def as_text(value: Any, name: str) -> bytes:
+    """A text that no other value has, whatever its type; SequenceError if it is no int, str or bytes."""
+    if isinstance(value, int | np.integer) and not isinstance(value, bool):
+        return b"i" + hex(value).encode()  # of any size; the decimal digits of a long one take quadratic time
+    if isinstance(value, str):
+        return b"s" + value.encode("utf-8", "surrogatepass")
+    if isinstance(value, bytes):
+        return b"b" + value
+    raise SequenceError(f"{name}: expected an int, str or bytes, got {value!r:.80} ({type(value).__name__})")
+
+
+def as_extras(extra_keys: Any, count: int) -> list[Extras]:
+    """The extra keys of each prompt by granule; SequenceError if they are not ``count`` lists of (position, key)."""
+    made = []
+    for i, pairs in enumerate(as_pairs(extra_keys, count)):
+        found: dict[int, set[tuple[int, bytes]]] = {}
+        for position, key in pairs:
+            found.setdefault(position >> 3, set()).add((position & 7, as_text(key, f"extra_keys[{i}]")))
+        made.append([(granule, _joined(found[granule])) for granule in sorted(found)])
+    return made
+
+
+def as_pairs(extra_keys: Any, count: int) -> list[list[tuple[int, Any]]]:
+    """The ``(position, key)`` of each prompt; SequenceError if they are not ``count`` lists of them."""
+    if extra_keys is None:
+        return [[]] * count
+    if not isinstance(extra_keys, list | tuple) or len(extra_keys) != count:
+        got = f"{len(extra_keys)} of them" if isinstance(extra_keys, list | tuple) else repr(extra_keys)[:80]
+        raise SequenceError(f"extra_keys: expected {count} lists, one for each prompt, got {got}")
+    return [[] if pairs is None else list(_pairs(pairs, f"extra_keys[{i}]")) for i, pairs in enumerate(extra_keys)]
+
+
+def _pairs(pairs: Any, name: str) -> Iterable[tuple[int, Any]]:
+    if not isinstance(pairs, list | tuple):
+        raise SequenceError(f"{name}: expected a list of (position, key), got {pairs!r:.80}")
+    for pair in pairs:
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise SequenceError(f"{name}: expected (position, key), got {pair!r:.80}")
+        position, key = pair
+        is_whole = isinstance(position, int | np.integer) and not isinstance(position, bool)
+        if not is_whole or not 0 <= position < MAX_TOKENS:
+            raise SequenceError(f"{name}: expected positions of 0 to {MAX_TOKENS - 1}, got {position!r:.80}")
+        as_text(key, name)
+        yield int(position), key
+
+
+def _joined(keys: set[tuple[int, bytes]]) -> bytes:
+    """One text for the keys of a granule; lengths keep the keys apart."""
+    return b"".join(b"%d %d %b" % (offset, len(text), text) for offset, text in sorted(keys))
+
+
+# -- compiled moves --------------------------------------------------------------------------------------------------
+
+
+@jit
+def extra_at(rows: Rows, extras: Int64Array, row: int, index: int) -> Any:
+    """The number of the extra keys in granule ``index`` of a row, or NO_EXTRA; ``extras`` are those of all rows."""
+    low, high = rows.origin[row, FIRST_EXTRA], rows.origin[row, END_EXTRA]
+    end = high
+    while low < high:
+        middle = (low + high) >> 1
+        if extras[middle, 0] < index:
+            low = middle + 1
+        else:
+            high = middle
+    if low < end and extras[low, 0] == index:
+        return extras[low, 1]
+    return NO_EXTRA
+
+
+@jit
+def _pack(rows: Rows, extras: Int64Array, order: Int32Array) -> Any:
+    """Move the extra keys of rows, which are in the order of their places, to the front; returns how many there are."""
+    end, moved, first_there = 0, -1, 0
+    for row in order:
+        first, count = rows.origin[row, FIRST_EXTRA], rows.origin[row, END_EXTRA] - rows.origin[row, FIRST_EXTRA]
+        if first != moved:  # else a fork of the row before
+            for i in range(count):
+                extras[end + i, 0], extras[end + i, 1] = extras[first + i, 0], extras[first + i, 1]
+            moved, first_there = first, end
+            end += count
+        rows.origin[row, FIRST_EXTRA], rows.origin[row, END_EXTRA] = first_there, first_there + count
+    return end
+
+
+@jit
+def forget_prefixes(
+    rows: Rows, everything: bool, root_uid: int, nodes: Nodes, granules: Granules, freed: Int32Array
+) -> Any:
+    """Take the nodes of one root, or all, out of the index; returns the number of ``freed`` granules.
+
+    What rows hold of these stays theirs, and neither it nor what they append to it can be found any more.
+    """
+    num_freed = 0
+    for node in range(len(nodes.uid)):
+        if nodes.uid[node] != 0 and nodes.parent[node] < 0 and (everything or nodes.parent_uid[node] == root_uid):
+            num_freed = unpublish(nodes, granules, node, freed, num_freed)
+    for row in range(len(rows.info)):
+        # a step that is open may have written tokens already
+        is_stale = rows.info[row, LENGTH] > 0 or rows.info[row, STATE] == IN_STEP
+        if is_stale and rows.info[row, STATE] != CLOSED and (everything or rows.origin[row, ROOT_OF] == root_uid):
+            rows.chain[row] = BROKEN
+    return num_freed
+
+
+@jit
+def roots_of(nodes: Nodes, by_depth: Int64Array, roots: Int64Array) -> None:
+    """Write the uid of the root of each node to ``roots``; parents come before their children in ``by_depth``."""
+    for node in by_depth:
+        parent = nodes.parent[node]
+        roots[node] = nodes.parent_uid[node] if parent < 0 else roots[parent]

@@ -1,0 +1,408 @@
+"""What the allocators of a cache have granted: noted granule by granule, so that a call that breaks off loses nothing.
+
+    granted[g]  the cache has it: rows hold it, it is cached or kept back, or a call under way has just got it
+    callers[g]  somebody took it from `KVCache.allocator`, and the cache leaves it alone
+    never both;  granted + callers == what is live in the allocator, but for what kernels took from a pool on a device
+
+A granule that is granted but that nothing in the cache knows was left behind by a call that broke off; `settle` frees
+it. Where a call broke off inside an allocator nobody knows whether it was done, so the allocator is rebuilt.
+"""
+
+import threading
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from allocators import BlockAllocator, EpochPool, InvalidFreeError
+from allocators._jit import jit
+from allocators.protocol import HostAllocator
+from kvtoolkit.arrays.types import Int32Array
+from kvtoolkit.config.tiers import TIER_NAMES
+from kvtoolkit.cuda.pool import DevicePool
+from kvtoolkit.errors import CacheSnapshotError, ConfigError
+
+Flags = NDArray[np.bool_]
+
+_NOBODY = -1
+# what may be wrong with a block that an allocator has granted
+_FINE, _OUTSIDE, _MISALIGNED, _HELD, _TWICE, _AFTER_REFUSAL = range(6)
+
+
+class Ledger:
+    """The allocators of the hot, the warm and the cold tier; None where there is no such tier.
+
+    Granule numbers run through the tiers; those of an allocator begin at 0.
+
+    Attributes:
+        left: granules left by calls that broke off and not free yet, since an allocator has refused to free them.
+        unresolved: a sentence for each call that broke off inside an allocator which cannot be rebuilt.
+    """
+
+    def __init__(self, allocators: list[BlockAllocator | None], first: tuple[int, int, int], num_granules: int) -> None:
+        self.allocators = allocators
+        self.first = first
+        self.granted = np.zeros(num_granules, np.bool_)
+        self.callers = np.zeros(num_granules, np.bool_)
+        self.left = np.empty(0, np.int32)
+        self.unresolved: list[str] = []
+        self._asked = _NOBODY  # the tier whose allocator is in the middle of a call, or broke off there
+        self._asked_by = 0  # the thread that called it
+        self._kept_its_word = False  # whether it raised an Exception, by the protocol with nothing changed
+        self._freeing: tuple[Int32Array, Int32Array] | None = None
+        self._run_starts = np.empty(num_granules, np.int32)
+        self._run_sizes = np.empty(num_granules, np.int32)
+
+    def take(self, tier: int, sizes: ArrayLike, *, partial: bool = True) -> Int32Array:
+        """Blocks of a tier, numbered through the tiers; with ``partial`` -1 from the first that does not fit.
+
+        Raises:
+            ConfigError: the allocator has granted what it cannot grant.
+            OutOfBlocksError: not ``partial``, and they do not all fit.
+        """
+        allocator, wanted = self._of(tier), np.array(sizes, np.int32)
+        self._freeing, self._kept_its_word = None, False
+        self._ask(tier, allocator)
+        try:
+            answer = allocator.allocate(wanted.copy(), partial=partial)  # a plug-in may sort what it is given
+        except Exception:
+            self._kept_its_word = True
+            raise
+        starts = self._note(tier, allocator, wanted, answer)
+        self._asked = _NOBODY
+        return starts
+
+    def _ask(self, tier: int, allocator: BlockAllocator) -> None:
+        """From here on a call that breaks off may have done so inside an allocator."""
+        if isinstance(allocator, DevicePool):
+            allocator.forget_receipt()
+        self._asked_by = threading.get_ident()
+        self._asked = tier
+
+    def _note(self, tier: int, allocator: BlockAllocator, sizes: Int32Array, answer: Int32Array) -> Int32Array:
+        """Note what an allocator has granted, in numbers through the tiers, or ConfigError."""
+        name = type(allocator).__name__
+        if not (isinstance(answer, np.ndarray) and answer.dtype == np.int32 and answer.shape == sizes.shape):
+            raise ConfigError(
+                f"allocator: expected {name}.allocate to return [{sizes.size}] int32 starts, got {answer!r:.80}"
+            )
+        first = self.first[tier]
+        # an array of our own, whatever a plug-in keeps of its answer
+        starts = np.where(answer == -1, answer, answer + np.int32(first)).astype(np.int32)
+        code, i = _note_granted(self.granted, self.callers, first, allocator.num_granules, starts, sizes)
+        if code:
+            problem = {
+                _OUTSIDE: "outside the pool",
+                _MISALIGNED: f"no multiple of {sizes[i]}",
+                _HELD: "held by the cache or a caller already",
+                _TWICE: "granted twice in one call",
+                _AFTER_REFUSAL: "granted after a size that did not fit",
+            }[code]
+            raise ConfigError(
+                f"allocator: expected {name}.allocate to return free blocks, got {sizes[i]} granules at {answer[i]}, "
+                f"{problem}; `kvtoolkit fuzz` tests an allocator"
+            )
+        return starts
+
+    def give_back(self, listed: Int32Array) -> None:
+        """Free granules of any tiers."""
+        if len(self.granted) == self.num_of(0):
+            self._give_back(0, listed)
+            return
+        tiers = np.searchsorted(self.first[1:], listed, side="right")
+        for tier, allocator in enumerate(self.allocators):
+            if allocator is not None and len(own := listed[tiers == tier]):
+                self._give_back(tier, own)
+
+    def _give_back(self, tier: int, listed: Int32Array) -> None:
+        count = coalesce(listed, len(listed), self._run_starts, self._run_sizes)
+        starts, sizes = self._run_starts[:count], self._run_sizes[:count]
+        own = starts - np.int32(self.first[tier]) if tier else starts
+        self._freeing, self._kept_its_word = (starts, sizes), False
+        self._ask(tier, self._of(tier))
+        try:
+            self._of(tier).free(own, sizes)
+        except Exception:
+            self._kept_its_word = True
+            raise
+        _set(self.granted, starts, sizes, False)
+        self._asked = _NOBODY
+
+    def lend(self, starts: Int32Array, sizes: Int32Array) -> None:
+        """Leave hot blocks that were just taken to a caller."""
+        _move(self.granted, self.callers, starts, sizes)
+
+    def take_back(self, starts: Int32Array, sizes: Int32Array) -> int:
+        """The reverse of `lend`, of any runs; returns -1, or which run is not wholly a caller's, with nothing done."""
+        return int(_move(self.callers, self.granted, starts, sizes))
+
+    def unit_sizes(self, granules: Int32Array) -> Int32Array:
+        """See `BlockAllocator.unit_sizes`; of granules of any tiers that the cache has."""
+        sizes = np.ones(len(granules), np.int32)
+        tiers = np.searchsorted(self.first[1:], granules, side="right")
+        for tier, allocator in enumerate(self.allocators):
+            own = tiers == tier
+            if self.frees_singly(tier) or allocator is None or not own.any():
+                continue
+            count = int(np.count_nonzero(own))
+            answer = allocator.unit_sizes(granules[own] - np.int32(self.first[tier]))
+            fits = isinstance(answer, np.ndarray) and answer.shape == (count,) and np.isin(answer, (1, 2, 4, 8)).all()
+            if not fits:
+                raise ConfigError(
+                    f"allocator: expected {type(allocator).__name__}.unit_sizes to return [{count}] of 1, 2, 4, 8, got "
+                    f"{answer!r:.80}"
+                )
+            sizes[own] = answer
+        return sizes
+
+    def frees_singly(self, tier: int) -> bool:
+        """Whether the allocator of a tier can grant every granule that it gets back by itself."""
+        method = getattr(type(self.allocators[tier]), "unit_sizes", BlockAllocator.unit_sizes)
+        return method is BlockAllocator.unit_sizes
+
+    def settle(self, owned: Flags) -> int:
+        """After a call that broke off: have nothing granted but what is owned; returns how many granules were not.
+
+        An allocator that raises when it is asked to free keeps them; they are offered again the next time.
+        """
+        if self._asked != _NOBODY:
+            self._settle_asked(self._asked, owned)
+            self._asked, self._kept_its_word = _NOBODY, False
+        self.left = np.flatnonzero(self.granted & ~owned).astype(np.int32)
+        return self.free_left()
+
+    def free_left(self) -> int:
+        """Free what calls that broke off have left; what an allocator refuses to free stays left."""
+        left, num_freed = self.left, 0
+        for tier, allocator in enumerate(self.allocators):
+            if allocator is not None:
+                mine = left[(left >= self.first[tier]) & (left < self.first[tier] + allocator.num_granules)]
+                num_freed += self._free_left(tier, mine)
+        self.left = left[self.granted[left]]
+        return num_freed
+
+    def _settle_asked(self, tier: int, owned: Flags) -> None:
+        """Where a call broke off inside an allocator: make it have granted what is owned, if that is possible."""
+        allocator, own = self._of(tier), self._slice(tier)
+        if isinstance(allocator, DevicePool):
+            receipt = allocator.receipt(self._asked_by)
+            if receipt is not None:
+                starts, sizes, are_live = receipt
+                _set(self.granted, starts + np.int32(self.first[tier]), sizes, are_live)
+            return
+        try:
+            starts, sizes = runs_of(owned[own] | self.callers[own])
+            allocator.rebuild(starts, sizes)
+            self.granted[own] = owned[own]
+        except Exception:  # it cannot, or fails to
+            if not self._kept_its_word:
+                self._give_up(tier, allocator, owned)
+
+    def _give_up(self, tier: int, allocator: BlockAllocator, owned: Flags) -> None:
+        """Say that nobody knows what an allocator did with the call that broke off."""
+        what = "allocate: blocks that it granted may be lost"
+        if self._freeing is not None:
+            starts, sizes = self._freeing
+            _set(self.granted, starts, sizes, False)
+            self.granted |= owned
+            what = f"free: {int(sizes.sum())} granules may be lost"
+        self.unresolved.append(
+            f"{type(allocator).__name__} of the {TIER_NAMES[tier]} tier cannot be rebuilt and was interrupted inside "
+            f"{what}"
+        )
+
+    def _free_left(self, tier: int, left: Int32Array) -> int:
+        if not len(left):
+            return 0
+        try:
+            self._give_back(tier, left)
+        except InvalidFreeError:  # it says that some are free already: ask for each
+            return sum(self._free_run(tier, start, size) for start, size in zip(*runs_of_list(left), strict=True))
+        except Exception:
+            return 0
+        return len(left)
+
+    def _free_run(self, tier: int, start: int, size: int) -> int:
+        run = np.arange(start, start + size, dtype=np.int32)
+        try:
+            self._give_back(tier, run)
+        except InvalidFreeError:
+            _set(self.granted, run[:1], np.array([size], np.int32), False)
+        except Exception:
+            return 0
+        return size
+
+    def snapshots(self) -> dict[str, NDArray[Any]]:
+        """What a snapshot needs beside ``granted`` and ``callers`` to make the same allocators again."""
+        arrays: dict[str, NDArray[Any]] = {}
+        for tier, allocator in enumerate(self.allocators):
+            if allocator is None or _is_rebuilt(allocator):
+                continue
+            arrays[f"allocator.{tier}"] = np.frombuffer(allocator.snapshot(), np.uint8)
+            if isinstance(allocator, DevicePool):
+                own = self._slice(tier)
+                arrays[f"kernels.{tier}"] = np.flatnonzero(
+                    allocator.taken() & ~self.granted[own] & ~self.callers[own]
+                ).astype(np.int64)
+        return arrays
+
+    def resume(self, owned: Flags, arrays: dict[str, NDArray[Any]]) -> None:
+        """Have fresh allocators have granted what is owned and what callers have.
+
+        Raises:
+            CacheSnapshotError: an allocator can do neither from ``granted`` nor with what `snapshots` gave, or kernels
+                hold blocks of the pool that the snapshot was taken of.
+        """
+        for tier, allocator in enumerate(self.allocators):
+            if allocator is None:
+                continue
+            own = self._slice(tier)
+            live = owned[own] | self.callers[own]
+            state, held = arrays.get(f"allocator.{tier}"), arrays.get(f"kernels.{tier}")
+            num_held = 0 if held is None else len(held)
+            if num_held and not isinstance(allocator, DevicePool):
+                raise CacheSnapshotError(
+                    f"snapshot: expected a pool on a device, since kernels hold {num_held} granules, got {allocator!r}"
+                )
+            if _is_rebuilt(allocator):
+                allocator.rebuild(*runs_of(live))
+            elif isinstance(allocator, DevicePool) and not num_held:
+                allocator.resume(live)
+            else:
+                self._restore(tier, allocator, state, live)
+            self.granted[own] = owned[own]
+
+    def _restore(self, tier: int, allocator: BlockAllocator, state: NDArray[Any] | None, live: Flags) -> None:
+        if state is None:
+            raise CacheSnapshotError(
+                f"snapshot: expected one taken with {type(allocator).__name__}, since it cannot be rebuilt"
+            )
+        allocator.restore(state.tobytes())
+        allocator.check_integrity()
+        if isinstance(allocator, DevicePool):
+            fits = not (live & ~allocator.taken()).any()
+        else:
+            fits = allocator.stats().num_live == int(live.sum())
+        if not fits:
+            raise CacheSnapshotError(
+                f"snapshot: expected the {TIER_NAMES[tier]} allocator to have granted what is held"
+            )
+
+    def num_of(self, tier: int) -> int:
+        """Granules of a tier."""
+        allocator = self.allocators[tier]
+        return 0 if allocator is None else allocator.num_granules
+
+    def _slice(self, tier: int) -> slice:
+        return slice(self.first[tier], self.first[tier] + self.num_of(tier))
+
+    def _of(self, tier: int) -> BlockAllocator:
+        allocator = self.allocators[tier]
+        assert allocator is not None
+        return allocator
+
+
+def _is_rebuilt(allocator: BlockAllocator) -> bool:
+    """Whether all there is to know of an allocator is what is live in it."""
+    if isinstance(allocator, DevicePool | EpochPool):
+        return False
+    rebuild = getattr(type(allocator), "rebuild", BlockAllocator.rebuild)
+    if rebuild is HostAllocator.rebuild and isinstance(allocator, HostAllocator):
+        return type(allocator)._rebuild is not HostAllocator._rebuild
+    return rebuild is not BlockAllocator.rebuild
+
+
+def require_allocator(allocator: BlockAllocator, num_granules: int, block_sizes: tuple[int, ...]) -> None:
+    """ConfigError unless an allocator that was just made is of this size, wholly free, and offers some of the sizes."""
+    name = type(allocator).__name__
+    figures = {"num_granules": allocator.num_granules, "num_free of a fresh one": allocator.num_free}
+    for what, got in figures.items():
+        if isinstance(got, bool) or not isinstance(got, int | np.integer) or got != num_granules:
+            raise ConfigError(f"allocator: expected {name} to have {what} {num_granules}, got {got!r:.80}")
+    sizes: Any = allocator.block_sizes
+    if not isinstance(sizes, tuple | list) or not sizes or not set(sizes) <= set(block_sizes):
+        expected = ", ".join(map(str, block_sizes))
+        raise ConfigError(f"allocator: expected {name} to have block_sizes among {expected}, got {sizes!r:.80}")
+
+
+def runs_of(flags: Flags) -> tuple[Int32Array, Int32Array]:
+    """The maximal runs of set flags, as starts and sizes."""
+    edges = np.flatnonzero(np.diff(flags.astype(np.int8), prepend=0, append=0)).astype(np.int32)
+    return edges[::2].copy(), (edges[1::2] - edges[::2]).astype(np.int32)
+
+
+def runs_of_list(listed: Int32Array) -> tuple[list[int], list[int]]:
+    """The maximal runs in an ascending list of granules, as starts and sizes."""
+    breaks = np.flatnonzero(np.diff(listed) != 1) + 1
+    pieces = np.split(listed, breaks)
+    return [int(piece[0]) for piece in pieces], [len(piece) for piece in pieces]
+
+
+@jit
+def _note_granted(granted: Flags, callers: Flags, first: int, count: int, starts: Int32Array, sizes: Int32Array) -> Any:
+    """Note blocks as granted, up to the first -1; returns ``(0, 0)``, or what is wrong with which of them."""
+    for i in range(len(starts)):
+        start, size = starts[i], sizes[i]
+        if start == -1:
+            for k in range(i, len(starts)):
+                if starts[k] != -1:
+                    return _AFTER_REFUSAL, k
+            return _FINE, 0
+        if start < first or start > first + count - size:
+            return _OUTSIDE, i
+        if start & (min(size, 8) - 1) != 0:
+            return _MISALIGNED, i
+        for granule in range(start, start + size):
+            if granted[granule] or callers[granule]:
+                for k in range(i):
+                    if starts[k] <= granule and granule < starts[k] + sizes[k]:
+                        return _TWICE, i
+                return _HELD, i
+        for granule in range(start, start + size):
+            granted[granule] = True
+    return _FINE, 0
+
+
+@jit
+def _move(source: Flags, target: Flags, starts: Int32Array, sizes: Int32Array) -> Any:
+    """Move runs (a start below 0 is none) from one set to another, or return the first that is not wholly there."""
+    for i in range(len(starts)):
+        fits = starts[i] < 0 or (sizes[i] >= 1 and starts[i] + sizes[i] <= len(source))
+        for granule in range(starts[i], starts[i] + sizes[i] if fits and starts[i] >= 0 else starts[i]):
+            fits = fits and source[granule]
+        if fits and starts[i] >= 0:
+            for granule in range(starts[i], starts[i] + sizes[i]):
+                source[granule] = False  # so that a run which overlaps it is found
+        if not fits:
+            for k in range(i):
+                for granule in range(starts[k], starts[k] + sizes[k] if starts[k] >= 0 else starts[k]):
+                    source[granule] = True
+            return i
+    for i in range(len(starts)):
+        for granule in range(starts[i], starts[i] + sizes[i] if starts[i] >= 0 else starts[i]):
+            target[granule] = True
+    return -1
+
+
+@jit
+def _set(granted: Flags, starts: Int32Array, sizes: Int32Array, value: bool) -> None:
+    for i in range(len(starts)):
+        for granule in range(starts[i], starts[i] + sizes[i]):
+            granted[granule] = value
+
+
+@jit
+def coalesce(freed: Int32Array, count: int, starts: Int32Array, sizes: Int32Array) -> Any:
+    """Join neighbours in a list of granules into runs; returns how many there are."""
+    num_runs = 0
+    for i in range(count):
+        granule = freed[i]
+        if num_runs > 0 and granule == starts[num_runs - 1] - 1:
+            starts[num_runs - 1] = granule
+            sizes[num_runs - 1] += 1
+        elif num_runs > 0 and granule == starts[num_runs - 1] + sizes[num_runs - 1]:
+            sizes[num_runs - 1] += 1
+        else:
+            starts[num_runs], sizes[num_runs] = granule, 1
+            num_runs += 1
+    return num_runs

@@ -1,0 +1,251 @@
+"""One step of a batch: where the new tokens go, what attention reads, for all layers."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtoolkit.arrays.types import Int32Array, Int64Array
+from kvtoolkit.cache.layers.layers import MassSum, StepAccess
+from kvtoolkit.cache.state.step_passes import OK, OUT_OF_BLOCKS, STATUS_NAMES, StepArrays
+from kvtoolkit.cache.storage.upload import DeviceTables
+from kvtoolkit.cache.tiering.rules import DEVICE_PERIOD, MOST_QUERIES
+from kvtoolkit.errors import StepError, UnsupportedError
+
+if TYPE_CHECKING:
+    from kvtoolkit.cache.graph import GraphStep
+    from kvtoolkit.cache.kv_cache import KVCache
+    from kvtoolkit.cache.layers.device_masses import DeviceMassSum
+
+
+class Step:
+    """What `KVCache.begin_step` returns; serves all layers, until `KVCache.end_step`.
+
+    The arrays are NumPy's, read-only because the kernels trust them (``torch.from_numpy`` warns about such: give it a
+    copy); `on_device` has those that kernels read on a GPU, which cannot be protected: do not write to them. They
+    belong to the cache; the next `KVCache.begin_step` may write them again. Rows stand in the order of ``seq_ids``. As
+    a context manager a step that was not ended is aborted: its tokens are forgotten, its blocks stay with the
+    sequences. `append` and `attend` of one step are for one thread at a time.
+
+    Attributes:
+        seq_ids: ``[batch]`` int64.
+        ok: ``[batch]`` bool; a row that is not ok got no memory for its tokens. Its ``seq_lens`` is 0, its slots are
+            -1, its queries give zeros; nothing of it changes at `end_step`.
+        status: ``[batch]`` int8, why: `kvtoolkit.cache.state.step_passes.STATUS_NAMES`.
+        num_new_tokens: ``[batch]`` int32.
+        block_table: ``[batch, max_entries]`` int32 entries, -1 = empty.
+        block_starts: ``[batch, max_entries]`` int32, first logical granule of each entry.
+        seq_lens: ``[batch]`` int32 tokens, the new ones included.
+        cu_seqlens_q: ``[batch + 1]`` int32, where the new tokens of each row begin.
+        slot_mapping: ``[num_tokens]`` int64, ``granule * 8 + i`` of every new token.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_access",
+        "_arrays",
+        "_cache",
+        "_device_tables",
+        "_graph_step",
+        "_is_open",
+        "_mark",
+        "_mass",
+        "_num_tokens",
+        "_shown",
+        "seq_ids",
+    )
+
+    def __init__(
+        self, cache: "KVCache", seq_ids: NDArray[np.int64], arrays: StepArrays, num_tokens: int, mark: int
+    ) -> None:
+        self._cache = cache
+        self._arrays = arrays
+        self._is_open = True
+        self._mark = mark
+        self._num_tokens = num_tokens
+        self._shown = cache._arrays.shown(arrays)
+        seq_ids.setflags(write=False)
+        self.seq_ids = seq_ids
+        self._access: StepAccess | None = None
+        self._mass: MassSum | DeviceMassSum | None = None
+        self._device_tables: DeviceTables | None = None
+        self._graph_step: GraphStep | None = None  # which has loaded it
+
+    # cut when they are asked for: an integration of its own may need none of them
+    @property
+    def num_new_tokens(self) -> Int32Array:
+        """``[batch]``; see `Step`."""
+        return self._shown.counts[: len(self.seq_ids)]
+
+    @property
+    def block_table(self) -> Int32Array:
+        """``[batch, max_entries]``; see `Step`."""
+        return self._shown.table[: len(self.seq_ids)]
+
+    @property
+    def block_starts(self) -> Int32Array:
+        """``[batch, max_entries]``; see `Step`."""
+        return self._shown.starts[: len(self.seq_ids)]
+
+    @property
+    def seq_lens(self) -> Int32Array:
+        """``[batch]``; see `Step`."""
+        return self._shown.seq_lens[: len(self.seq_ids)]
+
+    @property
+    def cu_seqlens_q(self) -> Int32Array:
+        """``[batch + 1]``; see `Step`."""
+        return self._shown.cu_seqlens_q[: len(self.seq_ids) + 1]
+
+    @property
+    def slot_mapping(self) -> Int64Array:
+        """``[num_tokens]``; see `Step`."""
+        return self._shown.slot_mapping[: self._num_tokens]
+
+    @property
+    def status(self) -> NDArray[np.int8]:
+        """``[batch]``; see `Step`."""
+        return self._shown.status[: len(self.seq_ids)]
+
+    @property
+    def ok(self) -> NDArray[np.bool_]:
+        """``[batch]``; see `Step`."""
+        ok: NDArray[np.bool_] = self.status == OK
+        return ok
+
+    def append(self, layer: int, key: Any, value: Any) -> None:
+        """Store the keys and values of this step's new tokens.
+
+        Args:
+            layer: 0 to ``num_layers - 1``.
+            key: ``[num_tokens, num_kv_heads, head_dim]`` of the cache's dtype, last axis contiguous: a NumPy array or
+                CPU tensor, on a GPU a CUDA tensor, CuPy array or the like; ``value`` alike. Rows of tokens whose slot
+                is -1 are skipped. For a bfloat16 cache also uint16 arrays of its bits.
+
+        Raises:
+            ShapeError: a shape, dtype or stride is not as above; nothing was written.
+            StepError: the step has ended, or there is no such layer.
+        """
+        self._require_open()
+        (self._access or self._make_access()).append(layer, key, value)
+
+    def attend(self, layer: int, q: Any, **options: Any) -> Any:
+        """Attend the new tokens to everything their sequences hold, these tokens included: `append` them first.
+
+        Args:
+            layer: 0 to ``num_layers - 1``.
+            q: ``[num_tokens, num_q_heads, head_dim]``, of the dtypes that `append` takes, last axis contiguous.
+            options: as `kvtoolkit.variable_block_attention` takes them, but for ``cu_seqlens_q`` and ``block_mass``:
+                for masses of your own call `kvtoolkit.tiered_attention` on `KVCache.tier_caches` and the step's arrays.
+
+        Returns:
+            ``[num_tokens, num_q_heads, head_dim]`` typed as ``q``, a tensor if ``q`` is one; with ``return_lse`` also
+            ``lse`` ``[num_tokens, num_q_heads]`` float32, natural log.
+
+        Raises:
+            ShapeError: a shape, dtype, stride or option is not as above.
+            StepError: the step has ended, or there is no such layer.
+        """
+        self._require_open()
+        return (self._access or self._make_access()).attend(layer, q, **options)
+
+    def repeat(self, layer: int, key: int, value: int, q: int, out: int) -> bool:
+        """`append` and `attend` in one, on raw addresses: for integrations that have checked the arrays themselves.
+
+        Does for this layer what the calls for the layer before did, for arrays at other addresses whose shapes,
+        strides and dtypes are the same, which the caller has made sure of. Returns False, with nothing done, if there
+        was no layer before, or its options included sinks, slopes or ``return_lse``.
+        """
+        self._require_open()
+        return self._access is not None and self._access.repeat(layer, key, value, q, out)
+
+    def _make_access(self) -> StepAccess:
+        arenas = self._cache._arenas
+        if arenas.device >= 0:
+            from kvtoolkit.cache.layers.device_layers import DeviceStepAccess
+
+            self._mass = self._make_device_mass()
+            self._access = DeviceStepAccess(
+                arenas, self.on_device, self.num_new_tokens, int(self.seq_lens.max(initial=0)), mass=self._mass
+            )
+        else:
+            if self._cache._sequences.collects_mass:
+                self._mass = MassSum(
+                    len(self.seq_ids), -(-int(self.seq_lens.max(initial=1)) // 64), arenas.num_kv_heads
+                )
+            self._access = StepAccess(
+                arenas, self.block_table, self.block_starts, self.seq_lens, self.cu_seqlens_q, self.slot_mapping,
+                mass=self._mass,
+            )  # fmt: skip
+        return self._access
+
+    def _make_device_mass(self) -> "DeviceMassSum | None":
+        from kvtoolkit.cache.layers.device_masses import DeviceMassSum
+
+        sequences, arenas = self._cache._sequences, self._cache._arenas
+        is_due = sequences.collects_mass and sequences.counters.num_steps % DEVICE_PERIOD == 0
+        if not is_due or self.num_new_tokens.max(initial=0) > MOST_QUERIES:
+            return None
+        num_tiles = -(-int(self.seq_lens.max(initial=1)) // 64)
+        return DeviceMassSum(len(self.seq_ids), num_tiles, arenas.num_kv_heads, arenas.device)
+
+    @property
+    def on_device(self) -> DeviceTables:
+        """The arrays that kernels read, as CuPy arrays on the cache's device, for kernels of your own.
+
+        Raises:
+            StepError: the step has ended.
+            UnsupportedError: the cache is not on a device.
+        """
+        self._require_open()
+        if self._device_tables is None:
+            upload = self._cache._upload
+            if upload is None:
+                raise UnsupportedError("on_device: expected a cache with backend 'cuda' or 'numba', got 'cpu'")
+            self._device_tables = upload(
+                self.block_table, self.block_starts, self.seq_lens, self.cu_seqlens_q, self.slot_mapping
+            )
+        return self._device_tables
+
+    def explain(self) -> list[str]:
+        """A sentence for every row that is not ok."""
+        return [
+            f"sequence {int(seq_id)}: {STATUS_NAMES[status]}{self._room(int(count)) if status == OUT_OF_BLOCKS else ''}"
+            for seq_id, count, status in zip(self.seq_ids, self.num_new_tokens, self.status, strict=True)
+            if status != OK
+        ]
+
+    def _room(self, num_new_tokens: int) -> str:
+        """How much memory there is now for tokens that found none."""
+        hot = self._cache._sequences.pool.allocators[0]
+        assert hot is not None
+        kind = " 16-bit" if self._cache.config.tiers is not None else ""
+        return (
+            f": {num_new_tokens} new tokens, {hot.num_free * 8} of {hot.num_granules * 8}{kind} slots free "
+            "beside what cached prefixes hold"
+        )
+
+    def _require_all_layers(self) -> None:
+        """StepError if some layers were appended to and others were not."""
+        layers = 0 if self._access is None else self._access.layers
+        if self._graph_step is not None:
+            layers |= self._graph_step.layers
+        num_layers = self._cache.config.num_layers
+        if not layers or layers == (1 << num_layers) - 1 or not self._num_tokens:
+            return
+        missing = [layer for layer in range(num_layers) if not layers >> layer & 1]
+        raise StepError(
+            f"end_step: expected all {num_layers} layers appended to, or none, got none for layer "
+            f"{', '.join(map(str, missing))}; append them and end the step again, or abort it"
+        )
+
+    def _require_open(self) -> None:
+        if not self._is_open:
+            raise StepError("expected an open step, got one that has ended; begin_step makes a new one")
+
+    def __enter__(self) -> "Step":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._is_open:
+            self._cache.abort_step(self)

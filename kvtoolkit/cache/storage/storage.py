@@ -1,0 +1,245 @@
+"""Where the keys and values of a cache lie: in host memory or on a CUDA device, as one array a tier for all layers."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from kvtoolkit.arrays.host import Operand, operand
+from kvtoolkit.arrays.types import Int32Array, Int64Array
+from kvtoolkit.config.cache import CacheConfig
+from kvtoolkit.cpu import copy_granules
+from kvtoolkit.cpu.convert import all_finite, convert
+from kvtoolkit.errors import UnsupportedError
+from kvtoolkit.formats.entry import GRANULE, MAX_BLOCK_GRANULES, TIER_COLD, TIER_HOT, TIER_WARM
+from kvtoolkit.formats.tier_caches import QuantizedTiers
+
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
+"""What the arrays are made of; bfloat16 as its bits."""
+
+
+class Contents(NamedTuple):
+    """What some granules hold, in host memory; in the order in which they were listed."""
+
+    key_values: NDArray[Any]
+    """``[num_layers, 2, n, num_kv_heads, 8, head_dim]`` of the hot ones."""
+    warm: NDArray[np.uint8]
+    """``[num_layers, n, num_kv_heads, nbytes]`` of the blocks that the warm ones are of; ``cold`` alike."""
+    cold: NDArray[np.uint8]
+
+
+class HostStorage:
+    """Keys and values in host memory.
+
+    Attributes:
+        key_values: ``[num_layers, 2, num_granules, num_kv_heads, 8, head_dim]``; keys, then values of each layer.
+        warm: ``[num_layers, num_blocks, num_kv_heads, nbytes]`` uint8; None: no such tier. ``cold`` alike.
+        keys: an `Operand` of each layer's keys; ``values`` alike.
+        quantized: the `QuantizedTiers` of each layer; None: there are none.
+        device: CUDA ordinal; -1 = host.
+    """
+
+    device = -1
+
+    def __init__(self, config: CacheConfig) -> None:
+        # zeros, not empty: the system hands out zeroed pages only when they are touched
+        self.key_values: NDArray[Any] = np.zeros(shape_of(config), DTYPES[config.dtype])
+        self.keys = [operand(layer[0], "k_cache", config.dtype) for layer in self.key_values]
+        self.values = [operand(layer[1], "v_cache", config.dtype) for layer in self.key_values]
+        self.first = config.first_granules
+        self.warm, self.cold = (None if shape is None else np.zeros(shape, np.uint8) for shape in block_shapes(config))
+        self.quantized: list[QuantizedTiers] | None = None
+        if config.tier_config is not None:
+            self.quantized = [
+                QuantizedTiers(
+                    None if self.warm is None else operand(self.warm[layer], "warm"),
+                    None if self.cold is None else operand(self.cold[layer], "cold"),
+                    self.first,
+                )
+                for layer in range(config.num_layers)
+            ]
+
+    def copy(self, sources: ArrayLike, targets: ArrayLike) -> None:
+        """Copy granules to others, all layers; none is in both lists."""
+        copy_granules(self.key_values, sources, targets)
+
+    def convert(self, sources: Int32Array, targets: Int32Array) -> None:
+        """Write the tokens of tiles to other tiers; see `kvtoolkit.cpu.convert.convert`."""
+        convert((self.key_values, self.warm, self.cold), self.first, sources, targets)
+
+    def all_finite(self, granules: Int32Array) -> bool:
+        """Whether these 16-bit granules hold neither infinities nor NaN, in all layers."""
+        return all_finite(self.key_values[:, :, granules])
+
+    def read(self, granules: ArrayLike) -> Contents:
+        """A copy of granules and of the quantized blocks that they are of."""
+        hot, warm, cold = split(granules, self.first)
+        return Contents(self.key_values[:, :, hot], _take(self.warm, warm), _take(self.cold, cold))
+
+    def write(self, granules: ArrayLike, contents: Contents) -> None:
+        """Fill granules with what `read` gave, of as many of each tier in the same order."""
+        hot, warm, cold = split(granules, self.first)
+        self.key_values[:, :, hot] = contents.key_values
+        for blocks, held, which in ((self.warm, contents.warm, warm), (self.cold, contents.cold, cold)):
+            if blocks is not None:
+                blocks[:, which] = held
+
+    def sync(self) -> None:
+        """Wait until all that was asked is done."""
+
+
+class DeviceStorage:
+    """As `HostStorage`, with ``key_values`` a CuPy array on a device.
+
+    `copy` is asynchronous on the current stream (torch's where torch uses the GPU, else CuPy's); `read` and `write`
+    wait. Use one stream, or order several yourself.
+    """
+
+    def __init__(self, config: CacheConfig) -> None:
+        from kvtoolkit.runtime.kernels import current_device
+
+        try:
+            self.device = current_device() if config.device is None else config.device
+            import cupy
+
+            count = cupy.cuda.runtime.getDeviceCount()
+        except Exception as error:  # no CuPy, no driver, no device
+            raise UnsupportedError(
+                f"backend: {config.backend!r} needs CuPy and a CUDA device; `kvtoolkit doctor` says what is missing, "
+                f"backend='cpu' works everywhere ({error})"
+            ) from error
+        if self.device >= count:
+            raise UnsupportedError(f"device: expected 0 to {count - 1}, got {self.device}")
+        shape = shape_of(config)
+        with cupy.cuda.Device(self.device):
+            self.key_values: Any = cupy.zeros(shape, DTYPES[config.dtype])
+            cupy.cuda.runtime.deviceSynchronize()  # other streams may use it from now on
+        strides = tuple(stride // self.key_values.itemsize for stride in self.key_values.strides)
+        base, half = self.key_values.data.ptr, self.key_values.strides[1]
+
+        def described(layer: int, which: int) -> Operand:
+            address = base + (2 * layer + which) * half
+            return Operand(address, shape[2:], strides[2:], config.dtype, self.key_values, True, self.device)
+
+        self.keys = [described(layer, 0) for layer in range(config.num_layers)]
+        self.values = [described(layer, 1) for layer in range(config.num_layers)]
+        arrays = (2 * config.num_layers, *shape[2:])
+        self._arena = Operand(base, arrays, strides[1:], config.dtype, self.key_values, True, self.device)
+        self._make_quantized(config)
+
+    def _make_quantized(self, config: CacheConfig) -> None:
+        import cupy
+
+        self.first = config.first_granules
+        with cupy.cuda.Device(self.device):
+            made = [None if shape is None else cupy.zeros(shape, np.uint8) for shape in block_shapes(config)]
+            cupy.cuda.runtime.deviceSynchronize()
+        self.warm, self.cold = made
+        self._blocks = [None if one is None else self._described(one) for one in made]
+        self.quantized: list[QuantizedTiers] | None = None
+        if config.tier_config is not None:
+            layers = range(config.num_layers)
+            warm, cold = ([None if one is None else self._described(one[layer]) for layer in layers] for one in made)
+            self.quantized = [QuantizedTiers(warm[layer], cold[layer], self.first) for layer in layers]
+
+    def _described(self, array: Any) -> Operand:
+        return Operand(array.data.ptr, array.shape, array.strides, "uint8", array, True, self.device)
+
+    def copy(self, sources: ArrayLike, targets: ArrayLike) -> None:
+        """See `HostStorage.copy`."""
+        from kvtoolkit import cuda
+        from kvtoolkit.attention.device import using
+        from kvtoolkit.runtime import current_stream
+
+        with using(self.device):
+            cuda.copy_granules(self._arena, sources, targets, stream=current_stream(self.device))
+
+    def convert(self, sources: Int32Array, targets: Int32Array) -> None:
+        """See `HostStorage.convert`; asynchronous as `copy`. Tokens that hold an infinity or NaN become NaN."""
+        from kvtoolkit import cuda
+        from kvtoolkit.attention.device import using
+        from kvtoolkit.runtime import current_stream
+
+        warm, cold = self._blocks
+        with using(self.device):
+            stream = current_stream(self.device)
+            cuda.convert(self._arena, warm, cold, self.first, sources, targets, stream=stream)
+
+    def all_finite(self, granules: Int32Array) -> bool:
+        """True: to know it the host would have to wait, so it is the conversion that deals with such tokens."""
+        return True
+
+    def read(self, granules: ArrayLike) -> Contents:
+        """See `HostStorage.read`."""
+        with self._on_current_stream() as cupy:
+            hot, warm, cold = (cupy.asarray(one) for one in split(granules, self.first))
+            held: NDArray[Any] = self.key_values[:, :, hot].get()
+            return Contents(held, _take(self.warm, warm), _take(self.cold, cold))
+
+    def write(self, granules: ArrayLike, contents: Contents) -> None:
+        """See `HostStorage.write`."""
+        with self._on_current_stream() as cupy:
+            hot, warm, cold = (cupy.asarray(one) for one in split(granules, self.first))
+            self.key_values[:, :, hot] = cupy.asarray(contents.key_values)
+            for blocks, held, which in ((self.warm, contents.warm, warm), (self.cold, contents.cold, cold)):
+                if blocks is not None:
+                    blocks[:, which] = cupy.asarray(held)
+            cupy.cuda.get_current_stream().synchronize()
+
+    def sync(self) -> None:
+        """See `HostStorage.sync`."""
+        with self._on_current_stream() as cupy:
+            cupy.cuda.get_current_stream().synchronize()
+
+    def _on_current_stream(self) -> Any:
+        from kvtoolkit.runtime.streams import cupy_on_current_stream
+
+        return cupy_on_current_stream(self.device)
+
+
+Storage = HostStorage | DeviceStorage
+
+
+def make_storage(config: CacheConfig) -> Storage:
+    """The storage that a config asks for; UnsupportedError where its backend cannot work."""
+    return HostStorage(config) if config.backend == "cpu" else DeviceStorage(config)
+
+
+def shape_of(config: CacheConfig) -> tuple[int, ...]:
+    """Of ``key_values``."""
+    return (config.num_layers, 2, config.tier_granules[0], config.num_kv_heads, GRANULE, config.head_dim)
+
+
+def block_shapes(config: CacheConfig) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+    """Of the arrays of the warm and the cold tier; None: no such tier."""
+    formats = (None, None) if config.tier_config is None else config.tier_config.formats
+    warm, cold = (
+        None
+        if one is None
+        else (config.num_layers, count // MAX_BLOCK_GRANULES, config.num_kv_heads, one.nbytes(config.head_dim))
+        for one, count in zip(formats, config.tier_granules[1:], strict=True)
+    )
+    return warm, cold
+
+
+def split(granules: ArrayLike, first: tuple[int, int, int]) -> tuple[Int64Array, Int64Array, Int64Array]:
+    """The hot granules of a list, and the blocks of its warm and cold ones, each named once, in the list's order."""
+    listed = np.asarray(granules, np.int64)
+    tiers = np.searchsorted(np.array(first[1:]), listed, side="right")
+    warm, cold = (_blocks_of(listed[tiers == tier] - first[tier]) for tier in (TIER_WARM, TIER_COLD))
+    return listed[tiers == TIER_HOT], warm, cold
+
+
+def _blocks_of(granules: Int64Array) -> Int64Array:
+    blocks = granules // MAX_BLOCK_GRANULES
+    once: Int64Array = blocks[np.diff(blocks, prepend=-1) != 0]  # the granules of a block stand one after another
+    return once
+
+
+def _take(blocks: Any, which: Any) -> NDArray[np.uint8]:
+    """A copy of blocks in host memory; nothing of no array."""
+    if blocks is None:
+        return np.empty(0, np.uint8)
+    held = blocks[:, which]
+    taken: NDArray[np.uint8] = held if isinstance(held, np.ndarray) else held.get()
+    return taken

@@ -1,0 +1,1 @@
+"""Which tokens move to a smaller format, and the moves."""

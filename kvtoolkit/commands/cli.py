@@ -1,0 +1,89 @@
+"""The command ``kvtoolkit``: doctor, fuzz, compile and bench."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from kvtoolkit._version import __version__
+from kvtoolkit.errors import KVToolkitError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status: 0 for success, 1 for a failure found, 2 for wrong arguments."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.module is None:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        return _doctor() if options.module is None else _run_module(options.module, options.prog, rest)
+    except (KVToolkitError, _allocator_error()) as error:
+        print(f"kvtoolkit: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        print(f"kvtoolkit: {error}; `kvtoolkit doctor` says how to install what is missing", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _allocator_error() -> type[Exception]:
+    from allocators import AllocatorError
+
+    return AllocatorError
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kvtoolkit", description="The KV cache of LLM inference as parts.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    _add(commands, "doctor", None, "say what is installed and which backends work here")
+    _add(commands, "fuzz", "kvtoolkit.commands.fuzz", "test an allocator, ours or your own, with random programs")
+    _add(
+        commands, "compile", "kvtoolkit.commands.compile", "compile the GPU kernels for any architecture, no GPU needed"
+    )
+    bench = commands.add_parser("bench", help="measure")
+    benches = bench.add_subparsers(title="measurements", required=True, metavar="WHAT")
+    _add(benches, "host", "kvtoolkit.bench.host", "host time of a decode step, and of each allocator")
+    _add(benches, "costs", "kvtoolkit.bench.costs", "host time of calls while memory is short, in two pools")
+    _add(benches, "alloc", "kvtoolkit.bench.alloc", "blocks that kernels on a GPU take and give back")
+    _add(benches, "attention", "kvtoolkit.bench.attention", "decode attention on a GPU, beside other people's kernels")
+    _add(benches, "tiers", "kvtoolkit.bench.tiers", "attention over quantized tiers on a GPU, beside 16 bit")
+    _add(benches, "demotion", "kvtoolkit.bench.demotion", "what moving tokens to colder tiers costs on a GPU")
+    _add(benches, "blocks", "kvtoolkit.bench.blocks", "what block sizes, planning and calls cost on a GPU")
+    _add(benches, "cache", "kvtoolkit.bench.cache", "append, and the moves of forks and merges, on a GPU")
+    _add(benches, "generate", "kvtoolkit.bench.generate", "a real model on the CPU, beside transformers' own cache")
+    _add(
+        benches,
+        "accuracy",
+        "kvtoolkit.bench.accuracy",
+        "what quantized tiers cost in accuracy, a real model on the CPU",
+    )
+    return parser
+
+
+def _add(commands: Any, name: str, module: str | None, help_text: str) -> None:
+    """Add a command. One with a ``module`` parses what follows it itself, so that only its own module is imported."""
+    command = commands.add_parser(name, help=help_text, add_help=module is None)
+    command.set_defaults(module=module, prog=command.prog)
+
+
+def _run_module(module: str, prog: str, arguments: Sequence[str]) -> int:
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # where `python -m` finds an allocator of the user's too
+    loaded: Any = importlib.import_module(module)
+    parser = argparse.ArgumentParser(prog=prog, description=loaded.__doc__.partition("\n")[0])
+    loaded.add_arguments(parser)
+    return int(loaded.main(parser.parse_args(arguments)))
+
+
+def _doctor() -> int:
+    from kvtoolkit.commands.doctor import report
+
+    return report()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

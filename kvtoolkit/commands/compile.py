@@ -1,0 +1,148 @@
+"""Compile ahead: the kernels of a cache on this machine's GPU, or of any shape for any architecture without one."""
+
+import argparse
+import json
+from typing import Any
+
+from allocators._jit import cache_folder
+from kvtoolkit.config.cache import CacheConfig
+from kvtoolkit.cuda import specs
+from kvtoolkit.errors import ConfigError, UnsupportedError
+from kvtoolkit.formats.quantized import HEAD_DIMS
+from kvtoolkit.runtime import build
+
+_SM_SMEM = {"80": 164, "86": 100, "89": 100, "90": 228, "100": 228, "120": 100}  # KiB of an SM
+_SM_REGISTERS = 65536
+_SM_THREADS = {"80": 2048, "86": 1536, "89": 1536, "90": 2048, "100": 2048, "120": 1536}
+
+
+def warmup(config: CacheConfig, num_q_heads: int) -> None:
+    """Compile and load every kernel that a cache and its attention need, on the cache's device.
+
+    After it nothing is compiled or loaded at the first call, nor inside a captured CUDA graph. (Scratch memory for the
+    splits is taken at the first attention call of a stream; run a step once before capturing it.)
+
+    Args:
+        config: of the cache; its backend must be ``"cuda"``.
+        num_q_heads: query heads of the model.
+
+    Raises:
+        ConfigError: the backend is another, or ``num_q_heads`` is not a multiple of ``num_kv_heads``.
+        UnsupportedError: no CuPy, or no such device.
+        CompileError: a kernel does not compile here.
+    """
+    if config.backend != "cuda":
+        raise ConfigError(f"backend: expected 'cuda', got {config.backend!r}")
+    if num_q_heads < 1 or num_q_heads % config.num_kv_heads:
+        raise ConfigError(f"num_q_heads: expected a multiple of num_kv_heads {config.num_kv_heads}, got {num_q_heads}")
+    from kvtoolkit.attention.device import using
+    from kvtoolkit.cuda.launching import load_spec
+    from kvtoolkit.runtime import smem_limit
+    from kvtoolkit.runtime.kernels import arch_of, current_device
+
+    device = current_device() if config.device is None else config.device
+    shape = (config.head_dim, config.dtype, num_q_heads, config.num_kv_heads)
+    masses = config.tiers is not None and config.tiers["demote"] == "mass"
+    found = specs.of_model(*shape, arch_of(device), smem_limit(device), tiers=config.tiers is not None, masses=masses)
+    with using(device):
+        for spec in found:
+            load_spec(spec, device)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``kvtoolkit compile``."""
+    parser.add_argument(
+        "--arch", nargs="+", default=["90"], metavar="CC", help="compute capabilities such as 90, or all (default 90)"
+    )
+    parser.add_argument(
+        "--head-dim", type=int, nargs="+", default=[128], help="multiples of 16 up to 256 (default 128)"
+    )
+    parser.add_argument(
+        "--heads", type=heads, nargs="+", default=[(32, 8)], metavar="Q/KV", help="query and kv heads (default 32/8)"
+    )
+    parser.add_argument(
+        "--dtype", nargs="+", choices=["float16", "bfloat16"], default=["float16", "bfloat16"], help="default both"
+    )
+    parser.add_argument(
+        "--tiers",
+        action="store_true",
+        help="also those of quantized tiers and of attention masses, for head_dim 64 and 128",
+    )
+    parser.add_argument("--json", metavar="PATH", help="also write the table there")
+
+
+def heads(text: str) -> tuple[int, int]:
+    """Query and kv heads from such as ``32/8``."""
+    q_heads, _, kv_heads = text.partition("/")
+    if not (q_heads.isdecimal() and kv_heads.isdecimal() and int(kv_heads) and int(q_heads)):
+        raise argparse.ArgumentTypeError(f"expected query and kv heads such as 32/8, got {text!r}")
+    if int(q_heads) % int(kv_heads):
+        raise argparse.ArgumentTypeError(f"expected the query heads to be a multiple of the kv heads, got {text!r}")
+    return int(q_heads), int(kv_heads)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Compile and print a table."""
+    archs = list(specs.SMEM_LIMITS) if options.arch == ["all"] else [name.removeprefix("sm_") for name in options.arch]
+    for arch in archs:
+        if arch not in specs.SMEM_LIMITS:
+            raise UnsupportedError(f"--arch: expected some of {', '.join(specs.SMEM_LIMITS)} or all, got {arch!r}")
+    for head_dim in options.head_dim:
+        specs.check_head_dim(head_dim, "float16")
+    print(f"{'kernel':<18}{'arch':>6}  {'macros':<104}{'regs':>5}{'spills':>8}{'smem KiB':>10}{'CTAs/SM':>9}{'s':>7}")
+    rows: list[dict[str, Any]] = []
+    for arch in archs:
+        for spec in _specs(arch, options):
+            rows.append(row_of(spec, arch))
+            print(line_of(rows[-1]), flush=True)
+    folder = cache_folder("cubin")
+    where = f"kept in {folder}" if folder else "not kept: no folder can be used, see `kvtoolkit doctor`"
+    print(f"{len(rows)} kernels, {sum(row['seconds'] for row in rows):.1f} s (0.00 = from the cache), {where}")
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump(rows, file, indent=1)
+    return 0
+
+
+def _specs(arch: str, options: argparse.Namespace) -> list[specs.Spec]:
+    found: dict[specs.Spec, None] = {}
+    for head_dim in options.head_dim:
+        for dtype in options.dtype:
+            for num_heads in options.heads:
+                limit = specs.SMEM_LIMITS[arch]
+                q_heads, kv_heads = num_heads
+                tiers = options.tiers and head_dim in HEAD_DIMS
+                kernels = specs.of_model(
+                    head_dim, dtype, q_heads, kv_heads, int(arch), limit, tiers=tiers, masses=tiers
+                )
+                found |= dict.fromkeys(kernels)
+    return list(found)
+
+
+def row_of(spec: specs.Spec, arch: str) -> dict[str, Any]:
+    """Compile one kernel; what it takes of an SM."""
+    built = build(spec.source, dict(spec.defines), arch)
+    (usage,) = (usage for usage in built.usage if usage.name == spec.name)
+    smem = spec.smem_nbytes + usage.smem_nbytes
+    by_registers = _SM_REGISTERS // (-(-usage.registers // 8) * 8 * spec.threads)
+    by_smem = (_SM_SMEM[arch] << 10) // (smem + 1024)  # the driver takes 1 KiB of each CTA
+    return {
+        "kernel": spec.name,
+        "arch": f"sm_{arch}",
+        "macros": dict(spec.defines),
+        "registers": usage.registers,
+        "spill_nbytes": usage.spill_nbytes,
+        "smem_nbytes": smem,
+        "threads": spec.threads,
+        "ctas_per_sm": min(by_registers, by_smem, _SM_THREADS[arch] // spec.threads, 32),
+        "seconds": built.seconds,
+    }
+
+
+def line_of(row: dict[str, Any]) -> str:
+    """A line of the table."""
+    macros = " ".join(f"{name.removeprefix('KVT_').lower()}={value}" for name, value in row["macros"].items())
+    return (
+        f"{row['kernel']:<18}{row['arch']:>6}  {macros:<104}{row['registers']:>5}{row['spill_nbytes']:>8}"
+        f"{row['smem_nbytes'] / 1024:>10.1f}{row['ctas_per_sm']:>9}{row['seconds']:>7.2f}"
+    )

@@ -1,0 +1,316 @@
+"""The configuration of a cache: one frozen, validated object, from Python or from a TOML file."""
+
+import dataclasses
+import functools
+import math
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from allocators import AllocatorError, find
+from kvtoolkit.config.eviction import eviction_policy
+from kvtoolkit.config.fields import require_int, require_known, require_one_of
+from kvtoolkit.config.growth import FIXED, GrowthPolicy, growth_policy
+from kvtoolkit.config.tiers import TIER_NAMES, TierConfig
+from kvtoolkit.errors import ConfigError, UnsupportedError
+from kvtoolkit.formats.entry import MAX_GRANULES
+from kvtoolkit.formats.quantized import check_head_dim
+
+DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_BACKENDS = ("cpu", "cuda", "numba")
+_TOKENS_PER_SUPERBLOCK = 64
+_BLOCK_TABLE_NBYTES = 256 << 20
+_ENTRY_NBYTES = 8  # the entry and its start
+_LEAST_ENTRIES = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """What a `KVCache` is made of. Checked when made; ConfigError says which field, what was expected and what came.
+
+    A configuration names code: the module of ``"package.module:Class"`` is imported when the configuration is made. So
+    read configuration files only from where you would run programs from.
+
+    Give either ``num_tokens`` or ``memory``; both are rounded to whole superblocks of 64 tokens (``num_tokens`` up,
+    ``memory`` down).
+
+    Attributes:
+        num_layers: of the model; so are ``num_kv_heads`` and ``head_dim``, a multiple of 8.
+        dtype: ``float32``, ``float16`` or ``bfloat16``.
+        num_tokens: token slots in the pool, those of all tiers together.
+        memory: bytes of keys and values, all layers and tiers, or such as ``"512 MiB"``.
+        allocator: ``paged``, ``buddy``, ``slab``, ``lockfree``, an entry point's name, or ``"package.module:Class"``.
+        allocator_options: further keyword arguments of the allocator's class, such as ``{"layout": "slab"}`` of
+            ``lockfree``.
+        block_sizes: sizes on offer in tokens, of 8, 16, 32, 64. Default: all; of a fixed growth policy, its own; of
+            ``paged``, 16.
+        growth: see `kvtoolkit.config.growth`, or a policy registered there. Default: ``adaptive``, or the fixed policy
+            of the only block size.
+        prefix_caching: whether full granules become findable by later prompts.
+        eviction: which cached prefix goes first when memory is needed: ``lru``, ``lfu``, a policy registered in
+            `kvtoolkit.config.eviction`, or ``"package.module:Class"``.
+        max_seqs: sequences open at once. Each has a row of ``max_entries`` entries in host memory, where all rows must
+            fit.
+        max_seq_len: tokens in one sequence. Default: all of the pool.
+        max_entries: entries in one row of the block table; a row that is full stalls. Default: enough for blocks of 8
+            tokens, unless the block table would exceed 256 MiB. Then it has that size, but at least enough entries for
+            twice a sequence's share of the pool, and for a ``max_seq_len`` that is given, in blocks of 64 tokens.
+        migrate_budget: most merges in one step, and most tiles of 64 tokens that change their tier while memory is not
+            short.
+        tiers: quantized tiers for what is older: a table with the fields of `kvtoolkit.config.tiers.TierConfig`.
+            Default: all is hot.
+        backend: ``cpu``; ``cuda``: memory and kernels on a GPU; ``numba``: the same with the readable kernels.
+        device: CUDA device of the GPU backends. Default: the current one when the cache is made.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str = "float16"
+    num_tokens: int | None = None
+    memory: int | str | None = None
+    allocator: str = "buddy"
+    allocator_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    block_sizes: tuple[int, ...] | None = None
+    growth: str | None = None
+    prefix_caching: bool = True
+    eviction: str = "lru"
+    max_seqs: int = 256
+    max_seq_len: int | None = None
+    max_entries: int | None = None
+    migrate_budget: int = 64
+    tiers: Mapping[str, Any] | None = field(default=None, hash=False)
+    backend: str = "cpu"
+    device: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "num_kv_heads", "head_dim"):
+            require_int(name, getattr(self, name), 1, 1 << 16)
+        require_int("max_seqs", self.max_seqs, 1, 1 << 20)
+        require_int("migrate_budget", self.migrate_budget, 0)
+        for name in ("max_seq_len", "max_entries", "num_tokens"):
+            if getattr(self, name) is not None:
+                require_int(name, getattr(self, name), 1, 8 * MAX_GRANULES)
+        if self.device is not None:
+            require_int("device", self.device, 0)
+        if self.head_dim % 8:
+            raise ConfigError(f"head_dim: expected a multiple of 8, got {self.head_dim}")
+        require_one_of("dtype", self.dtype, tuple(DTYPES))
+        require_one_of("backend", self.backend, _BACKENDS)
+        if not isinstance(self.prefix_caching, bool):
+            raise ConfigError(f"prefix_caching: expected true or false, got {self.prefix_caching!r}")
+        options = self.allocator_options
+        if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
+            raise ConfigError(f"allocator_options: expected a table with names as keys, got {options!r}")
+        for name in ("num_granules", "block_sizes"):
+            if name in options:
+                raise ConfigError(f"allocator_options: expected no {name!r}, which the cache gives itself")
+        eviction_policy(self.eviction)
+        if self.tiers is not None:
+            object.__setattr__(self, "tiers", TierConfig.from_dict(self.tiers).to_dict())
+            check_head_dim(self.head_dim)
+        if self.backend != "cpu":
+            if self.dtype not in ("float16", "bfloat16"):
+                raise UnsupportedError(
+                    f"dtype: expected float16 or bfloat16 with backend {self.backend!r}, got {self.dtype}"
+                )
+            if self.head_dim % 16 or self.head_dim > 256:
+                raise UnsupportedError(
+                    f"head_dim: expected a multiple of 16 up to 256 with backend {self.backend!r}, got {self.head_dim}"
+                )
+        elif self.device is not None:
+            raise ConfigError(f"device: expected none with backend 'cpu', got {self.device}")
+        if (self.num_tokens is None) == (self.memory is None):
+            raise ConfigError(
+                f"expected exactly one of num_tokens and memory, got {self.num_tokens!r} and {self.memory!r}"
+            )
+        if not isinstance(self.allocator, str):
+            raise ConfigError(f"allocator: expected a name or 'package.module:Class', got {self.allocator!r}")
+        try:
+            find(self.allocator)
+        except AllocatorError as error:
+            raise ConfigError(str(error)) from error
+        self._settle_sizes()
+        if not 0 < self.num_granules <= MAX_GRANULES:
+            raise ConfigError(
+                f"num_tokens or memory: expected a pool of {_TOKENS_PER_SUPERBLOCK} to {MAX_GRANULES * 8} tokens, "
+                f"got {self.num_granules * 8}"
+            )
+        for name, count in zip(TIER_NAMES, self.tier_granules, strict=True):
+            if count <= 0 and (name == "hot" or (self.tiers and name in self.tiers)):
+                raise ConfigError(f"num_tokens or memory: expected room for 64 tokens in the {name} tier, got none")
+        needed = self.tier_config.hot + self.tier_config.pinned_tokens + 64 if self.tier_config else 0
+        if needed > 8 * self.tier_granules[0]:
+            raise ConfigError(
+                f"tiers: expected room for hot + pinned_tokens + 64 = {needed} tokens of a sequence in the hot tier, "
+                f"got {8 * self.tier_granules[0]} of {8 * self.num_granules}; raise num_tokens, memory or "
+                "tier_memory['hot'], or lower hot"
+            )
+
+    def _settle_sizes(self) -> None:
+        """Fill in `block_sizes` and `growth` from each other, and refuse what does not go together."""
+        sizes, growth = self.block_sizes, self.growth
+        only_size = growth_policy(growth).only_size if growth is not None else None
+        if sizes is None:
+            sizes = (only_size,) if only_size else (16,) if self.allocator == "paged" else (8, 16, 32, 64)
+        try:
+            sizes = tuple(sorted(set(sizes)))
+        except TypeError:
+            raise ConfigError(f"block_sizes: expected some of 8, 16, 32, 64, got {sizes!r}") from None
+        if not sizes or not set(sizes) <= {8, 16, 32, 64} or not all(type(size) is int for size in sizes):
+            raise ConfigError(f"block_sizes: expected some of 8, 16, 32, 64, got {self.block_sizes!r}")
+        if self.allocator == "paged" and len(sizes) != 1:
+            raise ConfigError(f"block_sizes: expected one size for the paged allocator, got {sizes}")
+        if growth is None:
+            growth = f"fixed{sizes[0]}" if len(sizes) == 1 else "adaptive"
+        policy = growth_policy(growth)
+        if policy.only_size and policy.only_size not in sizes:
+            raise ConfigError(f"growth: expected a fixed size among block_sizes {sizes}, got {growth!r}")
+        if policy.rule == FIXED and 8 * policy.tail not in sizes:
+            raise ConfigError(f"growth: {growth!r} needs {8 * policy.tail} among block_sizes, got {sizes}")
+        if 8 * policy.largest < sizes[0]:
+            raise ConfigError(f"growth: {growth!r} needs blocks of {8 * policy.largest} tokens or less, got {sizes}")
+        if policy.merges and 64 not in sizes:
+            raise ConfigError(f"growth: {growth!r} needs 64 among block_sizes, got {sizes}")
+        object.__setattr__(self, "block_sizes", sizes)
+        object.__setattr__(self, "growth", growth)
+        object.__setattr__(self, "allocator_options", dict(self.allocator_options))
+
+    # -- what follows from the fields --------------------------------------------------------------------------------
+
+    @property
+    def num_granules(self) -> int:
+        """Granules (8 token slots) in the pool, all tiers."""
+        return sum(self.tier_granules)
+
+    @functools.cached_property
+    def tier_granules(self) -> tuple[int, int, int]:
+        """Granules of the hot, the warm and the cold tier; whole superblocks."""
+        blocks = self.block_nbytes
+        if self.num_tokens is not None:
+            count = -(-self.num_tokens // _TOKENS_PER_SUPERBLOCK)
+            shares = self.tier_config.blocks_of_tokens(count, blocks) if self.tier_config else (count, 0, 0)
+        else:
+            assert self.memory is not None
+            memory = parse_nbytes(self.memory)
+            hot_only = (memory // blocks["hot"], 0, 0)
+            shares = self.tier_config.blocks_of_memory(memory, blocks) if self.tier_config else hot_only
+        return shares[0] * 8, shares[1] * 8, shares[2] * 8
+
+    @property
+    def first_granules(self) -> tuple[int, int, int]:
+        """Number of the first granule of each tier."""
+        hot, warm, _ = self.tier_granules
+        return 0, hot, hot + warm
+
+    @functools.cached_property
+    def tier_config(self) -> TierConfig | None:
+        """`tiers`, checked and filled in."""
+        return None if self.tiers is None else TierConfig.from_dict(self.tiers)
+
+    @property
+    def nbytes_per_token(self) -> int:
+        """Bytes of keys and values of one hot token, all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * DTYPES[self.dtype]
+
+    @property
+    def block_nbytes(self) -> dict[str, int]:
+        """Bytes of 64 tokens in each tier, all layers."""
+        nbytes = {"hot": _TOKENS_PER_SUPERBLOCK * self.nbytes_per_token}
+        if self.tier_config is not None:
+            for name, kind in zip(TIER_NAMES[1:], self.tier_config.formats, strict=True):
+                if kind is not None:
+                    nbytes[name] = self.num_layers * self.num_kv_heads * kind.nbytes(self.head_dim)
+        return nbytes
+
+    @property
+    def growth_policy(self) -> GrowthPolicy:
+        """The policy that `growth` names."""
+        assert self.growth is not None
+        return growth_policy(self.growth)
+
+    @property
+    def seq_len_limit(self) -> int:
+        """`max_seq_len`, or the whole pool."""
+        return min(self.max_seq_len or self.num_granules * 8, self.num_granules * 8)
+
+    @property
+    def entries_limit(self) -> int:
+        """`max_entries`, or as many as the longest sequence can need, within bounds."""
+        if self.max_entries is not None:
+            return self.max_entries
+        share = 2 * self.num_granules * 8 // self.max_seqs
+        promised = self.seq_len_limit if self.max_seq_len else 0
+        least = max(_LEAST_ENTRIES, math.ceil(max(share, promised) / _TOKENS_PER_SUPERBLOCK))
+        bound = max(least, _BLOCK_TABLE_NBYTES // (_ENTRY_NBYTES * self.max_seqs))
+        return min(math.ceil(self.seq_len_limit / 8), bound)
+
+    # -- files -------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "CacheConfig":
+        """A configuration from a mapping of field names, as `to_dict` gives it."""
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"expected a mapping of field names, got {values!r}")
+        known = tuple(f.name for f in dataclasses.fields(cls))
+        require_known(values, known)
+        missing = [name for name in ("num_layers", "num_kv_heads", "head_dim") if name not in values]
+        if missing:
+            raise ConfigError(f"expected {', '.join(missing)} to be given")
+        values = dict(values)
+        if isinstance(values.get("block_sizes"), list):
+            values["block_sizes"] = tuple(values["block_sizes"])
+        return cls(**values)
+
+    @classmethod
+    def load(cls, path: str | Path, **overrides: Any) -> "CacheConfig":
+        """Read a TOML file whose keys, or those of its table ``[cache]``, are the fields; ``overrides`` win.
+
+        The file can name code, see `CacheConfig`.
+
+        Raises:
+            ConfigError: the file is not there, is not TOML, or a field is wrong.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, ValueError, TypeError) as error:
+            raise ConfigError(f"{path!s}: cannot be read: {error}") from error
+        try:
+            document = tomllib.loads(text)
+        except (tomllib.TOMLDecodeError, ValueError, RecursionError) as error:
+            raise ConfigError(f"{path}: expected TOML, got a syntax error: {error}") from error
+        table = document.get("cache", document)
+        if not isinstance(table, dict):
+            raise ConfigError(f"{path}: expected [cache] to be a table, got {table!r}")
+        try:
+            return cls.from_dict({**table, **overrides})
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that are not None, as `from_dict` and a TOML file take them."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["block_sizes"] = list(values["block_sizes"])
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def parse_nbytes(value: int | str) -> int:
+    """Bytes from an int or a text such as ``"512 MiB"`` or ``"1.5GB"`` (decimal units without the i)."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        if value <= 0:
+            raise ConfigError(f"memory: expected a positive number of bytes, got {value}")
+        return value
+    match = (
+        re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", value, re.IGNORECASE)
+        if isinstance(value, str)
+        else None
+    )
+    if match is None:
+        raise ConfigError(f"memory: expected bytes or a text such as '512 MiB', got {value!r}")
+    number, prefix, binary = match.groups()
+    base = 1024 if binary else 1000
+    return int(Fraction(number) * base ** " KMGT".index(prefix.upper() or " "))

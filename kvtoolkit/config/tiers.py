@@ -1,0 +1,146 @@
+"""The tiers of a cache as configured: what is kept in which precision, for how long, and in how much memory."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from allocators import AllocatorError, find
+from kvtoolkit.config.fields import require_int, require_known, require_one_of
+from kvtoolkit.errors import ConfigError
+from kvtoolkit.formats.quantized import BLOCK, FORMATS, Format
+
+TIER_NAMES = ("hot", "warm", "cold")
+_SHARES: dict[tuple[str, ...], dict[str, float]] = {
+    ("warm", "cold"): {"hot": 0.5, "warm": 0.25, "cold": 0.25},
+    ("warm",): {"hot": 0.5, "warm": 0.5},
+    ("cold",): {"hot": 0.5, "cold": 0.5},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TierConfig:
+    """The table ``tiers`` of a `CacheConfig`. Checked when made; ConfigError names the field.
+
+    A tile (64 tokens) of a sequence is hot, 16 bit, while it is pinned, not full, or among the last ``hot`` tokens.
+    Older ones go to the warm tier, and from there to the cold one.
+
+    Attributes:
+        hot: tokens kept hot at the end of a sequence, a multiple of 64.
+        warm: ``int8``; None: no warm tier.
+        warm_tokens: tokens kept warm before they go to the cold tier, a multiple of 64; of account only where there are
+            both.
+        cold: ``int4``; None: no cold tier.
+        demote: what goes to the cold tier first: ``age``: the oldest; ``mass``: what attention reads least, as
+            `Step.attend` sees it. On a GPU masses are collected every 16th step, if no row has more than 8 new tokens,
+            and not while a graph is replayed.
+        pinned_tokens: tokens kept hot at the beginning of a sequence, a multiple of 64.
+        tier_memory: share of the bytes of each tier. Default: half is hot, the rest is shared equally. It decides how
+            many tokens of each kind the pool holds, see `CacheConfig.tier_granules`: the hot tier should have room for
+            ``hot + pinned_tokens + 64`` tokens of every running sequence and for the largest step of a prompt.
+        prefix_reuse_tiers: what later prompts, and sequences dropped by `KVCache.preempt`, may find: ``hot``: what
+            stands before a sequence's first quantized tile, so of a long one its pinned tokens; ``all``: quantized
+            tiles too, which changes answers a little. For chats of many turns that is the one to take.
+        warm_allocator: as ``allocator`` of the cache, which is the default.
+        cold_allocator: alike.
+    """
+
+    hot: int = 256
+    warm: str | None = None
+    warm_tokens: int = 2048
+    cold: str | None = None
+    demote: str = "age"
+    pinned_tokens: int = 64
+    tier_memory: Mapping[str, float] | None = None
+    prefix_reuse_tiers: str = "hot"
+    warm_allocator: str | None = None
+    cold_allocator: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, low in (("hot", BLOCK), ("warm_tokens", 0), ("pinned_tokens", 0)):
+            require_int(f"tiers.{name}", getattr(self, name), low, 1 << 40)
+            if getattr(self, name) % BLOCK:
+                raise ConfigError(f"tiers.{name}: expected a multiple of {BLOCK}, got {getattr(self, name)}")
+        for name, expected in (("warm", "int8"), ("cold", "int4")):
+            if getattr(self, name) not in (None, expected):
+                raise ConfigError(f"tiers.{name}: expected {expected!r} or nothing, got {getattr(self, name)!r}")
+        if not self.quantized:
+            raise ConfigError("tiers: expected warm = 'int8', cold = 'int4', or both, got neither")
+        require_one_of("tiers.demote", self.demote, ("age", "mass"))
+        if self.demote == "mass" and len(self.quantized) < 2:
+            raise ConfigError("tiers.demote: 'mass' chooses between warm and cold, expected both tiers")
+        require_one_of("tiers.prefix_reuse_tiers", self.prefix_reuse_tiers, ("hot", "all"))
+        for name in ("warm", "cold"):
+            _check_allocator(f"tiers.{name}_allocator", getattr(self, f"{name}_allocator"))
+            if getattr(self, name) is None and getattr(self, f"{name}_allocator") is not None:
+                raise ConfigError(f"tiers.{name}_allocator: expected nothing without a {name} tier")
+        object.__setattr__(self, "tier_memory", self._shares())
+
+    def _shares(self) -> dict[str, float]:
+        shares, names = self.tier_memory, ("hot", *self.quantized)
+        if shares is None:
+            return dict(_SHARES[self.quantized])
+        if not isinstance(shares, Mapping) or set(shares) != set(names):
+            raise ConfigError(f"tiers.tier_memory: expected a table with {', '.join(names)}, got {shares!r}")
+        for name in names:
+            share = shares[name]
+            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
+                raise ConfigError(f"tiers.tier_memory.{name}: expected a number above 0 and below 1, got {share!r}")
+        if abs(sum(shares.values()) - 1) > 1e-6:
+            raise ConfigError(f"tiers.tier_memory: expected shares that sum to 1, got {sum(shares.values()):g}")
+        return {name: float(shares[name]) for name in names}
+
+    @property
+    def quantized(self) -> tuple[str, ...]:
+        """Which of ``warm`` and ``cold`` there are."""
+        return tuple(name for name in TIER_NAMES[1:] if getattr(self, name) is not None)
+
+    @property
+    def formats(self) -> tuple[Format | None, Format | None]:
+        """Of the warm and the cold tier."""
+        warm, cold = (None if name is None else FORMATS[name] for name in (self.warm, self.cold))
+        return warm, cold
+
+    def blocks_of_tokens(self, num_blocks: int, nbytes: Mapping[str, int]) -> tuple[int, int, int]:
+        """Share out blocks of 64 tokens, so that the bytes are shared by ``tier_memory``.
+
+        Args:
+            num_blocks: of all tiers together.
+            nbytes: of a block of each tier.
+        """
+        assert self.tier_memory is not None
+        weights = {name: share / nbytes[name] for name, share in self.tier_memory.items()}
+        total = sum(weights.values())
+        blocks = {name: max(1, round(num_blocks * weights[name] / total)) for name in self.quantized}
+        return num_blocks - sum(blocks.values()), blocks.get("warm", 0), blocks.get("cold", 0)
+
+    def blocks_of_memory(self, memory: int, nbytes: Mapping[str, int]) -> tuple[int, int, int]:
+        """As `blocks_of_tokens`, of bytes."""
+        assert self.tier_memory is not None
+        blocks = {name: int(memory * share) // nbytes[name] for name, share in self.tier_memory.items()}
+        return blocks["hot"], blocks.get("warm", 0), blocks.get("cold", 0)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> "TierConfig":
+        """From the table of a configuration file, or what was made of one before."""
+        if isinstance(values, cls):
+            return values
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"tiers: expected a table, got {values!r}")
+        require_known(values, tuple(field.name for field in dataclasses.fields(cls)), "tiers: ")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that are not None, as `from_dict` takes them."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+def _check_allocator(name: str, spec: Any) -> None:
+    if spec is None:
+        return
+    if not isinstance(spec, str):
+        raise ConfigError(f"{name}: expected a name or 'package.module:Class', got {spec!r}")
+    try:
+        find(spec)
+    except AllocatorError as error:
+        raise ConfigError(f"{name}: {error}") from error

@@ -1,0 +1,17 @@
+"""Where the device code is: in an install inside the package, in a checkout beside it."""
+
+from pathlib import Path
+
+
+def source_folder() -> Path:
+    """The folder ``cuda_src``; FileNotFoundError if the install lacks it."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "cuda_src", package.parent / "cuda_src"):
+        if (folder / "include" / "kvt").is_dir():
+            return folder
+    raise FileNotFoundError(f"cuda_src: expected it in {package} or beside it; reinstall kvtoolkit")
+
+
+def get_include() -> Path:
+    """The folder for ``-I``, so that kernels of your own can ``#include <kvt/entry.cuh>`` or ``<kvt/pool.cuh>``."""
+    return source_folder() / "include"

@@ -1,0 +1,98 @@
+"""Figures add up, and steps that left layers out are noticed."""
+
+import numpy as np
+import pytest
+
+from kvtoolkit import StepError
+from tests.kvtoolkit.cache.broken_calls import CALLS, CONFIGS, accounted, make, make_world
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_slot_is_in_one_place_whatever_was_called(name):
+    for call in CALLS.values():
+        world = make_world(**CONFIGS[name])
+        call(world)
+        stats = world.cache.stats()
+        refs = world.cache._sequences.pool.granules.refs
+        assert stats.used == 8 * np.count_nonzero(refs)
+        assert stats.callers == 8 * np.count_nonzero(world.cache._sequences.pool.ledger.callers)
+        for one in (stats, *stats.tiers.values()):
+            assert accounted(one) == one.capacity
+        assert stats.reused_tokens <= stats.prompt_tokens
+        assert stats.peak_used >= stats.used
+
+
+def test_what_an_allocator_holds_back_is_not_used_by_sequences():
+    cache = make(allocator="paged", block_sizes=(16,), growth="fixed16")
+    seq_ids, _ = cache.open([[]])
+    cache.end_step(cache.begin_step(seq_ids, 10), range(10))
+    cache.close(seq_ids)
+    stats = cache.stats()
+    assert (stats.num_seqs, stats.used, stats.cached, stats.pinned) == (0, 0, 16, 0)  # goes with what is cached
+    assert stats.peak_used == 16
+    cache.open([range(10)])
+    stats = cache.stats()
+    assert (stats.num_seqs, stats.used, stats.cached, stats.pinned) == (1, 8, 0, 8)
+
+
+KV = np.ones((9, 1, 8), np.float32)
+
+
+@pytest.mark.parametrize("missing", [[0], [2], [0, 1], [1, 2, 3]])
+@pytest.mark.parametrize("publish", [True, False])
+def test_a_step_that_left_layers_out_does_not_end(missing, publish):
+    cache = make(num_layers=4)
+    seq_ids, _ = cache.open([[]])
+    with cache.begin_step(seq_ids, 9) as step:
+        for layer in set(range(4)) - set(missing):
+            step.append(layer, KV, KV)
+        with pytest.raises(StepError, match=f"for layer {', '.join(map(str, missing))};"):
+            cache.end_step(step, range(9) if publish else None)
+        assert cache.lengths(seq_ids) == [0]
+    assert cache.lengths(seq_ids) == [0]
+    assert cache.open([range(9)])[1] == [0]
+    with cache.begin_step(seq_ids, 9) as step:
+        for layer in {*range(4)} - {*missing}:
+            step.append(np.int64(layer), KV, KV)
+        with pytest.raises(StepError):
+            cache.end_step(step, range(9))
+        for layer in missing:
+            step.append(layer, KV, KV)
+        cache.end_step(step, range(9))
+    assert cache.lengths(seq_ids) == [9]
+    assert cache.open([range(9)])[1] == [8]
+
+
+def test_layers_that_are_appended_by_repeat_count():
+    cache = make(num_layers=3)
+    q, out = np.ones((9, 1, 8), np.float32), np.empty((9, 1, 8), np.float32)
+    for last in (2, 3):
+        step = cache.begin_step(cache.open([[]])[0], 9)
+        step.append(0, KV, KV)
+        step.attend(0, q, out=out)
+        for layer in range(1, last):
+            assert step.repeat(layer, KV.ctypes.data, KV.ctypes.data, q.ctypes.data, out.ctypes.data)
+        if last == 2:
+            with pytest.raises(StepError, match="for layer 2;"):
+                cache.end_step(step)
+        else:
+            cache.end_step(step)
+
+
+@pytest.mark.parametrize("num_layers", [1, 64, 65, 130])
+def test_any_number_of_layers_is_noted(num_layers):
+    cache = make(num_layers=num_layers)
+    step = cache.begin_step(cache.open([[]])[0], 9)
+    for layer in np.arange(num_layers):
+        step.append(layer, KV, KV)
+    cache.end_step(step)
+
+
+def test_a_step_without_tokens_or_appends_ends():
+    cache = make(num_layers=2)
+    seq_ids, _ = cache.open([[]])
+    cache.end_step(cache.begin_step(seq_ids, 9), range(9))
+    with cache.begin_step(seq_ids, 0) as step:
+        step.append(0, KV[:0], KV[:0])
+        cache.end_step(step, [])
+    assert cache.lengths(seq_ids) == [9]

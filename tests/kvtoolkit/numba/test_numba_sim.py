@@ -1,0 +1,256 @@
+"""The Numba kernels in Numba's CUDA simulator, against the float64 reference: their arithmetic, not their races.
+
+The simulator must be chosen before Numba is imported, so the tests of `TestInSimulator` run in a pytest of their own:
+``NUMBA_ENABLE_CUDASIM=1 pytest tests/kvtoolkit/numba/test_numba_sim.py::TestInSimulator`` by hand. It takes 0.1 s for
+each query token and kv head, so there are few of them.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvtoolkit import numba as twins
+from kvtoolkit import reference
+from kvtoolkit.cpu import Operand, operand
+from kvtoolkit.errors import UnsupportedError
+from kvtoolkit.formats.quantized import FORMATS
+from kvtoolkit.formats.tier_caches import TierCaches
+from tests.kvtoolkit.attention import tiered_cases
+from tests.kvtoolkit.attention.attention_cases import Case, assert_close, nan_filled, to_storage
+from tests.kvtoolkit.attention.tiered_cases import TieredCase
+
+ROOT = Path(__file__).resolve().parents[3]
+SLOPES = np.array([0.5, 0.25, 0.0], np.float32)
+SINKS = np.array([-2.0, 30.0, -np.inf], np.float32)
+DTYPES = ("float16", "bfloat16")
+
+
+def run(*command: str, **environment: str) -> None:
+    result = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_twins_pass_in_the_simulator() -> None:
+    run(
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{Path(__file__).relative_to(ROOT)}::TestInSimulator",
+        NUMBA_ENABLE_CUDASIM="1",
+    )  # fmt: skip
+
+
+def test_importing_the_twins_leaves_cuda_alone() -> None:
+    run("-c", "import sys, kvtoolkit.numba; assert not any(name.startswith('numba.cuda') for name in sys.modules)")
+
+
+def described(array: Any, dtype: str) -> Any:
+    """An array as an `Operand`, its 16-bit words read as ``dtype``; anything else as it is."""
+    return operand(array, "array", dtype) if isinstance(array, np.ndarray) else array
+
+
+def attend(case: Case, arrays: tuple[np.ndarray, ...], layout: str = "HND", **options: Any) -> None:
+    """The twin agrees with the reference; three ``arrays`` are a paged cache, four hold entries."""
+    k_cache, v_cache, table, starts = arrays if len(arrays) == 4 else (*arrays, None)
+    out, lse = run_twin(case, k_cache, v_cache, table, starts, layout=layout, **options)
+    assert_close(out, lse, *case.expected(arrays, layout, **options), case.dtype)
+
+
+def attend_tiers(case: TieredCase, **options: Any) -> None:
+    """Likewise over tiers, and so do the masses."""
+    arrays = case.tiered()
+    caches, table, starts = arrays
+    masses = case.no_masses(arrays)
+    out, lse = run_twin(
+        case, caches.k_cache, caches.v_cache, table, starts, tiers=tiered_cases.described(caches), block_mass=masses,
+        **options,
+    )  # fmt: skip
+    assert_close(out, lse, *case.expected(arrays, **options), case.dtype)
+    case.check_masses(arrays, masses, **options)
+
+
+def run_twin(case: Case, *cache: Any, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+    """``out, lse``, written over NaN; ``cache`` is the caches and the tables."""
+    q, lengths, cu_seqlens_q, *cache_operands = [
+        described(array, case.dtype) for array in (case.q, case.lengths, case.cu_seqlens_q, *cache)
+    ]
+    out, lse = nan_filled(case.q.shape, case.dtype), np.full(case.q.shape[:2], np.nan, np.float32)
+    twins.attend(
+        q, *cache_operands, lengths, out=described(out, case.dtype), lse=operand(lse, "lse"), cu_seqlens_q=cu_seqlens_q,
+        **{name: described(option, case.dtype) for name, option in options.items()},
+    )  # fmt: skip
+    return out, lse
+
+
+class TestInSimulator:
+    __test__ = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
+
+    @pytest.mark.parametrize(("dtype", "layout"), [("float16", "NHD"), ("bfloat16", "HND")])
+    def test_decode_over_paged_blocks(self, dtype: str, layout: str) -> None:
+        case = Case([65, 0, 5], num_q_heads=4, head_dim=8, dtype=dtype)
+        attend(case, case.paged(5, layout), layout)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_decode_over_variable_blocks(self, dtype: str) -> None:
+        case = Case([130, 9], num_q_heads=3, num_kv_heads=1, head_dim=8, dtype=dtype)
+        attend(case, case.variable())
+
+    def test_rows_of_many_queries_with_sinks_and_slopes(self) -> None:
+        # a padding row that has a query, and queries before position 0
+        case = Case([66, 0, 2], [2, 1, 3], num_q_heads=3, num_kv_heads=1, head_dim=8, dtype="bfloat16")
+        attend(case, case.variable(), sinks=SINKS, alibi_slopes=SLOPES)
+
+    def test_an_acausal_window_and_a_softcap(self) -> None:
+        case = Case([90, 0, 70], [1, 0, 1], num_q_heads=3, num_kv_heads=1, head_dim=8, dtype="float16")
+        options = {"causal": False, "window_size": (20, 5), "softcap": 5.0, "softmax_scale": 0.1, "num_splits": 3}
+        attend(case, case.paged(16, "HND"), **options)
+
+    def test_a_group_of_more_heads_than_a_cta_takes(self) -> None:
+        case = Case([9], num_q_heads=10, num_kv_heads=1, head_dim=8, dtype="float16")
+        attend(case, case.variable())
+
+    def test_the_output_may_be_the_queries(self) -> None:
+        case = Case([9], num_q_heads=2, num_kv_heads=1, head_dim=8, dtype="float16")
+        arrays = case.paged(4, "HND")
+        expected, lse = case.expected(arrays, "HND")
+        q, k_cache, v_cache, table, lengths = [operand(array, "array") for array in (case.q, *arrays, case.lengths)]
+        twins.attend(q, k_cache, v_cache, table, None, lengths, out=q)
+        assert_close(case.q, lse, expected, lse, "float16")
+
+    @pytest.mark.parametrize("head_dim", [64, 128])
+    def test_every_element_of_a_block_is_that_of_the_judge(self, head_dim: int) -> None:
+        from kvtoolkit.numba import quantized
+
+        keys, values = np.random.default_rng(0).standard_normal((2, 64, head_dim)).astype(np.float32)
+        readers = {
+            "int8": (quantized.warm_key, quantized.warm_value),
+            "int4": (quantized.cold_key, quantized.cold_value),
+        }
+        for name, pair in readers.items():
+            block = FORMATS[name].encode(keys, values)
+            for read, good in zip(pair, FORMATS[name].decode(block, head_dim), strict=True):
+                found = [[read(block, token, dim, head_dim) for dim in range(head_dim)] for token in range(64)]
+                np.testing.assert_array_equal(np.array(found), good)
+
+    @pytest.mark.parametrize(
+        ("dtype", "seq_len", "pattern"),
+        [("float16", 150, "hwc"), ("bfloat16", 130, "wch"), ("float16", 70, "cw"), ("float16", 66, "hh")],
+    )
+    def test_decode_over_tiers(self, dtype: str, seq_len: int, pattern: str) -> None:
+        attend_tiers(TieredCase([seq_len], num_q_heads=2, num_kv_heads=1, dtype=dtype, patterns=[pattern]))
+
+    def test_rows_of_many_queries_over_tiers_with_every_option(self) -> None:
+        # a padding row, a row without queries, and two kv heads
+        case = TieredCase([68, 0, 9, 5], [2, 1, 0, 1], num_q_heads=2, dtype="float16", patterns=["cw", "", "h", "w"])
+        options = {"causal": False, "window_size": (30, 1), "softcap": 5.0, "softmax_scale": 0.1}
+        attend_tiers(case, sinks=SINKS[:2], alibi_slopes=SLOPES[:2], **options)
+
+    def test_masses_of_a_group_of_more_heads_than_a_cta_takes_where_the_output_is_the_queries(self) -> None:
+        case = TieredCase([70], num_q_heads=10, num_kv_heads=1, dtype="float16", patterns=["hh"])
+        arrays = case.tiered()
+        caches, table, starts = arrays
+        queries, masses = case.q.copy(), case.no_masses(arrays)
+        q, *others = [operand(array, "array") for array in (queries, *caches[:2], table, starts, case.lengths, masses)]
+        twins.attend(q, *others[:-1], out=q, tiers=tiered_cases.described(caches), block_mass=others[-1])
+        expected, lse = case.expected(arrays)
+        assert_close(queries, lse, expected, lse, "float16")
+        case.check_masses(arrays, masses)
+
+    def test_masses_over_variable_blocks(self) -> None:
+        case = Case([130, 0, 9], num_q_heads=2, head_dim=8, dtype="float16")
+        k_cache, v_cache, table, starts = case.variable()
+        masses = np.full((3, table.shape[1], 2), np.nan, np.float32)
+        run_twin(case, k_cache, v_cache, table, starts, block_mass=masses)
+        good = reference.tile_masses(case.q, TierCaches(k_cache, v_cache), table, starts, case.lengths)
+        np.testing.assert_allclose(masses[:, : good.shape[1]], good, rtol=1e-3, atol=1e-6)
+        assert (masses[:, good.shape[1] :] == 0).all()
+
+    def test_tiers_that_a_cache_does_not_have_are_not_read(self) -> None:
+        case = TieredCase([9], num_q_heads=2, num_kv_heads=1, dtype="float16", patterns=["h"])
+        caches, table, starts = case.tiered()
+        arrays = caches._replace(warm=None, cold=None), table, starts
+        tiers = tiered_cases.described(arrays[0])
+        out, lse = run_twin(case, caches.k_cache, caches.v_cache, table, starts, tiers=tiers)
+        assert_close(out, lse, *case.expected(arrays), case.dtype)
+
+    @pytest.mark.parametrize(("dtype", "head_dim"), [("float32", 8), ("float16", 264)])
+    def test_what_has_no_kernel_is_refused(self, dtype: str, head_dim: int) -> None:
+        case = Case([1], head_dim=head_dim, dtype=dtype)
+        with pytest.raises(UnsupportedError, match="Numba kernel"):
+            attend(case, case.variable())
+
+    @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # inf - inf, where a query sees it
+    def test_what_a_query_does_not_see_does_not_reach_it(self) -> None:
+        from tests.kvtoolkit.attention import unseen_cases
+
+        def make() -> Case:
+            return Case([67], [3], num_q_heads=1, num_kv_heads=1, head_dim=8, dtype="float16")
+
+        def run_case(case: Case, arrays: Any, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+            return run_twin(case, *arrays, **options)
+
+        assert unseen_cases.check(make, Case.variable, run_case, window_size=(20, 0)) == 8
+
+    @pytest.mark.parametrize("layout", ["NHD", "HND"])
+    def test_append_writes_named_slots_and_nothing_else(self, layout: str) -> None:
+        rng = np.random.default_rng(0)
+        key, value = rng.standard_normal((2, 4, 2, 8)).astype(np.float16)
+        shape = (3, 5, 2, 8) if layout == "NHD" else (3, 2, 5, 8)
+        caches = rng.standard_normal((2, *shape)).astype(np.float16)
+        slots = np.array([14, -1, 0, 7], np.int64)
+        expected = caches.copy()
+        reference.append(key, value, *expected, slots, layout=layout)
+        twins.append(*[operand(array, "array") for array in (key, value, *caches, slots)], layout=layout)
+        np.testing.assert_array_equal(caches, expected)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_merged_states_are_those_of_both_sides(self, dtype: str) -> None:
+        rng = np.random.default_rng(0)
+        sides = [to_storage(rng.standard_normal((4, 2, 8)), dtype) for _ in "ab"]
+        lses = [(40 * rng.standard_normal((4, 2))).astype(np.float32) for _ in "ab"]
+        for side, empty in ((0, [1, 3]), (1, [2, 3])):
+            lses[side][empty] = -np.inf
+            sides[side][empty] = nan_filled((2, 2, 8), dtype)  # never to be read
+        out, lse = nan_filled((4, 2, 8), dtype), np.full((4, 2), np.nan, np.float32)
+        good = reference.merge_states(
+            reference.to_float64(sides[0], dtype), lses[0], reference.to_float64(sides[1], dtype), lses[1]
+        )
+        operands = [described(array, dtype) for array in (out, lse, sides[0], lses[0], sides[1], lses[1])]
+        twins.merge_states(*operands)
+        assert_close(out, lse, *good, dtype)
+        twins.merge_states(*operands[2:4], *operands[2:])  # in place
+        assert_close(sides[0], lses[0], *good, dtype)
+
+    def test_granules_are_copied_in_every_layer(self) -> None:
+        storage = np.random.default_rng(0).standard_normal((2, 7, 2, 8, 4)).astype(np.float16)
+        arena = storage[:, 1:6]  # layers do not touch
+        moves = np.array([[4, 0], [1, 3]], np.int32)
+        expected = storage.copy()
+        expected[:, 1:6][:, moves[1]] = arena[:, moves[0]]
+        twins.copy_granules(*[operand(array, "array") for array in (arena, *moves)])
+        np.testing.assert_array_equal(storage, expected)
+
+    def test_no_tokens_and_no_moves_are_no_work(self) -> None:
+        none = operand(np.zeros((0, 2, 8), np.float16), "key")
+        cache = operand(np.zeros((1, 2, 8, 8), np.float16), "cache")
+        twins.append(none, none, cache, cache, operand(np.zeros(0, np.int64), "slots"), layout="HND")
+        table, lengths = operand(np.zeros((0, 1), np.int32), "table"), operand(np.zeros(0, np.int32), "seq_lens")
+        twins.attend(none, cache, cache, table, None, lengths, out=none)
+        twins.copy_granules(Operand(0, (2, 3, 2, 8, 8), (384, 128, 64, 8, 1), "float16", None), lengths, lengths)
+
+    def test_bfloat16_rounds_to_nearest_even(self) -> None:
+        from kvtoolkit.numba.device import narrow, widen
+
+        # exact; two ties; just off a tie; the largest float32; infinities
+        floats = np.array(
+            [-1.5, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, 3.4028234e38, np.inf, -np.inf], np.float32
+        )
+        words = [narrow(value, True) for value in floats]
+        assert words == [0xBFC0, 0x3F80, 0x3F82, 0x3F81, 0x7F80, 0x7F80, 0xFF80]
+        assert [widen(word, True) for word in words[:3]] == [-1.5, 1.0, 1.015625]
+        assert np.isnan(widen(narrow(np.uint32(0x7F800001).view(np.float32), True), True))
