@@ -1,6 +1,6 @@
 # make demo   a real model generates text on kvtoolkit's cache
 # make test   every test that this machine can run; ARGS are pytest's
-# make lint   ruff and mypy
+# make lint   ruff, mypy, and which room imports which
 # make families   every causal model of the installed transformers, made tiny, beside its own cache: some minutes
 # Both need Python 3.11 or later and nothing else; everything goes into $(VENV).
 
@@ -26,6 +26,7 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m mypy
+	$(BIN)/lint-imports
 
 $(VENV)/.python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kvtoolkit needs Python 3.11 or later")'

@@ -12,13 +12,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from allocators._calls import exclusive, exclusive_or_later
 from kvtoolkit.arrays.types import Int32Array, Int64Array
-from kvtoolkit.cache import compaction, integrity, preemption, repair, sharing, snapshot
+from kvtoolkit.cache import compaction, integrity, preemption, sharing, snapshot
 from kvtoolkit.cache.grants import Grower
 from kvtoolkit.cache.layers import layers
 from kvtoolkit.cache.lease import Lease
-from kvtoolkit.cache.repair import Repairs
 from kvtoolkit.cache.shared_allocator import SharedAllocator
-from kvtoolkit.cache.state import block_table, step_passes
+from kvtoolkit.cache.state import block_table, repair, step_passes
 from kvtoolkit.cache.state.arguments import MAX_TOKENS, as_counts, as_ids, as_prompt, as_tokens, as_vector, is_ids
 from kvtoolkit.cache.state.block_table import (
     CLOSED,
@@ -35,6 +34,7 @@ from kvtoolkit.cache.state.block_table import (
 from kvtoolkit.cache.state.cache_state import Sequences
 from kvtoolkit.cache.state.identity import as_extras, as_salts, as_text, forget_prefixes
 from kvtoolkit.cache.state.prefix_index import match, usable
+from kvtoolkit.cache.state.repair import Repairs
 from kvtoolkit.cache.state.sizes import require_tables_fit
 from kvtoolkit.cache.state.step_arrays import SpareArrays
 from kvtoolkit.cache.stats import CacheStats, collect

@@ -18,7 +18,6 @@ from allocators import AllocatorError, IntegrityError
 from kvtoolkit.arrays.types import Int64Array
 from kvtoolkit.cache import integrity
 from kvtoolkit.cache.array_file import pack_arrays, unpack_arrays
-from kvtoolkit.cache.repair import count_refs
 from kvtoolkit.cache.state.block_table import (
     CAPACITY,
     CHAIN_UID,
@@ -39,6 +38,7 @@ from kvtoolkit.cache.state.cache_state import Preempted, Sequences
 from kvtoolkit.cache.state.host_copies import Copy, copy_tiers, sizes_of
 from kvtoolkit.cache.state.identity import Names
 from kvtoolkit.cache.state.prefix_index import BROKEN, CLOCK, EXTRA, NEXT_UID, NO_EXTRA, ROOT, ROOT_UID, reindex
+from kvtoolkit.cache.state.repair import count_refs
 from kvtoolkit.cache.state.twins import find_twins
 from kvtoolkit.cache.storage.storage import Contents, split
 from kvtoolkit.config.tiers import TIER_NAMES

@@ -2,8 +2,8 @@
 
 `kvtoolkit.formats.quantized` says how the bytes lie. Its pieces of 16 bytes stand in lines of 64, one piece for each
 ``t``. Eight lines are brought to the order of a tile in four rounds, each one between lines whose numbers differ in one
-bit; what moves are bytes within a piece, which is one instruction of AVX, AVX-512 or NEON. A line then holds, for each ``t``, 16
-tokens of one dim (keys) or 16 dims of one token (values), of int4 those of two.
+bit; what moves are bytes within a piece, which is one instruction of AVX, AVX-512 or NEON. A line then holds, for each
+``t``, 16 tokens of one dim (keys) or 16 dims of one token (values), of int4 those of two.
 """
 
 from typing import Any

@@ -8,7 +8,7 @@ Nothing here takes a lock; `kvtoolkit.cache.kv_cache.KVCache` does.
 
 A call may break off between any two statements. So each takes the memory it needs and fills it, then changes rows and
 index in one compiled move, and frees what became free last: at any moment the rows hold what they held before the call
-or after it, and `kvtoolkit.cache.repair` makes the rest follow from them.
+or after it, and `kvtoolkit.cache.state.repair` makes the rest follow from them.
 """
 
 import weakref
@@ -20,8 +20,7 @@ from numpy.typing import ArrayLike
 
 from allocators._calls import Calls
 from kvtoolkit.arrays.types import Int32Array, Int64Array
-from kvtoolkit.cache import repair
-from kvtoolkit.cache.state import block_table
+from kvtoolkit.cache.state import block_table, repair
 from kvtoolkit.cache.state.arguments import as_ids
 from kvtoolkit.cache.state.block_manager import Counters, Pool, Runs
 from kvtoolkit.cache.state.block_table import GENERATION, ID_BITS, LENGTH, OPEN, STATE, STATE_NAMES
