@@ -106,7 +106,12 @@ def replay_command(spec: str, seed: int, num_granules: int | None, options: Mapp
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``kvtoolkit fuzz``, for `main`."""
     parser.add_argument("--allocator", required=True, help="a name, or package.module:Class")
-    parser.add_argument("--seconds", type=float, default=60.0, help="how long to try (default %(default)s)")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=60.0,
+        help="begin no new round after that (default %(default)s); a short round of each kind always comes first",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of everything drawn (default %(default)s)")
     parser.add_argument("--num-granules", type=int, help="size of the pool (default: several in turn)")
     parser.add_argument(

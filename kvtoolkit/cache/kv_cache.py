@@ -393,7 +393,9 @@ class KVCache:
         Args:
             seq_ids: ``[batch]`` preempted sequences, the most urgent first.
             keep_free: tokens of the hot tier that must be free, or cached and so free when they are needed, after a
-                sequence has come back: room for its next tokens, so that it need not go again at once.
+                sequence has come back: room for its next tokens, so that it need not go again at once. Where an
+                allocator gives a block size a whole slab (``slab``) this may be seen only once the slab was begun; a
+                sequence that is refused then may have evicted cached prefixes.
 
         Returns:
             ``[batch]`` bool: which are open again; the others found too little memory and stay preempted.
@@ -482,8 +484,14 @@ class KVCache:
 
         After a call that broke off (a plug-in or a copy raised, memory ran out, Ctrl-C) the next call does it by
         itself. Sequences, steps, leases and blocks that somebody still refers to stay as they are.
+
+        Returns:
+            What was put in order, by this call and by others, since this was last called.
         """
-        return repair.settle(self._sequences)
+        sequences = self._sequences
+        repair.settle(sequences)
+        found, sequences.repairs = sequences.repairs, Repairs()
+        return found
 
     @exclusive
     def check_integrity(self) -> None:

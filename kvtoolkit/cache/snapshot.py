@@ -206,9 +206,10 @@ class _Unpacker:
         if not isinstance(tiers, dict) or any(tiers.get(name) != formats.get(name) for name in ("warm", "cold")):
             differing.append("tiers")
         if differing:
-            raise CacheSnapshotError(
-                f"snapshot: expected one of a cache with the same {', '.join(differing)}, got another"
+            wanted, got = (
+                ", ".join(f"{name} {fields.get(name)!r:.80}" for name in differing) for fields in (expected, found)
             )
+            raise CacheSnapshotError(f"snapshot: expected one of a cache with {wanted}, got one with {got}")
         there = self._vector("tier_granules", "int64", 3)
         self._within("tier_granules", there, 0, 1 << 25)
         self._first = np.array([0, there[0], there[0] + there[1]])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from allocators import AllocatorStats
-from kvtoolkit.cache.state.block_table import CAPACITY, CLOSED, LENGTH, NUM_ENTRIES, PREEMPTED, STATE
+from kvtoolkit.cache.state.block_table import CLOSED, LENGTH, NUM_ENTRIES, PREEMPTED, STATE, fill_in
 from kvtoolkit.cache.state.cache_state import Sequences
 from kvtoolkit.cache.state.prefix_index import HELD
 from kvtoolkit.config.tiers import TIER_NAMES
@@ -56,15 +56,16 @@ class CacheStats:
         num_tokens: held by the open sequences; a token that two of them share counts twice.
         capacity: slots in the pool.
         used: slots that sequences hold, a shared one counted once.
-        cached: slots that no sequence holds but that are not forgotten yet. Later prompts can find them, but for
-            those behind the first quantized tile where ``prefix_reuse_tiers`` is ``hot``. The rest of their blocks
-            counts, too, where the allocator gets blocks back only as a whole: evicting makes all of these free.
-        free: slots that can be granted.
+        cached: slots that evicting all cached prefixes would make free. Later prompts find these prefixes, but for what
+            comes after the first quantized tile where ``prefix_reuse_tiers`` is ``hot``. Where only whole blocks can be
+            freed, the rest of a block counts if no sequence holds a part of it; else all of it is ``pinned``.
+        free: slots that the allocator has to grant. Where one large block size is used, they may be in pieces that are
+            too small.
         kept_back: slots kept back as targets for merging.
         callers: slots that callers took from `KVCache.allocator`, or kernels from a pool on a device.
-        pinned: slots of no use to anybody at the moment: held back by an allocator until the rest of their block is
-            free, or left behind where an allocator broke off (`KVCache.repair`).
-        waste: share of the slots held that hold no token: room at the ends of sequences.
+        pinned: slots of no use at the moment: cached or given back, but of a block of which a sequence holds a part; or
+            left behind where an allocator broke off (`KVCache.repair`).
+        waste: share of ``used`` that holds no token: room at the ends of sequences.
         blocks: entries of the block table by their length in tokens.
         entries_per_seq: mean number of entries in a row of the block table.
         peak_used: most slots that sequences ever held.
@@ -134,8 +135,10 @@ def collect(sequences: Sequences) -> CacheStats:
     rows, pool, counters = sequences.rows, sequences.pool, sequences.counters
     info = rows.info
     live = np.flatnonzero((info[:, STATE] != CLOSED) & (info[:, STATE] != PREEMPTED))
-    lengths, capacities, counts = info[live, LENGTH], info[live, CAPACITY], info[live, NUM_ENTRIES]
-    slots = int(capacities.sum()) * 8
+    lengths, counts = info[live, LENGTH], info[live, NUM_ENTRIES]
+    num_held = int(pool.granules.cached[HELD : HELD + 3].sum())
+    filled = np.zeros(pool.num_granules, np.int8)
+    fill_in(rows, live.astype(np.int32), filled)
     width = int(counts.max(initial=0))
     entries = rows.entries[live, :width]
     sizes = (((entries >> 24) & 7) + 1)[np.arange(width) < counts[:, None]] * 8
@@ -148,7 +151,7 @@ def collect(sequences: Sequences) -> CacheStats:
         num_tokens=int(lengths.sum()),
         capacity=pool.num_granules * 8,
         **everywhere,
-        waste=(slots - int(lengths.sum())) / slots if slots else 0.0,
+        waste=1 - int(filled.sum()) / (8 * num_held) if num_held else 0.0,
         blocks={int(size): int(count) for size, count in zip(*np.unique(sizes, return_counts=True), strict=True)},
         entries_per_seq=float(counts.mean()) if len(live) else 0.0,
         peak_used=counters.peak_granules * 8,

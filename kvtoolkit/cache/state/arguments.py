@@ -40,7 +40,8 @@ def as_vector(values: ArrayLike, name: str, length: int) -> Int64Array:
 def _integers(values: ArrayLike, name: str, shape: str) -> Int64Array:
     array = _as_array(values, name, SequenceError)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise SequenceError(f"{name}: expected {shape} integers, got {array.dtype} {list(array.shape)}")
+        got = f"{array.dtype} {list(array.shape)}" if array.ndim else f"one {type(values).__name__}: {values!r:.40}"
+        raise SequenceError(f"{name}: expected {shape} integers, got {got}")
     return _as_int64(array, name, SequenceError)
 
 

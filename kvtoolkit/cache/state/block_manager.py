@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from allocators import BlockAllocator, InvalidSizeError, UnknownAllocatorError, create, find
 from kvtoolkit.arrays.types import Int32Array
-from kvtoolkit.cache.state.evictor import Evictor, count_pinned
+from kvtoolkit.cache.state.evictor import Evictor, count_evictable
 from kvtoolkit.cache.state.ledger import Ledger, require_allocator
 from kvtoolkit.cache.state.prefix_index import HELD, make_granules, make_nodes
 from kvtoolkit.config.cache import CacheConfig
@@ -136,18 +136,19 @@ class Pool:
         return int(self.granules.cached[TIER_HOT])
 
     def num_evictable(self, tier: int) -> int:
-        """Granules of a tier that are cached, and those that the allocator gets back only with them.
+        """Granules of a tier that evicting all that is cached would make free.
 
-        Looks at all of the tier, if its allocator frees blocks as a whole.
+        Looks at all of the tier, unless every cached granule is of use by itself.
         """
         num_cached, first = int(self.granules.cached[tier]), self.first[tier]
-        if num_cached == 0 or self.ledger.frees_singly(tier):
+        if num_cached == 0 or self.evictor.is_single[tier]:
             return num_cached
         granules, ledger = self.granules, self.ledger
         own = slice(first, first + ledger.num_of(tier))
         cached = (np.flatnonzero((granules.refs[own] == 0) & (granules.node[own] >= 0)) + first).astype(np.int32)
         sizes = ledger.unit_sizes(cached)
-        return num_cached + int(count_pinned(granules, cached, sizes, first, ledger.granted, ledger.callers))
+        units = np.maximum(sizes, self.evictor.smallest[tier])
+        return int(count_evictable(granules, cached, units, sizes > 1, first, ledger.granted, ledger.callers))
 
     @property
     def num_used(self) -> int:

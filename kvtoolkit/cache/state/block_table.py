@@ -237,6 +237,18 @@ def list_granules(rows: Rows, row: int, count: int, out: Int32Array) -> None:
 
 
 @jit
+def fill_in(rows: Rows, which: Int32Array, filled: NDArray[np.int8]) -> None:
+    """Write to each granule of some rows how many tokens are in it; in one that rows share, of the fullest."""
+    for row in which:
+        left = rows.info[row, LENGTH]
+        for e in range(rows.info[row, NUM_ENTRIES]):
+            granule = entry_granule(rows.entries[row, e])
+            for i in range(entry_length(rows.entries[row, e])):
+                filled[granule + i] = max(filled[granule + i], min(max(left, 0), 8))
+                left -= 8
+
+
+@jit
 def adopt(rows: Rows, row: int, found: Int32Array, count: int, nodes: Nodes, granules: Granules) -> Any:
     """Make an empty row hold the granules of the first ``count`` nodes found; returns how many its entries can name."""
     entries, previous = 0, -2

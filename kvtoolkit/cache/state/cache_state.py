@@ -61,6 +61,8 @@ class Sequences:
         self.closed_rows = list(range(config.max_seqs))[::-1]
         self.compacted = np.zeros(2, np.int64)
         """Row and logical granule where compaction goes on."""
+        self.repairs = repair.Repairs()
+        """What was put in order since `KVCache.repair` was last asked."""
         self.preempted: dict[int, Preempted] = {}
         self.copies = HostCopies(self.storage, self.pool.granules)
         self.opened = 0, np.empty(0, np.int32)

@@ -75,8 +75,8 @@ class Evictor:
         self._nodes = nodes
         self._granules = granules
         self._ledger = ledger
-        self._smallest = np.array(smallest, np.int32)  # block that the cache asks of each tier, in granules
-        self._is_single = [size == 1 and ledger.frees_singly(tier) for tier, size in enumerate(smallest)]
+        self.smallest = np.array(smallest, np.int32)  # block that the cache asks of each tier, in granules
+        self.is_single = [size == 1 and ledger.frees_singly(tier) for tier, size in enumerate(smallest)]
         self.forget()
 
     def forget(self) -> None:
@@ -93,7 +93,7 @@ class Evictor:
         cached, changes = int(self._granules.cached[tier]), int(self._granules.cached[NUM_CHANGES])
         if wanted <= 0 or cached == 0:
             return wanted <= 0
-        if self._is_single[tier]:
+        if self.is_single[tier]:
             return wanted <= cached
         known_at, most = self._known[tier]
         if known_at == changes and wanted > most:
@@ -148,9 +148,9 @@ class Evictor:
         granules = self._granules
         tiers = np.searchsorted(granules.first[1:], touched, side="right")
         if len(touched) > num_cached:  # which matters only where others depend on them
-            is_of_use = ~np.array(self._is_single)[tiers] | (np.arange(len(touched)) < num_cached)
+            is_of_use = ~np.array(self.is_single)[tiers] | (np.arange(len(touched)) < num_cached)
             touched, tiers = touched[is_of_use], tiers[is_of_use]
-        sizes = np.maximum(self._ledger.unit_sizes(touched), self._smallest[tiers])
+        sizes = np.maximum(self._ledger.unit_sizes(touched), self.smallest[tiers])
         self._serial += 1
         for tier in range(len(TIER_NAMES)):
             own = tiers == tier
@@ -274,17 +274,24 @@ def _gain(heap: _Heap, i: int, latest: Int64Array, granules: Granules, granted: 
 
 
 @jit
-def count_pinned(
-    granules: Granules, cached: Int32Array, sizes: Int32Array, first: int, granted: Flags, callers: Flags
+def count_evictable(
+    granules: Granules,
+    cached: Int32Array,
+    sizes: Int32Array,
+    pinning: NDArray[np.bool_],
+    first: int,
+    granted: Flags,
+    callers: Flags,
 ) -> Any:
-    """How many granules nobody has that are in units with cached ones alone, so that evicting those brings them back.
+    """How many granules evicting all that is cached would make free: those of units of which no row holds a part.
 
     Args:
         cached: the cached granules of a tier, ascending.
         sizes: those of their units.
+        pinning: whether the allocator gets the unit back only as a whole, so that the rest of it is not free, either.
         first: first granule of the tier.
     """
-    num_pinned, last = 0, -1
+    total, last = 0, -1
     for i in range(len(cached)):
         start = first + (cached[i] - first) // sizes[i] * sizes[i]
         if start == last:
@@ -294,10 +301,12 @@ def count_pinned(
         for granule in range(start, start + sizes[i]):
             if granules.node[granule] < 0 or granules.refs[granule] > 0:
                 is_free = is_free and not (granted[granule] or callers[granule])
+                found += pinning[i]
+            else:
                 found += 1
         if is_free:
-            num_pinned += found
-    return num_pinned
+            total += found
+    return total
 
 
 @jit

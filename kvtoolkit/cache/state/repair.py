@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Repairs:
-    """What `KVCache.repair` has found and done.
+    """What calls that broke off had left behind, and was put in order.
 
     Attributes:
         num_closed: sequences closed, since the call that opened them did not return, or their lease was lost.
@@ -46,14 +46,17 @@ class Repairs:
             stays lost.
     """
 
-    num_closed: int
-    num_reopened: int
-    num_freed: int
-    unresolved: tuple[str, ...]
+    num_closed: int = 0
+    num_reopened: int = 0
+    num_freed: int = 0
+    unresolved: tuple[str, ...] = ()
 
 
-def settle(sequences: "Sequences") -> Repairs:
-    """Put everything in order; may itself break off, and is done again then. The caller holds the lock."""
+def settle(sequences: "Sequences") -> None:
+    """Put everything in order; may itself break off, and is done again then. The caller holds the lock.
+
+    What it did is added to ``sequences.repairs``.
+    """
     table, pool = sequences.rows, sequences.pool
     for mark, handle in list(sequences.handles.items()):
         if (found := handle()) is None or not found._is_open:
@@ -82,7 +85,11 @@ def settle(sequences: "Sequences") -> Repairs:
         owned[start : start + MAX_BLOCK_GRANULES] = True
     num_freed = pool.ledger.settle(owned)
     pool.evictor.forget()
-    return Repairs(int(num_closed), int(num_reopened), num_freed, tuple(pool.ledger.unresolved))
+    before = sequences.repairs
+    sequences.repairs = Repairs(
+        before.num_closed + int(num_closed), before.num_reopened + int(num_reopened), before.num_freed + num_freed,
+        tuple(pool.ledger.unresolved),
+    )  # fmt: skip
 
 
 def end_lost(sequences: "Sequences") -> None:

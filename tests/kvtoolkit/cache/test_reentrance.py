@@ -14,6 +14,7 @@ import pytest
 from allocators import BusyError as AllocatorBusyError
 from allocators import EpochPool, create
 from kvtoolkit import BusyError
+from kvtoolkit.cache.state.repair import Repairs
 from kvtoolkit.integrations.padded import PaddedBatch
 from tests.kvtoolkit.cache.broken_calls import CALLS, make, make_world, put
 
@@ -326,6 +327,26 @@ os._exit(0)
 def test_a_call_that_never_ends_does_not_stop_a_fork():
     done = subprocess.run([sys.executable, "-c", HUNG], capture_output=True, text=True, timeout=400, check=False)
     assert (done.returncode, done.stdout) == (0, "fine\n"), done.stderr
+
+
+def test_repair_says_what_other_calls_have_put_in_order(monkeypatch):
+    cache = make()
+    seq_ids, _ = cache.open([[]])
+    put(cache, seq_ids, [[1] * 9])
+    pool = cache._sequences.pool.allocator
+
+    def grant_and_give_up(*arguments, **options):
+        type(pool).allocate(pool, *arguments, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pool, "allocate", grant_and_give_up)
+    with pytest.raises(KeyboardInterrupt):
+        cache.begin_step(seq_ids, 200)
+    monkeypatch.undo()
+    assert cache.lengths(seq_ids) == [9]  # the call that puts the cache in order
+    found = cache.repair()
+    assert found.num_freed >= 24
+    assert cache.repair() == Repairs()
 
 
 def test_a_plug_in_may_use_another_cache():

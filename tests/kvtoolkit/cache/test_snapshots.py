@@ -78,8 +78,8 @@ def test_a_resumed_cache_gives_the_same_snapshot(name):
         ({"num_tokens": 64}, "expected a pool with granule .* of the hot tier, which is in use, got one of 8"),
         ({"max_seqs": 2}, "expected max_seqs of at least"),
         ({"max_entries": 1}, "expected max_entries of at least"),
-        ({"head_dim": 16}, "expected one of a cache with the same head_dim"),
-        ({"dtype": "float16"}, "expected one of a cache with the same dtype"),
+        ({"head_dim": 16}, "expected one of a cache with head_dim 16, got one with head_dim 8"),
+        ({"dtype": "float16"}, "expected one of a cache with dtype 'float16', got one with dtype 'float32'"),
     ],
 )
 def test_a_cache_that_has_no_place_for_a_snapshot_refuses_it(other, message):

@@ -35,6 +35,53 @@ def test_what_an_allocator_holds_back_is_not_used_by_sequences():
     assert (stats.num_seqs, stats.used, stats.cached, stats.pinned) == (1, 8, 0, 8)
 
 
+def begin(cache, seq_ids, count):
+    step = cache.begin_step(seq_ids, count)
+    assert step.ok.all()
+    cache.end_step(step, np.arange(len(step.slot_mapping)) % count)
+
+
+def test_waste_counts_what_is_shared_once():
+    cache = make(growth="fixed64", num_tokens=1024)
+    seq_ids, _ = cache.open([[]])
+    begin(cache, seq_ids, 128)
+    forks = cache.fork(seq_ids, 6).ravel()
+    begin(cache, forks, 1)
+    stats = cache.stats()
+    assert stats.used == 128 + 6 * 64
+    assert stats.waste == pytest.approx(1 - (128 + 6) / stats.used)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"allocator": "slab"},
+        {"allocator": "paged", "block_sizes": (64,)},
+        {"allocator": "buddy", "growth": "fixed64"},
+        {"allocator": "lockfree", "allocator_options": {"layout": "slab"}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("shared", [17, 40])
+def test_what_counts_as_cached_can_be_had(fields, shared):
+    """Of a block that a sequence holds a part of, the rest is not to be had: it is pinned, not cached."""
+    cache = make(num_tokens=512, max_seqs=64, **fields)
+    first, _ = cache.open([[]])
+    begin(cache, first, 64)
+    cache.close(first)
+    cache.open([np.arange(64)[:shared]])
+    others, _ = cache.open([[]] * 20)
+    for seq_id in others:
+        step = cache.begin_step([seq_id], 1)
+        if step.ok[0]:
+            cache.end_step(step)
+        else:
+            cache.abort_step(step)
+    stats = cache.stats()
+    assert (stats.cached, stats.used + stats.pinned + stats.free + stats.kept_back) == (0, 512)
+    assert stats.pinned >= 64 - shared // 8 * 8
+
+
 KV = np.ones((9, 1, 8), np.float32)
 
 
