@@ -226,9 +226,14 @@ def _attention(
     cu_seqlens_q: Any, softmax_scale: float | None, causal: Any, window_size: tuple[int, int], softcap: float,
     sinks: Any, alibi_slopes: Any, out: Any, return_lse: Any, num_splits: int, backend: str | None,
     query_counts: tuple[int, int] | None = None, *, block_mass: Any = None, tier_caches: TierCaches | None = None,
-    before: Callable[[], None] | None = None,
+    before: Callable[[], None] | None = None, memory: tuple[Operand, Operand] | None = None,
 ) -> Any:  # fmt: skip
-    """Check, choose, launch. ``before`` is called once everything is checked and before anything is read or written."""
+    """Check, choose, launch.
+
+    Args:
+        before: called once everything is checked and before anything is read or written.
+        memory: where keys and values are, if the caches reach beyond it.
+    """
     chosen = choose_backend(backend, is_on_device(q))
     describe = operand if chosen == "cpu" else _device().device_operand
     window = check_options(softmax_scale, window_size, softcap, num_splits)
@@ -285,6 +290,8 @@ def _attention(
             "q": queries, "k_cache": keys, "v_cache": values, "block_table": table, "block_starts": starts,
             "seq_lens": lengths, "cu_seqlens_q": bounds, "sinks": sink_logits, "alibi_slopes": slopes,
         }  # fmt: skip
+        if memory is not None:
+            read["k_cache"], read["v_cache"] = memory
         if tier_caches is not None:
             read |= {"warm": tier_options["tiers"].warm, "cold": tier_options["tiers"].cold}
         if block_mass is not None:

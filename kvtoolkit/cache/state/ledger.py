@@ -165,11 +165,12 @@ class Ledger:
 
         An allocator that raises when it is asked to free keeps them; they are offered again the next time.
         """
+        num_freed = 0
         if self._asked != _NOBODY:
-            self._settle_asked(self._asked, owned)
+            num_freed = self._settle_asked(self._asked, owned)
             self._asked, self._kept_its_word = _NOBODY, False
         self.left = np.flatnonzero(self.granted & ~owned).astype(np.int32)
-        return self.free_left()
+        return num_freed + self.free_left()
 
     def free_left(self) -> int:
         """Free what calls that broke off have left; what an allocator refuses to free stays left."""
@@ -181,22 +182,28 @@ class Ledger:
         self.left = left[self.granted[left]]
         return num_freed
 
-    def _settle_asked(self, tier: int, owned: Flags) -> None:
-        """Where a call broke off inside an allocator: make it have granted what is owned, if that is possible."""
+    def _settle_asked(self, tier: int, owned: Flags) -> int:
+        """Where a call broke off inside an allocator: make it have granted what is owned, if that is possible.
+
+        Returns how many granules more are free then.
+        """
         allocator, own = self._of(tier), self._slice(tier)
         if isinstance(allocator, DevicePool):
             receipt = allocator.receipt(self._asked_by)
             if receipt is not None:
                 starts, sizes, are_live = receipt
                 _set(self.granted, starts + np.int32(self.first[tier]), sizes, are_live)
-            return
+            return 0
         try:
             starts, sizes = runs_of(owned[own] | self.callers[own])
+            num_free = allocator.num_free
             allocator.rebuild(starts, sizes)
             self.granted[own] = owned[own]
+            return max(0, allocator.num_free - num_free)
         except Exception:  # it cannot, or fails to
             if not self._kept_its_word:
                 self._give_up(tier, allocator, owned)
+            return 0
 
     def _give_up(self, tier: int, allocator: BlockAllocator, owned: Flags) -> None:
         """Say that nobody knows what an allocator did with the call that broke off."""

@@ -38,6 +38,11 @@ def refuse(reason: str, **arguments: Any) -> None:
             raise UnsupportedError(f"{name}: expected None, {reason}")
 
 
+def none_if_zero(value: Any) -> Any:
+    """None for the number 0."""
+    return None if isinstance(value, int) and value == 0 else value
+
+
 def one_of(first: tuple[str, Any], second: tuple[str, Any]) -> tuple[str, Any]:
     """The name and value of whichever of two parameters is given; the first one if none is."""
     if first[1] is not None and second[1] is not None:
@@ -87,9 +92,22 @@ def count(name: str, value: Any) -> int:
         number = operator.index(value)
     except TypeError:
         number = -1
-    if number < 0:
+    if not 0 <= number < 1 << 31:
         raise ShapeError(f"{name}: expected a number of tokens, got {value!r}")
     return number
+
+
+def check_flags(**flags: Any) -> None:
+    """ShapeError for what is no truth value, such as a tensor."""
+    for name, value in flags.items():
+        if not isinstance(value, (bool, int)):
+            raise ShapeError(f"{name}: expected True or False, got {value!r:.80}")
+
+
+def refuse_dropout(dropout_p: Any) -> None:
+    """UnsupportedError for anything but 0."""
+    if not isinstance(dropout_p, (int, float)) or dropout_p:
+        raise UnsupportedError(f"dropout_p: expected 0, got {dropout_p!r:.80}")
 
 
 def slopes(alibi_slopes: Any, batch: int, device: torch.device) -> torch.Tensor | None:

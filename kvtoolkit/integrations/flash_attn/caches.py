@@ -22,6 +22,8 @@ class Blocks(NamedTuple):
     """``[batch, max_blocks]`` int32."""
     capacity: int
     """Tokens that a row has room for."""
+    memory: tuple[Operand, Operand] | None = None
+    """The arrays that keys and values are views of, where blocks reach beyond their end; nothing is read there."""
 
 
 def cache_blocks(
@@ -52,8 +54,8 @@ def after_padding(blocks: Blocks, leftpad: torch.Tensor) -> Blocks:
         leftpad: ``[batch]`` int32, tokens in front of each sequence.
     """
     views, steps = [], []
-    for name, cache in (("k_cache", blocks.keys), ("v_cache", blocks.values)):
-        described = _describe(cache, name)
+    memory = _describe(blocks.keys, "k_cache"), _describe(blocks.values, "v_cache")
+    for described in memory:
         (num_rows, max_len, num_heads, head_dim), (row, token, head, dim) = described.shape, described.strides
         row = row if num_rows > 1 else 0
         unit = math.gcd(row, token) or 1  # what both the next sequence and the next token are multiples of
@@ -68,7 +70,7 @@ def after_padding(blocks: Blocks, leftpad: torch.Tensor) -> Blocks:
         )
     row_step, token_step, _ = steps[0]
     table = blocks.table * row_step + leftpad.unsqueeze(1) * token_step
-    return Blocks(views[0], views[1], table, blocks.capacity)
+    return Blocks(views[0], views[1], table, blocks.capacity, memory)
 
 
 def packed_blocks(k: torch.Tensor, v: torch.Tensor, first_tokens: torch.Tensor, max_len: int) -> Blocks:
@@ -76,24 +78,22 @@ def packed_blocks(k: torch.Tensor, v: torch.Tensor, first_tokens: torch.Tensor, 
 
     So a sequence of up to ``max_len`` tokens is one block, that of its first token, and nothing is copied.
     """
-    views = []
-    for name, states in (("k", k), ("v", v)):
-        packed = _describe(states, name)
+    views, memory = [], (_describe(k, "k"), _describe(v, "v"))
+    for packed in memory:
         (num_tokens, num_heads, head_dim), (token, head, dim) = packed.shape, packed.strides
         shape, strides = (num_tokens, max(max_len, 1), num_heads, head_dim), (token, token, head, dim)
         views.append(packed._replace(shape=shape, strides=strides))
-    return Blocks(views[0], views[1], first_tokens.unsqueeze(1), max_len)
+    return Blocks(views[0], views[1], first_tokens.unsqueeze(1), max_len, memory)
 
 
 def batched_blocks(k: torch.Tensor, v: torch.Tensor) -> Blocks:
     """Keys and values ``[batch, seqlen_k, num_kv_heads, head_dim]`` as one block a row, also where there are none."""
-    views = []
-    for name, states in (("k", k), ("v", v)):
-        described = _describe(states, name)
+    views, memory = [], (_describe(k, "k"), _describe(v, "v"))
+    for described in memory:
         batch, seqlen, num_heads, head_dim = described.shape
         views.append(described._replace(shape=(batch, max(seqlen, 1), num_heads, head_dim)))
     table = torch.arange(k.shape[0], dtype=torch.int32, device=k.device).unsqueeze(1)
-    return Blocks(views[0], views[1], table, k.shape[1])
+    return Blocks(views[0], views[1], table, k.shape[1], memory)
 
 
 def new_slots(blocks: Blocks, positions: torch.Tensor) -> torch.Tensor:

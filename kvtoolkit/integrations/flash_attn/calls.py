@@ -30,13 +30,16 @@ from kvtoolkit.integrations.flash_attn import rotary
 from kvtoolkit.integrations.flash_attn.arguments import (
     are_readable,
     check_cumulative,
+    check_flags,
     check_range,
     check_tensor,
     count,
     indices,
     is_local,
+    none_if_zero,
     one_of,
     refuse,
+    refuse_dropout,
     renamed,
     rows_of,
     sinks,
@@ -148,8 +151,9 @@ def flash_attn_with_kvcache(
     """
     refuse(_NO_QV, qv=qv)
     refuse(_NO_FP8, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
-    refuse(_NO_CHUNKS, attention_chunk=attention_chunk or None)
+    refuse(_NO_CHUNKS, attention_chunk=none_if_zero(attention_chunk))
     refuse("new tokens come as [batch, seqlen_new, num_kv_heads, head_dim]", cu_seqlens_k_new=cu_seqlens_k_new)
+    check_flags(return_softmax_lse=return_softmax_lse, rotary_interleaved=rotary_interleaved)
     check_tensor("q", q, 4 if cu_seqlens_q is None else 3)
     device, window = q.device, window_of(window_size)
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
@@ -278,9 +282,10 @@ def flash_attn_varlen_func(
     """
     refuse(_NO_QV, qv=qv, q_v=q_v)
     refuse(_NO_FP8, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
-    refuse(_NO_CHUNKS, attention_chunk=attention_chunk or None)
+    refuse(_NO_CHUNKS, attention_chunk=none_if_zero(attention_chunk))
     refuse("give the rows by cu_seqlens_q alone", seqused_q=seqused_q)
-    _refuse_dropout(dropout_p)
+    refuse_dropout(dropout_p)
+    check_flags(return_attn_probs=return_attn_probs, return_softmax_lse=return_softmax_lse)
     check_tensor("q", q, 3)
     if cu_seqlens_q is None or (cu_seqlens_k is None and seqused_k is None):
         raise ShapeError("cu_seqlens_q, cu_seqlens_k: expected both of them, or seqused_k for the latter, got None")
@@ -367,8 +372,9 @@ def flash_attn_func(
     """
     refuse(_NO_QV, qv=qv)
     refuse(_NO_FP8, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
-    refuse(_NO_CHUNKS, attention_chunk=attention_chunk or None)
-    _refuse_dropout(dropout_p)
+    refuse(_NO_CHUNKS, attention_chunk=none_if_zero(attention_chunk))
+    refuse_dropout(dropout_p)
+    check_flags(return_attn_probs=return_attn_probs)
     check_tensor("q", q, 4)
     device, (batch, seqlen_q) = q.device, q.shape[:2]
     for name, states in (("k", k), ("v", v)):
@@ -413,7 +419,8 @@ def _attend(
         q, target = q[:used], out[:used]
     result = _attention(
         q, blocks.keys, blocks.values, blocks.table, None, lengths, layout="NHD", cu_seqlens_q=bounds, out=target,
-        return_lse=return_lse, backend=None, query_counts=query_counts, before=write, **options,
+        return_lse=return_lse, backend=None, query_counts=query_counts, before=write, memory=blocks.memory,
+        **options,
     )  # fmt: skip
     result, lse = result if return_lse else (result, None)
     if used == total:
@@ -557,8 +564,3 @@ def _shaped(result: torch.Tensor, q: torch.Tensor, out: torch.Tensor | None) -> 
     if result.data_ptr() != out.data_ptr():
         out.copy_(result.view(q.shape))
     return out
-
-
-def _refuse_dropout(dropout_p: float) -> None:
-    if dropout_p:
-        raise UnsupportedError(f"dropout_p: expected 0, got {dropout_p}")

@@ -465,6 +465,26 @@ def test_the_call_that_the_refusals_change_is_right(function):
     function(**good)
 
 
+def test_an_output_right_after_the_keys_and_values_is_no_overlap():
+    """Rows of packed tokens are read as blocks that reach beyond the last token."""
+    num_keys, num_queries = 30 * KV_HEADS * DIM, 4 * HEADS * DIM
+    memory = torch.zeros(2 * (num_keys + num_queries))
+    k, first, v, second = torch.split(memory, [num_keys, num_queries, num_keys, num_queries])
+    k, v = (part.view(30, KV_HEADS, DIM) for part in (k, v))
+    k += states(30, KV_HEADS, DIM)
+    v += states(30, KV_HEADS, DIM)
+    good = {
+        "q": states(4, HEADS, DIM), "k": k, "v": v, "cu_seqlens_q": integers(0, 2, 4),
+        "cu_seqlens_k": integers(0, 20, 30), "max_seqlen_q": 2, "max_seqlen_k": 20,
+    }  # fmt: skip
+    expected = flash_attn_varlen_func(**good)
+    for out in (first, second):
+        out = out.view(4, HEADS, DIM)
+        assert torch.equal(flash_attn_varlen_func(**good, out=out), expected)
+    with pytest.raises(UnsupportedError, match="out: expected memory of its own, got some that v uses"):
+        flash_attn_varlen_func(**good, out=memory[-num_queries - 8 : -8].view(4, HEADS, DIM))
+
+
 def test_hints_to_other_kernels_are_ignored():
     hints = {"pack_gqa": True, "sm_margin": 2}
     q, k = states(2, 1, HEADS, DIM), states(2, 16, KV_HEADS, DIM)
