@@ -6,7 +6,7 @@
 //               through the tiers.
 //
 // Launch:   grid (moves, num_kv_heads, num_layers), CTA 256. Any architecture. Macros: KVT_HEAD_DIM, KVT_BF16.
-// Numerics: through float32, each operation rounded by itself: codes are those of kvtoolkit.formats.quantized, to the bit. A token
+// Numerics: through float32, each operation rounded by itself: codes are those of kvtoolkit.formats, to the bit. A token
 //           that holds an infinity or NaN becomes NaN, as there; the host cannot know of it, and so keeps no tile back.
 #include <kvt/attention.cuh>
 #include <kvt/ptx/cluster.cuh>

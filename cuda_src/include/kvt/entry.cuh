@@ -1,4 +1,4 @@
-// One int32 of a block table: where a run of granules lies, how long it is, in which tier. See kvtoolkit/formats/entry.py.
+// One int32 of a block table: where a run of granules is, how long it is, in which tier. See kvtoolkit/formats/entry.py.
 //
 //   bits 0-23 granule (8 token slots each) | 24-26 length in granules - 1 | 27-29 tier | 30 spare | 31 zero; empty = -1
 //

@@ -1,7 +1,8 @@
 // The tiers of a sequence: their bytes, and the units that attention reads them in.
 //
 // A unit is about the same number of bytes in every tier, so that cutting a list of units cuts the bytes: 16 tokens of
-// the hot tier, half a block of 64 of the warm one (int8), a block of the cold one (int4). Layouts: kvtoolkit/formats/quantized.py.
+// the hot tier, half a block of 64 of the warm one (int8), a block of the cold one (int4).
+// Layouts: kvtoolkit/formats/quantized.py.
 #pragma once
 
 #include <kvt/attention.cuh>

@@ -11,7 +11,7 @@ from kvtoolkit import CacheConfig, KVCache, TierCaches
 from kvtoolkit.attention.calls import append, merge_states, paged_attention, tiered_attention, variable_block_attention
 from kvtoolkit.cpu import copy_granules
 from kvtoolkit.formats.quantized import INT4, INT8
-from kvtoolkit.integrations.flash_attn.calls import flash_attn_varlen_func, flash_attn_with_kvcache
+from kvtoolkit.integrations.flash_attn.calls import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from tests.kvtoolkit.attention.attention_cases import Case
 from tests.kvtoolkit.attention.tiered_cases import TieredCase
 
@@ -125,7 +125,8 @@ def _with_kvcache() -> tuple[Arguments, Callable[..., Any]]:
         "q": case.q[:, None], "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": k,
         "cache_seqlens": case.lengths - np.int32(1), "block_table": block_table, "softmax_scale": 0.5, "causal": True,
         "window_size": (-1, -1), "softcap": 0.0, "alibi_slopes": np.zeros(6, np.float32), "num_splits": 0,
-        "return_softmax_lse": True, "rotary_cos": None, "cache_leftpad": None,
+        "return_softmax_lse": True, "rotary_cos": None, "rotary_interleaved": True, "cache_leftpad": None,
+        "attention_chunk": 0,
     }, flash_attn_with_kvcache  # fmt: skip
 
 
@@ -143,8 +144,18 @@ def _packed() -> tuple[Arguments, Callable[..., Any]]:
     return {
         "q": case.q, "k": keys, "v": keys, "cu_seqlens_q": case.cu_seqlens_q,
         "cu_seqlens_k": np.array([0, 20, 29], np.int32), "max_seqlen_q": 4, "max_seqlen_k": 20, "causal": True,
-        "window_size": (-1, -1), "dropout_p": 0.0, "return_attn_probs": True,
+        "window_size": (-1, -1), "dropout_p": 0.0, "return_attn_probs": True, "attention_chunk": 0,
+        "return_softmax_lse": False,
     }, flash_attn_varlen_func  # fmt: skip
+
+
+def _dense() -> tuple[Arguments, Callable[..., Any]]:
+    q, k = np.ones((2, 4, 6, 32), np.float32), np.ones((2, 9, 2, 32), np.float32)
+    return {
+        "q": q, "k": k, "v": k, "dropout_p": 0.0, "softmax_scale": 0.5, "causal": True, "window_size": (-1, -1),
+        "softcap": 0.0, "alibi_slopes": np.zeros(6, np.float32), "return_attn_probs": True, "attention_chunk": 0,
+        "num_splits": 0,
+    }, flash_attn_func  # fmt: skip
 
 
 def _format() -> tuple[Arguments, Callable[..., Any]]:
@@ -198,6 +209,7 @@ CALLS = (
     Call("copy_granules", _copies, ("arenas",), numpy_only=True),
     Call("flash_attn_with_kvcache", _with_kvcache, torch_only=True),
     Call("flash_attn_with_kvcache, no table", _with_rows, torch_only=True),
+    Call("flash_attn_func", _dense, torch_only=True),
     Call("flash_attn_varlen_func", _packed, torch_only=True),
     Call("Format.encode, Format.decode", _format),
     Call("KVCache: lives of sequences", _sequences),
