@@ -10,11 +10,13 @@ turns the cache off.
 """
 
 import ast
+import atexit
 import contextlib
 import functools
 import hashlib
 import importlib.util
 import inspect
+import json
 import pickle
 import sys
 from collections.abc import Callable
@@ -32,6 +34,8 @@ from allocators._disk import SUFFIX, find_place, read_entry, write_entry
 F = TypeVar("F", bound=Callable[..., Any])
 
 _OUR_PACKAGES = frozenset({"allocators", "kvtoolkit"})
+_SCANS = f"imports{SUFFIX}"
+_MOST_SCANS = 2048
 
 
 def jit(function: F) -> F:
@@ -68,10 +72,13 @@ def cache_folder(kind: str = "numba") -> Path | None:
 @functools.cache
 def source_stamp(path: str) -> str:
     """A digest of the file at ``path`` and of every file of ours that it imports, directly or not."""
-    digest = hashlib.sha256()
-    for source in sorted(_imported_sources(path)):
-        digest.update(Path(source).read_bytes())
-    return digest.hexdigest()
+    digests = [_digest(source) for source in sorted(_imported_sources(path))]
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+
+@functools.cache
+def _digest(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def _imported_sources(path: str) -> set[str]:
@@ -93,6 +100,15 @@ def _direct_imports(path: str) -> tuple[str, ...]:
 
 
 def _imported_modules(path: str) -> list[str]:
+    """Our modules that one file may import. Parsing takes most of the time, so the answer is kept by the contents."""
+    digest, scans = _digest(path), _scans()
+    if digest not in scans:
+        scans[digest] = _parse(path)
+        _keep_scans()
+    return scans[digest]
+
+
+def _parse(path: str) -> list[str]:
     names: list[str] = []
     for node in ast.walk(ast.parse(Path(path).read_bytes())):
         if isinstance(node, ast.Import):
@@ -103,6 +119,31 @@ def _imported_modules(path: str) -> list[str]:
     return [name for name in names if name.split(".")[0] in _OUR_PACKAGES]
 
 
+@functools.cache
+def _scans() -> dict[str, list[str]]:
+    """What `_parse` has found, by the digest of the file."""
+    folder = cache_folder()
+    payload = None if folder is None else read_entry(folder / _SCANS)
+    try:
+        found = json.loads(payload or b"{}")
+        return {digest: [str(name) for name in names] for digest, names in found.items()}
+    except (ValueError, TypeError, AttributeError):
+        return {}
+
+
+@functools.cache
+def _keep_scans() -> None:
+    """Have this process write what it has parsed when it ends; once."""
+    atexit.register(_write_scans)
+
+
+def _write_scans() -> None:
+    if (folder := cache_folder()) is not None:
+        newest = list(_scans().items())[-_MOST_SCANS:]
+        write_entry(folder / _SCANS, json.dumps(dict(newest)).encode())
+
+
+@functools.cache
 def _origin(module: str) -> str | None:
     try:
         spec = importlib.util.find_spec(module)

@@ -54,8 +54,8 @@ def package(tmp_path, monkeypatch):
 
 
 def stamp(path):
-    source_stamp.cache_clear()
-    _jit._direct_imports.cache_clear()
+    for cached in (source_stamp, _jit._direct_imports, _jit._digest, _jit._origin):
+        cached.cache_clear()
     return source_stamp(str(path))
 
 
