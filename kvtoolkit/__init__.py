@@ -13,6 +13,7 @@ from kvtoolkit.config import eviction, growth
 from kvtoolkit.config.cache import CacheConfig
 from kvtoolkit.cuda.pool import DevicePool, lockfree
 from kvtoolkit.errors import (
+    ArgumentError,
     BusyError,
     CacheFullError,
     CacheSnapshotError,
@@ -29,6 +30,7 @@ from kvtoolkit.runtime.sources import get_include
 from kvtoolkit.untraced import untraced
 
 __all__ = [
+    "ArgumentError",
     "BlockAllocator",
     "BusyError",
     "CacheConfig",

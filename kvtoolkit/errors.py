@@ -12,6 +12,10 @@ class ConfigError(KVToolkitError, ValueError):
     """A configuration value, or a combination of them, makes no sense."""
 
 
+class ArgumentError(KVToolkitError, ValueError):
+    """A plain argument, such as a number of tokens, makes no sense."""
+
+
 class ShapeError(KVToolkitError, ValueError):
     """An array has the wrong shape, dtype, strides or values out of range."""
 

@@ -44,7 +44,7 @@ from kvtoolkit.cache.tiering import rules
 from kvtoolkit.cache.tiering.demoter import Demoter
 from kvtoolkit.config.cache import CacheConfig
 from kvtoolkit.cuda.pool import DevicePool
-from kvtoolkit.errors import ConfigError, SequenceError, StepError
+from kvtoolkit.errors import ArgumentError, ConfigError, StepError
 from kvtoolkit.formats.tier_caches import TierCaches
 
 _LEAST_TOKENS_REFUSED = 1 << 20
@@ -115,12 +115,12 @@ class KVCache:
 
         Raises:
             CacheFullError: more than ``max_seqs`` sequences would be open.
-            SequenceError: a prompt is no vector of 64-bit integers, or a salt or extra key is not as above.
+            ArgumentError: a prompt is no vector of 64-bit integers, or a salt or extra key is not as above.
         """
         try:
             tokens = [as_prompt(prompt, i) for i, prompt in enumerate(prompts)]
         except TypeError:
-            raise SequenceError(f"prompts: expected a sequence of prompts, got {prompts!r:.80}") from None
+            raise ArgumentError(f"prompts: expected a sequence of prompts, got {prompts!r:.80}") from None
         salts, extras = as_salts(salt, len(tokens)), as_extras(extra_keys, len(tokens))
         sequences, counters = self._sequences, self._sequences.counters
         sequences.require_closed_rows(len(tokens), "open")
@@ -188,7 +188,7 @@ class KVCache:
 
         Raises:
             SequenceError: an id is unknown, closed, preempted, in another open step, or stands twice.
-            StepError: ``num_new_tokens`` is negative, above any cache, has another shape, or comes to more than 16
+            ArgumentError: ``num_new_tokens`` is negative, above any cache, has another shape, or comes to more than 16
                 times the pool (and 2**20) in all.
         """
         ids = seq_ids.copy() if is_ids(seq_ids) else as_ids(seq_ids).copy()
@@ -200,10 +200,10 @@ class KVCache:
         elif 0 <= num_new_tokens <= MAX_TOKENS:
             counts, total = num_new_tokens, batch * num_new_tokens
         else:
-            raise StepError(f"num_new_tokens: expected 0 to {MAX_TOKENS}, got {num_new_tokens}")
+            raise ArgumentError(f"num_new_tokens: expected 0 to {MAX_TOKENS}, got {num_new_tokens}")
         sequences = self._sequences
         if total > self._most_new_tokens:
-            raise StepError(
+            raise ArgumentError(
                 f"num_new_tokens: expected at most {self._most_new_tokens} in all, 16 times the pool, got {total}"
             )
         arrays = self._arrays.take(batch, total)
@@ -241,9 +241,10 @@ class KVCache:
                 nothing is published, and what these sequences append later is not either.
 
         Raises:
-            StepError: the step has ended, belongs to another cache, ``token_ids`` does not fit it, or some layers were
-                appended to and others were not. No length advances, and the step stays open: append to the layers
-                that are named and end it again, or abort it.
+            ArgumentError: ``token_ids`` does not fit the step.
+            StepError: the step has ended, belongs to another cache, or some layers were appended to and others were
+                not. No length advances, and the step stays open: append to the layers that are named and end it again,
+                or abort it.
         """
         self._require_own(step)
         if step._access is not None or step._graph_step is not None:
@@ -299,7 +300,7 @@ class KVCache:
             CacheFullError: too few rows, or too few blocks for the copies; nothing was forked.
         """
         if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 0:
-            raise SequenceError(f"n: expected a number of copies, got {n!r}")
+            raise ArgumentError(f"n: expected a number of copies, got {n!r}")
         parents = self._sequences.rows_of(seq_ids, (OPEN,))
         self._sequences.require_closed_rows(len(parents) * int(n), "fork")
         children = sharing.fork(self._sequences, np.repeat(parents, n), "fork")
@@ -314,13 +315,14 @@ class KVCache:
             parents: ``[batch]`` integers, positions in ``seq_ids``.
 
         Raises:
-            SequenceError: an id is not of an open sequence, or a parent is no position.
+            ArgumentError: a parent is no position.
+            SequenceError: an id is not of an open sequence.
             CacheFullError: too few blocks for the copies of partly filled granules; nothing was reordered.
         """
         batch = self._sequences.rows_of(seq_ids, (OPEN,))
         origin = as_vector(parents, "parents", len(batch))
         if len(origin) and not (origin.min() >= 0 and origin.max() < len(batch)):
-            raise SequenceError(f"parents: expected 0 to {len(batch) - 1}, got {origin.tolist()}")
+            raise ArgumentError(f"parents: expected 0 to {len(batch) - 1}, got {origin.tolist()}")
         sharing.reorder(self._sequences, batch, origin.astype(np.int32))
 
     @exclusive
@@ -334,7 +336,8 @@ class KVCache:
             new_lens: ``[batch]`` integers, 0 to the present length.
 
         Raises:
-            SequenceError: an id is not of an open sequence, or a length is out of range.
+            ArgumentError: a length is out of range.
+            SequenceError: an id is not of an open sequence.
             CacheFullError: a partly kept granule is shared or quantized, and there is no block for a copy; nothing was
                 truncated.
         """
@@ -344,7 +347,7 @@ class KVCache:
         bad = np.flatnonzero((targets < 0) | (targets > lengths))
         if len(bad):
             i = int(bad[0])
-            raise SequenceError(f"new_lens[{i}]: expected 0 to {lengths[i]}, the present length, got {targets[i]}")
+            raise ArgumentError(f"new_lens[{i}]: expected 0 to {lengths[i]}, the present length, got {targets[i]}")
         sharing.truncate(self._sequences, batch, targets)
 
     # -- leases, preemption ------------------------------------------------------------------------------------------
@@ -376,10 +379,11 @@ class KVCache:
                 what several preempted sequences share once.
 
         Raises:
-            SequenceError: an id is not of an open sequence, or ``to`` is neither.
+            ArgumentError: ``to`` is neither.
+            SequenceError: an id is not of an open sequence.
         """
         if not (isinstance(to, str) and to in ("drop", "host")):
-            raise SequenceError(f"to: expected 'drop' or 'host', got {to!r}")
+            raise ArgumentError(f"to: expected 'drop' or 'host', got {to!r}")
         preemption.preempt(self._sequences, self._sequences.rows_of(seq_ids, (OPEN,)), to)
 
     @exclusive
@@ -401,10 +405,11 @@ class KVCache:
             ``[batch]`` bool: which are open again; the others found too little memory and stay preempted.
 
         Raises:
-            SequenceError: an id is not of a preempted sequence, or ``keep_free`` is no number of tokens.
+            ArgumentError: ``keep_free`` is no number of tokens.
+            SequenceError: an id is not of a preempted sequence.
         """
         if isinstance(keep_free, bool) or not isinstance(keep_free, int | np.integer) or keep_free < 0:
-            raise SequenceError(f"keep_free: expected a number of tokens, got {keep_free!r}")
+            raise ArgumentError(f"keep_free: expected a number of tokens, got {keep_free!r}")
         batch = self._sequences.rows_of(seq_ids, (PREEMPTED,))
         return preemption.restore(self._sequences, batch, int(keep_free))
 
@@ -422,7 +427,7 @@ class KVCache:
             salt: as `open` takes it; None = the prefixes of all salts and those without one.
 
         Raises:
-            SequenceError: it is no int, str or bytes.
+            ArgumentError: it is no int, str or bytes.
         """
         sequences, pool = self._sequences, self._sequences.pool
         root_uid = None if salt is None else sequences.identities.salts.numbers.get(as_text(salt, "salt"))
@@ -446,7 +451,7 @@ class KVCache:
             Tokens copied.
         """
         if isinstance(max_tokens, bool) or not isinstance(max_tokens, int | np.integer) or max_tokens < 0:
-            raise StepError(f"max_tokens: expected a number of tokens, got {max_tokens!r}")
+            raise ArgumentError(f"max_tokens: expected a number of tokens, got {max_tokens!r}")
         return compaction.compact(self._sequences, int(max_tokens))
 
     def sync(self) -> None:

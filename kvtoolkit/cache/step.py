@@ -124,7 +124,8 @@ class Step:
 
         Raises:
             ShapeError: a shape, dtype or stride is not as above; nothing was written.
-            StepError: the step has ended, or there is no such layer.
+            ArgumentError: there is no such layer.
+            StepError: the step has ended.
         """
         self._require_open()
         (self._access or self._make_access()).append(layer, key, value)
@@ -144,7 +145,8 @@ class Step:
 
         Raises:
             ShapeError: a shape, dtype, stride or option is not as above.
-            StepError: the step has ended, or there is no such layer.
+            ArgumentError: there is no such layer.
+            StepError: the step has ended.
         """
         self._require_open()
         return (self._access or self._make_access()).attend(layer, q, **options)

@@ -24,7 +24,7 @@ from kvtoolkit.attention.arguments import (
     check_rows,
 )
 from kvtoolkit.cache.storage.storage import Storage
-from kvtoolkit.errors import ShapeError, StepError, UnsupportedError
+from kvtoolkit.errors import ArgumentError, ShapeError, UnsupportedError
 
 if TYPE_CHECKING:
     from kvtoolkit.cache.layers.device_masses import DeviceMassSum
@@ -71,9 +71,9 @@ class Arenas:
             raise UnsupportedError(f"backend: expected None or {self.backend!r}, that of the cache, got {backend!r}")
 
     def require_layer(self, layer: int) -> None:
-        """StepError unless there is such a layer."""
+        """ArgumentError unless there is such a layer."""
         if not isinstance(layer, (int, np.integer)) or not 0 <= layer < len(self.keys):
-            raise StepError(f"layer: expected 0 to {len(self.keys) - 1}, got {layer!r}")
+            raise ArgumentError(f"layer: expected 0 to {len(self.keys) - 1}, got {layer!r}")
 
     def check_apart(self, layer: int, written: Operand, q: Operand) -> None:
         """UnsupportedError if the output of attention shares memory with what it reads; it may be ``q`` itself."""

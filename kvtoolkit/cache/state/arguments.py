@@ -7,7 +7,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from kvtoolkit.arrays.host import as_numpy_view, is_torch
 from kvtoolkit.arrays.types import Int64Array
-from kvtoolkit.errors import SequenceError, StepError
+from kvtoolkit.errors import ArgumentError
 from kvtoolkit.formats.entry import GRANULE, MAX_GRANULES
 
 MAX_TOKENS = MAX_GRANULES * GRANULE
@@ -20,62 +20,62 @@ def is_ids(values: Any) -> TypeGuard[Int64Array]:
 
 
 def as_ids(seq_ids: ArrayLike) -> Int64Array:
-    """``[batch]`` int64, contiguous; SequenceError if it is anything else than a vector of integers."""
+    """``[batch]`` int64, contiguous; ArgumentError if it is anything else than a vector of integers."""
     return _integers(seq_ids, "seq_ids", "[batch]")
 
 
 def as_prompt(prompt: ArrayLike, index: int) -> Int64Array:
-    """``[n]`` int64, contiguous; SequenceError if it is anything else than a vector of integers."""
+    """``[n]`` int64, contiguous; ArgumentError if it is anything else than a vector of integers."""
     return _integers(prompt, f"prompts[{index}]", "[n]")
 
 
 def as_vector(values: ArrayLike, name: str, length: int) -> Int64Array:
-    """``[length]`` int64; SequenceError if it is anything else than that many integers."""
+    """``[length]`` int64; ArgumentError if it is anything else than that many integers."""
     array = _integers(values, name, f"[{length}]")
     if len(array) != length:
-        raise SequenceError(f"{name}: expected [{length}] integers, got [{len(array)}]")
+        raise ArgumentError(f"{name}: expected [{length}] integers, got [{len(array)}]")
     return array
 
 
 def _integers(values: ArrayLike, name: str, shape: str) -> Int64Array:
-    array = _as_array(values, name, SequenceError)
+    array = _as_array(values, name)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         got = f"{array.dtype} {list(array.shape)}" if array.ndim else f"one {type(values).__name__}: {values!r:.40}"
-        raise SequenceError(f"{name}: expected {shape} integers, got {got}")
-    return _as_int64(array, name, SequenceError)
+        raise ArgumentError(f"{name}: expected {shape} integers, got {got}")
+    return _as_int64(array, name)
 
 
 def as_counts(num_new_tokens: ArrayLike, batch: int) -> Int64Array:
-    """``[batch]`` int64 from a number or a vector; StepError if it is neither, or out of range."""
-    counts = _as_array(num_new_tokens, "num_new_tokens", StepError)
+    """``[batch]`` int64 from a number or a vector; ArgumentError if it is neither, or out of range."""
+    counts = _as_array(num_new_tokens, "num_new_tokens")
     if counts.size and counts.dtype.kind not in "iu":
-        raise StepError(f"num_new_tokens: expected integers, got {counts.dtype}")
+        raise ArgumentError(f"num_new_tokens: expected integers, got {counts.dtype}")
     if counts.shape not in ((batch,), ()):
-        raise StepError(f"num_new_tokens: expected a number or [{batch}] of them, got shape {list(counts.shape)}")
+        raise ArgumentError(f"num_new_tokens: expected a number or [{batch}] of them, got shape {list(counts.shape)}")
     if counts.size and not (counts.min() >= 0 and counts.max() <= MAX_TOKENS):
-        raise StepError(f"num_new_tokens: expected 0 to {MAX_TOKENS}, got {counts.min()} to {counts.max()}")
+        raise ArgumentError(f"num_new_tokens: expected 0 to {MAX_TOKENS}, got {counts.min()} to {counts.max()}")
     return np.broadcast_to(counts, (batch,)).astype(np.int64)
 
 
 def as_tokens(token_ids: ArrayLike, expected: int) -> Int64Array:
-    """``[expected]`` int64, contiguous; StepError if it is anything else than that many integers."""
-    tokens = _as_array(token_ids, "token_ids", StepError)
+    """``[expected]`` int64, contiguous; ArgumentError if it is anything else than that many integers."""
+    tokens = _as_array(token_ids, "token_ids")
     if tokens.size and tokens.dtype.kind not in "iu":
-        raise StepError(f"token_ids: expected integers, got {tokens.dtype}")
+        raise ArgumentError(f"token_ids: expected integers, got {tokens.dtype}")
     if tokens.ndim != 1 or len(tokens) != expected:
-        raise StepError(f"token_ids: expected [{expected}], one for every new token, got {list(tokens.shape)}")
-    return _as_int64(tokens, "token_ids", StepError)
+        raise ArgumentError(f"token_ids: expected [{expected}], one for every new token, got {list(tokens.shape)}")
+    return _as_int64(tokens, "token_ids")
 
 
-def _as_int64(array: NDArray[Any], name: str, error: type[Exception]) -> Int64Array:
+def _as_int64(array: NDArray[Any], name: str) -> Int64Array:
     """Integers as int64, contiguous, or an error where one has no place in it."""
     if array.dtype == np.uint64 and array.size and array.max() >= 1 << 63:
-        raise error(f"{name}: expected integers below 2**63, got {array.max()}")
+        raise ArgumentError(f"{name}: expected integers below 2**63, got {array.max()}")
     return np.ascontiguousarray(array, np.int64)
 
 
-def _as_array(values: ArrayLike, name: str, error: type[Exception]) -> NDArray[Any]:
+def _as_array(values: ArrayLike, name: str) -> NDArray[Any]:
     try:
         return as_numpy_view(values, name) if is_torch(values) else np.asarray(values)
     except (TypeError, ValueError, RuntimeError) as reason:  # ragged lists, tensors on a device
-        raise error(f"{name}: expected integers, got something that is no array: {reason}") from reason
+        raise ArgumentError(f"{name}: expected integers, got something that is no array: {reason}") from reason

@@ -29,7 +29,7 @@ from kvtoolkit.cache.state.identity import Identities
 from kvtoolkit.cache.state.prefix_index import CLOCK, ROOT, ROOT_UID
 from kvtoolkit.cache.storage.storage import make_storage
 from kvtoolkit.config.cache import CacheConfig
-from kvtoolkit.errors import BusyError, CacheFullError, SequenceError, StepError
+from kvtoolkit.errors import ArgumentError, BusyError, CacheFullError, SequenceError, StepError
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Sequences:
         """Number of a call, and the rows that it has opened: if it breaks off, nobody has their ids."""
         self.handles: dict[int, weakref.ref[Any]] = {}
         """The open steps and leases by the mark that their rows have as their OWNER."""
-        refusals = (CacheFullError, SequenceError, StepError)
+        refusals = (ArgumentError, CacheFullError, SequenceError, StepError)
         self.calls = Calls(self, repair.settle, repair.end_lost, BusyError, refusals)
 
     # -- ids ---------------------------------------------------------------------------------------------------------

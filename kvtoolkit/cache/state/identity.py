@@ -31,7 +31,7 @@ from kvtoolkit.cache.state.block_table import (
     Rows,
 )
 from kvtoolkit.cache.state.prefix_index import BROKEN, EXTRA, NEXT_UID, NO_EXTRA, ROOT_UID, Granules, Nodes, unpublish
-from kvtoolkit.errors import SequenceError
+from kvtoolkit.errors import ArgumentError
 
 FEWEST = 1024
 """Names that are kept before any is forgotten."""
@@ -136,29 +136,29 @@ class Identities:
 
 
 def as_salts(salt: Any, count: int) -> list[bytes]:
-    """A text for the salt of each prompt, empty for None; SequenceError if it is no salt, or no list of ``count``."""
+    """A text for the salt of each prompt, empty for None; ArgumentError if it is no salt, or no list of ``count``."""
     if salt is None:
         return [b""] * count
     if not isinstance(salt, list | tuple | np.ndarray):
         return [as_text(salt, "salt")] * count
     if np.ndim(salt) > 1 or len(salt) != count:
-        raise SequenceError(f"salt: expected one, or {count}, one for each prompt, got {len(salt)}")
+        raise ArgumentError(f"salt: expected one, or {count}, one for each prompt, got {len(salt)}")
     return [b"" if one is None else as_text(one, f"salt[{i}]") for i, one in enumerate(salt)]
 
 
 def as_text(value: Any, name: str) -> bytes:
-    """A text that no other value has, whatever its type; SequenceError if it is no int, str or bytes."""
+    """A text that no other value has, whatever its type; ArgumentError if it is no int, str or bytes."""
     if isinstance(value, int | np.integer) and not isinstance(value, bool):
         return b"i" + hex(value).encode()  # of any size; the decimal digits of a long one take quadratic time
     if isinstance(value, str):
         return b"s" + value.encode("utf-8", "surrogatepass")
     if isinstance(value, bytes):
         return b"b" + value
-    raise SequenceError(f"{name}: expected an int, str or bytes, got {value!r:.80} ({type(value).__name__})")
+    raise ArgumentError(f"{name}: expected an int, str or bytes, got {value!r:.80} ({type(value).__name__})")
 
 
 def as_extras(extra_keys: Any, count: int) -> list[Extras]:
-    """The extra keys of each prompt by granule; SequenceError if they are not ``count`` lists of (position, key)."""
+    """The extra keys of each prompt by granule; ArgumentError if they are not ``count`` lists of (position, key)."""
     made = []
     for i, pairs in enumerate(as_pairs(extra_keys, count)):
         found: dict[int, set[tuple[int, bytes]]] = {}
@@ -169,25 +169,25 @@ def as_extras(extra_keys: Any, count: int) -> list[Extras]:
 
 
 def as_pairs(extra_keys: Any, count: int) -> list[list[tuple[int, Any]]]:
-    """The ``(position, key)`` of each prompt; SequenceError if they are not ``count`` lists of them."""
+    """The ``(position, key)`` of each prompt; ArgumentError if they are not ``count`` lists of them."""
     if extra_keys is None:
         return [[]] * count
     if not isinstance(extra_keys, list | tuple) or len(extra_keys) != count:
         got = f"{len(extra_keys)} of them" if isinstance(extra_keys, list | tuple) else repr(extra_keys)[:80]
-        raise SequenceError(f"extra_keys: expected {count} lists, one for each prompt, got {got}")
+        raise ArgumentError(f"extra_keys: expected {count} lists, one for each prompt, got {got}")
     return [[] if pairs is None else list(_pairs(pairs, f"extra_keys[{i}]")) for i, pairs in enumerate(extra_keys)]
 
 
 def _pairs(pairs: Any, name: str) -> Iterable[tuple[int, Any]]:
     if not isinstance(pairs, list | tuple):
-        raise SequenceError(f"{name}: expected a list of (position, key), got {pairs!r:.80}")
+        raise ArgumentError(f"{name}: expected a list of (position, key), got {pairs!r:.80}")
     for pair in pairs:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise SequenceError(f"{name}: expected (position, key), got {pair!r:.80}")
+            raise ArgumentError(f"{name}: expected (position, key), got {pair!r:.80}")
         position, key = pair
         is_whole = isinstance(position, int | np.integer) and not isinstance(position, bool)
         if not is_whole or not 0 <= position < MAX_TOKENS:
-            raise SequenceError(f"{name}: expected positions of 0 to {MAX_TOKENS - 1}, got {position!r:.80}")
+            raise ArgumentError(f"{name}: expected positions of 0 to {MAX_TOKENS - 1}, got {position!r:.80}")
         as_text(key, name)
         yield int(position), key
 

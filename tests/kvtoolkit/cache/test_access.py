@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kvtoolkit import CacheConfig, KVCache, ShapeError, StepError, UnsupportedError
+from kvtoolkit import ArgumentError, CacheConfig, KVCache, ShapeError, UnsupportedError
 
 NUM_LAYERS, NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM, NUM_TOKENS = 2, 4, 2, 16, 11
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}  # NumPy has no bfloat16, only its bits
@@ -154,7 +154,7 @@ def test_options_are_checked_after_a_good_call_too():
         step.attend(0, q, out=read_only)
     with pytest.raises(ShapeError, match="q: expected num_q_heads to be a multiple"):
         step.attend(0, q[:, :3])
-    with pytest.raises(StepError, match="layer: expected 0 to 1, got 2"):
+    with pytest.raises(ArgumentError, match="layer: expected 0 to 1, got 2"):
         step.attend(2, q)
-    with pytest.raises(StepError, match="layer: expected 0 to 1, got -1"):
+    with pytest.raises(ArgumentError, match="layer: expected 0 to 1, got -1"):
         step.append(-1, key, value)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from kvtoolkit import (
+    ArgumentError,
     CacheConfig,
     CacheFullError,
     CacheSnapshotError,
@@ -41,54 +42,54 @@ CALLS = [
     (lambda c: c.begin_step([c.ids[2]], 1), SequenceError, "unknown or closed"),
     (lambda c: c.begin_step([c.ids[0], c.ids[0]], 1), SequenceError, "expected every sequence once, got .* twice"),
     (lambda c: c.begin_step([c.ids[1]], 1), SequenceError, "expected sequences that are open, got .* preempted"),
-    (lambda c: c.begin_step([0.5], 1), SequenceError, r"seq_ids: expected \[batch\] integers, got float64 \[1\]"),
+    (lambda c: c.begin_step([0.5], 1), ArgumentError, r"seq_ids: expected \[batch\] integers, got float64 \[1\]"),
     (
         lambda c: c.begin_step([[c.ids[0]]], 1),
-        SequenceError,
+        ArgumentError,
         r"seq_ids: expected \[batch\] integers, got int64 \[1, 1\]",
     ),
-    (lambda c: c.begin_step(c.ids[:1], -1), StepError, "num_new_tokens: expected 0 to .*, got -1"),
-    (lambda c: c.begin_step(c.ids[:1], [-3]), StepError, "num_new_tokens: expected 0 to .*, got -3"),
-    (lambda c: c.begin_step(c.ids[:1], [1, 2]), StepError, r"expected a number or \[1\] of them, got shape \[2\]"),
-    (lambda c: c.begin_step(c.ids[:1], 1.5), StepError, "num_new_tokens: expected integers, got float64"),
-    (lambda c: c.begin_step(c.ids[:1], 10**12), StepError, "num_new_tokens: expected 0 to .*, got 1000000000000"),
-    (lambda c: c.open([[1.5]]), SequenceError, r"prompts\[0\]: expected \[n\] integers, got float64"),
+    (lambda c: c.begin_step(c.ids[:1], -1), ArgumentError, "num_new_tokens: expected 0 to .*, got -1"),
+    (lambda c: c.begin_step(c.ids[:1], [-3]), ArgumentError, "num_new_tokens: expected 0 to .*, got -3"),
+    (lambda c: c.begin_step(c.ids[:1], [1, 2]), ArgumentError, r"expected a number or \[1\] of them, got shape \[2\]"),
+    (lambda c: c.begin_step(c.ids[:1], 1.5), ArgumentError, "num_new_tokens: expected integers, got float64"),
+    (lambda c: c.begin_step(c.ids[:1], 10**12), ArgumentError, "num_new_tokens: expected 0 to .*, got 1000000000000"),
+    (lambda c: c.open([[1.5]]), ArgumentError, r"prompts\[0\]: expected \[n\] integers, got float64"),
     (
         lambda c: c.open([[1], [[2]]]),
-        SequenceError,
+        ArgumentError,
         r"prompts\[1\]: expected \[n\] integers, got int64 \[1, 1\]",
     ),
     (lambda c: c.open([[1]] * 9), CacheFullError, r"open: expected at most 2 new sequences \(max_seqs is 4\), got 9"),
     (lambda c: c.close([c.ids[2]]), SequenceError, "expected sequences that are open or preempted, got"),
     (lambda c: c.close([c.ids[0], c.ids[0]]), SequenceError, "twice"),
-    (lambda c: c.fork(c.ids[:1], -1), SequenceError, "n: expected a number of copies, got -1"),
+    (lambda c: c.fork(c.ids[:1], -1), ArgumentError, "n: expected a number of copies, got -1"),
     (lambda c: c.fork(c.ids[:1], 9), CacheFullError, "fork: expected at most 2 new sequences"),
     (lambda c: c.fork(c.ids[1:2], 1), SequenceError, "preempted"),
-    (lambda c: c.reorder(c.ids[:1], [1]), SequenceError, r"parents: expected 0 to 0, got \[1\]"),
-    (lambda c: c.reorder(c.ids[:1], [0, 0]), SequenceError, r"parents: expected \[1\] integers"),
-    (lambda c: c.reorder(c.ids[:1], [0.0]), SequenceError, "parents: expected .* integers, got float64"),
+    (lambda c: c.reorder(c.ids[:1], [1]), ArgumentError, r"parents: expected 0 to 0, got \[1\]"),
+    (lambda c: c.reorder(c.ids[:1], [0, 0]), ArgumentError, r"parents: expected \[1\] integers"),
+    (lambda c: c.reorder(c.ids[:1], [0.0]), ArgumentError, "parents: expected .* integers, got float64"),
     (
         lambda c: c.truncate(c.ids[:1], [21]),
-        SequenceError,
+        ArgumentError,
         r"new_lens\[0\]: expected 0 to 20, the present length, got 21",
     ),
-    (lambda c: c.truncate(c.ids[:1], [-1]), SequenceError, r"new_lens\[0\]: expected 0 to 20"),
-    (lambda c: c.truncate(c.ids[:1], [1.0]), SequenceError, "new_lens: expected .* integers, got float64"),
-    (lambda c: c.preempt(c.ids[:1], "disk"), SequenceError, "to: expected 'drop' or 'host', got 'disk'"),
+    (lambda c: c.truncate(c.ids[:1], [-1]), ArgumentError, r"new_lens\[0\]: expected 0 to 20"),
+    (lambda c: c.truncate(c.ids[:1], [1.0]), ArgumentError, "new_lens: expected .* integers, got float64"),
+    (lambda c: c.preempt(c.ids[:1], "disk"), ArgumentError, "to: expected 'drop' or 'host', got 'disk'"),
     (lambda c: c.preempt(c.ids[1:2]), SequenceError, "expected sequences that are open, got .* preempted"),
     (lambda c: c.restore(c.ids[:1]), SequenceError, "expected sequences that are preempted, got .* open"),
     (lambda c: c.pin(c.ids[1:2]), SequenceError, "preempted"),
-    (lambda c: c.compact(-1), StepError, "max_tokens: expected a number of tokens, got -1"),
-    (lambda c: c.compact(1.5), StepError, "max_tokens: expected a number of tokens, got 1.5"),
+    (lambda c: c.compact(-1), ArgumentError, "max_tokens: expected a number of tokens, got -1"),
+    (lambda c: c.compact(1.5), ArgumentError, "max_tokens: expected a number of tokens, got 1.5"),
     (lambda c: c.end_step("step"), StepError, "step: expected one of this cache, got 'step'"),
     (lambda c: c.end_step(make().begin_step([], 1)), StepError, "step: expected one of this cache"),
-    (lambda c: c.open(None), SequenceError, "prompts: expected a sequence of prompts, got None"),
+    (lambda c: c.open(None), ArgumentError, "prompts: expected a sequence of prompts, got None"),
     (lambda c: c.fork(c.ids[:1], 10**11), CacheFullError, "fork: expected at most 2 new sequences"),
-    (lambda c: c.lengths([[1], [2, 3]]), SequenceError, "seq_ids: expected integers, got something that is no array"),
-    (lambda c: c.preempt(c.ids[:1], np.array(["drop", "host"])), SequenceError, "to: expected 'drop' or 'host'"),
-    (lambda c: c.key_cache(None), StepError, "layer: expected 0 to 1, got None"),
-    (lambda c: c.key_cache(0.5), StepError, "layer: expected 0 to 1, got 0.5"),
-    (lambda c: c.key_cache(2), StepError, "layer: expected 0 to 1, got 2"),
+    (lambda c: c.lengths([[1], [2, 3]]), ArgumentError, "seq_ids: expected integers, got something that is no array"),
+    (lambda c: c.preempt(c.ids[:1], np.array(["drop", "host"])), ArgumentError, "to: expected 'drop' or 'host'"),
+    (lambda c: c.key_cache(None), ArgumentError, "layer: expected 0 to 1, got None"),
+    (lambda c: c.key_cache(0.5), ArgumentError, "layer: expected 0 to 1, got 0.5"),
+    (lambda c: c.key_cache(2), ArgumentError, "layer: expected 0 to 1, got 2"),
 ]
 
 
@@ -102,13 +103,13 @@ def test_a_wrong_call_is_refused_and_changes_nothing(cache, call, error, message
 
 
 STEP_CALLS = [
-    (lambda s, k: s.append(2, k, k), StepError, "layer: expected 0 to 1, got 2"),
+    (lambda s, k: s.append(2, k, k), ArgumentError, "layer: expected 0 to 1, got 2"),
     (lambda s, k: s.append(0, k[:1], k), ShapeError, "expected .* got"),
     (lambda s, k: s.append(0, k[:, :1], k[:, :1]), ShapeError, "expected .* got"),
     (lambda s, k: s.append(0, k[:, :, :8], k[:, :, :8]), ShapeError, "expected .* got"),
     (lambda s, k: s.append(0, k.astype(np.float64), k), ShapeError, "float64"),
     (lambda s, k: s.append(0, k.astype(np.float16), k.astype(np.float16)), ShapeError, "float16"),
-    (lambda s, k: s.attend(-1, k), StepError, "layer: expected 0 to 1, got -1"),
+    (lambda s, k: s.attend(-1, k), ArgumentError, "layer: expected 0 to 1, got -1"),
     (lambda s, k: s.attend(0, k[:1]), ShapeError, "expected .* got"),
     (lambda s, k: s.attend(0, k[:, :, :8]), ShapeError, "expected .* got"),
     (lambda s, k: s.attend(0, k.repeat(2, 1)[:, :3]), ShapeError, "expected .* got"),
@@ -137,7 +138,7 @@ def test_wrong_arrays_are_refused_and_nothing_is_written(cache, call, error, mes
 )
 def test_wrong_token_ids_leave_the_step_open(cache, tokens, message):
     step = cache.begin_step(cache.ids[:1], 2)
-    with pytest.raises(StepError, match=message):
+    with pytest.raises(ArgumentError, match=message):
         cache.end_step(step, tokens)
     cache.end_step(step, [1, 2])
     assert cache.lengths(cache.ids[:1]).tolist() == [22]

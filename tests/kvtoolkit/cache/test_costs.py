@@ -5,9 +5,10 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from kvtoolkit import CacheConfig, KVCache, StepError
+from kvtoolkit import ArgumentError, CacheConfig, KVCache
 from kvtoolkit.bench import costs
 from kvtoolkit.cache import compaction
+from kvtoolkit.cache.state import block_table
 from kvtoolkit.cache.state.block_manager import Pool
 from kvtoolkit.cache.state.ledger import Ledger
 from kvtoolkit.commands import cli
@@ -38,9 +39,9 @@ def windows_of(cache):
     found = []
     for row in np.flatnonzero(table.info[:, 1] == 1).tolist():
         for end in range(8, int(table.info[row, 2] >> 3) + 1, 8):
-            held = compaction.rows.granule_at, table, row
+            held = block_table.granule_at, table, row
             own = [held[0](held[1], held[2], index) for index in range(end - 8, end)]
-            starts = [compaction.rows.find_entry(table, row, index) for index in (end - 8, end - 1)]
+            starts = [block_table.find_entry(table, row, index) for index in (end - 8, end - 1)]
             covers = table.starts[row, starts[0]] == end - 8 and (
                 starts[1] + 1 == table.info[row, 4] or table.starts[row, starts[1] + 1] == end
             )
@@ -86,7 +87,7 @@ def test_a_step_of_absurd_size_is_refused_before_anything_is_allocated_for_it(co
     seq_ids, _ = cache.open([[]] * 4)
     tracemalloc.start()
     try:
-        with pytest.raises(StepError, match=r"num_new_tokens: expected at most 1048576 in all.*got 134217728"):
+        with pytest.raises(ArgumentError, match=r"num_new_tokens: expected at most 1048576 in all.*got 134217728"):
             cache.begin_step(seq_ids, counts)
         assert tracemalloc.get_traced_memory()[1] < 1 << 16
     finally:

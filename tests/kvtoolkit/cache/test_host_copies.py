@@ -5,7 +5,7 @@ import contextlib
 import numpy as np
 import pytest
 
-from kvtoolkit import KVCache, SequenceError
+from kvtoolkit import ArgumentError, KVCache
 from kvtoolkit.cache.state.prefix_index import unpublish
 from tests.kvtoolkit.cache.broken_calls import TIERS, make, prompt, put, seen
 from tests.kvtoolkit.cache.test_interruptions import Interrupted, LineBreaker
@@ -231,7 +231,7 @@ def test_an_exception_at_any_line_of_a_return_leaves_whole_sequences_that_still_
 def test_keep_free_is_a_number_of_tokens(keep_free):
     cache, ids = beams("buddy", count=1)
     cache.preempt(ids, "host")
-    with pytest.raises(SequenceError, match="keep_free: expected a number of tokens, got"):
+    with pytest.raises(ArgumentError, match="keep_free: expected a number of tokens, got"):
         cache.restore(ids, keep_free=keep_free)
     assert cache.restore(ids).all()
 

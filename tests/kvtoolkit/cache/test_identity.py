@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kvtoolkit import KVCache, SequenceError, StepError
+from kvtoolkit import ArgumentError, KVCache
 from kvtoolkit.cache.state.identity import FEWEST
 from tests.kvtoolkit.cache.broken_calls import make, put
 
@@ -177,7 +177,7 @@ def test_salts_and_extra_keys_that_nothing_uses_are_forgotten():
 @pytest.mark.parametrize("bad", [1.0, True, ["a", "b"], [["a"]], [1.5], bytearray(b"a"), {"a"}, np.zeros((1, 1), int)])
 def test_what_is_no_salt_is_refused(bad):
     cache = make()
-    with pytest.raises(SequenceError, match="salt"):
+    with pytest.raises(ArgumentError, match="salt"):
         cache.open([TOKENS], salt=bad)
     assert cache.stats().num_seqs == 0
 
@@ -189,7 +189,7 @@ def test_what_is_no_salt_is_refused(bad):
 )  # fmt: skip
 def test_what_are_no_extra_keys_is_refused(bad):
     cache = make()
-    with pytest.raises(SequenceError, match="extra_keys"):
+    with pytest.raises(ArgumentError, match="extra_keys"):
         cache.open([TOKENS], extra_keys=bad)
     assert cache.stats().num_seqs == 0
 
@@ -197,14 +197,14 @@ def test_what_are_no_extra_keys_is_refused(bad):
 @pytest.mark.parametrize("bad", [[1.0], [True], [2**63], [2**64], np.array([2**63], np.uint64), ["a"], [None]])
 def test_tokens_are_64_bit_integers_or_refused(bad):
     cache = make()
-    with pytest.raises(SequenceError, match=r"prompts\[0\]: expected"):
+    with pytest.raises(ArgumentError, match=r"prompts\[0\]: expected"):
         cache.open([bad])
     seq_ids, _ = cache.open([[]])
     step = cache.begin_step(seq_ids, 1)
-    with pytest.raises(StepError, match="token_ids: expected"):
+    with pytest.raises(ArgumentError, match="token_ids: expected"):
         cache.end_step(step, bad)
     cache.abort_step(step)
-    with pytest.raises(SequenceError, match="seq_ids: expected"):
+    with pytest.raises(ArgumentError, match="seq_ids: expected"):
         cache.close(bad)
 
 

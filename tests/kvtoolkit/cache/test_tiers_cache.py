@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from allocators import OutOfBlocksError
-from kvtoolkit import CacheConfig, CacheFullError, KVCache, StepError
+from kvtoolkit import ArgumentError, CacheConfig, CacheFullError, KVCache
 from kvtoolkit.formats.entry import unpack_entries
 from kvtoolkit.formats.quantized import INT4, INT8
 from kvtoolkit.reference import tiered_attention
@@ -448,7 +448,7 @@ def test_a_refused_end_of_a_step_counts_no_masses():
     (seq,), _ = cache.open([[]])
     with attended_step(cache, seq, keys_of(range(100))) as step:
         for _ in range(2):
-            with pytest.raises(StepError):
+            with pytest.raises(ArgumentError):
                 cache.end_step(step, [1, 2])
             assert (cache._sequences.rows.masses == 0).all()
         cache.end_step(step)

@@ -1,13 +1,14 @@
 """The command line: what it prints and with which status it ends."""
 
 import json
+import subprocess
 import sys
 import types
 
 import pytest
 
 from allocators import _disk
-from kvtoolkit import ConfigError
+from kvtoolkit import ConfigError, __version__
 from kvtoolkit.bench import peers
 from kvtoolkit.bench.attention_cases import SHAPES
 from kvtoolkit.commands import cli, doctor
@@ -187,3 +188,8 @@ def test_an_allocator_in_the_current_folder_is_found_by_every_command(command, t
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
     assert cli.main([*command, *([] if "--allocator" in command else ["--allocator"]), "pool_of_mine:NoClass"]) == 2
     assert "expected 'pool_of_mine:NoClass' to be a class, got int" in capsys.readouterr().err
+
+
+def test_the_package_runs_as_the_command():
+    done = subprocess.run([sys.executable, "-m", "kvtoolkit", "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.split()[-1:]) == (0, [__version__])

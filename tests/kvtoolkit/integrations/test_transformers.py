@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers")
 
 from transformers import DynamicCache  # noqa: E402
 
-from kvtoolkit import CacheFullError, KVCache, SequenceError, ShapeError, UnsupportedError  # noqa: E402
+from kvtoolkit import ArgumentError, CacheFullError, KVCache, ShapeError, UnsupportedError  # noqa: E402
 from kvtoolkit.integrations.smollm2 import load_smollm2, missing_packages  # noqa: E402
 from kvtoolkit.integrations.transformers import TransformersCache, cache_config, use_kvtoolkit  # noqa: E402
 
@@ -418,7 +418,7 @@ def test_a_batch_is_found_under_its_own_salt_and_extra_keys(model):
         assert cache.open(**inputs, **own) == 0
         generate(model, cache, inputs, max_new_tokens=1)
         assert cache.open(**inputs, **other) == columns, other
-    for bad, error in (([None, [(1, "image")]], ShapeError), ([None], SequenceError)):
+    for bad, error in (([None, [(1, "image")]], ShapeError), ([None], ArgumentError)):
         with pytest.raises(error, match="extra_keys"):
             cache.open(**inputs, extra_keys=bad)
     assert cache.get_seq_length() == 16, "what is refused changes nothing"
