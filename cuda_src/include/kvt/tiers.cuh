@@ -30,7 +30,7 @@ struct Unit {
   __device__ __forceinline__ Tier tier() const { return static_cast<Tier>(words.w); }
 };
 
-// Filled in by kvtoolkit/cuda/tiered.py, behind the fields of AttentionParams.
+// Filled in by kvtoolkit/cuda/attention.py, behind the fields of AttentionParams.
 struct TieredParams : AttentionParams {
   const unsigned char* warm;   // [num_blocks, num_kv_heads, 2 * kWarm bytes]
   const unsigned char* cold;   // [num_blocks, num_kv_heads, kCold bytes]

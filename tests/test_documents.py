@@ -1,0 +1,62 @@
+"""What documents, docstrings and comments name exists: modules, what is in them, and files."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("allocators", "kvtoolkit", "cuda_src", "docs", "examples", "fuzz", "tests")
+SOURCES = sorted(
+    path
+    for path in (*ROOT.glob("*.md"), *(found for folder in FOLDERS for found in (ROOT / folder).rglob("*")))
+    if path.suffix in (".py", ".md", ".cu", ".cuh", ".cpp", ".h") and "results" not in path.parts
+)
+GROUP = "kvtoolkit.allocators"  # of entry points, and no module
+NAMES = re.compile(r"`((?:kvtoolkit|allocators)(?:\.\w+)+)")
+FILES = re.compile(r"(?<![\w./*-])((?:[\w-]+/)+[\w-]+\.(?:py|md|cuh?|toml))\b|`([\w-]+\.(?:py|md|cuh?))`")
+
+
+def found_in(pattern):
+    """Every name that a pattern finds, and one place where it stands."""
+    names = {}
+    for path in SOURCES:
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            for match in pattern.finditer(line):
+                names.setdefault(next(filter(None, match.groups())), f"{path.relative_to(ROOT)}:{number}")
+    return names
+
+
+def exists(name):
+    """Whether a dotted name is a module, or something in one."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:end]))
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.split(".")[0] not in ("kvtoolkit", "allocators"):
+                pytest.skip(f"{error.name} is not installed")
+            continue
+        for part in parts[end:]:
+            fields = (*getattr(found, "__dataclass_fields__", ()), *getattr(found, "__annotations__", ()))
+            if not hasattr(found, part) and part not in fields:
+                return False
+            found = getattr(found, part, None)
+        return True
+    return False
+
+
+def test_every_name_of_ours_exists():
+    missing = {name: place for name, place in found_in(NAMES).items() if name != GROUP and not exists(name)}
+    assert not missing
+
+
+def test_every_file_that_is_named_exists():
+    ours = [str(path.relative_to(ROOT)) for path in SOURCES] + ["examples/cache.toml"]
+    missing = {
+        name: place
+        for name, place in found_in(FILES).items()
+        if not any(path == name or path.endswith(f"/{name}") for path in ours) and not (ROOT / name).exists()
+    }
+    assert not missing
