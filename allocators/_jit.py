@@ -101,16 +101,17 @@ def _direct_imports(path: str) -> tuple[str, ...]:
 
 def _imported_modules(path: str) -> list[str]:
     """Our modules that one file may import. Parsing takes most of the time, so the answer is kept by the contents."""
-    digest, scans = _digest(path), _scans()
+    source, scans = Path(path).read_bytes(), _scans()
+    digest = hashlib.sha256(source).hexdigest()
     if digest not in scans:
-        scans[digest] = _parse(path)
+        scans[digest] = _parse(source)
         _keep_scans()
     return scans[digest]
 
 
-def _parse(path: str) -> list[str]:
+def _parse(source: bytes) -> list[str]:
     names: list[str] = []
-    for node in ast.walk(ast.parse(Path(path).read_bytes())):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
