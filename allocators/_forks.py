@@ -1,9 +1,9 @@
 """Locks that a forked child finds free.
 
 A thread that holds a lock while another one forks does not exist in the child, where the lock would stay held. So a
-fork waits until nobody is in the middle of a call, and the child begins with state that is in order. It does not wait
-for ever: a call that never ends, of a plug-in that hangs, must not stop its process from forking. What such a call
-holds stays locked in the child.
+fork waits until nobody is in the middle of a call, and the child begins with state that is in order. The wait is
+bounded, because a plug-in that hangs must not stop its process from forking; what its call holds stays locked in the
+child.
 """
 
 import os

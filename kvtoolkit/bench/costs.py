@@ -18,7 +18,7 @@ from kvtoolkit.cache.kv_cache import KVCache
 from kvtoolkit.config.cache import CacheConfig
 
 _MOST_TOKENS = 1 << 17
-"""Of one sequence, so that filling a large pool takes many of them."""
+"""Longest sequence; short enough that filling a large pool takes many of them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
