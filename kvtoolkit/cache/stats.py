@@ -136,7 +136,7 @@ def collect(sequences: Sequences) -> CacheStats:
     info = rows.info
     live = np.flatnonzero((info[:, STATE] != CLOSED) & (info[:, STATE] != PREEMPTED))
     lengths, counts = info[live, LENGTH], info[live, NUM_ENTRIES]
-    num_held = int(pool.granules.cached[HELD : HELD + 3].sum())
+    num_held = pool.num_used
     filled = np.zeros(pool.num_granules, np.int8)
     fill_in(rows, live.astype(np.int32), filled)
     width = int(counts.max(initial=0))
