@@ -100,6 +100,8 @@ class Engine:
         self.num_prefilled = 0
         self.num_decoded = 0
         self.averages = Averages()
+        self.block_tables: dict[int, np.ndarray] = {}
+        """What each sequence of the last step held, as entries of the block table; for those who draw it."""
 
     def add(self, request: Request) -> None:
         """Queue a request."""
@@ -173,6 +175,7 @@ class Engine:
                 logits = self.model.forward(tokens, positions, step).cpu()  # once a step: sampling is done here
                 self.cache.end_step(step, tokens.numpy())
             fed, stalled = step.ok.copy(), step.explain()
+            self.block_tables = dict(zip(step.seq_ids.tolist(), step.block_table.copy(), strict=True))
         for row, (request, chunk) in enumerate(batch):
             if fed[row]:
                 self.accept(request, len(chunk), logits[row])

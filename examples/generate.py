@@ -1,14 +1,20 @@
 """SmolLM2-135M answers prompts on the engine of `examples.engine`: `python -m examples.generate --help`."""
 
 import argparse
+import contextlib
 import itertools
 import sys
 import time
 
-import torch
+try:
+    import torch
+except ModuleNotFoundError:
+    sys.exit("generate: this needs torch: pip install 'kvtoolkit[demo]'")
 
+from examples.compare import table
 from examples.engine import Engine, Request
 from examples.llama import PackedLlama
+from examples.watch import watcher
 from kvtoolkit import CacheConfig, CacheStats, KVToolkitError, UnsupportedError, warmup
 from kvtoolkit.integrations.smollm2 import load_smollm2
 
@@ -52,41 +58,44 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
-        backend = backend_of(options)
-        device = "cpu" if backend == "cpu" else "cuda"
-        if device == "cuda" and not torch.cuda.is_available():
-            built = "" if torch.version.cuda else "; this torch is a CPU build"
-            raise UnsupportedError(f"backend: {backend!r} needs a CUDA device that torch can use, found none{built}")
         with Progress() as progress:
-            stages = itertools.count()
-            model, tokenizer = load_smollm2(
-                options.dtype or {"cpu": "float32", "cuda": "float16"}[device],
-                progress=lambda text: progress.show(f"SmolLM2: {text}", next(stages), 3),
-            )
-            packed = PackedLlama(model.to(device))
-            engine = Engine(
-                packed,
-                packed.cache_config(options.config, backend=backend, **cache_options(options)),
-                eos_token_id=tokenizer.eos_token_id,
-                max_batch=options.max_batch,
-            )
-            if backend == "cuda":
-                progress.show("compiling the kernels", 0, 1)  # once on this machine, outside the time that is reported
-                warmup(engine.cache.config, model.config.num_attention_heads)
-            requests = [
-                Request(encode(tokenizer, prompt), options.max_new_tokens, options.temperature, options.seed + i)
-                for i, prompt in enumerate(options.prompts)
-            ]
-            for request in requests:
-                engine.add(request)
-            seconds = run(engine, requests, progress)
+            engine, tokenizer = make_engine(options, progress)
+        requests = [
+            Request(encode(tokenizer, prompt), options.max_new_tokens, options.temperature, options.seed + i)
+            for i, prompt in enumerate(options.prompts)
+        ]
+        for request in requests:
+            engine.add(request)
+        seconds = run(engine, requests, options.prompts, tokenizer)
     except (KVToolkitError, ValueError) as error:
         print(f"generate: {error}", file=sys.stderr)
         return 2
-    for prompt, request in zip(options.prompts, requests, strict=True):
-        print(f"\n> {prompt}\n{tokenizer.decode(request.output, skip_special_tokens=True).strip()}")
     report(engine, seconds)
+    compare(engine, requests)
     return 0
+
+
+def make_engine(options: argparse.Namespace, progress: "Progress") -> tuple[Engine, object]:
+    """The engine, with everything compiled that it runs, and the tokenizer."""
+    backend = backend_of(options)
+    device = "cpu" if backend == "cpu" else "cuda"
+    if device == "cuda" and not torch.cuda.is_available():
+        built = "" if torch.version.cuda else "; this torch is a CPU build"
+        raise UnsupportedError(f"backend: {backend!r} needs a CUDA device that torch can use, found none{built}")
+    stages = itertools.count()
+    model, tokenizer = load_smollm2(
+        options.dtype or {"cpu": "float32", "cuda": "float16"}[device],
+        progress=lambda text: progress.show(f"SmolLM2: {text}", next(stages), 5),
+    )
+    packed = PackedLlama(model.to(device))
+    config = packed.cache_config(options.config, backend=backend, **cache_options(options))
+    if backend != "numba":
+        warmup(
+            config,
+            model.config.num_attention_heads,
+            progress=lambda part, done, total: progress.show(f"compiling (once on this machine): {part}", done, total),
+        )
+    return Engine(packed, config, eos_token_id=tokenizer.eos_token_id, max_batch=options.max_batch), tokenizer
 
 
 def backend_of(options: argparse.Namespace) -> str:
@@ -113,22 +122,12 @@ def encode(tokenizer, prompt: str) -> list[int]:
     return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
 
 
-def run(engine: Engine, requests: list[Request], progress: "Progress") -> float:
-    """Run to the end; returns the seconds it took."""
-    wanted = sum(request.max_new_tokens for request in requests)
-    start = time.perf_counter()
-
-    def on_step(engine: Engine) -> None:
-        finished = sum(request.max_new_tokens - len(request.output) for request in requests if done(request))
-        text = f"generating, {len(engine.running)} running, {len(engine.waiting)} waiting"
-        progress.show(text, engine.num_decoded + finished, wanted)
-
-    engine.run(on_step)
-    return time.perf_counter() - start
-
-
-def done(request: Request) -> bool:
-    return bool(request.output) and request.seq_id is None
+def run(engine: Engine, requests: list[Request], prompts: list[str], tokenizer) -> float:
+    """Run to the end, and show it; returns the seconds that it took without the showing."""
+    began = time.perf_counter()
+    with watcher(requests, prompts, lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True).strip()) as watch:
+        engine.run(watch.on_step)
+    return time.perf_counter() - began - watch.seconds
 
 
 def report(engine: Engine, seconds: float) -> None:
@@ -159,27 +158,38 @@ def report(engine: Engine, seconds: float) -> None:
     print(f"preempted   {stats.num_preempted} times, {stats.num_evicted} granules evicted")
 
 
+def compare(engine: Engine, requests: list[Request]) -> None:
+    """The same requests on other caches."""
+    print("\nThe same requests and tokens again, without the model (waste, entries per sequence: means over steps)")
+    print("\n".join(table(engine, requests)))
+    print(
+        "While memory is plentiful the growth policy `adaptive` gives a sequence blocks of 64 tokens, since attention\n"
+        "reads few long entries faster; the empty rest of the last block is waste. As memory gets short it takes\n"
+        "smaller blocks, and merges them when 64 tokens are full. `--growth proportional` wastes less from the start."
+    )
+
+
 class Progress:
-    """A progress bar on the terminal: rich's if it is installed, else a line now and then."""
+    """A progress bar where rich is installed and somebody watches, else a line for each part."""
 
     def __init__(self) -> None:
-        try:
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-            from rich.progress import Progress as Bar
+        self.bar, self.text = None, ""
+        if sys.stderr.isatty():
+            with contextlib.suppress(ImportError):
+                from rich.console import Console
+                from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+                from rich.progress import Progress as Bar
 
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-            self.bar = Bar(*columns, transient=True)
-            self.task = self.bar.add_task("", total=1)
-        except ImportError:
-            self.bar = None
-        self.last = ("", -1.0)
+                columns = (BarColumn(16), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+                self.bar = Bar(*columns, console=Console(stderr=True), transient=True)
+                self.task = self.bar.add_task("", total=1)
 
-    def show(self, text: str, done: float, total: float) -> None:
+    def show(self, text: str, done: int, total: int) -> None:
         if self.bar:
             self.bar.update(self.task, description=text, completed=done, total=total)
-        elif text.split(",")[0] != self.last[0] or done / total >= self.last[1] + 0.1:
-            self.last = (text.split(",")[0], done / total)
-            print(f"{text} ({done / total:.0%})", file=sys.stderr, flush=True)
+        elif text != self.text:
+            print(f"{text} ({done + 1} of {total})", file=sys.stderr, flush=True)
+        self.text = text
 
     def __enter__(self) -> "Progress":
         if self.bar:
