@@ -68,6 +68,11 @@ def load_smollm2(dtype: str = "float32", progress: Callable[[str], None] | None 
         if folder is None:
             tell("keeping the dequantized weights")
 
+            # the weights are plain numbers now, while transformers would refuse to save a model of this origin
+            model.hf_quantizer = None
+            if hasattr(model.config, "quantization_config"):
+                del model.config.quantization_config
+
             def write(target: Path) -> None:
                 model.save_pretrained(target)
                 tokenizer.save_pretrained(target)
