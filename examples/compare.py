@@ -9,7 +9,7 @@ from examples.engine import Averages, Engine, Request
 from kvtoolkit import CacheConfig, CacheStats, KVToolkitError
 
 PLENTY = 8
-"""The pool of the comparison in which memory is plentiful, in pools of the run."""
+"""How many times larger than the run's the pool is in which memory is plentiful."""
 
 
 @dataclass
@@ -45,23 +45,40 @@ def repeat(engine: Engine, requests: list[Request], config: CacheConfig) -> tupl
     return other.averages, other.cache.stats()
 
 
+def caches(config: CacheConfig) -> list[CacheConfig]:
+    """The cache of a run, the default of the library, and the allocator of plain PagedAttention."""
+    config = dataclasses.replace(config, backend="cpu", device=None)
+    others = [
+        dataclasses.replace(config, allocator=name, allocator_options={}, growth=None, block_sizes=None)
+        for name in ("buddy", "paged")
+    ]
+    found = [config, *others]
+    return [one for i, one in enumerate(found) if name_of(one) not in map(name_of, found[:i])]
+
+
+def name_of(config: CacheConfig) -> str:
+    return f"{config.allocator}, {config.growth}"
+
+
 def table(engine: Engine, requests: list[Request]) -> list[str]:
-    """The run's cache beside ``paged`` (or ``buddy`` beside it), in the run's pool and in a larger one."""
-    config = dataclasses.replace(engine.cache.config, backend="cpu", device=None)
-    other = "buddy" if config.allocator == "paged" else "paged"
-    rival = dataclasses.replace(config, allocator=other, allocator_options={}, growth=None, block_sizes=None)
-    lines = [f"{'':<22}{'waste':>8}{'entries':>10}{'block sizes in a sequence':>32}"]
-    for name, factor in (("this pool", 1), (f"a pool {PLENTY} times as large", PLENTY)):
-        lines.append(name)
-        for one in (config, rival):
-            sized = dataclasses.replace(one, num_tokens=8 * config.num_granules * factor, memory=None)
-            label = f"  {one.allocator}, {one.growth}"
+    """Waste and entries of several caches, in the run's pool and in a larger one."""
+    num_tokens = 8 * engine.cache.config.num_granules
+    lines = [f"{'':<24}{'waste':>7}{'entries':>9}{'tokens':>8}{'merges':>8}{'evicted':>9}{'preempted':>11}"]
+    lines.append(f"{'':<24}{'':>7}{'per sequence':>17}")
+    for title, factor in ((f"{num_tokens} slots", 1), (f"{PLENTY * num_tokens} slots", PLENTY)):
+        lines.append(title)
+        for config in caches(engine.cache.config):
+            label = f"  {name_of(config):<22}"
             try:
-                averages, _ = repeat(engine, requests, sized)
+                sized = dataclasses.replace(config, num_tokens=num_tokens * factor, memory=None)
+                average, stats = repeat(engine, requests, sized)
             except KVToolkitError as error:
-                lines.append(f"{label:<22}  {error}"[:80])
+                lines.append(f"{label}{error}"[:80])
                 continue
-            total = sum(averages.blocks.values())
-            sizes = ", ".join(f"{count / total:.0%} {size}" for size, count in averages.blocks.items())
-            lines.append(f"{label:<22}{averages.waste:>8.1%}{averages.entries_per_seq:>10.1f}{sizes:>32}")
+            entries = sum(average.blocks.values())
+            tokens = sum(size * count for size, count in average.blocks.items()) / entries
+            lines.append(
+                f"{label}{average.waste:>7.1%}{average.entries_per_seq:>9.1f}{tokens:>8.0f}{stats.num_merges:>8}"
+                f"{stats.num_evicted:>9}{stats.num_preempted:>11}"
+            )
     return lines

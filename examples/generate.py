@@ -15,30 +15,50 @@ from examples.compare import table
 from examples.engine import Engine, Request
 from examples.llama import PackedLlama
 from examples.watch import watcher
-from kvtoolkit import CacheConfig, CacheStats, KVToolkitError, UnsupportedError, warmup
+from kvtoolkit import CacheConfig, KVToolkitError, UnsupportedError, warmup
 from kvtoolkit.integrations.smollm2 import load_smollm2
 
 PROMPTS = [
-    "What is the capital of France, and what is it known for?",
-    "Explain in two sentences why the sky is blue.",
-    "Write a haiku about the sea.",
-    "List three uses of a paper clip.",
-    "Why do we need sleep?",
-    "Tell me a very short story about a lighthouse keeper.",
-    "What is the difference between a frog and a toad?",
-    "Give me a simple recipe for pancakes.",
+    "We will spend a weekend in Paris with two children, nine and twelve years old, and it may rain on one of the two "
+    "days. What is the city known for, and what should we see first? Please suggest three places.",
+    "My daughter asked me at breakfast why the sky is blue, and why it turns red in the evening. I knew the answer at "
+    "school but have forgotten it. Explain it so that she can understand it, in a few sentences.",
+    "I have a box with two hundred paper clips, some rubber bands and a pencil on my desk, and a long afternoon with "
+    "nothing to do. List some uses of a paper clip that have nothing to do with paper, one per line.",
+    "For some weeks I have slept five hours a night because of a new project, and I am tired all day long. Why do we "
+    "need sleep at all, what does the body do in that time, and what happens to people who sleep too little?",
+    "Tell me a short story about a lighthouse keeper who finds a letter in a bottle on the beach after a storm. The "
+    "letter was written a hundred years ago by somebody with her own name. Let it end well.",
+    "A neighbor found an animal in the garden pond, and we cannot agree whether it is a frog or a toad. What is the "
+    "difference between the two, what do they eat, and how can we tell them apart without touching it?",
+    "There are four eggs, a liter of milk, flour, butter, sugar and two apples in my kitchen, and friends of mine come "
+    "for breakfast in an hour. Give me a simple recipe for pancakes, with the steps in order.",
+    "Next week I begin to learn to swim, as a grown man who is a little afraid of deep water. What should I practice "
+    "in the first lessons, what do I need to bring, and how long does it take until I can swim?",
 ]
+POOL = {"num_tokens": 704, "allocator": "buddy", "growth": "lazy_merge", "max_seqs": 64}
+"""Too small for all requests at once, so that they have to reuse, merge, evict and give way."""
+TIERED_POOL = POOL | {"num_tokens": 2048}
 TIERS = {"hot": 64, "pinned_tokens": 0, "warm": "int8", "warm_tokens": 64, "cold": "int4"}
-SYSTEM = "You are a helpful assistant. Answer briefly, in plain words, and say so if you do not know."
+EXPLANATION = """\
+Why `adaptive`, the default of a cache, wastes more while memory is plentiful: it
+then gives a sequence blocks of 64 tokens, because attention reads few long
+entries faster, and the empty rest of the last block is waste. As memory gets
+short it takes smaller blocks."""
+SYSTEM = (
+    "You are a helpful and friendly assistant. Answer in plain words and in complete sentences, as you would explain "
+    "it to a friend at the kitchen table, and begin with what matters most. Give an example where one helps, do not "
+    "repeat the question, and say so if you do not know the answer."
+)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m examples.generate", description=__doc__)
     parser.add_argument("prompts", nargs="*", default=PROMPTS, metavar="PROMPT", help="default: eight of our own")
     parser.add_argument("--config", help="a TOML file such as examples/cache.toml; the options below win over it")
-    parser.add_argument("--allocator", help="paged, buddy, slab, lockfree, or package.module:Class")
-    parser.add_argument("--growth", help="fixed8 ... fixed64, append, proportional, lazy_merge, adaptive")
-    parser.add_argument("--num-tokens", type=int, help="token slots in the pool (default 8192)")
+    parser.add_argument("--allocator", help="paged, buddy (default), slab, lockfree, or package.module:Class")
+    parser.add_argument("--growth", help="fixed8 ... fixed64, append, proportional, lazy_merge (default), adaptive")
+    parser.add_argument("--num-tokens", type=int, help="token slots in the pool (default 704, with --tiers 2048)")
     parser.add_argument(
         "--tiers", action="store_true",
         help="keep 64 tokens as they are, the 64 before them in int8, what is older in int4; 192 new tokens by default",
@@ -110,7 +130,9 @@ def cache_options(options: argparse.Namespace) -> dict[str, object]:
     given = {name: getattr(options, name) for name in ("allocator", "growth", "num_tokens")}
     given = {name: value for name, value in given.items() if value is not None}
     if options.config is None:
-        given = {"num_tokens": 8192, "max_seqs": 64} | given
+        given = (TIERED_POOL if options.tiers else POOL) | given
+        if given["allocator"] == "paged" and options.growth is None:
+            del given["growth"]  # its own: blocks of one size
     if options.tiers:
         given["tiers"] = TIERS
     return given
@@ -131,42 +153,35 @@ def run(engine: Engine, requests: list[Request], prompts: list[str], tokenizer) 
 
 
 def report(engine: Engine, seconds: float) -> None:
-    """Speed, and the cache's own figures."""
-    stats: CacheStats = engine.cache.stats()
-    config, average = engine.cache.config, engine.averages
-    print(
-        f"\n{engine.num_decoded} tokens in {seconds:.1f} s: {engine.num_decoded / seconds:.1f} tokens per second, "
-        f"{engine.num_prefilled} prompt tokens computed"
-    )
-    print(
-        f"cache       {config.allocator}, growth {config.growth}, {stats.capacity} slots, {stats.nbytes / 1e6:.0f} MB "
-        f"of {config.dtype} on {engine.model.device}"
-    )
-    print(f"peak use    {stats.peak_used} slots ({stats.peak_used / stats.capacity:.0%})")
-    print(f"waste       {average.waste:.1%} of the slots held, mean over {stats.num_steps} steps")
-    print(f"blocks      {', '.join(f'{n:.1f} of {size}' for size, n in average.blocks.items())} tokens, mean per step")
+    """Speed, the cache's own figures, and how often it did what is special about it."""
+    stats, config, average = engine.cache.stats(), engine.cache.config, engine.averages
+    lines = [
+        f"{engine.num_decoded} tokens in {seconds:.1f} s: {engine.num_decoded / seconds:.1f} tokens per second",
+        f"cache      {config.allocator}, growth {config.growth}, {stats.capacity} slots, "
+        f"{stats.nbytes / 1e6:.0f} MB of {config.dtype} on {engine.model.device}",
+        f"peak use   {stats.peak_used} slots ({stats.peak_used / stats.capacity:.0%})",
+        f"waste      {average.waste:.1%} of the slots held, mean over {stats.num_steps} steps",
+        f"entries    {average.entries_per_seq:.1f} per sequence, mean over steps",
+    ]
     if config.tiers:
-        print(
-            f"tiers       {', '.join(f'{n:.1f} {name}' for name, n in average.tiers.items())} tokens, mean per step; "
-            f"{stats.num_demoted_warm} tiles went to int8, {stats.num_demoted_cold} to int4"
-        )
-    print(f"entries     {average.entries_per_seq:.1f} per sequence, mean over steps")
-    print(
-        f"copied      {stats.copied_tokens} tokens, {stats.num_merges} merges ({stats.num_failed_merges} found no room)"
-    )
-    print(f"reused      {stats.reused_tokens} of {stats.prompt_tokens} prompt tokens found in the cache")
-    print(f"preempted   {stats.num_preempted} times, {stats.num_evicted} granules evicted")
+        held = ", ".join(f"{count:.1f} {name}" for name, count in average.tiers.items())
+        lines.append(f"tiers      {held} tokens, mean over steps")
+        lines.append(f"demotions  {stats.num_demoted_warm} tiles to int8, {stats.num_demoted_cold} to int4")
+    lines += [
+        f"reuse      {stats.num_prefix_hits} prompts began in the cache: {stats.reused_tokens} of "
+        f"{stats.prompt_tokens} prompt tokens",
+        f"merges     {stats.num_merges} ({stats.num_failed_merges} found no room), {stats.copied_tokens} tokens copied",
+        f"evictions  {stats.num_evicted} granules of 8 tokens",
+        f"preempted  {stats.num_preempted} times, to host memory",
+    ]
+    print("\n".join(lines))
 
 
 def compare(engine: Engine, requests: list[Request]) -> None:
     """The same requests on other caches."""
-    print("\nThe same requests and tokens again, without the model (waste, entries per sequence: means over steps)")
+    print("\nThe same requests and tokens again, without the model; means over all steps")
     print("\n".join(table(engine, requests)))
-    print(
-        "While memory is plentiful the growth policy `adaptive` gives a sequence blocks of 64 tokens, since attention\n"
-        "reads few long entries faster; the empty rest of the last block is waste. As memory gets short it takes\n"
-        "smaller blocks, and merges them when 64 tokens are full. `--growth proportional` wastes less from the start."
-    )
+    print(EXPLANATION)
 
 
 class Progress:
