@@ -19,22 +19,14 @@ from kvtoolkit import CacheConfig, KVToolkitError, UnsupportedError, warmup
 from kvtoolkit.integrations.smollm2 import load_smollm2
 
 PROMPTS = [
-    "We will spend a weekend in Paris with two children, nine and twelve years old, and it may rain on one of the two "
-    "days. What is the city known for, and what should we see first? Please suggest three places.",
-    "My daughter asked me at breakfast why the sky is blue, and why it turns red in the evening. I knew the answer at "
-    "school but have forgotten it. Explain it so that she can understand it, in a few sentences.",
-    "I have a box with two hundred paper clips, some rubber bands and a pencil on my desk, and a long afternoon with "
-    "nothing to do. List some uses of a paper clip that have nothing to do with paper, one per line.",
-    "For some weeks I have slept five hours a night because of a new project, and I am tired all day long. Why do we "
-    "need sleep at all, what does the body do in that time, and what happens to people who sleep too little?",
-    "Tell me a short story about a lighthouse keeper who finds a letter in a bottle on the beach after a storm. The "
-    "letter was written a hundred years ago by somebody with her own name. Let it end well.",
-    "A neighbor found an animal in the garden pond, and we cannot agree whether it is a frog or a toad. What is the "
-    "difference between the two, what do they eat, and how can we tell them apart without touching it?",
-    "There are four eggs, a liter of milk, flour, butter, sugar and two apples in my kitchen, and friends of mine come "
-    "for breakfast in an hour. Give me a simple recipe for pancakes, with the steps in order.",
-    "Next week I begin to learn to swim, as a grown man who is a little afraid of deep water. What should I practice "
-    "in the first lessons, what do I need to bring, and how long does it take until I can swim?",
+    "What is Paris known for, and what should we see there first?",
+    "Why is the sky blue, and why does it turn red in the evening?",
+    "Tell me a story about a lighthouse keeper and a lost letter.",
+    "Why do we need sleep? Give three reasons and explain each of them.",
+    "What is the difference between a frog and a toad?",
+    "Give me a simple recipe for pancakes, step by step.",
+    "How do I learn to swim as a grown man? What comes first?",
+    "List five uses of a paper clip and explain each of them.",
 ]
 POOL = {"num_tokens": 704, "allocator": "buddy", "growth": "lazy_merge", "max_seqs": 64}
 """Too small for all requests at once, so that they have to reuse, merge, evict and give way."""
@@ -65,13 +57,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--backend", choices=["cpu", "cuda", "numba"], help="cuda, numba: all on a GPU (default cpu)")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="default float32, on a GPU float16")
-    parser.add_argument("--max-new-tokens", type=int, help="default 64")
+    parser.add_argument("--max-new-tokens", type=int, help="default 128, with --tiers 192")
     parser.add_argument("--max-batch", type=int, default=16, help="requests that run at once")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     if options.max_new_tokens is None:
-        options.max_new_tokens = 192 if options.tiers else 64  # tiers are for what is older than 64 tokens
+        options.max_new_tokens = 192 if options.tiers else 128  # tiers are for what is older than 64 tokens
     return options
 
 

@@ -85,7 +85,7 @@ def test_a_large_pool_is_drawn_small():
 
 
 def test_without_a_terminal_lines_say_what_happens(capsys):
-    engine, requests, _ = watched(watch.watcher)
+    engine, _, _ = watched(watch.watcher)
     out, stats = capsys.readouterr().out, engine.cache.stats()
     assert "\x1b" not in out
     assert len(re.findall(r"request \d is finished\n> prompt", out)) == 8
