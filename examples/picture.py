@@ -27,7 +27,7 @@ def draw(engine: Engine, requests: list[Request], texts: list[str]) -> Group:
 
 
 def held_entries(engine: Engine) -> dict[int, list[tuple[int, int]]]:
-    """Of each running sequence the entries of its block table: first granule, and length in granules."""
+    """For each running sequence the entries of its block table, as (first granule, length in granules)."""
     tables = {}
     for request in engine.running:
         starts, lengths, _ = unpack_entries(engine.block_tables.get(request.seq_id, np.empty(0, np.int32)))
@@ -36,7 +36,7 @@ def held_entries(engine: Engine) -> dict[int, list[tuple[int, int]]]:
 
 
 def owners_of(engine: Engine, requests: list[Request], tables: dict[int, list[tuple[int, int]]]) -> np.ndarray:
-    """Of each granule of the pool the number of the request that holds it; -1: nobody does, -2: several do."""
+    """For each granule of the pool the number of the request that holds it; -1 if none does, -2 if several do."""
     owners = np.full(engine.cache.config.num_granules, -1)
     for index, request in enumerate(requests):
         for start, length in tables.get(request.seq_id, []):
@@ -46,7 +46,7 @@ def owners_of(engine: Engine, requests: list[Request], tables: dict[int, list[tu
 
 
 def pool_lines(engine: Engine, owners: np.ndarray) -> list[Text]:
-    """The granules of each tier in eights, the largest block; in a large pool a cell stands for several."""
+    """Draw the granules of each tier in groups of eight, the largest block. In a large pool a cell is several."""
     config = engine.cache.config
     scale = max(1, -(-len(owners) // (_PER_LINE * _MOST_LINES)))
     lines = []

@@ -91,7 +91,7 @@ def _prepare(case: Case, which: int, name: str, out: Any) -> Any:
     num_supers = case.storage[0].shape[0] // 8
     count = num_supers // case.num_sets
     drawn = [_PATTERNS[name][int(i)] for i in rng.integers(0, len(_PATTERNS[name]), count)]
-    # the same patterns, in another order, cut the memory
+    # the memory is cut by the same patterns in another order
     pieces: dict[int, list[int]] = {}
     for place, i in zip(rng.permutation(num_supers).tolist(), rng.permutation(count).tolist(), strict=False):
         start = 8 * place

@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def heads(text: str) -> tuple[int, int]:
-    """Query and kv heads from such as ``32/8``."""
+    """Parse numbers of query and kv heads, such as ``32/8``."""
     q_heads, _, kv_heads = text.partition("/")
     if not (q_heads.isdecimal() and kv_heads.isdecimal() and int(kv_heads) and int(q_heads)):
         raise argparse.ArgumentTypeError(f"expected query and kv heads such as 32/8, got {text!r}")
@@ -103,7 +103,7 @@ def _specs(arch: str, options: argparse.Namespace) -> list[specs.Spec]:
 
 
 def row_of(spec: specs.Spec, arch: str) -> dict[str, Any]:
-    """Compile one kernel; what it takes of an SM."""
+    """Compile one kernel. Returns what it needs of an SM."""
     built = build(spec.source, dict(spec.defines), arch)
     (usage,) = (usage for usage in built.usage if usage.name == spec.name)
     smem = spec.smem_nbytes + usage.smem_nbytes
@@ -123,7 +123,7 @@ def row_of(spec: specs.Spec, arch: str) -> dict[str, Any]:
 
 
 def line_of(row: dict[str, Any]) -> str:
-    """A line of the table."""
+    """Format a row as a line of the table."""
     macros = " ".join(f"{name.removeprefix('KVT_').lower()}={value}" for name, value in row["macros"].items())
     return (
         f"{row['kernel']:<18}{row['arch']:>6}  {macros:<104}{row['registers']:>5}{row['spill_nbytes']:>8}"
