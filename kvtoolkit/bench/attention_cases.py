@@ -81,7 +81,7 @@ class Case:
 
     Attributes:
         storage: keys and values, contiguous in ``layout``.
-        k_cache: ``[num_blocks, block_size, num_kv_heads, head_dim]`` bfloat16, a view of them; ``v_cache`` alike.
+        k_cache: ``[num_blocks, block_size, num_kv_heads, head_dim]`` bfloat16, a view of them; ``v_cache`` too.
         tables: ``[batch, max_blocks]`` int32 of each set.
         q: ``[num_tokens, num_q_heads, head_dim]``; seq_lens: ``[batch]`` int32.
     """

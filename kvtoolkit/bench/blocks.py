@@ -1,6 +1,6 @@
 """What block sizes and planning cost: attention over blocks of 8 to 64 tokens, and the small kernels of a step.
 
-The blocks of a sequence lie anywhere in the pool, of one size or of all sizes mixed; the attention is the same, so the
+The blocks of a sequence are anywhere in the pool, of one size or of all sizes mixed; the attention is the same, so the
 times tell what the block size costs, the reading of the tables included. The kernels that are run once a step for all
 layers - the plan, the list of granules - are timed apart, as is what calls cost the host.
 """
