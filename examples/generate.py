@@ -181,21 +181,22 @@ class Progress:
 
     def __init__(self) -> None:
         self.bar, self.text = None, ""
-        if sys.stderr.isatty():
+        self.out = sys.stderr  # transformers is kept quiet by redirecting sys.stderr, which must not silence this
+        if self.out.isatty():
             with contextlib.suppress(ImportError):
                 from rich.console import Console
                 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
                 from rich.progress import Progress as Bar
 
                 columns = (BarColumn(16), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-                self.bar = Bar(*columns, console=Console(stderr=True), transient=True)
+                self.bar = Bar(*columns, console=Console(file=self.out), transient=True)
                 self.task = self.bar.add_task("", total=1)
 
     def show(self, text: str, done: int, total: int) -> None:
         if self.bar:
             self.bar.update(self.task, description=text, completed=done, total=total)
         elif text != self.text:
-            print(f"{text} ({done + 1} of {total})", file=sys.stderr, flush=True)
+            print(f"{text} ({done + 1} of {total})", file=self.out, flush=True)
         self.text = text
 
     def __enter__(self) -> "Progress":
