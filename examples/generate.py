@@ -30,7 +30,7 @@ PROMPTS = [
 ]
 POOL = {"num_tokens": 704, "allocator": "buddy", "growth": "lazy_merge", "max_seqs": 64}
 """Too small for all requests at once, so that they have to reuse, merge, evict and give way."""
-TIERED_POOL = POOL | {"num_tokens": 2048}
+TIERED_POOL = POOL | {"num_tokens": 3072}
 TIERS = {"hot": 64, "pinned_tokens": 0, "warm": "int8", "warm_tokens": 64, "cold": "int4"}
 EXPLANATION = """\
 Why `adaptive`, the default of a cache, wastes more while memory is plentiful: it
@@ -50,7 +50,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", help="a TOML file such as examples/cache.toml; the options below win over it")
     parser.add_argument("--allocator", help="paged, buddy (default), slab, lockfree, or package.module:Class")
     parser.add_argument("--growth", help="fixed8 ... fixed64, append, proportional, lazy_merge (default), adaptive")
-    parser.add_argument("--num-tokens", type=int, help="token slots in the pool (default 704, with --tiers 2048)")
+    parser.add_argument("--num-tokens", type=int, help="token slots in the pool (default 704, with --tiers 3072)")
     parser.add_argument(
         "--tiers", action="store_true",
         help="keep 64 tokens as they are, the 64 before them in int8, what is older in int4; 192 new tokens by default",
@@ -105,7 +105,9 @@ def make_engine(options: argparse.Namespace, progress: "Progress") -> tuple[Engi
         warmup(
             config,
             model.config.num_attention_heads,
-            progress=lambda part, done, total: progress.show(f"compiling (once on this machine): {part}", done, total),
+            progress=lambda part, done, total: progress.show(
+                f"compiled code, made once on this machine: {part}", done, total
+            ),
         )
     return Engine(packed, config, eos_token_id=tokenizer.eos_token_id, max_batch=options.max_batch), tokenizer
 

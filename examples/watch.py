@@ -63,7 +63,7 @@ class Lines:
         if reused:
             lines.append(f"{reused} prompt tokens were in the cache already and are not computed again")
         if count := stats.num_merges - before.num_merges:
-            lines.append(f"{count} x 8 blocks of 8 tokens became one of 64")
+            lines.append(f"{count} merged: the small blocks of 64 tokens became one block")
         if count := stats.num_evicted - before.num_evicted:
             lines.append(f"{8 * count} cached tokens of finished requests were evicted")
         if count := stats.num_demoted_warm - before.num_demoted_warm:
