@@ -33,8 +33,8 @@ POOL = {"num_tokens": 704, "allocator": "buddy", "growth": "lazy_merge", "max_se
 TIERED_POOL = POOL | {"num_tokens": 3072}
 TIERS = {"hot": 64, "pinned_tokens": 0, "warm": "int8", "warm_tokens": 64, "cold": "int4"}
 EXPLANATION = """\
-Why `adaptive`, the default of a cache, wastes more while memory is plentiful: it
-then gives a sequence blocks of 64 tokens, because attention reads few long
+Why `adaptive`, the default of a cache, wastes more while memory is plentiful:
+it gives a sequence blocks of 64 tokens then, because attention reads few long
 entries faster, and the empty rest of the last block is waste. As memory gets
 short it takes smaller blocks."""
 SYSTEM = (
@@ -105,9 +105,7 @@ def make_engine(options: argparse.Namespace, progress: "Progress") -> tuple[Engi
         warmup(
             config,
             model.config.num_attention_heads,
-            progress=lambda part, done, total: progress.show(
-                f"compiled code, made once on this machine: {part}", done, total
-            ),
+            progress=lambda part, done, total: progress.show(f"compiled code, kept for next time: {part}", done, total),
         )
     return Engine(packed, config, eos_token_id=tokenizer.eos_token_id, max_batch=options.max_batch), tokenizer
 

@@ -134,6 +134,10 @@ def test_the_comparison_repeats_the_run_on_other_caches():
     assert waste[4] > 2 * waste[5]  # in the larger pool: what the explanation below the table is about
 
 
+def test_what_the_demo_says_below_its_table_fits_80_columns():
+    assert max(map(len, generate.EXPLANATION.splitlines())) <= 80
+
+
 def test_progress_prints_a_line_for_each_part_where_nobody_watches(capsys):
     with generate.Progress() as progress:
         progress.show("compiling: forks", 0, 2)
