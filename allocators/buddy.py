@@ -22,7 +22,7 @@ from allocators import _bitset
 from allocators._bits import count_trailing_zeros
 from allocators._bitset import BitSets
 from allocators._jit import jit
-from allocators.protocol import GRANULE, SUPERBLOCK, HostAllocator, Int32Array, require
+from allocators.protocol import GRANULE, SUPERBLOCK, AllocatorBase, Int32Array, require
 
 _FULL = np.uint8(0xFF)
 _ONE = np.uint64(1)
@@ -76,7 +76,7 @@ class _Buddy(NamedTuple):
     """``[1]`` granules; derived."""
 
 
-class BuddyAllocator(HostAllocator):
+class BuddyAllocator(AllocatorBase):
     """Buddy blocks of 8 to 64 tokens, and runs of whole superblocks for prefill; fullest superblock first.
 
     Args:

@@ -35,7 +35,7 @@ from allocators._forks import lock_across_forks
 from allocators._jit import jit
 from allocators._slots import slots_of
 from allocators.errors import ContendedError, InvalidSizeError
-from allocators.protocol import GRANULE, HostAllocator, Int32Array, require
+from allocators.protocol import GRANULE, AllocatorBase, Int32Array, require
 
 OK, EXHAUSTED, CONTENDED = 0, 1, 2
 MAX_PASSES = 4
@@ -62,7 +62,7 @@ class _Pool(NamedTuple):
     """Granules freed while the rest of their slot is live; touched under the lock of `free` alone."""
 
 
-class LockFreeAllocator(HostAllocator):
+class LockFreeAllocator(AllocatorBase):
     """Claims blocks with atomics; threads never wait for each other unless they fight over the last blocks.
 
     Args:
@@ -133,7 +133,7 @@ class LockFreeAllocator(HostAllocator):
         orders = np.clip(self._pool.owner[granules // _WORD].astype(np.int32) - 1, 0, 3)
         return np.left_shift(1, orders, dtype=np.int32)
 
-    # `HostAllocator.allocate` would take the lock; this one must not.
+    # `AllocatorBase.allocate` would take the lock; this one must not.
     def allocate(self, sizes: ArrayLike, *, partial: bool = False) -> Int32Array:
         wanted = self._wanted(sizes)
         starts = np.empty(len(wanted), np.int32)

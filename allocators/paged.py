@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from allocators._jit import jit
 from allocators.errors import InvalidSizeError
-from allocators.protocol import GRANULE, HostAllocator, Int32Array, require
+from allocators.protocol import GRANULE, AllocatorBase, Int32Array, require
 
 
 class _Pages(NamedTuple):
@@ -26,7 +26,7 @@ class _Pages(NamedTuple):
     """``[num_blocks]`` whether the block is on the stack."""
 
 
-class PagedAllocator(HostAllocator):
+class PagedAllocator(AllocatorBase):
     """Blocks of one size from a free stack, last freed first granted.
 
     Args:

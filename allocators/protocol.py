@@ -205,7 +205,7 @@ def check_block_sizes(block_sizes: ArrayLike) -> tuple[int, ...]:
     return sizes
 
 
-class HostAllocator(BlockAllocator):
+class AllocatorBase(BlockAllocator):
     """Shared shell of the allocators whose state is a few NumPy arrays: checks, messages, lock, snapshots.
 
     A subclass keeps its state in `_state` and does the work in compiled functions that run without the GIL.

@@ -21,7 +21,7 @@ from allocators._bits import count_trailing_zeros, popcount
 from allocators._bitset import BitSets
 from allocators._jit import jit
 from allocators._slots import slots_of
-from allocators.protocol import GRANULE, HostAllocator, Int32Array, require
+from allocators.protocol import GRANULE, AllocatorBase, Int32Array, require
 
 SLAB = 64
 """Granules in a slab (512 tokens)."""
@@ -45,7 +45,7 @@ class _Slabs(NamedTuple):
     """``[2]`` free and returned granules; derived."""
 
 
-class SlabAllocator(HostAllocator):
+class SlabAllocator(AllocatorBase):
     """Blocks of 8 to 64 tokens, one size a slab of 512 tokens; the lowest slab of the size that has a slot serves.
 
     Args:

@@ -15,8 +15,8 @@ from allocators.lockfree import LockFreeAllocator, _fold_all
 from allocators.protocol import (
     GRANULE,
     SUPERBLOCK,
+    AllocatorBase,
     BlockAllocator,
-    HostAllocator,
     Int32Array,
     require,
     unpack_snapshot,
@@ -64,7 +64,7 @@ def can_be_made() -> bool:
     return True
 
 
-class DevicePool(HostAllocator):
+class DevicePool(AllocatorBase):
     """A lock-free pool in the memory of a GPU, for kernels of your own; on the host a `BlockAllocator` like any other.
 
     Args:
@@ -192,7 +192,7 @@ class DevicePool(HostAllocator):
         with self._lock:
             return sum(int(np.bitwise_count(self._limbo(epoch)).sum()) for epoch in range(_EPOCHS))
 
-    # -- what `HostAllocator` asks for -------------------------------------------------------------------------------
+    # -- what `AllocatorBase` asks for -------------------------------------------------------------------------------
 
     def _allocate(self, sizes: Int32Array, starts: Int32Array, partial: bool) -> int:
         if not len(sizes):

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from allocators import BlockAllocator, EpochPool, InvalidFreeError
 from allocators._jit import jit
-from allocators.protocol import HostAllocator
+from allocators.protocol import AllocatorBase
 from kvtoolkit.arrays.types import Int32Array
 from kvtoolkit.config.tiers import TIER_NAMES
 from kvtoolkit.cuda.pool import DevicePool
@@ -314,8 +314,8 @@ def _is_rebuilt(allocator: BlockAllocator) -> bool:
     if isinstance(allocator, DevicePool | EpochPool):
         return False
     rebuild = getattr(type(allocator), "rebuild", BlockAllocator.rebuild)
-    if rebuild is HostAllocator.rebuild and isinstance(allocator, HostAllocator):
-        return type(allocator)._rebuild is not HostAllocator._rebuild
+    if rebuild is AllocatorBase.rebuild and isinstance(allocator, AllocatorBase):
+        return type(allocator)._rebuild is not AllocatorBase._rebuild
     return rebuild is not BlockAllocator.rebuild
 
 

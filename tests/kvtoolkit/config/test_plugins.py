@@ -63,8 +63,8 @@ def test_what_is_no_class_with_the_methods_is_refused_and_not_called(spec, field
 def test_missing_methods_are_named_when_the_configuration_is_made(field):
     with pytest.raises((ConfigError, UnknownAllocatorError), match="to have stats, check_integrity, snapshot, restore"):
         named(f"{HERE}:NoAllocator")[field]()
-    with pytest.raises((ConfigError, UnknownAllocatorError), match="_allocate, _free.*which HostAllocator lacks"):
-        named("allocators.protocol:HostAllocator")[field]()
+    with pytest.raises((ConfigError, UnknownAllocatorError), match="_allocate, _free.*which AllocatorBase lacks"):
+        named("allocators.protocol:AllocatorBase")[field]()
 
 
 def test_a_policy_without_a_score_is_named_when_the_configuration_is_made():
