@@ -15,7 +15,7 @@ from kvtoolkit.cpu import threads
 from kvtoolkit.cpu.kernel import yield_core
 from kvtoolkit.cpu.vector import copy_bytes, read_i64
 from kvtoolkit.errors import ShapeError, UnsupportedError
-from kvtoolkit.findings import BAD_SLOT, refuse
+from kvtoolkit.findings import Finding, raise_finding
 
 _TOKENS_PER_ITEM = 64
 _int: Any = np.int64  # a cast in compiled code
@@ -126,7 +126,7 @@ def append(
         dtype=np.int64,
     )  # fmt: skip
     if check and (bad := first_bad_slot(problem)) >= 0:
-        refuse(BAD_SLOT, bad, slots.owner[bad], block_size=block_size, num_blocks=keys.shape[0])
+        raise_finding(Finding.BAD_SLOT, bad, slots.owner[bad], block_size=block_size, num_blocks=keys.shape[0])
     _run(problem, num_tokens * num_heads * row_bytes)
     return problem
 

@@ -9,7 +9,7 @@ import numpy as np
 from kvtoolkit.arrays.host import Operand, address_of, operand
 from kvtoolkit.arrays.types import DTYPE_CODES
 from kvtoolkit.cpu import kernel, threads
-from kvtoolkit.findings import FINE, refuse
+from kvtoolkit.findings import Finding, raise_finding
 from kvtoolkit.formats.tier_caches import QuantizedTiers
 
 _WORK_PER_THREAD = 2_500_000  # multiply-adds: some 100 us, several times what waking a thread takes
@@ -134,9 +134,9 @@ def attend(
     )  # fmt: skip
     plan = np.empty((batch + 1, kernel.PLAN_COLUMNS), np.int64)
     code, row, value = kernel.plan_items(problem, plan, int(check))
-    if code != FINE:
+    if code != Finding.OK:
         block_size, num_blocks, entries = problem[kernel.BLOCK_SIZE], problem[kernel.NUM_BLOCKS], max_entries
-        refuse(
+        raise_finding(
             code, row, value, num_tokens=num_tokens, block_size=block_size, num_blocks=num_blocks, max_entries=entries
         )
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale

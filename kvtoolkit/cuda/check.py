@@ -7,7 +7,7 @@ import numpy as np
 from kvtoolkit.arrays.host import Operand
 from kvtoolkit.cuda import specs
 from kvtoolkit.cuda.launching import Launch, load_spec
-from kvtoolkit.findings import FINE, refuse
+from kvtoolkit.findings import Finding, raise_finding
 from kvtoolkit.formats.tier_caches import QuantizedTiers
 from kvtoolkit.runtime import is_capturing
 from kvtoolkit.runtime.kernels import packer
@@ -33,8 +33,8 @@ def check_tables(
         (block_table.strides[0], block_starts.strides[0] if block_starts else 0, 0),
         (batch, num_tokens, block_size, num_blocks, max_entries), block_table.device, stream, tiers,
     )  # fmt: skip
-    if code != FINE:
-        refuse(
+    if code != Finding.OK:
+        raise_finding(
             code,
             row,
             value,
@@ -54,8 +54,8 @@ def check_slots(slot_mapping: Operand, block_size: int, num_blocks: int, stream:
         (0, 0, 0, 0, slot_mapping.address), (0, 0, block_size * num_blocks), (0, num_tokens, block_size, num_blocks, 0),
         slot_mapping.device, stream,
     )  # fmt: skip
-    if code != FINE:
-        refuse(code, row, value, block_size=block_size, num_blocks=num_blocks)
+    if code != Finding.OK:
+        raise_finding(code, row, value, block_size=block_size, num_blocks=num_blocks)
 
 
 def _run(
