@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from allocators._calls import exclusive, exclusive_or_later
 from kvtoolkit.arrays.types import Int32Array, Int64Array
 from kvtoolkit.cache import compaction, integrity, preemption, sharing, snapshot
-from kvtoolkit.cache.grants import Grower
+from kvtoolkit.cache.grants import BlockGranter
 from kvtoolkit.cache.layers import layers
 from kvtoolkit.cache.lease import Lease
 from kvtoolkit.cache.shared_allocator import SharedAllocator
@@ -31,9 +31,9 @@ from kvtoolkit.cache.state.block_table import (
     ROOT_OF,
     STATE,
 )
-from kvtoolkit.cache.state.cache_state import Sequences
+from kvtoolkit.cache.state.cache_state import CacheState
 from kvtoolkit.cache.state.identity import as_extras, as_salts, as_text, forget_prefixes
-from kvtoolkit.cache.state.prefix_index import match, usable
+from kvtoolkit.cache.state.prefix_index import match, reusable_length
 from kvtoolkit.cache.state.repair import Repairs
 from kvtoolkit.cache.state.sizes import require_tables_fit
 from kvtoolkit.cache.state.step_arrays import SpareArrays
@@ -73,18 +73,19 @@ class KVCache:
         require_tables_fit(config)
         self.config = config
         self.dtype = config.dtype
-        self._sequences = Sequences(config)
-        self._calls = self._sequences.calls
-        self._grower = Grower(self._sequences)
-        self._demoter = None if config.tier_config is None else Demoter(self._sequences, config.tier_config)
+        self._state = CacheState(config)
+        self._group = self._state.group
+        self._calls = self._state.calls
+        self._granter = BlockGranter(self._group)
+        self._demoter = None if config.tier_config is None else Demoter(self._group, config.tier_config)
         self._arrays = SpareArrays()
         self._most_tokens_of_one = config.seq_len_limit
         self._most_new_tokens = max(_LEAST_TOKENS_REFUSED, 16 * 8 * config.num_granules)
-        self._upload = make_upload(config.backend, self._sequences.storage.device)
-        self._arenas = layers.Arenas(self._sequences.storage, config.dtype, config.backend)
-        hot = self._sequences.pool.allocator
+        self._upload = make_upload(config.backend, self._state.group.storage.device)
+        self._arenas = layers.Arenas(self._state.group.storage, config.dtype, config.backend)
+        hot = self._state.group.blocks.allocator
         is_on_device = isinstance(hot, DevicePool)  # kernels take blocks of it, too
-        self._allocator = hot if is_on_device else SharedAllocator(self._sequences.pool.ledger, self._calls)
+        self._allocator = hot if is_on_device else SharedAllocator(self._state.group.blocks.ledger, self._calls)
 
     # -- opening and closing -----------------------------------------------------------------------------------------
 
@@ -122,27 +123,27 @@ class KVCache:
         except TypeError:
             raise ArgumentError(f"prompts: expected a sequence of prompts, got {prompts!r:.80}") from None
         salts, extras = as_salts(salt, len(tokens)), as_extras(extra_keys, len(tokens))
-        sequences, counters = self._sequences, self._sequences.counters
-        sequences.require_closed_rows(len(tokens), "open")
-        origins = sequences.identities.origins(salts, extras)
-        opened = sequences.new_rows(len(tokens), "open", origins)
-        sequences.tick()
-        nodes, granules = sequences.pool.nodes, sequences.pool.granules
+        state, counters = self._state, self._state.counters
+        state.require_closed_rows(len(tokens), "open")
+        origins = state.identities.origins(salts, extras)
+        opened = state.new_rows(len(tokens), "open", origins)
+        state.tick()
+        nodes, granules = state.group.blocks.nodes, state.group.blocks.granules
         cached_lens = np.zeros(len(tokens), np.int32)
         found = np.empty(max((len(prompt) for prompt in tokens), default=0) // 8 + 1, np.int32)
         for i, (row, prompt) in enumerate(zip(opened, tokens, strict=True)):
             most = max(0, (min(len(prompt), self.config.seq_len_limit) - 1) // 8)
             most = most if self.config.prefix_caching else 0
-            keys = sequences.identities.extras[origins[i, FIRST_EXTRA] : origins[i, END_EXTRA]]
+            keys = state.identities.extras[origins[i, FIRST_EXTRA] : origins[i, END_EXTRA]]
             count = match(nodes, origins[i, ROOT_OF], keys, prompt, most, found)
-            count = usable(nodes, granules, found, count, sequences.takes_quantized)
-            cached_lens[i] = 8 * block_table.adopt(sequences.rows, row, found, count, nodes, granules)
+            count = reusable_length(nodes, granules, found, count, state.takes_quantized)
+            cached_lens[i] = 8 * block_table.attach_prefix(state.group.table, row, found, count, nodes, granules)
             counters.prompt_tokens += len(prompt)
             counters.reused_tokens += int(cached_lens[i])
             counters.num_prefix_hits += bool(cached_lens[i])
             counters.num_prefix_misses += most > 0 and not cached_lens[i]
-        sequences.note_use()
-        return sequences.ids_of(opened), cached_lens
+        state.group.update_peak()
+        return state.ids_of(opened), cached_lens
 
     @exclusive_or_later
     def close(self, seq_ids: ArrayLike) -> None:
@@ -154,18 +155,18 @@ class KVCache:
         Raises:
             SequenceError: an id is not of an open or preempted sequence, or stands twice.
         """
-        self._sequences.release_rows(self._sequences.rows_of(seq_ids, (OPEN, PREEMPTED)))
+        self._state.release_rows(self._state.rows_of(seq_ids, (OPEN, PREEMPTED)))
 
     def _close_later(self, seq_ids: Int64Array) -> None:
         """Have the next call close what is left of some sequences. For finalizers: it takes no lock."""
-        sequences = self._sequences
-        self._calls.do_later(lambda: repair.close_left(sequences, seq_ids))
+        state = self._state
+        self._calls.do_later(lambda: repair.close_left(state, seq_ids))
 
     @exclusive
     def lengths(self, seq_ids: ArrayLike) -> Int32Array:
         """``[batch]`` int32 tokens that each sequence holds; 0 while preempted by ``"drop"``."""
-        which = self._sequences.rows_of(seq_ids, (OPEN, IN_STEP, PREEMPTED, PINNED))
-        lengths: Int32Array = self._sequences.rows.info[which, LENGTH].astype(np.int32)
+        which = self._state.rows_of(seq_ids, (OPEN, IN_STEP, PREEMPTED, PINNED))
+        lengths: Int32Array = self._state.group.table.info[which, LENGTH].astype(np.int32)
         return lengths
 
     # -- steps -------------------------------------------------------------------------------------------------------
@@ -201,7 +202,7 @@ class KVCache:
             counts, total = num_new_tokens, batch * num_new_tokens
         else:
             raise ArgumentError(f"num_new_tokens: expected 0 to {MAX_TOKENS}, got {num_new_tokens}")
-        sequences = self._sequences
+        state = self._state
         if total > self._most_new_tokens:
             raise ArgumentError(
                 f"num_new_tokens: expected at most {self._most_new_tokens} in all, 16 times the pool, got {total}"
@@ -209,25 +210,25 @@ class KVCache:
         arrays = self._arrays.take(batch, total)
         arrays.counts[:batch] = counts
         code, where, num_need, num_merge, width, mark = step_passes.begin(
-            sequences.rows, arrays, ids, self._most_tokens_of_one, sequences.pool.policy.merges
+            state.group.table, arrays, ids, self._most_tokens_of_one, state.group.blocks.policy.merges
         )
         if code:
             self._arrays.give_back(arrays, batch, total)
-            raise sequences.bad_id(code, int(ids[where]), (OPEN,))
+            raise state.bad_id(code, int(ids[where]), (OPEN,))
         has_moved = self._demoter is not None and self._demoter.run(arrays, num_need)
         if num_merge:
-            self._grower.merge_tails(arrays, num_merge)
+            self._granter.merge_tails(arrays, num_merge)
         if num_need:
-            width = max(width, self._grower.grow(arrays, num_need))
+            width = max(width, self._granter.grow(arrays, num_need))
         if has_moved:
-            width = step_passes.widest(sequences.rows, arrays, batch)
+            width = step_passes.widest(state.group.table, arrays, batch)
         if width > arrays.table.shape[1]:
             arrays = self._arrays.widen(arrays, width)
-            step_passes.sync_tables(sequences.rows, arrays, batch)
+            step_passes.sync_tables(state.group.table, arrays, batch)
         elif num_merge or has_moved:
-            step_passes.sync_tables(sequences.rows, arrays, batch)
+            step_passes.sync_tables(state.group.table, arrays, batch)
         step = Step(self, ids, arrays, total, mark)
-        sequences.hold(step, mark)
+        state.register_handle(step, mark)
         return step
 
     @exclusive
@@ -249,23 +250,23 @@ class KVCache:
         self._require_own(step)
         if step._access is not None or step._graph_step is not None:
             step._require_all_layers()
-        sequences, batch = self._sequences, len(step.seq_ids)
+        state, batch = self._state, len(step.seq_ids)
         tokens = None if token_ids is None else as_tokens(token_ids, step._num_tokens)
         if step._mass is not None and (masses := step._mass.mean) is not None:
-            period = 1 if sequences.storage.device < 0 else rules.DEVICE_PERIOD
-            rules.note_masses(sequences.rows, step._arrays, batch, masses, period)
-        num_freed, pool = 0, sequences.pool
+            period = 1 if state.group.storage.device < 0 else rules.DEVICE_PERIOD
+            rules.note_masses(state.group.table, step._arrays, batch, masses, period)
+        num_freed, blocks = 0, state.group.blocks
         self._end(step)
         if tokens is None or not self.config.prefix_caching:
-            step_passes.advance(sequences.rows, step._arrays, batch, step._mark)
+            step_passes.advance(state.group.table, step._arrays, batch, step._mark)
         else:
             num_freed = step_passes.advance_and_publish(
-                sequences.rows, step._arrays, batch, step._mark, tokens, sequences.identities.extras,
-                pool.nodes, pool.granules, pool.freed,
+                state.group.table, step._arrays, batch, step._mark, tokens, state.identities.extras,
+                blocks.nodes, blocks.granules, blocks.freed,
             )  # fmt: skip
-        sequences.counters.num_steps += 1
+        state.counters.num_steps += 1
         self._arrays.give_back(step._arrays, batch, step._num_tokens)
-        pool.free_listed(num_freed)
+        blocks.free_listed(num_freed)
 
     @exclusive_or_later
     def abort_step(self, step: Step) -> None:
@@ -273,13 +274,13 @@ class KVCache:
         self._require_own(step)
         self._end(step)
         batch = len(step.seq_ids)
-        step_passes.reopen(self._sequences.rows, step._arrays, batch, step._mark)
+        step_passes.reopen(self._state.group.table, step._arrays, batch, step._mark)
         self._arrays.give_back(step._arrays, batch, step._num_tokens)
 
     def _end(self, step: Step) -> None:
         """Before anything else changes: a step whose end is interrupted has ended, or was aborted."""
         step._is_open = False
-        self._sequences.handles.pop(step._mark, None)
+        self._state.handles.pop(step._mark, None)
 
     def _require_own(self, step: Step) -> None:
         if not isinstance(step, Step) or step._cache is not self:
@@ -301,10 +302,10 @@ class KVCache:
         """
         if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 0:
             raise ArgumentError(f"n: expected a number of copies, got {n!r}")
-        parents = self._sequences.rows_of(seq_ids, (OPEN,))
-        self._sequences.require_closed_rows(len(parents) * int(n), "fork")
-        children = sharing.fork(self._sequences, np.repeat(parents, n), "fork")
-        return self._sequences.ids_of(children).reshape(len(parents), int(n))
+        parents = self._state.rows_of(seq_ids, (OPEN,))
+        self._state.require_closed_rows(len(parents) * int(n), "fork")
+        children = sharing.fork(self._state, np.repeat(parents, n), "fork")
+        return self._state.ids_of(children).reshape(len(parents), int(n))
 
     @exclusive
     def reorder(self, seq_ids: ArrayLike, parents: ArrayLike) -> None:
@@ -319,11 +320,11 @@ class KVCache:
             SequenceError: an id is not of an open sequence.
             CacheFullError: too few blocks for the copies of partly filled granules; nothing was reordered.
         """
-        batch = self._sequences.rows_of(seq_ids, (OPEN,))
+        batch = self._state.rows_of(seq_ids, (OPEN,))
         origin = as_vector(parents, "parents", len(batch))
         if len(origin) and not (origin.min() >= 0 and origin.max() < len(batch)):
             raise ArgumentError(f"parents: expected 0 to {len(batch) - 1}, got {origin.tolist()}")
-        sharing.reorder(self._sequences, batch, origin.astype(np.int32))
+        sharing.reorder(self._state, batch, origin.astype(np.int32))
 
     @exclusive
     def truncate(self, seq_ids: ArrayLike, new_lens: ArrayLike) -> None:
@@ -341,14 +342,14 @@ class KVCache:
             CacheFullError: a partly kept granule is shared or quantized, and there is no block for a copy; nothing was
                 truncated.
         """
-        batch = self._sequences.rows_of(seq_ids, (OPEN,))
+        batch = self._state.rows_of(seq_ids, (OPEN,))
         targets = as_vector(new_lens, "new_lens", len(batch))
-        lengths = self._sequences.rows.info[batch, LENGTH]
+        lengths = self._state.group.table.info[batch, LENGTH]
         bad = np.flatnonzero((targets < 0) | (targets > lengths))
         if len(bad):
             i = int(bad[0])
             raise ArgumentError(f"new_lens[{i}]: expected 0 to {lengths[i]}, the present length, got {targets[i]}")
-        sharing.truncate(self._sequences, batch, targets)
+        sharing.truncate(self._state, batch, targets)
 
     # -- leases, preemption ------------------------------------------------------------------------------------------
 
@@ -362,10 +363,10 @@ class KVCache:
             SequenceError: an id is not of an open sequence.
             CacheFullError: too few rows or blocks.
         """
-        sequences = self._sequences
-        held = sharing.fork(sequences, sequences.rows_of(seq_ids, (OPEN,)), "pin")
-        lease = Lease(sequences, held)
-        sequences.hold(lease, lease._mark)
+        state = self._state
+        held = sharing.fork(state, state.rows_of(seq_ids, (OPEN,)), "pin")
+        lease = Lease(state, held)
+        state.register_handle(lease, lease._mark)
         return lease
 
     @exclusive
@@ -384,7 +385,7 @@ class KVCache:
         """
         if not (isinstance(to, str) and to in ("drop", "host")):
             raise ArgumentError(f"to: expected 'drop' or 'host', got {to!r}")
-        preemption.preempt(self._sequences, self._sequences.rows_of(seq_ids, (OPEN,)), to)
+        preemption.preempt(self._state, self._state.rows_of(seq_ids, (OPEN,)), to)
 
     @exclusive
     def restore(self, seq_ids: ArrayLike, *, keep_free: int = 0) -> NDArray[np.bool_]:
@@ -410,8 +411,8 @@ class KVCache:
         """
         if isinstance(keep_free, bool) or not isinstance(keep_free, int | np.integer) or keep_free < 0:
             raise ArgumentError(f"keep_free: expected a number of tokens, got {keep_free!r}")
-        batch = self._sequences.rows_of(seq_ids, (PREEMPTED,))
-        return preemption.restore(self._sequences, batch, int(keep_free))
+        batch = self._state.rows_of(seq_ids, (PREEMPTED,))
+        return preemption.restore(self._state, batch, int(keep_free))
 
     # -- maintenance -------------------------------------------------------------------------------------------------
 
@@ -429,12 +430,12 @@ class KVCache:
         Raises:
             ArgumentError: it is no int, str or bytes.
         """
-        sequences, pool = self._sequences, self._sequences.pool
-        root_uid = None if salt is None else sequences.identities.salts.numbers.get(as_text(salt, "salt"))
+        state, blocks = self._state, self._state.group.blocks
+        root_uid = None if salt is None else state.identities.salts.numbers.get(as_text(salt, "salt"))
         if salt is not None and root_uid is None:
             return
-        pool.free_listed(
-            forget_prefixes(sequences.rows, salt is None, root_uid or 0, pool.nodes, pool.granules, pool.freed)
+        blocks.free_listed(
+            forget_prefixes(state.group.table, salt is None, root_uid or 0, blocks.nodes, blocks.granules, blocks.freed)
         )
 
     @exclusive
@@ -452,21 +453,21 @@ class KVCache:
         """
         if isinstance(max_tokens, bool) or not isinstance(max_tokens, int | np.integer) or max_tokens < 0:
             raise ArgumentError(f"max_tokens: expected a number of tokens, got {max_tokens!r}")
-        return compaction.compact(self._sequences, int(max_tokens))
+        return compaction.compact(self._group, int(max_tokens))
 
     def sync(self) -> None:
         """Wait until the device has done what was asked on the current stream; nothing to do on the CPU."""
-        self._sequences.storage.sync()
+        self._state.group.storage.sync()
 
     @exclusive
     def stats(self) -> CacheStats:
         """Figures of this moment."""
-        return collect(self._sequences)
+        return collect(self._state)
 
     @exclusive
     def seq_ids(self) -> Int64Array:
         """``[n]`` int64 ids of all sequences that are not closed: open, in a step, preempted, or held by a lease."""
-        return self._sequences.ids_of(np.flatnonzero(self._sequences.rows.info[:, STATE] != CLOSED).astype(np.int32))
+        return self._state.ids_of(np.flatnonzero(self._state.group.table.info[:, STATE] != CLOSED).astype(np.int32))
 
     @exclusive
     def end_orphans(self, known: ArrayLike) -> Int64Array:
@@ -481,7 +482,7 @@ class KVCache:
         Returns:
             ``[m]`` int64 ids that were closed.
         """
-        return repair.end_orphans(self._sequences, as_ids(known))
+        return repair.end_orphans(self._state, as_ids(known))
 
     @exclusive
     def repair(self) -> Repairs:
@@ -493,9 +494,9 @@ class KVCache:
         Returns:
             What was put in order, by this call and by others, since this was last called.
         """
-        sequences = self._sequences
-        repair.settle(sequences)
-        found, sequences.repairs = sequences.repairs, Repairs()
+        state = self._state
+        repair.settle(state)
+        found, state.repairs = state.repairs, Repairs()
         return found
 
     @exclusive
@@ -505,7 +506,7 @@ class KVCache:
         Raises:
             IntegrityError: one does not hold.
         """
-        integrity.check(self._sequences)
+        integrity.check(self._state)
 
     @exclusive
     def snapshot(self) -> bytes:
@@ -514,7 +515,7 @@ class KVCache:
         Raises:
             StepError: a step or a lease is open.
         """
-        return snapshot.pack(self._sequences)
+        return snapshot.pack(self._state)
 
     @classmethod
     def from_snapshot(cls, config: CacheConfig, data: bytes) -> "KVCache":
@@ -533,7 +534,7 @@ class KVCache:
             CacheSnapshotError: ``data`` is damaged, inconsistent, or does not fit the configuration.
         """
         cache = cls(config)
-        snapshot.unpack(cache._sequences, data)
+        snapshot.unpack(cache._state, data)
         return cache
 
     @property
@@ -551,17 +552,17 @@ class KVCache:
         A NumPy array, on a GPU a CuPy array (``torch.from_dlpack`` makes a tensor of it).
         """
         self._arenas.require_layer(layer)
-        return self._sequences.storage.key_values[layer, 0]
+        return self._state.group.storage.key_values[layer, 0]
 
     def value_cache(self, layer: int) -> Any:
         """As `key_cache`, of the values."""
         self._arenas.require_layer(layer)
-        return self._sequences.storage.key_values[layer, 1]
+        return self._state.group.storage.key_values[layer, 1]
 
     def tier_caches(self, layer: int) -> TierCaches:
         """The arrays of a layer, all tiers, as `kvtoolkit.tiered_attention` takes them. Views, not copies."""
         self._arenas.require_layer(layer)
-        storage = self._sequences.storage
+        storage = self._state.group.storage
         warm, cold = (None if one is None else one[layer] for one in (storage.warm, storage.cold))
         hot = storage.key_values[layer]
         return TierCaches(hot[0], hot[1], warm, cold, storage.first)

@@ -12,7 +12,7 @@ import numpy as np
 
 from allocators import AllocatorStats
 from kvtoolkit.cache.state.block_table import CLOSED, LENGTH, NUM_ENTRIES, PREEMPTED, STATE, fill_in
-from kvtoolkit.cache.state.cache_state import Sequences
+from kvtoolkit.cache.state.cache_state import CacheState
 from kvtoolkit.cache.state.prefix_index import HELD
 from kvtoolkit.config.tiers import TIER_NAMES
 from kvtoolkit.cuda.pool import DevicePool
@@ -130,26 +130,26 @@ class CacheStats:
     converted_tokens: int
 
 
-def collect(sequences: Sequences) -> CacheStats:
+def collect(state: CacheState) -> CacheStats:
     """Count everything up."""
-    rows, pool, counters = sequences.rows, sequences.pool, sequences.counters
-    info = rows.info
+    table, blocks, counters = state.group.table, state.group.blocks, state.counters
+    info = table.info
     live = np.flatnonzero((info[:, STATE] != CLOSED) & (info[:, STATE] != PREEMPTED))
     lengths, counts = info[live, LENGTH], info[live, NUM_ENTRIES]
-    num_held = pool.num_used
-    filled = np.zeros(pool.num_granules, np.int8)
-    fill_in(rows, live.astype(np.int32), filled)
+    num_held = blocks.num_used
+    filled = np.zeros(blocks.num_granules, np.int8)
+    fill_in(table, live.astype(np.int32), filled)
     width = int(counts.max(initial=0))
-    entries = rows.entries[live, :width]
+    entries = table.entries[live, :width]
     sizes = (((entries >> 24) & 7) + 1)[np.arange(width) < counts[:, None]] * 8
-    allocators = [None if allocator is None else allocator.stats() for allocator in pool.allocators]
-    tiers = {TIER_NAMES[i]: _tier(sequences, i, one) for i, one in enumerate(allocators) if one is not None}
+    allocators = [None if allocator is None else allocator.stats() for allocator in blocks.allocators]
+    tiers = {TIER_NAMES[i]: _tier(state, i, one) for i, one in enumerate(allocators) if one is not None}
     everywhere = {name: sum(getattr(tier, name) for tier in tiers.values()) for name in _PLACES}
     return CacheStats(
         num_seqs=len(live),
         num_preempted_seqs=int(np.count_nonzero(info[:, STATE] == PREEMPTED)),
         num_tokens=int(lengths.sum()),
-        capacity=pool.num_granules * 8,
+        capacity=blocks.num_granules * 8,
         **everywhere,
         waste=1 - int(filled.sum()) / (8 * num_held) if num_held else 0.0,
         blocks={int(size): int(count) for size, count in zip(*np.unique(sizes, return_counts=True), strict=True)},
@@ -168,7 +168,7 @@ def collect(sequences: Sequences) -> CacheStats:
         num_preempted=counters.num_preempted,
         num_steps=counters.num_steps,
         metadata_nbytes=sum(one.metadata_nbytes for one in allocators if one is not None)
-        + sum(array.nbytes for array in (*rows, *pool.nodes, *pool.granules)),
+        + sum(array.nbytes for array in (*table, *blocks.nodes, *blocks.granules)),
         nbytes=sum(one.nbytes for one in tiers.values()),
         tiers=tiers,
         num_demoted_warm=counters.num_demoted_warm,
@@ -180,25 +180,25 @@ def collect(sequences: Sequences) -> CacheStats:
     )
 
 
-def _tier(sequences: Sequences, tier: int, figures: AllocatorStats) -> TierStats:
-    pool = sequences.pool
-    own = slice(pool.first[tier], pool.first[tier] + figures.num_granules)
-    granted, callers = (int(np.count_nonzero(one[own])) for one in (pool.ledger.granted, pool.ledger.callers))
-    left = pool.ledger.left
+def _tier(state: CacheState, tier: int, figures: AllocatorStats) -> TierStats:
+    blocks = state.group.blocks
+    own = slice(blocks.first[tier], blocks.first[tier] + figures.num_granules)
+    granted, callers = (int(np.count_nonzero(one[own])) for one in (blocks.ledger.granted, blocks.ledger.callers))
+    left = blocks.ledger.left
     num_left = int(np.count_nonzero((left >= own.start) & (left < own.stop)))
     # live in the allocator, but of nobody here: a kernel's, or lost where the allocator broke off
     others = figures.num_live - granted - callers
-    evictable = pool.num_evictable(tier)
-    pinned = figures.pinned + num_left + pool.granules.cached[tier] - evictable
-    if isinstance(pool.allocators[tier], DevicePool):
+    evictable = blocks.num_evictable(tier)
+    pinned = figures.pinned + num_left + blocks.granules.cached[tier] - evictable
+    if isinstance(blocks.allocators[tier], DevicePool):
         callers, others = callers + others, 0
     return TierStats(
         capacity=figures.num_granules * 8,
-        used=int(pool.granules.cached[HELD + tier]) * 8,
+        used=int(blocks.granules.cached[HELD + tier]) * 8,
         cached=evictable * 8,
         free=figures.num_free * 8,
-        kept_back=8 * MAX_BLOCK_GRANULES * len(pool.kept_back) if tier == TIER_HOT else 0,
+        kept_back=8 * MAX_BLOCK_GRANULES * len(blocks.reserve) if tier == TIER_HOT else 0,
         callers=callers * 8,
         pinned=(int(pinned) + others) * 8,
-        nbytes=figures.num_granules // 8 * sequences.config.block_nbytes[TIER_NAMES[tier]],
+        nbytes=figures.num_granules // 8 * state.config.block_nbytes[TIER_NAMES[tier]],
     )

@@ -171,7 +171,7 @@ class Step:
                 arenas, self.on_device, self.num_new_tokens, int(self.seq_lens.max(initial=0)), mass=self._mass
             )
         else:
-            if self._cache._sequences.collects_mass:
+            if self._cache._state.group.collects_mass:
                 self._mass = MassSum(
                     len(self.seq_ids), -(-int(self.seq_lens.max(initial=1)) // 64), arenas.num_kv_heads
                 )
@@ -184,8 +184,8 @@ class Step:
     def _make_device_mass(self) -> "DeviceMassSum | None":
         from kvtoolkit.cache.layers.device_masses import DeviceMassSum
 
-        sequences, arenas = self._cache._sequences, self._cache._arenas
-        is_due = sequences.collects_mass and sequences.counters.num_steps % DEVICE_PERIOD == 0
+        state, arenas = self._cache._state, self._cache._arenas
+        is_due = state.group.collects_mass and state.counters.num_steps % DEVICE_PERIOD == 0
         if not is_due or self.num_new_tokens.max(initial=0) > MOST_QUERIES:
             return None
         num_tiles = -(-int(self.seq_lens.max(initial=1)) // 64)
@@ -219,7 +219,7 @@ class Step:
 
     def _room(self, num_new_tokens: int) -> str:
         """How much memory there is now for tokens that found none."""
-        hot = self._cache._sequences.pool.allocators[0]
+        hot = self._cache._state.group.blocks.allocators[0]
         assert hot is not None
         kind = " 16-bit" if self._cache.config.tiers is not None else ""
         return (

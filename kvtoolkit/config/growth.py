@@ -119,7 +119,9 @@ def tail_size(rule: int, tail: int, length: int, free_share: float) -> Any:
 
 
 @jit
-def split(needed: int, tail: int, largest: int, offered: NDArray[np.int32], out: NDArray[np.int32], first: int) -> Any:
+def split_into_blocks(
+    needed: int, tail: int, largest: int, offered: NDArray[np.int32], out: NDArray[np.int32], first: int
+) -> Any:
     """Write the block sizes that cover ``needed`` granules to ``out[first:]``, largest first; returns the new end.
 
     ``offered`` lists the sizes on offer, descending. The sum is ``needed`` rounded up to a multiple of ``tail``.

@@ -16,7 +16,7 @@ from allocators import BlockAllocator, InvalidSizeError, UnknownAllocatorError, 
 from kvtoolkit.arrays.types import Int32Array
 from kvtoolkit.cache.state.evictor import Evictor, count_evictable
 from kvtoolkit.cache.state.ledger import Ledger, require_allocator
-from kvtoolkit.cache.state.prefix_index import HELD, make_granules, make_nodes
+from kvtoolkit.cache.state.prefix_index import HELD, make_granule_state, make_nodes
 from kvtoolkit.config.cache import CacheConfig
 from kvtoolkit.config.eviction import eviction_policy
 from kvtoolkit.errors import CacheFullError, ConfigError
@@ -92,7 +92,7 @@ Runs = list[tuple[int, int]]
 """``(first granule, granules)`` of pieces of memory."""
 
 
-class Pool:
+class BlockManager:
     """An allocator whose freed prefixes stay findable until their memory is needed.
 
     An allocator that takes a ``device`` gets that of the keys and values, where they lie on one.
@@ -118,16 +118,16 @@ class Pool:
         self.ledger = Ledger(self.allocators, self.first, self.num_granules)
         # sizes the cache asks for, in granules, descending
         self.offered = np.array(sorted((size // 8 for size in self.allocator.block_sizes), reverse=True), np.int32)
-        self.granules = make_granules(self.num_granules, self.first)
+        self.granules = make_granule_state(self.num_granules, self.first)
         self.nodes = make_nodes(self.num_granules)
         smallest = [int(self.offered[-1]), MAX_BLOCK_GRANULES, MAX_BLOCK_GRANULES]
         self.evictor = Evictor(eviction_policy(config.eviction), self.nodes, self.granules, self.ledger, smallest)
         self.freed = np.empty(self.num_granules, np.int32)
         """Where compiled code lists granules to be freed; `free_listed` takes them from here."""
-        self.reserve = int(self.policy.reserve * (self.num_hot // MAX_BLOCK_GRANULES))
-        self.kept_back: list[int] = []
+        self.wanted_reserve = int(self.policy.reserve * (self.num_hot // MAX_BLOCK_GRANULES))
+        self.reserve: list[int] = []
         """First granules of the blocks of 64 tokens kept back for merging."""
-        for _ in range(0, self.reserve, _REPLENISHED_AT_ONCE):
+        for _ in range(0, self.wanted_reserve, _REPLENISHED_AT_ONCE):
             self.replenish()
 
     @property
@@ -207,7 +207,7 @@ class Pool:
         return self.evictor.can_free(tier, needed - allocator.num_free - self._num_kept_back(tier))
 
     def _num_kept_back(self, tier: int) -> int:
-        return MAX_BLOCK_GRANULES * len(self.kept_back) if tier == TIER_HOT else 0
+        return MAX_BLOCK_GRANULES * len(self.reserve) if tier == TIER_HOT else 0
 
     def _take_blocks(self, count: int, size: int) -> Runs:
         """Up to ``count`` free blocks."""
@@ -218,11 +218,11 @@ class Pool:
         """Evict ``needed`` granules; if there are not so many, also give up what is kept back, or do nothing."""
         if self.evict(needed):
             return True
-        kept_back = self._num_kept_back(TIER_HOT)
-        if not kept_back or not self.evictor.can_free(TIER_HOT, needed - kept_back):
+        reserve = self._num_kept_back(TIER_HOT)
+        if not reserve or not self.evictor.can_free(TIER_HOT, needed - reserve):
             return False
-        if needed > kept_back:
-            self.evict(needed - kept_back)
+        if needed > reserve:
+            self.evict(needed - reserve)
         self._give_up_reserve(-(-needed // MAX_BLOCK_GRANULES))
         return True
 
@@ -278,19 +278,19 @@ class Pool:
         """Up to ``wanted`` blocks of 64 tokens to merge into: fresh ones, then those kept back. Never evicts."""
         fresh = self.allocate_some(np.full(wanted, MAX_BLOCK_GRANULES, np.int32))
         targets = fresh[fresh >= 0].tolist()
-        while len(targets) < wanted and self.kept_back:
-            targets.append(self.kept_back.pop())
+        while len(targets) < wanted and self.reserve:
+            targets.append(self.reserve.pop())
         return np.array(targets, np.int32)
 
     def replenish(self) -> None:
         """Keep back as many blocks of 64 tokens as the policy wants, if there are that many; some of them each time."""
-        missing = min(self.reserve - len(self.kept_back), _REPLENISHED_AT_ONCE)
+        missing = min(self.wanted_reserve - len(self.reserve), _REPLENISHED_AT_ONCE)
         if missing > 0:
             starts = self.allocate_some(np.full(missing, MAX_BLOCK_GRANULES, np.int32))
-            self.kept_back += starts[starts >= 0].tolist()
+            self.reserve += starts[starts >= 0].tolist()
 
     def _give_up_reserve(self, num_blocks: int) -> None:
         """Free some of what is kept back, when the last blocks are needed."""
-        first = max(0, len(self.kept_back) - num_blocks)
-        given_up, self.kept_back = self.kept_back[first:], self.kept_back[:first]
+        first = max(0, len(self.reserve) - num_blocks)
+        given_up, self.reserve = self.reserve[first:], self.reserve[:first]
         self.free_runs([(start, MAX_BLOCK_GRANULES) for start in given_up])

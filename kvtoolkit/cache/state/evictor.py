@@ -27,7 +27,7 @@ from kvtoolkit.cache.state.prefix_index import (
     LISTED,
     NUM_CHANGES,
     NUM_LISTED,
-    Granules,
+    GranuleState,
     Nodes,
     tier_of,
     unpublish,
@@ -69,7 +69,7 @@ class Evictor:
     """
 
     def __init__(
-        self, policy: EvictionPolicy, nodes: Nodes, granules: Granules, ledger: Ledger, smallest: list[int]
+        self, policy: EvictionPolicy, nodes: Nodes, granules: GranuleState, ledger: Ledger, smallest: list[int]
     ) -> None:
         self._policy = policy
         self._nodes = nodes
@@ -199,7 +199,7 @@ def _make_heap(room: int) -> _Heap:
 
 
 @jit
-def _forget_listed(granules: Granules) -> None:
+def _forget_listed(granules: GranuleState) -> None:
     for i in range(granules.cached[NUM_LISTED]):
         granules.links[granules.links[i, LISTED], IS_LISTED] = 0
     granules.cached[NUM_LISTED] = 0
@@ -207,7 +207,12 @@ def _forget_listed(granules: Granules) -> None:
 
 @jit
 def _inherit(
-    nodes: Nodes, granules: Granules, found: Int32Array, values: NDArray[np.float64], scores: _Scores, highest: float
+    nodes: Nodes,
+    granules: GranuleState,
+    found: Int32Array,
+    values: NDArray[np.float64],
+    scores: _Scores,
+    highest: float,
 ) -> None:
     """Give nodes, the deepest first, the highest score of what follows them, and the leaf that it is from.
 
@@ -240,7 +245,13 @@ def _raise_to(scores: _Scores, node: int, child: int) -> None:
 
 @jit
 def _push_units(
-    heap: _Heap, serial: int, touched: Int32Array, sizes: Int32Array, nodes: Nodes, granules: Granules, scores: _Scores
+    heap: _Heap,
+    serial: int,
+    touched: Int32Array,
+    sizes: Int32Array,
+    nodes: Nodes,
+    granules: GranuleState,
+    scores: _Scores,
 ) -> None:
     """Push the units that granules are in, each once, if something of it is cached."""
     for i in range(len(touched)):
@@ -261,7 +272,7 @@ def _push_units(
 
 
 @jit
-def _gain(heap: _Heap, i: int, latest: Int64Array, granules: Granules, granted: Flags, callers: Flags) -> Any:
+def _gain(heap: _Heap, i: int, latest: Int64Array, granules: GranuleState, granted: Flags, callers: Flags) -> Any:
     """How many granules evicting a unit makes available; 0 if it is outdated: pushed again, evicted, held in part."""
     start, size = heap.units[i] >> 3, (heap.units[i] & 7) + 1
     num_cached, is_held = 0, latest[start] != heap.serials[i]
@@ -275,7 +286,7 @@ def _gain(heap: _Heap, i: int, latest: Int64Array, granules: Granules, granted: 
 
 @jit
 def count_evictable(
-    granules: Granules,
+    granules: GranuleState,
     cached: Int32Array,
     sizes: Int32Array,
     pinning: NDArray[np.bool_],
@@ -311,7 +322,7 @@ def count_evictable(
 
 @jit
 def _count_gain(
-    heap: _Heap, latest: Int64Array, granules: Granules, granted: Flags, callers: Flags, wanted: int
+    heap: _Heap, latest: Int64Array, granules: GranuleState, granted: Flags, callers: Flags, wanted: int
 ) -> Any:
     """``(granules, outdated units)``, up to where there are ``wanted`` granules."""
     total, num_outdated, i = 0, 0, 0
@@ -324,7 +335,7 @@ def _count_gain(
 
 
 @jit
-def _tidy(heap: _Heap, latest: Int64Array, granules: Granules, granted: Flags, callers: Flags) -> None:
+def _tidy(heap: _Heap, latest: Int64Array, granules: GranuleState, granted: Flags, callers: Flags) -> None:
     """Drop the units that are outdated."""
     kept = 0
     for i in range(heap.counts[0]):
@@ -341,7 +352,7 @@ def _evict(
     heap: _Heap,
     latest: Int64Array,
     nodes: Nodes,
-    granules: Granules,
+    granules: GranuleState,
     granted: Flags,
     callers: Flags,
     wanted: int,

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kvtoolkit.arrays.types import Int32Array, Int64Array
-from kvtoolkit.cache.state.prefix_index import Granules, tiers_of
+from kvtoolkit.cache.state.prefix_index import GranuleState, tiers_of
 from kvtoolkit.cache.storage.storage import Contents, Storage
 from kvtoolkit.formats.entry import MAX_BLOCK_GRANULES, TIER_COLD, TIER_HOT, TIER_WARM
 
@@ -39,7 +39,7 @@ class Copy:
 class HostCopies:
     """All copies of a cache that somebody still refers to."""
 
-    def __init__(self, storage: Storage, granules: Granules) -> None:
+    def __init__(self, storage: Storage, granules: GranuleState) -> None:
         self._storage = storage
         self._granules = granules
         self._made: weakref.WeakValueDictionary[int, Copy] = weakref.WeakValueDictionary()
@@ -136,7 +136,7 @@ def _size(tier: int) -> int:
     return 1 if tier == TIER_HOT else MAX_BLOCK_GRANULES
 
 
-def _is_piece(granules: Granules, listed: NDArray[np.integer], tier: int) -> bool:
+def _is_piece(granules: GranuleState, listed: NDArray[np.integer], tier: int) -> bool:
     """Whether these are a granule of the hot tier, or the 8 of one block of another."""
     size = _size(tier)
     if len(listed) != size or (tiers_of(granules, listed) != tier).any():

@@ -28,9 +28,18 @@ from kvtoolkit.cache.state.block_table import (
     LENGTH,
     ROOT_OF,
     STATE,
-    Rows,
+    BlockTable,
 )
-from kvtoolkit.cache.state.prefix_index import BROKEN, EXTRA, NEXT_UID, NO_EXTRA, ROOT_UID, Granules, Nodes, unpublish
+from kvtoolkit.cache.state.prefix_index import (
+    BROKEN,
+    EXTRA,
+    NEXT_UID,
+    NO_EXTRA,
+    ROOT_UID,
+    GranuleState,
+    Nodes,
+    unpublish,
+)
 from kvtoolkit.errors import ArgumentError
 
 FEWEST = 1024
@@ -71,15 +80,15 @@ class Names:
 class Identities:
     """The salts and extra keys of the rows and nodes of a cache."""
 
-    def __init__(self, rows: Rows, nodes: Nodes) -> None:
+    def __init__(self, table: BlockTable, nodes: Nodes) -> None:
         self.salts, self.keys = Names(nodes.counts), Names(nodes.counts)
         self.extras: Int64Array = np.empty((0, 2), np.int64)
-        """``[room, 2]`` granule and number of extra keys; a row's are at ``rows.origin``, and forks share them."""
+        """``[room, 2]`` granule and number of extra keys; a row's are at `BlockTable.origin`, and forks share them."""
         self.num_extras = 0
-        self._rows, self._nodes = rows, nodes
+        self._table, self._nodes = table, nodes
 
     def origins(self, salts: list[bytes], extras: list[Extras]) -> Int64Array:
-        """Rows of `Rows.origin` for prompts; the texts are those of `as_salts` and `as_extras`."""
+        """Rows of `BlockTable.origin` for prompts; the texts are those of `as_salts` and `as_extras`."""
         self.forget_unused()
         made = np.zeros((len(salts), 4), np.int64)
         self._make_room(sum(map(len, extras)))
@@ -104,10 +113,10 @@ class Identities:
 
     def _pack(self) -> None:
         """Move the extra keys of live rows together."""
-        origin = self._rows.origin
+        origin = self._table.origin
         rows = np.flatnonzero(self.is_live() & (origin[:, END_EXTRA] > origin[:, FIRST_EXTRA]))
         order = rows[np.argsort(origin[rows, FIRST_EXTRA], kind="stable")].astype(np.int32)
-        self.num_extras = int(_pack(self._rows, self.extras, order))
+        self.num_extras = int(_pack(self._table, self.extras, order))
 
     def forget_unused(self, *, at_once: bool = False) -> None:
         """Forget salts and extra keys that nothing uses, where many have come since the last time."""
@@ -119,13 +128,13 @@ class Identities:
 
     def is_live(self) -> NDArray[np.bool_]:
         """``[max_seqs]`` which rows are not closed."""
-        live: NDArray[np.bool_] = self._rows.info[:, STATE] != CLOSED
+        live: NDArray[np.bool_] = self._table.info[:, STATE] != CLOSED
         return live
 
     def _used_roots(self) -> Int64Array:
         nodes = self._nodes
         of_nodes = nodes.parent_uid[(nodes.uid != 0) & (nodes.parent < 0)]
-        return np.concatenate([of_nodes, self._rows.origin[self.is_live(), ROOT_OF]])
+        return np.concatenate([of_nodes, self._table.origin[self.is_live(), ROOT_OF]])
 
     def _used_keys(self) -> Int64Array:
         nodes = self._nodes
@@ -201,9 +210,9 @@ def _joined(keys: set[tuple[int, bytes]]) -> bytes:
 
 
 @jit
-def extra_at(rows: Rows, extras: Int64Array, row: int, index: int) -> Any:
+def extra_at(table: BlockTable, extras: Int64Array, row: int, index: int) -> Any:
     """The number of the extra keys in granule ``index`` of a row, or NO_EXTRA; ``extras`` are those of all rows."""
-    low, high = rows.origin[row, FIRST_EXTRA], rows.origin[row, END_EXTRA]
+    low, high = table.origin[row, FIRST_EXTRA], table.origin[row, END_EXTRA]
     end = high
     while low < high:
         middle = (low + high) >> 1
@@ -217,23 +226,23 @@ def extra_at(rows: Rows, extras: Int64Array, row: int, index: int) -> Any:
 
 
 @jit
-def _pack(rows: Rows, extras: Int64Array, order: Int32Array) -> Any:
+def _pack(table: BlockTable, extras: Int64Array, order: Int32Array) -> Any:
     """Move the extra keys of rows, which are in the order of their places, to the front; returns how many there are."""
     end, moved, first_there = 0, -1, 0
     for row in order:
-        first, count = rows.origin[row, FIRST_EXTRA], rows.origin[row, END_EXTRA] - rows.origin[row, FIRST_EXTRA]
+        first, count = table.origin[row, FIRST_EXTRA], table.origin[row, END_EXTRA] - table.origin[row, FIRST_EXTRA]
         if first != moved:  # else a fork of the row before
             for i in range(count):
                 extras[end + i, 0], extras[end + i, 1] = extras[first + i, 0], extras[first + i, 1]
             moved, first_there = first, end
             end += count
-        rows.origin[row, FIRST_EXTRA], rows.origin[row, END_EXTRA] = first_there, first_there + count
+        table.origin[row, FIRST_EXTRA], table.origin[row, END_EXTRA] = first_there, first_there + count
     return end
 
 
 @jit
 def forget_prefixes(
-    rows: Rows, everything: bool, root_uid: int, nodes: Nodes, granules: Granules, freed: Int32Array
+    table: BlockTable, everything: bool, root_uid: int, nodes: Nodes, granules: GranuleState, freed: Int32Array
 ) -> Any:
     """Take the nodes of one root, or all, out of the index; returns the number of ``freed`` granules.
 
@@ -243,11 +252,11 @@ def forget_prefixes(
     for node in range(len(nodes.uid)):
         if nodes.uid[node] != 0 and nodes.parent[node] < 0 and (everything or nodes.parent_uid[node] == root_uid):
             num_freed = unpublish(nodes, granules, node, freed, num_freed)
-    for row in range(len(rows.info)):
+    for row in range(len(table.info)):
         # a step that is open may have written tokens already
-        is_stale = rows.info[row, LENGTH] > 0 or rows.info[row, STATE] == IN_STEP
-        if is_stale and rows.info[row, STATE] != CLOSED and (everything or rows.origin[row, ROOT_OF] == root_uid):
-            rows.chain[row] = BROKEN
+        is_stale = table.info[row, LENGTH] > 0 or table.info[row, STATE] == IN_STEP
+        if is_stale and table.info[row, STATE] != CLOSED and (everything or table.origin[row, ROOT_OF] == root_uid):
+            table.chain[row] = BROKEN
     return num_freed
 
 

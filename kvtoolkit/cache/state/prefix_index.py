@@ -51,7 +51,7 @@ _KEY_WORDS = 19
 _LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 
-class Granules(NamedTuple):
+class GranuleState(NamedTuple):
     """Per granule of the pool."""
 
     refs: Int32Array
@@ -96,9 +96,9 @@ class Nodes(NamedTuple):
     counts: Int64Array
 
 
-def make_granules(num_granules: int, first: tuple[int, int, int]) -> Granules:
+def make_granule_state(num_granules: int, first: tuple[int, int, int]) -> GranuleState:
     """Nothing held, nothing published."""
-    return Granules(
+    return GranuleState(
         refs=np.zeros(num_granules, np.int32),
         node=np.full(num_granules, -1, np.int32),
         copy=np.zeros(num_granules, np.int64),
@@ -137,13 +137,13 @@ def make_nodes(num_granules: int) -> Nodes:
     )
 
 
-def tiers_of(granules: Granules, listed: NDArray[np.integer[Any]]) -> Int64Array:
+def tiers_of(granules: GranuleState, listed: NDArray[np.integer[Any]]) -> Int64Array:
     """The tier of each granule number."""
     return np.searchsorted(granules.first[1:], listed, side="right")
 
 
 @jit
-def tier_of(granules: Granules, granule: int) -> Any:
+def tier_of(granules: GranuleState, granule: int) -> Any:
     """The tier that a granule number is of."""
     tier = 0
     if granule >= granules.first[1]:
@@ -203,7 +203,7 @@ def find_node(nodes: Nodes, parent_uid: int, extra: int, tokens: Int64Array, fir
 @jit
 def publish(
     nodes: Nodes,
-    granules: Granules,
+    granules: GranuleState,
     parent: int,
     parent_uid: int,
     extra: int,
@@ -235,7 +235,7 @@ def publish(
 
 
 @jit
-def _remove(nodes: Nodes, granules: Granules, node: int) -> None:
+def _remove(nodes: Nodes, granules: GranuleState, node: int) -> None:
     """Take one node without children out of the index."""
     bucket = _bucket_of(nodes, nodes.parent_uid[node], nodes.tokens[node, EXTRA], nodes.tokens[node], 0)
     if nodes.buckets[bucket] == node:
@@ -259,7 +259,7 @@ def _remove(nodes: Nodes, granules: Granules, node: int) -> None:
 
 
 @jit
-def unpublish(nodes: Nodes, granules: Granules, node: int, freed: Int32Array, num_freed: int) -> Any:
+def unpublish(nodes: Nodes, granules: GranuleState, node: int, freed: Int32Array, num_freed: int) -> Any:
     """Take a node and all that follows it out of the index.
 
     What follows an unfindable granule could not be found either. Granules that no row holds are appended to ``freed``;
@@ -284,7 +284,7 @@ def unpublish(nodes: Nodes, granules: Granules, node: int, freed: Int32Array, nu
 
 
 @jit
-def hold(nodes: Nodes, granules: Granules, granule: int) -> None:
+def incref(nodes: Nodes, granules: GranuleState, granule: int) -> None:
     """One row more holds the granule."""
     if granules.refs[granule] == 0:
         tier = tier_of(granules, granule)
@@ -296,7 +296,7 @@ def hold(nodes: Nodes, granules: Granules, granule: int) -> None:
 
 
 @jit
-def release(nodes: Nodes, granules: Granules, granule: int, freed: Int32Array, num_freed: int) -> Any:
+def decref(nodes: Nodes, granules: GranuleState, granule: int, freed: Int32Array, num_freed: int) -> Any:
     """One row less holds the granule; returns the number of ``freed``.
 
     If none is left it stays findable, unless a row holds a twin: then the index stands for that one, and the granule
@@ -320,7 +320,7 @@ def release(nodes: Nodes, granules: Granules, granule: int, freed: Int32Array, n
 
 
 @jit
-def note_let_go(granules: Granules, granule: int) -> None:
+def note_let_go(granules: GranuleState, granule: int) -> None:
     """Tell the evictor of a granule that no row holds any more: it is cached now, or others can be freed with it."""
     granules.cached[NUM_CHANGES] += 1
     if granules.links[granule, IS_LISTED] == 0:
@@ -330,7 +330,7 @@ def note_let_go(granules: Granules, granule: int) -> None:
 
 
 @jit
-def join_ring(granules: Granules, member: int, granule: int) -> None:
+def join_ring(granules: GranuleState, member: int, granule: int) -> None:
     """Make a granule a twin of another one and its twins."""
     following = granules.links[member, NEXT]
     granules.links[member, NEXT], granules.links[granule, PREVIOUS] = granule, member
@@ -338,14 +338,14 @@ def join_ring(granules: Granules, member: int, granule: int) -> None:
 
 
 @jit
-def _leave_ring(granules: Granules, granule: int) -> None:
+def _leave_ring(granules: GranuleState, granule: int) -> None:
     before, following = granules.links[granule, PREVIOUS], granules.links[granule, NEXT]
     granules.links[before, NEXT], granules.links[following, PREVIOUS] = following, before
     granules.links[granule, NEXT] = granules.links[granule, PREVIOUS] = granule
 
 
 @jit
-def hand_over(nodes: Nodes, granules: Granules, granule: int) -> None:
+def hand_over(nodes: Nodes, granules: GranuleState, granule: int) -> None:
     """Let the twins of a granule go on without it: if the index stood for it, it stands for one of them now."""
     twin, node = granules.links[granule, NEXT], granules.node[granule]
     _leave_ring(granules, granule)
@@ -355,7 +355,7 @@ def hand_over(nodes: Nodes, granules: Granules, granule: int) -> None:
 
 
 @jit
-def withdraw(nodes: Nodes, granules: Granules, granule: int, freed: Int32Array, num_freed: int) -> Any:
+def withdraw(nodes: Nodes, granules: GranuleState, granule: int, freed: Int32Array, num_freed: int) -> Any:
     """A granule that a row holds is about to be written: what it holds must no longer be found in it.
 
     Returns the number of ``freed``, to which `unpublish` adds.
@@ -368,7 +368,7 @@ def withdraw(nodes: Nodes, granules: Granules, granule: int, freed: Int32Array, 
 
 
 @jit
-def move_granule(nodes: Nodes, granules: Granules, source: int, target: int) -> None:
+def move_granule(nodes: Nodes, granules: GranuleState, source: int, target: int) -> None:
     """Re-point what knows ``source`` to ``target``, which nobody knew."""
     note_let_go(granules, source)
     granules.refs[target] = granules.refs[source]
@@ -385,7 +385,7 @@ def move_granule(nodes: Nodes, granules: Granules, source: int, target: int) -> 
 
 
 @jit
-def reindex(nodes: Nodes, granules: Granules) -> None:
+def reindex(nodes: Nodes, granules: GranuleState) -> None:
     """Make everything that follows from the nodes in use, and from reference counts, anew; nothing has twins.
 
     What is given of a node is its uid, parent, parent_uid, tokens, granule, depth, num_uses and last_used.
@@ -459,7 +459,7 @@ def match(nodes: Nodes, root_uid: int, extras: Int64Array, tokens: Int64Array, m
 
 
 @jit
-def usable(nodes: Nodes, granules: Granules, found: Int32Array, count: int, takes_quantized: bool) -> Any:
+def reusable_length(nodes: Nodes, granules: GranuleState, found: Int32Array, count: int, takes_quantized: bool) -> Any:
     """How many of the nodes found a row may hold: hot granules, and quantized tiles if they are welcome and whole."""
     i = 0
     while i < count:
@@ -477,7 +477,7 @@ def usable(nodes: Nodes, granules: Granules, found: Int32Array, count: int, take
 
 
 @jit
-def repoint(nodes: Nodes, granules: Granules, node: int, granule: int, freed: Int32Array, num_freed: int) -> Any:
+def repoint(nodes: Nodes, granules: GranuleState, node: int, granule: int, freed: Int32Array, num_freed: int) -> Any:
     """Make a node stand for another granule with the same tokens, which a row holds.
 
     The granule it stood for, which has no twins, is appended to ``freed`` if no row holds it; returns their new number.
@@ -494,7 +494,7 @@ def repoint(nodes: Nodes, granules: Granules, node: int, granule: int, freed: In
 
 
 @jit
-def add_twin(nodes: Nodes, granules: Granules, node: int, granule: int, freed: Int32Array, num_freed: int) -> Any:
+def add_twin(nodes: Nodes, granules: GranuleState, node: int, granule: int, freed: Int32Array, num_freed: int) -> Any:
     """A row holds the tokens of a node in another, hot granule than the one the node stands for.
 
     Where no row holds that one, or it is quantized, the node stands for the row's from now on; else the two are twins.

@@ -7,18 +7,27 @@ from numpy.typing import NDArray
 
 from allocators._jit import jit
 from kvtoolkit.arrays.types import Int32Array, Int64Array
-from kvtoolkit.cache.state.block_table import CAPACITY, CHAIN_UID, NUM_ENTRIES, OPEN, STATE, Rows, _append_run, touch
+from kvtoolkit.cache.state.block_table import (
+    CAPACITY,
+    CHAIN_UID,
+    NUM_ENTRIES,
+    OPEN,
+    STATE,
+    BlockTable,
+    _append_run,
+    touch,
+)
 from kvtoolkit.cache.state.prefix_index import (
     BROKEN,
     EXTRA,
     HELD,
     NEXT,
     ROOT,
-    Granules,
+    GranuleState,
     Nodes,
     add_twin,
     find_node,
-    hold,
+    incref,
     note_let_go,
     publish,
     tier_of,
@@ -27,7 +36,7 @@ from kvtoolkit.cache.state.prefix_index import (
 
 @jit
 def find_tokens(
-    nodes: Nodes, granules: Granules, root_uid: int, tokens: Int64Array, tiers: NDArray[np.int8], found: Int32Array
+    nodes: Nodes, granules: GranuleState, root_uid: int, tokens: Int64Array, tiers: NDArray[np.int8], found: Int32Array
 ) -> None:
     """Add to ``found`` the hot granules that the index has for ``tokens``, where there is none yet.
 
@@ -46,14 +55,14 @@ def find_tokens(
 
 
 @jit
-def hold_listed(nodes: Nodes, granules: Granules, listed: Int32Array) -> None:
+def incref_listed(nodes: Nodes, granules: GranuleState, listed: Int32Array) -> None:
     """Hold granules once more, so that nothing evicts them."""
     for granule in listed:
-        hold(nodes, granules, granule)
+        incref(nodes, granules, granule)
 
 
 @jit
-def let_go_listed(granules: Granules, listed: Int32Array, freed: Int32Array) -> Any:
+def decref_listed(granules: GranuleState, listed: Int32Array, freed: Int32Array) -> Any:
     """Take `hold_listed` back as if it had not been; returns how many granules in ``freed`` nobody needs any more."""
     num_freed = 0
     for granule in listed:
@@ -71,7 +80,7 @@ def let_go_listed(granules: Granules, listed: Int32Array, freed: Int32Array) -> 
 
 @jit
 def bring_back(
-    rows: Rows,
+    table: BlockTable,
     row: int,
     listed: Int32Array,
     is_fresh: NDArray[np.bool_],
@@ -79,7 +88,7 @@ def bring_back(
     root_uid: int,
     tokens: Int64Array,
     nodes: Nodes,
-    granules: Granules,
+    granules: GranuleState,
     freed: Int32Array,
 ) -> Any:
     """Let an empty row hold granules and be open.
@@ -100,7 +109,7 @@ def bring_back(
         if granule != previous + 1 or granule & 7 == 0:
             needed += 1
         previous = granule
-    if needed > rows.entries.shape[1]:
+    if needed > table.entries.shape[1]:
         return -1
     count = 0
     for i in range(len(listed)):
@@ -109,25 +118,25 @@ def bring_back(
             granules.refs[granule] = 1
             granules.cached[HELD + tier_of(granules, granule)] += 1
             granules.copy[granule] = numbers[i]
-        count = _append_run(rows, row, count, i, granule, 1, tier_of(granules, granule))
-    rows.info[row, NUM_ENTRIES], rows.info[row, CAPACITY] = count, len(listed)
-    rows.info[row, STATE] = OPEN
-    rows.scanned[row] = -1
-    touch(rows, row)
+        count = _append_run(table, row, count, i, granule, 1, tier_of(granules, granule))
+    table.info[row, NUM_ENTRIES], table.info[row, CAPACITY] = count, len(listed)
+    table.info[row, STATE] = OPEN
+    table.scanned[row] = -1
+    touch(table, row)
     if len(tokens) == 0:
         return 0
-    return _publish_all(rows, row, listed, root_uid, tokens, nodes, granules, freed)
+    return _publish_all(table, row, listed, root_uid, tokens, nodes, granules, freed)
 
 
 @jit
 def _publish_all(
-    rows: Rows,
+    table: BlockTable,
     row: int,
     listed: Int32Array,
     root_uid: int,
     tokens: Int64Array,
     nodes: Nodes,
-    granules: Granules,
+    granules: GranuleState,
     freed: Int32Array,
 ) -> Any:
     """Make the full granules of a row findable, or follow those that are; returns the number of ``freed`` granules.
@@ -141,11 +150,11 @@ def _publish_all(
         node = find_node(nodes, uid, tokens[i, EXTRA], tokens[i], 0)
         if node < 0:
             if is_known:  # under other tokens: nothing can be said of what follows
-                rows.chain[row] = BROKEN
+                table.chain[row] = BROKEN
                 return num_freed
             node = publish(nodes, granules, parent, uid, tokens[i, EXTRA], i, tokens[i], granule)
         elif not is_known and tier_of(granules, granule) == 0:
             num_freed = add_twin(nodes, granules, node, granule, freed, num_freed)
         uid = nodes.uid[node]
-    rows.chain[row], rows.origin[row, CHAIN_UID] = node, uid
+    table.chain[row], table.origin[row, CHAIN_UID] = node, uid
     return num_freed

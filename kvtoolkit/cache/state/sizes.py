@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from kvtoolkit.cache.state.block_table import make_rows
-from kvtoolkit.cache.state.prefix_index import make_granules, make_nodes
+from kvtoolkit.cache.state.block_table import make_block_table
+from kvtoolkit.cache.state.prefix_index import make_granule_state, make_nodes
 from kvtoolkit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,13 +23,15 @@ def table_nbytes(config: "CacheConfig") -> tuple[int, int]:
     """
 
     def row(num_entries: int, num_tiles: int) -> int:
-        return _nbytes(make_rows(2, num_entries, num_tiles)) - _nbytes(make_rows(1, num_entries, num_tiles))
+        return _nbytes(make_block_table(2, num_entries, num_tiles)) - _nbytes(
+            make_block_table(1, num_entries, num_tiles)
+        )
 
     empty = row(0, 0)
     entry, tile = row(1, 0) - empty, row(0, 1) - empty
     collects_mass = config.tier_config is not None and config.tier_config.demote == "mass"
     num_tiles = -(-config.seq_len_limit // 64) if collects_mass else 0
-    granule = (_nbytes(make_nodes(64)) + _nbytes(make_granules(64, (0, 64, 64)))) // 64
+    granule = (_nbytes(make_nodes(64)) + _nbytes(make_granule_state(64, (0, 64, 64)))) // 64
     return config.max_seqs * (empty + entry * config.entries_limit + tile * num_tiles), granule * config.num_granules
 
 

@@ -4,20 +4,20 @@ from typing import Any
 
 from allocators._jit import jit
 from kvtoolkit.arrays.types import Int32Array
-from kvtoolkit.cache.state.block_table import CAPACITY, CHAIN_UID, Rows, granule_at
-from kvtoolkit.cache.state.prefix_index import NEXT, Granules, Nodes, add_twin, tier_of
+from kvtoolkit.cache.state.block_table import CAPACITY, CHAIN_UID, BlockTable, granule_at
+from kvtoolkit.cache.state.prefix_index import NEXT, GranuleState, Nodes, add_twin, tier_of
 
 
 @jit
-def find_twins(rows: Rows, which: Int32Array, nodes: Nodes, granules: Granules, freed: Int32Array) -> Any:
+def find_twins(table: BlockTable, which: Int32Array, nodes: Nodes, granules: GranuleState, freed: Int32Array) -> Any:
     """Find where rows hold tokens in other granules than the index stands for; returns the number of ``freed``."""
     num_freed = 0
     for row in which:
-        node, uid = rows.chain[row], rows.origin[row, CHAIN_UID]
-        if node < 0 or nodes.uid[node] != uid or nodes.depth[node] >= rows.info[row, CAPACITY]:
+        node, uid = table.chain[row], table.origin[row, CHAIN_UID]
+        if node < 0 or nodes.uid[node] != uid or nodes.depth[node] >= table.info[row, CAPACITY]:
             continue
         while node >= 0:
-            granule = granule_at(rows, row, nodes.depth[node])
+            granule = granule_at(table, row, nodes.depth[node])
             is_alone = granules.node[granule] < 0 and granules.links[granule, NEXT] == granule
             if is_alone and tier_of(granules, granule) == 0:
                 num_freed = add_twin(nodes, granules, node, granule, freed, num_freed)

@@ -59,11 +59,11 @@ class HostStorage:
                 for layer in range(config.num_layers)
             ]
 
-    def copy(self, sources: ArrayLike, targets: ArrayLike) -> None:
+    def copy_granules(self, sources: ArrayLike, targets: ArrayLike) -> None:
         """Copy granules to others, all layers; none is in both lists."""
         copy_granules(self.key_values, sources, targets)
 
-    def convert(self, sources: Int32Array, targets: Int32Array) -> None:
+    def convert_tiles(self, sources: Int32Array, targets: Int32Array) -> None:
         """Write the tokens of tiles to other tiers; see `kvtoolkit.cpu.convert.convert`."""
         convert((self.key_values, self.warm, self.cold), self.first, sources, targets)
 
@@ -73,12 +73,12 @@ class HostStorage:
 
     def read(self, granules: ArrayLike) -> Contents:
         """A copy of granules and of the quantized blocks that they are of."""
-        hot, warm, cold = split(granules, self.first)
+        hot, warm, cold = split_by_tier(granules, self.first)
         return Contents(self.key_values[:, :, hot], _take(self.warm, warm), _take(self.cold, cold))
 
     def write(self, granules: ArrayLike, contents: Contents) -> None:
         """Fill granules with what `read` gave, of as many of each tier in the same order."""
-        hot, warm, cold = split(granules, self.first)
+        hot, warm, cold = split_by_tier(granules, self.first)
         self.key_values[:, :, hot] = contents.key_values
         for blocks, held, which in ((self.warm, contents.warm, warm), (self.cold, contents.cold, cold)):
             if blocks is not None:
@@ -91,8 +91,8 @@ class HostStorage:
 class DeviceStorage:
     """As `HostStorage`, with ``key_values`` a CuPy array on a device.
 
-    `copy` is asynchronous on the current stream (torch's where torch uses the GPU, else CuPy's); `read` and `write`
-    wait. Use one stream, or order several yourself.
+    `copy_granules` is asynchronous on the current stream, which is torch's if torch uses the GPU and CuPy's otherwise.
+    `read` and `write` wait. Use one stream, or order several yourself.
     """
 
     def __init__(self, config: CacheConfig) -> None:
@@ -145,8 +145,8 @@ class DeviceStorage:
     def _described(self, array: Any) -> Operand:
         return Operand(array.data.ptr, array.shape, array.strides, "uint8", array, True, self.device)
 
-    def copy(self, sources: ArrayLike, targets: ArrayLike) -> None:
-        """See `HostStorage.copy`."""
+    def copy_granules(self, sources: ArrayLike, targets: ArrayLike) -> None:
+        """See `HostStorage.copy_granules`."""
         from kvtoolkit import cuda
         from kvtoolkit.attention.device import using
         from kvtoolkit.runtime import current_stream
@@ -154,8 +154,8 @@ class DeviceStorage:
         with using(self.device):
             cuda.copy_granules(self._arena, sources, targets, stream=current_stream(self.device))
 
-    def convert(self, sources: Int32Array, targets: Int32Array) -> None:
-        """See `HostStorage.convert`; asynchronous as `copy`. Tokens that hold an infinity or NaN become NaN."""
+    def convert_tiles(self, sources: Int32Array, targets: Int32Array) -> None:
+        """See `HostStorage.convert_tiles`; asynchronous. Tokens that hold an infinity or NaN become NaN."""
         from kvtoolkit import cuda
         from kvtoolkit.attention.device import using
         from kvtoolkit.runtime import current_stream
@@ -172,14 +172,14 @@ class DeviceStorage:
     def read(self, granules: ArrayLike) -> Contents:
         """See `HostStorage.read`."""
         with self._on_current_stream() as cupy:
-            hot, warm, cold = (cupy.asarray(one) for one in split(granules, self.first))
+            hot, warm, cold = (cupy.asarray(one) for one in split_by_tier(granules, self.first))
             held: NDArray[Any] = self.key_values[:, :, hot].get()
             return Contents(held, _take(self.warm, warm), _take(self.cold, cold))
 
     def write(self, granules: ArrayLike, contents: Contents) -> None:
         """See `HostStorage.write`."""
         with self._on_current_stream() as cupy:
-            hot, warm, cold = (cupy.asarray(one) for one in split(granules, self.first))
+            hot, warm, cold = (cupy.asarray(one) for one in split_by_tier(granules, self.first))
             self.key_values[:, :, hot] = cupy.asarray(contents.key_values)
             for blocks, held, which in ((self.warm, contents.warm, warm), (self.cold, contents.cold, cold)):
                 if blocks is not None:
@@ -222,7 +222,7 @@ def block_shapes(config: CacheConfig) -> tuple[tuple[int, ...] | None, tuple[int
     return warm, cold
 
 
-def split(granules: ArrayLike, first: tuple[int, int, int]) -> tuple[Int64Array, Int64Array, Int64Array]:
+def split_by_tier(granules: ArrayLike, first: tuple[int, int, int]) -> tuple[Int64Array, Int64Array, Int64Array]:
     """The hot granules of a list, and the blocks of its warm and cold ones, each named once, in the list's order."""
     listed = np.asarray(granules, np.int64)
     tiers = np.searchsorted(np.array(first[1:]), listed, side="right")

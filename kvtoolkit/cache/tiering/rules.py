@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from allocators._jit import jit
 from kvtoolkit.arrays.types import Int64Array
-from kvtoolkit.cache.state.block_table import LENGTH, NUM_ENTRIES, Rows
+from kvtoolkit.cache.state.block_table import LENGTH, NUM_ENTRIES, BlockTable
 from kvtoolkit.cache.state.step_passes import OK, StepArrays
 from kvtoolkit.config.tiers import TierConfig
 from kvtoolkit.formats.entry import TIER_COLD, TIER_HOT, TIER_WARM, unpack_entries
@@ -41,35 +41,35 @@ def make_rule(config: TierConfig) -> Rule:
 
 
 @jit
-def wanted_tier(rows: Rows, rule: Rule, row: int, tile: int) -> Any:
+def wanted_tier(table: BlockTable, rule: Rule, row: int, tile: int) -> Any:
     """The tier that a tile of a row belongs in; by mass as of the last `set_bar`."""
-    length = rows.info[row, LENGTH]
+    length = table.info[row, LENGTH]
     if 64 * tile < rule.pinned or 64 * (tile + 1) > length - rule.hot:
         return TIER_HOT
     if rule.by_mass:
-        mass, bar = rows.masses[row, tile], rows.bar[row, 0]
-        return TIER_WARM if mass > bar or (mass == bar and tile >= rows.bar[row, 1]) else TIER_COLD
+        mass, bar = table.masses[row, tile], table.bar[row, 0]
+        return TIER_WARM if mass > bar or (mass == bar and tile >= table.bar[row, 1]) else TIER_COLD
     return TIER_WARM if 64 * (tile + 1) > length - rule.hot - rule.warm else TIER_COLD
 
 
-def set_bar(rows: Rows, rule: Rule, row: int) -> None:
+def set_bar(table: BlockTable, rule: Rule, row: int) -> None:
     """Find the mass, and the tile among those of equal mass, from which on the tiles of a row may stay warm."""
-    length = int(rows.info[row, LENGTH])
+    length = int(table.info[row, LENGTH])
     first, end = rule.pinned // 64, (length - rule.hot) // 64
     num_warm = end - max(first, (length - rule.hot - rule.warm) // 64)
-    entries = rows.entries[row, : rows.info[row, NUM_ENTRIES]]
+    entries = table.entries[row, : table.info[row, NUM_ENTRIES]]
     _, _, tiers = unpack_entries(entries)
-    cold = rows.starts[row, : len(entries)][tiers == TIER_COLD] // 8
+    cold = table.starts[row, : len(entries)][tiers == TIER_COLD] // 8
     tiles = np.setdiff1d(np.arange(first, end), cold)  # what is cold does not come back
     if num_warm >= len(tiles):
-        rows.bar[row] = -1.0, 0
+        table.bar[row] = -1.0, 0
         return
-    order = np.lexsort((tiles, rows.masses[row, tiles]))[::-1]
+    order = np.lexsort((tiles, table.masses[row, tiles]))[::-1]
     last = tiles[order[num_warm - 1]] if num_warm > 0 else end
-    rows.bar[row] = (rows.masses[row, last], last) if num_warm > 0 else (np.inf, last)
+    table.bar[row] = (table.masses[row, last], last) if num_warm > 0 else (np.inf, last)
 
 
-def note_masses(rows: Rows, step: StepArrays, batch: int, masses: NDArray[np.float64], num_steps: int) -> None:
+def note_masses(table: BlockTable, step: StepArrays, batch: int, masses: NDArray[np.float64], num_steps: int) -> None:
     """Let the masses of a step that has ended count in those of its rows.
 
     Args:
@@ -79,7 +79,7 @@ def note_masses(rows: Rows, step: StepArrays, batch: int, masses: NDArray[np.flo
     took = np.flatnonzero((step.status[:batch] == OK) & (step.counts[:batch] > 0))
     which: Int64Array = step.rows[took].astype(np.int64)
     num_tiles = masses.shape[1]
-    before = rows.masses[which, :num_tiles]
+    before = table.masses[which, :num_tiles]
     kept = _DECAY**num_steps
     # what is not a number, as a broken model's attention is, must not stay for ever
-    rows.masses[which, :num_tiles] = kept * before + (1 - kept) * np.nan_to_num(masses[took])
+    table.masses[which, :num_tiles] = kept * before + (1 - kept) * np.nan_to_num(masses[took])

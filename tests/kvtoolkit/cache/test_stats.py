@@ -13,9 +13,9 @@ def test_every_slot_is_in_one_place_whatever_was_called(name):
         world = make_world(**CONFIGS[name])
         call(world)
         stats = world.cache.stats()
-        refs = world.cache._sequences.pool.granules.refs
+        refs = world.cache._state.group.blocks.granules.refs
         assert stats.used == 8 * np.count_nonzero(refs)
-        assert stats.callers == 8 * np.count_nonzero(world.cache._sequences.pool.ledger.callers)
+        assert stats.callers == 8 * np.count_nonzero(world.cache._state.group.blocks.ledger.callers)
         for one in (stats, *stats.tiers.values()):
             assert accounted(one) == one.capacity
         assert stats.reused_tokens <= stats.prompt_tokens

@@ -264,7 +264,7 @@ def test_blocks_granted_again_are_refused_within_a_call_and_between_calls():
         with pytest.raises(ConfigError, match="granted twice in one call|held by the cache or a caller already"):
             cache.begin_step(seq_ids, 64)
     cache = KVCache(config(num_tokens=8192, allocator=f"{HERE}:Answers", growth="adaptive"))
-    kept_back = cache._sequences.pool.kept_back[0]
+    kept_back = cache._state.group.blocks.reserve[0]
     seq_ids, _ = cache.open([[]])
     cache.allocator.inner.lie = lambda starts, sizes: np.full(len(starts), kept_back, np.int32)
     with pytest.raises(ConfigError, match="held by the cache or a caller already"):
@@ -282,7 +282,7 @@ def test_a_start_after_the_first_refusal_is_refused():
 
 def test_a_quantized_tier_checks_its_own_allocator():
     cache = KVCache(config(tiers={**TIERS, "warm_allocator": f"{HERE}:Answers"}, num_tokens=4096))
-    pool = cache._sequences.pool
+    pool = cache._state.group.blocks
     size = pool.allocators[1].num_granules
     assert pool.take_block(1) == pool.first[1]
     for start, problem in ((size, "outside the pool"), (size - 4, "outside the pool"), (12, "no multiple of 8")):
