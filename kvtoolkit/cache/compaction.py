@@ -1,8 +1,8 @@
-"""Compaction: merge small blocks into blocks of 64 tokens, and move blocks together so that there are such blocks.
+"""Compaction: merge small blocks into blocks of 64 tokens, and move blocks together to make room for these.
 
-Merging at the tail of a growing sequence (`kvtoolkit.config.growth`) never revisits a merge that failed; this does, for
-whole rows, whenever the engine has time. A call looks at a part of the block table that grows with its budget, and the
-next call goes on from there, so that a call with nothing to do costs the same however much the cache holds.
+A growing sequence tries each merge at its tail once (`kvtoolkit.config.growth`). Compaction tries whole rows again,
+whenever the engine has time. A call looks at a part of the block table whose size depends on its budget alone, and the
+next call continues there. So a call with nothing to do costs the same however much the cache holds.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 
 from allocators._jit import jit
 from kvtoolkit.arrays.types import Int32Array, Int64Array
-from kvtoolkit.cache.state import block_table
+from kvtoolkit.cache.state import block_merging
 from kvtoolkit.cache.state.block_table import LENGTH, NUM_ENTRIES, OPEN, STATE, BlockTable
 from kvtoolkit.cache.state.cache_group import CacheGroup
 from kvtoolkit.cache.state.prefix_index import GranuleState
@@ -19,7 +19,7 @@ from kvtoolkit.formats.entry import MAX_BLOCK_GRANULES, TIER_HOT, entry_granule,
 
 _MAX_USELESS_MOVES = 8
 _LEAST_LOOKED_AT = 4096
-"""Entries of the block table that every call looks at, if there are as many; further ones by its budget."""
+"""Entries of the block table that every call looks at; a larger budget adds more."""
 
 
 def compact(group: CacheGroup, max_tokens: int) -> int:
@@ -39,7 +39,7 @@ def compact(group: CacheGroup, max_tokens: int) -> int:
 
 
 def _windows(group: CacheGroup, limit: int, most: int) -> Int32Array:
-    """``[n, 2]`` row and end of 8 full granules of an open row, which alone holds them, in several entries."""
+    """``[n, 2]`` row and end of windows: 8 full granules of an open row, private and in several entries."""
     found = np.empty((min(most, limit), 2), np.int32)
     count = find_windows(group.table, group.blocks.granules, group.compacted, limit, found)
     return found[:count]
@@ -47,7 +47,7 @@ def _windows(group: CacheGroup, limit: int, most: int) -> Int32Array:
 
 def _merge(group: CacheGroup, windows: Int32Array) -> int:
     """Merge windows until there is no room; returns how many."""
-    for i, (row, end) in enumerate(windows):  # one at a time: merging one window shortens its row
+    for i, (row, end) in enumerate(windows):  # one at a time, because merging a window shortens its row
         if not group.merge_blocks(np.array([row], np.int32), np.array([end], np.int32)):
             return i
     return len(windows)
@@ -75,7 +75,7 @@ def _gather_free_space(group: CacheGroup, max_tokens: int, begin: Int64Array, li
             continue
         sources = np.arange(granule, granule + length, dtype=np.int32)
         group.copy_granules(sources, np.arange(target, target + length, dtype=np.int32), 8 * length)
-        block_table.relocate(table, row, e, target, blocks.nodes, blocks.granules)
+        block_merging.relocate(table, row, e, target, blocks.nodes, blocks.granules)
         blocks.free_runs([(granule, length)])
         max_tokens -= 8 * length
 
@@ -91,7 +91,7 @@ def count_in_use(granules: GranuleState, superblock: int) -> Any:
 
 @jit
 def _is_private(granules: GranuleState, entry: int) -> Any:
-    """Whether one row alone holds the granules of an entry."""
+    """Whether only one row holds the granules of an entry."""
     private = True
     for granule in range(entry_granule(entry), entry_granule(entry) + entry_length(entry)):
         private = private and granules.refs[granule] == 1
@@ -100,15 +100,15 @@ def _is_private(granules: GranuleState, entry: int) -> Any:
 
 @jit
 def find_windows(table: BlockTable, granules: GranuleState, cursor: Int64Array, limit: int, out: Int32Array) -> Any:
-    """Look for 8 full granules that are a tile of an open row, in several entries, and private.
+    """Look for windows: the 8 full granules of a tile of an open row, private and in several entries.
 
     Args:
-        cursor: ``[2]`` row and logical granule to begin at; it is left where the next call goes on.
+        cursor: ``[2]`` row and logical granule to begin at; receives those at which the next call begins.
         limit: number of entries and rows to look at.
-        out: ``[n, 2]`` receives row and end of those found.
+        out: ``[n, 2]`` receives row and end of each window.
 
     Returns:
-        How many there are.
+        How many were found.
     """
     count, looked_at, num_rows = 0, 0, len(table.info)
     begin = cursor[1]
@@ -135,7 +135,7 @@ def find_windows(table: BlockTable, granules: GranuleState, cursor: Int64Array, 
                     looked_at += 1
                 last = e - 1
                 covered = table.starts[row, last] + entry_length(table.entries[row, last])
-                if end & 7 != 0 or covered != end:  # no tile begins here, or one that ends inside an entry
+                if end & 7 != 0 or covered != end:  # no tile begins here, or its end is inside an entry
                     e = first + 1
                 elif last > first and private and 8 * end <= table.info[row, LENGTH]:
                     out[count, 0], out[count, 1] = row, end
@@ -149,7 +149,7 @@ def find_windows(table: BlockTable, granules: GranuleState, cursor: Int64Array, 
 
 @jit
 def _entry_from(table: BlockTable, row: int, granule: int) -> Any:
-    """The first entry that begins at a logical granule or later."""
+    """The first entry that begins at a logical granule or after it."""
     low, high = 0, table.info[row, NUM_ENTRIES]
     while low < high:
         middle = (low + high) >> 1
@@ -164,9 +164,10 @@ def _entry_from(table: BlockTable, row: int, granule: int) -> Any:
 def find_movable(
     table: BlockTable, granules: GranuleState, begin: Int64Array, limit: int, is_offered: Any, out: Int32Array
 ) -> Any:
-    """Look for blocks below 64 tokens that one open row alone holds, from the place ``begin`` on.
+    """Look, from ``begin`` on, for blocks of less than 64 tokens that only one row holds, an open one.
 
-    ``out`` receives granules in use of its superblock, granule, row, entry and length of each; returns how many.
+    For each, ``out`` receives the number of used granules in its superblock, its granule, row, entry and length.
+    Returns how many were found.
     """
     count, looked_at, num_rows = 0, 0, len(table.info)
     row, e = begin[0], 0

@@ -1,4 +1,4 @@
-"""Everything that must hold in a cache, checked; one pass over rows, index and granules."""
+"""Checks every invariant of a cache, in one pass over rows, index and granules."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -100,7 +100,7 @@ def require_well_formed(table: BlockTable, blocks: "BlockManager") -> None:
 
 
 def require_index(blocks: "BlockManager") -> None:
-    """IntegrityError unless index and granules know each other, and every node its parent."""
+    """IntegrityError unless nodes and granules refer to each other, and every node to its parent."""
     nodes, granules = blocks.nodes, blocks.granules
     used = np.flatnonzero(nodes.uid)
     require(len(np.unique(nodes.granule[used])) == len(used), "cache: two index nodes hold the same granule")
@@ -117,7 +117,7 @@ def require_index(blocks: "BlockManager") -> None:
 
 
 def require_identities(table: BlockTable, blocks: "BlockManager", identities: Identities) -> None:
-    """IntegrityError unless rows and nodes have known roots and extra keys, and rows the root of their nodes."""
+    """IntegrityError unless all roots and extra keys are known, and every row has the root of its nodes."""
     nodes, (salts, keys) = blocks.nodes, (identities.salts.numbers, identities.keys.numbers)
     numbers = [*salts.values(), *keys.values(), *nodes.uid[nodes.uid != 0].tolist()]
     is_distinct = len(set(numbers)) == len(numbers) and ROOT_UID not in numbers
@@ -135,7 +135,7 @@ def require_identities(table: BlockTable, blocks: "BlockManager", identities: Id
     chain, uids = table.chain[live], table.origin[live, CHAIN_UID]
     is_there = (chain >= 0) & (nodes.uid[chain] == uids)
     expected = np.where(is_there, roots[chain], np.where(chain == ROOT, uids, own))
-    require(np.array_equal(own, expected), "cache: a row continues what stands under another root than its own")
+    require(np.array_equal(own, expected), "cache: a row continues nodes of another root than its own")
     for first, end in table.origin[live][:, [FIRST_EXTRA, END_EXTRA]].tolist():
         extras = identities.extras[first:end]
         is_whole = 0 <= first <= end <= identities.num_extras
@@ -144,7 +144,7 @@ def require_identities(table: BlockTable, blocks: "BlockManager", identities: Id
 
 
 def _require_tier(blocks: "BlockManager", tier: int, allocator: BlockAllocator) -> None:
-    """What is held and cached in one tier is what its allocator has granted."""
+    """IntegrityError unless the allocator of a tier has granted exactly what is held, cached or in the reserve."""
     allocator.check_integrity()
     own, name = slice(blocks.first[tier], blocks.first[tier] + allocator.num_granules), TIER_NAMES[tier]
     refs, node = blocks.granules.refs[own], blocks.granules.node[own]
@@ -165,7 +165,7 @@ def _require_tier(blocks: "BlockManager", tier: int, allocator: BlockAllocator) 
     require(np.array_equal(granted, owned), f"cache: not all {name} granules granted are held, cached or kept back")
     require(not (granted & callers).any(), f"cache: a caller holds a {name} granule of the cache")
     known, live = int(np.count_nonzero(granted | callers)), allocator.stats().num_live
-    # of a pool on a device kernels may hold blocks that nobody here knows
+    # kernels may have taken blocks of a pool on a device without telling the host
     may_hold_more = isinstance(allocator, DevicePool) or bool(blocks.ledger.unresolved)
     is_enough = known <= live if may_hold_more else known == live
     require(is_enough, f"cache: {known} {name} granules held, cached, kept back or a caller's, {live} live in the pool")
@@ -173,7 +173,7 @@ def _require_tier(blocks: "BlockManager", tier: int, allocator: BlockAllocator) 
 
 @jit
 def _check_rows(table: BlockTable, granules: GranuleState, ends: Int32Array, seen: Int32Array) -> Any:
-    """``(fault, row)`` of the first row that is not well formed, or ``(0, 0)``; ``seen`` is -1 everywhere."""
+    """``(fault, row)`` of the first row that is not well formed, or ``(0, 0)``. ``seen`` must be -1 everywhere."""
     for row in range(len(table.info)):
         count, expected, quantized_end = table.info[row, NUM_ENTRIES], 0, 0
         if count < 0 or count > table.entries.shape[1]:
@@ -216,7 +216,7 @@ def _check_rows(table: BlockTable, granules: GranuleState, ends: Int32Array, see
 
 @jit
 def _check_twins(granules: GranuleState) -> Any:
-    """A granule whose ring of twins is wrong, or -1."""
+    """The first granule whose ring of twins is wrong, or -1."""
     num_members, num_reached = 0, 0
     for granule in range(len(granules.refs)):
         following = granules.links[granule, NEXT]
@@ -252,7 +252,7 @@ def _count(table: BlockTable, counted: Int32Array) -> None:
 
 @jit
 def _check_tails(table: BlockTable, granules: GranuleState) -> Any:
-    """``(fault, row)`` of the first well-formed row that would write what it may not write, or ``(0, 0)``."""
+    """``(fault, row)`` of the first row that would write to a granule it must not write, or ``(0, 0)``."""
     for row in range(len(table.info)):
         for e in range(table.info[row, NUM_ENTRIES] - 1, -1, -1):
             entry, first = table.entries[row, e], table.starts[row, e]

@@ -262,7 +262,7 @@ class KVCache:
         else:
             num_freed = step_passes.advance_and_publish(
                 state.group.table, step._arrays, batch, step._mark, tokens, state.identities.extras,
-                blocks.nodes, blocks.granules, blocks.freed,
+                blocks.holdings,
             )  # fmt: skip
         state.counters.num_steps += 1
         self._arrays.give_back(step._arrays, batch, step._num_tokens)
@@ -434,9 +434,7 @@ class KVCache:
         root_uid = None if salt is None else state.identities.salts.numbers.get(as_text(salt, "salt"))
         if salt is not None and root_uid is None:
             return
-        blocks.free_listed(
-            forget_prefixes(state.group.table, salt is None, root_uid or 0, blocks.nodes, blocks.granules, blocks.freed)
-        )
+        blocks.free_listed(forget_prefixes(state.group.table, salt is None, root_uid or 0, blocks.holdings))
 
     @exclusive
     def compact(self, max_tokens: int) -> int:

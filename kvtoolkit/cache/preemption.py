@@ -21,7 +21,7 @@ def preempt(state: CacheState, batch: Int32Array, to: str) -> None:
     saved = {row: _save(state, row, to) for row in batch.tolist()}
     state.tick()
     state.preempted = state.preempted | saved
-    num_freed = block_table.preempt_rows(table, batch, to == "drop", blocks.nodes, blocks.granules, blocks.freed)
+    num_freed = block_table.preempt_rows(table, batch, to == "drop", blocks.holdings)
     state.counters.num_preempted += len(batch)
     blocks.free_listed(num_freed)
 
@@ -116,9 +116,7 @@ def _restore_with(
     """Let a row hold what ``back`` says; False, and nothing done, if there is no memory for it."""
     blocks, num_full = state.group.blocks, int(state.group.table.info[row, LENGTH]) // 8
     held = back.granules[~back.is_fresh]
-    returning.incref_listed(
-        blocks.nodes, blocks.granules, held
-    )  # so that nothing of it is evicted to make room for the rest
+    returning.incref_listed(blocks.granules, held)  # so that nothing of it is evicted to make room for the rest
     if _allocate(blocks, back, keep_free) and _fill(state, back, copies):
         num_freed = _attach(state, row, saved, back, numbers_of(copies)[:num_full])
         if num_freed >= 0:
@@ -196,7 +194,6 @@ def _attach(state: CacheState, row: int, saved: Preempted, back: _Return, full: 
     numbers[: len(full)] = full
     root_uid, tokens = _tokens_of(state, row, saved)
     num_freed: int = returning.bring_back(
-        state.group.table, row, back.granules, back.is_fresh, numbers, root_uid, tokens, blocks.nodes,
-        blocks.granules, blocks.freed,
+        state.group.table, row, back.granules, back.is_fresh, numbers, root_uid, tokens, blocks.holdings,
     )  # fmt: skip
     return num_freed

@@ -7,10 +7,11 @@ copy-on-write check.
 import numpy as np
 
 from kvtoolkit.arrays.types import Int32Array, Int64Array
-from kvtoolkit.cache.state import block_table
+from kvtoolkit.cache.state import block_table, row_sharing
 from kvtoolkit.cache.state.block_manager import Runs
-from kvtoolkit.cache.state.block_table import LENGTH, NUM_ENTRIES, BlockTable, Tails
+from kvtoolkit.cache.state.block_table import LENGTH, NUM_ENTRIES, BlockTable
 from kvtoolkit.cache.state.cache_state import CacheState
+from kvtoolkit.cache.state.row_sharing import Tails
 from kvtoolkit.errors import CacheFullError
 from kvtoolkit.formats.entry import MAX_BLOCK_GRANULES
 
@@ -18,13 +19,13 @@ from kvtoolkit.formats.entry import MAX_BLOCK_GRANULES
 def fork(state: CacheState, parents: Int32Array, what: str) -> Int32Array:
     """New rows that hold what ``parents`` hold; CacheFullError, and nothing done, if there is no room."""
     state.require_closed_rows(len(parents), what)
-    table, nodes, granules = state.group.table, state.group.blocks.nodes, state.group.blocks.granules
+    table, granules = state.group.table, state.group.blocks.granules
     tails = _copy_tails(state, table, parents, table.info[parents, LENGTH], what)
     children = state.new_rows(len(parents), what)
     keeps = table.info[parents, LENGTH] >> 3
-    block_table.incref_all(table, parents, keeps, nodes, granules)
-    block_table.share_all(table, parents, table, children, keeps)
-    block_table.attach_tails(table, granules, children, tails)
+    row_sharing.incref_all(table, parents, keeps, granules)
+    row_sharing.share_all(table, parents, table, children, keeps)
+    row_sharing.attach_tails(table, granules, children, tails)
     state.group.update_peak()
     return children
 
@@ -41,23 +42,19 @@ def reorder(state: CacheState, batch: Int32Array, origin: Int32Array) -> None:
     blocks, table = state.group.blocks, state.group.table
     state.tick()
     keeps = before.info[sources, LENGTH] >> 3
-    blocks.free_listed(
-        block_table.reorder_all(
-            before, sources, table, targets, keeps, tails, blocks.nodes, blocks.granules, blocks.freed
-        )
-    )
+    blocks.free_listed(row_sharing.reorder_all(before, sources, table, targets, keeps, tails, blocks.holdings))
     state.group.update_peak()
 
 
 def truncate(state: CacheState, batch: Int32Array, lengths: Int64Array) -> None:
     """Keep the first ``lengths[i]`` tokens of each row; CacheFullError, and nothing done, if a copy has no room."""
     blocks, table = state.group.blocks, state.group.table
-    cut = np.flatnonzero(block_table.cuts_quantized(table, batch, lengths, np.empty(len(batch), np.bool_)))
+    cut = np.flatnonzero(row_sharing.cuts_quantized(table, batch, lengths, np.empty(len(batch), np.bool_)))
     hot = _dequantize(state, batch, cut, lengths)
     whole = lengths.copy()
     whole[cut] = 0  # no tail to copy
     positions, partial = np.empty(len(batch), np.int32), np.empty(len(batch), np.int32)
-    count = block_table.list_partial(table, batch, whole, positions, partial)
+    count = row_sharing.list_partial(table, batch, whole, positions, partial)
     shared = positions[:count][blocks.granules.refs[partial[:count]] > 1]
     try:
         tails = _copy_tails(state, table, batch[shared], lengths[shared], "truncate")
@@ -72,9 +69,7 @@ def truncate(state: CacheState, batch: Int32Array, lengths: Int64Array) -> None:
     keeps = np.full(len(batch), -1, np.int64)
     keeps[shared], keeps[cut] = lengths[shared] >> 3, lengths[cut] >> 6 << 3
     state.tick()
-    blocks.free_listed(
-        block_table.truncate_all(table, batch, lengths, keeps, tails, blocks.nodes, blocks.granules, blocks.freed)
-    )
+    blocks.free_listed(row_sharing.truncate_all(table, batch, lengths, keeps, tails, blocks.holdings))
     state.group.update_peak()
 
 
@@ -116,7 +111,7 @@ def _dequantize(state: CacheState, batch: Int32Array, cut: Int64Array, lengths: 
 def _copy_tails(state: CacheState, source: BlockTable, parents: Int32Array, lengths: Int64Array, what: str) -> Tails:
     """Copy the granule of each parent that is partly filled at the given length, where there is one."""
     positions, partial = np.empty(len(parents), np.int32), np.empty(len(parents), np.int32)
-    count = block_table.list_partial(source, parents, lengths, positions, partial)
+    count = row_sharing.list_partial(source, parents, lengths, positions, partial)
     positions, partial = positions[:count], partial[:count]
     if not count:
         return Tails(positions, positions, positions)

@@ -143,7 +143,7 @@ class _Unpacker:
         integrity.require_index(blocks)
         self._read_contents()
         rows = np.flatnonzero(state.group.table.info[:, STATE] != CLOSED).astype(np.int32)
-        find_twins(state.group.table, rows, blocks.nodes, blocks.granules, blocks.freed)
+        find_twins(state.group.table, rows, blocks.holdings)
         self._grant()
         states = state.group.table.info[:, STATE]
         state.closed_rows = np.flatnonzero(states == CLOSED)[::-1].tolist()

@@ -16,7 +16,7 @@ from allocators import BlockAllocator, InvalidSizeError, UnknownAllocatorError, 
 from kvtoolkit.arrays.types import Int32Array
 from kvtoolkit.cache.state.evictor import Evictor, count_evictable
 from kvtoolkit.cache.state.ledger import Ledger, require_allocator
-from kvtoolkit.cache.state.prefix_index import HELD, make_granule_state, make_nodes
+from kvtoolkit.cache.state.prefix_index import HELD, make_holdings
 from kvtoolkit.config.cache import CacheConfig
 from kvtoolkit.config.eviction import eviction_policy
 from kvtoolkit.errors import CacheFullError, ConfigError
@@ -118,12 +118,10 @@ class BlockManager:
         self.ledger = Ledger(self.allocators, self.first, self.num_granules)
         # sizes the cache asks for, in granules, descending
         self.offered = np.array(sorted((size // 8 for size in self.allocator.block_sizes), reverse=True), np.int32)
-        self.granules = make_granule_state(self.num_granules, self.first)
-        self.nodes = make_nodes(self.num_granules)
+        self.holdings = make_holdings(self.num_granules, self.first)
+        self.nodes, self.granules, self.freed = self.holdings
         smallest = [int(self.offered[-1]), MAX_BLOCK_GRANULES, MAX_BLOCK_GRANULES]
-        self.evictor = Evictor(eviction_policy(config.eviction), self.nodes, self.granules, self.ledger, smallest)
-        self.freed = np.empty(self.num_granules, np.int32)
-        """Where compiled code lists granules to be freed; `free_listed` takes them from here."""
+        self.evictor = Evictor(eviction_policy(config.eviction), self.holdings, self.ledger, smallest)
         self.wanted_reserve = int(self.policy.reserve * (self.num_hot // MAX_BLOCK_GRANULES))
         self.reserve: list[int] = []
         """First granules of the blocks of 64 tokens kept back for merging."""
@@ -237,7 +235,7 @@ class BlockManager:
 
         False, and nothing was evicted, if that cannot be.
         """
-        count = self.evictor.evict(tier, wanted, self.freed)
+        count = self.evictor.evict(tier, wanted)
         self.free_listed(count)
         self.counters.num_evicted += count
         return count > 0

@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from kvtoolkit.arrays.types import Int32Array
-from kvtoolkit.cache.state import block_table
+from kvtoolkit.cache.state import block_merging, block_table
 from kvtoolkit.cache.state.block_manager import BlockManager, Counters, Runs
 from kvtoolkit.cache.state.host_copies import HostCopies
 from kvtoolkit.cache.storage.storage import make_storage
@@ -57,22 +57,22 @@ class CacheGroup:
 
         Args:
             candidates: rows.
-            ends: for each of them the logical granule at which the 8 end; `block_table.mergeable` has found them.
+            ends: for each of them the logical granule at which the 8 end; `block_merging.mergeable` has found them.
 
         Returns:
             How many were merged.
         """
         table, blocks = self.table, self.blocks
-        private = int(block_table.keep_private_merges(table, candidates, ends, blocks.granules))
+        private = int(block_merging.keep_private_merges(table, candidates, ends, blocks.granules))
         if not private:
             return 0
         targets = blocks.take_targets(private)
         if len(targets):
             sources = np.empty(8 * len(targets), np.int32)
-            block_table.list_windows(table, candidates, ends, len(targets), sources)
+            block_merging.list_windows(table, candidates, ends, len(targets), sources)
             offsets = np.arange(8, dtype=np.int32)
             self.copy_granules(sources, (targets[:, None] + offsets).ravel(), 64 * len(targets))
-            block_table.merge_blocks_all(table, candidates, ends, targets, blocks.nodes, blocks.granules)
+            block_merging.merge_blocks_all(table, candidates, ends, targets, blocks.nodes, blocks.granules)
             blocks.free_granules(sources)
         self.counters.num_merges += len(targets)
         self.counters.num_failed_merges += private - len(targets)

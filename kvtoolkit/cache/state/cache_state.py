@@ -123,7 +123,7 @@ class CacheState:
         """Let go of everything that rows hold, and end their ids."""
         blocks = self.group.blocks
         self.tick()
-        num_freed = block_table.close_rows(self.group.table, closing, blocks.nodes, blocks.granules, blocks.freed)
+        num_freed = block_table.close_rows(self.group.table, closing, blocks.holdings)
         for row in closing.tolist():
             self.preempted.pop(row, None)
             self.closed_rows.append(row)

@@ -1,8 +1,9 @@
-"""Put a cache in order after a call that broke off: whatever it was doing, the rows hold what they held or will hold.
+"""Put a cache in order after a call that broke off.
 
-Rows and index change by compiled moves, which nothing interrupts, so they are the truth. All else follows from them:
-reference counts, lists, and what the allocators have granted. Rows that the call had opened, and so nobody knows, are
-closed; rows that it had put into a step that it did not return are open again. Steps, leases and blocks of others stay.
+Rows and index change only by compiled moves, which nothing interrupts. So each row holds what it held before the call
+or after it, and rows and index can be trusted. Everything else is derived from them: reference counts, lists, and what
+the allocators have granted. Rows that the call had opened are closed, because nobody knows their ids. Rows that it had
+put into a step without returning the step are open again. Steps, leases and blocks of others stay as they are.
 """
 
 from dataclasses import dataclass
@@ -36,14 +37,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Repairs:
-    """What calls that broke off had left behind, and was put in order.
+    """What was put in order after calls that broke off.
 
     Attributes:
-        num_closed: sequences closed, since the call that opened them did not return, or their lease was lost.
-        num_reopened: sequences taken out of steps that nobody can end any more, or preempted again.
-        num_freed: granules that nobody held and that are free now.
-        unresolved: a sentence for each allocator that was interrupted and cannot be rebuilt: what it holds for nobody
-            stays lost.
+        num_closed: sequences that were closed because the call that opened them did not return, or because nobody
+            refers to their lease any more.
+        num_reopened: sequences that were taken out of steps that nobody can end any more, or preempted again.
+        num_freed: granules that nobody held, and that were freed.
+        unresolved: a sentence for each allocator that was interrupted and cannot be rebuilt. The blocks that it granted
+            to nobody stay lost.
     """
 
     num_closed: int = 0
@@ -53,9 +55,9 @@ class Repairs:
 
 
 def settle(state: "CacheState") -> None:
-    """Put everything in order; may itself break off, and is done again then. The caller holds the lock.
+    """Put everything in order. If this breaks off too, it is done again. The caller holds the lock.
 
-    What it did is added to ``state.repairs``.
+    What was done is added to ``state.repairs``.
     """
     table, blocks = state.group.table, state.group.blocks
     for mark, handle in list(state.handles.items()):
@@ -75,7 +77,7 @@ def settle(state: "CacheState") -> None:
     state.closed_rows = np.flatnonzero(states == CLOSED)[::-1].tolist()
     count_refs(table, blocks.granules)
     reindex(blocks.nodes, blocks.granules)
-    find_twins(table, np.flatnonzero(states != CLOSED).astype(np.int32), blocks.nodes, blocks.granules, blocks.freed)
+    find_twins(table, np.flatnonzero(states != CLOSED).astype(np.int32), blocks.holdings)
     owned = (blocks.granules.refs > 0) | (blocks.granules.node >= 0)
     blocks.reserve = [
         start for start in dict.fromkeys(blocks.reserve)
@@ -115,7 +117,7 @@ def end_handles(state: "CacheState", marks: list[int]) -> None:
 
 
 def close_left(state: "CacheState", seq_ids: Int64Array) -> None:
-    """Close those of some sequences that are open or preempted still."""
+    """Close those of the sequences that are still open or preempted."""
     states = state.group.table.info[:, STATE]
     which = np.flatnonzero((states == OPEN) | (states == PREEMPTED)).astype(np.int32)
     state.release_rows(which[np.isin(state.ids_of(which), seq_ids)])
@@ -139,13 +141,14 @@ def settle_rows(table: BlockTable, opened: Int32Array, held: Int64Array, saved: 
     """Bring the states of rows in line with what is known of them.
 
     Args:
-        opened: rows of which nobody has the id.
+        opened: rows whose ids nobody has.
         held: marks of the steps and leases that go on, ascending.
-        saved: rows of which something is kept for their return.
-        restores: whether these rows were just being brought back, if they are open; else they were just being saved.
+        saved: rows for which `CacheState.preempted` has something.
+        restores: whether the call that broke off was `restore`. Then open rows among ``saved`` become preempted again;
+            otherwise they were being preempted, and stay open.
 
     Returns:
-        How many rows are closed now that were not, and how many are back in their state before the call.
+        How many rows were closed, and how many went back to their state before the call.
     """
     num_closed, num_back = 0, 0
     for row in opened:
@@ -174,7 +177,7 @@ def settle_rows(table: BlockTable, opened: Int32Array, held: Int64Array, saved: 
 
 @jit
 def _empty(table: BlockTable, row: int) -> None:
-    """Let a row name nothing; reference counts are made anew afterwards."""
+    """Remove all entries of a row; the caller counts references again afterwards."""
     for e in range(table.info[row, NUM_ENTRIES]):
         table.entries[row, e] = table.starts[row, e] = -1
     table.info[row, NUM_ENTRIES] = table.info[row, CAPACITY] = 0

@@ -1,6 +1,6 @@
 """The compiled passes over the rows of a step: begin it, give blocks, complete it, end it.
 
-A decode step of rows that need no memory is one pass (`begin`) that reads one cache line of a row.
+If no row needs memory, a decode step is a single pass, `begin`, which reads one cache line of each row.
 """
 
 from typing import Any, NamedTuple
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from allocators._jit import jit
 from kvtoolkit.arrays.types import Int32Array, Int64Array
+from kvtoolkit.cache.state.block_merging import mergeable
 from kvtoolkit.cache.state.block_table import (
     BAD_COUNT,
     BAD_ID,
@@ -34,10 +35,9 @@ from kvtoolkit.cache.state.block_table import (
     attach,
     find_entry,
     granule_at,
-    mergeable,
 )
 from kvtoolkit.cache.state.identity import extra_at
-from kvtoolkit.cache.state.prefix_index import BROKEN, ROOT, GranuleState, Nodes, add_twin, find_node, publish
+from kvtoolkit.cache.state.prefix_index import BROKEN, ROOT, GranuleState, Holdings, add_twin, find_node, publish
 from kvtoolkit.config.growth import split_into_blocks, tail_size
 from kvtoolkit.formats.entry import entry_granule, entry_length
 
@@ -47,7 +47,7 @@ STATUS_NAMES = ("ok", "out of blocks", "row full", "at max_seq_len")
 
 
 class StepArrays(NamedTuple):
-    """The arrays of one step; the first few are what kernels see."""
+    """The arrays of one step. Kernels read the first five."""
 
     table: Int32Array
     """``[batch, width]``"""
@@ -58,28 +58,29 @@ class StepArrays(NamedTuple):
     slot_mapping: Int64Array
     status: NDArray[np.int8]
     rows: Int32Array
-    """Row of the cache that stands in each row of the step."""
+    """``[batch]`` row of the block table for each row of the step."""
     counts: Int32Array
-    """New tokens of each row."""
+    """``[batch]`` new tokens of each row."""
     stamps: Int64Array
-    """STAMP of the row that `table` holds a copy of."""
+    """``[batch]`` STAMP of the row when its entries were copied to `table`."""
     filled: Int32Array
-    """Entries of `table` in use."""
+    """``[batch]`` entries of `table` in use."""
     work: Int32Array
-    """``[2, batch]`` rows of the step that need blocks; those that may be merged."""
+    """``[2, batch]`` rows of the step that need blocks; rows whose tail may be merged."""
 
 
 @jit
 def begin(table: BlockTable, step: StepArrays, ids: Int64Array, max_len: int, merges: bool) -> Any:
-    """Check the ids and counts of a step, fill in what needs no memory, and find the rows that do.
+    """Check the ids and counts of a step, complete the rows that need no memory, and list those that do.
 
-    Rows that are well off are complete afterwards, but for tables wider than the arrays (see `sync_tables`); those in
-    ``step.work[0]`` need blocks and then `complete`, those in ``step.work[1]`` may be merged.
+    Rows in ``step.work[0]`` need blocks, and `complete` afterwards. The tails of rows in ``step.work[1]`` may be
+    merged. All other rows are complete, except that the entries of a row are not copied where ``step.table`` is too
+    narrow for them (see `sync_tables`).
 
     Returns:
-        ``(code, where, num_need, num_merge, width, mark)``: what is wrong with which row (0 if nothing), how many rows
-        stand in either half of ``step.work``, the widest row, and what marks the rows that the step holds. If something
-        is wrong, nothing has changed.
+        ``(code, where, num_need, num_merge, width, mark)``: what is wrong with which row (code 0: nothing), the number
+        of rows in either half of ``step.work``, the entries of the widest row, and the mark of the rows that the step
+        holds. If something is wrong, nothing has changed.
     """
     table.clock[1] += 1
     mark = table.clock[1]
@@ -132,20 +133,20 @@ def begin(table: BlockTable, step: StepArrays, ids: Int64Array, max_len: int, me
 
 @jit
 def _take(table: BlockTable, row: int) -> None:
-    """Let the step that is being begun hold a row."""
+    """Let the step that begins hold a row."""
     table.info[row, STATE] = IN_STEP
     table.marks[row, OWNER] = table.clock[1]
 
 
 @jit
 def _holds(table: BlockTable, row: int, mark: int) -> Any:
-    """Whether a step holds a row: it may have stalled, so that a later step holds it or somebody else uses it."""
+    """Whether a step holds a row. It does not hold rows that stalled, so a later step or another call may use them."""
     return table.info[row, STATE] == IN_STEP and table.marks[row, OWNER] == mark
 
 
 @jit
 def reopen(table: BlockTable, step: StepArrays, batch: int, mark: int) -> None:
-    """Take the rows that a step holds out of it."""
+    """Release the rows that a step holds."""
     for b in range(batch):
         if _holds(table, step.rows[b], mark):
             table.info[step.rows[b], STATE] = OPEN
@@ -153,7 +154,7 @@ def reopen(table: BlockTable, step: StepArrays, batch: int, mark: int) -> None:
 
 @jit
 def stall(step: StepArrays, b: int, status: int) -> None:
-    """Let row ``b`` of a step do nothing, and say why."""
+    """Leave row ``b`` out of a step; ``status`` says why."""
     step.status[b] = status
     step.seq_lens[b] = 0
     for i in range(step.cu_seqlens_q[b], step.cu_seqlens_q[b + 1]):
@@ -162,7 +163,7 @@ def stall(step: StepArrays, b: int, status: int) -> None:
 
 @jit
 def complete(table: BlockTable, step: StepArrays, num_need: int) -> Any:
-    """Fill in the rows that `begin` left open, now that they have got their blocks or a status; the widest of them."""
+    """Complete the rows in ``step.work[0]``, which have their blocks or a status by now; returns the widest."""
     width = 0
     for k in range(num_need):
         b = step.work[0, k]
@@ -181,7 +182,7 @@ def complete(table: BlockTable, step: StepArrays, num_need: int) -> Any:
 
 @jit
 def _fill_slots(table: BlockTable, step: StepArrays, row: int, first: int, count: int) -> None:
-    """Write the slots of a row's next ``count`` positions, which it has room for, to ``slot_mapping[first:]``."""
+    """Write the slots of a row's next ``count`` positions to ``slot_mapping[first:]``; the row has room for them."""
     if count == 0:
         return
     length = table.info[row, LENGTH]
@@ -198,7 +199,7 @@ def _fill_slots(table: BlockTable, step: StepArrays, row: int, first: int, count
 
 @jit
 def sync_tables(table: BlockTable, step: StepArrays, batch: int) -> None:
-    """Copy the entries of every row that changed since the step's arrays saw it."""
+    """Copy the entries of every row that has changed since they were copied last."""
     for b in range(batch):
         if step.stamps[b] != table.info[step.rows[b], STAMP]:
             copy_row(table, step, b, step.rows[b])
@@ -206,7 +207,7 @@ def sync_tables(table: BlockTable, step: StepArrays, batch: int) -> None:
 
 @jit
 def widest(table: BlockTable, step: StepArrays, batch: int) -> Any:
-    """Most entries of a row of the step."""
+    """The number of entries of the step's widest row."""
     width = 0
     for b in range(batch):
         width = max(width, table.info[step.rows[b], NUM_ENTRIES])
@@ -242,11 +243,11 @@ def choose_sizes(
     sizes: Int32Array,
     ends: Int32Array,
 ) -> Any:
-    """Block sizes for the rows that need blocks, in order; ``ends[i]`` is where those of row i end.
+    """Choose block sizes for the rows that need blocks, in order; those of the i-th end at ``ends[i]``.
 
     Args:
-        available: granules that are free or cached; growth policies go by it.
-        most: bound on what can be had. A row that would exceed it gets status OUT_OF_BLOCKS and no sizes.
+        available: granules that are free or cached, by which growth policies decide.
+        most: upper bound of what can be had. A row that would exceed it gets status OUT_OF_BLOCKS and no sizes.
 
     Returns:
         ``(number of blocks, their granules)``.
@@ -274,7 +275,7 @@ def choose_sizes(
 
 @jit
 def advance(table: BlockTable, step: StepArrays, batch: int, mark: int) -> None:
-    """End a step whose tokens are not told: lengths advance, and what comes later cannot be published."""
+    """End a step whose tokens are unknown: lengths advance, and its rows cannot be published from then on."""
     for b in range(batch):
         row = step.rows[b]
         if _holds(table, row, mark):
@@ -292,11 +293,9 @@ def advance_and_publish(
     mark: int,
     tokens: Int64Array,
     extras: Int64Array,
-    nodes: Nodes,
-    granules: GranuleState,
-    freed: Int32Array,
+    holdings: Holdings,
 ) -> Any:
-    """End a step: lengths advance, full granules become findable. Returns the number of ``freed`` granules."""
+    """End a step: lengths advance, and full granules become findable. Returns the number of ``freed`` granules."""
     num_freed, first = 0, 0
     for b in range(batch):
         row, count = step.rows[b], step.counts[b]
@@ -310,7 +309,7 @@ def advance_and_publish(
                     table.pending[row, place] = tokens[first + i]
                     if place == 7:
                         index = (length + i) >> 3
-                        num_freed = _publish_full(table, row, index, extras, nodes, granules, freed, num_freed)
+                        num_freed = _publish_full(table, row, index, extras, holdings, num_freed)
         first += count
     return num_freed
 
@@ -321,19 +320,18 @@ def _publish_full(
     row: int,
     index: int,
     extras: Int64Array,
-    nodes: Nodes,
-    granules: GranuleState,
-    freed: Int32Array,
+    holdings: Holdings,
     num_freed: int,
 ) -> Any:
-    """The granule ``index`` of a row is full: publish it, or follow the one that holds the same already.
+    """Publish the full granule ``index`` of a row, or make it a twin if the same tokens are published already.
 
-    If it is in another granule the two are twins, see `add_twin`. Returns the new number of ``freed``.
+    Returns the new length of ``freed``; see `add_twin`.
     """
+    nodes, granules = holdings.nodes, holdings.granules
     parent, uid = table.chain[row], table.origin[row, CHAIN_UID]
     if parent == BROKEN:
         return num_freed
-    if parent != ROOT and nodes.uid[parent] != uid:  # evicted meanwhile: nothing can follow it
+    if parent != ROOT and nodes.uid[parent] != uid:  # it was evicted meanwhile, so nothing can follow it
         table.chain[row] = BROKEN
         return num_freed
     extra = extra_at(table, extras, row, index)
@@ -342,7 +340,7 @@ def _publish_full(
     if node < 0:
         node = publish(nodes, granules, parent, uid, extra, index, table.pending[row], granule)
     elif nodes.granule[node] != granule:
-        num_freed = add_twin(nodes, granules, node, granule, freed, num_freed)
+        num_freed = add_twin(holdings, node, granule, num_freed)
     table.chain[row], table.origin[row, CHAIN_UID] = node, nodes.uid[node]
     return num_freed
 
@@ -358,11 +356,12 @@ def attach_all(
     ends: Int32Array,
     refused: Int32Array,
 ) -> Any:
-    """Give the rows that need blocks theirs, up to the first that did not get all of them; complete them if all did.
+    """Attach blocks to the rows that need them, up to the first that did not get all; if all did, complete them.
 
     Returns:
-        ``(i, num_refused, width)``: that row's place in ``step.work[0]`` (``num_need`` if there is none), how many
-        granules of rows with too few entries stand in ``refused``, and the widest row if all are complete.
+        ``(i, num_refused, width)``: the position of that first row in ``step.work[0]`` (``num_need`` if all got their
+        blocks), how many granules of rows with too few entries were written to ``refused``, and the entries of the
+        widest row if the rows are complete.
     """
     num_refused = 0
     for i in range(num_need):

@@ -33,7 +33,6 @@ class Demoter:
         self._planned: list[_Move] = []
         self._moving = np.zeros(group.config.num_granules, np.bool_)
         """Granules that planned moves will leave."""
-        self._freed = np.empty(8 * _MOST_AT_ONCE, np.int32)
         self._num_freed_hot = 0
 
     def run(self, arrays: StepArrays, num_need: int) -> bool:
@@ -165,8 +164,8 @@ class Demoter:
         blocks, num_freed = group.blocks, 0
         for move in moves:
             num_freed = tile_moves.change_tier(
-                group.table, move.sharers.members, move.tile, move.block, move.tier, blocks.nodes, blocks.granules,
-                move.sharers.sources, self._freed, num_freed,
+                group.table, move.sharers.members, move.tile, move.block, move.tier, move.sharers.sources,
+                blocks.holdings, num_freed,
             )  # fmt: skip
         for move in moves:
             if move.tier == TIER_WARM:
@@ -174,7 +173,7 @@ class Demoter:
             else:
                 group.counters.num_demoted_cold += 1
         self._forget()
-        blocks.free_granules(self._freed[:num_freed])
+        blocks.free_listed(num_freed)
 
     def _forget(self) -> None:
         """Plan anew; also after a call that broke off."""

@@ -1,4 +1,4 @@
-"""The compiled moves on tiles: 64 tokens of rows at a multiple of 64, that change their tier.
+"""The compiled moves that change the tier of tiles (64 consecutive tokens of a row, from a multiple of 64 on).
 
 A tile in a quantized tier is one entry of 8 granules. Rows that hold the same 8 granules at a tile are its
 sharers; their entries change together. A row that shares only some of the 8 is its only sharer, and gets a copy.
@@ -23,7 +23,7 @@ from kvtoolkit.cache.state.block_table import (
     granule_at,
     touch,
 )
-from kvtoolkit.cache.state.prefix_index import HELD, NEXT, GranuleState, Nodes, hand_over, note_let_go, tier_of
+from kvtoolkit.cache.state.prefix_index import HELD, NEXT, GranuleState, Holdings, hand_over, note_let_go, tier_of
 from kvtoolkit.cache.state.step_passes import StepArrays
 from kvtoolkit.cache.tiering.rules import Rule, wanted_tier
 from kvtoolkit.formats.entry import TIER_HOT, TIER_WARM, entry_granule, entry_length, entry_tier, pack_entry
@@ -34,7 +34,7 @@ ROW, TILE, AGE, IS_HOT = range(4)
 
 @jit
 def any_due(info: Int64Array, scanned: Int32Array) -> Any:
-    """Whether some open row has got another number of full tiles since it was looked at last."""
+    """Whether the number of full tiles of an open row has changed since `list_due` last looked at it."""
     for row in range(len(info)):
         if scanned[row] != info[row, LENGTH] >> 6 and (info[row, STATE] == OPEN or info[row, STATE] == IN_STEP):
             return True
@@ -43,7 +43,7 @@ def any_due(info: Int64Array, scanned: Int32Array) -> Any:
 
 @jit
 def list_changed(table: BlockTable, everything: bool, out: Int32Array) -> Any:
-    """The rows that `list_due` will look at; returns how many."""
+    """Write the rows that `list_due` will look at to ``out``; returns how many."""
     count = 0
     for row in range(len(table.info)):
         if _may_change(table, row) and (table.scanned[row] != table.info[row, LENGTH] >> 6 or everything):
@@ -65,7 +65,7 @@ def count_missing(table: BlockTable, step: StepArrays, num_need: int) -> Any:
 
 @jit
 def _may_change(table: BlockTable, row: int) -> Any:
-    """Whether a row is open, or in the step that is just being begun, whose table is not read yet."""
+    """Whether a row is open, or in the step that begins just now, whose table nobody has read yet."""
     state = table.info[row, STATE]
     return state == OPEN or (state == IN_STEP and table.marks[row, OWNER] == table.clock[1])
 
@@ -74,8 +74,8 @@ def _may_change(table: BlockTable, row: int) -> Any:
 def list_due(table: BlockTable, rule: Rule, everything: bool, found: Int64Array) -> Any:
     """List the tiles that belong in a colder tier; columns above. Returns how many there are, even if not all fit.
 
-    Only of rows whose number of full tiles is another than when they were looked at last, unless ``everything``. Rows
-    that have none are noted as looked at.
+    Unless ``everything``, this looks only at rows whose number of full tiles has changed since the last time. Rows
+    without such tiles are marked as looked at.
     """
     count = 0
     for row in range(len(table.info)):
@@ -104,15 +104,15 @@ def list_due(table: BlockTable, rule: Rule, everything: bool, found: Int64Array)
 def find_sharers(
     table: BlockTable, granules: GranuleState, rule: Rule, row: int, tile: int, members: Int32Array, sources: Int32Array
 ) -> Any:
-    """The rows that hold a tile as ``row`` does.
+    """Find the sharers of a tile of ``row``.
 
     Args:
-        members: receives the rows.
+        members: receives the sharers, ``row`` included.
         sources: receives the 8 granules.
 
     Returns:
-        ``(count, held, wanted)``: how many rows, 0 if one of them must keep what it holds or has too few entries; the
-        tier of the tile; the hottest tier that it belongs in for any of them.
+        ``(count, held, wanted)``: the number of sharers, or 0 if one of them may not change or has too few entries; the
+        present tier of the tile; the hottest tier that any sharer wants it in.
     """
     private = True
     for k in range(8):
@@ -150,7 +150,7 @@ def _holds(table: BlockTable, row: int, tile: int, sources: Int32Array) -> Any:
 
 @jit
 def first_to_cool(table: BlockTable, rule: Rule, row: int) -> Any:
-    """The warm tile of a row that goes to the cold tier next: the oldest, or that of least mass; -1: none is warm."""
+    """The warm tile of a row that is next to go cold: the oldest, or the one of least mass. -1 if none is warm."""
     best = -1
     for e in range(table.info[row, NUM_ENTRIES]):
         if entry_tier(table.entries[row, e]) == TIER_WARM:
@@ -167,23 +167,22 @@ def change_tier(
     tile: int,
     block: int,
     tier: int,
-    nodes: Nodes,
-    granules: GranuleState,
     sources: Int32Array,
-    freed: Int32Array,
+    holdings: Holdings,
     num_freed: int,
 ) -> Any:
-    """Put a fresh block in place of the granules that sharers hold at a tile; the caller converts the tokens.
+    """Replace the granules that the sharers hold at a tile by a fresh block; the caller has converted the tokens.
 
-    The index follows where nobody else holds a granule. Returns the new number of ``freed`` granules.
+    If nobody else holds a granule, its node goes to the new block. Returns the new length of ``freed``.
     """
+    nodes, granules, freed = holdings
     count = len(members)
     granules.cached[HELD + tier] += 8
     for k in range(8):
         old, new = sources[k], block + k
         granules.refs[new], granules.copy[new] = count, 0
         if granules.refs[old] == count and granules.links[old, NEXT] != old:
-            hand_over(nodes, granules, old)  # twins are hot
+            hand_over(nodes, granules, old)  # a twin must be hot, so this granule's place goes to another one
         node = granules.node[old]
         if node >= 0 and granules.refs[old] == count:
             granules.node[new], granules.node[old] = node, -1
@@ -201,7 +200,7 @@ def change_tier(
 
 @jit
 def _more_entries(table: BlockTable, row: int, tile: int) -> Any:
-    """How many entries more a row has once a tile is an entry of its own."""
+    """How many entries a row gains when a tile becomes an entry of its own; may be negative."""
     first, last = find_entry(table, row, 8 * tile), find_entry(table, row, 8 * tile + 7)
     begins_before = table.starts[row, first] < 8 * tile
     ends_after = table.starts[row, last] + entry_length(table.entries[row, last]) > 8 * tile + 8
@@ -210,7 +209,7 @@ def _more_entries(table: BlockTable, row: int, tile: int) -> Any:
 
 @jit
 def _put_block(table: BlockTable, row: int, tile: int, block: int, tier: int) -> None:
-    """Make a tile an entry of its own; those that reach into it from before and after are cut."""
+    """Make a tile an entry of its own; entries that reach into it are cut."""
     begin, end = 8 * tile, 8 * tile + 8
     first, last = find_entry(table, row, begin), find_entry(table, row, end - 1)
     more, count = _more_entries(table, row, tile), table.info[row, NUM_ENTRIES]

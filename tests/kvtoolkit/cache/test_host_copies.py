@@ -242,7 +242,7 @@ def test_a_snapshot_holds_quantized_blocks_of_which_only_a_part_is_still_cached(
     pool = cache._state.group.blocks
     cached = np.flatnonzero((pool.granules.node >= 0) & (np.arange(pool.num_granules) >= pool.first[1]))
     (middle,) = cached[cached % 8 == 4][:1]
-    pool.free_listed(unpublish(pool.nodes, pool.granules, pool.granules.node[middle], pool.freed, 0))
+    pool.free_listed(unpublish(pool.holdings, pool.granules.node[middle], 0))
     cache.check_integrity()
     again = resume(cache)
     assert again.stats().cached == cache.stats().cached
