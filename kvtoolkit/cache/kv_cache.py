@@ -81,11 +81,11 @@ class KVCache:
         self._arrays = SpareArrays()
         self._most_tokens_of_one = config.seq_len_limit
         self._most_new_tokens = max(_LEAST_TOKENS_REFUSED, 16 * 8 * config.num_granules)
-        self._upload = make_upload(config.backend, self._state.group.storage.device)
-        self._arenas = layers.Arenas(self._state.group.storage, config.dtype, config.backend)
-        hot = self._state.group.blocks.allocator
+        self._upload = make_upload(config.backend, self._group.storage.device)
+        self._arenas = layers.Arenas(self._group.storage, config.dtype, config.backend)
+        hot = self._group.blocks.allocator
         is_on_device = isinstance(hot, DevicePool)  # kernels take blocks of it, too
-        self._allocator = hot if is_on_device else SharedAllocator(self._state.group.blocks.ledger, self._calls)
+        self._allocator = hot if is_on_device else SharedAllocator(self._group.blocks.ledger, self._calls)
 
     # -- opening and closing -----------------------------------------------------------------------------------------
 
@@ -128,7 +128,7 @@ class KVCache:
         origins = state.identities.origins(salts, extras)
         opened = state.new_rows(len(tokens), "open", origins)
         state.tick()
-        nodes, granules = state.group.blocks.nodes, state.group.blocks.granules
+        table, nodes, granules = self._group.table, self._group.blocks.nodes, self._group.blocks.granules
         cached_lens = np.zeros(len(tokens), np.int32)
         found = np.empty(max((len(prompt) for prompt in tokens), default=0) // 8 + 1, np.int32)
         for i, (row, prompt) in enumerate(zip(opened, tokens, strict=True)):
@@ -137,12 +137,12 @@ class KVCache:
             keys = state.identities.extras[origins[i, FIRST_EXTRA] : origins[i, END_EXTRA]]
             count = match(nodes, origins[i, ROOT_OF], keys, prompt, most, found)
             count = reusable_length(nodes, granules, found, count, state.takes_quantized)
-            cached_lens[i] = 8 * block_table.attach_prefix(state.group.table, row, found, count, nodes, granules)
+            cached_lens[i] = 8 * block_table.attach_prefix(table, row, found, count, nodes, granules)
             counters.prompt_tokens += len(prompt)
             counters.reused_tokens += int(cached_lens[i])
             counters.num_prefix_hits += bool(cached_lens[i])
             counters.num_prefix_misses += most > 0 and not cached_lens[i]
-        state.group.update_peak()
+        self._group.update_peak()
         return state.ids_of(opened), cached_lens
 
     @exclusive_or_later
@@ -166,7 +166,7 @@ class KVCache:
     def lengths(self, seq_ids: ArrayLike) -> Int32Array:
         """``[batch]`` int32 tokens that each sequence holds; 0 while preempted by ``"drop"``."""
         which = self._state.rows_of(seq_ids, (OPEN, IN_STEP, PREEMPTED, PINNED))
-        lengths: Int32Array = self._state.group.table.info[which, LENGTH].astype(np.int32)
+        lengths: Int32Array = self._group.table.info[which, LENGTH].astype(np.int32)
         return lengths
 
     # -- steps -------------------------------------------------------------------------------------------------------
@@ -202,33 +202,32 @@ class KVCache:
             counts, total = num_new_tokens, batch * num_new_tokens
         else:
             raise ArgumentError(f"num_new_tokens: expected 0 to {MAX_TOKENS}, got {num_new_tokens}")
-        state = self._state
         if total > self._most_new_tokens:
             raise ArgumentError(
                 f"num_new_tokens: expected at most {self._most_new_tokens} in all, 16 times the pool, got {total}"
             )
-        arrays = self._arrays.take(batch, total)
+        table, arrays = self._group.table, self._arrays.take(batch, total)
         arrays.counts[:batch] = counts
         code, where, num_need, num_merge, width, mark = step_passes.begin(
-            state.group.table, arrays, ids, self._most_tokens_of_one, state.group.blocks.policy.merges
+            table, arrays, ids, self._most_tokens_of_one, self._group.blocks.policy.merges
         )
         if code:
             self._arrays.give_back(arrays, batch, total)
-            raise state.bad_id(code, int(ids[where]), (OPEN,))
+            raise self._state.bad_id(code, int(ids[where]), (OPEN,))
         has_moved = self._demoter is not None and self._demoter.run(arrays, num_need)
         if num_merge:
             self._granter.merge_tails(arrays, num_merge)
         if num_need:
             width = max(width, self._granter.grow(arrays, num_need))
         if has_moved:
-            width = step_passes.widest(state.group.table, arrays, batch)
+            width = step_passes.widest(table, arrays, batch)
         if width > arrays.table.shape[1]:
             arrays = self._arrays.widen(arrays, width)
-            step_passes.sync_tables(state.group.table, arrays, batch)
+            step_passes.sync_tables(table, arrays, batch)
         elif num_merge or has_moved:
-            step_passes.sync_tables(state.group.table, arrays, batch)
+            step_passes.sync_tables(table, arrays, batch)
         step = Step(self, ids, arrays, total, mark)
-        state.register_handle(step, mark)
+        self._state.register_handle(step, mark)
         return step
 
     @exclusive
@@ -250,21 +249,21 @@ class KVCache:
         self._require_own(step)
         if step._access is not None or step._graph_step is not None:
             step._require_all_layers()
-        state, batch = self._state, len(step.seq_ids)
+        table, blocks, batch = self._group.table, self._group.blocks, len(step.seq_ids)
         tokens = None if token_ids is None else as_tokens(token_ids, step._num_tokens)
         if step._mass is not None and (masses := step._mass.mean) is not None:
-            period = 1 if state.group.storage.device < 0 else rules.DEVICE_PERIOD
-            rules.note_masses(state.group.table, step._arrays, batch, masses, period)
-        num_freed, blocks = 0, state.group.blocks
+            period = 1 if self._group.storage.device < 0 else rules.DEVICE_PERIOD
+            rules.note_masses(table, step._arrays, batch, masses, period)
+        num_freed = 0
         self._end(step)
         if tokens is None or not self.config.prefix_caching:
-            step_passes.advance(state.group.table, step._arrays, batch, step._mark)
+            step_passes.advance(table, step._arrays, batch, step._mark)
         else:
             num_freed = step_passes.advance_and_publish(
-                state.group.table, step._arrays, batch, step._mark, tokens, state.identities.extras,
-                blocks.holdings,
+                table, step._arrays, batch, step._mark, tokens, self._state.identities.extras,
+                blocks.nodes, blocks.granules, blocks.freed,
             )  # fmt: skip
-        state.counters.num_steps += 1
+        self._state.counters.num_steps += 1
         self._arrays.give_back(step._arrays, batch, step._num_tokens)
         blocks.free_listed(num_freed)
 
@@ -274,7 +273,7 @@ class KVCache:
         self._require_own(step)
         self._end(step)
         batch = len(step.seq_ids)
-        step_passes.reopen(self._state.group.table, step._arrays, batch, step._mark)
+        step_passes.reopen(self._group.table, step._arrays, batch, step._mark)
         self._arrays.give_back(step._arrays, batch, step._num_tokens)
 
     def _end(self, step: Step) -> None:
@@ -344,7 +343,7 @@ class KVCache:
         """
         batch = self._state.rows_of(seq_ids, (OPEN,))
         targets = as_vector(new_lens, "new_lens", len(batch))
-        lengths = self._state.group.table.info[batch, LENGTH]
+        lengths = self._group.table.info[batch, LENGTH]
         bad = np.flatnonzero((targets < 0) | (targets > lengths))
         if len(bad):
             i = int(bad[0])
@@ -430,11 +429,11 @@ class KVCache:
         Raises:
             ArgumentError: it is no int, str or bytes.
         """
-        state, blocks = self._state, self._state.group.blocks
-        root_uid = None if salt is None else state.identities.salts.numbers.get(as_text(salt, "salt"))
+        blocks, salts = self._group.blocks, self._state.identities.salts
+        root_uid = None if salt is None else salts.numbers.get(as_text(salt, "salt"))
         if salt is not None and root_uid is None:
             return
-        blocks.free_listed(forget_prefixes(state.group.table, salt is None, root_uid or 0, blocks.holdings))
+        blocks.free_listed(forget_prefixes(self._group.table, salt is None, root_uid or 0, blocks.holdings))
 
     @exclusive
     def compact(self, max_tokens: int) -> int:
@@ -455,7 +454,7 @@ class KVCache:
 
     def sync(self) -> None:
         """Wait until the device has done what was asked on the current stream; nothing to do on the CPU."""
-        self._state.group.storage.sync()
+        self._group.storage.sync()
 
     @exclusive
     def stats(self) -> CacheStats:
@@ -465,7 +464,7 @@ class KVCache:
     @exclusive
     def seq_ids(self) -> Int64Array:
         """``[n]`` int64 ids of all sequences that are not closed: open, in a step, preempted, or held by a lease."""
-        return self._state.ids_of(np.flatnonzero(self._state.group.table.info[:, STATE] != CLOSED).astype(np.int32))
+        return self._state.ids_of(np.flatnonzero(self._group.table.info[:, STATE] != CLOSED).astype(np.int32))
 
     @exclusive
     def end_orphans(self, known: ArrayLike) -> Int64Array:
@@ -550,17 +549,17 @@ class KVCache:
         A NumPy array, on a GPU a CuPy array (``torch.from_dlpack`` makes a tensor of it).
         """
         self._arenas.require_layer(layer)
-        return self._state.group.storage.key_values[layer, 0]
+        return self._group.storage.key_values[layer, 0]
 
     def value_cache(self, layer: int) -> Any:
         """As `key_cache`, of the values."""
         self._arenas.require_layer(layer)
-        return self._state.group.storage.key_values[layer, 1]
+        return self._group.storage.key_values[layer, 1]
 
     def tier_caches(self, layer: int) -> TierCaches:
         """The arrays of a layer, all tiers, as `kvtoolkit.tiered_attention` takes them. Views, not copies."""
         self._arenas.require_layer(layer)
-        storage = self._state.group.storage
+        storage = self._group.storage
         warm, cold = (None if one is None else one[layer] for one in (storage.warm, storage.cold))
         hot = storage.key_values[layer]
         return TierCaches(hot[0], hot[1], warm, cold, storage.first)
