@@ -9,7 +9,7 @@ from kvtoolkit import ArgumentError, CacheConfig, KVCache
 from kvtoolkit.bench import costs
 from kvtoolkit.cache import compaction
 from kvtoolkit.cache.state import block_table
-from kvtoolkit.cache.state.block_manager import Pool
+from kvtoolkit.cache.state.block_manager import BlockManager
 from kvtoolkit.cache.state.ledger import Ledger
 from kvtoolkit.commands import cli
 
@@ -144,8 +144,8 @@ def test_rows_that_need_as_much_as_a_refused_one_are_refused_unseen_and_smaller_
     step(cache, long, 4096 - 8 * 20)
     waiting, _ = cache.open([[]] * 50)
     calls = []
-    fit = Pool.fit
-    monkeypatch.setattr(Pool, "fit", lambda pool, needed: calls.append(needed) or fit(pool, needed))
+    fit = BlockManager.fit
+    monkeypatch.setattr(BlockManager, "fit", lambda pool, needed: calls.append(needed) or fit(pool, needed))
     with cache.begin_step(waiting, [8 * 30] * 20 + [8 * 21] * 20 + [8 * 6] * 10) as open_step:
         assert open_step.ok.tolist() == [False] * 40 + [True] * 3 + [False] * 7
     assert len(calls) < 10
