@@ -1,6 +1,6 @@
 """The calls of the lock-free pool that the lanes of a warp make together; see `kvtoolkit.numba.pool`.
 
-``lanes`` is the mask as a word. The simulator lacks shuffles and ballots, so these calls run on a GPU only.
+``lanes`` is the mask as a word. Numba's simulator has no shuffles and ballots, so only a GPU can run these calls.
 """
 
 from typing import Any
