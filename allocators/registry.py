@@ -27,14 +27,29 @@ _registered: dict[str, Factory] = {
     "slab": SlabAllocator,
     "lockfree": LockFreeAllocator,
 }
+_BUILT_IN = frozenset(_registered)
 
 
-def register(name: str, cls: Factory) -> None:
-    """Make ``cls`` available under ``name``; a name that is taken is replaced."""
+def register(name: str, cls: Factory, *, replace: bool = False) -> None:
+    """Make an allocator available under ``name``.
+
+    Args:
+        name: an identifier. An allocator that was registered under it before is replaced.
+        cls: a class, or a function that makes allocators.
+        replace: whether ``name`` may be that of a built-in allocator.
+
+    Raises:
+        UnknownAllocatorError: ``name`` is no identifier, or a built-in allocator's without ``replace``; or ``cls``
+            cannot be called.
+    """
     if not isinstance(name, str) or not name.isidentifier():
         raise UnknownAllocatorError(f"name: expected an identifier, got {name!r}")
     if not callable(cls):
         raise UnknownAllocatorError(f"cls: expected a class, got {cls!r}")
+    if name in _BUILT_IN and not replace:
+        raise UnknownAllocatorError(
+            f"name: {name!r} is a built-in allocator; choose another name, or replace it by replace=True"
+        )
     _registered[name] = cls
 
 

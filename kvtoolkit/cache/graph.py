@@ -149,7 +149,8 @@ class GraphRun:
         """As `Step.attend`; rows beyond the step's give zeros.
 
         Raises:
-            StepError: there is no such layer, or another run has begun.
+            StepError: there is no such layer, this run has appended to other layers but not to this one, or another run
+                has begun.
         """
         self._require_current()
         return self._access.attend(layer, q, **options)

@@ -5,7 +5,7 @@ operation in a file of its own beside this one.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -563,6 +563,11 @@ class KVCache:
         warm, cold = (None if one is None else one[layer] for one in (storage.warm, storage.cold))
         hot = storage.key_values[layer]
         return TierCaches(hot[0], hot[1], warm, cold, storage.first)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            "KVCache: cannot be copied or pickled; KVCache.from_snapshot(cache.config, cache.snapshot()) makes another"
+        )
 
     def __repr__(self) -> str:
         stats = self.stats()

@@ -131,7 +131,10 @@ class Step:
         (self._access or self._make_access()).append(layer, key, value)
 
     def attend(self, layer: int, q: Any, **options: Any) -> Any:
-        """Attend the new tokens to everything their sequences hold, these tokens included: `append` them first.
+        """Attend the new tokens to everything their sequences hold, these tokens included.
+
+        `append` the layer first. Only an engine whose own kernels write the cache may attend without: its steps append
+        to no layer at all.
 
         Args:
             layer: 0 to ``num_layers - 1``.
@@ -146,7 +149,7 @@ class Step:
         Raises:
             ShapeError: a shape, dtype, stride or option is not as above.
             ArgumentError: there is no such layer.
-            StepError: the step has ended.
+            StepError: the step has ended, or has appended to other layers but not to this one.
         """
         self._require_open()
         return (self._access or self._make_access()).attend(layer, q, **options)

@@ -55,22 +55,27 @@ class LFU:
 
 
 _POLICIES: dict[str, Callable[[], EvictionPolicy]] = {"lru": LRU, "lfu": LFU}
+_BUILT_IN = frozenset(_POLICIES)
 
 
-def register(name: str, factory: Callable[[], EvictionPolicy]) -> None:
-    """Make a policy available under ``name``, as ``eviction`` of a `CacheConfig`; a name that is taken is replaced.
+def register(name: str, factory: Callable[[], EvictionPolicy], *, replace: bool = False) -> None:
+    """Make a policy available under ``name``, as ``eviction`` of a `CacheConfig`.
 
     Args:
-        name: an identifier.
-        factory: a class, or what makes a policy: called without arguments, once for each cache.
+        name: an identifier. A policy that was registered under it before is replaced.
+        factory: a class or a function that makes a policy. It is called without arguments, once for each cache.
+        replace: whether ``name`` may be that of a built-in policy.
 
     Raises:
-        ConfigError: ``name`` is no identifier, or ``factory`` cannot be called.
+        ConfigError: ``name`` is no identifier, or a built-in policy's without ``replace``; or ``factory`` cannot be
+            called.
     """
     if not isinstance(name, str) or not name.isidentifier():
         raise ConfigError(f"name: expected an identifier, got {name!r}")
     if not callable(factory):
         raise ConfigError(f"factory: expected a class or a function, got {factory!r}")
+    if name in _BUILT_IN and not replace:
+        raise ConfigError(f"name: {name!r} is a built-in policy; choose another name, or replace it by replace=True")
     _POLICIES[name] = factory
 
 

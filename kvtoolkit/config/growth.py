@@ -84,16 +84,25 @@ _POLICIES = {
         GrowthPolicy("adaptive", BY_FREE_MEMORY, merges=True, reserve=0.01),
     )
 }
+_BUILT_IN = frozenset(_POLICIES)
 
 
-def register(policy: GrowthPolicy) -> None:
-    """Make a policy available under its name, as ``growth`` of a `CacheConfig`; a name that is taken is replaced.
+def register(policy: GrowthPolicy, *, replace: bool = False) -> None:
+    """Make a policy available under its name, as ``growth`` of a `CacheConfig`.
+
+    Args:
+        policy: the policy. One that was registered under the same name before is replaced.
+        replace: whether the name may be that of a built-in policy.
 
     Raises:
-        ConfigError: it is no `GrowthPolicy`.
+        ConfigError: ``policy`` is no `GrowthPolicy`, or has the name of a built-in one without ``replace``.
     """
     if not isinstance(policy, GrowthPolicy):
         raise ConfigError(f"policy: expected a GrowthPolicy, got {policy!r:.80}")
+    if policy.name in _BUILT_IN and not replace:
+        raise ConfigError(
+            f"policy: {policy.name!r} is a built-in policy; choose another name, or replace it by replace=True"
+        )
     _POLICIES[policy.name] = policy
 
 

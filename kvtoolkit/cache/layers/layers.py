@@ -24,7 +24,7 @@ from kvtoolkit.attention.arguments import (
     check_rows,
 )
 from kvtoolkit.cache.storage.storage import Storage
-from kvtoolkit.errors import ArgumentError, ShapeError, UnsupportedError
+from kvtoolkit.errors import ArgumentError, ShapeError, StepError, UnsupportedError
 
 if TYPE_CHECKING:
     from kvtoolkit.cache.layers.device_masses import DeviceMassSum
@@ -233,6 +233,10 @@ class StepAccess:
         """Check a layer's queries and the options, and attend; see `kvtoolkit.variable_block_attention`."""
         arenas = self._arenas
         arenas.require_layer(layer)
+        if self.layers and not self.layers >> int(layer) & 1 and self._num_tokens:
+            raise StepError(
+                f"layer: expected one that this step has appended to, got {layer}; append its keys and values"
+            )
         queries = arenas.describe(q, "q")
         is_own = out is None
         if is_own:

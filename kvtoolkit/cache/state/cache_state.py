@@ -1,14 +1,14 @@
-"""What a cache is made of: rows, pool and storage, with the moves that every call is built from.
+"""The state of a cache: its groups of layers, its sequences, and the calls under way.
 
-Every granule of the pool is in exactly one place: free in the allocator, held by rows (``refs`` of them), cached (no
-row holds it but a prompt can still find it), or kept back for merging. A granule that several rows hold, or that is
-findable, is always full and never written; it moves only while one row holds it, and the index follows.
+Every granule of a group is in exactly one place: free in the allocator, held by rows (``refs`` of them), cached (no row
+holds it, but a prompt can still find it), or in the reserve for merging. A granule that several rows hold, or that can
+be found, is always full and never written. It moves only while one row holds it, and the index is updated with it.
 
 Nothing here takes a lock; `kvtoolkit.cache.kv_cache.KVCache` does.
 
-A call may break off between any two statements. So each takes the memory it needs and fills it, then changes rows and
-index in one compiled move, and frees what became free last: at any moment the rows hold what they held before the call
-or after it, and `kvtoolkit.cache.state.repair` makes the rest follow from them.
+A call may break off between any two statements. So each call takes the memory it needs and fills it, then changes rows
+and index in one compiled move, and frees what became free last. At any moment the rows hold what they held before the
+call or after it, and `kvtoolkit.cache.state.repair` derives everything else from them.
 """
 
 import weakref
@@ -34,15 +34,18 @@ from kvtoolkit.errors import ArgumentError, BusyError, CacheFullError, SequenceE
 
 @dataclass
 class Preempted:
-    """What is kept of a preempted sequence."""
+    """What is kept of a preempted sequence.
+
+    Attributes:
+        nodes, uids: for ``to="drop"``, its full granules in the index.
+        copies: for ``to="host"``, copies of its granules, in order; else None.
+        tokens: for ``to="host"``, ``[n, 9]`` what `Nodes.tokens` has for each full granule; empty if that is not known.
+    """
 
     nodes: Int32Array
     uids: Int64Array
-    """Its full granules in the index; for ``to="drop"``."""
     copies: tuple[Copy, ...] | None
-    """Of its granules, in order; for ``to="host"``."""
     tokens: Int64Array
-    """``[n, 9]`` of each full granule, as `Nodes.tokens` has them, or none if they are not known; for ``to="host"``."""
 
 
 class CacheState:
@@ -58,24 +61,24 @@ class CacheState:
         self.identities = Identities(self.group.table, self.group.blocks.nodes)
         self.closed_rows = list(range(config.max_seqs))[::-1]
         self.repairs = repair.Repairs()
-        """What was put in order since `KVCache.repair` was last asked."""
+        """What was put in order since the last call of `KVCache.repair`."""
         self.preempted: dict[int, Preempted] = {}
         self.opened = 0, np.empty(0, np.int32)
-        """Number of a call, and the rows that it has opened: if it breaks off, nobody has their ids."""
+        """Serial of a call, and the rows that it has opened. If it breaks off, nobody has their ids."""
         self.handles: dict[int, weakref.ref[Any]] = {}
-        """The open steps and leases by the mark that their rows have as their OWNER."""
+        """The open steps and leases, by the mark that their rows have as OWNER."""
         refusals = (ArgumentError, CacheFullError, SequenceError, StepError)
         self.calls = Calls(self, repair.settle, repair.end_lost, BusyError, refusals)
 
     # -- ids ---------------------------------------------------------------------------------------------------------
 
     def ids_of(self, which: Int32Array) -> Int64Array:
-        """The ids of rows: their generation above their number."""
+        """The ids of rows."""
         ids: Int64Array = (self.group.table.info[which, GENERATION] << ID_BITS) | which
         return ids
 
     def rows_of(self, seq_ids: ArrayLike, states: tuple[int, ...]) -> Int32Array:
-        """The rows of ids that are each in one of the states, or SequenceError."""
+        """The rows of ids; SequenceError unless each is in one of the states."""
         ids = as_ids(seq_ids)
         which = np.empty(len(ids), np.int32)
         code, where = block_table.check_ids(self.group.table, ids, sum(1 << state for state in states), which)
@@ -84,7 +87,7 @@ class CacheState:
         return which
 
     def bad_id(self, code: int, seq_id: int, states: tuple[int, ...]) -> SequenceError:
-        """The error for an id that compiled code did not like."""
+        """The error for an id that compiled code has refused."""
         wanted = " or ".join(STATE_NAMES[state] for state in states)
         if code == block_table.BAD_TWICE:
             return SequenceError(f"seq_ids: expected every sequence once, got {seq_id} twice")
@@ -96,7 +99,7 @@ class CacheState:
     # -- opening and closing rows ------------------------------------------------------------------------------------
 
     def require_closed_rows(self, count: int, what: str) -> None:
-        """CacheFullError unless ``count`` sequences more can be opened."""
+        """CacheFullError unless ``count`` more sequences can be opened."""
         if count > len(self.closed_rows):
             raise CacheFullError(
                 f"{what}: expected at most {len(self.closed_rows)} new sequences (max_seqs is "
@@ -104,7 +107,7 @@ class CacheState:
             )
 
     def new_rows(self, count: int, what: str, origins: Int64Array | None = None) -> Int32Array:
-        """Open empty rows with new ids, with `BlockTable.origin` as given, or without salt and extra keys."""
+        """Open empty rows with new ids. Without ``origins`` they have no salt and no extra keys."""
         self.require_closed_rows(count, what)
         opened = np.array(self.closed_rows[len(self.closed_rows) - count :][::-1], np.int32)
         self.opened = self.calls.serial, opened
@@ -120,7 +123,7 @@ class CacheState:
         return opened
 
     def release_rows(self, closing: Int32Array) -> None:
-        """Let go of everything that rows hold, and end their ids."""
+        """Close rows: let go of everything that they hold, and end their ids."""
         blocks = self.group.blocks
         self.tick()
         num_freed = block_table.close_rows(self.group.table, closing, blocks.holdings)
@@ -130,7 +133,7 @@ class CacheState:
         blocks.free_listed(num_freed)
 
     def tick(self) -> None:
-        """Advance the clock that says how recently a granule was used."""
+        """Advance the clock of the prefix index, by which granules are dated."""
         self.group.blocks.nodes.counts[CLOCK] += 1
 
     # -- steps and leases --------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""How much host memory the tables of a cache take, so that a configuration which cannot fit is refused in words."""
+"""How much host memory the tables of a cache take, so that an impossible configuration gets a clear error."""
 
 import os
 from collections.abc import Iterable
@@ -17,9 +17,9 @@ _GIB = 1 << 30
 
 
 def table_nbytes(config: "CacheConfig") -> tuple[int, int]:
-    """Host bytes of the rows of all sequences, and of the prefix index; keys and values are not in them.
+    """Host bytes of the block table, and of the prefix index; keys and values are not included.
 
-    Both grow with their sizes in proportion, so a few small tables are made and measured.
+    Both are proportional to their sizes, so this makes and measures a few small tables.
     """
 
     def row(num_entries: int, num_tiles: int) -> int:

@@ -152,6 +152,8 @@ def test_a_factory_that_makes_no_allocator_is_named(own_names):
         (lambda: eviction.register("a b", bad_plugins.factory), "name: expected an identifier, got 'a b'"),
         (lambda: eviction.register("mine", 7), "factory: expected a class or a function, got 7"),
         (lambda: growth.register("lazy"), "policy: expected a GrowthPolicy, got 'lazy'"),
+        (lambda: eviction.register("lfu", bad_plugins.factory), "name: 'lfu' is a built-in policy.*replace=True"),
+        (lambda: growth.register(GrowthPolicy("append", FIXED)), "policy: 'append' is a built-in policy.*replace=True"),
         (lambda: GrowthPolicy("a b", FIXED), "expected an identifier as name, got 'a b'"),
         (lambda: GrowthPolicy("mine", 7), "growth policy mine: expected a rule of this module, got 7"),
         (lambda: GrowthPolicy("mine", FIXED, tail=0), "expected tail to be 1, 2, 4 or 8 granules, got 0"),
@@ -166,6 +168,19 @@ def test_a_factory_that_makes_no_allocator_is_named(own_names):
 def test_what_cannot_be_registered_is_named(call, message, own_names):
     with pytest.raises(ConfigError, match=message):
         call()
+
+
+def test_names_that_are_not_built_in_may_be_registered_again_and_built_in_ones_on_purpose(own_names):
+    for factory in (eviction.LFU, bad_plugins.factory):
+        eviction.register("mine", factory)
+    assert eviction._POLICIES["mine"] is bad_plugins.factory
+    eviction.register("lru", eviction.LFU, replace=True)
+    assert isinstance(eviction.eviction_policy("lru"), eviction.LFU)
+    for tail in (1, 2):
+        growth.register(GrowthPolicy("mine", FIXED, tail=tail))
+    assert growth.growth_policy("mine").tail == 2
+    growth.register(GrowthPolicy("append", FIXED, tail=2), replace=True)
+    assert growth.growth_policy("append").tail == 2
 
 
 def test_a_registered_growth_policy_is_followed(own_names):
