@@ -1,4 +1,4 @@
-"""Room for the new tokens of a step: blocks for the rows that need them, by the growth policy if memory allows."""
+"""Grants blocks to the rows of a step that need them: of the sizes of the growth policy, or any if memory is short."""
 
 import numpy as np
 
@@ -14,28 +14,28 @@ _NOTHING_REFUSED = 1 << 30
 
 
 class BlockGranter:
-    """Gives blocks to rows."""
+    """Grants blocks to the rows of steps."""
 
     def __init__(self, group: CacheGroup) -> None:
         config = group.config
         self._group = group
-        # scratch: a block for every granule, and one for the rest of every row
+        # scratch, for a block per granule and another one per row
         self._sizes = np.empty(config.num_granules + config.max_seqs + 8, np.int32)
         self._ends = np.empty(config.max_seqs, np.int32)
-        self._least_refused = _NOTHING_REFUSED  # granules that a row of this step needed for which there was no memory
+        self._least_refused = _NOTHING_REFUSED  # fewest granules that this step could not get for a row
         self._frees_singly = group.blocks.ledger.frees_singly(TIER_HOT)
 
     def merge_tails(self, arrays: StepArrays, num_merge: int) -> None:
-        """Merge the last 64 tokens of the rows in ``arrays.work[1]``, where they have just become full."""
+        """Merge the last 64 tokens of the rows in ``arrays.work[1]``, whose last tile has just become full."""
         budget = self._group.config.migrate_budget
         candidates = arrays.rows[arrays.work[1, : min(num_merge, budget)]]
         ends = (self._group.table.info[candidates, LENGTH] >> 3).astype(np.int32)
         self._group.merge_blocks(candidates, ends)
 
     def grow(self, arrays: StepArrays, num_need: int) -> int:
-        """Give blocks to the rows in ``arrays.work[0]``, in order, and complete them; returns the widest of them.
+        """Grant blocks to the rows in ``arrays.work[0]``, in order, and complete them; returns the widest of them.
 
-        The status of those that get none says why.
+        If a row gets none, its status says why.
         """
         group, blocks, policy = self._group, self._group.blocks, self._group.blocks.policy
         if len(blocks.reserve) < blocks.wanted_reserve:
@@ -49,7 +49,7 @@ class BlockGranter:
             arrays,
             num_need,
             available,
-            # what is cached may hold more back than itself, or be held back; `Pool.fit` finds out
+            # evicting may free more than what is cached, or less; `BlockManager.fit` finds out
             available if self._frees_singly else blocks.num_hot,
             blocks.num_hot,
             policy.rule,
@@ -76,7 +76,7 @@ class BlockGranter:
         return int(width)
 
     def _grow_hard(self, arrays: StepArrays, first: int, num_need: int, starts: Int32Array) -> None:
-        """Go on where memory is short or in small pieces, or rows have few entries left."""
+        """Grant blocks row by row, because memory is short or in small pieces, or rows have few entries left."""
         self._least_refused = _NOTHING_REFUSED
         for i in range(num_need):
             b = int(arrays.work[0, i])
@@ -89,17 +89,17 @@ class BlockGranter:
                 self._grow_row(arrays, b, [(start, size) for start, size in granted if start >= 0])
 
     def _grow_row(self, arrays: StepArrays, b: int, runs: Runs) -> None:
-        """Find room for one row by whatever sizes there are, ``runs`` being a part of it; else set its status."""
+        """Grant one row blocks of any sizes, besides the ``runs`` that it has; if that fails, set its status."""
         group, blocks, row = self._group, self._group.blocks, int(arrays.rows[b])
         info = group.table.info[row]
         needed = int(-(-(info[LENGTH] + arrays.counts[b]) // 8) - info[CAPACITY])
-        # a row that was refused has left the memory as it was, and those after it have taken some: do not look again
+        # after a refusal there is only less memory, so do not look for as much again
         more = None
         if needed < self._least_refused:
             more = blocks.fit(needed - sum(size for _, size in runs))
         if more is not None and group.attach(row, runs + more):
             return
-        if runs:  # they are free for the rows after this one
+        if runs:  # they will be free for later rows
             self._least_refused = _NOTHING_REFUSED
         if more is None:
             self._least_refused = min(needed, self._least_refused)

@@ -1,4 +1,4 @@
-"""Leases on what sequences hold: granules that stay as they are while somebody reads them."""
+"""Leases: granules that stay as they are while somebody reads them."""
 
 import numpy as np
 
@@ -11,14 +11,15 @@ from kvtoolkit.formats.entry import unpack_entries
 
 
 class Lease:
-    """Granules that are not written, moved or freed; made by `KVCache.pin`. In a ``with`` it aborts unless committed,
-    and so it does when its last reference goes.
+    """Granules that nothing writes, moves or frees. `KVCache.pin` makes leases.
+
+    At the end of a ``with``, and when nothing refers to it any more, a lease that was not committed is aborted.
 
     Attributes:
-        seq_ids: ``[batch]`` int64 ids of the rows that hold them, which no call but `KVCache.lengths` accepts until
-            `commit` turns them into ordinary sequences.
-        starts: ``[n]`` int32 first granules of the runs held, row after row.
-        sizes: ``[n]`` int32 granules.
+        seq_ids: ``[batch]`` int64 ids of the rows that hold them. Until `commit` makes ordinary sequences of these,
+            only `KVCache.lengths` accepts the ids.
+        starts: ``[n]`` int32 first granule of each run held, row after row.
+        sizes: ``[n]`` int32 granules of each run.
     """
 
     def __init__(self, state: CacheState, held: Int32Array) -> None:
@@ -33,7 +34,7 @@ class Lease:
 
     @exclusive
     def commit(self) -> Int64Array:
-        """Turn what is held into open sequences of their own, as a fork would have; returns ``seq_ids``."""
+        """Make open sequences of what is held, as a fork would have; returns ``seq_ids``."""
         self._end()
         self._state.group.table.info[self._rows, STATE] = OPEN
         return self.seq_ids
