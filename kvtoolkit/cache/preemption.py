@@ -1,4 +1,4 @@
-"""Taking the memory of sequences away, and bringing them back."""
+"""Preemption: free the memory of sequences, and bring the sequences back."""
 
 from dataclasses import dataclass
 
@@ -27,7 +27,7 @@ def preempt(state: CacheState, batch: Int32Array, to: str) -> None:
 
 
 def _save(state: CacheState, row: int, to: str) -> Preempted:
-    """What a row needs to come back; changes nothing that it holds."""
+    """Save what a row needs to come back; the row stays as it is."""
     nodes, table = state.group.blocks.nodes, state.group.table
     length = int(table.info[row, LENGTH])
     used = -(-length // 8)
@@ -43,10 +43,10 @@ def _save(state: CacheState, row: int, to: str) -> Preempted:
 
 
 def restore(state: CacheState, batch: Int32Array, keep_free: int) -> NDArray[np.bool_]:
-    """Bring rows back; which of them found memory."""
+    """Bring rows back; returns for which of them there was memory."""
     ok = np.array([_restore(state, row, keep_free) for row in batch.tolist()], np.bool_)
     restored = set(batch[ok].tolist())
-    # at once, since rows that are saved and open are those of a call that broke off
+    # in one assignment, because `repair` takes rows that are both saved and open for those of a broken call
     state.preempted = {row: saved for row, saved in state.preempted.items() if row not in restored}
     return ok
 
@@ -64,7 +64,7 @@ def _restore(state: CacheState, row: int, keep_free: int) -> bool:
 
 
 def _restore_dropped(state: CacheState, row: int, saved: Preempted, keep_free: int) -> bool:
-    """Let a row hold what is still cached of it."""
+    """Let a row hold the prefix of it that is still cached; False if ``keep_free`` leaves no room for it."""
     blocks, table = state.group.blocks, state.group.table
     lost = np.flatnonzero(blocks.nodes.uid[saved.nodes] != saved.uids)
     count = int(lost[0]) if len(lost) else len(saved.nodes)
@@ -84,9 +84,9 @@ class _Return:
     """What a row that comes back will hold.
 
     Attributes:
-        granules: ``[n]``, -1 where one must be allocated; those for its tokens, later with room to grow.
-        is_fresh: ``[n]`` which of them are allocated for it.
-        tiers: ``[num_granules]`` of those for its tokens.
+        granules: ``[n]`` the granules for its tokens, -1 where one must be allocated; later also room to grow.
+        is_fresh: ``[n]`` which granules are allocated for it.
+        tiers: tiers of the granules for its tokens.
         runs: what was allocated.
     """
 
@@ -97,9 +97,10 @@ class _Return:
 
 
 def _restore_copied(state: CacheState, row: int, saved: Preempted, copies: tuple[Copy, ...], keep_free: int) -> bool:
-    """Let a row hold what the pool still has of it, and fresh granules filled from the copies of the rest.
+    """Let a row hold the granules of it that are still in the pool, and fresh ones filled from copies for the rest.
 
-    What is there may lie in the way, in blocks of which the rest is of no use; then the row gets fresh granules alone.
+    The granules still in the pool may keep blocks from being freed that the rest needs. If so, the row gets only fresh
+    granules.
     """
     num_full = int(state.group.table.info[row, LENGTH]) // 8
     found, tiers = _find(state, row, saved, copies, num_full), copy_tiers(copies)
@@ -113,7 +114,7 @@ def _restore_copied(state: CacheState, row: int, saved: Preempted, copies: tuple
 def _restore_with(
     state: CacheState, row: int, saved: Preempted, copies: tuple[Copy, ...], back: _Return, keep_free: int
 ) -> bool:
-    """Let a row hold what ``back`` says; False, and nothing done, if there is no memory for it."""
+    """Let a row hold what ``back`` says; False, with nothing done, if there is no memory for it."""
     blocks, num_full = state.group.blocks, int(state.group.table.info[row, LENGTH]) // 8
     held = back.granules[~back.is_fresh]
     returning.incref_listed(blocks.granules, held)  # so that nothing of it is evicted to make room for the rest
@@ -129,20 +130,20 @@ def _restore_with(
 
 
 def _tokens_of(state: CacheState, row: int, saved: Preempted) -> tuple[int, Int64Array]:
-    """The root of a row in the index and its tokens there; none if its prefixes were cleared meanwhile."""
+    """The root of a row in the index, and its tokens there, which are empty if its prefixes were cleared meanwhile."""
     is_known = state.group.table.chain[row] != BROKEN
     return int(state.group.table.origin[row, ROOT_OF]), saved.tokens if is_known else saved.tokens[:0]
 
 
 def _find(state: CacheState, row: int, saved: Preempted, copies: tuple[Copy, ...], num_full: int) -> Int32Array:
-    """``[n]`` granules in the pool that hold tokens of a row: those copied, else those that the index knows; or -1."""
+    """``[n]`` granules of the pool that hold a row's tokens: those that were copied, else those in the index, or -1."""
     blocks, tiers = state.group.blocks, copy_tiers(copies)
     found = state.group.copies.find(copies, num_full)
     root_uid, tokens = _tokens_of(state, row, saved)
     returning.find_tokens(blocks.nodes, blocks.granules, root_uid, tokens, tiers, found)
     _, first = np.unique(found, return_index=True)
     is_first = np.zeros(len(found), np.bool_)
-    is_first[first] = True  # none is taken twice, whatever an index from a snapshot says
+    is_first[first] = True  # an index from a snapshot may name a granule twice
     return np.where(is_first, found, np.int32(-1))
 
 
@@ -153,7 +154,7 @@ def _allocate(blocks: BlockManager, back: _Return, keep_free: int) -> bool:
     hot, smallest = counts[TIER_HOT], int(blocks.offered[-1])
     counts[TIER_HOT] = -(-hot // smallest) * smallest + -(-keep_free // 8)
     if not all(blocks.can_have(count, tier) for tier, count in enumerate(counts)):
-        return False  # before anything is evicted in vain
+        return False  # so that nothing is evicted in vain
     if hot:
         runs = blocks.fit(hot)
         if runs is None:
@@ -169,13 +170,13 @@ def _allocate(blocks: BlockManager, back: _Return, keep_free: int) -> bool:
         back.runs.append((start, MAX_BLOCK_GRANULES))
     back.granules[back.is_fresh & (back.tiers == TIER_HOT)] = listed[:hot]
     back.granules[back.is_fresh & (back.tiers != TIER_HOT)] = granules_of(np.array(tiles, np.int32))
-    back.granules = np.concatenate([back.granules, listed[hot:]])  # what is over is room to grow
+    back.granules = np.concatenate([back.granules, listed[hot:]])  # the rest is room to grow
     back.is_fresh = np.concatenate([back.is_fresh, np.ones(len(listed) - hot, np.bool_)])
     return blocks.can_have(-(-keep_free // 8))
 
 
 def _fill(state: CacheState, back: _Return, copies: tuple[Copy, ...]) -> bool:
-    """Write the copies to the fresh granules; False if there is no memory for what that needs in between."""
+    """Write the copies to the fresh granules; False if there is not enough host memory to do that."""
     numbers, is_fresh = numbers_of(copies), back.is_fresh[: len(back.tiers)]
     written = set(numbers[is_fresh].tolist())
     try:
@@ -188,7 +189,7 @@ def _fill(state: CacheState, back: _Return, copies: tuple[Copy, ...]) -> bool:
 
 
 def _attach(state: CacheState, row: int, saved: Preempted, back: _Return, full: Int64Array) -> int:
-    """Let the row hold its granules; how many are listed in ``pool.freed``, -1 if it has too few entries."""
+    """Let the row hold its granules; returns the number of freed granules, or -1 if it has too few entries."""
     blocks = state.group.blocks
     numbers = np.zeros(len(back.granules), np.int64)
     numbers[: len(full)] = full

@@ -1,6 +1,6 @@
 """Forks, beams and truncation: rows that share full granules, and copies of the last, partly filled one.
 
-Because a partly filled granule is copied when it is shared, no shared granule is ever written, and kernels need no
+A partly filled granule is never shared but copied. So no shared granule is ever written, and kernels need no
 copy-on-write check.
 """
 
@@ -17,7 +17,7 @@ from kvtoolkit.formats.entry import MAX_BLOCK_GRANULES
 
 
 def fork(state: CacheState, parents: Int32Array, what: str) -> Int32Array:
-    """New rows that hold what ``parents`` hold; CacheFullError, and nothing done, if there is no room."""
+    """Open rows that hold what ``parents`` hold; CacheFullError, with nothing done, if there is no room."""
     state.require_closed_rows(len(parents), what)
     table, granules = state.group.table, state.group.blocks.granules
     tails = _copy_tails(state, table, parents, table.info[parents, LENGTH], what)
@@ -31,11 +31,11 @@ def fork(state: CacheState, parents: Int32Array, what: str) -> Int32Array:
 
 
 def reorder(state: CacheState, batch: Int32Array, origin: Int32Array) -> None:
-    """Make row ``batch[i]`` hold what ``batch[origin[i]]`` holds; CacheFullError, and nothing done, without room."""
+    """Let row ``batch[i]`` hold what ``batch[origin[i]]`` holds; CacheFullError, with nothing done, without room."""
     changed = np.flatnonzero(origin != np.arange(len(batch)))
     if not len(changed):
         return
-    # copies of the rows as they are: a parent may itself be overwritten
+    # copies of the rows as they are now, because a parent may itself be overwritten
     before = _copy_of_rows(state.group.table, batch)
     sources, targets = origin[changed], batch[changed]
     tails = _copy_tails(state, before, sources, before.info[sources, LENGTH], "reorder")
@@ -47,7 +47,7 @@ def reorder(state: CacheState, batch: Int32Array, origin: Int32Array) -> None:
 
 
 def truncate(state: CacheState, batch: Int32Array, lengths: Int64Array) -> None:
-    """Keep the first ``lengths[i]`` tokens of each row; CacheFullError, and nothing done, if a copy has no room."""
+    """Keep the first ``lengths[i]`` tokens of each row; CacheFullError, with nothing done, if a copy has no room."""
     blocks, table = state.group.blocks, state.group.table
     cut = np.flatnonzero(row_sharing.cuts_quantized(table, batch, lengths, np.empty(len(batch), np.bool_)))
     hot = _dequantize(state, batch, cut, lengths)
@@ -74,7 +74,7 @@ def truncate(state: CacheState, batch: Int32Array, lengths: Int64Array) -> None:
 
 
 def _dequantize(state: CacheState, batch: Int32Array, cut: Int64Array, lengths: Int64Array) -> Tails:
-    """Hot copies of the tokens that rows keep of the quantized tile that their new length lies in; not attached yet."""
+    """Make hot copies of the tokens that rows keep of the quantized tiles in which they are cut; attaches nothing."""
     blocks, table = state.group.blocks, state.group.table
     sources, targets = np.empty((2, len(cut), MAX_BLOCK_GRANULES), np.int32)
     targets[:] = -1
@@ -109,7 +109,7 @@ def _dequantize(state: CacheState, batch: Int32Array, cut: Int64Array, lengths: 
 
 
 def _copy_tails(state: CacheState, source: BlockTable, parents: Int32Array, lengths: Int64Array, what: str) -> Tails:
-    """Copy the granule of each parent that is partly filled at the given length, where there is one."""
+    """Copy the granule of each parent that would be partly filled at the given length, if there is one."""
     positions, partial = np.empty(len(parents), np.int32), np.empty(len(parents), np.int32)
     count = row_sharing.list_partial(source, parents, lengths, positions, partial)
     positions, partial = positions[:count], partial[:count]
@@ -123,7 +123,7 @@ def _copy_tails(state: CacheState, source: BlockTable, parents: Int32Array, leng
 
 
 def _require_entry(state: CacheState, source: BlockTable, row: int, keep: int, what: str) -> None:
-    """One entry more must fit after a row's first ``keep`` granules."""
+    """CacheFullError unless one more entry fits after a row's first ``keep`` granules."""
     most = state.group.table.entries.shape[1]
     if keep < most:  # no entry is shorter than a granule
         return

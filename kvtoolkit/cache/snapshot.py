@@ -1,11 +1,11 @@
 """A whole cache as bytes and back.
 
-A snapshot holds what cannot be worked out: the configuration, rows that are not closed, index nodes in use, salts and
+A snapshot holds what cannot be derived: the configuration, rows that are not closed, index nodes in use, salts and
 extra keys, the keys and values of all granules that rows or the index hold, and what is kept of preempted sequences.
-Everything else, what the allocators have granted included, is made anew. So a cache may resume with another allocator,
-pool size, eviction or growth policy, backend or number of sequences, as long as what it holds has the same place.
+Everything else is rebuilt, including what the allocators have granted. So a cache may resume with another allocator,
+pool size, eviction or growth policy, backend or number of sequences, as long as all that it holds has a place there.
 
-The bytes are not trusted: every number is checked against what it indexes before it is used.
+The bytes are not trusted: every number is checked before it is used as an index.
 """
 
 import json
@@ -46,7 +46,7 @@ from kvtoolkit.errors import CacheSnapshotError, StepError
 from kvtoolkit.formats.entry import MAX_BLOCK_GRANULES
 
 _SAME = ("num_layers", "num_kv_heads", "head_dim", "dtype")
-"""Fields of the configuration that say how keys and values lie; of tiers, their formats do."""
+"""Fields of the configuration that decide the layout of keys and values; the formats of tiers do, too."""
 _NODE_FIELDS = ("uid", "parent_uid", "tokens", "last_used", "parent", "granule", "depth", "num_uses")
 _MOST = np.int64(1) << 62
 
@@ -89,7 +89,7 @@ def pack(state: CacheState) -> bytes:
 
 
 def _pack_preempted(state: CacheState, held: Int64Array) -> dict[str, NDArray[Any]]:
-    """What is kept of preempted sequences; their copies are numbered from 0."""
+    """What is kept of preempted sequences. Copies are numbered from 0."""
     arrays: dict[str, NDArray[Any]] = {}
     saved_copies = [saved.copies or () for saved in state.preempted.values()]
     copies = {copy.number: copy for listed in saved_copies for copy in listed}
@@ -98,7 +98,7 @@ def _pack_preempted(state: CacheState, held: Int64Array) -> dict[str, NDArray[An
         arrays[f"preempted.{row}.nodes"] = np.stack([saved.nodes.astype(np.int64), saved.uids], axis=1)
         if saved.copies is not None:
             arrays[f"preempted.{row}.copies"] = np.array([places[copy.number] for copy in saved.copies], np.int64)
-            is_findable = state.group.table.chain[row] != BROKEN  # else its prefixes were cleared
+            is_findable = state.group.table.chain[row] != BROKEN  # otherwise its prefixes were cleared
             arrays[f"preempted.{row}.tokens"] = saved.tokens if is_findable else saved.tokens[:0]
     numbers = state.group.blocks.granules.copy[held].tolist()
     arrays["held.copies"] = np.array([places.get(number, -1) for number in numbers], np.int64)
@@ -107,7 +107,7 @@ def _pack_preempted(state: CacheState, held: Int64Array) -> dict[str, NDArray[An
 
 
 def unpack(state: CacheState, data: bytes) -> None:
-    """Fill a fresh cache from a snapshot; after an error it is of no use."""
+    """Fill a fresh cache from a snapshot; after an error the cache cannot be used."""
     if not isinstance(data, bytes | bytearray | memoryview):
         raise CacheSnapshotError(f"snapshot: expected bytes, got {type(data).__name__}")
     try:
@@ -124,7 +124,9 @@ class _Unpacker:
     def __init__(self, state: CacheState, arrays: dict[str, NDArray[Any]]) -> None:
         self._state = state
         self._arrays = arrays
-        self._first = np.zeros(3, np.int64)  # first granule of each tier, there; and what to add to come here
+        self._first = np.zeros(
+            3, np.int64
+        )  # first granule of each tier in the snapshot, and the distance to the one here
         self._shift = np.zeros(3, np.int64)
         self._copies: list[Copy] = []
 
@@ -159,7 +161,7 @@ class _Unpacker:
     # -- arrays ------------------------------------------------------------------------------------------------------
 
     def _array(self, name: str, dtype: str, shape: tuple[int | None, ...]) -> NDArray[Any]:
-        """An array of this dtype and shape (None: any extent), or CacheSnapshotError."""
+        """The array of this name; CacheSnapshotError unless it has this dtype and shape (None: any extent)."""
         array = self._arrays.get(name)
         if array is None:
             raise CacheSnapshotError(f"snapshot: expected an array {name!r}, got none")
@@ -182,7 +184,7 @@ class _Unpacker:
             )
 
     def _distinct(self, name: str, length: int | None, end: int) -> Int64Array:
-        """A vector of different numbers below ``end``, ascending."""
+        """A vector of ascending numbers below ``end``, or CacheSnapshotError."""
         values = self._vector(name, "int64", length)
         self._within(name, values, 0, end)
         if (np.diff(values) <= 0).any():
@@ -221,7 +223,7 @@ class _Unpacker:
         )
 
     def _granules(self, name: str, values: NDArray[Any]) -> Int64Array:
-        """Numbers of granules there as numbers here, or CacheSnapshotError if the pool here has no such granule."""
+        """Granules of the snapshot as granules here; CacheSnapshotError if the pool here has no such granule."""
         values = values.astype(np.int64)
         self._within(name, values, 0, int(self._ends[2]))
         tiers = np.searchsorted(self._first[1:], values, side="right")
@@ -237,7 +239,7 @@ class _Unpacker:
         return here
 
     def _read_nodes(self) -> Int64Array:
-        """Fill in the index; returns the number here of each node there, -1 for none."""
+        """Fill in the index; returns the node here for each node of the snapshot, or -1."""
         nodes = self._state.group.blocks.nodes
         there = self._distinct("node", None, 1 << 25)
         count = len(there)
@@ -269,7 +271,7 @@ class _Unpacker:
         return renumbered
 
     def _read_identities(self) -> None:
-        """Fill in the salts and extra keys; that rows and nodes fit them is for `integrity.check` to see."""
+        """Fill in the salts and extra keys. `integrity.check` will see whether rows and nodes fit them."""
         identities = self._state.identities
         for name, names in (("salts", identities.salts), ("keys", identities.keys)):
             numbers = self._vector(f"{name}.numbers", "int64", None)
@@ -288,7 +290,7 @@ class _Unpacker:
         self._within("extras", identities.extras[:, 0], 0, 1 << 25)
 
     def _chains(self, name: str, pairs: NDArray[Any], roots: Any, renumbered: Int64Array) -> Int64Array:
-        """``[n, 2]`` node here and uid, BROKEN where it is gone; ``roots`` are those of the rows."""
+        """``[n, 2]`` node here (BROKEN if it is gone) and uid; ``roots`` has the root of each row."""
         nodes, uids = self._state.group.blocks.nodes, pairs[:, 1]
         self._within(name, pairs[:, 0], BROKEN, 1 << 25)
         known = (pairs[:, 0] >= 0) & (pairs[:, 0] < len(renumbered))
@@ -301,7 +303,7 @@ class _Unpacker:
         state, table = self._state, self._state.group.table
         generations = self._vector("generations", "int64", None)
         if len(generations) > len(table.info):
-            # their ids would come back
+            # a smaller table would give out the ids of the missing rows again
             raise CacheSnapshotError(
                 f"snapshot: expected max_seqs of at least {len(generations)}, got {len(table.info)}"
             )
@@ -377,14 +379,14 @@ class _Unpacker:
                 known = np.array([NO_EXTRA, *state.identities.keys.numbers.values()], np.int64)
                 if not np.isin(saved.tokens[:, EXTRA], known).all():
                     raise CacheSnapshotError(f"snapshot: expected {name}.tokens with extra keys that are known")
-                if len(saved.tokens):  # to be published again when it comes back, whatever is gone of its chain
+                if len(saved.tokens):  # its tokens are published again when it comes back
                     table.chain[row], table.origin[row, CHAIN_UID] = ROOT, root_uid
             elif length:
                 raise CacheSnapshotError(f"snapshot: expected the contents of {name}, got none")
             state.preempted[row] = saved
 
     def _read_copies(self) -> None:
-        """Make all copies in host memory; those that no preempted sequence refers to go with the unpacker."""
+        """Make all copies in host memory. Those that no preempted sequence refers to are freed with the unpacker."""
         state = self._state
         tiers = self._vector("copies.tiers", "int8", None)
         self._within("copies.tiers", tiers, 0, 3)
@@ -394,7 +396,7 @@ class _Unpacker:
         self._copies = state.group.copies.make(tiers, self._contents("copies", num_hot, (num_warm, num_cold)))
 
     def _copies_of(self, name: str, length: int) -> tuple[Copy, ...]:
-        """The copies that hold the tokens of a preempted sequence; quantized ones are full tiles of 64 tokens."""
+        """The copies that have the tokens of a preempted sequence. Quantized ones must be full tiles of 64 tokens."""
         places = self._vector(f"{name}.copies", "int64", None)
         self._within(f"{name}.copies", places, 0, len(self._copies))
         if len(np.unique(places)) != len(places):
@@ -410,7 +412,7 @@ class _Unpacker:
         return copies
 
     def _contents(self, name: str, num_hot: int, num_blocks: tuple[int, int]) -> Contents:
-        """Contents of so many hot granules, and warm and cold blocks."""
+        """The contents of this many hot granules, and of this many warm and cold blocks."""
         storage = self._state.group.storage
         hot = storage.key_values.shape
         key_values = self._array(f"{name}.key_values", str(storage.key_values.dtype), (*hot[:2], num_hot, *hot[3:]))
@@ -427,7 +429,7 @@ class _Unpacker:
         owned = np.flatnonzero((blocks.granules.refs > 0) | (blocks.granules.node >= 0))
         if not np.array_equal(held, owned):
             raise CacheSnapshotError("snapshot: expected the contents of exactly the granules in use")
-        hot, warm, cold = split_by_tier(held, self._state.config.first_granules)  # of a block a part may be held
+        hot, warm, cold = split_by_tier(held, self._state.config.first_granules)  # a part of a block may be held
         self._state.group.storage.write(held, self._contents("contents", len(hot), (len(warm), len(cold))))
         places = self._vector("held.copies", "int64", len(held))
         self._within("held.copies", places, -1, len(self._copies))
@@ -435,7 +437,7 @@ class _Unpacker:
         blocks.granules.copy[held] = numbers[places + 1]
 
     def _grant(self) -> None:
-        """Have the allocators have granted what is held, and to callers what they hold."""
+        """Bring the allocators to the state in which everything that is held, callers' blocks included, is granted."""
         blocks, ledger = self._state.group.blocks, self._state.group.blocks.ledger
         there = self._distinct("callers", None, int(self._ends[0]))
         callers = self._granules("callers", there)

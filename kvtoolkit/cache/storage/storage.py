@@ -1,4 +1,4 @@
-"""Where the keys and values of a cache lie: in host memory or on a CUDA device, as one array a tier for all layers."""
+"""The keys and values of a cache, in host memory or on a CUDA device: one array per tier for all layers."""
 
 from typing import Any, NamedTuple
 
@@ -15,17 +15,18 @@ from kvtoolkit.formats.entry import GRANULE, MAX_BLOCK_GRANULES, TIER_COLD, TIER
 from kvtoolkit.formats.tier_caches import QuantizedTiers
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
-"""What the arrays are made of; bfloat16 as its bits."""
+"""NumPy dtypes of the arrays; bfloat16 is stored as its bits."""
 
 
 class Contents(NamedTuple):
-    """What some granules hold, in host memory; in the order in which they were listed."""
+    """The contents of granules in host memory, in the order in which the granules were listed."""
 
     key_values: NDArray[Any]
-    """``[num_layers, 2, n, num_kv_heads, 8, head_dim]`` of the hot ones."""
+    """``[num_layers, 2, n, num_kv_heads, 8, head_dim]`` contents of the hot granules."""
     warm: NDArray[np.uint8]
-    """``[num_layers, n, num_kv_heads, nbytes]`` of the blocks that the warm ones are of; ``cold`` alike."""
+    """``[num_layers, n, num_kv_heads, nbytes]`` contents of the blocks that have the warm granules."""
     cold: NDArray[np.uint8]
+    """The same for the cold granules."""
 
 
 class HostStorage:
@@ -33,16 +34,16 @@ class HostStorage:
 
     Attributes:
         key_values: ``[num_layers, 2, num_granules, num_kv_heads, 8, head_dim]``; keys, then values of each layer.
-        warm: ``[num_layers, num_blocks, num_kv_heads, nbytes]`` uint8; None: no such tier. ``cold`` alike.
-        keys: an `Operand` of each layer's keys; ``values`` alike.
-        quantized: the `QuantizedTiers` of each layer; None: there are none.
+        warm, cold: ``[num_layers, num_blocks, num_kv_heads, nbytes]`` uint8; None: no such tier.
+        keys, values: an `Operand` for each layer.
+        quantized: the `QuantizedTiers` of each layer; None: no quantized tiers.
         device: CUDA ordinal; -1 = host.
     """
 
     device = -1
 
     def __init__(self, config: CacheConfig) -> None:
-        # zeros, not empty: the system hands out zeroed pages only when they are touched
+        # zeros rather than empty, because zeroed pages take memory only when they are touched
         self.key_values: NDArray[Any] = np.zeros(shape_of(config), DTYPES[config.dtype])
         self.keys = [operand(layer[0], "k_cache", config.dtype) for layer in self.key_values]
         self.values = [operand(layer[1], "v_cache", config.dtype) for layer in self.key_values]
@@ -60,7 +61,7 @@ class HostStorage:
             ]
 
     def copy_granules(self, sources: ArrayLike, targets: ArrayLike) -> None:
-        """Copy granules to others, all layers; none is in both lists."""
+        """Copy granules to other granules, all layers. No granule may be in both lists."""
         copy_granules(self.key_values, sources, targets)
 
     def convert_tiles(self, sources: Int32Array, targets: Int32Array) -> None:
@@ -72,12 +73,12 @@ class HostStorage:
         return all_finite(self.key_values[:, :, granules])
 
     def read(self, granules: ArrayLike) -> Contents:
-        """A copy of granules and of the quantized blocks that they are of."""
+        """A copy of the contents of granules; for quantized ones, of their whole blocks."""
         hot, warm, cold = split_by_tier(granules, self.first)
         return Contents(self.key_values[:, :, hot], _take(self.warm, warm), _take(self.cold, cold))
 
     def write(self, granules: ArrayLike, contents: Contents) -> None:
-        """Fill granules with what `read` gave, of as many of each tier in the same order."""
+        """Fill granules with what `read` has returned for as many granules of each tier, in the same order."""
         hot, warm, cold = split_by_tier(granules, self.first)
         self.key_values[:, :, hot] = contents.key_values
         for blocks, held, which in ((self.warm, contents.warm, warm), (self.cold, contents.cold, cold)):
@@ -85,11 +86,11 @@ class HostStorage:
                 blocks[:, which] = held
 
     def sync(self) -> None:
-        """Wait until all that was asked is done."""
+        """Wait until all work is done."""
 
 
 class DeviceStorage:
-    """As `HostStorage`, with ``key_values`` a CuPy array on a device.
+    """The counterpart of `HostStorage` on a device; its arrays are CuPy arrays.
 
     `copy_granules` is asynchronous on the current stream, which is torch's if torch uses the GPU and CuPy's otherwise.
     `read` and `write` wait. Use one stream, or order several yourself.
@@ -113,7 +114,7 @@ class DeviceStorage:
         shape = shape_of(config)
         with cupy.cuda.Device(self.device):
             self.key_values: Any = cupy.zeros(shape, DTYPES[config.dtype])
-            cupy.cuda.runtime.deviceSynchronize()  # other streams may use it from now on
+            cupy.cuda.runtime.deviceSynchronize()  # because other streams may use it from now on
         strides = tuple(stride // self.key_values.itemsize for stride in self.key_values.strides)
         base, half = self.key_values.data.ptr, self.key_values.strides[1]
 
@@ -166,7 +167,7 @@ class DeviceStorage:
             cuda.convert(self._arena, warm, cold, self.first, sources, targets, stream=stream)
 
     def all_finite(self, granules: Int32Array) -> bool:
-        """True: to know it the host would have to wait, so it is the conversion that deals with such tokens."""
+        """Always True: to know, the host would have to wait. The conversion deals with such tokens instead."""
         return True
 
     def read(self, granules: ArrayLike) -> Contents:
@@ -206,12 +207,12 @@ def make_storage(config: CacheConfig) -> Storage:
 
 
 def shape_of(config: CacheConfig) -> tuple[int, ...]:
-    """Of ``key_values``."""
+    """The shape of ``key_values``."""
     return (config.num_layers, 2, config.tier_granules[0], config.num_kv_heads, GRANULE, config.head_dim)
 
 
 def block_shapes(config: CacheConfig) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
-    """Of the arrays of the warm and the cold tier; None: no such tier."""
+    """The shapes of the warm and the cold array; None: no such tier."""
     formats = (None, None) if config.tier_config is None else config.tier_config.formats
     warm, cold = (
         None
@@ -223,7 +224,7 @@ def block_shapes(config: CacheConfig) -> tuple[tuple[int, ...] | None, tuple[int
 
 
 def split_by_tier(granules: ArrayLike, first: tuple[int, int, int]) -> tuple[Int64Array, Int64Array, Int64Array]:
-    """The hot granules of a list, and the blocks of its warm and cold ones, each named once, in the list's order."""
+    """The hot granules of a list, and the blocks of its warm and cold ones, each once and in the list's order."""
     listed = np.asarray(granules, np.int64)
     tiers = np.searchsorted(np.array(first[1:]), listed, side="right")
     warm, cold = (_blocks_of(listed[tiers == tier] - first[tier]) for tier in (TIER_WARM, TIER_COLD))
@@ -232,12 +233,12 @@ def split_by_tier(granules: ArrayLike, first: tuple[int, int, int]) -> tuple[Int
 
 def _blocks_of(granules: Int64Array) -> Int64Array:
     blocks = granules // MAX_BLOCK_GRANULES
-    once: Int64Array = blocks[np.diff(blocks, prepend=-1) != 0]  # the granules of a block stand one after another
+    once: Int64Array = blocks[np.diff(blocks, prepend=-1) != 0]  # the granules of a block are neighbours in the list
     return once
 
 
 def _take(blocks: Any, which: Any) -> NDArray[np.uint8]:
-    """A copy of blocks in host memory; nothing of no array."""
+    """A copy of blocks in host memory; empty if there is no array."""
     if blocks is None:
         return np.empty(0, np.uint8)
     held = blocks[:, which]

@@ -1,4 +1,4 @@
-"""When tiles go to colder tiers: a few each step, oldest first, or as many as a step needs that is short of room."""
+"""Moves tiles to colder tiers: a few in each step, oldest first, or as many as are needed to make room."""
 
 from typing import NamedTuple
 
@@ -16,12 +16,12 @@ from kvtoolkit.config.tiers import TierConfig
 from kvtoolkit.formats.entry import MAX_BLOCK_GRANULES, TIER_COLD, TIER_HOT, TIER_WARM
 
 SPREAD = 32
-"""Steps over which the tiles that became due at once are spread, so that no step is much longer than another."""
+"""Tiles that became due together are spread over this many steps, so that all steps take about equally long."""
 _MOST_AT_ONCE = 64  # tiles that one call converts, all layers of each
 
 
 class Demoter:
-    """Moves tiles for one cache. The caller holds the lock."""
+    """Moves the tiles of one group. The caller holds the lock."""
 
     def __init__(self, group: CacheGroup, config: TierConfig) -> None:
         self._group = group
@@ -32,11 +32,11 @@ class Demoter:
         self._members = np.empty(group.config.max_seqs, np.int32)
         self._planned: list[_Move] = []
         self._moving = np.zeros(group.config.num_granules, np.bool_)
-        """Granules that planned moves will leave."""
+        """``[num_granules]`` which granules the planned moves will leave."""
         self._num_freed_hot = 0
 
     def run(self, arrays: StepArrays, num_need: int) -> bool:
-        """Move what is due now, before the rows in ``arrays.work[0]`` get their blocks; whether anything moved."""
+        """Move what is due, before the rows in ``arrays.work[0]`` get their blocks; returns whether anything moved."""
         self._forget()
         table, blocks = self._group.table, self._group.blocks
         missing = 0
@@ -52,7 +52,7 @@ class Demoter:
         self._num_freed_hot = 0
         moved, left = 0, []
         for row, tile, _, is_hot in due.tolist():
-            # beyond its share a step moves only what makes room for it
+            # beyond its share, a step moves only what makes room for itself
             if moved < share or (is_hot and self._num_freed_hot < missing):
                 moved += self._demote(row, tile)
             else:
@@ -78,7 +78,7 @@ class Demoter:
         return order
 
     def _demote(self, row: int, tile: int) -> int:
-        """Move a tile to where it belongs, if all rows that share it can let it go; returns how many tiles moved."""
+        """Move a tile to its tier, if all its sharers permit that; returns how many tiles moved."""
         sharers = self._find_sharers(row, tile)
         if not len(sharers.members) or sharers.wanted <= sharers.held:
             return 0
@@ -101,7 +101,7 @@ class Demoter:
         return cooled
 
     def _cool_one(self, row: int) -> bool:
-        """Where the warm tier is full: move a warm tile of a row to the cold tier before its time."""
+        """Make room in the full warm tier: move a warm tile of a row to the cold tier early."""
         if not self._has_cold:
             return False
         tile = int(tile_moves.first_to_cool(self._group.table, self._rule, row))
@@ -114,12 +114,14 @@ class Demoter:
         return True
 
     def _find_sharers(self, row: int, tile: int) -> "_Sharers":
-        """The rows that share a tile; empty if it must stay, or is about to move already."""
+        """The sharers of a tile; without members if it must stay, or if a planned move has it already."""
         sources, members = np.empty(8, np.int32), self._members
         table, granules = self._group.table, self._group.blocks.granules
         count, held, wanted = tile_moves.find_sharers(table, granules, self._rule, row, tile, members, sources)
         if count and self._planned:
-            if self._moving[sources].all():  # with this row, since the sharers are all rows that hold the 8 granules
+            if self._moving[
+                sources
+            ].all():  # together with this row, because the sharers are all rows with these 8 granules
                 count = 0
             elif self._may_clash(members[:count], sources):
                 self._flush()
@@ -133,15 +135,15 @@ class Demoter:
         return bool(self._moving[sources].any() or most > table.entries.shape[1])
 
     def _room(self, tier: int) -> int:
-        """A block of a quantized tier, or -1."""
+        """Take a block of a quantized tier; -1 if there is none."""
         block = self._group.blocks.take_block(tier)
         if block < 0:
-            self._flush()  # frees what moves out of the tier
+            self._flush()  # which frees what moves out of the tier
             block = self._group.blocks.allocate_block(tier)
         return block
 
     def _plan(self, sharers: "_Sharers", tile: int, block: int, tier: int) -> None:
-        """Have a tile moved by the next `_flush`."""
+        """Let the next `_flush` move a tile."""
         if len(self._planned) == _MOST_AT_ONCE:
             self._flush()
         blocks = self._group.blocks
@@ -151,7 +153,7 @@ class Demoter:
         self._num_freed_hot += int(np.count_nonzero(leaves & (sharers.sources < blocks.num_hot)))
 
     def _flush(self) -> None:
-        """Write the tokens of the planned moves to where they go, then let rows and index follow, and free the rest.
+        """Do the planned moves: convert the tokens, then change rows and index, then free the granules left.
 
         If the conversion raises, nothing has moved.
         """
@@ -176,25 +178,25 @@ class Demoter:
         blocks.free_listed(num_freed)
 
     def _forget(self) -> None:
-        """Plan anew; also after a call that broke off."""
+        """Drop all plans, also those of a call that broke off."""
         if self._planned:
             self._planned = []
             self._moving[:] = False
 
 
 class _Sharers(NamedTuple):
-    """Rows that hold the same 8 granules at a tile."""
+    """The rows that hold the same 8 granules at a tile."""
 
     members: Int32Array
-    """Empty if the tile must stay where it is."""
+    """The rows; empty if the tile must stay where it is."""
     held: int
     wanted: int
-    """The hottest tier that the tile belongs in for any of them."""
+    """The hottest tier that any of them wants the tile in."""
     sources: Int32Array
 
 
 class _Move(NamedTuple):
-    """A tile that goes to a fresh block of a colder tier."""
+    """A planned move of a tile to a fresh block of a colder tier."""
 
     sharers: _Sharers
     tile: int
