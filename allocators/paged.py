@@ -1,4 +1,4 @@
-"""Paged: one block size and a stack of free blocks, which is PagedAttention's manager and the baseline of the others.
+"""Paged: one block size and a stack of free blocks, as in PagedAttention; the baseline for the other allocators.
 
     block i free <=> stacked[i] <=> live[i] == 0;    free == stack depth * granules a block
 

@@ -15,11 +15,11 @@ from allocators.slab import SlabAllocator
 ENTRY_POINT_GROUP = "kvtoolkit.allocators"
 
 METHODS = ("allocate", "free", "stats", "check_integrity", "snapshot", "restore")
-"""What every allocator has; the rest of the protocol may be attributes that are set when one is made."""
+"""Methods of every allocator; the rest of the protocol may be attributes that are set in the constructor."""
 _ATTRIBUTES = ("num_granules", "block_sizes", "num_free", "largest_free")
 
 Factory = type[BlockAllocator] | Callable[..., BlockAllocator]
-"""A class, or what makes one: called with ``num_granules`` and keyword options."""
+"""A class or a function that makes an allocator, called with ``num_granules`` and keyword options."""
 
 _registered: dict[str, Factory] = {
     "paged": PagedAllocator,
@@ -66,8 +66,8 @@ def find(spec: str | type[BlockAllocator]) -> Factory:
             the class itself. A path names code: its module is imported.
 
     Raises:
-        UnknownAllocatorError: there is none, or what is found is no allocator: a path must lead to a class, and a class
-            must have the methods of `BlockAllocator`. Nothing has been called.
+        UnknownAllocatorError: there is none, or it is not an allocator. A path must lead to a class, and a class must
+            have the methods of `BlockAllocator`. Nothing is called.
     """
     try:
         found = _find(spec)
@@ -100,7 +100,7 @@ def create(spec: str | type[BlockAllocator], num_granules: int, **options: Any) 
     """Make the allocator that ``spec`` names (see `find`) with ``num_granules`` and the options of its class.
 
     Raises:
-        UnknownAllocatorError: there is none of that name, or what it makes is no allocator of this size.
+        UnknownAllocatorError: there is none of that name, or it does not make an allocator.
         InvalidSizeError: it takes no such option, or refuses a value.
     """
     cls = find(spec)

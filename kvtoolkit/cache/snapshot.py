@@ -124,9 +124,7 @@ class _Unpacker:
     def __init__(self, state: CacheState, arrays: dict[str, NDArray[Any]]) -> None:
         self._state = state
         self._arrays = arrays
-        self._first = np.zeros(
-            3, np.int64
-        )  # first granule of each tier in the snapshot, and the distance to the one here
+        self._first = np.zeros(3, np.int64)  # first granule of each tier in the snapshot; its distance to here
         self._shift = np.zeros(3, np.int64)
         self._copies: list[Copy] = []
 

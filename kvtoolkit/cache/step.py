@@ -120,9 +120,10 @@ class Step:
 
         Args:
             layer: 0 to ``num_layers - 1``.
-            key, value: ``[num_tokens, num_kv_heads, head_dim]`` of the cache's dtype, last axis contiguous: NumPy
-                arrays or CPU tensors; on a GPU CUDA tensors, CuPy arrays or the like. A bfloat16 cache also takes
-                uint16 arrays of its bits. Rows of tokens whose slot is -1 are skipped.
+            key: ``[num_tokens, num_kv_heads, head_dim]`` of the cache's dtype, last axis contiguous: a NumPy array or
+                CPU tensor; on a GPU a CUDA tensor, CuPy array or the like. A bfloat16 cache also takes uint16 arrays of
+                its bits. Rows of tokens whose slot is -1 are skipped.
+            value: the same form.
 
         Raises:
             ShapeError: a shape, dtype or stride is not as above; nothing was written.

@@ -1,8 +1,8 @@
-"""Which cached prefix goes first when its memory is needed: policies as plug-ins.
+"""Eviction policies, as plug-ins: which cached prefix goes first when its memory is needed.
 
-A policy sees figures of granules that no sequence holds any more but that a later prompt could still find, and gives
-each a score; the lowest goes first. A prefix is worth what the best of its continuations is worth, since they are not
-found without it, and it goes after them.
+A policy gives a score to each granule that no sequence holds any more but that a later prompt could still find; the
+lowest score goes first. A prompt is found from its beginning, so a granule takes over the highest score of those that
+follow it, and goes after them.
 """
 
 from collections.abc import Callable
@@ -18,24 +18,24 @@ from kvtoolkit.errors import ConfigError
 
 @dataclass(frozen=True)
 class CachedGranules:
-    """Figures of the granules that may be evicted, ``[n]`` each."""
+    """Figures of the granules to be scored, ``[n]`` each."""
 
     last_used: NDArray[np.int64]
-    """Time of the cache's clock (one tick a call) at which a sequence last let go of the granule."""
+    """When a sequence last let go of the granule, by the cache's clock, which ticks once a call."""
     num_uses: NDArray[np.int32]
-    """How many prompts found it."""
+    """How many prompts have found it."""
     depth: NDArray[np.int32]
-    """Its place in the sequence, in granules from the front."""
+    """Its position in the sequence, in granules from the beginning."""
 
 
 class EvictionPolicy(Protocol):
-    """What a plug-in provides."""
+    """The methods of a plug-in."""
 
     def score(self, granules: CachedGranules) -> NDArray[np.float64]:
         """``[n]`` scores, none of them NaN; the lowest are evicted first.
 
-        A granule is asked for once each time it becomes cached, and its score is compared with those given before and
-        after: so it may depend on the granule's own figures alone.
+        A granule is scored once each time it becomes cached, and its score is compared with those of earlier and later
+        calls. So a score must depend on nothing but the granule's own figures.
         """
         ...
 
@@ -48,7 +48,7 @@ class LRU:
 
 
 class LFU:
-    """Least often found first, among equals the least recently used."""
+    """Least often found first; among equals, least recently used first."""
 
     def score(self, granules: CachedGranules) -> NDArray[np.float64]:
         return granules.num_uses.astype(np.float64) * 2.0**32 + granules.last_used.astype(np.float64)
@@ -88,8 +88,8 @@ def eviction_policy(spec: str) -> EvictionPolicy:
     """Make the policy of this name, or of the class at ``"package.module:Class"``.
 
     Raises:
-        ConfigError: there is none, it cannot be made, or what is found is no policy: a path must lead to a class with a
-            method `score`, and nothing else is called.
+        ConfigError: there is none, it cannot be made, or it is not a policy. A path must lead to a class with a method
+            `score`; nothing else is called.
     """
     if not isinstance(spec, str):
         raise ConfigError(f"eviction: expected a name or 'package.module:Class', got {spec!r}")

@@ -119,9 +119,7 @@ class Demoter:
         table, granules = self._group.table, self._group.blocks.granules
         count, held, wanted = tile_moves.find_sharers(table, granules, self._rule, row, tile, members, sources)
         if count and self._planned:
-            if self._moving[
-                sources
-            ].all():  # together with this row, because the sharers are all rows with these 8 granules
+            if self._moving[sources].all():  # for this row too, because its sharers are known
                 count = 0
             elif self._may_clash(members[:count], sources):
                 self._flush()
