@@ -17,7 +17,7 @@ _ONE = np.uint64(1)
 
 
 class BitSets(NamedTuple):
-    """Bit ``b`` of ``members[s, w]`` says whether ``64 w + b`` is in set ``s``; the others summarize the level below."""
+    """Bit ``b`` of ``members[s, w]`` tells whether ``64 w + b`` is in set ``s``; the others sum up the level below."""
 
     members: NDArray[np.uint64]
     summary: NDArray[np.uint64]

@@ -245,7 +245,7 @@ def _best_run(word: Any, order: int) -> Any:
 
 @jit
 def _tightest(byte: Any, order: int) -> Any:
-    """Start of the run of ``2**order`` set bits in the low byte that lies in the smallest free aligned run."""
+    """Start of the run of ``2**order`` set bits in the low byte that is in the smallest free aligned run."""
     best, best_order = -1, 4
     for start in range(0, 8, 1 << order):
         if (_fold(byte, order) >> np.uint64(start)) & _ONE == 0:

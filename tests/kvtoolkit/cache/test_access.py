@@ -29,7 +29,7 @@ def arrays(dtype="float32", layer=0):
 
 
 def as_float64(array):
-    """Of an array, the words of a bfloat16 array, or a tensor."""
+    """An array, the words of a bfloat16 array, or a tensor, in float64."""
     if not isinstance(array, np.ndarray):
         return array.double().numpy()
     if array.dtype == np.uint16:

@@ -89,7 +89,7 @@ def test_what_another_sequence_still_holds_is_taken_back(name, between, monkeypa
     cache, ids = beams(name)
     before = [seen(cache, seq) for seq in ids]
     cache.preempt(ids[1:], "host")
-    cache.compact(10**6)  # it may lie elsewhere meanwhile
+    cache.compact(10**6)  # it may move meanwhile
     cache = between(cache)
     written = count_written(cache, monkeypatch)
     assert cache.restore(ids[1:]).all()

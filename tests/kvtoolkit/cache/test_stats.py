@@ -64,7 +64,7 @@ def test_waste_counts_what_is_shared_once():
 )
 @pytest.mark.parametrize("shared", [17, 40])
 def test_what_counts_as_cached_can_be_had(fields, shared):
-    """Of a block that a sequence holds a part of, the rest is not to be had: it is pinned, not cached."""
+    """If a sequence holds a part of a block, nobody can get the rest: it is pinned, not cached."""
     cache = make(num_tokens=512, max_seqs=64, **fields)
     first, _ = cache.open([[]])
     begin(cache, first, 64)

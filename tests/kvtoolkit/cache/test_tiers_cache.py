@@ -229,7 +229,7 @@ def test_a_row_without_entries_for_a_split_keeps_its_tile_hot(max_entries, lette
     (seq,), _ = cache.open([[]])
     feed(cache, [seq], [range(40)])
     child = int(cache.fork([seq], 1)[0, 0])
-    assert feed(cache, [child], [range(40, 360)]).all()  # 6 entries, of which all but the first lie across two tiles
+    assert feed(cache, [child], [range(40, 360)]).all()  # 6 entries, of which all but the first span two tiles
     settle(cache, [seq, child])
     assert tiers_of(cache, child) == letters
     assert read(cache, child) == list(range(360))
@@ -680,7 +680,7 @@ def test_by_mass_rows_that_share_a_tile_keep_it_as_warm_as_one_of_them_wants_it(
     (seq,), _ = cache.open([[]])
     attend_steps(cache, [seq], 10, read_tile=3, chunk=64)
     child = int(cache.fork([seq], 1)[0, 0])
-    attend_steps(cache, [child], 256)  # looks at all tokens alike
+    attend_steps(cache, [child], 256)  # looks at all tokens equally
     attend_steps(cache, [seq], 256, read_tile=3)
     settle(cache, [seq, child])
     assert tiers_of(cache, seq)[3] == tiers_of(cache, child)[3] == "w"

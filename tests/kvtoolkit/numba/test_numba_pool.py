@@ -93,7 +93,7 @@ class Simulated:
         return starts, start
 
     def free_words(self):
-        """As a slab's order means nothing where all of it is free, it is left out there."""
+        """Leaves out the order of a slab that is wholly free, because it means nothing there."""
         words = self.memory[FREE : FREE + self.num_words].copy()
         if self.layout == "slab":
             whole = make_memory(self.num_granules, "slab")[FREE : FREE + self.num_words]
