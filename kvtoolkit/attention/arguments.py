@@ -155,53 +155,40 @@ def check_places(written: Operand, name: str) -> None:
         )
 
 
-def check_apart(written: Operand, name: str, others: dict[str, Operand | None], in_place: str = "") -> None:
-    """Refuse an array to write to that shares memory with another argument of the call.
+def check_apart(
+    written: dict[str, Operand], read: dict[str, Operand | None], in_place: tuple[str, str] | None = None
+) -> None:
+    """Refuse arrays to write to that share memory with each other or with another argument of the call.
+
+    Extents are looked up without a call, because `append` checks five arrays in every layer.
 
     Args:
-        written: where the call writes.
-        name: what to call it in an error.
-        others: the other arguments, by name.
-        in_place: the one of them that ``written`` may be itself, with the same shape and strides.
+        written: where the call writes, by name; in each array every element has a place of its own.
+        read: the other arguments, by name.
+        in_place: ``(written, read)``, names of two arrays that may be one, with the same shape and strides.
     """
-    address, shape, strides, dtype, *_ = written
-    size = ITEMSIZES[dtype]
-    _, low, end, _ = EXTENTS.get((shape, strides)) or extent(shape, strides)
-    begin, stop = address + size * low, address + size * end
-    for other_name, other in others.items():
-        if other is None:
-            continue
-        at, other_shape, other_strides, other_dtype, _, _, _ = other
-        _, low, end, _ = EXTENTS.get((other_shape, other_strides)) or extent(other_shape, other_strides)
-        other_size = ITEMSIZES[other_dtype]
-        if at + other_size * low >= stop or at + other_size * end <= begin:
-            continue
-        if other_name != in_place or other[:3] != written[:3]:
-            _require_apart(name, written, other_name, other)
-
-
-def check_caches_apart(keys: Operand, values: Operand, read: dict[str, Operand]) -> None:
-    """`check_places` and `check_apart` for both caches, which a call of `append` cannot afford one by one."""
-    written = []
-    for name, cache in (("k_cache", keys), ("v_cache", values)):
-        address, shape, strides, dtype, _, _, _ = cache
+    spans: list[tuple[int, int, str, Operand]] = []
+    for name, array in written.items():
+        address, shape, strides, dtype, _, _, _ = array
         _, low, end, repeats = EXTENTS.get((shape, strides)) or extent(shape, strides)
         if repeats:
-            check_places(cache, name)
+            check_places(array, name)
         size = ITEMSIZES[dtype]
-        written.append((address + size * low, address + size * end))
-    (begin_k, stop_k), (begin_v, stop_v) = written
-    if begin_k < stop_v and begin_v < stop_k:
-        _require_apart("v_cache", values, "k_cache", keys)
-    for name, other in read.items():
-        address, shape, strides, dtype, _, _, _ = other
+        begin, stop = address + size * low, address + size * end
+        for at, past, other_name, other in spans:
+            if begin < past and at < stop:
+                _require_apart(name, array, other_name, other)
+        spans.append((begin, stop, name, array))
+    for read_name, source in read.items():
+        if source is None:
+            continue
+        address, shape, strides, dtype, _, _, _ = source
         _, low, end, _ = EXTENTS.get((shape, strides)) or extent(shape, strides)
         size = ITEMSIZES[dtype]
         begin, stop = address + size * low, address + size * end
-        if begin < stop_k and begin_k < stop:
-            _require_apart("k_cache", keys, name, other)
-        if begin < stop_v and begin_v < stop:
-            _require_apart("v_cache", values, name, other)
+        for at, past, name, array in spans:
+            if begin < past and at < stop and ((name, read_name) != in_place or source[:3] != array[:3]):
+                _require_apart(name, array, read_name, source)
 
 
 def _require_apart(name: str, written: Operand, other_name: str, other: Operand) -> None:
@@ -231,11 +218,11 @@ def check_options(
     return window
 
 
-def check_flags(causal: Any, return_lse: Any) -> None:
+def check_flags(**flags: Any) -> None:
     """Refuse what is no truth value, such as an array."""
-    for name, value in (("causal", causal), ("return_lse", return_lse)):
+    for name, value in flags.items():
         if not isinstance(value, (bool, int, np.bool_)):
-            raise ShapeError(f"{name}: expected True or False, got {value!r}")
+            raise ShapeError(f"{name}: expected True or False, got {value!r:.80}")
 
 
 def _is_finite(number: Any) -> bool:
