@@ -179,6 +179,7 @@ def check_apart(
             if begin < past and at < stop:
                 _require_apart(name, array, other_name, other)
         spans.append((begin, stop, name, array))
+    lowest, highest = min([span[0] for span in spans]), max([span[1] for span in spans])
     for read_name, source in read.items():
         if source is None:
             continue
@@ -186,6 +187,8 @@ def check_apart(
         _, low, end, _ = EXTENTS.get((shape, strides)) or extent(shape, strides)
         size = ITEMSIZES[dtype]
         begin, stop = address + size * low, address + size * end
+        if begin >= highest or stop <= lowest:
+            continue
         for at, past, name, array in spans:
             if begin < past and at < stop and ((name, read_name) != in_place or source[:3] != array[:3]):
                 _require_apart(name, array, read_name, source)

@@ -46,7 +46,7 @@ from kvtoolkit.attention.arguments import (
     check_slopes,
     choose_backend,
 )
-from kvtoolkit.attention.options import Options
+from kvtoolkit.attention.options import Options, make_options
 from kvtoolkit.backends import BACKENDS
 from kvtoolkit.errors import ShapeError
 from kvtoolkit.formats.entry import GRANULE, MAX_BLOCK_GRANULES, MAX_GRANULES
@@ -115,9 +115,11 @@ def paged_attention(
     Source: block tables, Kwon et al. 2023 (arXiv:2309.06180), sec. 4.
     """
     check_layout(layout)
-    options = Options(
-        cu_seqlens_q, softmax_scale, causal, window_size, softcap, sinks, alibi_slopes, out, return_lse, num_splits,
-        backend,
+    options = make_options(
+        (
+            cu_seqlens_q, softmax_scale, causal, window_size, softcap, sinks, alibi_slopes, out, return_lse, num_splits,
+            backend,
+        )
     )  # fmt: skip
     return attend(q, k_cache, v_cache, block_table, None, seq_lens, options, has_entries=False, layout=layout)
 
@@ -163,9 +165,11 @@ def variable_block_attention(
             written.
         UnsupportedError: no kernel for this head_dim or backend, or an entry in another tier.
     """
-    options = Options(
-        cu_seqlens_q, softmax_scale, causal, window_size, softcap, sinks, alibi_slopes, out, return_lse, num_splits,
-        backend,
+    options = make_options(
+        (
+            cu_seqlens_q, softmax_scale, causal, window_size, softcap, sinks, alibi_slopes, out, return_lse, num_splits,
+            backend,
+        )
     )  # fmt: skip
     return attend(
         q, k_cache, v_cache, block_table, block_starts, seq_lens, options, has_entries=True, block_mass=block_mass
@@ -224,9 +228,11 @@ def tiered_attention(
         raise ShapeError(
             f"tier_caches: expected (k_cache, v_cache, warm, cold, first_granules), got {type(tier_caches).__name__}"
         ) from None
-    options = Options(
-        cu_seqlens_q, softmax_scale, causal, window_size, softcap, sinks, alibi_slopes, out, return_lse, num_splits,
-        backend,
+    options = make_options(
+        (
+            cu_seqlens_q, softmax_scale, causal, window_size, softcap, sinks, alibi_slopes, out, return_lse, num_splits,
+            backend,
+        )
     )  # fmt: skip
     return attend(
         q, caches.k_cache, caches.v_cache, block_table, block_starts, seq_lens, options, has_entries=True,
@@ -251,12 +257,15 @@ def attend(
     backend = BACKENDS[choose_backend(options.backend, is_on_device(q))]
     describe, out, return_lse = backend.describe, options.out, options.return_lse
     window = check_options(options.softmax_scale, options.window_size, options.softcap, options.num_splits)
-    check_flags(causal=options.causal, return_lse=return_lse)
+    if type(options.causal) is not bool or type(return_lse) is not bool:
+        check_flags(causal=options.causal, return_lse=return_lse)
     queries, keys, values = _describe_tokens(describe, q, k_cache, v_cache, layout)
     table, starts, lengths, bounds = _describe_tables(
         describe, queries, keys, block_table, block_starts, has_entries, seq_lens, options.cu_seqlens_q
     )
-    sinks, slopes = _describe_per_head(describe, options, queries.shape[1], table.shape[0], backend.name)
+    sinks = slopes = None
+    if options.sinks is not None or options.alibi_slopes is not None:
+        sinks, slopes = _describe_per_head(describe, options, queries.shape[1], table.shape[0], backend.name)
     tiers = None if tier_caches is None else _describe_tiers(tier_caches, describe, keys.shape[1], queries.shape[2])
     masses = None
     if block_mass is not None:

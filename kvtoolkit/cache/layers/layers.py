@@ -172,7 +172,8 @@ class LayerCalls:
         check_output(target, "out", queries.shape, arenas.dtype)
         if not is_own:
             arenas.check_apart(layer, target, queries)
-        sinks, alibi_slopes = self._describe_per_head(sinks, alibi_slopes, queries.shape[1])
+        if not is_plain:
+            sinks, alibi_slopes = self._describe_per_head(sinks, alibi_slopes, queries.shape[1])
         lse, lse_target = None, None
         if return_lse:
             lse, lse_target = backend_of.empty(queries.shape[:2], "float32", q, queries.device)
