@@ -84,7 +84,7 @@ def _of_interface(array: Any, name: str, dtype: str | None) -> Operand:
 
 
 def check_devices(operands: dict[str, Operand | None]) -> int:
-    """The device that all of them lie on; ShapeError if they lie on several."""
+    """The device that all of them are on; ShapeError if they are on several."""
     device = -1
     for name, one in operands.items():
         if one is None:

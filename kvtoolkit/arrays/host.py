@@ -21,7 +21,7 @@ from kvtoolkit.errors import ShapeError, UnsupportedError
 
 
 class Operand(NamedTuple):
-    """Where an array lies; it keeps the array alive."""
+    """The place, shape and dtype of an array, which it keeps alive."""
 
     address: int
     shape: tuple[int, ...]
@@ -76,7 +76,7 @@ def is_torch(array: Any) -> bool:
 
 
 def is_on_device(array: Any) -> bool:
-    """Whether ``array`` lies in the memory of a GPU."""
+    """Whether ``array`` is in the memory of a GPU."""
     kind = type(array)
     if kind in DENSE_TYPES:
         return not array.is_cpu
@@ -102,7 +102,7 @@ def operand(array: Any, name: str, dtype: str | None = None) -> Operand:
 
     Raises:
         ShapeError: it is no array.
-        UnsupportedError: it does not lie in host memory.
+        UnsupportedError: it is not in host memory.
     """
     kind = type(array)
     if kind is np.ndarray:

@@ -9,7 +9,7 @@ on one device, and return torch tensors where ``q`` is one, else CuPy arrays. Th
 where ``q`` is a tensor, else CuPy's; nothing is copied and nothing is waited for, so they can be captured in a CUDA
 graph once they have run (`kvtoolkit.warmup` compiles beforehand). Calls on one stream share scratch memory: make them
 from one thread at a time. float16 and bfloat16, head_dim a multiple of 16 up to 256, rows of ``q``, ``out`` and the
-caches at multiples of 16 bytes. What lies in index arrays is not looked at, unless ``KVTOOLKIT_CHECK=1`` was set when
+caches at multiples of 16 bytes. The contents of index arrays are not checked, unless ``KVTOOLKIT_CHECK=1`` was set when
 kvtoolkit was imported: a wrong index reads or writes foreign memory.
 
 bfloat16 is ``torch.bfloat16`` or ``ml_dtypes.bfloat16``. No gradient is recorded; a tensor that a call writes to counts
@@ -76,7 +76,7 @@ def paged_attention(
 ) -> Any:
     """Attend the newest tokens of each sequence to its cached keys and values: decode, verify, chunked or full prefill.
 
-    Query ``i`` of the ``n`` of a row stands at position ``seq_len - n + i``. One before position 0 sees nothing under
+    Query ``i`` of the ``n`` of a row is at position ``seq_len - n + i``. One before position 0 sees nothing under
     ``causal``: its ``out`` is 0 and its ``lse`` -inf, or the sink's logit. A padding row gives 0 and -inf.
     A score is ``softmax_scale * q.k``, then ``softcap * tanh(score / softcap)``, then
     ``score - slope * |position - j|``: the order of flash-attn.
@@ -86,7 +86,8 @@ def paged_attention(
             multiple of 8, ``num_q_heads`` one of ``num_kv_heads``; on a GPU no float32, a multiple of 16 up to 256.
         k_cache: ``[num_blocks, block_size, num_kv_heads, head_dim]`` for layout ``"NHD"``,
             ``[num_blocks, num_kv_heads, block_size, head_dim]`` for ``"HND"``; dtype of ``q``, any block size, any
-            strides but the last axis contiguous; ``v_cache`` alike. Slots past a sequence's end are never used.
+            strides but the last axis contiguous; ``v_cache`` has its shape and dtype. Slots past a sequence's end are
+            never used.
         block_table: ``[batch, max_blocks_per_seq]`` int32 block ids in ``[0, num_blocks)``; those past a row's end are
             not read.
         seq_lens: ``[batch]`` int32, tokens in the cache, the new ones included; 0 = padding row.
@@ -102,7 +103,7 @@ def paged_attention(
             batch around it; 0 = automatic: on the CPU also by the row alone, on a GPU by what keeps it busy. Prefill
             on a GPU is never split; more than 128 are taken as 128 there.
         backend: ``"cpu"``, ``"cuda"``, ``"numba"`` (the readable GPU kernels), or None to choose by where the arrays
-            lie.
+            are.
 
     Returns:
         ``out``; with ``return_lse`` also ``lse`` ``[num_tokens, num_q_heads]`` float32, natural log.
@@ -147,15 +148,15 @@ def variable_block_attention(
 ) -> Any:
     """Attend as `paged_attention`, to blocks of 1-8 granules of 8 tokens, all lengths mixed within one sequence.
 
-    Where the tokens lie does not matter: every partition into blocks, and `paged_attention` on the same tokens, gives
-    the same bits.
+    The place of the tokens does not matter: every partition into blocks, and `paged_attention` on the same tokens,
+    gives the same bits.
 
     Args:
-        k_cache: ``[num_granules, num_kv_heads, 8, head_dim]``, dtype of ``q``, last axis contiguous; ``v_cache`` alike.
+        k_cache: ``[num_granules, num_kv_heads, 8, head_dim]``, dtype of ``q``, last axis contiguous; ``v_cache`` too.
         block_table: ``[batch, max_entries]`` int32 entries in the hot tier, -1 = empty. An entry is made of a first
             granule, a length in granules and a tier by `kvtoolkit.formats.entry.pack_entry`.
         block_starts: ``[batch, max_entries]`` int32, first logical granule of each entry: 0, then where the one before
-            ends. Behind a row's first empty entry all are empty.
+            ends. All entries after a row's first empty one are empty.
         block_mass: as in `tiered_attention`.
 
     Everything else is as in `paged_attention`.
@@ -199,7 +200,7 @@ def tiered_attention(
     """Attend as `variable_block_attention` to tokens of which some are stored as int8 and some as int4, in one softmax.
 
     A row gives the attention over what the codes stand for, see `kvtoolkit.formats.quantized`; each 64 positions from a
-    multiple of 64 on, a tile, lie in one tier. On the CPU a row whose entries are all hot gives the bits of
+    multiple of 64 on, a tile, are in one tier. On the CPU a row whose entries are all hot gives the bits of
     `variable_block_attention`; on a GPU another kernel runs, whose sums have another order.
 
     Args:
@@ -207,8 +208,8 @@ def tiered_attention(
             dtype of ``q``, last axis contiguous; ``warm`` and ``cold`` ``[num_blocks, num_kv_heads, nbytes]`` uint8,
             contiguous, or None, for ``head_dim`` 64 or 128; ``first_granules``, multiples of 8.
         block_table: ``[batch, max_entries]`` int32 entries in these tiers, -1 = empty. Their granules count through
-            the tiers. In the hot tier an entry is 1-8 granules; in another it is 8, both where it lies in its tier and
-            in ``block_starts`` a multiple of 8.
+            the tiers. In the hot tier an entry is 1-8 granules; in another it is 8, and both its
+            place in its tier and its start in ``block_starts`` are multiples of 8.
         block_mass: None, or ``[batch, max_tiles, num_kv_heads]`` float32, contiguous, ``max_tiles`` at least
             ``max_entries``. Written, not added to: the share of the attention that goes to each tile, averaged over
             the queries of the row and of the group; 0 from a row's end on. A sink's share is in no tile. Asking
@@ -433,16 +434,16 @@ def append(
     """Write each new token's key and value to its slot of the cache, in place.
 
     Args:
-        key: ``[num_tokens, num_kv_heads, head_dim]``, last axis contiguous, dtype of the caches; ``value`` alike.
+        key: ``[num_tokens, num_kv_heads, head_dim]``, last axis contiguous, dtype of the caches; ``value`` too.
         k_cache: ``[num_blocks, block_size, num_kv_heads, head_dim]`` for layout ``"NHD"``,
             ``[num_blocks, num_kv_heads, block_size, head_dim]`` for ``"HND"`` (granule arenas: ``"HND"``, block size
-            8); any strides but the last axis contiguous; ``v_cache`` alike.
+            8); any strides but the last axis contiguous; ``v_cache`` has its shape.
         slot_mapping: ``[num_tokens]`` int64, ``block * block_size + i``; -1 = skip. No slot may be named twice.
         backend: as in `paged_attention`.
 
     Raises:
         ShapeError: a shape, dtype, stride or slot is not as above; nothing was written.
-        UnsupportedError: an array does not lie where the backend works.
+        UnsupportedError: an array is not where the backend works.
 
     May be called from several threads at once, for different slots.
     """
@@ -476,15 +477,15 @@ def merge_states(
 
     Args:
         out_a: ``[num_tokens, num_q_heads, head_dim]`` float32, float16 or bfloat16, last axis contiguous; ``out_b``
-            alike. Where a side's lse is -inf, its ``out`` is not used.
-        lse_a: ``[num_tokens, num_q_heads]`` float32, natural log, contiguous; -inf = no keys; ``lse_b`` alike.
+            has its shape and dtype. Where a side's lse is -inf, its ``out`` is not used.
+        lse_a: ``[num_tokens, num_q_heads]`` float32, natural log, contiguous; -inf = no keys; ``lse_b`` too.
 
     Returns:
         New ``(out, lse)``, typed as ``out_a`` and ``lse_a``. Two empty sides give 0 and -inf.
 
     Raises:
         ShapeError: a shape, dtype or stride is not as above.
-        UnsupportedError: head_dim is not a multiple of 8, or an array does not lie where the backend works.
+        UnsupportedError: head_dim is not a multiple of 8, or an array is not where the backend works.
 
     Source: Ye et al. 2025 (FlashInfer, arXiv:2501.01005), composition of attention states.
     """

@@ -86,8 +86,8 @@ def copy_granules(arena: Operand, src: ArrayLike, dst: ArrayLike, *, stream: int
     Args:
         arena: ``[num_arrays, num_granules, num_kv_heads, 8, head_dim]`` of numbers of any dtype, the last three axes
             contiguous; granules are whole multiples of 16 bytes, and begin at such.
-        src: granules to read, integers on the host in ``[0, num_granules)``; ``dst`` alike, to write. No granule is
-            in both, and none stands twice in ``dst``: the copies happen in any order.
+        src: granules to read, integers on the host in ``[0, num_granules)``; ``dst``: as many to write. No
+            granule is in both, and none is twice in ``dst``: the copies happen in any order.
 
     Raises:
         ShapeError: an index is no integer or out of range, the lists differ in length, or a granule is both read and
@@ -137,15 +137,15 @@ def convert(
     hot: Operand, warm: Operand | None, cold: Operand | None, first_granules: tuple[int, int, int],
     sources: ArrayLike, targets: ArrayLike, *, stream: int = 0,
 ) -> None:  # fmt: skip
-    """Write what 64 tokens of one tier hold to another, all layers, asynchronously on ``stream``.
+    """Write tiles of 64 tokens to another tier, all layers, asynchronously on ``stream``.
 
     Args:
         hot: ``[2 * num_layers, num_granules, num_kv_heads, 8, head_dim]`` float16 or bfloat16, keys then values of each
             layer, the last three axes contiguous.
-        warm: ``[num_layers, num_blocks, num_kv_heads, nbytes]`` uint8, the last two axes contiguous; ``cold`` alike.
+        warm: ``[num_layers, num_blocks, num_kv_heads, nbytes]`` uint8, the last two axes contiguous; ``cold`` too.
         first_granules: where the granule numbers of the hot, warm and cold tier begin, ascending.
         sources: ``[n, 8]`` granule numbers on the host; of a quantized tier the 8 of a block.
-        targets: alike; -1 = not wanted. No granule is in both, and none stands twice among the targets.
+        targets: ``[n, 8]``; -1 = not wanted. No granule is in both, and none is twice among the targets.
     """
     moves = [np.ascontiguousarray(one, np.int32).reshape(-1, 8) for one in (sources, targets)]
     num_moves = len(moves[0])

@@ -1,13 +1,13 @@
 """Paged attention as Numba kernels: the readable twins of the CUDA kernels, over plain blocks, entries and tiers.
 
-    q            [num_tokens, num_q_heads, head_dim]               uint16 words of float16 or bfloat16; out alike
-    k_cache      [num_blocks, num_kv_heads, block_size, head_dim]  alike, any strides, so NHD comes transposed
+    q            [num_tokens, num_q_heads, head_dim]               uint16 words of float16 or bfloat16; out too
+    k_cache      [num_blocks, num_kv_heads, block_size, head_dim]  as q, any strides, so NHD comes transposed
     v_cache      as k_cache
     warm, cold   [num_blocks, num_kv_heads, nbytes] uint8, see `kvtoolkit.formats.quantized`; empty = no such tier
     block_table  [batch, max_entries] int32 ids or entries;        block_starts [batch, max_entries] int32, granules
     seq_lens     [batch] int32, tokens, the new ones included;     0 = padding row, nothing of it is read
     cu_seqlens_q [batch + 1] int32;                                [0] = one query per row
-    sinks        [num_q_heads] float32;                            [0] = none; alibi_slopes alike
+    sinks        [num_q_heads] float32;                            [0] = none; alibi_slopes too
     lse          [num_tokens, num_q_heads] float32, natural log;   [0, 0] = not wanted
     block_mass   [batch, max_tiles, num_kv_heads] float32, zeros;  [0, 0, 0] = not wanted
 
@@ -90,19 +90,19 @@ def clear_masses(block_mass: Any) -> None:
         block_mass[row, i // num_kv_heads, i % num_kv_heads] = float32(0.0)
 
 
-# -- where a position lies ---------------------------------------------------------------------------------------------
+# -- where a position is -----------------------------------------------------------------------------------------------
 
 
 @device
 def block_by_id(block_tables: Any, row: int, block: int) -> Any:
-    """Where in the cache the row's ``block``-th block lies."""
+    """The block of the cache that is the row's ``block``-th."""
     (block_table,) = block_tables
     return block_table[row, block]
 
 
 @device
 def block_by_entry(block_tables: Any, row: int, granule: int) -> Any:
-    """Where in the cache the row's ``granule``-th granule lies."""
+    """The granule of the cache that is the row's ``granule``-th."""
     block_table, block_starts = block_tables
     i = find_entry(block_table, block_starts, row, granule)
     return entry_granule(block_table[row, i]) + granule - block_starts[row, i]
@@ -136,7 +136,7 @@ def find_entry(block_table: Any, block_starts: Any, row: int, granule: int) -> A
     return low
 
 
-# -- what lies there ---------------------------------------------------------------------------------------------------
+# -- what is there -----------------------------------------------------------------------------------------------------
 
 
 @device
@@ -179,7 +179,7 @@ def read_tiered_value(caches: Any, entry: int, kv_head: int, slot: int, dim: int
 
 @device
 def block_and_token(granule: int, slot: int) -> Any:
-    """The block of 64 tokens that a granule of a quantized tier lies in, and which of them a slot is."""
+    """The block of 64 tokens that a granule of a quantized tier is part of, and which of them a slot is."""
     return granule // MAX_BLOCK_GRANULES, granule % MAX_BLOCK_GRANULES * GRANULE + slot
 
 
@@ -205,7 +205,7 @@ def attend_query(
     row_max = cuda.shared.array(HEADS_PER_CTA, np.float32)  # largest score so far
     row_sum = cuda.shared.array(HEADS_PER_CTA, np.float32)  # sum of exp(score - row_max)
     rescale = cuda.shared.array(HEADS_PER_CTA, np.float32)  # exp(row_max before this tile - row_max)
-    blocks = cuda.shared.array(TILE, np.int64)  # where each position of the tile lies in the cache
+    blocks = cuda.shared.array(TILE, np.int64)  # where each position of the tile is in the cache
     slots = cuda.shared.array(TILE, np.int64)
 
     row, num_queries, position, first_key, end_key = visible_keys(token, seq_lens, cu_seqlens_q, left, right)
@@ -311,7 +311,7 @@ def score_tile(
 
 @device
 def absorb_scores(scores: Any, row_max: Any, row_sum: Any, rescale: Any, rows: int, begin: int, end: int) -> None:
-    """One thread per row: bring its state to the row_max that the tile's scores need, turn them into exp(score - row_max)."""
+    """One thread per row: raise its row_max to that of the tile, turn the scores into exp(score - row_max)."""
     for r in range(cuda.threadIdx.x, rows, cuda.blockDim.x):
         new_max = row_max[r]
         for t in range(begin, end):

@@ -125,7 +125,7 @@ def sinks(s_aux: Any, device: torch.device) -> torch.Tensor | None:
 
 
 def are_readable(tensor: torch.Tensor) -> bool:
-    """Whether the host may look at what lies in index tensors: on the CPU, and with ``KVTOOLKIT_CHECK=1``."""
+    """Whether the host may read index tensors: on the CPU, and with ``KVTOOLKIT_CHECK=1``."""
     if tensor.is_cpu:
         return True
     from kvtoolkit.cuda import check

@@ -53,43 +53,20 @@ _NO_CHUNKS = "chunked attention needs a kernel of its own"
 
 @untraced
 def flash_attn_with_kvcache(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    k: torch.Tensor | None = None,
-    v: torch.Tensor | None = None,
-    rotary_cos: torch.Tensor | None = None,
-    rotary_sin: torch.Tensor | None = None,
-    cache_seqlens: int | torch.Tensor | None = None,
-    cache_batch_idx: torch.Tensor | None = None,
-    cache_leftpad: torch.Tensor | None = None,
-    block_table: torch.Tensor | None = None,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] | None = (-1, -1),
-    softcap: float = 0.0,
-    rotary_interleaved: bool = True,
-    alibi_slopes: torch.Tensor | None = None,
-    num_splits: int = 0,
-    return_softmax_lse: bool = False,
-    *,
-    out: torch.Tensor | None = None,
-    s_aux: torch.Tensor | None = None,
-    page_table: torch.Tensor | None = None,
-    cu_seqlens_q: torch.Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    cu_seqlens_k_new: torch.Tensor | None = None,
-    rotary_seqlens: torch.Tensor | None = None,
-    qv: torch.Tensor | None = None,
-    q_descale: torch.Tensor | None = None,
-    k_descale: torch.Tensor | None = None,
-    v_descale: torch.Tensor | None = None,
-    attention_chunk: int = 0,
-    scheduler_metadata: Any = None,
-    pack_gqa: bool | None = None,
-    sm_margin: int = 0,
-    fa_version: int | None = None,
-) -> Any:
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None, rotary_cos: torch.Tensor | None = None, rotary_sin: torch.Tensor | None = None,
+    cache_seqlens: int | torch.Tensor | None = None, cache_batch_idx: torch.Tensor | None = None,
+    cache_leftpad: torch.Tensor | None = None, block_table: torch.Tensor | None = None,
+    softmax_scale: float | None = None, causal: bool = False, window_size: tuple[int, int] | None = (-1, -1),
+    softcap: float = 0.0, rotary_interleaved: bool = True, alibi_slopes: torch.Tensor | None = None,
+    num_splits: int = 0, return_softmax_lse: bool = False, *, out: torch.Tensor | None = None,
+    s_aux: torch.Tensor | None = None, page_table: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None, max_seqlen_q: int | None = None,
+    cu_seqlens_k_new: torch.Tensor | None = None, rotary_seqlens: torch.Tensor | None = None,
+    qv: torch.Tensor | None = None, q_descale: torch.Tensor | None = None, k_descale: torch.Tensor | None = None,
+    v_descale: torch.Tensor | None = None, attention_chunk: int = 0, scheduler_metadata: Any = None,
+    pack_gqa: bool | None = None, sm_margin: int = 0, fa_version: int | None = None,
+) -> Any:  # fmt: skip
     """Append new keys and values to a cache, if there are any, and attend to what it then holds.
 
     Args:
@@ -121,7 +98,7 @@ def flash_attn_with_kvcache(
         out: tensor to write, shaped and typed as ``q``.
         s_aux: ``[num_q_heads]``, an extra logit in each head's denominator (a sink).
         cu_seqlens_q: ``[batch + 1]`` int32: row ``b`` asks ``q[cu_seqlens_q[b]:cu_seqlens_q[b + 1]]``. ``q`` may be
-            longer than its last element; rows of ``out`` behind it are not written.
+            longer than its last element; rows of ``out`` after it are not written.
         max_seqlen_q: most query tokens of a row, with ``cu_seqlens_q``.
         rotary_seqlens: ``[batch]`` int32, the position of the first new token for the rotation, instead of
             ``cache_seqlens``.
@@ -154,41 +131,18 @@ def flash_attn_with_kvcache(
 
 @untraced
 def flash_attn_varlen_func(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: torch.Tensor | None = None,
-    cu_seqlens_k: torch.Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] | None = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: torch.Tensor | None = None,
-    deterministic: bool = False,
-    return_attn_probs: bool = False,
-    block_table: torch.Tensor | None = None,
-    *,
-    out: torch.Tensor | None = None,
-    s_aux: torch.Tensor | None = None,
-    seqused_k: torch.Tensor | None = None,
-    page_table: torch.Tensor | None = None,
-    return_softmax_lse: bool = False,
-    num_splits: int = 0,
-    seqused_q: torch.Tensor | None = None,
-    qv: torch.Tensor | None = None,
-    q_v: torch.Tensor | None = None,
-    q_descale: torch.Tensor | None = None,
-    k_descale: torch.Tensor | None = None,
-    v_descale: torch.Tensor | None = None,
-    attention_chunk: int = 0,
-    scheduler_metadata: Any = None,
-    pack_gqa: bool | None = None,
-    sm_margin: int = 0,
-    fa_version: int | None = None,
-) -> Any:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None, max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
+    dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
+    window_size: tuple[int, int] | None = (-1, -1), softcap: float = 0.0, alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False, return_attn_probs: bool = False, block_table: torch.Tensor | None = None, *,
+    out: torch.Tensor | None = None, s_aux: torch.Tensor | None = None, seqused_k: torch.Tensor | None = None,
+    page_table: torch.Tensor | None = None, return_softmax_lse: bool = False, num_splits: int = 0,
+    seqused_q: torch.Tensor | None = None, qv: torch.Tensor | None = None, q_v: torch.Tensor | None = None,
+    q_descale: torch.Tensor | None = None, k_descale: torch.Tensor | None = None,
+    v_descale: torch.Tensor | None = None, attention_chunk: int = 0, scheduler_metadata: Any = None,
+    pack_gqa: bool | None = None, sm_margin: int = 0, fa_version: int | None = None,
+) -> Any:  # fmt: skip
     """Attend the newest tokens of packed sequences to their keys and values, packed too or in a paged cache.
 
     Args:
@@ -196,7 +150,7 @@ def flash_attn_varlen_func(
             ``q[cu_seqlens_q[b]:cu_seqlens_q[b + 1]]``.
         k: ``[num_blocks, block_size, num_kv_heads, head_dim]`` with a block table, last axis contiguous, else
             ``[total_k, num_kv_heads, head_dim]``; dtype of ``q``; ``v`` has its shape and dtype.
-        cu_seqlens_q: ``[batch + 1]`` int32. ``q`` may be longer than its last element; rows of ``out`` behind it are
+        cu_seqlens_q: ``[batch + 1]`` int32. ``q`` may be longer than its last element; rows of ``out`` after it are
             not written.
         cu_seqlens_k: ``[batch + 1]`` int32, sums of the sequences' lengths; with a block table ``seqused_k`` may be
             given instead.

@@ -23,7 +23,7 @@ TieredArrays = tuple[TierCaches, np.ndarray, np.ndarray]
 
 @dataclass
 class TieredCase(Case):
-    """A `Case` whose tiles lie in tiers: ``patterns`` has a letter of h, w and c for each tile of a row, None = random.
+    """A `Case` whose tiles are in tiers: ``patterns`` has a letter of h, w and c for each tile of a row, None = random.
 
     `tiered` lays the tokens out as NumPy arrays; `run` and `expected` take what it returns.
     """

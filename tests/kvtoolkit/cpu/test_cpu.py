@@ -1,4 +1,4 @@
-"""What lies around the CPU kernels: granule copies, the thread pool, machines without wide registers, trusted calls."""
+"""Parts around the CPU kernels: granule copies, the thread pool, machines without wide registers, trusted calls."""
 
 import os
 import subprocess
