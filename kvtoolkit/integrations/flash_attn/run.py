@@ -28,10 +28,10 @@ def common_options(
     s_aux: Any, return_lse: bool, batch: int, device: torch.device,
 ) -> Options:  # fmt: skip
     """The options of a call as kvtoolkit takes them."""
-    slope_tensor, sink_tensor = slopes(alibi_slopes, batch, device), sinks(s_aux, device)
     return Options(
-        None, softmax_scale, causal, window_of(window_size), softcap, sink_tensor, slope_tensor, None, return_lse,
-        num_splits, None,
+        softmax_scale=softmax_scale, causal=causal, window_size=window_of(window_size), softcap=softcap,
+        alibi_slopes=slopes(alibi_slopes, batch, device), sinks=sinks(s_aux, device), return_lse=return_lse,
+        num_splits=num_splits,
     )  # fmt: skip
 
 
