@@ -17,7 +17,7 @@ import pytest
 
 from kvtoolkit import backends, reference
 from kvtoolkit import numba as twins
-from kvtoolkit.arrays.call import heads_first
+from kvtoolkit.arrays.call import attention_call, heads_first
 from kvtoolkit.cpu import Operand, operand
 from kvtoolkit.errors import UnsupportedError
 from kvtoolkit.formats.quantized import FORMATS
@@ -285,7 +285,7 @@ class TestInSimulator:
         cache = operand(np.zeros((1, 2, 8, 8), np.float16), "cache")
         twins.append(none, none, cache, cache, operand(np.zeros(0, np.int64), "slots"))
         table, lengths = operand(np.zeros((0, 1), np.int32), "table"), operand(np.zeros(0, np.int32), "seq_lens")
-        twins.attend(none, cache, cache, table, None, lengths, out=none)
+        twins.attend(attention_call(none, cache, cache, table, None, lengths, out=none))
         twins.copy_granules(Operand(0, (2, 3, 2, 8, 8), (384, 128, 64, 8, 1), "float16", None), lengths, lengths)
 
     def test_bfloat16_rounds_to_nearest_even(self) -> None:
