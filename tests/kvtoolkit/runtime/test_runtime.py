@@ -197,13 +197,13 @@ def test_the_tiered_kernels_have_room_on_every_architecture():
 
 
 def test_ranges_cut_equal_sequences_evenly_where_that_costs_few_of_them():
-    assert attention.whole_sequences(33, 64) == 32
-    assert attention.whole_sequences(66, 32) == 64
-    assert attention.whole_sequences(33, 32) == 32
-    assert attention.whole_sequences(16, 256) == 16
-    assert attention.whole_sequences(33, 48) == 33  # 24 would leave a quarter idle
-    assert attention.whole_sequences(5, 3) == 5
-    assert attention.whole_sequences(1, 7) == 1
+    assert scheduling.whole_sequences(33, 64) == 32
+    assert scheduling.whole_sequences(66, 32) == 64
+    assert scheduling.whole_sequences(33, 32) == 32
+    assert scheduling.whole_sequences(16, 256) == 16
+    assert scheduling.whole_sequences(33, 48) == 33  # 24 would leave a quarter idle
+    assert scheduling.whole_sequences(5, 3) == 5
+    assert scheduling.whole_sequences(1, 7) == 1
 
 
 def test_kernels_with_masses_are_asked_for_only_where_they_are_wanted():
