@@ -5,14 +5,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from kvtoolkit.arrays.call import QuantizedTiers
 from kvtoolkit.arrays.host import Operand, operand
 from kvtoolkit.arrays.types import Int32Array, Int64Array
+from kvtoolkit.backends import BACKENDS
 from kvtoolkit.config.cache import CacheConfig
-from kvtoolkit.cpu import copy_granules
-from kvtoolkit.cpu.convert import all_finite, convert
+from kvtoolkit.cpu.convert import all_finite
 from kvtoolkit.errors import UnsupportedError
 from kvtoolkit.formats.entry import GRANULE, MAX_BLOCK_GRANULES, TIER_COLD, TIER_HOT, TIER_WARM
-from kvtoolkit.formats.tier_caches import QuantizedTiers
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 """NumPy dtypes of the arrays; bfloat16 is stored as its bits."""
@@ -43,7 +43,8 @@ class HostStorage:
     device = -1
 
     def __init__(self, config: CacheConfig) -> None:
-        # zeros rather than empty, because zeroed pages take memory only when they are touched
+        self._backend = BACKENDS[config.backend]
+        # zeros, not empty: the system hands out zeroed pages only when they are touched
         self.key_values: NDArray[Any] = np.zeros(shape_of(config), DTYPES[config.dtype])
         self.keys = [operand(layer[0], "k_cache", config.dtype) for layer in self.key_values]
         self.values = [operand(layer[1], "v_cache", config.dtype) for layer in self.key_values]
@@ -61,12 +62,12 @@ class HostStorage:
             ]
 
     def copy_granules(self, sources: ArrayLike, targets: ArrayLike) -> None:
-        """Copy granules to other granules, all layers. No granule may be in both lists."""
-        copy_granules(self.key_values, sources, targets)
+        """Copy granules to others, all layers; none is in both lists."""
+        self._backend.copy_granules(self.key_values, sources, targets)
 
     def convert_tiles(self, sources: Int32Array, targets: Int32Array) -> None:
-        """Write the tokens of tiles to other tiers; see `kvtoolkit.cpu.convert.convert`."""
-        convert((self.key_values, self.warm, self.cold), self.first, sources, targets)
+        """Write the tokens of tiles to other tiers; see `kvtoolkit.arrays.call.Backend.convert`."""
+        self._backend.convert(self.key_values, self.warm, self.cold, self.first, sources, targets)
 
     def all_finite(self, granules: Int32Array) -> bool:
         """Whether these 16-bit granules hold neither infinities nor NaN, in all layers."""
@@ -98,6 +99,8 @@ class DeviceStorage:
 
     def __init__(self, config: CacheConfig) -> None:
         from kvtoolkit.runtime.kernels import current_device
+
+        self._backend = BACKENDS[config.backend]
 
         try:
             self.device = current_device() if config.device is None else config.device
@@ -148,23 +151,12 @@ class DeviceStorage:
 
     def copy_granules(self, sources: ArrayLike, targets: ArrayLike) -> None:
         """See `HostStorage.copy_granules`."""
-        from kvtoolkit import cuda
-        from kvtoolkit.attention.device import using
-        from kvtoolkit.runtime import current_stream
-
-        with using(self.device):
-            cuda.copy_granules(self._arena, sources, targets, stream=current_stream(self.device))
+        self._backend.copy_granules(self._arena, sources, targets)
 
     def convert_tiles(self, sources: Int32Array, targets: Int32Array) -> None:
-        """See `HostStorage.convert_tiles`; asynchronous. Tokens that hold an infinity or NaN become NaN."""
-        from kvtoolkit import cuda
-        from kvtoolkit.attention.device import using
-        from kvtoolkit.runtime import current_stream
-
+        """See `HostStorage.convert_tiles`; asynchronous as `copy`. Tokens that hold an infinity or NaN become NaN."""
         warm, cold = self._blocks
-        with using(self.device):
-            stream = current_stream(self.device)
-            cuda.convert(self._arena, warm, cold, self.first, sources, targets, stream=stream)
+        self._backend.convert(self._arena, warm, cold, self.first, sources, targets)
 
     def all_finite(self, granules: Int32Array) -> bool:
         """Always True: to know, the host would have to wait. The conversion deals with such tokens instead."""
