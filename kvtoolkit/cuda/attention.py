@@ -18,7 +18,7 @@ from kvtoolkit.runtime import is_capturing, smem_limit
 from kvtoolkit.runtime.kernels import arch_of, num_sms, packer
 from kvtoolkit.runtime.streams import on_stream
 
-MAX_DECODE_QUERIES = 8  # as in attention.cuh
+MAX_DECODE_QUERIES = 8  # as in kvt/attention/rows.cuh
 MAX_SPLITS = 128
 _UNBOUNDED = 1 << 30  # a window as wide as any sequence; sums with positions stay in 32 bits
 _MAX_ROW_BLOCKS = 65535  # CTAs along the second axis of a grid

@@ -27,7 +27,7 @@ from kvtoolkit.runtime import load
 from kvtoolkit.runtime.kernels import current_device, num_sms, packer
 from kvtoolkit.runtime.streams import cupy_on_current_stream
 
-# as in pool.cuh
+# as in kvt/pool/pool.cuh
 _EPOCH = 2
 _SIZES = {"buddy": 0, "slab": 4}
 _GRANULES_OF_A_WORD = {"buddy": 64, "slab": 32}
