@@ -15,8 +15,9 @@ from kvtoolkit.cuda.workspace import Sizes, workspace
 from kvtoolkit.errors import UnsupportedError
 from kvtoolkit.formats.tier_caches import QuantizedTiers
 from kvtoolkit.runtime import is_capturing, smem_limit
-from kvtoolkit.runtime.kernels import arch_of, num_sms, packer
+from kvtoolkit.runtime.kernels import arch_of, num_sms
 from kvtoolkit.runtime.streams import on_stream
+from kvtoolkit.runtime.structs import ParameterStruct
 
 MAX_DECODE_QUERIES = 8  # as in kvt/attention/rows.cuh
 MAX_SPLITS = 128
@@ -24,10 +25,8 @@ _UNBOUNDED = 1 << 30  # a window as wide as any sequence; sums with positions st
 _MAX_ROW_BLOCKS = 65535  # CTAs along the second axis of a grid
 _MAX_STEP_NBYTES = 2 << 30  # it is kept for ever
 _LOG2E = 1.4426950408889634
-_params = packer("17q11q17i3f")
-_tiered_params = packer("5qi4x")  # what TieredParams adds
-_Q, _KEYS, _MASSES = 0, 3, 15  # words of AttentionParams; out and v_cache follow the first two
-_TIERS = 38  # word of TieredParams.warm; cold follows
+_params = ParameterStruct("attention/decode.cu", "kvt_decode")
+_tiered_params = ParameterStruct("attention/tiered.cu", "kvt_tiered", since="warm")  # what TieredParams adds
 
 
 class Attention(NamedTuple):
@@ -318,10 +317,10 @@ def attend_alike(
     decode = (prepared.decode_early or prepared.decode) if dependent else prepared.decode
     for launch, is_early in ((decode, dependent), (prepared.prefill, False)):
         if launch is not None:
-            launch.set_addresses(_Q, q, out)
-            launch.set_addresses(_KEYS, k_cache, v_cache)
+            launch.set_addresses(_params.word("q"), q, out)
+            launch.set_addresses(_params.word("k_cache"), k_cache, v_cache)
             if warm or cold:
-                launch.set_addresses(_TIERS, warm, cold)
+                launch.set_addresses(_tiered_params.word("warm"), warm, cold)
             if block_mass:
-                launch.set_addresses(_MASSES, block_mass)
+                launch.set_addresses(_params.word("masses"), block_mass)
             launch.run(stream, dependent=is_early)

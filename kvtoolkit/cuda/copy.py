@@ -8,17 +8,17 @@ from kvtoolkit.arrays.types import ITEMSIZES
 from kvtoolkit.cuda import specs
 from kvtoolkit.cuda.launching import Launch, load_spec
 from kvtoolkit.errors import ShapeError, UnsupportedError
-from kvtoolkit.runtime.kernels import num_sms, packer
+from kvtoolkit.runtime.kernels import num_sms
+from kvtoolkit.runtime.structs import ParameterStruct
 
-_append_params = packer("5q10q4i")
-_KEY = 0  # word of AppendParams; value, k_cache, v_cache follow
+_append_params = ParameterStruct("cache/append.cu", "kvt_append")
 
 MAX_MOVES = 448  # as in move.cu
-_move_params = packer("3q2i")  # then the two lists
+_move_params = ParameterStruct("cache/move.cu", "kvt_move", until="sources")
 _UNROLL = 4
 
 MAX_CONVERSIONS = 48  # as in convert.cu
-_convert_params = packer("3q4q4i")  # then the two lists
+_convert_params = ParameterStruct("cache/convert.cu", "kvt_convert", until="sources")
 
 
 def append(
@@ -63,7 +63,7 @@ def append_alike(
     launch is changed for the call: one thread at a time.
     """
     if prepared is not None:
-        prepared.set_addresses(_KEY, key, value, k_cache, v_cache)
+        prepared.set_addresses(_append_params.word("key"), key, value, k_cache, v_cache)
         prepared.run(stream, dependent=dependent)
 
 

@@ -6,7 +6,6 @@ the disk cache) and loads it; every later one is a look-up. Loading inside a cap
 """
 
 import atexit
-import struct
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -40,11 +39,6 @@ class Kernel:
     ) -> driver.PreparedLaunch:  # fmt: skip
         """A launch of it; see `kvtoolkit.runtime.driver.PreparedLaunch`."""
         return driver.PreparedLaunch(self._function, grid, threads, smem_nbytes, parameters)
-
-
-def packer(fields: str) -> struct.Struct:
-    """Packs the parameters of a kernel as its C struct has them: ``q`` pointers and 64 bit, ``i`` int, ``f`` float."""
-    return struct.Struct("@" + fields + "0q")  # as long as C makes it
 
 
 def load(source: str, name: str, defines: Mapping[str, int], device: int, *, smem_nbytes: int = 0) -> Kernel:
