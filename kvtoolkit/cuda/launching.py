@@ -32,7 +32,7 @@ class Launch:
         self._prepared.run(stream, dependent)
 
     def set_addresses(self, first: int, *addresses: int) -> None:
-        """Change pointers that are side by side in the struct; ``first`` is the place of the first in 8-byte words."""
+        """Change pointers that follow each other in the struct, ``first`` being the place of one in 8-byte words."""
         self._words[first : first + len(addresses)] = addresses
 
 
