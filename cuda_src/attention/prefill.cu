@@ -11,7 +11,7 @@
 //           Macros: KVT_HEAD_DIM, KVT_BF16.
 // Numerics: scores and running state in float32, weights in scalar_t.
 // Source:   Dao 2023 (FlashAttention-2, arXiv:2307.08691), sec. 3; block tables, Kwon et al. 2023 (arXiv:2309.06180).
-//           Unlike FlashAttention-2, a CTA takes the rows of a whole group of heads, so that K and V are read once for it.
+//           Unlike FlashAttention-2, a CTA takes the rows of a whole group of heads, so that it reads K and V once.
 #include <kvt/attention/locate.cuh>
 #include <kvt/attention/nonfinite.cuh>
 #include <kvt/attention/softmax.cuh>
@@ -26,7 +26,7 @@ constexpr int kRows = 64;
 constexpr int kThreads = 128;
 constexpr int kKeys = kHeadDim <= 128 ? 64 : 32;         // of a tile in shared memory
 constexpr int kChunks = kHeadDim / 8;                    // of 16 bytes, in a row
-constexpr int kPitch = (kChunks + 7) / 8 * 8;            // chunks from row to row; the XOR in chunk_address stays inside 8
+constexpr int kPitch = (kChunks + 7) / 8 * 8;            // chunks from row to row; chunk_address permutes groups of 8
 constexpr int kDimBlocks = kHeadDim / 16;
 static_assert(kHeadDim % 16 == 0, "an MMA covers 16 dims");
 

@@ -1,6 +1,7 @@
 // Where the tokens of a sequence are: from positions to blocks and slots, by a row of block ids.
 //
-// Entries of several lengths have been expanded to a list of granules by kvt_expand, that is, to ids of blocks of 8 tokens.
+// Entries of several lengths have been expanded to a list of granules by kvt_expand, that is, to ids of blocks of 8
+// tokens.
 #pragma once
 
 #include <kvt/attention/keys.cuh>

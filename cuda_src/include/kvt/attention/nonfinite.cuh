@@ -1,5 +1,6 @@
-// Infinities and NaN among the values of a step. The rows of a matrix product share every value, and a weight of 0 times
-// an infinity or NaN is NaN. If some rows do not see all tokens, such values are therefore taken out of the product.
+// Infinities and NaN among the values of a step. The rows of a matrix product share every value, and a weight of 0
+// times an infinity or NaN is NaN. If some rows do not see all tokens, such values are therefore taken out of the
+// product.
 #pragma once
 
 #include <kvt/ptx/matrix.cuh>

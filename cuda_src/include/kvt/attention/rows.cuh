@@ -46,8 +46,8 @@ __device__ __forceinline__ RowBlock row_block_at(
 }
 
 // The block with number `index` among all blocks of kRows rows. With cu_seqlens_q the blocks of sequence b are numbered
-// from floor(cu[b] * group_size / kRows) + b. That leaves room enough for each, some numbers stay unused, and a block is
-// found without a sum over the batch.
+// from floor(cu[b] * group_size / kRows) + b. That leaves room enough for each, some numbers stay unused, and a block
+// is found without a sum over the batch.
 template <int kRows>
 __device__ __forceinline__ RowBlock find_row_block(const AttentionParams& p, int index) {
   if (p.cu_seqlens_q == nullptr) {

@@ -2,9 +2,9 @@
 //
 //   masses  [batch, max_tiles, num_kv_heads] float32: the mean over the queries and the group's heads; 0 = not seen
 //
-// A warp writes the log-sum-exp of each of its units. The CTA that completes the last rows of a sequence and kv head reads
-// these back while they are still in the L2 cache: a unit's share of a row is exp(lse of the unit - lse of the row), and a
-// tile's mass is the sum over its units.
+// A warp writes the log-sum-exp of each of its units. The CTA that completes the last rows of a sequence and kv head
+// reads these back while they are still in the L2 cache: a unit's share of a row is exp(lse of the unit - lse of the
+// row), and a tile's mass is the sum over its units.
 #pragma once
 
 #include <kvt/attention/decode/results.cuh>
@@ -73,8 +73,8 @@ constexpr bool kMayLoadEarly = KVT_SPLIT_ROWS;  // with more than 4 rows there a
 constexpr bool kMayLoadEarly = true;
 #endif
 
-// Writes the masses of a sequence's tiles. A thread loads the units of its first tile early, so that they arrive while the
-// CTA merges states.
+// Writes the masses of a sequence's tiles. A thread loads the units of its first tile early, so that they arrive while
+// the CTA merges states.
 class TileMassWriter {
  public:
   // Find the units of the thread's first tile.

@@ -29,8 +29,8 @@ __device__ __forceinline__ void attend_cold(
   const unsigned key_zeros = key_scales + 2 * kHeadDim;
   const unsigned values = key_zeros + 2 * kHeadDim;
   const unsigned value_scales = values + Sizes::kColdCodes;
-  // A score is q.zero + (q * scale).(code - 8). The scaled query is rounded to halves. What the rounding loses is a second
-  // query: in columns 4 to 7 if there are at most 4 rows, otherwise in further products.
+  // A score is q.zero + (q * scale).(code - 8). The scaled query is rounded to halves. What the rounding loses is a
+  // second query: in columns 4 to 7 if there are at most 4 rows, otherwise in further products.
   float s[kRowTiles][4][4];
   float of_zeros[kRowTiles][4];
   float of_middle[kRowTiles][4];
