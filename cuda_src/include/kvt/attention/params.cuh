@@ -3,7 +3,7 @@
 
 namespace kvt {
 
-// Packed by kvtoolkit/cuda/attention.py, field by field in this order. Strides count elements. Absent arrays are null.
+// Packed by kvtoolkit/cuda/params.py, field by field in this order. Strides count elements. Absent arrays are null.
 struct AttentionParams {
   const unsigned short* q;
   unsigned short* out;
