@@ -147,7 +147,7 @@ class GraphRun:
             raise StepError(f"layer: expected one that this run has not appended to, got {layer}; `begin` another run")
         self._calls.append(layer, key, value)
 
-    def attend(self, layer: int, q: Array, **options: Unpack[AttendOptions]) -> Any:
+    def attend(self, layer: int, q: Array, **options: "Unpack[AttendOptions]") -> Any:
         """As `Step.attend`; rows beyond the step's give zeros.
 
         Raises:

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from allocators._calls import exclusive, exclusive_or_later
-from kvtoolkit.arrays.types import Int32Array, Int64Array
+from kvtoolkit.arrays.types import ArrayLike, Int32Array, Int64Array
 from kvtoolkit.cache import compaction, integrity, preemption, sharing, snapshot
 from kvtoolkit.cache.grants import Grower
 from kvtoolkit.cache.lease import Lease

@@ -132,14 +132,15 @@ class Step:
         self._require_open()
         (self._calls or self._make_calls()).append(layer, key, value)
 
-    def attend(self, layer: int, q: Array, **options: Unpack[AttendOptions]) -> Any:
+    def attend(self, layer: int, q: Array, **options: "Unpack[AttendOptions]") -> Any:
         """Attend the new tokens to everything their sequences hold, these tokens included: `append` them first.
 
         Args:
             layer: 0 to ``num_layers - 1``.
             q: ``[num_tokens, num_q_heads, head_dim]``, of the dtypes that `append` takes, last axis contiguous.
-            options: as `kvtoolkit.variable_block_attention` takes them, but for ``cu_seqlens_q`` and ``block_mass``:
-                for masses of your own call `kvtoolkit.tiered_attention` on `KVCache.tier_caches` and the step's arrays.
+            options: ``softmax_scale``, ``causal``, ``window_size``, ``softcap``, ``sinks``, ``alibi_slopes``, ``out``,
+                ``return_lse``, ``num_splits`` and ``backend``, as in `kvtoolkit.paged_attention`. For masses of your
+                own call `kvtoolkit.tiered_attention` on `KVCache.tier_caches` and the step's arrays.
 
         Returns:
             ``[num_tokens, num_q_heads, head_dim]`` typed as ``q``, a tensor if ``q`` is one; with ``return_lse`` also

@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from allocators._bits import fetch_add_acq_rel, load_acquire
 from allocators._jit import jit
 from kvtoolkit.arrays.extents import extent
 from kvtoolkit.arrays.host import Operand, address_of, as_numpy_view, is_torch
-from kvtoolkit.arrays.types import ITEMSIZES
+from kvtoolkit.arrays.types import ITEMSIZES, ArrayLike
 from kvtoolkit.cpu import threads
 from kvtoolkit.cpu.kernel import yield_core
 from kvtoolkit.cpu.vector import copy_bytes, read_i64

@@ -8,7 +8,7 @@ import threading
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from allocators.errors import ContendedError, InvalidFreeError, InvalidSizeError
 from allocators.lockfree import LockFreeAllocator, _fold_all
@@ -21,6 +21,7 @@ from allocators.protocol import (
     require,
     unpack_snapshot,
 )
+from kvtoolkit.arrays.types import ArrayLike
 from kvtoolkit.cuda.launching import Launch
 from kvtoolkit.errors import StepError, UnsupportedError
 from kvtoolkit.runtime import load

@@ -8,8 +8,9 @@ lengths(row b)       == present[b].sum()
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
+from kvtoolkit.arrays.types import ArrayLike
 from kvtoolkit.cache.kv_cache import KVCache
 from kvtoolkit.cache.state.arguments import as_prompt
 from kvtoolkit.cache.state.identity import as_pairs, as_salts
