@@ -10,15 +10,7 @@ from kvtoolkit.cuda.expand import Granules, make_granules
 from kvtoolkit.cuda.launching import Launch, load_spec
 from kvtoolkit.cuda.masses import UnitLse, place_unit_lse
 from kvtoolkit.cuda.memory import Memory, StepLayout, lay_out_step, take_memory
-from kvtoolkit.cuda.params import (
-    KEYS_WORD,
-    MASSES_WORD,
-    Q_WORD,
-    TIERS_WORD,
-    UNBOUNDED,
-    pack_attention,
-    pack_tiers,
-)
+from kvtoolkit.cuda.params import PARAMS, TIERED_PARAMS, UNBOUNDED, pack_attention, pack_tiers
 from kvtoolkit.cuda.plan import Plan, make_plan
 from kvtoolkit.cuda.schedule import Route, Schedule, choose_route, choose_schedule
 from kvtoolkit.cuda.units import Units, make_units
@@ -164,10 +156,10 @@ def attend_prepared(
     decode = (prepared.decode_early or prepared.decode) if overlaps else prepared.decode
     for launch, is_early in ((decode, overlaps), (prepared.prefill, False)):
         if launch is not None:
-            launch.set_addresses(Q_WORD, q, out)
-            launch.set_addresses(KEYS_WORD, k_cache, v_cache)
+            launch.set_addresses(PARAMS.word("q"), q, out)
+            launch.set_addresses(PARAMS.word("k_cache"), k_cache, v_cache)
             if warm or cold:
-                launch.set_addresses(TIERS_WORD, warm, cold)
+                launch.set_addresses(TIERED_PARAMS.word("warm"), warm, cold)
             if block_mass:
-                launch.set_addresses(MASSES_WORD, block_mass)
+                launch.set_addresses(PARAMS.word("masses"), block_mass)
             launch.run(stream, dependent=is_early)

@@ -10,13 +10,13 @@ from kvtoolkit.cuda import specs
 from kvtoolkit.cuda.launching import Launch, load_spec
 from kvtoolkit.findings import Finding, raise_finding
 from kvtoolkit.runtime import is_capturing
-from kvtoolkit.runtime.kernels import packer
 from kvtoolkit.runtime.streams import on_stream
+from kvtoolkit.runtime.structs import ParameterStruct
 
 ENABLED = os.environ.get("KVTOOLKIT_CHECK", "") not in ("", "0")
 """Whether every launch is preceded by a check. Read from the environment at import."""
 
-_params = packer("6q3q11i")
+_params = ParameterStruct("cache/check.cu", "kvt_check")
 
 
 def check_tables(call: AttentionCall, stream: int) -> None:

@@ -10,17 +10,17 @@ from kvtoolkit.arrays.types import ITEMSIZES, ArrayLike
 from kvtoolkit.cuda import specs
 from kvtoolkit.cuda.launching import Launch, load_spec
 from kvtoolkit.errors import ShapeError, UnsupportedError
-from kvtoolkit.runtime.kernels import num_sms, packer
+from kvtoolkit.runtime.kernels import num_sms
+from kvtoolkit.runtime.structs import ParameterStruct
 
-_append_params = packer("5q10q4i")
-_KEY = 0  # word of AppendParams; value, k_cache, v_cache follow
+_append_params = ParameterStruct("cache/append.cu", "kvt_append")
 
 MAX_MOVES = 448  # as in move.cu
-_move_params = packer("3q2i")  # then the two lists
+_move_params = ParameterStruct("cache/move.cu", "kvt_move", until="sources")
 _UNROLL = 4
 
 MAX_CONVERSIONS = 48  # as in convert.cu
-_convert_params = packer("3q4q4i")  # then the two lists
+_convert_params = ParameterStruct("cache/convert.cu", "kvt_convert", until="sources")
 
 
 class Append(NamedTuple):
@@ -68,7 +68,7 @@ def append_prepared(
     ``overlaps`` lets the kernel start up while the one before it still runs; it waits for it before it reads. The
     launch is changed for the call: one thread at a time.
     """
-    prepared.launch.set_addresses(_KEY, key, value, k_cache, v_cache)
+    prepared.launch.set_addresses(_append_params.word("key"), key, value, k_cache, v_cache)
     prepared.launch.run(stream, dependent=overlaps)
 
 

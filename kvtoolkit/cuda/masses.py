@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class UnitLse(NamedTuple):
-    """What the kernels write for it, as `kvt/masses.cuh` has it."""
+    """What the kernels write for it, as ``kvt/attention/decode/masses.cuh`` has it."""
 
     lse: int
     """Address of ``[num_tokens, num_q_heads]`` float32."""

@@ -7,18 +7,15 @@ from kvtoolkit.cuda.memory import Memory
 from kvtoolkit.cuda.plan import Plan
 from kvtoolkit.cuda.schedule import Route, Schedule
 from kvtoolkit.cuda.units import Units
-from kvtoolkit.runtime.kernels import packer
+from kvtoolkit.runtime.structs import ParameterStruct
 
 _LOG2E = 1.4426950408889634
 UNBOUNDED = 1 << 30
 """A window as wide as any sequence; sums with positions stay in 32 bits."""
 
-_params = packer("17q11q17i3f")
-_tiered_params = packer("5qi4x")  # what TieredParams adds
-# words of AttentionParams; out and v_cache follow the first two
-Q_WORD, KEYS_WORD, MASSES_WORD = 0, 3, 15
-TIERS_WORD = 38
-"""Word of TieredParams.warm; cold follows."""
+PARAMS = ParameterStruct("attention/decode.cu", "kvt_decode")
+TIERED_PARAMS = ParameterStruct("attention/tiered.cu", "kvt_tiered", since="warm")
+"""What TieredParams adds."""
 
 
 def pack_attention(
@@ -37,7 +34,7 @@ def pack_attention(
     _, num_kv_heads, block_size, _ = keys.shape
     block_shift = block_size.bit_length() - 1 if block_size & (block_size - 1) == 0 else -1
     ids_per_step = 1 if block_size % 16 == 0 else 2 if block_size == 8 else 0
-    return _params.pack(
+    return PARAMS.pack(
         q.address, out.address, unit_lse.lse, keys.address, values.address,
         ids.address, call.seq_lens.address, bounds.address if bounds else 0,
         slopes.address if slopes else 0, sinks.address if sinks else 0,
@@ -59,4 +56,4 @@ def pack_tiers(call: AttentionCall, units: Units) -> bytes:
     """What ``TieredParams`` adds to `pack_attention`."""
     assert call.tiers is not None
     warm, cold = (tier.address if tier else 0 for tier in (call.tiers.warm, call.tiers.cold))
-    return _tiered_params.pack(warm, cold, units.address, units.counts, units.tile_units, units.max_units)
+    return TIERED_PARAMS.pack(warm, cold, units.address, units.counts, units.tile_units, units.max_units)

@@ -5,11 +5,11 @@ from typing import NamedTuple
 from kvtoolkit.arrays.host import Operand
 from kvtoolkit.cuda import specs
 from kvtoolkit.cuda.launching import Launch, load_spec
-from kvtoolkit.runtime.kernels import packer
+from kvtoolkit.runtime.structs import ParameterStruct
 
 MAX_RANGES = 1024  # as in plan.cu
 
-_params = packer("4q13i")
+_params = ParameterStruct("attention/plan.cu", "kvt_plan")
 
 # in steps of 16 tokens, all by measurement
 _OVERHEAD = 12  # what a sequence costs to begin and to end

@@ -13,7 +13,7 @@ from kvtoolkit.errors import UnsupportedError
 from kvtoolkit.runtime import smem_limit
 from kvtoolkit.runtime.kernels import arch_of, num_sms
 
-MAX_DECODE_QUERIES = 8  # as in attention.cuh
+MAX_DECODE_QUERIES = 8  # as in kvt/attention/rows.cuh
 MAX_SPLITS = 128
 _MAX_ROW_BLOCKS = 65535  # CTAs along the second axis of a grid
 

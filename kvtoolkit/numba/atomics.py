@@ -1,4 +1,4 @@
-"""Words and their atomics for Numba kernels, as ``kvt/atomic.cuh`` has them for CUDA C++.
+"""Words and their atomics for Numba kernels, as ``kvt/pool/atomic.cuh`` has them for CUDA C++.
 
 Numba's atomics are relaxed, so a fence after one makes it acquire, and a fence before one makes it release. Numba has
 no volatile load; a word that others change is read by an atomic that leaves it as it is.

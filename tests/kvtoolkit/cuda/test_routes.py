@@ -8,8 +8,11 @@ from kvtoolkit import cuda
 from kvtoolkit.arrays.call import Hints, QuantizedTiers, attention_call
 from kvtoolkit.arrays.host import Operand
 from kvtoolkit.cuda import attention, expand, launching, memory, plan, schedule, units
-from kvtoolkit.cuda.params import KEYS_WORD, MASSES_WORD, Q_WORD, TIERS_WORD
+from kvtoolkit.cuda.params import PARAMS, TIERED_PARAMS
 from kvtoolkit.cuda.workspace import Workspace
+
+Q_WORD, KEYS_WORD, MASSES_WORD = map(PARAMS.word, ("q", "k_cache", "masses"))
+TIERS_WORD = TIERED_PARAMS.word("warm")
 
 
 class Recorded:

@@ -89,6 +89,21 @@ def run_twin(case: Case, *cache: Any, **options: Any) -> tuple[np.ndarray, np.nd
 class TestInSimulator:
     __test__ = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 
+    def test_a_launch_is_logged_by_the_names_of_its_kernel(
+        self, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from kvtoolkit.numba import device
+
+        assert device.launch is device._launch  # without the variable nothing is added
+        monkeypatch.setattr(device, "launch", device._log_and_launch)
+        key, cache, slots = np.ones((2, 1, 16), np.float16), np.zeros((4, 1, 8, 16), np.float16), np.array([3, 9])
+        with caplog.at_level("INFO", "kvtoolkit"):
+            twins.append(*(operand(one, "array") for one in (key, key, cache, cache.copy(), slots)), stream=0)
+        (message,) = (record.getMessage() for record in caplog.records)
+        assert message.startswith(f"append grid=2 block=4 stream=0x0 key={key.ctypes.data:#x}[2, 1, 16] value=")
+        assert message.endswith(f"slot_mapping={slots.ctypes.data:#x}[2]")
+        assert cache[0, 0, 3].all()
+
     @pytest.mark.parametrize(("dtype", "layout"), [("float16", "NHD"), ("bfloat16", "HND")])
     def test_decode_over_paged_blocks(self, dtype: str, layout: str) -> None:
         case = Case([65, 0, 5], num_q_heads=4, head_dim=8, dtype=dtype)

@@ -1,6 +1,6 @@
 // Loads and transposes of 8x8 matrices of 16-bit elements, one instruction per function.
 //
-// Fragment of one matrix: lane l holds row l / 4, columns 2 * (l % 4) and the next, packed in 32 bits.
+// In the fragment of a matrix, lane l holds columns 2 * (l % 4) and 2 * (l % 4) + 1 of row l / 4, packed in 32 bits.
 #pragma once
 
 namespace kvt::ptx {
@@ -12,7 +12,7 @@ __device__ __forceinline__ void load_matrices(unsigned (&fragment)[4], unsigned 
                : "r"(shared_row) : "memory");
 }
 
-// ldmatrix.x4.trans: the same, each matrix transposed on the way.
+// ldmatrix.x4.trans: the same, with each matrix transposed.
 __device__ __forceinline__ void load_matrices_transposed(unsigned (&fragment)[4], unsigned shared_row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
