@@ -17,6 +17,7 @@ import hashlib
 import importlib.util
 import inspect
 import json
+import os
 import pickle
 import sys
 from collections.abc import Callable
@@ -101,12 +102,13 @@ def _direct_imports(path: str) -> tuple[str, ...]:
 
 def _imported_modules(path: str) -> list[str]:
     """Our modules that one file may import. Parsing takes most of the time, so the result is stored by content."""
-    source, scans = Path(path).read_bytes(), _scans()
-    digest = hashlib.sha256(source).hexdigest()
-    if digest not in scans:
-        scans[digest] = _parse(source)
-        _keep_scans()
-    return scans[digest]
+    scans = _scans()
+    if (found := scans.get(_digest(path))) is not None:
+        return found
+    source = Path(path).read_bytes()  # which may not be what was digested before
+    found = scans[hashlib.sha256(source).hexdigest()] = _parse(source)
+    _keep_scans()
+    return found
 
 
 def _parse(source: bytes) -> list[str]:
@@ -139,20 +141,30 @@ def _keep_scans() -> None:
 
 
 def _write_scans() -> None:
+    own = dict(_scans())
+    _scans.cache_clear()  # what other processes have written meanwhile stays
     if (folder := cache_folder()) is not None:
-        newest = list(_scans().items())[-_MOST_SCANS:]
+        newest = list((_scans() | own).items())[-_MOST_SCANS:]
         write_entry(folder / _SCANS, json.dumps(dict(newest)).encode())
 
 
 @functools.cache
 def _origin(module: str) -> str | None:
-    try:
-        spec = importlib.util.find_spec(module)
-    except (ImportError, AttributeError, ValueError):
+    """The file of a module of ours; None for a package, and for a name that is something inside a module.
+
+    It is looked up in the package's folder: `importlib.util.find_spec` is slower, and imports the parents of a module.
+    """
+    package, *parts = module.split(".")
+    if not parts or (folder := _folder_of(package)) is None:
         return None
-    if spec is None or not spec.origin or not spec.origin.endswith(".py"):
-        return None
-    return spec.origin if not spec.origin.endswith("__init__.py") else None
+    path = os.path.join(folder, *parts) + ".py"
+    return path if os.path.isfile(path) else None
+
+
+@functools.cache
+def _folder_of(package: str) -> str | None:
+    spec = importlib.util.find_spec(package)
+    return None if spec is None else next(iter(spec.submodule_search_locations or ()), None)
 
 
 class _Locator(_CacheLocator):  # type: ignore[misc]

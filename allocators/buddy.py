@@ -13,6 +13,7 @@ Source: binary buddies, Knuth, The Art of Computer Programming 1, sec. 2.5; the 
 this project's.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,12 +30,14 @@ _ONE = np.uint64(1)
 _NUM_ORDERS = 4
 
 
+@functools.cache
 def _aligned_runs(mask: int, order: int) -> list[int]:
     size = 1 << order
     run = (1 << size) - 1
     return [start for start in range(0, SUPERBLOCK, size) if (mask >> start) & run == run]
 
 
+@functools.cache
 def _largest_order(mask: int) -> int:
     return max((order for order in range(_NUM_ORDERS) if _aligned_runs(mask, order)), default=-1)
 

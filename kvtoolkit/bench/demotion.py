@@ -42,7 +42,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _shares(batch: int, length: int) -> dict[str, float]:
-    """Memory of the tiers in proportion to what sequences of a length fill of each, and some more hot."""
+    """Shares of memory in proportion to what sequences of a length fill of each tier, and some more for the hot one."""
     hot, warm = 256 + 64 + 512, 2048 + 128
     nbytes = np.array([512.0 * hot, 260.0 * warm, 140.0 * max(64, length - 2048)])
     shares = nbytes / nbytes.sum()
@@ -88,7 +88,7 @@ def _decode(batch: int, length: int, num_layers: int, num_steps: int) -> None:
                 step.attend(layer, q)
             cache.end_step(step)
 
-    # until what the filling left to do is done
+    # until the demotions that filling the cache left are done
     while True:
         before = cache.stats().num_demoted_warm + cache.stats().num_demoted_cold
         for _ in range(64):

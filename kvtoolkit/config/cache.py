@@ -4,10 +4,8 @@ import dataclasses
 import functools
 import math
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -280,6 +278,8 @@ class CacheConfig:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, ValueError, TypeError) as error:
             raise ConfigError(f"{path!s}: cannot be read: {error}") from error
+        import tomllib  # here, and others where they are used, because importing kvtoolkit should be quick
+
         try:
             document = tomllib.loads(text)
         except (tomllib.TOMLDecodeError, ValueError, RecursionError) as error:
@@ -312,6 +312,8 @@ def parse_nbytes(value: int | str) -> int:
     )
     if match is None:
         raise ConfigError(f"memory: expected bytes or a text such as '512 MiB', got {value!r}")
+    from fractions import Fraction
+
     number, prefix, binary = match.groups()
     base = 1024 if binary else 1000
     return int(Fraction(number) * base ** " KMGT".index(prefix.upper() or " "))

@@ -1,6 +1,5 @@
 """Checks of configuration fields. ConfigError says which field, what was expected and what it got."""
 
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -31,5 +30,7 @@ def require_known(values: Mapping[str, Any], known: tuple[str, ...], prefix: str
 
 def did_you_mean(value: Any, expected: Iterable[str]) -> str:
     """The end of an error message: the expected text that is closest to a value; empty if none is close."""
+    import difflib  # only for the message
+
     close = difflib.get_close_matches(value, list(expected), 1) if isinstance(value, str) else []
     return f"; did you mean {close[0]!r}?" if close else ""

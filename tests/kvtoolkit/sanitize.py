@@ -12,7 +12,7 @@ import numpy as np
 
 from kvtoolkit import DevicePool, get_include
 from kvtoolkit.attention.calls import append, merge_states
-from kvtoolkit.commands.fuzz import attack
+from kvtoolkit.commands.fuzz_kernels import attack
 from tests.kvtoolkit.attention.attention_cases import Case
 from tests.kvtoolkit.attention.gpu_cases import check, to_device
 from tests.kvtoolkit.attention.test_attention import SINKS, SLOPES
