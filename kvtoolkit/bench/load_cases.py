@@ -1,4 +1,4 @@
-"""The loads of ``kvtoolkit bench loads``: requests with lengths, arrivals and token ids from fixed seeds, or a trace."""
+"""The loads of ``kvtoolkit bench loads``: requests with lengths, arrivals and tokens from fixed seeds, or a trace."""
 
 import csv
 import gzip
@@ -112,8 +112,8 @@ def read_trace(path: str, num_requests: int) -> Load:
             name that ends in ``.gz`` is unpacked. One step of the simulation is 50 ms of the trace.
         num_requests: how many to take.
     """
-    opened: Any = gzip.open(path, "rt") if path.endswith(".gz") else open(path, encoding="utf-8")
-    with opened as file:
+    opener: Any = gzip.open if path.endswith(".gz") else open
+    with opener(path, "rt", encoding="utf-8") as file:
         rows = json_rows(file) if ".jsonl" in path else csv_rows(file)
         requests = [request for _, request in zip(range(num_requests), rows, strict=False)]
     if not requests:
