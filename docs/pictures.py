@@ -1,7 +1,7 @@
-"""The pictures of the documentation, from runs with fixed seeds: ``python -m docs.pictures`` writes docs/pictures/*.svg.
+"""Draw the pictures of the documentation from runs with fixed seeds: ``python -m docs.pictures``.
 
-A picture carries a digest of the data that it shows, so a test can tell whether the library still gives that data without
-drawing it. The background is transparent and every colour has enough contrast on white and on dark grey.
+A picture carries a digest of the data that it shows, so a test can tell whether the library still gives that data
+without drawing it. The background is transparent and every colour has enough contrast on white and on dark grey.
 """
 
 import hashlib
@@ -37,7 +37,9 @@ def pool_data() -> dict[str, Any]:
         own = random.integers(1000, 1 << 30, int(random.integers(16, 120)))
         prompt = np.concatenate([instructions, own]) if i % 2 else own
         requests.append(Request(5 * i, prompt, int(random.integers(16, 90))))
-    simulation = Simulation(Load("picture", tuple(requests), max_batch=8, step_tokens=64), 1024, CHOICES["buddy adaptive"])
+    simulation = Simulation(
+        Load("picture", tuple(requests), max_batch=8, step_tokens=64), 1024, CHOICES["buddy adaptive"]
+    )
     holders, places = [], []
     numbers: dict[int, int] = {}
     for cache in simulation.run():
@@ -78,7 +80,14 @@ def tiers_data() -> dict[str, Any]:
 
 def waste_data() -> dict[str, Any]:
     """Mean share of the held memory that holds no token, by load and choice, while memory is plentiful."""
-    names = ["paged fixed16", "paged fixed64", "buddy append", "buddy proportional", "buddy lazy_merge", "buddy adaptive"]
+    names = [
+        "paged fixed16",
+        "paged fixed64",
+        "buddy append",
+        "buddy proportional",
+        "buddy lazy_merge",
+        "buddy adaptive",
+    ]
     shown = {}
     for load_name in ("short", "mixed", "long"):
         load = LOADS[load_name]()
@@ -103,7 +112,7 @@ def draw_pool(data: dict[str, Any], plt: Any) -> Any:
     for number in np.unique(holders):
         if number != -1:
             colour = SHARED if number == -2 else COLOURS[number % len(COLOURS)]
-            _fill(top, holders.T == number, colour)
+            _fill(top, number == holders.T, colour)
     top.set(xlim=(0, len(holders)), ylim=(0, holders.shape[1]), ylabel="granule (8 tokens)")
     top.set_title("memory of a small pool; one colour a sequence, grey: shared by several", loc="left")
     places = np.repeat(np.array(data["places"]), 2, axis=0).T
@@ -122,7 +131,7 @@ def draw_tiers(data: dict[str, Any], plt: Any) -> Any:
     step = data["tokens_a_step"]
     names = {TIER_HOT: ("16 bit", COLOURS[7]), TIER_WARM: ("int8", COLOURS[5]), TIER_COLD: ("int4", COLOURS[0])}
     for tier, (name, colour) in names.items():
-        _fill(axes, tiers.T == tier, colour, width=step, height=64, label=name)
+        _fill(axes, tier == tiers.T, colour, width=step, height=64, label=name)
     axes.set(xlim=(0, step * len(tiers)), ylim=(0, 64 * tiers.shape[1]))
     axes.set(xlabel="tokens of the sequence", ylabel="position")
     axes.set_title("where the tokens of a growing sequence are kept", loc="left")
@@ -159,7 +168,7 @@ def _fill(axes: Any, where: np.ndarray, colour: str, width: int = 1, height: int
         runs = set(zip(np.flatnonzero(edges == 1).tolist(), np.flatnonzero(edges == -1).tolist(), strict=True))
         for low, high in sorted(set(open_runs) - runs):
             left, right = open_runs.pop((low, high)) * width, column * width
-            low, high = low * height, high * height  # noqa: PLW2901 - from cells to units
+            low, high = low * height, high * height
             shapes.append(Shape([(left, low), (right, low), (right, high), (left, high), (left, low)], closed=True))
         for run in runs - set(open_runs):
             open_runs[run] = column
