@@ -79,7 +79,7 @@ class Simulation:
     """An engine without a model. ``run`` yields the cache after each step, for whoever draws a picture of it."""
 
     def __init__(self, load: Load, num_tokens: int, choice: dict[str, Any]) -> None:
-        shape = {"num_layers": 1, "num_kv_heads": 1, "head_dim": 8, "max_seqs": 4 * load.max_batch}
+        shape: dict[str, Any] = {"num_layers": 1, "num_kv_heads": 1, "head_dim": 8, "max_seqs": 4 * load.max_batch}
         self.cache = KVCache(CacheConfig(**shape, num_tokens=num_tokens, **choice))
         self.load = load
         self.waiting = deque(load.requests)

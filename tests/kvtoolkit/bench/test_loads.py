@@ -24,7 +24,7 @@ def test_every_request_finishes_where_memory_is_short(choice):
     for cache in simulation.run():
         assert cache.stats().num_seqs == len(simulation.running)
     simulation.cache.check_integrity()
-    assert not (simulation.waiting or simulation.returning or simulation.running)
+    assert not [*simulation.waiting, *simulation.returning, *simulation.running]
     if min(simulation.cache.config.block_sizes) == 8:  # larger blocks leave more headroom at admission
         assert simulation.figures.preempted > 0
     assert simulation.cache.stats().num_seqs == simulation.cache.stats().num_preempted_seqs == 0
@@ -90,7 +90,5 @@ def test_the_command_prints_and_writes(tmp_path, capsys, monkeypatch):
     assert cli.main(["bench", "loads", *arguments]) == 0
     assert "small, memory short" in capsys.readouterr().out
     rows = json.loads(path.read_text())["rows"]
-    assert [(row["memory"], row["choice"]) for row in rows] == [
-        ("plentiful", "paged fixed16"),
-        ("short", "paged fixed16"),
-    ]
+    assert [row["memory"] for row in rows] == ["plentiful", "short"]
+    assert {row["choice"] for row in rows} == {"paged fixed16"}
