@@ -62,8 +62,9 @@ $(VENV)/.lint: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet -e '.[lint]'
 	touch $@
 
+# ruff formats the signatures of the reference
 $(VENV)/.docs: $(VENV)/.python setup.cfg
-	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	$(BIN)/python -m pip install --quiet -e '.[docs]' 'ruff>=0.12'
 	touch $@
 
 clean:
