@@ -1,6 +1,8 @@
 # make demo   a real model generates text on kvtoolkit's cache
 # make test   every test that this machine can run; ARGS are pytest's
 # make lint   ruff, mypy, and which room imports which
+# make docs   the documentation, into build/site; a broken link or name fails
+# make pictures   the pictures of the documentation, from new runs
 # make families   every causal model of the installed transformers, made tiny, beside its own cache: some minutes
 # Both need Python 3.11 or later and nothing else; everything goes into $(VENV).
 
@@ -10,7 +12,7 @@ BIN := $(VENV)/bin
 # the CPU build; a looser requirement may bring gigabytes of CUDA libraries
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test lint families clean
+.PHONY: demo test lint docs pictures families clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m examples.generate $(ARGS)
@@ -27,6 +29,12 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m mypy
 	$(BIN)/lint-imports
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+pictures: $(VENV)/.docs
+	$(BIN)/python -m docs.pictures
 
 $(VENV)/.python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kvtoolkit needs Python 3.11 or later")'
@@ -52,6 +60,11 @@ $(VENV)/.test: $(VENV)/.demo $(VENV)/relacy
 
 $(VENV)/.lint: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet -e '.[lint]'
+	touch $@
+
+# ruff formats the signatures of the reference
+$(VENV)/.docs: $(VENV)/.python setup.cfg
+	$(BIN)/python -m pip install --quiet -e '.[docs]' 'ruff>=0.12'
 	touch $@
 
 clean:
