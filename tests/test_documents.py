@@ -19,7 +19,7 @@ FILES = re.compile(r"(?<![\w./*-])((?:[\w-]+/)+[\w-]+\.(?:py|md|cuh?|toml))\b|`(
 
 
 def found_in(pattern):
-    """Every name that a pattern finds, and one place where it stands."""
+    """Every name that a pattern finds, and one place where it is."""
     names = {}
     for path in SOURCES:
         for number, line in enumerate(path.read_text().splitlines(), 1):

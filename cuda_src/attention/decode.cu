@@ -29,9 +29,9 @@
 
 namespace kvt {
 
-constexpr int kChunks = kHeadDim / 8;                    // of 16 bytes, in a token's row
-constexpr int kPitch = (kChunks + 7) / 8 * 8;            // chunks from row to row; the XOR in copy_step stays inside 8
-constexpr int kHalfStage = kStep * kPitch * 16;          // bytes of K; V has as many
+constexpr int kChunks = kHeadDim / 8;            // of 16 bytes, in a token's row
+constexpr int kPitch = (kChunks + 7) / 8 * 8;    // chunks from row to row; the XOR in copy_step stays inside 8
+constexpr int kHalfStage = kStep * kPitch * 16;  // bytes of K; V has as many
 constexpr int kStageBytes = 2 * kHalfStage;
 constexpr int kFifoBytes = kWarps * kStages * kStageBytes;
 using Locator = StepBlocks<kStride>;
@@ -155,8 +155,8 @@ class StepReader {
   Queries queries;  // of the sequence of the last look-up, if there are registers for them
 
   // `locate` has been started at `step`; -1 = not started.
-  __device__ __forceinline__ StepReader(
-      const AttentionParams& p, const Schedule& schedule, const Piece& piece, const Locator& locate, int step)
+  __device__ __forceinline__
+  StepReader(const AttentionParams& p, const Schedule& schedule, const Piece& piece, const Locator& locate, int step)
       : schedule_(schedule), locate_(locate), piece_(piece), step_(first_of_warp(piece.begin)) {
     if (step_ != step && step_ < piece_.end) {
       locate_ = Locator(p, piece.block.sequence);
@@ -200,7 +200,7 @@ class StepReader {
 // What a CTA of a cluster receives: each CTA owns a part of the output, and the others send it their states of that
 // part.
 struct Inbox {
-  static constexpr int kTasks = kRows * kHeadDim / 4;                      // of 4 dims
+  static constexpr int kTasks = kRows * kHeadDim / 4;  // of 4 dims
   static constexpr int kOwned = (kTasks + kCluster - 1) / kCluster;
   float4 o[kCluster][kOwned];
   float2 sums[kCluster][kOwned];  // m, l

@@ -69,8 +69,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, KVT_PER_SM) kvt_tiered(co
     TileMassWriter masses;
     if (kHasMasses) masses.locate(p, piece.block);
     const Columns columns = columns_of(p, piece.block, kv_head);
-    Walk walk{p, columns, visible_keys(p, piece.block), piece.block.seq_len,
-              p.cap_outer == 0.0f ? p.scale_log2 : 1.0f, 0, UnitLse()};
+    Walk walk{p, columns,  visible_keys(p, piece.block), piece.block.seq_len, p.cap_outer == 0.0f ? p.scale_log2 : 1.0f,
+              0, UnitLse()};
     TieredStates states;
 #pragma unroll 1
     for (int unit = first_of_warp(piece.begin); unit < piece.end; unit += kStride) {

@@ -31,8 +31,8 @@ struct UnitsParams {
   int* tile_units;
   long long table_row, starts_row;
   int max_entries, width, max_units;
-  int left, right;             // keys seen before and after a query's position; -1 = all
-  int first_granules[3];       // the first granule number of the hot, warm and cold tier
+  int left, right;        // keys seen before and after a query's position; -1 = all
+  int first_granules[3];  // the first granule number of the hot, warm and cold tier
 };
 
 extern "C" __global__ void __launch_bounds__(kThreads) kvt_units(const __grid_constant__ UnitsParams p) {

@@ -14,7 +14,7 @@ using BenchPool = Pool;
 
 struct AllocParams {
   Word* memory;
-  int* starts;       // [threads]
+  int* starts;         // [threads]
   long long* elapsed;  // ns
   int threads, rounds;
 };
@@ -52,7 +52,7 @@ extern "C" __global__ void __launch_bounds__(256) kvt_churn(const __grid_constan
 
 __device__ __forceinline__ long long nanoseconds() {
   long long time;
-  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(time) :: "memory");
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(time)::"memory");
   return time;
 }
 

@@ -8,7 +8,17 @@
 namespace kvt {
 
 enum Finding : int {
-  kFine, kBadSeqLen, kBadCoverage, kBadBlock, kBadCuSeqlens, kBadStarts, kBadTier, kBadSlot, kNoTier, kBadUnit, kBadPlace
+  kFine,
+  kBadSeqLen,
+  kBadCoverage,
+  kBadBlock,
+  kBadCuSeqlens,
+  kBadStarts,
+  kBadTier,
+  kBadSlot,
+  kNoTier,
+  kBadUnit,
+  kBadPlace
 };
 
 // Packed by kvtoolkit/cuda/check.py, field by field in this order. Absent arrays are null.

@@ -23,8 +23,8 @@ using Half = ptx::Half;
 constexpr int kHeadDim = KVT_HEAD_DIM;
 constexpr int kThreads = 256;
 constexpr int kMaxMoves = 48;
-constexpr int kPitch = kHeadDim + 1;     // floats; the tokens of one dim are in different banks
-constexpr float kLargest = 65504.0f;     // of a half
+constexpr int kPitch = kHeadDim + 1;  // floats; the tokens of one dim are in different banks
+constexpr float kLargest = 65504.0f;  // of a half
 constexpr float kSmallestNormal = 1.0f / (1 << 14);
 constexpr unsigned short kNaN = 0x7E00;  // as a half
 using Sizes = Bytes<kHeadDim>;
@@ -34,8 +34,8 @@ struct ConvertParams {
   unsigned short* hot;
   unsigned char* warm;
   unsigned char* cold;
-  long long hot_array, hot_granule;      // elements
-  long long warm_layer, cold_layer;      // bytes
+  long long hot_array, hot_granule;  // elements
+  long long warm_layer, cold_layer;  // bytes
   int num_kv_heads;
   int first_granules[3];
   int sources[kMaxMoves * 8];
@@ -117,8 +117,7 @@ __device__ __forceinline__ void read_warm(const unsigned char* block, bool is_va
   for (int i = threadIdx.x; i < kBlock * kHeadDim; i += kThreads) {
     const int unit = i / Sizes::kWarmCodes;
     const int index = i % Sizes::kWarmCodes;
-    const unsigned char* const codes =
-        block + unit * Sizes::kWarm + (is_value ? Sizes::kWarmCodes + 2 * kWarmUnit : 0);
+    const unsigned char* const codes = block + unit * Sizes::kWarm + (is_value ? Sizes::kWarmCodes + 2 * kWarmUnit : 0);
     const CodePlace place = warm_place(is_value, index);
     const float scale = half_value(halves(codes + Sizes::kWarmCodes)[place.token]) / warm_factor(is_value);
     tile.at(unit * kWarmUnit + place.token, place.dim) = __fmul_rn(scale, static_cast<float>(codes[index]) - 128.0f);
@@ -140,8 +139,9 @@ __device__ __forceinline__ void read_cold(const unsigned char* block, bool is_va
     const float scale = half_value(scales[of]) / factor;
     const float zero = half_value(zeros[of]);
     const int code = codes[i >> 1] >> (i & 1) * 4 & 15;
-    tile.at(place.token, place.dim) = is_value ? __fmul_rn(scale, __fsub_rn(static_cast<float>(code), zero * factor / 4))
-                                               : __fadd_rn(__fmul_rn(scale, static_cast<float>(code - 8)), zero);
+    tile.at(place.token, place.dim) = is_value
+                                          ? __fmul_rn(scale, __fsub_rn(static_cast<float>(code), zero * factor / 4))
+                                          : __fadd_rn(__fmul_rn(scale, static_cast<float>(code - 8)), zero);
   }
 }
 
@@ -261,8 +261,8 @@ __device__ __forceinline__ void write_cold(unsigned char* block, bool is_value, 
       const CodePlace place = cold_place(is_value, 8 * w + n);
       const int of = is_value ? place.token : place.dim;
       const float x = tile.at(place.token, place.dim);
-      const int code = is_value ? point_code(x, tile.scale[of], tile.zero[of])
-                                : code_of(x, tile.scale[of], tile.zero[of], 8, 0, 15);
+      const int code =
+          is_value ? point_code(x, tile.scale[of], tile.zero[of]) : code_of(x, tile.scale[of], tile.zero[of], 8, 0, 15);
       word |= static_cast<unsigned>(code) << 4 * n;
     }
     reinterpret_cast<unsigned*>(codes)[w] = word;
@@ -295,8 +295,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) kvt_convert(const __gr
         const int token = i / (kHeadDim / 2);
         const int dim = i % (kHeadDim / 2) * 2;
         const int granule = sources[token >> 3];
-        const unsigned pair = *reinterpret_cast<const unsigned*>(
-            hot + granule * p.hot_granule + (token & 7) * kHeadDim + dim);
+        const unsigned pair =
+            *reinterpret_cast<const unsigned*>(hot + granule * p.hot_granule + (token & 7) * kHeadDim + dim);
         tile.at(token, dim) = scalar_t::low(pair);
         tile.at(token, dim + 1) = scalar_t::high(pair);
       }

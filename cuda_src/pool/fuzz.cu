@@ -151,8 +151,10 @@ extern "C" __global__ void __launch_bounds__(128) kvt_fuzz(const __grid_constant
   if (start >= 0) fuzzer.unmark(start, order);
   __syncthreads();
   const bool comes = (p.seed + blockIdx.x) % 2 == 0;
-  if (comes) lease.commit(nullptr, threadIdx.x, 128);
-  else lease.abort(threadIdx.x, 128);
+  if (comes)
+    lease.commit(nullptr, threadIdx.x, 128);
+  else
+    lease.abort(threadIdx.x, 128);
   __syncthreads();
   if (comes && start >= 0 && fuzzer.pool.free(start, 1 << order) != 0) fuzzer.fault(kRefusedFree, start, order);
   if (is_here) atomicAdd(p.done, done + 2);

@@ -135,7 +135,7 @@ class GraphRun:
         self.cu_seqlens_q: NDArray[np.int32] = np.arange(batch + 1, dtype=np.int32)
 
     def append(self, layer: int, key: Array, value: Array) -> None:
-        """As `Step.append`; rows of ``key`` and ``value`` beyond the step's are skipped.
+        """Store keys and values as `Step.append` does; rows beyond those of the step are skipped.
 
         Raises:
             StepError: there is no such layer, this run has appended to it before, or another run has begun; nothing was
@@ -148,7 +148,7 @@ class GraphRun:
         self._calls.append(layer, key, value)
 
     def attend(self, layer: int, q: Array, **options: "Unpack[AttendOptions]") -> Any:
-        """As `Step.attend`; rows beyond the step's give zeros.
+        """Attend as `Step.attend` does; rows beyond those of the step give zeros.
 
         Raises:
             StepError: there is no such layer, this run has appended to other layers but not to this one, or another run

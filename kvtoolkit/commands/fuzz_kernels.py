@@ -10,8 +10,8 @@ from allocators.testing.failure import expect, fail
 from kvtoolkit.cuda.launching import Launch
 from kvtoolkit.cuda.pool import DevicePool
 from kvtoolkit.runtime import load
-from kvtoolkit.runtime.structs import ParameterStruct
 from kvtoolkit.runtime.streams import cupy_on_current_stream
+from kvtoolkit.runtime.structs import ParameterStruct
 
 # FuzzFault in cuda_src/pool/fuzz.cu: the promise, and what contradicted it
 _FAULTS = {

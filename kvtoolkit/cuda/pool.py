@@ -1,4 +1,4 @@
-"""A pool whose state lies on a GPU: running kernels take blocks from it, the host batches and maintains it.
+"""A pool whose state is on a GPU: running kernels take blocks from it, the host batches and maintains it.
 
 The device side is ``kvt/pool.cuh`` (`kvtoolkit.get_include`), which states the algorithm.
 """
@@ -288,7 +288,7 @@ class DevicePool(AllocatorBase):
         return taken
 
     def unit_sizes(self, granules: Int32Array) -> Int32Array:
-        """As `BlockAllocator.unit_sizes`; of slabs it waits for the device."""
+        """See `BlockAllocator.unit_sizes`; waits for the device if the pool has slabs."""
         if self.layout == "buddy":
             return super().unit_sizes(granules)
         orders = (self._free_words()[granules // self._word] >> _ORDER) & np.uint64(3)
@@ -323,7 +323,7 @@ class DevicePool(AllocatorBase):
         return super()._invalid_free(start, size, index)
 
     def _is_live(self, granule: int) -> bool:
-        """As `_invalid_free` last saw it."""
+        """The number that `_invalid_free` saw last."""
         return not int(self._taken[granule // self._word]) >> (granule % self._word) & 1
 
     def _set_granules(self) -> int:

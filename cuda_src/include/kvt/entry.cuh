@@ -14,8 +14,8 @@
 
 namespace kvt {
 
-constexpr int kGranule = 8;             // token slots
-constexpr int kMaxBlockGranules = 8;    // 64 tokens
+constexpr int kGranule = 8;           // token slots
+constexpr int kMaxBlockGranules = 8;  // 64 tokens
 constexpr int kEmptyEntry = -1;
 
 enum class Tier : int { kHot = 0, kWarm = 1, kCold = 2, kHost16 = 3, kHostCold = 4 };

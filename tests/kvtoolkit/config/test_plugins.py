@@ -258,10 +258,10 @@ def test_nonsense_of_an_allocator_is_refused_by_every_call_that_asks_for_blocks(
     if call == "truncate":
         cache.fork(seq_ids, 1)
     lengths = cache.lengths(seq_ids).tolist()
-    cache.allocator.inner.lie = LIES[lie]
+    cache.allocator.inner.distort = LIES[lie]
     with pytest.raises(ConfigError, match="allocator: expected Answers.allocate to return"):
         calls(cache, seq_ids)[call]()
-    cache.allocator.inner.lie = None
+    cache.allocator.inner.distort = None
     assert cache.lengths(seq_ids).tolist() == lengths
     if call != "restore":
         step_of(cache, seq_ids, 1)
@@ -275,13 +275,13 @@ def test_blocks_granted_again_are_refused_within_a_call_and_between_calls():
     ):
         cache = KVCache(config(allocator=f"{HERE}:Answers", block_sizes=(8,)))
         seq_ids, _ = cache.open([[]])
-        cache.allocator.inner.lie = lie
+        cache.allocator.inner.distort = lie
         with pytest.raises(ConfigError, match="granted twice in one call|held by the cache or a caller already"):
             cache.begin_step(seq_ids, 64)
     cache = KVCache(config(num_tokens=8192, allocator=f"{HERE}:Answers", growth="adaptive"))
     kept_back = cache._state.group.blocks.reserve[0]
     seq_ids, _ = cache.open([[]])
-    cache.allocator.inner.lie = lambda starts, sizes: np.full(len(starts), kept_back, np.int32)
+    cache.allocator.inner.distort = lambda starts, sizes: np.full(len(starts), kept_back, np.int32)
     with pytest.raises(ConfigError, match="held by the cache or a caller already"):
         cache.begin_step(seq_ids, 64)
     cache.check_integrity()
@@ -290,7 +290,7 @@ def test_blocks_granted_again_are_refused_within_a_call_and_between_calls():
 def test_a_start_after_the_first_refusal_is_refused():
     cache = KVCache(config(allocator=f"{HERE}:Answers", growth="append"))
     seq_ids, _ = cache.open([[], []])
-    cache.allocator.inner.lie = lambda starts, sizes: np.where(np.arange(len(starts)) == 0, -1, starts).astype(np.int32)
+    cache.allocator.inner.distort = lambda starts, sizes: np.where(np.arange(len(starts)) == 0, -1, starts).astype(np.int32)
     with pytest.raises(ConfigError, match="granted after a size that did not fit"):
         cache.begin_step(seq_ids, 64)
 
@@ -301,7 +301,7 @@ def test_a_quantized_tier_checks_its_own_allocator():
     size = pool.allocators[1].num_granules
     assert pool.take_block(1) == pool.first[1]
     for start, problem in ((size, "outside the pool"), (size - 4, "outside the pool"), (12, "no multiple of 8")):
-        pool.allocators[1].lie = all_at(start)
+        pool.allocators[1].distort = all_at(start)
         with pytest.raises(ConfigError, match=problem):
             pool.take_block(1)
 

@@ -64,7 +64,7 @@ def attend(case: Case, arrays: tuple[np.ndarray, ...], layout: str = "HND", **op
 
 
 def attend_tiers(case: TieredCase, **options: Any) -> None:
-    """Likewise over tiers, and so do the masses."""
+    """Over tiers, the results agree, and so do the masses."""
     arrays = case.tiered()
     caches, table, starts = arrays
     masses = case.no_masses(arrays)

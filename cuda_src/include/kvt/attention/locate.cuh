@@ -78,7 +78,7 @@ class StepBlocks {
   }
 
   BlockIds ids_;
-  int per_step_;    // block ids of a step: 1 or 2; 0 = look every token up
+  int per_step_;  // block ids of a step: 1 or 2; 0 = look every token up
   int last_id_;
   int step_;
   int now_, then_;  // this lane's id, and its next one

@@ -31,8 +31,9 @@ __device__ __forceinline__ unsigned any_nonfinite(unsigned shared) {
 template <typename Scalar>
 __device__ __forceinline__ void clear_nonfinite(unsigned shared) {
   const uint4 words = ptx::load_shared_16(shared);
-  ptx::store_shared_16(shared, {words.x & ~nonfinite_mask<Scalar>(words.x), words.y & ~nonfinite_mask<Scalar>(words.y),
-                                words.z & ~nonfinite_mask<Scalar>(words.z), words.w & ~nonfinite_mask<Scalar>(words.w)});
+  ptx::store_shared_16(
+      shared, {words.x & ~nonfinite_mask<Scalar>(words.x), words.y & ~nonfinite_mask<Scalar>(words.y),
+               words.z & ~nonfinite_mask<Scalar>(words.z), words.w & ~nonfinite_mask<Scalar>(words.w)});
 }
 
 }  // namespace kvt

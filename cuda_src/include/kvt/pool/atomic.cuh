@@ -44,7 +44,7 @@ KVT_ATOMIC Word load_acquire(const Word* from) {
 
 KVT_ATOMIC void store_relaxed(Word* to, Word value) {
 #if defined(__CUDA_ARCH__)
-  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" :: "l"(to), "l"(value) : "memory");
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(value) : "memory");
 #else
   __atomic_store_n(to, value, __ATOMIC_RELAXED);
 #endif
@@ -75,7 +75,9 @@ KVT_ATOMIC Word compare_exchange_acquire(Word* at, Word expected, Word value) {
 #if defined(__CUDA_ARCH__)
   Word old;
   asm volatile("atom.cas.acquire.gpu.global.b64 %0, [%1], %2, %3;"
-               : "=l"(old) : "l"(at), "l"(expected), "l"(value) : "memory");
+               : "=l"(old)
+               : "l"(at), "l"(expected), "l"(value)
+               : "memory");
   return old;
 #else
   __atomic_compare_exchange_n(at, &expected, value, false, __ATOMIC_ACQUIRE, __ATOMIC_ACQUIRE);
@@ -95,7 +97,7 @@ KVT_ATOMIC Word exchange_acq_rel(Word* at, Word value) {
 
 KVT_ATOMIC void add_release(Word* at, Word value) {
 #if defined(__CUDA_ARCH__)
-  asm volatile("red.add.release.gpu.global.u64 [%0], %1;" :: "l"(at), "l"(value) : "memory");
+  asm volatile("red.add.release.gpu.global.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
 #else
   __atomic_fetch_add(at, value, __ATOMIC_RELEASE);
 #endif

@@ -30,13 +30,14 @@ __device__ __forceinline__ unsigned address_in_rank(unsigned shared, unsigned ra
 
 // mbarrier.init, and the fence that makes it visible to the cluster after the cluster's barrier.
 __device__ __forceinline__ void initialize_barrier(unsigned barrier, unsigned arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1; fence.mbarrier_init.release.cluster;"
-               :: "r"(barrier), "r"(arrivals) : "memory");
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1; fence.mbarrier_init.release.cluster;" ::"r"(barrier),
+               "r"(arrivals)
+               : "memory");
 }
 
 // mbarrier.arrive.expect_tx: arrive once, and expect as many bytes from st.async.
 __device__ __forceinline__ void arrive_and_expect(unsigned barrier, unsigned nbytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(barrier), "r"(nbytes) : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(nbytes) : "memory");
 }
 
 // mbarrier.try_wait.parity.acquire.cluster: wait until the first phase is complete.
@@ -45,19 +46,25 @@ __device__ __forceinline__ void wait_for_barrier(unsigned barrier) {
   do {
     asm volatile(
         "{ .reg .pred done; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], 0; "
-        "selp.u32 %0, 1, 0, done; }" : "=r"(is_complete) : "r"(barrier) : "memory");
+        "selp.u32 %0, 1, 0, done; }"
+        : "=r"(is_complete)
+        : "r"(barrier)
+        : "memory");
   } while (is_complete == 0);
 }
 
 // st.async: store to the shared memory of another CTA, whose barrier counts the bytes that have arrived.
 __device__ __forceinline__ void store_async(unsigned address, float4 v, unsigned barrier) {
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];"
-               :: "r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier) : "memory");
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address),
+      "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier)
+      : "memory");
 }
 
 __device__ __forceinline__ void store_async(unsigned address, float2 v, unsigned barrier) {
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];"
-               :: "r"(address), "f"(v.x), "f"(v.y), "r"(barrier) : "memory");
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(address),
+               "f"(v.x), "f"(v.y), "r"(barrier)
+               : "memory");
 }
 
 // griddepcontrol.wait: wait until the kernels before this one have finished and their writes are visible.

@@ -44,7 +44,9 @@ __device__ __forceinline__ unsigned multiply_halves(unsigned a, unsigned b) {
 // fma.rn.f16x2: a b - c. If c is a b rounded, this is what the rounding lost.
 __device__ __forceinline__ unsigned multiply_subtract_halves(unsigned a, unsigned b, unsigned c) {
   unsigned rest;
-  asm("{ .reg .b32 minus; neg.f16x2 minus, %3; fma.rn.f16x2 %0, %1, %2, minus; }" : "=r"(rest) : "r"(a), "r"(b), "r"(c));
+  asm("{ .reg .b32 minus; neg.f16x2 minus, %3; fma.rn.f16x2 %0, %1, %2, minus; }"
+      : "=r"(rest)
+      : "r"(a), "r"(b), "r"(c));
   return rest;
 }
 
@@ -65,7 +67,7 @@ __device__ __forceinline__ unsigned long long evict_last_policy() {
 
 // st.global.L2::cache_hint.f32: store 4 bytes with an L2 policy.
 __device__ __forceinline__ void store_4(float* to, float value, unsigned long long policy) {
-  asm volatile("st.global.L2::cache_hint.f32 [%0], %1, %2;" :: "l"(to), "f"(value), "l"(policy) : "memory");
+  asm volatile("st.global.L2::cache_hint.f32 [%0], %1, %2;" ::"l"(to), "f"(value), "l"(policy) : "memory");
 }
 
 }  // namespace kvt::ptx

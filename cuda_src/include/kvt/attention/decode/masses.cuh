@@ -183,8 +183,8 @@ class TileMassWriter {
   }
 
   // The log-sum-exp of 4 rows over the u-th of a tile's units; -inf if the tile has fewer units.
-  static __device__ __forceinline__ float4 load_unit(
-      const AttentionParams& p, const float* unit_lse, int2 units, int u) {
+  static __device__ __forceinline__ float4
+  load_unit(const AttentionParams& p, const float* unit_lse, int2 units, int u) {
     if (units.x + u >= units.y) return {-kInfinity, -kInfinity, -kInfinity, -kInfinity};
     return ptx::load_l2_16(unit_lse + static_cast<long long>(slot_of_unit(units.x + u)) * p.unit_rows);
   }
@@ -197,8 +197,8 @@ class TileMassWriter {
 
   // The log-sum-exp of 4 rows from `row` on, in units of log2. It is infinite for a row that sees nothing or does not
   // exist, so that such a row adds nothing.
-  static __device__ __forceinline__ float4 totals_of(
-      const AttentionParams& p, const RowBlock& block, int kv_head, int row, int num_rows, const float* row_lse) {
+  static __device__ __forceinline__ float4
+  totals_of(const AttentionParams& p, const RowBlock& block, int kv_head, int row, int num_rows, const float* row_lse) {
     float totals[4];
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
@@ -210,7 +210,8 @@ class TileMassWriter {
   }
 
   // The log-sum-exp of any row of the sequence, which another CTA may have written.
-  static __device__ __forceinline__ float lse_of(const AttentionParams& p, const RowBlock& block, int kv_head, int row) {
+  static __device__ __forceinline__ float lse_of(
+      const AttentionParams& p, const RowBlock& block, int kv_head, int row) {
     const int query = row / p.group_size;
     const long long token = block.first_token + query;
     return ptx::load_l2(p.lse + (token * p.num_kv_heads + kv_head) * p.group_size + row - query * p.group_size);

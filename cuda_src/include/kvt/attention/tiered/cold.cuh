@@ -37,7 +37,8 @@ __device__ __forceinline__ void attend_cold(
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) of_zeros[r][i] = of_middle[r][i] = s[r][0][i] = s[r][1][i] = s[r][2][i] = s[r][3][i] = 0.0f;
+    for (int i = 0; i < 4; ++i)
+      of_zeros[r][i] = of_middle[r][i] = s[r][0][i] = s[r][1][i] = s[r][2][i] = s[r][3][i] = 0.0f;
   }
 #pragma unroll
   for (int d = 0; d < kPieces; ++d) {
@@ -53,10 +54,12 @@ __device__ __forceinline__ void attend_cold(
         const uint4 q = queries.q[r][2 * d + half];
         Half::multiply_add(of_zeros[r], zero.x, zero.x, zero.y, zero.y, q.x, q.y);
         Half::multiply_add(of_zeros[r], zero.z, zero.z, zero.w, zero.w, q.z, q.w);
-        uint4 b{ptx::multiply_halves(q.x, scale.x), ptx::multiply_halves(q.y, scale.y),
-                ptx::multiply_halves(q.z, scale.z), ptx::multiply_halves(q.w, scale.w)};
-        const uint4 c{ptx::multiply_subtract_halves(q.x, scale.x, b.x), ptx::multiply_subtract_halves(q.y, scale.y, b.y),
-                      ptx::multiply_subtract_halves(q.z, scale.z, b.z), ptx::multiply_subtract_halves(q.w, scale.w, b.w)};
+        uint4 b{
+            ptx::multiply_halves(q.x, scale.x), ptx::multiply_halves(q.y, scale.y), ptx::multiply_halves(q.z, scale.z),
+            ptx::multiply_halves(q.w, scale.w)};
+        const uint4 c{
+            ptx::multiply_subtract_halves(q.x, scale.x, b.x), ptx::multiply_subtract_halves(q.y, scale.y, b.y),
+            ptx::multiply_subtract_halves(q.z, scale.z, b.z), ptx::multiply_subtract_halves(q.w, scale.w, b.w)};
         if (kSplitRows && g >= 4) b = c;
         scaled[r][half] = b;
         rest[r][half] = c;

@@ -134,15 +134,17 @@ __device__ __forceinline__ void weigh(
 // this lane's tokens.
 template <typename Scalar>
 __device__ __forceinline__ uint2 as_operand(const float (&s)[4], float low = 1.0f, float high = 1.0f) {
-  return {ptx::transpose_matrix(Scalar::pack(s[0] * low, s[1] * low)),
-          ptx::transpose_matrix(Scalar::pack(s[2] * high, s[3] * high))};
+  return {
+      ptx::transpose_matrix(Scalar::pack(s[0] * low, s[1] * low)),
+      ptx::transpose_matrix(Scalar::pack(s[2] * high, s[3] * high))};
 }
 
 // Take tokens whose values are NaN out of a unit that some rows see only in part, because a weight of 0 times NaN is
 // NaN. Rows that see such a token become NaN here; for the others its values are set to 0.
 //   value_scales  [kTokens] in shared memory, this warp's own; with kHasPoints the zero points follow
 template <int kTokens, bool kHasPoints>
-__device__ __forceinline__ void take_lost_tokens(const Walk& walk, unsigned value_scales, int first, TieredStates& states) {
+__device__ __forceinline__ void take_lost_tokens(
+    const Walk& walk, unsigned value_scales, int first, TieredStates& states) {
   const int lane = lane_id();
   const unsigned scales = value_scales + lane * 4;  // of two tokens
   const unsigned points = scales + 2 * kTokens;
