@@ -63,7 +63,7 @@ __all__ = [
     "warmup",
 ]
 
-register("lockfree", lockfree)
+register("lockfree", lockfree, replace=True)  # makes pools on a GPU, too
 
 for _call in (append, merge_states, paged_attention, tiered_attention, variable_block_attention, warmup):
     untraced(_call)

@@ -70,8 +70,8 @@ def _decode(batch: int, length: int, num_layers: int, num_steps: int) -> None:
             _require_room(step)
             cache.end_step(step)
     conversions: list[tuple[Any, Any, int]] = []
-    storage = cache._sequences.storage
-    convert = storage.convert
+    storage = cache._state.group.storage
+    convert = storage.convert_tiles
 
     def timed(sources: Any, targets: Any) -> None:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -96,12 +96,12 @@ def _decode(batch: int, length: int, num_layers: int, num_steps: int) -> None:
         after = cache.stats().num_demoted_warm + cache.stats().num_demoted_cold
         if after - before <= 2 * batch + batch // 4:
             break
-    storage.convert = timed  # type: ignore[method-assign]
+    storage.convert_tiles = timed  # type: ignore[method-assign]
     torch.cuda.synchronize()
     times = np.array(event_times(decode, num_steps))
     converting = np.array([begin.elapsed_time(end) * 1e3 for begin, end, _ in conversions])
     moved = np.array([count for *_, count in conversions])
-    storage.convert = convert  # type: ignore[method-assign]
+    storage.convert_tiles = convert  # type: ignore[method-assign]
     rest, median, most = times.sum() - converting.sum(), float(np.median(times)), converting.max(initial=0.0)
     print(f"{batch} sequences that began together, {length} tokens and more, {num_layers} layers, {num_steps} steps")
     print(f"  a step            {median:9.1f} us median, p99 {np.percentile(times, 99):.1f}, {times.max():.1f} at most")

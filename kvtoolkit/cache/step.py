@@ -1,12 +1,15 @@
 """One step of a batch: where the new tokens go, what attention reads, for all layers."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtoolkit.arrays.types import Int32Array, Int64Array
-from kvtoolkit.cache.layers.layers import MassSum, StepAccess
+from kvtoolkit.arrays.call import Hints
+from kvtoolkit.arrays.types import Array, Int32Array, Int64Array
+from kvtoolkit.attention.options import AttendOptions
+from kvtoolkit.cache.layers.layers import LayerCalls
+from kvtoolkit.cache.layers.masses import MassSum
 from kvtoolkit.cache.state.step_passes import OK, OUT_OF_BLOCKS, STATUS_NAMES, StepArrays
 from kvtoolkit.cache.storage.upload import DeviceTables
 from kvtoolkit.cache.tiering.rules import DEVICE_PERIOD, MOST_QUERIES
@@ -15,23 +18,24 @@ from kvtoolkit.errors import StepError, UnsupportedError
 if TYPE_CHECKING:
     from kvtoolkit.cache.graph import GraphStep
     from kvtoolkit.cache.kv_cache import KVCache
-    from kvtoolkit.cache.layers.device_masses import DeviceMassSum
 
 
 class Step:
     """What `KVCache.begin_step` returns; serves all layers, until `KVCache.end_step`.
 
-    The arrays are NumPy's, read-only because the kernels trust them (``torch.from_numpy`` warns about such: give it a
-    copy); `on_device` has those that kernels read on a GPU, which cannot be protected: do not write to them. They
-    belong to the cache; the next `KVCache.begin_step` may write them again. Rows stand in the order of ``seq_ids``. As
-    a context manager a step that was not ended is aborted: its tokens are forgotten, its blocks stay with the
-    sequences. `append` and `attend` of one step are for one thread at a time.
+    The arrays are NumPy's. They are read-only because the kernels trust them; ``torch.from_numpy`` warns about such
+    arrays, so give it a copy. `on_device` has the arrays that kernels read on a GPU, which cannot be protected: do not
+    write to them. All arrays belong to the cache, and the next `KVCache.begin_step` may overwrite them. Their rows are
+    in the order of ``seq_ids``.
+
+    At the end of a ``with`` a step that was not ended is aborted: its tokens are forgotten, and the sequences keep its
+    blocks as room to grow. Only one thread at a time may call `append` and `attend` of a step.
 
     Attributes:
         seq_ids: ``[batch]`` int64.
         ok: ``[batch]`` bool; a row that is not ok got no memory for its tokens. Its ``seq_lens`` is 0, its slots are
-            -1, its queries give zeros; nothing of it changes at `end_step`.
-        status: ``[batch]`` int8, why: `kvtoolkit.cache.state.step_passes.STATUS_NAMES`.
+            -1, its queries give zeros, and `KVCache.end_step` leaves it as it is.
+        status: ``[batch]`` int8, the reason; see `kvtoolkit.cache.state.step_passes.STATUS_NAMES`.
         num_new_tokens: ``[batch]`` int32.
         block_table: ``[batch, max_entries]`` int32 entries, -1 = empty.
         block_starts: ``[batch, max_entries]`` int32, first logical granule of each entry.
@@ -42,9 +46,9 @@ class Step:
 
     __slots__ = (
         "__weakref__",
-        "_access",
         "_arrays",
         "_cache",
+        "_calls",
         "_device_tables",
         "_graph_step",
         "_is_open",
@@ -66,12 +70,12 @@ class Step:
         self._shown = cache._arrays.shown(arrays)
         seq_ids.setflags(write=False)
         self.seq_ids = seq_ids
-        self._access: StepAccess | None = None
-        self._mass: MassSum | DeviceMassSum | None = None
+        self._calls: LayerCalls | None = None
+        self._mass: MassSum | None = None
         self._device_tables: DeviceTables | None = None
         self._graph_step: GraphStep | None = None  # which has loaded it
 
-    # cut when they are asked for: an integration of its own may need none of them
+    # made only when they are asked for, because an integration may need none of them
     @property
     def num_new_tokens(self) -> Int32Array:
         """``[batch]``; see `Step`."""
@@ -113,14 +117,15 @@ class Step:
         ok: NDArray[np.bool_] = self.status == OK
         return ok
 
-    def append(self, layer: int, key: Any, value: Any) -> None:
+    def append(self, layer: int, key: Array, value: Array) -> None:
         """Store the keys and values of this step's new tokens.
 
         Args:
             layer: 0 to ``num_layers - 1``.
             key: ``[num_tokens, num_kv_heads, head_dim]`` of the cache's dtype, last axis contiguous: a NumPy array or
-                CPU tensor, on a GPU a CUDA tensor, CuPy array or the like; ``value`` alike. Rows of tokens whose slot
-                is -1 are skipped. For a bfloat16 cache also uint16 arrays of its bits.
+                CPU tensor; on a GPU a CUDA tensor, CuPy array or the like. A bfloat16 cache also takes uint16 arrays of
+                its bits. Rows of tokens whose slot is -1 are skipped.
+            value: the same form.
 
         Raises:
             ShapeError: a shape, dtype or stride is not as above; nothing was written.
@@ -128,68 +133,64 @@ class Step:
             StepError: the step has ended.
         """
         self._require_open()
-        (self._access or self._make_access()).append(layer, key, value)
+        (self._calls or self._make_calls()).append(layer, key, value)
 
-    def attend(self, layer: int, q: Any, **options: Any) -> Any:
+    def attend(self, layer: int, q: Array, **options: "Unpack[AttendOptions]") -> Any:
         """Attend the new tokens to everything their sequences hold, these tokens included: `append` them first.
 
         Args:
             layer: 0 to ``num_layers - 1``.
             q: ``[num_tokens, num_q_heads, head_dim]``, of the dtypes that `append` takes, last axis contiguous.
-            options: as `kvtoolkit.variable_block_attention` takes them, but for ``cu_seqlens_q`` and ``block_mass``:
-                for masses of your own call `kvtoolkit.tiered_attention` on `KVCache.tier_caches` and the step's arrays.
+            options: ``softmax_scale``, ``causal``, ``window_size``, ``softcap``, ``sinks``, ``alibi_slopes``, ``out``,
+                ``return_lse``, ``num_splits`` and ``backend``, as in `kvtoolkit.paged_attention`. For masses of your
+                own call `kvtoolkit.tiered_attention` on `KVCache.tier_caches` and the step's arrays.
 
         Returns:
-            ``[num_tokens, num_q_heads, head_dim]`` typed as ``q``, a tensor if ``q`` is one; with ``return_lse`` also
-            ``lse`` ``[num_tokens, num_q_heads]`` float32, natural log.
+            ``[num_tokens, num_q_heads, head_dim]`` of the dtype of ``q``, a tensor if ``q`` is one; with ``return_lse``
+            also ``lse`` ``[num_tokens, num_q_heads]`` float32, natural log.
 
         Raises:
             ShapeError: a shape, dtype, stride or option is not as above.
             ArgumentError: there is no such layer.
-            StepError: the step has ended.
+            StepError: the step has ended, or has appended to other layers but not to this one.
         """
         self._require_open()
-        return (self._access or self._make_access()).attend(layer, q, **options)
+        return (self._calls or self._make_calls()).attend(layer, q, **options)
 
-    def repeat(self, layer: int, key: int, value: int, q: int, out: int) -> bool:
+    def attend_prepared(self, layer: int, key: int, value: int, q: int, out: int) -> bool:
         """`append` and `attend` in one, on raw addresses: for integrations that have checked the arrays themselves.
 
-        Does for this layer what the calls for the layer before did, for arrays at other addresses whose shapes,
-        strides and dtypes are the same, which the caller has made sure of. Returns False, with nothing done, if there
-        was no layer before, or its options included sinks, slopes or ``return_lse``.
+        It repeats for this layer what the calls for the previous layer did. The caller guarantees that the arrays have
+        the same shapes, strides and dtypes. Returns False, with nothing done, if there was no previous layer, or if its
+        options included sinks, slopes or ``return_lse``.
         """
         self._require_open()
-        return self._access is not None and self._access.repeat(layer, key, value, q, out)
+        return self._calls is not None and self._calls.attend_prepared(layer, key, value, q, out)
 
-    def _make_access(self) -> StepAccess:
+    def _make_calls(self) -> LayerCalls:
         arenas = self._cache._arenas
-        if arenas.device >= 0:
-            from kvtoolkit.cache.layers.device_layers import DeviceStepAccess
+        self._mass = self._make_mass()
+        if arenas.device < 0:
+            tables = self.block_table, self.block_starts, self.seq_lens, self.cu_seqlens_q, self.slot_mapping
+            self._calls = LayerCalls(arenas, tables, mass=self._mass)
+            return self._calls
+        counts = self.num_new_tokens
+        query_counts = (int(counts.min()), int(counts.max())) if len(counts) else (1, 1)
+        hints = Hints(query_counts, int(self.seq_lens.max(initial=0)), {})
+        self._calls = LayerCalls(arenas, self.on_device, hints, mass=self._mass)
+        return self._calls
 
-            self._mass = self._make_device_mass()
-            self._access = DeviceStepAccess(
-                arenas, self.on_device, self.num_new_tokens, int(self.seq_lens.max(initial=0)), mass=self._mass
-            )
-        else:
-            if self._cache._sequences.collects_mass:
-                self._mass = MassSum(
-                    len(self.seq_ids), -(-int(self.seq_lens.max(initial=1)) // 64), arenas.num_kv_heads
-                )
-            self._access = StepAccess(
-                arenas, self.block_table, self.block_starts, self.seq_lens, self.cu_seqlens_q, self.slot_mapping,
-                mass=self._mass,
-            )  # fmt: skip
-        return self._access
-
-    def _make_device_mass(self) -> "DeviceMassSum | None":
-        from kvtoolkit.cache.layers.device_masses import DeviceMassSum
-
-        sequences, arenas = self._cache._sequences, self._cache._arenas
-        is_due = sequences.collects_mass and sequences.counters.num_steps % DEVICE_PERIOD == 0
-        if not is_due or self.num_new_tokens.max(initial=0) > MOST_QUERIES:
+    def _make_mass(self) -> MassSum | None:
+        """Where the masses of this step are summed up; None if it collects none."""
+        state, arenas = self._cache._state, self._cache._arenas
+        if not state.group.collects_mass:
             return None
+        if arenas.device >= 0:
+            is_due = state.counters.num_steps % DEVICE_PERIOD == 0
+            if not is_due or self.num_new_tokens.max(initial=0) > MOST_QUERIES:
+                return None
         num_tiles = -(-int(self.seq_lens.max(initial=1)) // 64)
-        return DeviceMassSum(len(self.seq_ids), num_tiles, arenas.num_kv_heads, arenas.device)
+        return MassSum(len(self.seq_ids), num_tiles, arenas.num_kv_heads, arenas.backend.name, arenas.device)
 
     @property
     def on_device(self) -> DeviceTables:
@@ -210,7 +211,7 @@ class Step:
         return self._device_tables
 
     def explain(self) -> list[str]:
-        """A sentence for every row that is not ok."""
+        """A sentence for each row that is not ok."""
         return [
             f"sequence {int(seq_id)}: {STATUS_NAMES[status]}{self._room(int(count)) if status == OUT_OF_BLOCKS else ''}"
             for seq_id, count, status in zip(self.seq_ids, self.num_new_tokens, self.status, strict=True)
@@ -218,8 +219,8 @@ class Step:
         ]
 
     def _room(self, num_new_tokens: int) -> str:
-        """How much memory there is now for tokens that found none."""
-        hot = self._cache._sequences.pool.allocators[0]
+        """The end of a sentence: how much was needed, and how much memory there is now."""
+        hot = self._cache._state.group.blocks.allocators[0]
         assert hot is not None
         kind = " 16-bit" if self._cache.config.tiers is not None else ""
         return (
@@ -229,7 +230,7 @@ class Step:
 
     def _require_all_layers(self) -> None:
         """StepError if some layers were appended to and others were not."""
-        layers = 0 if self._access is None else self._access.layers
+        layers = 0 if self._calls is None else self._calls.layers
         if self._graph_step is not None:
             layers |= self._graph_step.layers
         num_layers = self._cache.config.num_layers

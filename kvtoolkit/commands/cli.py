@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     benches = bench.add_subparsers(title="measurements", required=True, metavar="WHAT")
     _add(benches, "host", "kvtoolkit.bench.host", "host time of a decode step, and of each allocator")
     _add(benches, "costs", "kvtoolkit.bench.costs", "host time of calls while memory is short, in two pools")
+    _add(benches, "loads", "kvtoolkit.bench.loads", "waste, entries and host time of each choice under simulated loads")
     _add(benches, "alloc", "kvtoolkit.bench.alloc", "blocks that kernels on a GPU take and give back")
     _add(benches, "attention", "kvtoolkit.bench.attention", "decode attention on a GPU, beside other people's kernels")
     _add(benches, "tiers", "kvtoolkit.bench.tiers", "attention over quantized tiers on a GPU, beside 16 bit")

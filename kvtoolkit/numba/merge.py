@@ -1,7 +1,7 @@
 """Merge two attention results over disjoint keys, as a Numba kernel: the twin of the CUDA kernel `merge_states`.
 
-    out_a        [num_tokens, num_q_heads, head_dim]    uint16 words of float16 or bfloat16; out_b, out alike
-    lse_a        [num_tokens, num_q_heads] float32,     natural log, -inf = no keys, out_a is not read; lse_b, lse alike
+    out_a        [num_tokens, num_q_heads, head_dim]    uint16 words of float16 or bfloat16; also out_b, out
+    lse_a        [num_tokens, num_q_heads] float32,     natural log, -inf = no keys, out_a is not read; also lse_b, lse
 
 Launch:   grid (num_tokens, num_q_heads), any number of threads. out and lse may be those of a side.
 Numerics: in float32; two empty sides give 0 and -inf.
@@ -22,13 +22,13 @@ def merge_states(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, out: Any, lse: 
     weight_b = float32(0.0)
     merged = NEG_INF
     if a != NEG_INF or b != NEG_INF:  # -inf - -inf is NaN
-        peak = max(a, b)
-        weight_a = math.exp(a - peak)
-        weight_b = math.exp(b - peak)
+        row_max = max(a, b)
+        weight_a = math.exp(a - row_max)
+        weight_b = math.exp(b - row_max)
         total = weight_a + weight_b
         weight_a /= total
         weight_b /= total
-        merged = peak + math.log(total)
+        merged = row_max + math.log(total)
 
     for d in range(cuda.threadIdx.x, out.shape[2], cuda.blockDim.x):
         element = float32(0.0)

@@ -5,6 +5,7 @@ The simulator must be chosen before Numba is imported, so the tests of `TestInSi
 each query token and kv head, so there are few of them.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -14,14 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvtoolkit import backends, reference
 from kvtoolkit import numba as twins
-from kvtoolkit import reference
+from kvtoolkit.arrays.call import attention_call, heads_first
 from kvtoolkit.cpu import Operand, operand
 from kvtoolkit.errors import UnsupportedError
 from kvtoolkit.formats.quantized import FORMATS
 from kvtoolkit.formats.tier_caches import TierCaches
 from tests.kvtoolkit.attention import tiered_cases
-from tests.kvtoolkit.attention.attention_cases import Case, assert_close, nan_filled, to_storage
+from tests.kvtoolkit.attention.attention_cases import Case, assert_close, make_call, nan_filled, to_storage
 from tests.kvtoolkit.attention.tiered_cases import TieredCase
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -62,7 +64,7 @@ def attend(case: Case, arrays: tuple[np.ndarray, ...], layout: str = "HND", **op
 
 
 def attend_tiers(case: TieredCase, **options: Any) -> None:
-    """Likewise over tiers, and so do the masses."""
+    """Over tiers, the results agree, and so do the masses."""
     arrays = case.tiered()
     caches, table, starts = arrays
     masses = case.no_masses(arrays)
@@ -76,19 +78,31 @@ def attend_tiers(case: TieredCase, **options: Any) -> None:
 
 def run_twin(case: Case, *cache: Any, **options: Any) -> tuple[np.ndarray, np.ndarray]:
     """``out, lse``, written over NaN; ``cache`` is the caches and the tables."""
-    q, lengths, cu_seqlens_q, *cache_operands = [
-        described(array, case.dtype) for array in (case.q, case.lengths, case.cu_seqlens_q, *cache)
-    ]
     out, lse = nan_filled(case.q.shape, case.dtype), np.full(case.q.shape[:2], np.nan, np.float32)
-    twins.attend(
-        q, *cache_operands, lengths, out=described(out, case.dtype), lse=operand(lse, "lse"), cu_seqlens_q=cu_seqlens_q,
-        **{name: described(option, case.dtype) for name, option in options.items()},
-    )  # fmt: skip
+    call = make_call(
+        case.q, *cache, case.lengths, out=out, lse=lse, cu_seqlens_q=case.cu_seqlens_q, dtype=case.dtype, **options
+    )
+    twins.attend(call)
     return out, lse
 
 
 class TestInSimulator:
     __test__ = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
+
+    def test_a_launch_is_logged_by_the_names_of_its_kernel(
+        self, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from kvtoolkit.numba import device
+
+        assert device.launch is device._launch  # without the variable nothing is added
+        monkeypatch.setattr(device, "launch", device._log_and_launch)
+        key, cache, slots = np.ones((2, 1, 16), np.float16), np.zeros((4, 1, 8, 16), np.float16), np.array([3, 9])
+        with caplog.at_level("INFO", "kvtoolkit"):
+            twins.append(*(operand(one, "array") for one in (key, key, cache, cache.copy(), slots)), stream=0)
+        (message,) = (record.getMessage() for record in caplog.records)
+        assert message.startswith(f"append grid=2 block=4 stream=0x0 key={key.ctypes.data:#x}[2, 1, 16] value=")
+        assert message.endswith(f"slot_mapping={slots.ctypes.data:#x}[2]")
+        assert cache[0, 0, 3].all()
 
     @pytest.mark.parametrize(("dtype", "layout"), [("float16", "NHD"), ("bfloat16", "HND")])
     def test_decode_over_paged_blocks(self, dtype: str, layout: str) -> None:
@@ -118,9 +132,51 @@ class TestInSimulator:
         case = Case([9], num_q_heads=2, num_kv_heads=1, head_dim=8, dtype="float16")
         arrays = case.paged(4, "HND")
         expected, lse = case.expected(arrays, "HND")
-        q, k_cache, v_cache, table, lengths = [operand(array, "array") for array in (case.q, *arrays, case.lengths)]
-        twins.attend(q, k_cache, v_cache, table, None, lengths, out=q)
+        twins.attend(make_call(case.q, *arrays, None, case.lengths, out=case.q))
         assert_close(case.q, lse, expected, lse, "float16")
+
+    def test_a_prepared_call_runs_on_other_arrays(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(backends, "using", lambda device: contextlib.nullcontext())
+        monkeypatch.setattr(backends, "current_stream", lambda *device: 0)
+        numba = backends.BACKENDS["numba"]
+        first, second = (
+            TieredCase([70], num_q_heads=2, num_kv_heads=1, dtype="float16", patterns=["hc"], seed=seed)
+            for seed in (0, 1)
+        )
+        second.rng = np.random.default_rng(7)
+        first.rng = np.random.default_rng(7)  # other tokens in the same places
+        arrays, others = first.tiered(), second.tiered()
+        assert np.array_equal(arrays[1], others[1])
+        masses, other_masses = first.no_masses(arrays), second.no_masses(others)
+        call = make_call(
+            first.q, *arrays[0][:2], *arrays[1:], first.lengths, out=np.empty_like(first.q),
+            tiers=tiered_cases.described(arrays[0]), block_mass=masses,
+        )  # fmt: skip
+        prepared = numba.attend(call)
+        out = nan_filled(second.q.shape, "float16")
+        places = [operand(array, "array").address for array in (second.q, *others[0][:2], out)]
+        warm, cold = (operand(blocks, "blocks").address for blocks in others[0][2:4])
+        block_mass = operand(other_masses, "masses").address
+        numba.attend_prepared(prepared, *places, warm=warm, cold=cold, block_mass=block_mass)
+        good, good_lse = second.expected(others)
+        assert_close(out, good_lse, good, good_lse, "float16")
+        second.check_masses(others, other_masses)
+
+    def test_a_prepared_append_writes_other_arrays(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(backends, "using", lambda device: contextlib.nullcontext())
+        monkeypatch.setattr(backends, "current_stream", lambda *device: 0)
+        numba = backends.BACKENDS["numba"]
+        new, cache = np.ones((2, 2, 8), np.float16), np.zeros((3, 2, 5, 8), np.float16)
+        slots = operand(np.array([4, 12]), "slots")
+        arrays = [operand(array, "array") for array in (new, new, cache.copy(), cache.copy())]
+        prepared = numba.append(*arrays, slots)
+        key, value, k_cache, v_cache = 2 * new, 3 * new, cache.copy(), cache.copy()
+        addresses = [operand(array, "array").address for array in (key, value, k_cache, v_cache)]
+        numba.append_prepared(prepared, *addresses)
+        for found, number in ((k_cache, 2), (v_cache, 3)):
+            wanted = cache.copy()
+            wanted[0, :, 4], wanted[2, :, 2] = number, number
+            assert np.array_equal(found, wanted)
 
     @pytest.mark.parametrize("head_dim", [64, 128])
     def test_every_element_of_a_block_is_that_of_the_judge(self, head_dim: int) -> None:
@@ -155,8 +211,11 @@ class TestInSimulator:
         arrays = case.tiered()
         caches, table, starts = arrays
         queries, masses = case.q.copy(), case.no_masses(arrays)
-        q, *others = [operand(array, "array") for array in (queries, *caches[:2], table, starts, case.lengths, masses)]
-        twins.attend(q, *others[:-1], out=q, tiers=tiered_cases.described(caches), block_mass=others[-1])
+        call = make_call(
+            queries, *caches[:2], table, starts, case.lengths, out=queries, tiers=tiered_cases.described(caches),
+            block_mass=masses,
+        )  # fmt: skip
+        twins.attend(call)
         expected, lse = case.expected(arrays)
         assert_close(queries, lse, expected, lse, "float16")
         case.check_masses(arrays, masses)
@@ -205,7 +264,8 @@ class TestInSimulator:
         slots = np.array([14, -1, 0, 7], np.int64)
         expected = caches.copy()
         reference.append(key, value, *expected, slots, layout=layout)
-        twins.append(*[operand(array, "array") for array in (key, value, *caches, slots)], layout=layout)
+        new_keys, new_values, *both, where = (operand(array, "array") for array in (key, value, *caches, slots))
+        twins.append(new_keys, new_values, *(heads_first(cache, layout) for cache in both), where)
         np.testing.assert_array_equal(caches, expected)
 
     @pytest.mark.parametrize("dtype", DTYPES)
@@ -238,9 +298,9 @@ class TestInSimulator:
     def test_no_tokens_and_no_moves_are_no_work(self) -> None:
         none = operand(np.zeros((0, 2, 8), np.float16), "key")
         cache = operand(np.zeros((1, 2, 8, 8), np.float16), "cache")
-        twins.append(none, none, cache, cache, operand(np.zeros(0, np.int64), "slots"), layout="HND")
+        twins.append(none, none, cache, cache, operand(np.zeros(0, np.int64), "slots"))
         table, lengths = operand(np.zeros((0, 1), np.int32), "table"), operand(np.zeros(0, np.int32), "seq_lens")
-        twins.attend(none, cache, cache, table, None, lengths, out=none)
+        twins.attend(attention_call(none, cache, cache, table, None, lengths, out=none))
         twins.copy_granules(Operand(0, (2, 3, 2, 8, 8), (384, 128, 64, 8, 1), "float16", None), lengths, lengths)
 
     def test_bfloat16_rounds_to_nearest_even(self) -> None:
