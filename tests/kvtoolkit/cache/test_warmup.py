@@ -98,8 +98,9 @@ def test_the_small_cache_is_of_the_same_kind(options):
     config = CacheConfig(**SHAPE | options)
     small = rehearsal.small_config(config)
     assert small.num_granules <= 5 * rehearsal._NUM_TOKENS // 8
-    for name in ("allocator", "allocator_options", "growth", "block_sizes", "dtype", "num_kv_heads", "head_dim"):
+    for name in ("allocator", "allocator_options", "block_sizes", "dtype", "num_kv_heads", "head_dim"):
         assert getattr(small, name) == getattr(config, name)
+    assert small.growth_policy.merges == config.growth_policy.merges
     assert (small.tiers is None) == (config.tiers is None)
     assert KVCache(small).stats().used == 0
 
