@@ -32,7 +32,7 @@ def test_failure_names_the_promise_and_the_calls():
             super().free(starts[:1], sizes[:1])
 
     with pytest.raises(ConformanceFailure) as caught:
-        run_conformance(lambda: Leaky(24), max_examples=200)
+        run_conformance(lambda: Leaky(24), max_examples=3000)
     assert caught.value.invariant
     notes = "\n".join(caught.value.__notes__)
     assert "    pool = make()\n    pool.allocate(" in notes

@@ -14,6 +14,10 @@ from allocators.testing.failure import difference
 from allocators.testing.recording import Recorder, ShrinkingIsOver, literal
 from tests.allocators.tiny import TinyAllocator
 
+# A search ends at the first failure. How long it takes depends on which modules are imported, because Hypothesis also draws
+# the constants of their sources.
+_MANY = 3000
+
 
 class Wandering(TinyAllocator):
     """Right, but not first fit: where it looks first depends on what subclasses keep."""
@@ -75,7 +79,7 @@ def test_a_correct_allocator_with_a_state_of_its_own_conforms(kind):
 @pytest.mark.parametrize("kind", [Cursor, Random, Clock])
 def test_determinism_is_asked_for_where_it_is_promised(kind):
     with pytest.raises(ConformanceFailure):
-        run_conformance(lambda: kind(24), num_steps=25, deterministic=True, shrink=False)
+        run_conformance(lambda: kind(24), max_examples=_MANY, num_steps=25, deterministic=True, shrink=False)
 
 
 class KeepsOne(BuddyAllocator):
@@ -120,13 +124,13 @@ class SkipsWhatDoesNotFit(BuddyAllocator):
 )
 def test_a_wrong_plug_in_is_still_found(kind, invariants):
     with pytest.raises(ConformanceFailure) as caught:
-        run_conformance(lambda: kind(24), num_steps=25, shrink_s=1.0)
+        run_conformance(lambda: kind(24), max_examples=_MANY, num_steps=25, shrink_s=1.0)
     assert caught.value.invariant in invariants
 
 
 def test_the_script_can_be_pasted_and_leads_to_the_failure():
     with pytest.raises(ConformanceFailure) as caught:
-        run_conformance(lambda: FreesHalf(24), shrink_s=2.0, opening="pool = FreesHalf(24)")
+        run_conformance(lambda: FreesHalf(24), max_examples=_MANY, shrink_s=2.0, opening="pool = FreesHalf(24)")
     (note,) = caught.value.__notes__
     title, *script = note.splitlines()
     assert title == "the calls that lead there:"
@@ -196,7 +200,7 @@ def test_an_allocator_that_takes_its_time_cannot_hold_a_run_up():
             time.sleep(0.01)
 
     with pytest.raises(ConformanceFailure) as caught:
-        run_conformance(lambda: Slow(24), num_steps=25, shrink_s=0.2)
+        run_conformance(lambda: Slow(24), max_examples=_MANY, num_steps=25, shrink_s=0.2)
     assert len(caught.value.__notes__) == 1
 
 
