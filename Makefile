@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 # the CPU build; a looser requirement may bring gigabytes of CUDA libraries
 TORCH ?= torch==2.13.0
 
-QUICK := tests/test_documents.py tests/test_prose.py tests/allocators/test_protocol.py tests/kvtoolkit/arrays \
+QUICK := tests/test_documents.py tests/test_prose.py tests/allocators/test_errors.py tests/kvtoolkit/arrays \
 	tests/kvtoolkit/formats tests/kvtoolkit/config/test_config.py tests/kvtoolkit/commands/test_cli.py \
 	tests/kvtoolkit/cache/test_cache.py tests/kvtoolkit/attention/test_attention.py tests/kvtoolkit/cuda/test_launches.py
 

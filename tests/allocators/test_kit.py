@@ -14,8 +14,8 @@ from allocators.testing.failure import difference
 from allocators.testing.recording import Recorder, ShrinkingIsOver, literal
 from tests.allocators.tiny import TinyAllocator
 
-# A search ends at the first failure. How long it takes depends on which modules are imported, because Hypothesis also draws
-# the constants of their sources.
+# A search ends at the first failure. How long it takes depends on which modules are imported, because Hypothesis also
+# draws the constants of their sources.
 _MANY = 3000
 
 
