@@ -29,6 +29,11 @@ __device__ __forceinline__ void copy_async_16(unsigned to_shared, const void* fr
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(to_shared), "l"(from) : "memory");
 }
 
+// cp.async.cg.shared.global, 16 bytes past L1, or 16 bytes of 0.
+__device__ __forceinline__ void copy_async_16_or_zero(unsigned to_shared, const void* from, bool copies) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to_shared), "l"(from), "r"(copies ? 16 : 0) : "memory");
+}
+
 // cp.async.commit_group: the copies since the last one are a group.
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

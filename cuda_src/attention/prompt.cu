@@ -1,0 +1,661 @@
+// Attention of prompts and of any batch with more than a few new tokens, on sm_90a: 128 query rows of a sequence and kv
+// head against a range of tiles of its keys, per item of work.
+//
+//   q            [num_tokens, num_q_heads, head_dim]               scalar_t, rows of 16 bytes aligned
+//   keys         tensor map of the k_cache, dims (head_dim chunks of 64, slots, chunks, kv heads, blocks); values alike
+//   block_table  [batch, max_blocks] int32 block ids of granules_per_block * 8 tokens
+//   items        see prompt/item.cuh and plan_prompts.cu
+//   out          [num_tokens, num_q_heads, head_dim] scalar_t;     lse [num_tokens, num_q_heads] float32, natural log
+//
+// Launch:   grid = at most one CTA an SM, CTA 384: a warpgroup that loads, two that compute 64 rows each; dynamic shared
+//           memory Layout::kBytes. Macros: KVT_HEAD_DIM, KVT_BF16, KVT_RULES (1: softcap, ALiBi, any scale).
+// How:      A granule of 8 tokens of 128 bytes is one atom of the 128-byte swizzle, so tensor copies bring blocks of any
+//           multiple of 8 tokens to shared memory as wgmma wants them. Items are taken from a counter, longest first;
+//           the first products of an item overlap with the end of the one before. Scores of the next tile are computed
+//           while this one's weights multiply the values, and the two warpgroups take turns.
+// Numerics: scores and running state in float32, weights in scalar_t; see prompt/softmax.cuh.
+// Source:   Shah et al. 2024 (FlashAttention-3, arXiv:2407.08608), sec. 3; block tables, Kwon et al. 2023
+//           (arXiv:2309.06180).
+#include <kvt/finite.cuh>
+#include <kvt/prompt/item.cuh>
+#include <kvt/prompt/softmax.cuh>
+#include <kvt/ptx/async_copy.cuh>
+#include <kvt/ptx/barrier.cuh>
+#include <kvt/ptx/cluster.cuh>
+#include <kvt/ptx/scalar.cuh>
+#include <kvt/ptx/wgmma.cuh>
+
+namespace kvt {
+
+#if KVT_BF16
+using scalar_t = ptx::BFloat16;
+#else
+using scalar_t = ptx::Half;
+#endif
+
+constexpr int kHeadDim = KVT_HEAD_DIM;
+// columns of O: the next size of a product that is made
+constexpr int kDims = kHeadDim <= 64 ? 64 : kHeadDim <= 96 ? 96 : kHeadDim <= 128 ? 128 : kHeadDim <= 192 ? 192 : 256;
+constexpr int kChunks = (kDims + 63) / 64;          // of 128 bytes, in a row of shared memory
+constexpr bool kWholeBoxes = kHeadDim % 64 == 0;    // a tensor copy brings all chunks of a granule
+constexpr int kKeys = kDims <= 128 ? 128 : kDims == 192 ? 96 : 64;  // of a tile
+constexpr int kPieces = kKeys / 8;                  // granules of a tile
+constexpr int kPieceBytes = kChunks * 1024;
+constexpr int kTileBytes = kPieces * kPieceBytes;
+constexpr int kStages = 2;
+constexpr int kQueryBuffers = kDims <= 128 ? 2 : 1;
+constexpr int kGroupQueryBytes = 64 * kChunks * 128;  // of a warpgroup
+constexpr int kQueryBytes = 2 * kGroupQueryBytes;
+constexpr int kThreads = 384;
+constexpr int kConsumers = 256;
+constexpr int kConsumerWarps = 8;
+constexpr int kProducerRegisters = 24;
+constexpr int kConsumerRegisters = 240;
+constexpr int kAskAhead = 3;                        // tiles before its end at which a CTA asks for its next item
+
+// Shared memory, in bytes from its beginning.
+struct Layout {
+  static constexpr int kQueries = 0;
+  static constexpr int kKeyTiles = kQueries + kQueryBuffers * kQueryBytes;
+  static constexpr int kValueTiles = kKeyTiles + kStages * kTileBytes;
+  static constexpr int kBarriers = kValueTiles + kStages * kTileBytes;
+  static constexpr int kNumBarriers = 4 * kStages + 2 * kQueryBuffers + 4;
+  static constexpr int kItems = kBarriers + 8 * kNumBarriers;
+  static constexpr int kIsLast = kItems + 2 * 64;
+  static constexpr int kBytes = kIsLast + 16;
+};
+
+// Numbered barriers.
+constexpr int kTurn = 2;    // and the next: whose turn it is to issue products
+constexpr int kValuesMet = 4;
+
+// A ring of stages in shared memory, as one side of it sees it.
+template <int kCount>
+struct Ring {
+  unsigned full, empty;  // barriers of its stages
+  int stage = 0;
+  unsigned parity = 0;
+
+  __device__ __forceinline__ void wait_full() const { ptx::wait_for_phase(full + 8 * stage, parity); }
+  __device__ __forceinline__ void wait_empty() const { ptx::wait_for_phase(empty + 8 * stage, parity ^ 1); }
+  __device__ __forceinline__ void advance() {
+    if (++stage == kCount) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+struct Rings {
+  Ring<kStages> keys, values;
+  Ring<kQueryBuffers> queries;
+  Ring<2> items;
+
+  __device__ __forceinline__ explicit Rings(unsigned shared) {
+    unsigned at = shared + Layout::kBarriers;
+    const auto place = [&](auto& ring, int count) {
+      ring.full = at;
+      ring.empty = at + 8 * count;
+      at += 16 * count;
+    };
+    place(keys, kStages);
+    place(values, kStages);
+    place(queries, kQueryBuffers);
+    place(items, 2);
+  }
+
+  // By one thread.
+  __device__ __forceinline__ void init() const {
+    const auto all = [](const auto& ring, int count, int filling, int emptying) {
+      for (int i = 0; i < count; ++i) {
+        ptx::init_barrier(ring.full + 8 * i, filling);
+        ptx::init_barrier(ring.empty + 8 * i, emptying);
+      }
+    };
+    all(keys, kStages, 1, kConsumerWarps);
+    all(values, kStages, 1, kConsumerWarps);
+    all(queries, kQueryBuffers, 128, kConsumerWarps);
+    all(items, 2, 1, kConsumerWarps + 3);  // all but the warp that fills it
+    ptx::fence_barrier_init();
+  }
+};
+
+// The map's coordinates of granule `index` of a sequence, as one number; behind its end those of no block, which tensor
+// copies fill with zeros.
+__device__ __forceinline__ int coordinates_of(const PromptParams& p, const Item& item, int index) {
+  if (index * 8 >= item.seq_len) return p.num_map_blocks << p.coordinate_shift;
+  const int in_row = index / p.granules_per_block;
+  const int block = __ldg(p.block_table + item.sequence * p.table_row + in_row);
+  return block * p.block_pitch + index - in_row * p.granules_per_block;
+}
+
+// Every second piece of a tile, from `half` on; `coordinates` are those of the lane's piece.
+__device__ __forceinline__ void copy_pieces(
+    const PromptParams& p, const ptx::TensorMap& map, unsigned to, unsigned barrier, int kv_head, int coordinates,
+    int half, bool is_elected, unsigned long long policy) {
+#pragma unroll 1
+  for (int piece = half; piece < kPieces; piece += 2) {
+    const int at = __shfl_sync(kAllLanes, coordinates, piece);
+    const int block = at >> p.coordinate_shift;
+    const int slot = (at - (block << p.coordinate_shift)) * 8;
+    if (is_elected) {
+      if constexpr (kWholeBoxes) {
+        ptx::copy_box(to + piece * kPieceBytes, map, barrier, 0, slot, 0, kv_head, block, policy);
+      } else {
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c) {
+          ptx::copy_box(to + piece * kPieceBytes + c * 1024, map, barrier, 64 * c, slot, 0, kv_head, block, policy);
+        }
+      }
+    }
+  }
+}
+
+// A quarter of an item's queries to shared memory, rows swizzled as the products want them; zeros behind the last row.
+__device__ __forceinline__ void copy_queries(const PromptParams& p, const Item& item, unsigned to, int quarter) {
+  constexpr int kPerRow = kHeadDim / 8;  // of 16 bytes
+  const ItemRows rows(p, item);
+  const unsigned short* const from = p.q + item.first_token * p.q_token + item.kv_head * p.group_size * p.q_head;
+#pragma unroll 1
+  for (int i = lane_id(); i < 32 * kPerRow; i += 32) {
+    const int row = quarter * 32 + i / kPerRow;
+    const int piece = i % kPerRow;
+    const int query = rows.query(row);
+    const bool exists = row < item.num_rows();
+    const long long offset = exists ? query * p.q_token + rows.head(row, query) * p.q_head + piece * 8 : 0;
+    const unsigned at = to + (row >> 6) * kGroupQueryBytes + (piece >> 3) * 8192 + (row & 63) * 128;
+    ptx::copy_async_16_or_zero(at + (((piece & 7) ^ (row & 7)) << 4), from + offset, exists);
+  }
+}
+
+// The warpgroup that loads. Warps 0 and 2 bring keys, 1 and 3 values, every second piece each; all bring queries; warp 0
+// also fetches the items.
+__device__ __forceinline__ void load_items(
+    const PromptParams& p, const ptx::TensorMap& key_map, const ptx::TensorMap& value_map, unsigned shared,
+    int* item_words, Rings rings, int warp) {
+  const bool is_elected = ptx::elect_lane();
+  const unsigned long long policy = ptx::evict_last_policy();
+  const bool has_values = warp & 1;
+  const int half = warp >> 1;
+  const int lane = lane_id();
+  const ptx::TensorMap& map = has_values ? value_map : key_map;
+  Ring<kStages> ring = has_values ? rings.values : rings.keys;
+  const unsigned tiles = shared + (has_values ? Layout::kValueTiles : Layout::kKeyTiles);
+  if (half == 0) ptx::prefetch_map(map);
+
+  const int num_heads = p.num_kv_heads;
+  const int num_items = __ldg(p.num_items) * num_heads;
+  // lane i: word i of the item numbered `index`
+  const auto fetch = [&](int index) {
+    if (index >= num_items) return -1;
+    const int of_head = index / num_heads;
+    return lane == 8 ? index - of_head * num_heads
+                     : lane < 8 ? __ldg(reinterpret_cast<const int*>(p.items) + 8 * of_head + lane) : 0;
+  };
+  int words = warp == 0 ? fetch(blockIdx.x) : 0;
+  while (true) {
+    if (warp == 0) {
+      rings.items.wait_empty();
+      if (lane < Item::kWords) item_words[16 * rings.items.stage + lane] = words;
+      __syncwarp();
+      if (is_elected) ptx::arrive(rings.items.full + 8 * rings.items.stage);
+    } else {
+      rings.items.wait_full();
+      words = item_words[16 * rings.items.stage + (lane & 15)];
+      __syncwarp();
+      if (is_elected) ptx::arrive(rings.items.empty + 8 * rings.items.stage);
+    }
+    rings.items.advance();
+    const Item item = Item::from_lanes(words);
+    if (!item.exists()) break;
+    const int end = item.end_tile();
+    int coordinates = coordinates_of(p, item, item.first_tile() * kPieces + min(lane, kPieces - 1));
+    unsigned taken = 0;
+    int next_words = -1;
+#pragma unroll 1
+    for (int tile = item.first_tile(); tile < end; ++tile) {
+      const int next = coordinates_of(p, item, (tile + 1) * kPieces + min(lane, kPieces - 1));
+      if (warp == 0) {
+        if (tile == max(item.first_tile(), end - kAskAhead) && is_elected) {
+          taken = atomicInc(p.next_item, num_items - 1) + gridDim.x;
+        }
+        if (tile == end - 1) next_words = fetch(__reduce_max_sync(kAllLanes, taken));
+      }
+      ring.wait_empty();
+      const unsigned barrier = ring.full + 8 * ring.stage;
+      if (half == 0 && is_elected) ptx::arrive_expecting(barrier, kTileBytes);
+      copy_pieces(p, map, tiles + ring.stage * kTileBytes, barrier, item.kv_head, coordinates, half, is_elected, policy);
+      ring.advance();
+      if (tile == item.first_tile()) {
+        rings.queries.wait_empty();
+        copy_queries(p, item, shared + Layout::kQueries + rings.queries.stage * kQueryBytes, warp);
+        ptx::arrive_after_copies(rings.queries.full + 8 * rings.queries.stage);
+        rings.queries.advance();
+      }
+      coordinates = next;
+    }
+    if (warp == 0) words = next_words;
+  }
+}
+
+// What a thread of the computing warpgroups holds, and what it does with it.
+class Consumer {
+ public:
+  __device__ __forceinline__ Consumer(
+      const PromptParams& p, unsigned shared, const int* item_words, int* is_last, Rings rings, int warp)
+      : p_(p), shared_(shared), item_words_(item_words), is_last_(is_last), rings_(rings), group_((warp >> 2) - 1),
+        row_((warp & 3) * 16 + (lane_id() >> 2)), softmax_(KVT_RULES ? 1.0f : p.scale_log2) {
+    queries_ = ptx::swizzled_matrix(shared + Layout::kQueries + group_ * kGroupQueryBytes, 1024);
+    keys_ = ptx::swizzled_matrix(shared + Layout::kKeyTiles, kPieceBytes);
+    values_ = ptx::swizzled_matrix(shared + Layout::kValueTiles, kPieceBytes, 1024);
+  }
+
+  __device__ __forceinline__ void run() {
+    if (group_ == 1) ptx::pass(kTurn, kConsumers);
+    Item item = next_item();
+    if (!item.exists()) return;
+    wait_for_queries();
+    rings_.keys.wait_full();
+    ptx::pin(s_);
+    ptx::fence_products();
+    issue_scores();
+    while (true) {
+      begin(item);
+      const int first = item.first_tile();
+      const int end = item.end_tile();
+      ptx::wait_for_products<0>();
+      ptx::pin(s_);
+      release_keys();
+      if (first == end - 1) release_queries();
+      const bool has_rows = group_ * 64 < item.num_rows();
+      apply_rules(item, first);
+      softmax_.absorb_exactly(s_, weights_);
+#pragma unroll 1
+      for (int tile = first + 1; tile < end; ++tile) step(item, tile, end);
+      rings_.values.wait_full();
+      if (is_masked(end - 1)) clean_values(item, end - 1);
+      ptx::pin(weights_);
+      ptx::pin(o_);
+      ptx::fence_products();
+      issue_values();
+      const Item next = next_item();
+      rings_.queries.advance();
+      if (next.exists()) {
+        wait_for_queries();
+        rings_.keys.wait_full();
+      }
+      ptx::pin(s_);
+      ptx::fence_products();
+      issue_scores();  // after the last item of what is there: a branch around a product would serialize all of them
+      ptx::wait_for_products<1>();
+      ptx::pin(o_);
+      release_values();
+      if (has_rows || item.num_parts() > 1) finish(item, has_rows);
+      if (!next.exists()) break;
+      item = next;
+    }
+    ptx::wait_for_products<0>();
+    ptx::pin(s_);
+  }
+
+ private:
+  using Scores = ptx::Product<scalar_t, kKeys>;
+  using Values = ptx::Product<scalar_t, kDims>;
+
+  __device__ __forceinline__ Item next_item() {
+    rings_.items.wait_full();
+    const Item item = Item::from_lanes(item_words_[16 * rings_.items.stage + (lane_id() & 15)]);
+    if (lane_id() == 0) ptx::arrive(rings_.items.empty + 8 * rings_.items.stage);
+    rings_.items.advance();
+    return item;
+  }
+
+  __device__ __forceinline__ void wait_for_queries() const {
+    rings_.queries.wait_full();
+    ptx::fence_async_proxy();  // they were written by copies of the generic proxy
+  }
+
+  __device__ __forceinline__ void release_keys() { release(rings_.keys); }
+  __device__ __forceinline__ void release_values() { release(rings_.values); }
+  template <int kCount>
+  __device__ __forceinline__ void release(Ring<kCount>& ring) {
+    if (lane_id() == 0) ptx::arrive(ring.empty + 8 * ring.stage);
+    ring.advance();
+  }
+  __device__ __forceinline__ void release_queries() const {
+    if (lane_id() == 0) ptx::arrive(rings_.queries.empty + 8 * rings_.queries.stage);
+  }
+
+  // S = Q K^T for the tile that comes next.
+  __device__ __forceinline__ void issue_scores() {
+    const unsigned long long q = queries_ + rings_.queries.stage * (kQueryBytes >> 4);
+    const unsigned long long k = keys_ + rings_.keys.stage * (kTileBytes >> 4);
+#pragma unroll
+    for (int d = 0; d < kHeadDim / 16; ++d) {
+      Scores::shared(s_, q + (d >> 2) * 512 + (d & 3) * 2, k + (d >> 2) * 64 + (d & 3) * 2, d > 0);
+    }
+    ptx::commit_products();
+  }
+
+  // O += P V for the tile that comes next.
+  __device__ __forceinline__ void issue_values() {
+    const unsigned long long v = values_ + rings_.values.stage * (kTileBytes >> 4);
+#pragma unroll
+    for (int k = 0; k < kKeys / 16; ++k) {
+      Values::registers(
+          o_, weights_[4 * k], weights_[4 * k + 1], weights_[4 * k + 2], weights_[4 * k + 3],
+          v + k * (2 * kPieceBytes >> 4));
+    }
+    ptx::commit_products();
+  }
+
+  __device__ __forceinline__ void begin(const Item& item) {
+    const ItemRows rows(p_, item);
+    const int last = item.num_rows() - 1;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = min(group_ * 64 + row_ + 8 * r, last);
+      const int query = rows.query(row);
+      position_[r] = item.position + query;
+      if (KVT_RULES) {
+        const int q_head = item.kv_head * p_.group_size + rows.head(row, query);
+        slope_[r] = p_.alibi_slopes == nullptr ? 0.0f : p_.alibi_slopes[q_head] * kLog2E;
+      }
+    }
+    const int lowest = item.position + rows.first_query;
+    const int highest = item.position + rows.query(last);
+    const KeyRange keys = visible_keys(p_.left, p_.right, item.seq_len, lowest, highest);
+    full_begin_ = keys.full_begin;
+    full_end_ = keys.full_end;
+    softmax_.reset();
+#pragma unroll
+    for (int i = 0; i < kDims / 2; ++i) o_[i] = 0.0f;
+  }
+
+  // Whether some row of the item, in either warpgroup, does not see all keys of a tile.
+  __device__ __forceinline__ bool is_masked(int tile) const {
+    return tile * kKeys < full_begin_ || (tile + 1) * kKeys > full_end_;
+  }
+
+  // From products to scores that rows see; where there are rules to apply, in log2.
+  __device__ __forceinline__ void apply_rules(const Item& item, int tile) {
+    const int first = tile * kKeys + 2 * (lane_id() & 3);
+    if (KVT_RULES) {
+#pragma unroll
+      for (int i = 0; i < kKeys / 2; ++i) {
+        const int r = i >> 1 & 1;
+        const float capped = p_.cap_outer == 0.0f ? s_[i] * p_.scale_log2 : p_.cap_outer * tanhf(p_.cap_inner * s_[i]);
+        s_[i] = capped - slope_[r] * fabsf(static_cast<float>(position_[r] - first - (i >> 2) * 8 - (i & 1)));
+      }
+    }
+    if (!is_masked(tile)) return;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int last_key = p_.right < 0 ? item.seq_len - 1 : min(item.seq_len - 1, position_[r] + p_.right);
+      const int end = last_key - first;
+#pragma unroll
+      for (int j = 0; j < kKeys / 8; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          if (8 * j + e > end) s_[4 * j + 2 * r + e] = -kInfinity;
+        }
+      }
+      if (p_.left >= 0) {
+        const int begin = position_[r] - p_.left - first;
+#pragma unroll
+        for (int j = 0; j < kKeys / 8; ++j) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            if (8 * j + e < begin) s_[4 * j + 2 * r + e] = -kInfinity;
+          }
+        }
+      }
+    }
+  }
+
+  // The scores and weights of `tile`, while those of the one before multiply its values.
+  __device__ __forceinline__ void step(const Item& item, int tile, int end) {
+    rings_.keys.wait_full();
+    rings_.values.wait_full();
+    if (is_masked(tile - 1)) clean_values(item, tile - 1);
+    ptx::meet(kTurn + group_, kConsumers);
+    ptx::pin(s_);
+    ptx::pin(weights_);
+    ptx::fence_products();
+    issue_scores();
+    ptx::pin(o_);
+    ptx::fence_products();
+    issue_values();
+    ptx::pass(kTurn + (group_ ^ 1), kConsumers);
+    ptx::wait_for_products<1>();
+    ptx::pin(s_);
+    release_keys();
+    if (tile == end - 1) release_queries();
+    apply_rules(item, tile);
+    unsigned next[kKeys / 4];
+    softmax_.absorb(s_, next);
+    ptx::wait_for_products<0>();
+    ptx::pin(o_);
+    ptx::pin(weights_);
+    release_values();
+    if (softmax_.raised) {
+#pragma unroll
+      for (int i = 0; i < kDims / 2; ++i) o_[i] *= softmax_.shrink[i >> 1 & 1];
+    }
+#pragma unroll
+    for (int i = 0; i < kKeys / 4; ++i) asm volatile("mov.b32 %0, %1;" : "=r"(weights_[i]) : "r"(next[i]));
+  }
+
+  // Rows of a tile share every value, and a weight of 0 times an infinity or NaN is NaN: so these go to the rows that
+  // see them, and out of the product. By all computing threads, since the tile is theirs together.
+  __device__ __forceinline__ void clean_values(const Item& item, int tile) {
+    const unsigned values = shared_ + Layout::kValueTiles + rings_.values.stage * kTileBytes;
+    const int thread = threadIdx.x - (kThreads - kConsumers);
+    const int num_keys = item.seq_len - tile * kKeys;  // behind them may be anything
+    unsigned any = 0;
+#pragma unroll 1
+    for (int i = thread; i < kTileBytes / 16; i += kConsumers) {
+      const int key = i / (kPieceBytes / 16) * 8 + (i >> 3 & 7);
+      if (key >= num_keys) {
+        ptx::store_shared_16(values + i * 16, {0, 0, 0, 0});
+      } else {
+        any |= any_nonfinite<scalar_t>(values + i * 16);
+      }
+    }
+    ptx::fence_async_proxy();
+    if (ptx::meet_any(kValuesMet, kConsumers, any != 0)) {
+      add_nonfinite(item, tile, values);
+      ptx::meet(kValuesMet, kConsumers);
+#pragma unroll 1
+      for (int i = thread; i < kTileBytes / 16; i += kConsumers) clear_nonfinite<scalar_t>(values + i * 16);
+      ptx::fence_async_proxy();
+      ptx::meet(kValuesMet, kConsumers);
+    }
+  }
+
+  __device__ __forceinline__ void add_nonfinite(const Item& item, int tile, unsigned values) {
+#pragma unroll 1
+    for (int k = 0; k < kKeys; ++k) {
+      const int key = tile * kKeys + k;
+      bool sees[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        sees[r] = key < item.seq_len && (p_.left < 0 || key >= position_[r] - p_.left) &&
+                  (p_.right < 0 || key <= position_[r] + p_.right);
+      }
+      const unsigned row = values + (k >> 3) * kPieceBytes + (k & 7) * 128;
+#pragma unroll
+      for (int d = 0; d < kDims / 8; ++d) {
+        const unsigned pair = ptx::load_shared_4(row + (d >> 3) * 1024 + (((d & 7) ^ (k & 7)) << 4) + (lane_id() & 3) * 4);
+        const unsigned lost = pair & nonfinite_mask<scalar_t>(pair);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          o_[4 * d + 2 * r] += sees[r] ? scalar_t::low(lost) : 0.0f;
+          o_[4 * d + 2 * r + 1] += sees[r] ? scalar_t::high(lost) : 0.0f;
+        }
+      }
+    }
+  }
+
+  // A part of an item leaves its sums in memory; the CTA that is the last to do so merges them, in order.
+  struct Partial {
+    static constexpr int kOfThread = kDims / 2 + 4;
+    static constexpr int kFloats = kOfThread * kConsumers;
+  };
+
+  // -> whether this CTA has the sums of all parts now
+  __device__ __forceinline__ bool merge_parts(const Item& item, float (&m)[2], float (&l)[2]) {
+    const int thread = threadIdx.x - (kThreads - kConsumers);
+    const auto place = [&](int part) {
+      return p_.partials + (static_cast<long long>(item.slot + part) * p_.num_kv_heads + item.kv_head) * Partial::kFloats +
+             thread;
+    };
+    float* const own = place(item.part());
+#pragma unroll
+    for (int i = 0; i < kDims / 2; ++i) own[i * kConsumers] = o_[i];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      own[(kDims / 2 + r) * kConsumers] = m[r];
+      own[(kDims / 2 + 2 + r) * kConsumers] = l[r];
+    }
+    __threadfence();
+    ptx::meet(kValuesMet, kConsumers);
+    if (thread == 0) {
+      unsigned* const arrivals = p_.arrivals + item.slot * p_.num_kv_heads + item.kv_head;
+      const bool last = atomicAdd(arrivals, 1) == item.num_parts() - 1;
+      if (last) *arrivals = 0;
+      *is_last_ = last;
+      __threadfence();
+    }
+    ptx::meet(kValuesMet, kConsumers);
+    if (*is_last_ == 0) return false;
+    const int parts = item.num_parts();
+    float high[2] = {-kInfinity, -kInfinity};
+#pragma unroll 1
+    for (int part = 0; part < parts; ++part) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) high[r] = fmaxf(high[r], __ldcg(place(part) + (kDims / 2 + r) * kConsumers));
+    }
+#pragma unroll
+    for (int i = 0; i < kDims / 2; ++i) o_[i] = 0.0f;
+    l[0] = l[1] = 0.0f;
+#pragma unroll 1
+    for (int part = 0; part < parts; ++part) {
+      const float* const from = place(part);
+      float factor[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float base = high[r] == -kInfinity ? 0.0f : high[r];
+        factor[r] = ptx::exp2(__ldcg(from + (kDims / 2 + r) * kConsumers) - base);
+        l[r] += factor[r] * __ldcg(from + (kDims / 2 + 2 + r) * kConsumers);
+      }
+#pragma unroll
+      for (int i = 0; i < kDims / 2; ++i) o_[i] += factor[i >> 1 & 1] * __ldcg(from + i * kConsumers);
+    }
+    m[0] = high[0];
+    m[1] = high[1];
+    return true;
+  }
+
+  __device__ __forceinline__ void finish(const Item& item, bool has_rows) {
+    float m[2];
+    float l[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      m[r] = softmax_.m[r] * softmax_.scale;
+      l[r] = sum_over_columns(softmax_.l[r]);
+    }
+    if (item.num_parts() > 1 && !merge_parts(item, m, l)) return;
+    if (!has_rows) return;
+    const ItemRows rows(p_, item);
+    const int t = lane_id() & 3;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = group_ * 64 + row_ + 8 * r;
+      const bool exists = row < item.num_rows();
+      const int query = rows.query(row);
+      const int q_head = item.kv_head * p_.group_size + rows.head(row, query);
+      float scale = 1.0f;
+      if (p_.sinks != nullptr && exists && item.seq_len > 0) {
+        const float sink = p_.sinks[q_head] * kLog2E;
+        const float with_sink = fmaxf(m[r], sink);
+        if (with_sink > -kInfinity) {
+          scale = ptx::exp2(m[r] - with_sink);
+          l[r] = l[r] * scale + ptx::exp2(sink - with_sink);
+          m[r] = with_sink;
+        }
+      }
+      const float factor = l[r] > 0.0f ? scale / l[r] : l[r] == 0.0f ? 0.0f : l[r];  // NaN stays NaN
+      const long long token = item.first_token + query;
+      unsigned short* const to = p_.out + token * p_.out_token + q_head * p_.out_head + 8 * t;
+#pragma unroll
+      for (int b = 0; b < kDims / 32; ++b) {
+        // lane t of 4 has dims 8d + 2t of 4 blocks of 8; it stores the whole block t
+        unsigned x[4];
+#pragma unroll
+        for (int d = 0; d < 4; ++d) {
+          x[d] = scalar_t::pack(o_[16 * b + 4 * d + 2 * r] * factor, o_[16 * b + 4 * d + 2 * r + 1] * factor);
+        }
+        transpose_in_quad(x, t);
+        if (exists && (kDims == kHeadDim || 32 * b + 8 * t < kHeadDim)) {
+          *reinterpret_cast<uint4*>(to + 32 * b) = make_uint4(x[0], x[1], x[2], x[3]);
+        }
+      }
+      if (p_.lse != nullptr && exists && t == 0) {
+        const float lse = l[r] == 0.0f ? -kInfinity : (m[r] + log2f(l[r])) * kLn2;
+        p_.lse[token * p_.num_kv_heads * p_.group_size + q_head] = lse;
+      }
+    }
+  }
+
+  // x[d] of lane t becomes x[t] of lane d.
+  __device__ __forceinline__ static void transpose_in_quad(unsigned (&x)[4], int t) {
+    const auto swap = [&](unsigned& a, unsigned& b, int distance) {
+      const bool upper = t & distance;
+      const unsigned got = __shfl_xor_sync(kAllLanes, upper ? a : b, distance);
+      (upper ? a : b) = got;
+    };
+    swap(x[0], x[1], 1);
+    swap(x[2], x[3], 1);
+    swap(x[0], x[2], 2);
+    swap(x[1], x[3], 2);
+  }
+
+  const PromptParams& p_;
+  unsigned shared_;
+  const int* item_words_;
+  int* is_last_;
+  Rings rings_;
+  int group_;  // 0 or 1
+  int row_;    // of the warpgroup's; this thread has it and the one 8 below
+  unsigned long long queries_, keys_, values_;
+  TileSoftmax<scalar_t, kKeys> softmax_;
+  int position_[2];
+  float slope_[2];
+  int full_begin_, full_end_;
+  float s_[kKeys / 2];
+  float o_[kDims / 2];
+  unsigned weights_[kKeys / 4];
+};
+
+extern "C" __global__ void __launch_bounds__(kThreads, 1) kvt_prompt(
+    const __grid_constant__ PromptParams p, const __grid_constant__ ptx::TensorMap key_map,
+    const __grid_constant__ ptx::TensorMap value_map) {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  const unsigned shared = ptx::shared_address(memory);
+  const int warp = __shfl_sync(kAllLanes, threadIdx.x >> 5, 0);
+  int* const item_words = reinterpret_cast<int*>(memory + Layout::kItems);
+  const Rings rings(shared);
+  if (threadIdx.x == 0) rings.init();
+  __syncthreads();
+  ptx::wait_for_dependencies();
+  if (warp < 4) {
+    ptx::give_registers<kProducerRegisters>();
+    load_items(p, key_map, value_map, shared, item_words, rings, warp);
+  } else {
+    ptx::take_registers<kConsumerRegisters>();
+    Consumer(p, shared, item_words, reinterpret_cast<int*>(memory + Layout::kIsLast), rings, warp).run();
+  }
+}
+
+}  // namespace kvt
