@@ -25,7 +25,8 @@ struct PlanPromptsParams {
   const int* cu_seqlens_q;
   int4* items;
   int* num_items;
-  int batch, group_size, num_kv_heads;
+  Halves halves;
+  int batch, num_kv_heads;
   int left, right;
   int num_ctas;        // of the prompt kernel, at once
   int min_queries;     // sequences with fewer are another kernel's
@@ -41,7 +42,7 @@ struct Batch {
   }
   __device__ __forceinline__ int num_blocks(int b) const {
     const int queries = num_queries(b);
-    return queries < p.min_queries ? 0 : (queries * p.group_size + kPromptRows - 1) / kPromptRows;
+    return queries < p.min_queries ? 0 : (p.halves.count(queries) + 1) / 2;
   }
 };
 
@@ -96,9 +97,13 @@ extern "C" __global__ void __launch_bounds__(kPlanThreads) kvt_plan_prompts(
   const int before = sum_before(sum, warp_sums, num_blocks);
   for (int b = first; b < last; ++b) ends[b] += before;
   __syncthreads();
+  if (num_blocks == 0) {
+    if (threadIdx.x == 0) *p.num_items = 0;
+    return;
+  }
 
   struct Block {
-    int sequence, first_row, num_rows, queries, length, first_tile, num_tiles;
+    int sequence, first_half, queries, length, first_tile, num_tiles;
   };
   const auto block_at = [&](int index) {
     int low = 0;
@@ -113,14 +118,10 @@ extern "C" __global__ void __launch_bounds__(kPlanThreads) kvt_plan_prompts(
     }
     Block block;
     block.sequence = low;
-    block.first_row = (index - (low > 0 ? ends[low - 1] : 0)) * kPromptRows;
+    block.first_half = (index - (low > 0 ? ends[low - 1] : 0)) * 2;
     block.queries = batch.num_queries(low);
-    block.num_rows = min(kPromptRows, block.queries * p.group_size - block.first_row);
     block.length = p.seq_lens[low];
-    const int position = block.length - block.queries;
-    const KeyRange keys = visible_keys(
-        p.left, p.right, block.length, position + block.first_row / p.group_size,
-        position + (block.first_row + block.num_rows - 1) / p.group_size);
+    const KeyRange keys = keys_of_item(p.halves, p.left, p.right, block.length, block.queries, block.first_half);
     block.first_tile = keys.begin / KVT_KEYS;
     // one that sees nothing has a tile nevertheless, and writes zeros
     const int end = max(block.first_tile + 1, (keys.end + KVT_KEYS - 1) / KVT_KEYS);
@@ -128,15 +129,22 @@ extern "C" __global__ void __launch_bounds__(kPlanThreads) kvt_plan_prompts(
     return block;
   };
 
+  // each thread's first block is looked up once
+  const Block own = block_at(min(static_cast<int>(threadIdx.x), num_blocks - 1));
+  const auto block_of = [&](int index) { return index < kPlanThreads ? own : block_at(index); };
   int tiles = 0;
   int longest = 0;
   for (int i = threadIdx.x; i < num_blocks; i += kPlanThreads) {
-    const int of_block = block_at(i).num_tiles;
+    const int of_block = block_of(i).num_tiles;
     tiles += of_block;
     longest = max(longest, of_block);
   }
-  atomicAdd(&sum_of_tiles, static_cast<unsigned long long>(tiles));
-  atomicMax(&longest_item, longest);
+  tiles = __reduce_add_sync(kAllLanes, tiles);
+  longest = __reduce_max_sync(kAllLanes, longest);
+  if (lane_id() == 0 && tiles > 0) {
+    atomicAdd(&sum_of_tiles, static_cast<unsigned long long>(tiles));
+    atomicMax(&longest_item, longest);
+  }
   __syncthreads();
   const long long total = static_cast<long long>(sum_of_tiles) * p.num_kv_heads;
   longest = longest_item;
@@ -150,7 +158,7 @@ extern "C" __global__ void __launch_bounds__(kPlanThreads) kvt_plan_prompts(
     return static_cast<int>(static_cast<long long>(longest - num_tiles) * (kBins - 1) / longest);
   };
   for (int i = threadIdx.x; i < num_blocks; i += kPlanThreads) {
-    const Block block = block_at(i);
+    const Block block = block_of(i);
     const int parts = parts_of(block.num_tiles);
     atomicAdd(&bins[bin_of(block.num_tiles / parts)], parts);
   }
@@ -162,7 +170,7 @@ extern "C" __global__ void __launch_bounds__(kPlanThreads) kvt_plan_prompts(
   if (threadIdx.x == 0) *p.num_items = num_items;
   __syncthreads();
   for (int i = threadIdx.x; i < num_blocks; i += kPlanThreads) {
-    const Block block = block_at(i);
+    const Block block = block_of(i);
     const int parts = parts_of(block.num_tiles);
     const int slot = parts > 1 ? atomicAdd(&used_slots, parts) : 0;
     const int at = atomicAdd(&bins[bin_of(block.num_tiles / parts)], parts);
@@ -170,8 +178,8 @@ extern "C" __global__ void __launch_bounds__(kPlanThreads) kvt_plan_prompts(
       const int begin = block.first_tile + static_cast<int>(static_cast<long long>(block.num_tiles) * part / parts);
       const int end = block.first_tile + static_cast<int>(static_cast<long long>(block.num_tiles) * (part + 1) / parts);
       int4* const to = p.items + 2 * (at + part);
-      to[0] = {batch.first_token(block.sequence), block.first_row, block.length - block.queries, block.sequence};
-      to[1] = {block.length, begin | end << 16, block.num_rows | part << 8 | parts << 16, slot};
+      to[0] = {batch.first_token(block.sequence), block.queries, block.first_half, block.sequence};
+      to[1] = {block.length, begin | end << 16, part | parts << 16, slot};
     }
   }
 }

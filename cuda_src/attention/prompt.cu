@@ -1,8 +1,9 @@
 // Attention of prompts and of any batch with more than a few new tokens, on sm_90a: 128 query rows of a sequence and kv
 // head against a range of tiles of its keys, per item of work.
 //
-//   q            [num_tokens, num_q_heads, head_dim]               scalar_t, rows of 16 bytes aligned
-//   keys         tensor map of the k_cache, dims (head_dim chunks of 64, slots, chunks, kv heads, blocks); values alike
+//   q            tensor map, dims (head_dim, q heads, tokens, 1, 1), box (64, heads and queries of a half, 1, 1)
+//   keys         tensor map of the k_cache, dims (64, slots, chunks of 64 dims, kv heads, blocks), box (64, 8, chunks, 1, 1),
+//                or (head_dim, slots, 1, kv heads, blocks), box (64, 8, 1, 1, 1); values the same
 //   block_table  [batch, max_blocks] int32 block ids of granules_per_block * 8 tokens
 //   items        see prompt/item.cuh and plan_prompts.cu
 //   out          [num_tokens, num_q_heads, head_dim] scalar_t;     lse [num_tokens, num_q_heads] float32, natural log
@@ -67,7 +68,8 @@ struct Layout {
 
 // Numbered barriers.
 constexpr int kTurn = 2;    // and the next: whose turn it is to issue products
-constexpr int kValuesMet = 4;
+constexpr int kGroupMet = 4;  // and the next: of each warpgroup
+constexpr int kBothMet = 6;
 
 // A ring of stages in shared memory, as one side of it sees it.
 template <int kCount>
@@ -114,7 +116,7 @@ struct Rings {
     };
     all(keys, kStages, 1, kConsumerWarps);
     all(values, kStages, 1, kConsumerWarps);
-    all(queries, kQueryBuffers, 128, kConsumerWarps);
+    all(queries, kQueryBuffers, 1, kConsumerWarps);
     all(items, 2, 1, kConsumerWarps + 3);  // all but the warp that fills it
     ptx::fence_barrier_init();
   }
@@ -124,20 +126,23 @@ struct Rings {
 // copies fill with zeros.
 __device__ __forceinline__ int coordinates_of(const PromptParams& p, const Item& item, int index) {
   if (index * 8 >= item.seq_len) return p.num_map_blocks << p.coordinate_shift;
-  const int in_row = index / p.granules_per_block;
+  const int in_row = p.block_shift >= 0 ? index >> p.block_shift : index / p.granules_per_block;
   const int block = __ldg(p.block_table + item.sequence * p.table_row + in_row);
   return block * p.block_pitch + index - in_row * p.granules_per_block;
 }
 
-// Every second piece of a tile, from `half` on; `coordinates` are those of the lane's piece.
+// Every second piece of a tile, from `half` on; `coordinates` are those of the lane's piece. What is in this loop is what
+// loading costs: a piece comes as fast as its copy is issued.
+template <bool kHasSlots>
 __device__ __forceinline__ void copy_pieces(
     const PromptParams& p, const ptx::TensorMap& map, unsigned to, unsigned barrier, int kv_head, int coordinates,
     int half, bool is_elected, unsigned long long policy) {
+  const int own_block = kHasSlots ? coordinates >> p.coordinate_shift : coordinates;
+  const int own_slot = kHasSlots ? (coordinates - (own_block << p.coordinate_shift)) * 8 : 0;
 #pragma unroll 1
   for (int piece = half; piece < kPieces; piece += 2) {
-    const int at = __shfl_sync(kAllLanes, coordinates, piece);
-    const int block = at >> p.coordinate_shift;
-    const int slot = (at - (block << p.coordinate_shift)) * 8;
+    const int block = __shfl_sync(kAllLanes, own_block, piece);
+    const int slot = kHasSlots ? __shfl_sync(kAllLanes, own_slot, piece) : 0;
     if (is_elected) {
       if constexpr (kWholeBoxes) {
         ptx::copy_box(to + piece * kPieceBytes, map, barrier, 0, slot, 0, kv_head, block, policy);
@@ -151,50 +156,50 @@ __device__ __forceinline__ void copy_pieces(
   }
 }
 
-// A quarter of an item's queries to shared memory, rows swizzled as the products want them; zeros behind the last row.
-__device__ __forceinline__ void copy_queries(const PromptParams& p, const Item& item, unsigned to, int quarter) {
-  constexpr int kPerRow = kHeadDim / 8;  // of 16 bytes
-  const ItemRows rows(p, item);
-  const unsigned short* const from = p.q + item.first_token * p.q_token + item.kv_head * p.group_size * p.q_head;
+// An item's queries to shared memory, by one thread.
+__device__ __forceinline__ void copy_queries(
+    const PromptParams& p, const ptx::TensorMap& map, const Item& item, unsigned to, unsigned barrier,
+    unsigned long long policy) {
+  const int halves = item.has_half(p.halves, 1) ? 2 : 1;
+  const int half_bytes = kChunks * p.halves.heads * p.halves.queries * 128;
+  ptx::arrive_expecting(barrier, halves * half_bytes);
 #pragma unroll 1
-  for (int i = lane_id(); i < 32 * kPerRow; i += 32) {
-    const int row = quarter * 32 + i / kPerRow;
-    const int piece = i % kPerRow;
-    const int query = rows.query(row);
-    const bool exists = row < item.num_rows();
-    const long long offset = exists ? query * p.q_token + rows.head(row, query) * p.q_head + piece * 8 : 0;
-    const unsigned at = to + (row >> 6) * kGroupQueryBytes + (piece >> 3) * 8192 + (row & 63) * 128;
-    ptx::copy_async_16_or_zero(at + (((piece & 7) ^ (row & 7)) << 4), from + offset, exists);
+  for (int half = 0; half < halves; ++half) {
+    const int index = item.first_half + half;
+    const int head = item.kv_head * p.halves.group_size + p.halves.first_head(index);
+    const int token = item.first_token + p.halves.first_query(index);
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      ptx::copy_box(to + half * kGroupQueryBytes + c * 8192, map, barrier, 64 * c, head, token, 0, 0, policy);
+    }
   }
 }
 
-// The warpgroup that loads. Warps 0 and 2 bring keys, 1 and 3 values, every second piece each; all bring queries; warp 0
-// also fetches the items.
+// A warp that loads: 0 and 2 bring keys, 1 and 3 values, every second piece each; 0 also fetches the items and brings the
+// queries. kRole: 0 = warp 0, 1 = values, 2 = warp 2.
+template <int kRole>
 __device__ __forceinline__ void load_items(
-    const PromptParams& p, const ptx::TensorMap& key_map, const ptx::TensorMap& value_map, unsigned shared,
-    int* item_words, Rings rings, int warp) {
+    const PromptParams& p, const ptx::TensorMap& query_map, const ptx::TensorMap& map, unsigned shared,
+    int* item_words, Rings rings, int half) {
   const bool is_elected = ptx::elect_lane();
   const unsigned long long policy = ptx::evict_last_policy();
-  const bool has_values = warp & 1;
-  const int half = warp >> 1;
   const int lane = lane_id();
-  const ptx::TensorMap& map = has_values ? value_map : key_map;
-  Ring<kStages> ring = has_values ? rings.values : rings.keys;
-  const unsigned tiles = shared + (has_values ? Layout::kValueTiles : Layout::kKeyTiles);
+  Ring<kStages>& ring = kRole == 1 ? rings.values : rings.keys;
+  const unsigned tiles = shared + (kRole == 1 ? Layout::kValueTiles : Layout::kKeyTiles);
   if (half == 0) ptx::prefetch_map(map);
 
-  const int num_heads = p.num_kv_heads;
-  const int num_items = __ldg(p.num_items) * num_heads;
+  int num_items = 0;
   // lane i: word i of the item numbered `index`
   const auto fetch = [&](int index) {
-    if (index >= num_items) return -1;
-    const int of_head = index / num_heads;
-    return lane == 8 ? index - of_head * num_heads
-                     : lane < 8 ? __ldg(reinterpret_cast<const int*>(p.items) + 8 * of_head + lane) : 0;
+    const int of_head = index / p.num_kv_heads;
+    // loaded before it is known whether there is one
+    const int word = lane < 8 ? __ldg(reinterpret_cast<const int*>(p.items) + 8 * of_head + lane) : 0;
+    if (num_items == 0) num_items = __ldg(p.num_items) * p.num_kv_heads;
+    return index >= num_items ? -1 : lane == 8 ? index - of_head * p.num_kv_heads : word;
   };
-  int words = warp == 0 ? fetch(blockIdx.x) : 0;
+  int words = kRole == 0 ? fetch(blockIdx.x) : 0;
   while (true) {
-    if (warp == 0) {
+    if (kRole == 0) {
       rings.items.wait_empty();
       if (lane < Item::kWords) item_words[16 * rings.items.stage + lane] = words;
       __syncwarp();
@@ -215,28 +220,37 @@ __device__ __forceinline__ void load_items(
 #pragma unroll 1
     for (int tile = item.first_tile(); tile < end; ++tile) {
       const int next = coordinates_of(p, item, (tile + 1) * kPieces + min(lane, kPieces - 1));
-      if (warp == 0) {
+      if (kRole == 0) {
         if (tile == max(item.first_tile(), end - kAskAhead) && is_elected) {
           taken = atomicInc(p.next_item, num_items - 1) + gridDim.x;
         }
-        if (tile == end - 1) next_words = fetch(__reduce_max_sync(kAllLanes, taken));
+        if (tile == end - 1) next_words = fetch(min(__reduce_max_sync(kAllLanes, taken), num_items));
       }
       ring.wait_empty();
       const unsigned barrier = ring.full + 8 * ring.stage;
+      const unsigned to = tiles + ring.stage * kTileBytes;
       if (half == 0 && is_elected) ptx::arrive_expecting(barrier, kTileBytes);
-      copy_pieces(p, map, tiles + ring.stage * kTileBytes, barrier, item.kv_head, coordinates, half, is_elected, policy);
+      if (p.coordinate_shift == 0) {
+        copy_pieces<false>(p, map, to, barrier, item.kv_head, coordinates, half, is_elected, policy);
+      } else {
+        copy_pieces<true>(p, map, to, barrier, item.kv_head, coordinates, half, is_elected, policy);
+      }
       ring.advance();
-      if (tile == item.first_tile()) {
+      if (kRole == 0 && tile == item.first_tile()) {
         rings.queries.wait_empty();
-        copy_queries(p, item, shared + Layout::kQueries + rings.queries.stage * kQueryBytes, warp);
-        ptx::arrive_after_copies(rings.queries.full + 8 * rings.queries.stage);
+        const unsigned queries = shared + Layout::kQueries + rings.queries.stage * kQueryBytes;
+        if (is_elected) copy_queries(p, query_map, item, queries, rings.queries.full + 8 * rings.queries.stage, policy);
+        __syncwarp();
         rings.queries.advance();
       }
       coordinates = next;
     }
-    if (warp == 0) words = next_words;
+    if (kRole == 0) words = next_words;
   }
 }
+
+// A number that is the same in the whole warp, and known to be so by the compiler.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(kAllLanes, x, 0); }
 
 // What a thread of the computing warpgroups holds, and what it does with it.
 class Consumer {
@@ -245,9 +259,6 @@ class Consumer {
       const PromptParams& p, unsigned shared, const int* item_words, int* is_last, Rings rings, int warp)
       : p_(p), shared_(shared), item_words_(item_words), is_last_(is_last), rings_(rings), group_((warp >> 2) - 1),
         row_((warp & 3) * 16 + (lane_id() >> 2)), softmax_(KVT_RULES ? 1.0f : p.scale_log2) {
-    queries_ = ptx::swizzled_matrix(shared + Layout::kQueries + group_ * kGroupQueryBytes, 1024);
-    keys_ = ptx::swizzled_matrix(shared + Layout::kKeyTiles, kPieceBytes);
-    values_ = ptx::swizzled_matrix(shared + Layout::kValueTiles, kPieceBytes, 1024);
   }
 
   __device__ __forceinline__ void run() {
@@ -267,11 +278,26 @@ class Consumer {
       ptx::pin(s_);
       release_keys();
       if (first == end - 1) release_queries();
-      const bool has_rows = group_ * 64 < item.num_rows();
-      apply_rules(item, first);
-      softmax_.absorb_exactly(s_, weights_);
+      const bool has_rows = item.has_half(p_.halves, group_);
+      if (has_rows) {
+        apply_rules<true>(item, first);
+        softmax_.absorb_exactly(s_, weights_);
+        int tile = first + 1;
+#if !(KVT_EXP & 2)
+        if (full_begin_ <= first * kKeys) {
+          const int full_end = uniform(min(end, full_end_ / kKeys));
 #pragma unroll 1
-      for (int tile = first + 1; tile < end; ++tile) step(item, tile, end);
+          for (; tile < full_end; ++tile) step<false>(item, tile, end);
+        }
+#endif
+#pragma unroll 1
+        for (; tile < end; ++tile) step<true>(item, tile, end);
+      } else {
+#pragma unroll 1
+        for (int tile = first + 1; tile < end; ++tile) pass_on(item, tile, end);
+#pragma unroll
+        for (int i = 0; i < kKeys / 4; ++i) weights_[i] = 0;
+      }
       rings_.values.wait_full();
       if (is_masked(end - 1)) clean_values(item, end - 1);
       ptx::pin(weights_);
@@ -310,10 +336,7 @@ class Consumer {
     return item;
   }
 
-  __device__ __forceinline__ void wait_for_queries() const {
-    rings_.queries.wait_full();
-    ptx::fence_async_proxy();  // they were written by copies of the generic proxy
-  }
+  __device__ __forceinline__ void wait_for_queries() const { rings_.queries.wait_full(); }
 
   __device__ __forceinline__ void release_keys() { release(rings_.keys); }
   __device__ __forceinline__ void release_values() { release(rings_.values); }
@@ -328,8 +351,10 @@ class Consumer {
 
   // S = Q K^T for the tile that comes next.
   __device__ __forceinline__ void issue_scores() {
-    const unsigned long long q = queries_ + rings_.queries.stage * (kQueryBytes >> 4);
-    const unsigned long long k = keys_ + rings_.keys.stage * (kTileBytes >> 4);
+    const unsigned queries = shared_ + Layout::kQueries + group_ * kGroupQueryBytes + rings_.queries.stage * kQueryBytes;
+    const unsigned long long q = ptx::swizzled_matrix(queries, 1024);
+    const unsigned long long k =
+        ptx::swizzled_matrix(shared_ + Layout::kKeyTiles + rings_.keys.stage * kTileBytes, kPieceBytes);
 #pragma unroll
     for (int d = 0; d < kHeadDim / 16; ++d) {
       Scores::shared(s_, q + (d >> 2) * 512 + (d & 3) * 2, k + (d >> 2) * 64 + (d & 3) * 2, d > 0);
@@ -339,7 +364,8 @@ class Consumer {
 
   // O += P V for the tile that comes next.
   __device__ __forceinline__ void issue_values() {
-    const unsigned long long v = values_ + rings_.values.stage * (kTileBytes >> 4);
+    const unsigned long long v =
+        ptx::swizzled_matrix(shared_ + Layout::kValueTiles + rings_.values.stage * kTileBytes, kPieceBytes, 1024);
 #pragma unroll
     for (int k = 0; k < kKeys / 16; ++k) {
       Values::registers(
@@ -349,27 +375,43 @@ class Consumer {
     ptx::commit_products();
   }
 
+  // The query and the query head of one of this thread's rows.
+  struct Row {
+    int query;
+    int q_head;
+    bool exists;
+  };
+
+  __device__ __forceinline__ Row row_of(const Item& item, int r) const {
+    const int half = item.first_half + group_;
+    const int row = row_ + 8 * r;
+    const int in_half = p_.halves.query_of(row);
+    const int query = p_.halves.first_query(half) + in_half;
+    const int head = p_.halves.first_head(half) + row - in_half * p_.halves.heads;
+    const bool exists = in_half < p_.halves.queries && query < item.num_queries && head < p_.halves.group_size;
+    return {query, item.kv_head * p_.halves.group_size + head, exists};
+  }
+
   __device__ __forceinline__ void begin(const Item& item) {
-    const ItemRows rows(p_, item);
-    const int last = item.num_rows() - 1;
+    if (KVT_RULES) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int row = min(group_ * 64 + row_ + 8 * r, last);
-      const int query = rows.query(row);
-      position_[r] = item.position + query;
-      if (KVT_RULES) {
-        const int q_head = item.kv_head * p_.group_size + rows.head(row, query);
-        slope_[r] = p_.alibi_slopes == nullptr ? 0.0f : p_.alibi_slopes[q_head] * kLog2E;
+      for (int r = 0; r < 2; ++r) {
+        const Row row = row_of(item, r);
+        slope_[r] = p_.alibi_slopes == nullptr || !row.exists ? 0.0f : p_.alibi_slopes[row.q_head] * kLog2E;
       }
     }
-    const int lowest = item.position + rows.first_query;
-    const int highest = item.position + rows.query(last);
-    const KeyRange keys = visible_keys(p_.left, p_.right, item.seq_len, lowest, highest);
-    full_begin_ = keys.full_begin;
-    full_end_ = keys.full_end;
+    const KeyRange keys =
+        keys_of_item(p_.halves, p_.left, p_.right, item.seq_len, item.num_queries, item.first_half);
+    full_begin_ = uniform(keys.full_begin);
+    full_end_ = uniform(keys.full_end);
     softmax_.reset();
 #pragma unroll
     for (int i = 0; i < kDims / 2; ++i) o_[i] = 0.0f;
+  }
+
+  // Not kept, since registers are short where it is not needed.
+  __device__ __forceinline__ int position_of(const Item& item, int r) const {
+    return item.position(min(row_of(item, r).query, item.num_queries - 1));
   }
 
   // Whether some row of the item, in either warpgroup, does not see all keys of a tile.
@@ -378,20 +420,23 @@ class Consumer {
   }
 
   // From products to scores that rows see; where there are rules to apply, in log2.
+  template <bool kMayMask>
   __device__ __forceinline__ void apply_rules(const Item& item, int tile) {
     const int first = tile * kKeys + 2 * (lane_id() & 3);
     if (KVT_RULES) {
+      const int position[2] = {position_of(item, 0), position_of(item, 1)};
 #pragma unroll
       for (int i = 0; i < kKeys / 2; ++i) {
         const int r = i >> 1 & 1;
         const float capped = p_.cap_outer == 0.0f ? s_[i] * p_.scale_log2 : p_.cap_outer * tanhf(p_.cap_inner * s_[i]);
-        s_[i] = capped - slope_[r] * fabsf(static_cast<float>(position_[r] - first - (i >> 2) * 8 - (i & 1)));
+        s_[i] = capped - slope_[r] * fabsf(static_cast<float>(position[r] - first - (i >> 2) * 8 - (i & 1)));
       }
     }
-    if (!is_masked(tile)) return;
+    if (!kMayMask || !is_masked(tile)) return;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int last_key = p_.right < 0 ? item.seq_len - 1 : min(item.seq_len - 1, position_[r] + p_.right);
+      const int position = position_of(item, r);
+      const int last_key = p_.right < 0 ? item.seq_len - 1 : min(item.seq_len - 1, position + p_.right);
       const int end = last_key - first;
 #pragma unroll
       for (int j = 0; j < kKeys / 8; ++j) {
@@ -401,7 +446,7 @@ class Consumer {
         }
       }
       if (p_.left >= 0) {
-        const int begin = position_[r] - p_.left - first;
+        const int begin = position - p_.left - first;
 #pragma unroll
         for (int j = 0; j < kKeys / 8; ++j) {
 #pragma unroll
@@ -413,16 +458,21 @@ class Consumer {
     }
   }
 
-  // The scores and weights of `tile`, while those of the one before multiply its values.
+  // The scores and weights of `tile`, while those of the one before multiply its values. kMayMask: of tiles that some
+  // rows see a part of.
+  template <bool kMayMask>
   __device__ __forceinline__ void step(const Item& item, int tile, int end) {
     rings_.keys.wait_full();
-    rings_.values.wait_full();
-    if (is_masked(tile - 1)) clean_values(item, tile - 1);
+    if (kMayMask && is_masked(tile - 1)) {
+      rings_.values.wait_full();
+      clean_values(item, tile - 1);
+    }
     ptx::meet(kTurn + group_, kConsumers);
     ptx::pin(s_);
     ptx::pin(weights_);
     ptx::fence_products();
     issue_scores();
+    rings_.values.wait_full();
     ptx::pin(o_);
     ptx::fence_products();
     issue_values();
@@ -431,7 +481,7 @@ class Consumer {
     ptx::pin(s_);
     release_keys();
     if (tile == end - 1) release_queries();
-    apply_rules(item, tile);
+    apply_rules<kMayMask>(item, tile);
     unsigned next[kKeys / 4];
     softmax_.absorb(s_, next);
     ptx::wait_for_products<0>();
@@ -446,42 +496,64 @@ class Consumer {
     for (int i = 0; i < kKeys / 4; ++i) asm volatile("mov.b32 %0, %1;" : "=r"(weights_[i]) : "r"(next[i]));
   }
 
+  // A step of a warpgroup that has no rows of the item.
+  __device__ __forceinline__ void pass_on(const Item& item, int tile, int end) {
+    rings_.keys.wait_full();
+    rings_.values.wait_full();
+    if (is_masked(tile - 1)) clean_values(item, tile - 1);
+    ptx::meet(kTurn + group_, kConsumers);
+    ptx::pass(kTurn + (group_ ^ 1), kConsumers);
+    release_keys();
+    if (tile == end - 1) release_queries();
+    release_values();
+  }
+
   // Rows of a tile share every value, and a weight of 0 times an infinity or NaN is NaN: so these go to the rows that
-  // see them, and out of the product. By all computing threads, since the tile is theirs together.
+  // see them, and out of the product. Each warpgroup looks at the whole tile, since waiting for the other costs more;
+  // both see the same, so where there is something to do they do it together.
   __device__ __forceinline__ void clean_values(const Item& item, int tile) {
+#if KVT_EXP & 1
+    return;
+#endif
     const unsigned values = shared_ + Layout::kValueTiles + rings_.values.stage * kTileBytes;
-    const int thread = threadIdx.x - (kThreads - kConsumers);
+    const int thread = threadIdx.x & 127;
     const int num_keys = item.seq_len - tile * kKeys;  // behind them may be anything
-    unsigned any = 0;
+    if (num_keys < kKeys) {
 #pragma unroll 1
-    for (int i = thread; i < kTileBytes / 16; i += kConsumers) {
-      const int key = i / (kPieceBytes / 16) * 8 + (i >> 3 & 7);
-      if (key >= num_keys) {
-        ptx::store_shared_16(values + i * 16, {0, 0, 0, 0});
-      } else {
-        any |= any_nonfinite<scalar_t>(values + i * 16);
+      for (int at = thread; at < kTileBytes / 16; at += 128) {
+        const int key = at / (kPieceBytes / 16) * 8 + (at >> 3 & 7);
+        if (key >= num_keys) ptx::store_shared_16(values + at * 16, {0, 0, 0, 0});
       }
+      ptx::fence_async_proxy();
+    }
+    unsigned any = 0;
+#pragma unroll 8
+    for (int i = 0; i < kTileBytes / 16 / 128; ++i) any |= any_nonfinite<scalar_t>(values + (thread + i * 128) * 16);
+    if (ptx::meet_any(kGroupMet + group_, 128, any != 0)) move_nonfinite(item, tile, values);
+  }
+
+  __device__ __forceinline__ void move_nonfinite(const Item& item, int tile, unsigned values) {
+    ptx::meet(kBothMet, kConsumers);
+    add_nonfinite(item, tile, values);
+    ptx::meet(kBothMet, kConsumers);
+#pragma unroll 1
+    for (int i = threadIdx.x - (kThreads - kConsumers); i < kTileBytes / 16; i += kConsumers) {
+      clear_nonfinite<scalar_t>(values + i * 16);
     }
     ptx::fence_async_proxy();
-    if (ptx::meet_any(kValuesMet, kConsumers, any != 0)) {
-      add_nonfinite(item, tile, values);
-      ptx::meet(kValuesMet, kConsumers);
-#pragma unroll 1
-      for (int i = thread; i < kTileBytes / 16; i += kConsumers) clear_nonfinite<scalar_t>(values + i * 16);
-      ptx::fence_async_proxy();
-      ptx::meet(kValuesMet, kConsumers);
-    }
+    ptx::meet(kBothMet, kConsumers);
   }
 
   __device__ __forceinline__ void add_nonfinite(const Item& item, int tile, unsigned values) {
+    const int position[2] = {position_of(item, 0), position_of(item, 1)};
 #pragma unroll 1
     for (int k = 0; k < kKeys; ++k) {
       const int key = tile * kKeys + k;
       bool sees[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        sees[r] = key < item.seq_len && (p_.left < 0 || key >= position_[r] - p_.left) &&
-                  (p_.right < 0 || key <= position_[r] + p_.right);
+        sees[r] = key < item.seq_len && (p_.left < 0 || key >= position[r] - p_.left) &&
+                  (p_.right < 0 || key <= position[r] + p_.right);
       }
       const unsigned row = values + (k >> 3) * kPieceBytes + (k & 7) * 128;
 #pragma unroll
@@ -519,7 +591,7 @@ class Consumer {
       own[(kDims / 2 + 2 + r) * kConsumers] = l[r];
     }
     __threadfence();
-    ptx::meet(kValuesMet, kConsumers);
+    ptx::meet(kBothMet, kConsumers);
     if (thread == 0) {
       unsigned* const arrivals = p_.arrivals + item.slot * p_.num_kv_heads + item.kv_head;
       const bool last = atomicAdd(arrivals, 1) == item.num_parts() - 1;
@@ -527,7 +599,7 @@ class Consumer {
       *is_last_ = last;
       __threadfence();
     }
-    ptx::meet(kValuesMet, kConsumers);
+    ptx::meet(kBothMet, kConsumers);
     if (*is_last_ == 0) return false;
     const int parts = item.num_parts();
     float high[2] = {-kInfinity, -kInfinity};
@@ -567,14 +639,10 @@ class Consumer {
     }
     if (item.num_parts() > 1 && !merge_parts(item, m, l)) return;
     if (!has_rows) return;
-    const ItemRows rows(p_, item);
     const int t = lane_id() & 3;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int row = group_ * 64 + row_ + 8 * r;
-      const bool exists = row < item.num_rows();
-      const int query = rows.query(row);
-      const int q_head = item.kv_head * p_.group_size + rows.head(row, query);
+      const auto [query, q_head, exists] = row_of(item, r);
       float scale = 1.0f;
       if (p_.sinks != nullptr && exists && item.seq_len > 0) {
         const float sink = p_.sinks[q_head] * kLog2E;
@@ -603,7 +671,7 @@ class Consumer {
       }
       if (p_.lse != nullptr && exists && t == 0) {
         const float lse = l[r] == 0.0f ? -kInfinity : (m[r] + log2f(l[r])) * kLn2;
-        p_.lse[token * p_.num_kv_heads * p_.group_size + q_head] = lse;
+        p_.lse[token * p_.num_kv_heads * p_.halves.group_size + q_head] = lse;
       }
     }
   }
@@ -628,9 +696,7 @@ class Consumer {
   Rings rings_;
   int group_;  // 0 or 1
   int row_;    // of the warpgroup's; this thread has it and the one 8 below
-  unsigned long long queries_, keys_, values_;
   TileSoftmax<scalar_t, kKeys> softmax_;
-  int position_[2];
   float slope_[2];
   int full_begin_, full_end_;
   float s_[kKeys / 2];
@@ -639,8 +705,8 @@ class Consumer {
 };
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1) kvt_prompt(
-    const __grid_constant__ PromptParams p, const __grid_constant__ ptx::TensorMap key_map,
-    const __grid_constant__ ptx::TensorMap value_map) {
+    const __grid_constant__ PromptParams p, const __grid_constant__ ptx::TensorMap query_map,
+    const __grid_constant__ ptx::TensorMap key_map, const __grid_constant__ ptx::TensorMap value_map) {
   extern __shared__ __align__(1024) unsigned char memory[];
   const unsigned shared = ptx::shared_address(memory);
   const int warp = __shfl_sync(kAllLanes, threadIdx.x >> 5, 0);
@@ -651,7 +717,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) kvt_prompt(
   ptx::wait_for_dependencies();
   if (warp < 4) {
     ptx::give_registers<kProducerRegisters>();
-    load_items(p, key_map, value_map, shared, item_words, rings, warp);
+    if (warp == 0) {
+      load_items<0>(p, query_map, key_map, shared, item_words, rings, 0);
+    } else if (warp == 2) {
+      load_items<2>(p, query_map, key_map, shared, item_words, rings, 1);
+    } else {
+      load_items<1>(p, query_map, value_map, shared, item_words, rings, warp >> 1);
+    }
   } else {
     ptx::take_registers<kConsumerRegisters>();
     Consumer(p, shared, item_words, reinterpret_cast<int*>(memory + Layout::kIsLast), rings, warp).run();

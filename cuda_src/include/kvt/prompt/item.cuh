@@ -1,4 +1,7 @@
 // Items of work of the prompt kernel: 128 query rows of a sequence and kv head, and a range of tiles of its keys.
+//
+// A warpgroup has 64 rows, a half of an item: as many whole queries as fit with all heads of the group, or 64 heads of
+// one query where the group has more. So a tensor copy brings a half, whatever the group is.
 #pragma once
 
 #include <kvt/attention.cuh>
@@ -6,26 +9,47 @@
 
 namespace kvt {
 
-constexpr int kPromptRows = 128;  // of an item: two warpgroups of 64
+constexpr int kHalfRows = 64;
+
+// How the query rows of a sequence are cut into halves. Filled in by kvtoolkit/cuda/prompt.py, in this order.
+struct Halves {
+  int group_size;
+  int heads;         // of a half: all of the group, or kHalfRows
+  int queries;       // of a half
+  int per_query;     // halves of a query, where queries is 1
+  int inverse;       // 2^16 / heads, rounded up
+
+  __device__ __forceinline__ int count(int num_queries) const {
+    return per_query > 1 ? num_queries * per_query : (num_queries + queries - 1) / queries;
+  }
+  __device__ __forceinline__ int first_query(int half) const {
+    return per_query > 1 ? half / per_query : half * queries;
+  }
+  __device__ __forceinline__ int first_head(int half) const {
+    return per_query > 1 ? half % per_query * kHalfRows : 0;
+  }
+  // Of a half's first query, or after it.
+  __device__ __forceinline__ int query_of(int row) const { return row * inverse >> 16; }
+};
 
 // Filled in by kvtoolkit/cuda/prompt.py, in this order. Strides in elements. Absent arrays are null.
 struct PromptParams {
-  const unsigned short* q;
   unsigned short* out;
   float* lse;
   const int* block_table;
   const float* alibi_slopes;
   const float* sinks;
-  const int4* items;         // [num_items][2], made by kvt_plan_prompts
+  const int4* items;         // [num_items][2], made by kvt_plan_prompts; room for as many as there are CTAs
   const int* num_items;      // for each kv head
   unsigned* next_item;       // 0 between kernels
   unsigned* arrivals;        // [slots, num_kv_heads], all 0 between kernels
   float* partials;           // [slots, num_kv_heads, Partial::kFloats]
-  long long q_token, q_head, out_token, out_head;
+  long long out_token, out_head;
   long long table_row;
-  int num_kv_heads, group_size;
-  int group_inverse;         // 2^20 / group_size, rounded up
+  Halves halves;
+  int num_kv_heads;
   int granules_per_block;
+  int block_shift;           // log2(granules_per_block); -1 where it is no power of two
   int block_pitch;           // a granule's coordinates are those of block * block_pitch + its number in the block
   int coordinate_shift;      // bits of the number: 0 where granules are the map's blocks
   int num_map_blocks;
@@ -39,13 +63,13 @@ struct PromptParams {
 // serializes products that depend on it.
 struct Item {
   int first_token;   // of the sequence's queries, in q
-  int first_row;     // of the item: query * group_size + head of the group
-  int position;      // of the sequence's first query
+  int num_queries;   // of the sequence
+  int first_half;
   int sequence;
   int seq_len;
   int tiles;         // first | end << 16
-  int rows_parts;    // rows | part << 8 | parts << 16
-  int slot;          // of its parts' results: first of them
+  int parts;         // of the item's keys: which | how many << 16
+  int slot;          // of the results of its first part
   int kv_head;       // -1: there is no more
 
   static constexpr int kWords = 9;
@@ -58,30 +82,22 @@ struct Item {
   __device__ __forceinline__ bool exists() const { return kv_head >= 0; }
   __device__ __forceinline__ int first_tile() const { return tiles & 0xFFFF; }
   __device__ __forceinline__ int end_tile() const { return static_cast<unsigned>(tiles) >> 16; }
-  __device__ __forceinline__ int num_rows() const { return rows_parts & 0xFF; }
-  __device__ __forceinline__ int part() const { return rows_parts >> 8 & 0xFF; }
-  __device__ __forceinline__ int num_parts() const { return static_cast<unsigned>(rows_parts) >> 16; }
+  __device__ __forceinline__ int part() const { return parts & 0xFFFF; }
+  __device__ __forceinline__ int num_parts() const { return parts >> 16; }
+  __device__ __forceinline__ bool has_half(const Halves& halves, int half) const {
+    return halves.first_query(first_half + half) < num_queries;
+  }
+  // Position of the sequence's query number `query`.
+  __device__ __forceinline__ int position(int query) const { return seq_len - num_queries + query; }
 };
 
-// The query and the head of its group that a row of an item belongs to.
-struct ItemRows {
-  int first_query;
-  int first_head;
-  int group_size;
-  int inverse;
-
-  __device__ __forceinline__ ItemRows(const PromptParams& p, const Item& item)
-      : first_query(item.first_row / p.group_size),
-        first_head(item.first_row - first_query * p.group_size),
-        group_size(p.group_size),
-        inverse(p.group_inverse) {}
-
-  __device__ __forceinline__ int query(int row) const {
-    return first_query + static_cast<int>(static_cast<unsigned>((first_head + row) * inverse) >> 20);
-  }
-  __device__ __forceinline__ int head(int row, int query) const {
-    return first_head + row - (query - first_query) * group_size;
-  }
-};
+// The keys that the rows of an item see.
+__device__ __forceinline__ KeyRange keys_of_item(
+    const Halves& halves, int left, int right, int seq_len, int num_queries, int first_half) {
+  const int first = halves.first_query(first_half);
+  const int last = min(num_queries, halves.first_query(first_half + 1) + halves.queries) - 1;
+  const int position = seq_len - num_queries;
+  return visible_keys(left, right, seq_len, position + first, position + last);
+}
 
 }  // namespace kvt
