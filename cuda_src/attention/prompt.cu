@@ -52,6 +52,7 @@ constexpr int kConsumers = 256;
 constexpr int kConsumerWarps = 8;
 constexpr int kProducerRegisters = 24;
 constexpr int kConsumerRegisters = 240;
+constexpr int kItemSlots = 4;
 constexpr int kAskAhead = 3;                        // tiles before its end at which a CTA asks for its next item
 
 // Shared memory, in bytes from its beginning.
@@ -60,9 +61,9 @@ struct Layout {
   static constexpr int kKeyTiles = kQueries + kQueryBuffers * kQueryBytes;
   static constexpr int kValueTiles = kKeyTiles + kStages * kTileBytes;
   static constexpr int kBarriers = kValueTiles + kStages * kTileBytes;
-  static constexpr int kNumBarriers = 4 * kStages + 2 * kQueryBuffers + 4;
+  static constexpr int kNumBarriers = 4 * kStages + 2 * kQueryBuffers + 2 * kItemSlots;
   static constexpr int kItems = kBarriers + 8 * kNumBarriers;
-  static constexpr int kIsLast = kItems + 2 * 64;
+  static constexpr int kIsLast = kItems + kItemSlots * sizeof(Item);
   static constexpr int kBytes = kIsLast + 16;
 };
 
@@ -91,7 +92,7 @@ struct Ring {
 struct Rings {
   Ring<kStages> keys, values;
   Ring<kQueryBuffers> queries;
-  Ring<2> items;
+  Ring<kItemSlots> items;
 
   __device__ __forceinline__ explicit Rings(unsigned shared) {
     unsigned at = shared + Layout::kBarriers;
@@ -103,7 +104,7 @@ struct Rings {
     place(keys, kStages);
     place(values, kStages);
     place(queries, kQueryBuffers);
-    place(items, 2);
+    place(items, kItemSlots);
   }
 
   // By one thread.
@@ -117,7 +118,7 @@ struct Rings {
     all(keys, kStages, 1, kConsumerWarps);
     all(values, kStages, 1, kConsumerWarps);
     all(queries, kQueryBuffers, 1, kConsumerWarps);
-    all(items, 2, 1, kConsumerWarps + 3);  // all but the warp that fills it
+    all(items, kItemSlots, 1, kConsumerWarps + 3);  // all but the warp that fills it
     ptx::fence_barrier_init();
   }
 };
@@ -180,7 +181,7 @@ __device__ __forceinline__ void copy_queries(
 template <int kRole>
 __device__ __forceinline__ void load_items(
     const PromptParams& p, const ptx::TensorMap& query_map, const ptx::TensorMap& map, unsigned shared,
-    int* item_words, Rings rings, int half) {
+    Item* items, Rings rings, int half) {
   const bool is_elected = ptx::elect_lane();
   const unsigned long long policy = ptx::evict_last_policy();
   const int lane = lane_id();
@@ -201,12 +202,12 @@ __device__ __forceinline__ void load_items(
   while (true) {
     if (kRole == 0) {
       rings.items.wait_empty();
-      if (lane < Item::kWords) item_words[16 * rings.items.stage + lane] = words;
+      if (lane < Item::kWords) reinterpret_cast<int*>(items + rings.items.stage)[lane] = words;
       __syncwarp();
       if (is_elected) ptx::arrive(rings.items.full + 8 * rings.items.stage);
     } else {
       rings.items.wait_full();
-      words = item_words[16 * rings.items.stage + (lane & 15)];
+      words = reinterpret_cast<const int*>(items + rings.items.stage)[min(lane, Item::kWords - 1)];
       __syncwarp();
       if (is_elected) ptx::arrive(rings.items.empty + 8 * rings.items.stage);
     }
@@ -256,29 +257,30 @@ __device__ __forceinline__ int uniform(int x) { return __shfl_sync(kAllLanes, x,
 class Consumer {
  public:
   __device__ __forceinline__ Consumer(
-      const PromptParams& p, unsigned shared, const int* item_words, int* is_last, Rings rings, int warp)
-      : p_(p), shared_(shared), item_words_(item_words), is_last_(is_last), rings_(rings), group_((warp >> 2) - 1),
+      const PromptParams& p, unsigned shared, const Item* items, int* is_last, Rings rings, int warp)
+      : p_(p), shared_(shared), items_(items), is_last_(is_last), rings_(rings), group_((warp >> 2) - 1),
         row_((warp & 3) * 16 + (lane_id() >> 2)), softmax_(KVT_RULES ? 1.0f : p.scale_log2) {
   }
 
   __device__ __forceinline__ void run() {
     if (group_ == 1) ptx::pass(kTurn, kConsumers);
-    Item item = next_item();
-    if (!item.exists()) return;
+    const Item* item_at = next_item();
+    if (!uniform(item_at->exists())) return;
     wait_for_queries();
     rings_.keys.wait_full();
     ptx::pin(s_);
     ptx::fence_products();
     issue_scores();
     while (true) {
+      const Item& item = *item_at;
       begin(item);
-      const int first = item.first_tile();
-      const int end = item.end_tile();
+      const int first = uniform(item.first_tile());
+      const int end = uniform(item.end_tile());
       ptx::wait_for_products<0>();
       ptx::pin(s_);
       release_keys();
       if (first == end - 1) release_queries();
-      const bool has_rows = item.has_half(p_.halves, group_);
+      const bool has_rows = uniform(item.has_half(p_.halves, group_));
       if (has_rows) {
         apply_rules<true>(item, first);
         softmax_.absorb_exactly(s_, weights_);
@@ -304,9 +306,10 @@ class Consumer {
       ptx::pin(o_);
       ptx::fence_products();
       issue_values();
-      const Item next = next_item();
+      const Item* const next = next_item();
+      const bool is_last = !uniform(next->exists());
       rings_.queries.advance();
-      if (next.exists()) {
+      if (!is_last) {
         wait_for_queries();
         rings_.keys.wait_full();
       }
@@ -316,9 +319,10 @@ class Consumer {
       ptx::wait_for_products<1>();
       ptx::pin(o_);
       release_values();
-      if (has_rows || item.num_parts() > 1) finish(item, has_rows);
-      if (!next.exists()) break;
-      item = next;
+      if (has_rows || uniform(item.num_parts()) > 1) finish(item, has_rows);
+      if (is_last) break;
+      release_item();
+      item_at = next;
     }
     ptx::wait_for_products<0>();
     ptx::pin(s_);
@@ -328,12 +332,17 @@ class Consumer {
   using Scores = ptx::Product<scalar_t, kKeys>;
   using Values = ptx::Product<scalar_t, kDims>;
 
-  __device__ __forceinline__ Item next_item() {
+  // Items stay in shared memory until they are finished: few of their words are needed often, and registers are short.
+  __device__ __forceinline__ const Item* next_item() {
     rings_.items.wait_full();
-    const Item item = Item::from_lanes(item_words_[16 * rings_.items.stage + (lane_id() & 15)]);
-    if (lane_id() == 0) ptx::arrive(rings_.items.empty + 8 * rings_.items.stage);
+    const Item* const item = items_ + rings_.items.stage;
     rings_.items.advance();
     return item;
+  }
+
+  __device__ __forceinline__ void release_item() {
+    if (lane_id() == 0) ptx::arrive(rings_.items.empty + 8 * finished_);
+    finished_ = finished_ + 1 & kItemSlots - 1;
   }
 
   __device__ __forceinline__ void wait_for_queries() const { rings_.queries.wait_full(); }
@@ -691,7 +700,8 @@ class Consumer {
 
   const PromptParams& p_;
   unsigned shared_;
-  const int* item_words_;
+  const Item* items_;
+  int finished_ = 0;  // slot of the item under way
   int* is_last_;
   Rings rings_;
   int group_;  // 0 or 1
@@ -710,7 +720,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) kvt_prompt(
   extern __shared__ __align__(1024) unsigned char memory[];
   const unsigned shared = ptx::shared_address(memory);
   const int warp = __shfl_sync(kAllLanes, threadIdx.x >> 5, 0);
-  int* const item_words = reinterpret_cast<int*>(memory + Layout::kItems);
+  Item* const items = reinterpret_cast<Item*>(memory + Layout::kItems);
   const Rings rings(shared);
   if (threadIdx.x == 0) rings.init();
   __syncthreads();
@@ -718,15 +728,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) kvt_prompt(
   if (warp < 4) {
     ptx::give_registers<kProducerRegisters>();
     if (warp == 0) {
-      load_items<0>(p, query_map, key_map, shared, item_words, rings, 0);
+      load_items<0>(p, query_map, key_map, shared, items, rings, 0);
     } else if (warp == 2) {
-      load_items<2>(p, query_map, key_map, shared, item_words, rings, 1);
+      load_items<2>(p, query_map, key_map, shared, items, rings, 1);
     } else {
-      load_items<1>(p, query_map, value_map, shared, item_words, rings, warp >> 1);
+      load_items<1>(p, query_map, value_map, shared, items, rings, warp >> 1);
     }
   } else {
     ptx::take_registers<kConsumerRegisters>();
-    Consumer(p, shared, item_words, reinterpret_cast<int*>(memory + Layout::kIsLast), rings, warp).run();
+    Consumer(p, shared, items, reinterpret_cast<int*>(memory + Layout::kIsLast), rings, warp).run();
   }
 }
 

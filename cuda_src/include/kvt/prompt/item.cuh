@@ -59,9 +59,7 @@ struct PromptParams {
   float cap_outer;           // softcap * log2(e); 0 = no cap
 };
 
-// As it is in memory, and in registers: the same in all lanes of a warp, and known to be so by the compiler, which else
-// serializes products that depend on it.
-struct Item {
+struct alignas(64) Item {
   int first_token;   // of the sequence's queries, in q
   int num_queries;   // of the sequence
   int first_half;
@@ -74,6 +72,7 @@ struct Item {
 
   static constexpr int kWords = 9;
 
+  // From the lanes of a warp; the compiler knows then that it is the same in all of them.
   __device__ __forceinline__ static Item from_lanes(int word) {
     const auto at = [&](int lane) { return __shfl_sync(kAllLanes, word, lane); };
     return {at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8)};
