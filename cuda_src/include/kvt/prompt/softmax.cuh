@@ -51,8 +51,7 @@ struct TileSoftmax {
 
   // Weights against the maximum before this tile, or exactly where that is too far below.
   __device__ __forceinline__ void absorb(const float (&s)[kKeys / 2], unsigned (&weights)[kKeys / 4]) {
-    // two chains for each row, since one would wait for itself
-    float high[2][2] = {{m[0], m[0]}, {m[1], m[1]}};
+    float high[2] = {m[0], m[1]};
     float base[2];
     float sum[2] = {l[0], l[1]};
 #pragma unroll
@@ -63,21 +62,21 @@ struct TileSoftmax {
       for (int r = 0; r < 2; ++r) {
         const float a = s[4 * j + 2 * r];
         const float b = s[4 * j + 2 * r + 1];
-        high[r][j & 1] = fmaxf(high[r][j & 1], fmaxf(a, b));
+        high[r] = fmaxf(high[r], fmaxf(a, b));
         const float x = ptx::exp2(fmaf(a, scale, -base[r]));
         const float y = ptx::exp2(fmaf(b, scale, -base[r]));
         sum[r] += x + y;
         weights[2 * j + r] = Scalar::pack(x, y);
       }
     }
-    const bool above = (fmaxf(high[0][0], high[0][1]) - m[0]) * scale > kHeadroom ||
-                       (fmaxf(high[1][0], high[1][1]) - m[1]) * scale > kHeadroom;
+    const bool above = (high[0] - m[0]) * scale > kHeadroom || (high[1] - m[1]) * scale > kHeadroom;
     raised = __any_sync(kAllLanes, above);
     if (raised) {
       absorb_exactly(s, weights);
     } else {
       l[0] = sum[0];
       l[1] = sum[1];
+      shrink[0] = shrink[1] = 1.0f;  // the old ones need no registers then
     }
   }
 
