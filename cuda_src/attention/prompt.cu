@@ -123,14 +123,24 @@ struct Rings {
   }
 };
 
-// The map's coordinates of granule `index` of a sequence, as one number; behind its end those of no block, which tensor
-// copies fill with zeros.
-__device__ __forceinline__ int coordinates_of(const PromptParams& p, const Item& item, int index) {
-  if (index * 8 >= item.seq_len) return p.num_map_blocks << p.coordinate_shift;
-  const int in_row = p.block_shift >= 0 ? index >> p.block_shift : index / p.granules_per_block;
-  const int block = __ldg(p.block_table + item.sequence * p.table_row + in_row);
-  return block * p.block_pitch + index - in_row * p.granules_per_block;
-}
+// Where granule `index` of a sequence is, in two parts: the look-up takes long, and nothing waits for it until it is used.
+struct Lookup {
+  int block;
+  int in_block;  // of its granules; -1: behind the sequence's end
+
+  __device__ __forceinline__ Lookup(const PromptParams& p, const Item& item, int index) : block(0), in_block(-1) {
+    if (index * 8 < item.seq_len) {
+      const int in_row = p.block_shift >= 0 ? index >> p.block_shift : index / p.granules_per_block;
+      block = __ldg(p.block_table + item.sequence * p.table_row + in_row);
+      in_block = index - in_row * p.granules_per_block;
+    }
+  }
+
+  // The map's coordinates as one number; those of no block behind the end, which tensor copies fill with zeros.
+  __device__ __forceinline__ int coordinates(const PromptParams& p) const {
+    return in_block < 0 ? p.num_map_blocks << p.coordinate_shift : block * p.block_pitch + in_block;
+  }
+};
 
 // Every second piece of a tile, from `half` on; `coordinates` are those of the lane's piece. What is in this loop is what
 // loading costs: a piece comes as fast as its copy is issued.
@@ -187,7 +197,6 @@ __device__ __forceinline__ void load_items(
   const int lane = lane_id();
   Ring<kStages>& ring = kRole == 1 ? rings.values : rings.keys;
   const unsigned tiles = shared + (kRole == 1 ? Layout::kValueTiles : Layout::kKeyTiles);
-  if (half == 0) ptx::prefetch_map(map);
 
   int num_items = 0;
   // lane i: word i of the item numbered `index`
@@ -197,6 +206,13 @@ __device__ __forceinline__ void load_items(
     const int word = lane < 8 ? __ldg(reinterpret_cast<const int*>(p.items) + 8 * of_head + lane) : 0;
     if (num_items == 0) num_items = __ldg(p.num_items) * p.num_kv_heads;
     return index >= num_items ? -1 : lane == 8 ? index - of_head * p.num_kv_heads : word;
+  };
+  const auto load_queries = [&](const Item& item) {
+    rings.queries.wait_empty();
+    const unsigned to = shared + Layout::kQueries + rings.queries.stage * kQueryBytes;
+    if (is_elected) copy_queries(p, query_map, item, to, rings.queries.full + 8 * rings.queries.stage, policy);
+    __syncwarp();
+    rings.queries.advance();
   };
   int words = kRole == 0 ? fetch(blockIdx.x) : 0;
   while (true) {
@@ -215,36 +231,33 @@ __device__ __forceinline__ void load_items(
     const Item item = Item::from_lanes(words);
     if (!item.exists()) break;
     const int end = item.end_tile();
-    int coordinates = coordinates_of(p, item, item.first_tile() * kPieces + min(lane, kPieces - 1));
+    Lookup lookup(p, item, item.first_tile() * kPieces + min(lane, kPieces - 1));
     unsigned taken = 0;
     int next_words = -1;
 #pragma unroll 1
     for (int tile = item.first_tile(); tile < end; ++tile) {
-      const int next = coordinates_of(p, item, (tile + 1) * kPieces + min(lane, kPieces - 1));
+      const Lookup next(p, item, (tile + 1) * kPieces + min(lane, kPieces - 1));
       if (kRole == 0) {
         if (tile == max(item.first_tile(), end - kAskAhead) && is_elected) {
           taken = atomicInc(p.next_item, num_items - 1) + gridDim.x;
         }
         if (tile == end - 1) next_words = fetch(min(__reduce_max_sync(kAllLanes, taken), num_items));
       }
+      if (kRole == 0 && kQueryBuffers > 1 && tile == item.first_tile()) load_queries(item);
       ring.wait_empty();
       const unsigned barrier = ring.full + 8 * ring.stage;
       const unsigned to = tiles + ring.stage * kTileBytes;
       if (half == 0 && is_elected) ptx::arrive_expecting(barrier, kTileBytes);
+      const int coordinates = lookup.coordinates(p);
       if (p.coordinate_shift == 0) {
         copy_pieces<false>(p, map, to, barrier, item.kv_head, coordinates, half, is_elected, policy);
       } else {
         copy_pieces<true>(p, map, to, barrier, item.kv_head, coordinates, half, is_elected, policy);
       }
       ring.advance();
-      if (kRole == 0 && tile == item.first_tile()) {
-        rings.queries.wait_empty();
-        const unsigned queries = shared + Layout::kQueries + rings.queries.stage * kQueryBytes;
-        if (is_elected) copy_queries(p, query_map, item, queries, rings.queries.full + 8 * rings.queries.stage, policy);
-        __syncwarp();
-        rings.queries.advance();
-      }
-      coordinates = next;
+      // a single buffer is free only once the keys before these are used
+      if (kRole == 0 && kQueryBuffers == 1 && tile == item.first_tile()) load_queries(item);
+      lookup = next;
     }
     if (kRole == 0) words = next_words;
   }
@@ -413,7 +426,7 @@ class Consumer {
         keys_of_item(p_.halves, p_.left, p_.right, item.seq_len, item.num_queries, item.first_half);
     full_begin_ = uniform(keys.full_begin);
     full_end_ = uniform(keys.full_end);
-    softmax_.reset();
+    softmax_.reset(row_of(item, 0).exists, row_of(item, 1).exists);
 #pragma unroll
     for (int i = 0; i < kDims / 2; ++i) o_[i] = 0.0f;
   }
@@ -578,30 +591,31 @@ class Consumer {
     }
   }
 
-  // A part of an item leaves its sums in memory; the CTA that is the last to do so merges them, in order.
+  // A part of an item leaves its sums in memory; the CTA that is the last to do so merges them, in order. A half's sums
+  // are as its threads hold them, 4 numbers of each thread side by side.
   struct Partial {
-    static constexpr int kOfThread = kDims / 2 + 4;
-    static constexpr int kFloats = kOfThread * kConsumers;
+    static constexpr int kVectors = kDims / 8 + 1;  // of a thread: O, then m and l of its two rows
+    static constexpr int kFloats = 2 * 128 * 4 * kVectors;
   };
 
   // -> whether this CTA has the sums of all parts now
-  __device__ __forceinline__ bool merge_parts(const Item& item, float (&m)[2], float (&l)[2]) {
-    const int thread = threadIdx.x - (kThreads - kConsumers);
+  __device__ __forceinline__ bool merge_parts(const Item& item, bool has_rows, float (&m)[2], float (&l)[2]) {
+    const int thread = threadIdx.x & 127;
     const auto place = [&](int part) {
-      return p_.partials + (static_cast<long long>(item.slot + part) * p_.num_kv_heads + item.kv_head) * Partial::kFloats +
-             thread;
+      const long long slot = static_cast<long long>(item.slot + part) * p_.num_kv_heads + item.kv_head;
+      return reinterpret_cast<float4*>(p_.partials + slot * Partial::kFloats) + group_ * 128 * Partial::kVectors + thread;
     };
-    float* const own = place(item.part());
+    if (has_rows) {
+      float4* const own = place(item.part());
 #pragma unroll
-    for (int i = 0; i < kDims / 2; ++i) own[i * kConsumers] = o_[i];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      own[(kDims / 2 + r) * kConsumers] = m[r];
-      own[(kDims / 2 + 2 + r) * kConsumers] = l[r];
+      for (int i = 0; i < kDims / 8; ++i) {
+        own[i * 128] = make_float4(o_[4 * i], o_[4 * i + 1], o_[4 * i + 2], o_[4 * i + 3]);
+      }
+      own[kDims / 8 * 128] = make_float4(m[0], m[1], l[0], l[1]);
+      __threadfence();
     }
-    __threadfence();
     ptx::meet(kBothMet, kConsumers);
-    if (thread == 0) {
+    if (threadIdx.x == kThreads - 1) {
       unsigned* const arrivals = p_.arrivals + item.slot * p_.num_kv_heads + item.kv_head;
       const bool last = atomicAdd(arrivals, 1) == item.num_parts() - 1;
       if (last) *arrivals = 0;
@@ -609,29 +623,35 @@ class Consumer {
       __threadfence();
     }
     ptx::meet(kBothMet, kConsumers);
-    if (*is_last_ == 0) return false;
+    if (*is_last_ == 0 || !has_rows) return false;
     const int parts = item.num_parts();
     float high[2] = {-kInfinity, -kInfinity};
-#pragma unroll 1
+#pragma unroll 8
     for (int part = 0; part < parts; ++part) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) high[r] = fmaxf(high[r], __ldcg(place(part) + (kDims / 2 + r) * kConsumers));
+      const float4 state = __ldcg(place(part) + kDims / 8 * 128);
+      high[0] = fmaxf(high[0], state.x);
+      high[1] = fmaxf(high[1], state.y);
     }
 #pragma unroll
     for (int i = 0; i < kDims / 2; ++i) o_[i] = 0.0f;
     l[0] = l[1] = 0.0f;
 #pragma unroll 1
     for (int part = 0; part < parts; ++part) {
-      const float* const from = place(part);
-      float factor[2];
+      const float4* const from = place(part);
+      const float4 state = __ldcg(from + kDims / 8 * 128);
+      const float factor[2] = {
+          ptx::exp2(state.x - (high[0] == -kInfinity ? 0.0f : high[0])),
+          ptx::exp2(state.y - (high[1] == -kInfinity ? 0.0f : high[1]))};
+      l[0] += factor[0] * state.z;
+      l[1] += factor[1] * state.w;
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const float base = high[r] == -kInfinity ? 0.0f : high[r];
-        factor[r] = ptx::exp2(__ldcg(from + (kDims / 2 + r) * kConsumers) - base);
-        l[r] += factor[r] * __ldcg(from + (kDims / 2 + 2 + r) * kConsumers);
+      for (int i = 0; i < kDims / 8; ++i) {
+        const float4 x = __ldcg(from + i * 128);
+        o_[4 * i] += factor[0] * x.x;
+        o_[4 * i + 1] += factor[0] * x.y;
+        o_[4 * i + 2] += factor[1] * x.z;
+        o_[4 * i + 3] += factor[1] * x.w;
       }
-#pragma unroll
-      for (int i = 0; i < kDims / 2; ++i) o_[i] += factor[i >> 1 & 1] * __ldcg(from + i * kConsumers);
     }
     m[0] = high[0];
     m[1] = high[1];
@@ -646,7 +666,7 @@ class Consumer {
       m[r] = softmax_.m[r] * softmax_.scale;
       l[r] = sum_over_columns(softmax_.l[r]);
     }
-    if (item.num_parts() > 1 && !merge_parts(item, m, l)) return;
+    if (item.num_parts() > 1 && !merge_parts(item, has_rows, m, l)) return;
     if (!has_rows) return;
     const int t = lane_id() & 3;
 #pragma unroll
@@ -722,6 +742,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) kvt_prompt(
   const int warp = __shfl_sync(kAllLanes, threadIdx.x >> 5, 0);
   Item* const items = reinterpret_cast<Item*>(memory + Layout::kItems);
   const Rings rings(shared);
+  if (threadIdx.x == 32) {
+    ptx::prefetch_map(query_map);
+    ptx::prefetch_map(key_map);
+    ptx::prefetch_map(value_map);
+  }
   if (threadIdx.x == 0) rings.init();
   __syncthreads();
   ptx::wait_for_dependencies();

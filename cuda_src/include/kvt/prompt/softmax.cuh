@@ -19,10 +19,13 @@ struct TileSoftmax {
   float l[2];        // sum of the weights of this lane's keys
   float shrink[2];   // what the accumulators have to be multiplied by, where `raised`
   bool raised;       // m changed in the last tile
+  float headroom[2]; // log2; without bound for a row that does not exist, so that it changes nothing for the others
 
-  __device__ __forceinline__ explicit TileSoftmax(float scale) : scale(scale) { reset(); }
+  __device__ __forceinline__ explicit TileSoftmax(float scale) : scale(scale) {}
 
-  __device__ __forceinline__ void reset() {
+  __device__ __forceinline__ void reset(bool first_exists, bool second_exists) {
+    headroom[0] = first_exists ? kHeadroom : kInfinity;
+    headroom[1] = second_exists ? kHeadroom : kInfinity;
     m[0] = m[1] = -kInfinity;
     l[0] = l[1] = 0.0f;
     shrink[0] = shrink[1] = 1.0f;
@@ -69,7 +72,7 @@ struct TileSoftmax {
         weights[2 * j + r] = Scalar::pack(x, y);
       }
     }
-    const bool above = (high[0] - m[0]) * scale > kHeadroom || (high[1] - m[1]) * scale > kHeadroom;
+    const bool above = (high[0] - m[0]) * scale > headroom[0] || (high[1] - m[1]) * scale > headroom[1];
     raised = __any_sync(kAllLanes, above);
     if (raised) {
       absorb_exactly(s, weights);
