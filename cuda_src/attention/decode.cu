@@ -1,12 +1,12 @@
 // Decode and verify: the few query rows of one sequence and kv head against one split of its keys, per CTA.
 //
 //   q            [num_tokens, num_q_heads, head_dim]               scalar_t, rows of 16 bytes aligned
-//   k_cache      block, kv head and slot by strides, head_dim contiguous, rows aligned to 16 bytes; v_cache alike
+//   k_cache      block, kv head and slot by strides, head_dim contiguous, rows aligned to 16 bytes; v_cache the same
 //   block_table  [batch, max_blocks] int32 block ids; entries come as a list of granules, see expand.cu
-//   seq_lens     [batch] int32, tokens, the new ones included;     0 = padding row, nothing of it is read
+//   seq_lens     [batch] int32, tokens, the new ones included;     0 = padding row, of which nothing is read
 //   out          [num_tokens, num_q_heads, head_dim] scalar_t;     lse [num_tokens, num_q_heads] float32, natural log
 //
-// Launch:   CTA 32 * KVT_WARPS; dynamic shared memory for the FIFOs and the warps' results, or an Inbox; the grid is
+// Launch:   CTA 32 * KVT_WARPS; dynamic shared memory for the FIFOs, then the warps' states or an Inbox; the grid is
 //           planned (KVT_PLANNED):  (num_kv_heads, num_row_blocks, ranges)
 //           even:                   (num_kv_heads * blocks of rows, max_splits)
 //           even with KVT_CLUSTER:  (KVT_CLUSTER, num_kv_heads, blocks of rows)
@@ -15,15 +15,14 @@
 //           1 = none), KVT_PER_SM (CTAs of an SM).
 // Numerics: scores and running state in float32, weights in scalar_t; an empty sequence gives out = 0, lse = -inf.
 // Source:   online softmax, Milakov & Gimelshein 2018 (arXiv:1805.02867), alg. 3; split-KV, Dao et al. 2023
-//           (Flash-Decoding); merge by the last CTA to arrive, as NVIDIA's XQA kernels do.
+//           (Flash-Decoding).
 //
-// Tokens are the 16 rows of an MMA and query rows its 8 columns (S^T = K Q^T, O^T = V^T P^T), so that a group of up to
-// 8 heads wastes nothing. A warp owns every KVT_WARPS-th step of 16 tokens and a FIFO of its own in shared memory: no
-// CTA barrier in the loop. The FIFO runs on from one sequence of the CTA's range to the next.
+// Tokens are the 16 rows of an MMA and query rows its 8 columns (S^T = K Q^T, O^T = V^T P^T), so a group of up to 8 heads
+// takes one MMA. A warp owns every KVT_WARPS-th step of 16 tokens, and has a FIFO of its own in shared memory, so the loop
+// needs no CTA barrier. The FIFO continues from one sequence of the CTA's range to the next.
 #define KVT_TIERED 0
-#include <kvt/decode.cuh>
-#include <kvt/locate.cuh>
-#include <kvt/masses.cuh>
+#include <kvt/attention/decode/masses.cuh>
+#include <kvt/attention/locate.cuh>
 #include <kvt/ptx/async_copy.cuh>
 #include <kvt/ptx/cluster.cuh>
 #include <kvt/ptx/matrix.cuh>
@@ -31,15 +30,16 @@
 namespace kvt {
 
 constexpr int kChunks = kHeadDim / 8;                    // of 16 bytes, in a token's row
-constexpr int kPitch = (kChunks + 7) / 8 * 8;            // chunks from row to row; the XOR below stays inside 8
-constexpr int kHalfStage = kStep * kPitch * 16;          // bytes of K, then as many of V
+constexpr int kPitch = (kChunks + 7) / 8 * 8;            // chunks from row to row; the XOR in copy_step stays inside 8
+constexpr int kHalfStage = kStep * kPitch * 16;          // bytes of K; V has as many
 constexpr int kStageBytes = 2 * kHalfStage;
 constexpr int kFifoBytes = kWarps * kStages * kStageBytes;
 using Locator = StepBlocks<kStride>;
-// a warp's results of a piece: behind the FIFOs, or in the warp's own, which a cluster needs no more by then
-using WarpStates = Scratch<kCluster == 1 ? kFifoBytes : 0, kCluster == 1 ? kStateFloats : kStages * kStageBytes / 4>;
+// The warps' states of a piece follow the FIFOs. In a cluster each takes the place of the warp's FIFO, which is no longer
+// needed by then.
+using Stored = WarpStates<kCluster == 1 ? kFifoBytes : 0, kCluster == 1 ? kStateFloats : kStages * kStageBytes / 4>;
 
-// What the CTAs share of a sequence: steps of 16 tokens.
+// The work of a sequence that CTAs share: steps of 16 tokens.
 __device__ __forceinline__ StepRange work_of(const AttentionParams& p, const RowBlock& block) {
   return visible_steps(p.left, p.right, block.seq_len, block.num_queries);
 }
@@ -48,11 +48,11 @@ __device__ __forceinline__ int first_unit(const AttentionParams&, int, StepRange
   return max(steps.begin, min(steps.end, tile * (kTile / kStep)));
 }
 
-// Copy the K and V of 16 tokens to a stage: token l % 16 lies at the place that lane l knows.
+// Copy the K and V of 16 tokens to a stage. Lane l holds the place of token l % 16.
 __device__ __forceinline__ void copy_step(
     const AttentionParams& p, int kv_head, unsigned stage, Place place, unsigned long long policy) {
   const int lane = lane_id();
-  // lanes 0-15 work out where the keys lie, lanes 16-31 the values
+  // lanes 0-15 compute where the keys are, lanes 16-31 the values
   const unsigned short* const row =
       lane < 16 ? p.k_cache + kv_head * p.k_head + place.block * p.k_block + place.slot * p.k_slot
                 : p.v_cache + kv_head * p.v_head + place.block * p.v_block + place.slot * p.v_slot;
@@ -64,7 +64,7 @@ __device__ __forceinline__ void copy_step(
     const unsigned short* key = broadcast_pointer(row, token);
     const unsigned short* value = broadcast_pointer(row, token + 16);
     const unsigned line = stage + token * kPitch * 16;
-    // K is read 4 chunks of 2 neighbouring rows at a time, V one chunk of 8 rows: each to 8 different bank groups
+    // K is read as 4 chunks of 2 neighbouring rows, V as one chunk of 8 rows; the XOR spreads both over 8 bank groups
     ptx::copy_async_16(line + (chunk ^ (token & 1) << 2) * 16, key + chunk * 8, policy);
     ptx::copy_async_16(line + kHalfStage + (chunk ^ (token & 7)) * 16, value + chunk * 8, policy);
   }
@@ -73,7 +73,7 @@ __device__ __forceinline__ void copy_step(
 // Absorb the 16 tokens from `first` on.
 __device__ __forceinline__ void attend_step(
     const AttentionParams& p, const uint4 (&q)[kRowTiles][kDimPairs], const Columns& columns, const KeyRange& keys,
-    int seq_len, unsigned stage, int first, State& state, Notes& notes) {
+    int seq_len, unsigned stage, int first, States& states, UnitLse& unit_lse) {
   const int lane = lane_id();
   const int g = lane >> 2;
   const int t = lane & 3;
@@ -89,7 +89,7 @@ __device__ __forceinline__ void attend_step(
     const uint4 high = ptx::load_shared_16(key_row + 8 * kPitch * 16 + chunk);
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
-      // which 16 of the 32 dims an MMA takes is free, as long as K and Q agree
+      // an MMA may take any 16 of the 32 dims, as long as K and Q agree
       scalar_t::multiply_add(s[r], low.x, high.x, low.y, high.y, q[r][d].x, q[r][d].y);
       scalar_t::multiply_add(s[r], low.z, high.z, low.w, high.w, q[r][d].z, q[r][d].w);
     }
@@ -117,34 +117,25 @@ __device__ __forceinline__ void attend_step(
     float highest[2], base[2];
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      highest[c] = fmaxf(state.m[r][c], max_over_rows(fmaxf(s[r][c], s[r][c + 2])));
-      base[c] = highest[c] == -kInfinity ? 0.0f : highest[c];  // -inf - -inf is NaN
+      highest[c] = fmaxf(states.m[r][c], max_over_rows(fmaxf(s[r][c], s[r][c + 2])));
+      base[c] = base_of(highest[c]);
     }
-    if (__any_sync(kAllLanes, highest[0] > state.m[r][0] || highest[1] > state.m[r][1])) {
+    if (__any_sync(kAllLanes, highest[0] > states.m[r][0] || highest[1] > states.m[r][1])) {
 #pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const float shrink = ptx::exp2(state.m[r][c] - base[c]);
-        state.m[r][c] = highest[c];
-        state.l[r][c] *= shrink;
-#pragma unroll
-        for (int d = 0; d < kDimBlocks; ++d) {
-          state.o[r][d][c] *= shrink;
-          state.o[r][d][c + 2] *= shrink;
-        }
-      }
+      for (int c = 0; c < 2; ++c) states.raise(r, c, highest[c], base[c]);
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) s[r][i] = ptx::exp2(s[r][i] - base[i & 1]);
     const float sums[2] = {s[r][0] + s[r][2], s[r][1] + s[r][3]};
-    state.l[r][0] += sums[0];
-    state.l[r][1] += sums[1];
-    if (kHasMasses) notes.take(r, first / kStep, base, sums);
-    // the weights are tokens x rows; as an operand they are wanted rows first
+    states.l[r][0] += sums[0];
+    states.l[r][1] += sums[1];
+    if (kHasMasses) unit_lse.take(r, first / kStep, base, sums);
+    // the weights are tokens x rows, and the next product takes rows x tokens
     weights[r][0] = ptx::transpose_matrix(scalar_t::pack(s[r][0], s[r][1]));
     weights[r][1] = ptx::transpose_matrix(scalar_t::pack(s[r][2], s[r][3]));
   }
 
-  if (is_partial) take_nonfinite<kPitch>(p, columns, seq_len, stage + kHalfStage, first, state);
+  if (is_partial) take_nonfinite<kPitch>(p, columns, seq_len, stage + kHalfStage, first, states);
   const int token = (lane & 7) + (lane >> 4) * 8;
   const unsigned value_row = stage + kHalfStage + token * kPitch * 16;
 #pragma unroll
@@ -153,18 +144,18 @@ __device__ __forceinline__ void attend_step(
     ptx::load_matrices_transposed(v, value_row + ((2 * d + (lane >> 3 & 1)) ^ (token & 7)) * 16);
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
-      scalar_t::multiply_add(state.o[r][d], v[0], v[1], v[2], v[3], weights[r][0], weights[r][1]);
+      scalar_t::multiply_add(states.o[r][d], v[0], v[1], v[2], v[3], weights[r][0], weights[r][1]);
     }
   }
 }
 
-// The steps that a warp will take, a few ahead of those that it takes: where their tokens lie, and the next queries.
-class Reader {
+// Looks up the steps of a warp, a few ahead of the one it attends to: where their tokens are, and the next queries.
+class StepReader {
  public:
-  Queries queries;  // of the sequence that the look-ups are in, where there are registers for them
+  Queries queries;  // of the sequence of the last look-up, if there are registers for them
 
-  // `locate` looks up `step`, or nothing yet: -1.
-  __device__ __forceinline__ Reader(
+  // `locate` has been started at `step`; -1 = not started.
+  __device__ __forceinline__ StepReader(
       const AttentionParams& p, const Schedule& schedule, const Piece& piece, const Locator& locate, int step)
       : schedule_(schedule), locate_(locate), piece_(piece), step_(first_of_warp(piece.begin)) {
     if (step_ != step && step_ < piece_.end) {
@@ -173,8 +164,8 @@ class Reader {
     }
   }
 
-  // Look up the next step: where token l % 16 of it lies, for lane l; in all lanes slot -1 where there is no next step.
-  // Nothing is done with what was loaded, so that nobody waits for it yet.
+  // Look up the next step. Returns, in lane l, the place of its token l % 16; in all lanes slot -1 if there is no next
+  // step. The queries that are loaded here are not used here, so nothing waits for them yet.
   __device__ __forceinline__ Place next(const AttentionParams& p, bool may_load_queries) {
     while (!is_done_ && step_ >= piece_.end) {
       is_done_ = !schedule_.next(p, piece_);
@@ -191,7 +182,7 @@ class Reader {
     return locate_.next(piece_.block.seq_len - 1);
   }
 
-  // Whether the step that `next` gave last holds tokens of the present queries, which a kernel before may be writing.
+  // Whether the last step of `next` holds tokens of the present queries, which an earlier kernel may still be writing.
   __device__ __forceinline__ bool is_new() const {
     return !is_done_ && (step_ - kStride + 1) * kStep > piece_.block.seq_len - piece_.block.num_queries;
   }
@@ -206,17 +197,17 @@ class Reader {
 
 #if KVT_CLUSTER > 1
 
-// What the CTAs of a cluster send each other: each owns a part of the output, and gets all results for it.
+// What a CTA of a cluster receives: each CTA owns a part of the output, and the others send it their states of that part.
 struct Inbox {
   static constexpr int kTasks = kRows * kHeadDim / 4;                      // of 4 dims
   static constexpr int kOwned = (kTasks + kCluster - 1) / kCluster;
   float4 o[kCluster][kOwned];
   float2 sums[kCluster][kOwned];  // m, l
-  unsigned long long barrier;     // counts the bytes that have come
+  unsigned long long barrier;     // counts the bytes that have arrived
 };
 
 __device__ __forceinline__ void merge_cluster(
-    const AttentionParams& p, const Schedule& schedule, const Piece& piece, const WarpStates& scratch, Inbox* inbox,
+    const AttentionParams& p, const Schedule& schedule, const Piece& piece, const Stored& stored, Inbox* inbox,
     float* row_lse) {
   const int rank = ptx::cluster_rank();
   const int num_tasks = piece.block.num_rows * kHeadDim / 4;
@@ -224,10 +215,10 @@ __device__ __forceinline__ void merge_cluster(
   const unsigned barrier = ptx::shared_address(&inbox->barrier);
   if (threadIdx.x == 0 && num_owned > 0) ptx::arrive_and_expect(barrier, kCluster * num_owned * 24);
   __syncwarp();
-  ptx::cluster_wait();  // all have begun, and their barriers count
+  ptx::cluster_wait();  // all CTAs have begun, and their barriers count
   for (int i = threadIdx.x; i < num_tasks; i += kThreads) {
     float4 o{0.0f, 0.0f, 0.0f, 0.0f};
-    const Merged sums = scratch.merge(i / (kHeadDim / 4), i % (kHeadDim / 4) * 4, o);
+    const SoftmaxRow sums = stored.merge(i / (kHeadDim / 4), i % (kHeadDim / 4) * 4, o);
     const int owner = i / Inbox::kOwned;
     const int own = i % Inbox::kOwned;
     const unsigned its_barrier = ptx::address_in_rank(barrier, owner);
@@ -235,20 +226,16 @@ __device__ __forceinline__ void merge_cluster(
     ptx::store_async(
         ptx::address_in_rank(ptx::shared_address(&inbox->sums[rank][own]), owner), float2{sums.m, sums.l}, its_barrier);
   }
-  // who owns nothing is sent nothing, and may leave
+  // a CTA that owns nothing is sent nothing, and may leave
   for (int own = threadIdx.x; own < num_owned; own += kThreads) {
     ptx::wait_for_barrier(barrier);
-    Merged sums;
-#pragma unroll
-    for (int k = 0; k < kCluster; ++k) sums.m = fmaxf(sums.m, inbox->sums[k][own].x);
-    const float base = sums.m == -kInfinity ? 0.0f : sums.m;
     float4 o{0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll
-    for (int k = 0; k < kCluster; ++k) {
-      const float weight = ptx::exp2(inbox->sums[k][own].x - base);
-      sums.l += weight * inbox->sums[k][own].y;
-      add_scaled(o, weight, inbox->o[k][own]);
-    }
+    const SoftmaxRow sums = merge_rows<kCluster>(
+        [&](int k) { return inbox->sums[k][own].x; },
+        [&](int k, float weight, float& l) {
+          l += weight * inbox->sums[k][own].y;
+          add_scaled(o, weight, inbox->o[k][own]);
+        });
     const int i = rank * Inbox::kOwned + own;
     write_row(p, piece.block, schedule.kv_head(), i / (kHeadDim / 4), i % (kHeadDim / 4) * 4, o, sums, row_lse);
   }
@@ -277,26 +264,26 @@ extern "C" __global__ void __launch_bounds__(kThreads, KVT_PER_SM) KVT_CLUSTER_D
   const int kv_head = schedule.kv_head();
   const unsigned fifo = ptx::shared_address(shared) + warp * kStages * kStageBytes;
   if (kHeadDim % 32 != 0) {
-    // the last product takes dims that do not exist; Q is 0 there, and 0 * NaN is NaN
+    // The last product takes dims that do not exist. Q is 0 there, but 0 * NaN is NaN, so K must not hold garbage.
     for (int i = lane_id(); i < kStages * kStageBytes / 16; i += 32) ptx::store_shared_16(fifo + i * 16, {0, 0, 0, 0});
     __syncwarp();
   }
 
   Locator locate(p, 0);
   int located = -1;
-  if (kCluster > 1 && p.left < 0) {  // the only sequence's first look-ups need not wait for its length
+  if (kCluster > 1 && p.left < 0) {  // the first look-ups of the only sequence need not wait for its length
     located = first_of_warp(0);
     locate.seek(located);
   }
   Piece piece;
   if (!schedule.next(p, piece)) {
-    ptx::wait_for_dependencies();  // who waits for this kernel relies on those before it as well
+    ptx::wait_for_dependencies();  // a kernel that waits for this one relies on the earlier ones, too
     return;
   }
   const unsigned long long policy = ptx::evict_first_policy();
   Queries queries;
   if (p.wait_first) queries.load(p, piece.block, kv_head);
-  Reader reader(p, schedule, piece, locate, located);
+  StepReader reader(p, schedule, piece, locate, located);
   Place ahead = reader.next(p, false);
 #pragma unroll 1
   for (int i = 0; i < kStages; ++i) {
@@ -305,13 +292,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, KVT_PER_SM) KVT_CLUSTER_D
     ptx::commit_copies();
     ahead = reader.next(p, p.wait_first);
   }
-  // from here on everything may be read; only now may the next kernel begin, so that what it finds written by kernels
-  // before this one is complete
+  // All earlier kernels have finished, so everything may be read. Release the dependent launch only now: the next kernel
+  // may then rely on every write made before this kernel.
   ptx::wait_for_dependencies();
   ptx::launch_dependents();
   if (!p.wait_first) queries.load(p, piece.block, kv_head);
 
-  const WarpStates scratch(shared);
+  const Stored stored(shared);
   int stage = 0;
   __shared__ float row_lse[kRows];
   do {
@@ -324,45 +311,32 @@ extern "C" __global__ void __launch_bounds__(kThreads, KVT_PER_SM) KVT_CLUSTER_D
     }
     const Columns columns = columns_of(p, piece.block, kv_head);
     const KeyRange keys = visible_keys(p, piece.block);
-    State state;
-    Notes notes;
-    Shares shares;
-    if (kHasMasses) shares.locate(p, piece.block);
+    States states;
+    UnitLse unit_lse;
+    TileMassWriter masses;
+    if (kHasMasses) masses.locate(p, piece.block);
     for (int step = first_of_warp(piece.begin); step < piece.end; step += kStride) {
       ptx::wait_for_copies<kStages - 1>();
       __syncwarp();
       attend_step(
-          p, queries.q, columns, keys, piece.block.seq_len, fifo + stage * kStageBytes, step * kStep, state, notes);
-      if (kHasMasses) notes.write(p, piece.block, kv_head, step, piece.end, ptx::evict_last_policy());
+          p, queries.q, columns, keys, piece.block.seq_len, fifo + stage * kStageBytes, step * kStep, states, unit_lse);
+      if (kHasMasses) unit_lse.write(p, piece.block, kv_head, step, piece.end, ptx::evict_last_policy());
       __syncwarp();
       if (ahead.slot >= 0) copy_step(p, kv_head, fifo + stage * kStageBytes, ahead, policy);
       ptx::commit_copies();
-      ahead = reader.next(p, true);  // it has until the next step to arrive
+      ahead = reader.next(p, true);  // the look-up has until the next step to arrive
       stage = stage + 1 == kStages ? 0 : stage + 1;
     }
 
-    if (kCluster == 1) __syncthreads();  // the scratch of the piece before has been read
-    scratch.store(state);
+    if (kCluster == 1) __syncthreads();  // the states of the piece before have been read
+    stored.store(states);
     __syncthreads();
-    if (kHasMasses && kCluster == 1 && piece.num_pieces == 1) shares.load(p, piece.block, kv_head);
 #if KVT_CLUSTER > 1
-    merge_cluster(p, schedule, piece, scratch, inbox, row_lse);
-    const bool is_complete = true;
+    merge_cluster(p, schedule, piece, stored, inbox, row_lse);
+    if (kHasMasses) masses.write(p, piece.block, kv_head, row_lse);
 #else
-    for (int i = threadIdx.x; i < piece.block.num_rows * kHeadDim / 4; i += kThreads) {
-      const int row = i / (kHeadDim / 4);
-      const int dim = i % (kHeadDim / 4) * 4;
-      float4 o{0.0f, 0.0f, 0.0f, 0.0f};
-      const Merged sums = scratch.merge(row, dim, o);
-      if (piece.num_pieces == 1) {
-        write_row(p, piece.block, kv_head, row, dim, o, sums, row_lse);
-      } else {
-        write_partial(p, schedule, piece, row, dim, o, sums);
-      }
-    }
-    const bool is_complete = complete_piece(p, schedule, piece, kv_head, shares, row_lse);
+    finish_piece(p, schedule, piece, kv_head, stored, masses, row_lse);
 #endif
-    if (kHasMasses && is_complete) shares.write(p, piece.block, kv_head, row_lse);
   } while (schedule.next(p, piece));
 }
 

@@ -17,7 +17,7 @@
 // Launch:   CTA 1024, grid = CTAs that share the sequences; each works out all ranges for itself; dynamic shared
 //           memory 4 * batch. sm_80 and later.
 // Source:   equal ranges with an overhead, as in FlashMLA's scheduler (deepseek-ai), here without a serial loop.
-#include <kvt/attention.cuh>
+#include <kvt/attention/keys.cuh>
 #include <kvt/ptx/cluster.cuh>
 
 namespace kvt {
@@ -75,8 +75,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) kvt_plan(const __grid_con
   const int first = threadIdx.x * each;
   const int last = min(p.batch, first + each);
 
-  int sum = 0;
   int longest = 0;  // steps of a sequence
+  int sum = 0;
   for (int b = first; b < last; ++b) {
     const int steps = num_steps(p, b);
     sum += steps > 0 ? steps + p.overhead : 1;
@@ -85,12 +85,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) kvt_plan(const __grid_con
   }
   // the sums of the threads before: within the warp, then of the warps before
   const int lane = lane_id();
-  int inclusive = sum;
-#pragma unroll
-  for (int d = 1; d < 32; d <<= 1) {
-    const int below = __shfl_up_sync(kAllLanes, inclusive, d);
-    if (lane >= d) inclusive += below;
-  }
+  const int inclusive = sum_up_to_lane(sum);
   longest = __reduce_max_sync(kAllLanes, longest);
   if (lane == 31) {
     warp_sums[threadIdx.x >> 5] = inclusive;
@@ -98,12 +93,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) kvt_plan(const __grid_con
   }
   __syncthreads();
   longest = __reduce_max_sync(kAllLanes, warp_longest[lane]);
-  int of_warps = warp_sums[lane];
-#pragma unroll
-  for (int d = 1; d < 32; d <<= 1) {
-    const int below = __shfl_up_sync(kAllLanes, of_warps, d);
-    if (lane >= d) of_warps += below;
-  }
+  const int of_warps = sum_up_to_lane(warp_sums[lane]);
   const int total = __shfl_sync(kAllLanes, of_warps, 31);
   const int warp = threadIdx.x >> 5;
   const int before_warp = __shfl_sync(kAllLanes, of_warps, max(0, warp - 1));

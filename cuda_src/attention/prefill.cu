@@ -1,7 +1,7 @@
 // Prefill and long verify: 64 query rows of one sequence and kv head against all the keys that they see, per CTA.
 //
 //   q            [num_tokens, num_q_heads, head_dim]               scalar_t, rows of 16 bytes aligned
-//   k_cache      block, kv head and slot by strides, head_dim contiguous, rows aligned to 16 bytes; v_cache alike
+//   k_cache      block, kv head and slot by strides, head_dim contiguous, rows aligned to 16 bytes; v_cache the same
 //   block_table  [batch, max_blocks] int32 block ids; entries come as a list of granules, see expand.cu
 //   seq_lens     [batch] int32, tokens, the new ones included
 //   out          [num_tokens, num_q_heads, head_dim] scalar_t;     lse [num_tokens, num_q_heads] float32, natural log
@@ -11,28 +11,22 @@
 //           Macros: KVT_HEAD_DIM, KVT_BF16.
 // Numerics: scores and running state in float32, weights in scalar_t.
 // Source:   Dao 2023 (FlashAttention-2, arXiv:2307.08691), sec. 3; block tables, Kwon et al. 2023 (arXiv:2309.06180).
-//           Unlike there, a CTA takes the rows of a whole group of heads, so that K and V are read once for it.
-#include <kvt/attention.cuh>
-#include <kvt/finite.cuh>
-#include <kvt/locate.cuh>
+//           Unlike FlashAttention-2, a CTA takes the rows of a whole group of heads, so that K and V are read once for it.
+#include <kvt/attention/locate.cuh>
+#include <kvt/attention/nonfinite.cuh>
+#include <kvt/attention/softmax.cuh>
+#include <kvt/base/scalar.cuh>
 #include <kvt/ptx/async_copy.cuh>
 #include <kvt/ptx/matrix.cuh>
-#include <kvt/ptx/scalar.cuh>
 
 namespace kvt {
-
-#if KVT_BF16
-using scalar_t = ptx::BFloat16;
-#else
-using scalar_t = ptx::Half;
-#endif
 
 constexpr int kHeadDim = KVT_HEAD_DIM;
 constexpr int kRows = 64;
 constexpr int kThreads = 128;
 constexpr int kKeys = kHeadDim <= 128 ? 64 : 32;         // of a tile in shared memory
 constexpr int kChunks = kHeadDim / 8;                    // of 16 bytes, in a row
-constexpr int kPitch = (kChunks + 7) / 8 * 8;            // chunks from row to row; the XOR stays inside 8
+constexpr int kPitch = (kChunks + 7) / 8 * 8;            // chunks from row to row; the XOR in chunk_address stays inside 8
 constexpr int kDimBlocks = kHeadDim / 16;
 static_assert(kHeadDim % 16 == 0, "an MMA covers 16 dims");
 
@@ -46,7 +40,8 @@ struct Layout {
   static constexpr int kBytes = kRowsAt + 2 * 2 * kKeys * 8;
 };
 
-// Where chunk `chunk` of a row lies: neighbouring rows differ in their bank group, as ldmatrix wants it.
+// The address of a chunk of a row. The XOR puts one chunk of 8 neighbouring rows into 8 different bank groups, so that
+// ldmatrix has no bank conflicts.
 __device__ __forceinline__ unsigned chunk_address(unsigned base, int row, int chunk) {
   return base + (row * kPitch + (chunk ^ (row & 7))) * 16;
 }
@@ -76,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) kvt_prefill(const __grid_
 
   const auto row_pointers = reinterpret_cast<const unsigned short**>(shared + Layout::kRowsAt);
   const BlockIds locate(p, block.sequence);
-  // threads below kKeys look up where the keys and values of a tile lie
+  // threads below kKeys look up where the keys and values of a tile are
   const auto locate_tile = [&](int tile) {
     if (threadIdx.x < kKeys) {
       const Place place = locate(min(tile * kKeys + static_cast<int>(threadIdx.x), block.seq_len - 1));
@@ -109,11 +104,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) kvt_prefill(const __grid_
     const int q_head = place_of_row(p, block, kv_head, row).q_head;
     slope[i] = p.alibi_slopes == nullptr ? 0.0f : p.alibi_slopes[q_head] * kLog2E;
   }
-  float m[2] = {-kInfinity, -kInfinity};  // largest score so far, log2
-  float l[2] = {0.0f, 0.0f};              // sum of exp2(score - m) over this lane's keys
-  float o[2 * kDimBlocks][4];             // dims 8d + 2t and the next, of row g, then of row g + 8
-#pragma unroll
-  for (int d = 0; d < 2 * kDimBlocks; ++d) o[d][0] = o[d][1] = o[d][2] = o[d][3] = 0.0f;
+  RowStates<kDimBlocks> states;
 
   if (num_tiles > 0) locate_tile(first_tile);
   __syncthreads();
@@ -121,7 +112,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) kvt_prefill(const __grid_
   ptx::commit_copies();
   for (int tile = first_tile; tile < first_tile + num_tiles; ++tile) {
     if (tile + 1 < first_tile + num_tiles) locate_tile(tile + 1);
-    __syncthreads();  // also: all warps are done with the tile that the next copies overwrite
+    __syncthreads();  // the pointers are there, and all warps are done with the tile that the next copies overwrite
     if (tile + 1 < first_tile + num_tiles) copy_tile(tile + 1);
     ptx::commit_copies();
     ptx::wait_for_copies<1>();
@@ -162,28 +153,21 @@ extern "C" __global__ void __launch_bounds__(kThreads) kvt_prefill(const __grid_
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float highest = m[r];
+      float highest = states.m[r];
 #pragma unroll
       for (int n = 0; n < kKeys / 8; ++n) highest = fmaxf(highest, fmaxf(s[n][2 * r], s[n][2 * r + 1]));
       highest = max_over_columns(highest);
-      const float base = highest == -kInfinity ? 0.0f : highest;  // -inf - -inf is NaN
-      const float shrink = ptx::exp2(m[r] - base);
-      m[r] = highest;
-      l[r] *= shrink;
-#pragma unroll
-      for (int d = 0; d < 2 * kDimBlocks; ++d) {
-        o[d][2 * r] *= shrink;
-        o[d][2 * r + 1] *= shrink;
-      }
+      const float base = base_of(highest);
+      states.raise(r, highest, base);
 #pragma unroll
       for (int n = 0; n < kKeys / 8; ++n) {
         s[n][2 * r] = ptx::exp2(s[n][2 * r] - base);
         s[n][2 * r + 1] = ptx::exp2(s[n][2 * r + 1] - base);
-        l[r] += s[n][2 * r] + s[n][2 * r + 1];
+        states.l[r] += s[n][2 * r] + s[n][2 * r + 1];
       }
     }
     if (is_partial) {
-      // infinities and NaN go to the rows that see them, and out of the product: 0 * NaN is NaN
+      // rows that see an infinity or NaN get it here, and it is taken out of the product, because 0 * NaN is NaN
       const auto piece = [&](int i) { return chunk_address(value_tile, i / kChunks, i % kChunks); };
       unsigned any = 0;
       for (int i = threadIdx.x; i < kKeys * kChunks; i += kThreads) any |= any_nonfinite<scalar_t>(piece(i));
@@ -198,8 +182,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) kvt_prefill(const __grid_
             const unsigned lost = pair & nonfinite_mask<scalar_t>(pair);
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-              o[d][2 * r] += sees[r] ? scalar_t::low(lost) : 0.0f;
-              o[d][2 * r + 1] += sees[r] ? scalar_t::high(lost) : 0.0f;
+              states.o[d][2 * r] += sees[r] ? scalar_t::low(lost) : 0.0f;
+              states.o[d][2 * r + 1] += sees[r] ? scalar_t::high(lost) : 0.0f;
             }
           }
         }
@@ -210,7 +194,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) kvt_prefill(const __grid_
     }
 #pragma unroll
     for (int n = 0; n < kKeys / 16; ++n) {
-      // the fragment of the scores is that of an operand already
+      // the fragment of the weights is already that of an operand
       const unsigned a[4] = {scalar_t::pack(s[2 * n][0], s[2 * n][1]), scalar_t::pack(s[2 * n][2], s[2 * n][3]),
                              scalar_t::pack(s[2 * n + 1][0], s[2 * n + 1][1]),
                              scalar_t::pack(s[2 * n + 1][2], s[2 * n + 1][3])};
@@ -218,8 +202,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) kvt_prefill(const __grid_
       for (int d = 0; d < kDimBlocks; ++d) {
         unsigned b[4];
         ptx::load_matrices_transposed(b, chunk_address(value_tile, 16 * n + (lane & 15), 2 * d + (lane >> 4)));
-        scalar_t::multiply_add(o[2 * d], a[0], a[1], a[2], a[3], b[0], b[1]);
-        scalar_t::multiply_add(o[2 * d + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
+        scalar_t::multiply_add(states.o[2 * d], a[0], a[1], a[2], a[3], b[0], b[1]);
+        scalar_t::multiply_add(states.o[2 * d + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
       }
     }
   }
@@ -228,28 +212,20 @@ extern "C" __global__ void __launch_bounds__(kThreads) kvt_prefill(const __grid_
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = first_row + 8 * r;
-    float sum = sum_over_columns(l[r]);
+    SoftmaxRow sums{states.m[r], sum_over_columns(states.l[r])};
     if (row >= block.num_rows) continue;
     const RowPlace place = place_of_row(p, block, kv_head, row);
     float scale = 1.0f;
-    if (p.sinks != nullptr && block.seq_len > 0) {
-      const float sink = p.sinks[place.q_head] * kLog2E;
-      const float with_sink = fmaxf(m[r], sink);
-      if (with_sink > -kInfinity) {
-        scale = ptx::exp2(m[r] - with_sink);
-        sum = sum * scale + ptx::exp2(sink - with_sink);
-        m[r] = with_sink;
-      }
-    }
-    const float factor = sum > 0.0f ? scale / sum : sum == 0.0f ? 0.0f : sum;  // NaN stays NaN
+    if (p.sinks != nullptr && block.seq_len > 0) sums.absorb_sink(p.sinks[place.q_head] * kLog2E, scale);
+    const float factor = sums.normalizer(scale);
     unsigned short* const to = p.out + place.token * p.out_token + place.q_head * p.out_head + 2 * (lane & 3);
 #pragma unroll
     for (int d = 0; d < 2 * kDimBlocks; ++d) {
-      *reinterpret_cast<unsigned*>(to + 8 * d) = scalar_t::pack(o[d][2 * r] * factor, o[d][2 * r + 1] * factor);
+      *reinterpret_cast<unsigned*>(to + 8 * d) =
+          scalar_t::pack(states.o[d][2 * r] * factor, states.o[d][2 * r + 1] * factor);
     }
     if (p.lse != nullptr && (lane & 3) == 0) {
-      const float lse = sum == 0.0f ? -kInfinity : (m[r] + log2f(sum)) * kLn2;
-      p.lse[static_cast<long long>(place.token) * p.num_kv_heads * p.group_size + place.q_head] = lse;
+      p.lse[static_cast<long long>(place.token) * p.num_kv_heads * p.group_size + place.q_head] = sums.lse();
     }
   }
 }

@@ -3,13 +3,15 @@
 //   block_table   [batch, max_entries] int32 entries with tiers, -1 = empty;  block_starts [batch, max_entries] granules
 //   seq_lens      [batch] int32;   cu_seqlens_q  [batch + 1] int32 or null = one query each
 //   granules      [batch, width] int32, scratch: granule inside its tier | tier << 27
-//   units         [batch, max_units] in order of their positions, see kvt/tiers.cuh;   num_units  [batch]
+//   units         [batch, max_units] in order of their positions, see kvt/attention/units.cuh;   num_units  [batch]
 //   tile_units    [batch, max_units / 4 + 1] the first unit of each tile that is seen, and of the one behind the last
 //   plan_lens     [batch] steps' worth of tokens, for kvt_plan: a unit costs what 16 hot tokens do
 //
 // Launch:   a CTA of 256 for each sequence. Any architecture.
+#include <kvt/attention/keys.cuh>
+#include <kvt/attention/units.cuh>
+#include <kvt/format/tiers.cuh>
 #include <kvt/ptx/cluster.cuh>
-#include <kvt/tiers.cuh>
 
 namespace kvt {
 
@@ -72,12 +74,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) kvt_units(const __grid_co
       begin = max(0, keys.begin - first) / tokens;
       end = min(kTile / tokens, (keys.end - first + tokens - 1) / tokens);
     }
-    int inclusive = end - begin;
-#pragma unroll
-    for (int d = 1; d < 32; d <<= 1) {
-      const int below = __shfl_up_sync(kAllLanes, inclusive, d);
-      if (lane >= d) inclusive += below;
-    }
+    const int inclusive = sum_up_to_lane(end - begin);
     if (lane == 31) warp_sums[warp] = inclusive;
     __syncthreads();
     int before = 0;

@@ -8,18 +8,14 @@
 // Launch:   grid (moves, num_kv_heads, num_layers), CTA 256. Any architecture. Macros: KVT_HEAD_DIM, KVT_BF16.
 // Numerics: through float32, each operation rounded by itself: codes are those of kvtoolkit.formats, to the bit. A token
 //           that holds an infinity or NaN becomes NaN, as there; the host cannot know of it, and so keeps no tile back.
-#include <kvt/attention.cuh>
-#include <kvt/ptx/cluster.cuh>
-#include <kvt/ptx/scalar.cuh>
-#include <kvt/tiers.cuh>
+#include <kvt/base/numbers.cuh>
+#include <kvt/base/scalar.cuh>
+#include <kvt/base/warp.cuh>
+#include <kvt/entry.cuh>
+#include <kvt/format/tiers.cuh>
 
 namespace kvt {
 
-#if KVT_BF16
-using scalar_t = ptx::BFloat16;
-#else
-using scalar_t = ptx::Half;
-#endif
 using Half = ptx::Half;
 
 constexpr int kHeadDim = KVT_HEAD_DIM;

@@ -3,7 +3,15 @@
 import sys
 from typing import Any
 
-from kvtoolkit.arrays.host import Operand, is_on_device, is_torch, make_operand, tensor_operand
+from kvtoolkit.arrays.host import (
+    DENSE_TYPES,
+    Operand,
+    empty_tensor,
+    is_on_device,
+    is_torch,
+    make_operand,
+    tensor_operand,
+)
 from kvtoolkit.errors import ShapeError, UnsupportedError
 
 _BITS = {"int16": "bfloat16", "uint16": "bfloat16"}
@@ -22,9 +30,10 @@ def device_operand(array: Any, name: str, dtype: str | None = None) -> Operand:
         ShapeError: it is no array.
         UnsupportedError: it is not in the memory of a CUDA device.
     """
-    if type(array) is Operand:
-        return array
-    if is_torch(array):
+    kind = type(array)
+    if kind is Operand:
+        return array  # type: ignore[no-any-return]
+    if kind in DENSE_TYPES or is_torch(array):
         found = tensor_operand(array, name, True)
         return found if dtype is None or found.dtype not in _BITS else found._replace(dtype=_BITS[found.dtype])
     module: Any = sys.modules.get("cupy")
@@ -33,8 +42,7 @@ def device_operand(array: Any, name: str, dtype: str | None = None) -> Operand:
     if hasattr(array, "__cuda_array_interface__"):
         return _of_interface(array, name, dtype)
     if not is_on_device(array):
-        kind = type(array).__name__
-        raise UnsupportedError(f"{name}: expected an array on a CUDA device, got a {kind} in host memory")
+        raise UnsupportedError(f"{name}: expected an array on a CUDA device, got a {kind.__name__} in host memory")
     if hasattr(array, "__dlpack__"):
         import cupy
 
@@ -76,7 +84,7 @@ def _of_interface(array: Any, name: str, dtype: str | None) -> Operand:
 
 
 def check_devices(operands: dict[str, Operand | None]) -> int:
-    """The device that all of them lie on; ShapeError if they lie on several."""
+    """The device that all of them are on; ShapeError if they are on several."""
     device = -1
     for name, one in operands.items():
         if one is None:
@@ -106,9 +114,9 @@ def empty(shape: tuple[int, ...], dtype: str, like: Any, device: int) -> tuple[A
     """A new array on a device and its description: a torch tensor if ``like`` is one, else a CuPy array (bfloat16 as
     uint16)."""
     made: Any
-    if is_torch(like):
+    if type(like) in DENSE_TYPES or is_torch(like):
         torch = sys.modules["torch"]
-        made = torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
+        made = empty_tensor(torch, shape, dtype, like)
         if len(shape) == 3 and type(made) is torch.Tensor:  # not so where a mode fakes tensors
             strides = (shape[1] * shape[2], shape[2], 1)
             return made, make_operand((made.data_ptr(), shape, strides, dtype, made, True, device))

@@ -1,5 +1,7 @@
 """Names of dtypes and of array types."""
 
+from typing import Any, Protocol
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,3 +16,15 @@ ITEMSIZES = {
 Int32Array = NDArray[np.int32]
 Int64Array = NDArray[np.int64]
 Uint64Array = NDArray[np.uint64]
+
+
+class Array(Protocol):
+    """An array that calls take: NumPy's, CuPy's, a torch tensor, or what has ``__dlpack__`` or an array interface."""
+
+    @property
+    def shape(self) -> Any:
+        """The sizes of the axes."""
+
+    @property
+    def dtype(self) -> Any:
+        """The type of the elements."""

@@ -1,4 +1,4 @@
-"""What every attention call asks of its arguments before anything is written; each refusal says name, expected, got."""
+"""Checks of the arguments of attention calls, made before anything is written; errors say name, expected, got."""
 
 import math
 import sys
@@ -18,8 +18,11 @@ _LARGEST_FLOAT32 = 3.4028234e38  # the kernels compute in float32
 
 
 def choose_backend(backend: str | None, on_device: bool) -> str:
-    """The backend that was asked for, or the fast one for where the arrays lie; UnsupportedError if they do not go
-    together."""
+    """The backend that was asked for, or the fast one for where the arrays are.
+
+    Raises:
+        UnsupportedError: there is no such backend, or it does not work where the arrays are.
+    """
     if backend is None:
         return "cuda" if on_device else "cpu"
     if not (isinstance(backend, str) and backend in BACKENDS):
@@ -39,7 +42,7 @@ def check_layout(layout: str) -> None:
 
 
 def check_rows(array: Operand, name: str, shape: str, ndim: int) -> None:
-    """Refuse what is not an array of ``ndim`` axes, the last one contiguous, of a dtype that a cache may have."""
+    """ShapeError unless an array has ``ndim`` axes, the last one contiguous, and a dtype that a cache may have."""
     if len(array.shape) != ndim:
         raise ShapeError(f"{name}: expected {shape}, got shape {array.shape}")
     if array.dtype not in DTYPE_CODES:
@@ -51,7 +54,7 @@ def check_rows(array: Operand, name: str, shape: str, ndim: int) -> None:
 
 
 def check_caches(keys: Operand, values: Operand, dtype: str, layout: str, head_dim: int, num_heads: int | None) -> None:
-    """Refuse caches that differ from each other or from the tokens; ``num_heads`` None leaves the heads open."""
+    """ShapeError for caches that differ from each other or from the tokens; ``num_heads`` None = any number."""
     shape = "[num_blocks, block_size, num_kv_heads, head_dim]"
     if layout == "HND":
         shape = "[num_blocks, num_kv_heads, block_size, head_dim]"
@@ -72,7 +75,7 @@ def check_caches(keys: Operand, values: Operand, dtype: str, layout: str, head_d
 
 
 def autocast_note() -> str:
-    """What a refused dtype may come from, for the end of a message."""
+    """The end of a message about a wrong dtype: says so if torch.autocast may be the reason."""
     torch = sys.modules.get("torch")
     if torch is None or not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
         return ""
@@ -87,7 +90,7 @@ def check_heads(num_q_heads: int, num_kv_heads: int, head_dim: int) -> None:
 
 
 def check_indices(array: Operand, name: str, shape: tuple[int | str, ...], dtype: str = "int32") -> None:
-    """Refuse what is not an index array of ``shape``, where a string stands for any size."""
+    """ShapeError unless an array is an index array of ``shape``, where a string stands for any size."""
     good = array.dtype == dtype and len(array.shape) == len(shape)
     for want, got in zip(shape, array.shape, strict=False):
         good = good and (want == got or type(want) is str)
@@ -103,8 +106,10 @@ def _is_scattered(array: Operand) -> bool:
 
 
 def check_per_head(array: Operand, name: str, num_q_heads: int, infinite: bool) -> None:
-    """Refuse what is not ``[num_q_heads]`` float32 of numbers; with ``infinite``, -inf is one. On a device the numbers
-    are not looked at."""
+    """ShapeError unless an array is ``[num_q_heads]`` float32 and holds finite numbers; with ``infinite`` also -inf.
+
+    On a device the numbers are not checked.
+    """
     if array.shape != (num_q_heads,) or array.dtype != "float32" or (array.strides[0] != 1 and num_q_heads > 1):
         raise ShapeError(
             f"{name}: expected [num_q_heads = {num_q_heads}] float32, contiguous, got {array.shape} {array.dtype}"
@@ -117,7 +122,7 @@ def check_per_head(array: Operand, name: str, num_q_heads: int, infinite: bool) 
 
 
 def check_slopes(array: Operand, num_q_heads: int, batch: int, backend: str) -> None:
-    """Refuse ALiBi slopes that are not ``[num_q_heads]`` float32 or, on the CPU, ``[batch, num_q_heads]``."""
+    """Raise unless ALiBi slopes are ``[num_q_heads]`` float32 or, on the CPU, ``[batch, num_q_heads]``."""
     if len(array.shape) != 2:
         check_per_head(array, "alibi_slopes", num_q_heads, infinite=False)
         return
@@ -147,7 +152,7 @@ def check_output(out: Operand, name: str, shape: tuple[int, ...], dtype: str) ->
 
 
 def check_places(written: Operand, name: str) -> None:
-    """Refuse an array to write to in which two elements share a place, as after a broadcast."""
+    """UnsupportedError for an array to write to in which two elements share a place, as after a broadcast."""
     if extent(written.shape, written.strides).repeats:
         raise UnsupportedError(
             f"{name}: expected every element in a place of its own, got shape {written.shape} and strides "
@@ -155,57 +160,47 @@ def check_places(written: Operand, name: str) -> None:
         )
 
 
-def check_apart(written: Operand, name: str, others: dict[str, Operand | None], in_place: str = "") -> None:
-    """Refuse an array to write to that shares memory with another argument of the call.
+def check_apart(
+    written: dict[str, Operand], read: dict[str, Operand | None], in_place: tuple[str, str] | None = None
+) -> None:
+    """UnsupportedError if arrays to write to share memory with each other or with another argument of the call.
+
+    Extents are looked up without a call, because `append` checks five arrays in every layer.
 
     Args:
-        written: where the call writes.
-        name: what to call it in an error.
-        others: the other arguments, by name.
-        in_place: the one of them that ``written`` may be itself, with the same shape and strides.
+        written: where the call writes, by name; in each array every element has a place of its own.
+        read: the other arguments, by name.
+        in_place: ``(written, read)``, names of two arrays that may be one, with the same shape and strides.
     """
-    address, shape, strides, dtype, *_ = written
-    size = ITEMSIZES[dtype]
-    _, low, end, _ = EXTENTS.get((shape, strides)) or extent(shape, strides)
-    begin, stop = address + size * low, address + size * end
-    for other_name, other in others.items():
-        if other is None:
-            continue
-        at, other_shape, other_strides, other_dtype, _, _, _ = other
-        _, low, end, _ = EXTENTS.get((other_shape, other_strides)) or extent(other_shape, other_strides)
-        other_size = ITEMSIZES[other_dtype]
-        if at + other_size * low >= stop or at + other_size * end <= begin:
-            continue
-        if other_name != in_place or other[:3] != written[:3]:
-            _require_apart(name, written, other_name, other)
-
-
-def check_caches_apart(keys: Operand, values: Operand, read: dict[str, Operand]) -> None:
-    """`check_places` and `check_apart` for both caches, which a call of `append` cannot afford one by one."""
-    written = []
-    for name, cache in (("k_cache", keys), ("v_cache", values)):
-        address, shape, strides, dtype, _, _, _ = cache
+    spans: list[tuple[int, int, str, Operand]] = []
+    for name, array in written.items():
+        address, shape, strides, dtype, _, _, _ = array
         _, low, end, repeats = EXTENTS.get((shape, strides)) or extent(shape, strides)
         if repeats:
-            check_places(cache, name)
+            check_places(array, name)
         size = ITEMSIZES[dtype]
-        written.append((address + size * low, address + size * end))
-    (begin_k, stop_k), (begin_v, stop_v) = written
-    if begin_k < stop_v and begin_v < stop_k:
-        _require_apart("v_cache", values, "k_cache", keys)
-    for name, other in read.items():
-        address, shape, strides, dtype, _, _, _ = other
+        begin, stop = address + size * low, address + size * end
+        for at, past, other_name, other in spans:
+            if begin < past and at < stop:
+                _require_apart(name, array, other_name, other)
+        spans.append((begin, stop, name, array))
+    lowest, highest = min([span[0] for span in spans]), max([span[1] for span in spans])
+    for read_name, source in read.items():
+        if source is None:
+            continue
+        address, shape, strides, dtype, _, _, _ = source
         _, low, end, _ = EXTENTS.get((shape, strides)) or extent(shape, strides)
         size = ITEMSIZES[dtype]
         begin, stop = address + size * low, address + size * end
-        if begin < stop_k and begin_k < stop:
-            _require_apart("k_cache", keys, name, other)
-        if begin < stop_v and begin_v < stop:
-            _require_apart("v_cache", values, name, other)
+        if begin >= highest or stop <= lowest:
+            continue
+        for at, past, name, array in spans:
+            if begin < past and at < stop and ((name, read_name) != in_place or source[:3] != array[:3]):
+                _require_apart(name, array, read_name, source)
 
 
 def _require_apart(name: str, written: Operand, other_name: str, other: Operand) -> None:
-    """Refuse an array to write to that has a byte in common with another; slower than a look at where they end."""
+    """UnsupportedError if an array to write to has a byte in common with another: exact, but slow."""
     one, two = ((array.shape, array.strides, ITEMSIZES[array.dtype]) for array in (written, other))
     if share_bytes(other.address - written.address, one, two):
         raise UnsupportedError(f"{name}: expected memory of its own, got some that {other_name} uses, too")
@@ -214,7 +209,7 @@ def _require_apart(name: str, written: Operand, other_name: str, other: Operand)
 def check_options(
     softmax_scale: float | None, window_size: tuple[int, int], softcap: float, num_splits: int
 ) -> tuple[int, int]:
-    """Refuse numbers that make no sense; returns the window as two integers."""
+    """ShapeError for numbers that make no sense; returns the window as two integers."""
     if softmax_scale is not None and not _is_finite(softmax_scale):
         raise ShapeError(f"softmax_scale: expected a finite number or None, got {softmax_scale!r}")
     if not _is_finite(softcap) or softcap < 0:
@@ -231,11 +226,11 @@ def check_options(
     return window
 
 
-def check_flags(causal: Any, return_lse: Any) -> None:
-    """Refuse what is no truth value, such as an array."""
-    for name, value in (("causal", causal), ("return_lse", return_lse)):
+def check_flags(**flags: Any) -> None:
+    """ShapeError for what is no truth value, such as an array."""
+    for name, value in flags.items():
         if not isinstance(value, (bool, int, np.bool_)):
-            raise ShapeError(f"{name}: expected True or False, got {value!r}")
+            raise ShapeError(f"{name}: expected True or False, got {value!r:.80}")
 
 
 def _is_finite(number: Any) -> bool:

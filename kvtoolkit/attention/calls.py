@@ -9,7 +9,7 @@ on one device, and return torch tensors where ``q`` is one, else CuPy arrays. Th
 where ``q`` is a tensor, else CuPy's; nothing is copied and nothing is waited for, so they can be captured in a CUDA
 graph once they have run (`kvtoolkit.warmup` compiles beforehand). Calls on one stream share scratch memory: make them
 from one thread at a time. float16 and bfloat16, head_dim a multiple of 16 up to 256, rows of ``q``, ``out`` and the
-caches at multiples of 16 bytes. What lies in index arrays is not looked at, unless ``KVTOOLKIT_CHECK=1`` was set when
+caches at multiples of 16 bytes. The contents of index arrays are not checked, unless ``KVTOOLKIT_CHECK=1`` was set when
 kvtoolkit was imported: a wrong index reads or writes foreign memory.
 
 bfloat16 is ``torch.bfloat16`` or ``ml_dtypes.bfloat16``. No gradient is recorded; a tensor that a call writes to counts
@@ -19,17 +19,22 @@ freed tensors, wrapper subclasses such as DTensor, and negated views raise Unsup
 that overlap themselves or another argument.
 """
 
-import functools
-import importlib
 from collections.abc import Callable
 from typing import Any
 
-from kvtoolkit import cpu
-from kvtoolkit.arrays.host import Operand, empty, is_on_device, is_torch, mark_written, operand
+from kvtoolkit.arrays.call import (
+    NO_HINTS,
+    AttentionCall,
+    Hints,
+    QuantizedTiers,
+    attention_call,
+    heads_first,
+)
+from kvtoolkit.arrays.host import Operand, is_on_device, is_torch, mark_written
+from kvtoolkit.arrays.types import Array
 from kvtoolkit.attention.arguments import (
     check_apart,
     check_caches,
-    check_caches_apart,
     check_flags,
     check_heads,
     check_indices,
@@ -41,36 +46,37 @@ from kvtoolkit.attention.arguments import (
     check_slopes,
     choose_backend,
 )
-from kvtoolkit.cpu.merge import merge_rows
+from kvtoolkit.attention.options import Options, make_options
+from kvtoolkit.backends import BACKENDS
 from kvtoolkit.errors import ShapeError
 from kvtoolkit.formats.entry import GRANULE, MAX_BLOCK_GRANULES, MAX_GRANULES
 from kvtoolkit.formats.quantized import INT4, INT8
-from kvtoolkit.formats.tier_caches import QuantizedTiers, TierCaches
+from kvtoolkit.formats.tier_caches import TierCaches
 
 
 def paged_attention(
-    q: Any,
-    k_cache: Any,
-    v_cache: Any,
-    block_table: Any,
-    seq_lens: Any,
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
+    block_table: Array,
+    seq_lens: Array,
     *,
     layout: str = "NHD",
-    cu_seqlens_q: Any = None,
+    cu_seqlens_q: Array | None = None,
     softmax_scale: float | None = None,
     causal: bool = True,
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
-    sinks: Any = None,
-    alibi_slopes: Any = None,
-    out: Any = None,
+    sinks: Array | None = None,
+    alibi_slopes: Array | None = None,
+    out: Array | None = None,
     return_lse: bool = False,
     num_splits: int = 0,
     backend: str | None = None,
 ) -> Any:
     """Attend the newest tokens of each sequence to its cached keys and values: decode, verify, chunked or full prefill.
 
-    Query ``i`` of the ``n`` of a row stands at position ``seq_len - n + i``. One before position 0 sees nothing under
+    Query ``i`` of the ``n`` of a row is at position ``seq_len - n + i``. One before position 0 sees nothing under
     ``causal``: its ``out`` is 0 and its ``lse`` -inf, or the sink's logit. A padding row gives 0 and -inf.
     A score is ``softmax_scale * q.k``, then ``softcap * tanh(score / softcap)``, then
     ``score - slope * |position - j|``: the order of flash-attn.
@@ -80,7 +86,8 @@ def paged_attention(
             multiple of 8, ``num_q_heads`` one of ``num_kv_heads``; on a GPU no float32, a multiple of 16 up to 256.
         k_cache: ``[num_blocks, block_size, num_kv_heads, head_dim]`` for layout ``"NHD"``,
             ``[num_blocks, num_kv_heads, block_size, head_dim]`` for ``"HND"``; dtype of ``q``, any block size, any
-            strides but the last axis contiguous; ``v_cache`` alike. Slots past a sequence's end are never used.
+            strides but the last axis contiguous; ``v_cache`` has its shape and dtype. Slots past a sequence's end are
+            never used.
         block_table: ``[batch, max_blocks_per_seq]`` int32 block ids in ``[0, num_blocks)``; those past a row's end are
             not read.
         seq_lens: ``[batch]`` int32, tokens in the cache, the new ones included; 0 = padding row.
@@ -96,7 +103,7 @@ def paged_attention(
             batch around it; 0 = automatic: on the CPU also by the row alone, on a GPU by what keeps it busy. Prefill
             on a GPU is never split; more than 128 are taken as 128 there.
         backend: ``"cpu"``, ``"cuda"``, ``"numba"`` (the readable GPU kernels), or None to choose by where the arrays
-            lie.
+            are.
 
     Returns:
         ``out``; with ``return_lse`` also ``lse`` ``[num_tokens, num_q_heads]`` float32, natural log.
@@ -109,44 +116,47 @@ def paged_attention(
     Source: block tables, Kwon et al. 2023 (arXiv:2309.06180), sec. 4.
     """
     check_layout(layout)
-    return _attention(
-        q, k_cache, v_cache, block_table, None, seq_lens, layout, cu_seqlens_q, softmax_scale, causal, window_size,
-        softcap, sinks, alibi_slopes, out, return_lse, num_splits, backend,
+    options = make_options(
+        (
+            cu_seqlens_q, softmax_scale, causal, window_size, softcap, sinks, alibi_slopes, out, return_lse, num_splits,
+            backend,
+        )
     )  # fmt: skip
+    return attend(q, k_cache, v_cache, block_table, None, seq_lens, options, has_entries=False, layout=layout)
 
 
 def variable_block_attention(
-    q: Any,
-    k_cache: Any,
-    v_cache: Any,
-    block_table: Any,
-    block_starts: Any,
-    seq_lens: Any,
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
+    block_table: Array,
+    block_starts: Array,
+    seq_lens: Array,
     *,
-    block_mass: Any = None,
-    cu_seqlens_q: Any = None,
+    block_mass: Array | None = None,
+    cu_seqlens_q: Array | None = None,
     softmax_scale: float | None = None,
     causal: bool = True,
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
-    sinks: Any = None,
-    alibi_slopes: Any = None,
-    out: Any = None,
+    sinks: Array | None = None,
+    alibi_slopes: Array | None = None,
+    out: Array | None = None,
     return_lse: bool = False,
     num_splits: int = 0,
     backend: str | None = None,
 ) -> Any:
     """Attend as `paged_attention`, to blocks of 1-8 granules of 8 tokens, all lengths mixed within one sequence.
 
-    Where the tokens lie does not matter: every partition into blocks, and `paged_attention` on the same tokens, gives
-    the same bits.
+    The place of the tokens does not matter: every partition into blocks, and `paged_attention` on the same tokens,
+    gives the same bits.
 
     Args:
-        k_cache: ``[num_granules, num_kv_heads, 8, head_dim]``, dtype of ``q``, last axis contiguous; ``v_cache`` alike.
+        k_cache: ``[num_granules, num_kv_heads, 8, head_dim]``, dtype of ``q``, last axis contiguous; ``v_cache`` too.
         block_table: ``[batch, max_entries]`` int32 entries in the hot tier, -1 = empty. An entry is made of a first
             granule, a length in granules and a tier by `kvtoolkit.formats.entry.pack_entry`.
         block_starts: ``[batch, max_entries]`` int32, first logical granule of each entry: 0, then where the one before
-            ends. Behind a row's first empty entry all are empty.
+            ends. All entries after a row's first empty one are empty.
         block_mass: as in `tiered_attention`.
 
     Everything else is as in `paged_attention`.
@@ -156,28 +166,33 @@ def variable_block_attention(
             written.
         UnsupportedError: no kernel for this head_dim or backend, or an entry in another tier.
     """
-    return _attention(
-        q, k_cache, v_cache, block_table, block_starts, seq_lens, None, cu_seqlens_q, softmax_scale, causal,
-        window_size, softcap, sinks, alibi_slopes, out, return_lse, num_splits, backend, block_mass=block_mass,
+    options = make_options(
+        (
+            cu_seqlens_q, softmax_scale, causal, window_size, softcap, sinks, alibi_slopes, out, return_lse, num_splits,
+            backend,
+        )
     )  # fmt: skip
+    return attend(
+        q, k_cache, v_cache, block_table, block_starts, seq_lens, options, has_entries=True, block_mass=block_mass
+    )
 
 
 def tiered_attention(
-    q: Any,
+    q: Array,
     tier_caches: TierCaches,
-    block_table: Any,
-    block_starts: Any,
-    seq_lens: Any,
+    block_table: Array,
+    block_starts: Array,
+    seq_lens: Array,
     *,
-    block_mass: Any = None,
-    cu_seqlens_q: Any = None,
+    block_mass: Array | None = None,
+    cu_seqlens_q: Array | None = None,
     softmax_scale: float | None = None,
     causal: bool = True,
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
-    sinks: Any = None,
-    alibi_slopes: Any = None,
-    out: Any = None,
+    sinks: Array | None = None,
+    alibi_slopes: Array | None = None,
+    out: Array | None = None,
     return_lse: bool = False,
     num_splits: int = 0,
     backend: str | None = None,
@@ -185,7 +200,7 @@ def tiered_attention(
     """Attend as `variable_block_attention` to tokens of which some are stored as int8 and some as int4, in one softmax.
 
     A row gives the attention over what the codes stand for, see `kvtoolkit.formats.quantized`; each 64 positions from a
-    multiple of 64 on, a tile, lie in one tier. On the CPU a row whose entries are all hot gives the bits of
+    multiple of 64 on, a tile, are in one tier. On the CPU a row whose entries are all hot gives the bits of
     `variable_block_attention`; on a GPU another kernel runs, whose sums have another order.
 
     Args:
@@ -193,8 +208,8 @@ def tiered_attention(
             dtype of ``q``, last axis contiguous; ``warm`` and ``cold`` ``[num_blocks, num_kv_heads, nbytes]`` uint8,
             contiguous, or None, for ``head_dim`` 64 or 128; ``first_granules``, multiples of 8.
         block_table: ``[batch, max_entries]`` int32 entries in these tiers, -1 = empty. Their granules count through
-            the tiers. In the hot tier an entry is 1-8 granules; in another it is 8, both where it lies in its tier and
-            in ``block_starts`` a multiple of 8.
+            the tiers. In the hot tier an entry is 1-8 granules; in another it is 8, and both its
+            place in its tier and its start in ``block_starts`` are multiples of 8.
         block_mass: None, or ``[batch, max_tiles, num_kv_heads]`` float32, contiguous, ``max_tiles`` at least
             ``max_entries``. Written, not added to: the share of the attention that goes to each tile, averaged over
             the queries of the row and of the group; 0 from a row's end on. A sink's share is in no tile. Asking
@@ -214,46 +229,106 @@ def tiered_attention(
         raise ShapeError(
             f"tier_caches: expected (k_cache, v_cache, warm, cold, first_granules), got {type(tier_caches).__name__}"
         ) from None
-    return _attention(
-        q, caches.k_cache, caches.v_cache, block_table, block_starts, seq_lens, None, cu_seqlens_q, softmax_scale,
-        causal, window_size, softcap, sinks, alibi_slopes, out, return_lse, num_splits, backend, block_mass=block_mass,
-        tier_caches=caches,
+    options = make_options(
+        (
+            cu_seqlens_q, softmax_scale, causal, window_size, softcap, sinks, alibi_slopes, out, return_lse, num_splits,
+            backend,
+        )
+    )  # fmt: skip
+    return attend(
+        q, caches.k_cache, caches.v_cache, block_table, block_starts, seq_lens, options, has_entries=True,
+        block_mass=block_mass, tier_caches=caches,
     )  # fmt: skip
 
 
-def _attention(
-    q: Any, k_cache: Any, v_cache: Any, block_table: Any, block_starts: Any, seq_lens: Any, layout: str | None,
-    cu_seqlens_q: Any, softmax_scale: float | None, causal: Any, window_size: tuple[int, int], softcap: float,
-    sinks: Any, alibi_slopes: Any, out: Any, return_lse: Any, num_splits: int, backend: str | None,
-    query_counts: tuple[int, int] | None = None, *, block_mass: Any = None, tier_caches: TierCaches | None = None,
-    before: Callable[[], None] | None = None, memory: tuple[Operand, Operand] | None = None,
+def attend(
+    q: Any, k_cache: Any, v_cache: Any, block_table: Any, block_starts: Any, seq_lens: Any, options: Options, *,
+    has_entries: bool, layout: str = "HND", block_mass: Any = None, tier_caches: TierCaches | None = None,
+    hints: Hints = NO_HINTS, before: Callable[[], None] | None = None, memory: tuple[Operand, Operand] | None = None,
 ) -> Any:  # fmt: skip
-    """Check, choose, launch.
+    """Check the arguments of any attention call, choose a backend and launch; the public calls all come here.
 
     Args:
+        has_entries: whether the table holds entries, which begin at ``block_starts``; else it holds block ids.
+        layout: of the caches.
+        hints: what the host knows.
         before: called once everything is checked and before anything is read or written.
         memory: where keys and values are, if the caches reach beyond it.
     """
-    chosen = choose_backend(backend, is_on_device(q))
-    describe = operand if chosen == "cpu" else _device().device_operand
-    window = check_options(softmax_scale, window_size, softcap, num_splits)
-    if type(causal) is not bool or type(return_lse) is not bool:
-        check_flags(causal, return_lse)
+    backend = BACKENDS[choose_backend(options.backend, is_on_device(q))]
+    describe, out, return_lse = backend.describe, options.out, options.return_lse
+    window = check_options(options.softmax_scale, options.window_size, options.softcap, options.num_splits)
+    if type(options.causal) is not bool or type(return_lse) is not bool:
+        check_flags(causal=options.causal, return_lse=return_lse)
+    queries, keys, values = _describe_tokens(describe, q, k_cache, v_cache, layout)
+    table, starts, lengths, bounds = _describe_tables(
+        describe, queries, keys, block_table, block_starts, has_entries, seq_lens, options.cu_seqlens_q
+    )
+    sinks = slopes = None
+    if options.sinks is not None or options.alibi_slopes is not None:
+        sinks, slopes = _describe_per_head(describe, options, queries.shape[1], table.shape[0], backend.name)
+    tiers = None if tier_caches is None else _describe_tiers(tier_caches, describe, keys.shape[1], queries.shape[2])
+    masses = None
+    if block_mass is not None:
+        masses = describe(block_mass, "block_mass")
+        _check_block_mass(masses, table, keys.shape[1])
+    is_own = out is None
+    if is_own:
+        out, target = backend.empty(queries.shape, queries.dtype, q, queries.device)
+    else:
+        target = describe(out, "out")
+        check_output(target, "out", queries.shape, queries.dtype)
+    lse = lse_target = None
+    call = attention_call(
+        queries, keys, values, table, starts, lengths, out=target, cu_seqlens_q=bounds, sinks=sinks,
+        alibi_slopes=slopes, tiers=tiers, block_mass=masses, softmax_scale=options.softmax_scale,
+        causal=options.causal, window_size=window, softcap=options.softcap, num_splits=options.num_splits,
+    )  # fmt: skip
+    if not is_own or masses is not None:
+        _check_written(call, is_own, memory)
+    if return_lse:
+        lse, lse_target = backend.empty(queries.shape[:2], "float32", q, queries.device)
+        call = call._replace(lse=lse_target)
+    if queries.device >= 0:
+        hints = hints._replace(from_torch=is_torch(q))
+    backend.attend(call, hints, check=True, before=before)
+    if not is_own or masses is not None:
+        mark_written(None if is_own else out, block_mass)
+    return (out, lse) if return_lse else out
+
+
+_Describe = Callable[[Any, str], Operand]
+
+
+def _describe_tokens(
+    describe: _Describe, q: Any, k_cache: Any, v_cache: Any, layout: str
+) -> tuple[Operand, Operand, Operand]:
+    """Queries and caches, checked; the caches ``[num_blocks, num_kv_heads, block_size, head_dim]``."""
     queries = describe(q, "q")
     keys, values = describe(k_cache, "k_cache"), describe(v_cache, "v_cache")
     check_rows(queries, "q", "[num_tokens, num_q_heads, head_dim]", 3)
-    num_tokens, num_q_heads, head_dim = queries.shape
-    check_caches(keys, values, queries.dtype, layout or "HND", head_dim, None)
-    check_heads(num_q_heads, keys.shape[2 if layout == "NHD" else 1], head_dim)
+    _, num_q_heads, head_dim = queries.shape
+    check_caches(keys, values, queries.dtype, layout, head_dim, None)
+    if layout != "HND":
+        keys, values = heads_first(keys, layout), heads_first(values, layout)
+    check_heads(num_q_heads, keys.shape[1], head_dim)
+    return queries, keys, values
 
+
+def _describe_tables(
+    describe: _Describe, queries: Operand, keys: Operand, block_table: Any, block_starts: Any, has_entries: bool,
+    seq_lens: Any, cu_seqlens_q: Any,
+) -> tuple[Operand, Operand | None, Operand, Operand | None]:  # fmt: skip
+    """``block_table, block_starts, seq_lens, cu_seqlens_q``, checked."""
     table, lengths = describe(block_table, "block_table"), describe(seq_lens, "seq_lens")
     check_indices(table, "block_table", ("batch", "max_entries"))
     batch, max_entries = table.shape
+    num_tokens = queries.shape[0]
     check_indices(lengths, "seq_lens", (batch,))
     if batch == 0 and num_tokens:
         raise ShapeError(f"q: expected no tokens for a batch of no rows, got {num_tokens}")
     starts = bounds = None
-    if layout is None:
+    if has_entries:
         if keys.shape[2] != GRANULE:
             raise ShapeError(f"k_cache: expected [num_granules, num_kv_heads, 8, head_dim], got {keys.shape}")
         starts = describe(block_starts, "block_starts")
@@ -263,58 +338,37 @@ def _attention(
         check_indices(bounds, "cu_seqlens_q", (batch + 1,))
     elif num_tokens != batch:
         raise ShapeError(f"q: expected one token per row, {batch}, where cu_seqlens_q is None, got {num_tokens}")
-    sink_logits = slopes = None
-    if sinks is not None:
-        sink_logits = describe(sinks, "sinks")
-        check_per_head(sink_logits, "sinks", num_q_heads, infinite=True)
-    if alibi_slopes is not None:
-        slopes = describe(alibi_slopes, "alibi_slopes")
-        check_slopes(slopes, num_q_heads, batch, chosen)
+    return table, starts, lengths, bounds
 
-    tier_options: dict[str, Any] = {}
-    if tier_caches is not None:
-        tier_options["tiers"] = _describe_tiers(tier_caches, describe, keys.shape[1], head_dim)
-    if block_mass is not None:
-        masses = describe(block_mass, "block_mass")
-        _check_block_mass(masses, batch, max_entries, keys.shape[1])
-        tier_options["block_mass"] = masses
 
-    is_own = out is None
-    if is_own:
-        out, target = _empty(q, queries, queries.shape, queries.dtype)
-    else:
-        target = describe(out, "out")
-        check_output(target, "out", queries.shape, queries.dtype)
-    if not is_own or block_mass is not None:
-        read = {
-            "q": queries, "k_cache": keys, "v_cache": values, "block_table": table, "block_starts": starts,
-            "seq_lens": lengths, "cu_seqlens_q": bounds, "sinks": sink_logits, "alibi_slopes": slopes,
-        }  # fmt: skip
-        if memory is not None:
-            read["k_cache"], read["v_cache"] = memory
-        if tier_caches is not None:
-            read |= {"warm": tier_options["tiers"].warm, "cold": tier_options["tiers"].cold}
-        if block_mass is not None:
-            check_apart(masses, "block_mass", read | {"out": target})
-        if not is_own:
-            check_apart(target, "out", read, in_place="q")
-    lse, lse_target = _empty(q, queries, queries.shape[:2], "float32") if return_lse else (None, None)
-    arguments = (queries, keys, values, table, starts, lengths)
-    options: dict[str, Any] = {
-        "out": target, "lse": lse_target, "cu_seqlens_q": bounds,
-        "softmax_scale": softmax_scale, "causal": causal, "window_size": window, "softcap": softcap,
-        "sinks": sink_logits, "alibi_slopes": slopes, "num_splits": num_splits, "layout": layout or "HND",
+def _describe_per_head(
+    describe: _Describe, options: Options, num_q_heads: int, batch: int, backend: str
+) -> tuple[Operand | None, Operand | None]:
+    """``sinks, alibi_slopes``, checked."""
+    sinks = slopes = None
+    if options.sinks is not None:
+        sinks = describe(options.sinks, "sinks")
+        check_per_head(sinks, "sinks", num_q_heads, infinite=True)
+    if options.alibi_slopes is not None:
+        slopes = describe(options.alibi_slopes, "alibi_slopes")
+        check_slopes(slopes, num_q_heads, batch, backend)
+    return sinks, slopes
+
+
+def _check_written(call: AttentionCall, is_own: bool, memory: tuple[Operand, Operand] | None) -> None:
+    """UnsupportedError if arrays to write share memory with others; an ``out`` that is ours does not."""
+    keys, values = memory or (call.k_cache, call.v_cache)
+    read = {
+        "q": call.q, "k_cache": keys, "v_cache": values, "block_table": call.block_table,
+        "block_starts": call.block_starts, "seq_lens": call.seq_lens, "cu_seqlens_q": call.cu_seqlens_q,
+        "sinks": call.sinks, "alibi_slopes": call.alibi_slopes,
     }  # fmt: skip
-    options |= tier_options
-    if chosen == "cpu":
-        cpu.attend(*arguments, **options, check=True, before=before)
-    else:
-        _device().attend_checked(
-            chosen, *arguments, query_counts=query_counts, from_torch=is_torch(q), before=before, **options
-        )
-    if not is_own or block_mass is not None:
-        mark_written(None if is_own else out, block_mass)
-    return (out, lse) if return_lse else out
+    if call.tiers is not None:
+        read |= {"warm": call.tiers.warm, "cold": call.tiers.cold}
+    written = {} if is_own else {"out": call.out}
+    if call.block_mass is not None:
+        written["block_mass"] = call.block_mass
+    check_apart(written, read, in_place=("out", "q"))
 
 
 def _describe_tiers(caches: TierCaches, describe: Any, num_kv_heads: int, head_dim: int) -> QuantizedTiers:
@@ -345,7 +399,8 @@ def _describe_tiers(caches: TierCaches, describe: Any, num_kv_heads: int, head_d
     return QuantizedTiers(described[0], described[1], (hot, warm, cold))
 
 
-def _check_block_mass(masses: Operand, batch: int, max_entries: int, num_kv_heads: int) -> None:
+def _check_block_mass(masses: Operand, table: Operand, num_kv_heads: int) -> None:
+    batch, max_entries = table.shape
     shape = masses.shape
     good = len(shape) == 3 and (shape[0], shape[2]) == (batch, num_kv_heads) and shape[1] >= max_entries
     if not good or masses.dtype != "float32":
@@ -367,27 +422,34 @@ def _check_contiguous(array: Operand, name: str) -> None:
 
 
 def append(
-    key: Any, value: Any, k_cache: Any, v_cache: Any, slot_mapping: Any, *, layout: str, backend: str | None = None
+    key: Array,
+    value: Array,
+    k_cache: Array,
+    v_cache: Array,
+    slot_mapping: Array,
+    *,
+    layout: str,
+    backend: str | None = None,
 ) -> None:
     """Write each new token's key and value to its slot of the cache, in place.
 
     Args:
-        key: ``[num_tokens, num_kv_heads, head_dim]``, last axis contiguous, dtype of the caches; ``value`` alike.
+        key: ``[num_tokens, num_kv_heads, head_dim]``, last axis contiguous, dtype of the caches; ``value`` too.
         k_cache: ``[num_blocks, block_size, num_kv_heads, head_dim]`` for layout ``"NHD"``,
             ``[num_blocks, num_kv_heads, block_size, head_dim]`` for ``"HND"`` (granule arenas: ``"HND"``, block size
-            8); any strides but the last axis contiguous; ``v_cache`` alike.
+            8); any strides but the last axis contiguous; ``v_cache`` has its shape.
         slot_mapping: ``[num_tokens]`` int64, ``block * block_size + i``; -1 = skip. No slot may be named twice.
         backend: as in `paged_attention`.
 
     Raises:
         ShapeError: a shape, dtype, stride or slot is not as above; nothing was written.
-        UnsupportedError: an array does not lie where the backend works.
+        UnsupportedError: an array is not where the backend works.
 
     May be called from several threads at once, for different slots.
     """
     check_layout(layout)
-    chosen = choose_backend(backend, is_on_device(key))
-    describe = operand if chosen == "cpu" else _device().device_operand
+    kernels = BACKENDS[choose_backend(backend, is_on_device(key))]
+    describe = kernels.describe
     new_keys, new_values = describe(key, "key"), describe(value, "value")
     keys, values = describe(k_cache, "k_cache"), describe(v_cache, "v_cache")
     check_rows(new_keys, "key", "[num_tokens, num_kv_heads, head_dim]", 3)
@@ -402,35 +464,33 @@ def append(
         raise ShapeError("k_cache, v_cache: expected writable arrays, got a read-only one")
     slots = describe(slot_mapping, "slot_mapping")
     check_indices(slots, "slot_mapping", (num_tokens,), "int64")
-    check_caches_apart(keys, values, {"key": new_keys, "value": new_values, "slot_mapping": slots})
-    if chosen == "cpu":
-        cpu.append(new_keys, new_values, keys, values, slots, layout=layout, check=True)
-    else:
-        _device().append_checked(
-            chosen, new_keys, new_values, keys, values, slots, layout=layout, from_torch=is_torch(key)
-        )
+    check_apart({"k_cache": keys, "v_cache": values}, {"key": new_keys, "value": new_values, "slot_mapping": slots})
+    keys, values = heads_first(keys, layout), heads_first(values, layout)
+    kernels.append(new_keys, new_values, keys, values, slots, check=True, from_torch=is_torch(key))
     mark_written(k_cache, v_cache)
 
 
-def merge_states(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, *, backend: str | None = None) -> tuple[Any, Any]:
+def merge_states(
+    out_a: Array, lse_a: Array, out_b: Array, lse_b: Array, *, backend: str | None = None
+) -> tuple[Any, Any]:
     """Merge the attention over two disjoint sets of keys into the attention over both.
 
     Args:
         out_a: ``[num_tokens, num_q_heads, head_dim]`` float32, float16 or bfloat16, last axis contiguous; ``out_b``
-            alike. Where a side's lse is -inf, its ``out`` is not used.
-        lse_a: ``[num_tokens, num_q_heads]`` float32, natural log, contiguous; -inf = no keys; ``lse_b`` alike.
+            has its shape and dtype. Where a side's lse is -inf, its ``out`` is not used.
+        lse_a: ``[num_tokens, num_q_heads]`` float32, natural log, contiguous; -inf = no keys; ``lse_b`` too.
 
     Returns:
         New ``(out, lse)``, typed as ``out_a`` and ``lse_a``. Two empty sides give 0 and -inf.
 
     Raises:
         ShapeError: a shape, dtype or stride is not as above.
-        UnsupportedError: head_dim is not a multiple of 8, or an array does not lie where the backend works.
+        UnsupportedError: head_dim is not a multiple of 8, or an array is not where the backend works.
 
     Source: Ye et al. 2025 (FlashInfer, arXiv:2501.01005), composition of attention states.
     """
-    chosen = choose_backend(backend, is_on_device(out_a))
-    describe = operand if chosen == "cpu" else _device().device_operand
+    kernels = BACKENDS[choose_backend(backend, is_on_device(out_a))]
+    describe = kernels.describe
     a, b = describe(out_a, "out_a"), describe(out_b, "out_b")
     check_rows(a, "out_a", "[num_tokens, num_q_heads, head_dim]", 3)
     check_rows(b, "out_b", "[num_tokens, num_q_heads, head_dim]", 3)
@@ -446,26 +506,7 @@ def merge_states(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, *, backend: str
         if scattered and 0 not in a.shape:
             raise ShapeError(f"{name}: expected a contiguous array, got strides {side.strides} (elements)")
         sides.append(side)
-    (out, target), (merged, merged_target) = (
-        _empty(out_a, a, a.shape, a.dtype), _empty(out_a, a, a.shape[:2], "float32")
-    )  # fmt: skip
-    states = (target, merged_target, a, sides[0], b, sides[1])
-    if chosen == "cpu":
-        merge_rows(*states)
-    else:
-        _device().merge_checked(chosen, *states, from_torch=is_torch(out_a))
-    return out, merged
-
-
-@functools.cache
-def _device() -> Any:
-    """The calls for device arrays; imported when the first of them comes."""
-    return importlib.import_module("kvtoolkit.attention.device")
-
-
-def _empty(like: Any, described: Operand, shape: tuple[int, ...], dtype: str) -> tuple[Any, Operand]:
-    """A new array or tensor where ``like`` is, and its description."""
-    if described.device >= 0:
-        made: tuple[Any, Operand] = _device().empty(shape, dtype, like, described.device)
-        return made
-    return empty(shape, dtype, like)
+    out, target = kernels.empty(a.shape, a.dtype, out_a, a.device)
+    lse, lse_target = kernels.empty(a.shape[:2], "float32", out_a, a.device)
+    kernels.merge_states(target, lse_target, a, sides[0], b, sides[1], from_torch=is_torch(out_a))
+    return out, lse

@@ -15,11 +15,11 @@ from kvtoolkit.cuda.launching import Launch
 from kvtoolkit.cuda.pool import DevicePool
 from kvtoolkit.errors import ConfigError
 from kvtoolkit.runtime import Kernel, load
-from kvtoolkit.runtime.kernels import packer
+from kvtoolkit.runtime.structs import ParameterStruct
 
 _FULL = 1 << 20  # granules of the pool that is exhausted
 _ROUNDS = 16  # of churn, in one launch
-_params = packer("3q2i")
+_params = ParameterStruct("bench/alloc.cu", "kvt_take")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -84,6 +84,7 @@ def ours(case: Case) -> list[Contender]:
     import torch
 
     from kvtoolkit import cuda
+    from kvtoolkit.arrays.call import Hints, attention_call
 
     shape = case.shape
     outs = [torch.empty_like(case.q) for _ in range(case.num_sets)]
@@ -91,9 +92,12 @@ def ours(case: Case) -> list[Contender]:
     q, keys, values, lengths, bounds = (cuda.device_operand(getattr(case, name), name) for name in names)
     prepared: list[Any] = [
         cuda.attend(
-            q, keys, values, cuda.device_operand(table, "table"), None, lengths, out=cuda.device_operand(out, "out"),
-            cu_seqlens_q=None if shape.num_queries == 1 else bounds, layout="NHD",
-            query_counts=(shape.num_queries, shape.num_queries), kept={},
+            attention_call(
+                q, keys, values, cuda.device_operand(table, "table"), None, lengths,
+                out=cuda.device_operand(out, "out"), cu_seqlens_q=None if shape.num_queries == 1 else bounds,
+                layout="NHD",
+            ),
+            Hints((shape.num_queries, shape.num_queries), kept={}),
             stream=torch.cuda.current_stream().cuda_stream,
         )
         for table, out in zip(case.tables, outs, strict=True)
@@ -102,7 +106,7 @@ def ours(case: Case) -> list[Contender]:
     def call(which: int, dependent: bool) -> Any:
         stream = torch.cuda.current_stream().cuda_stream
         addresses = (q.address, keys.address, values.address, outs[which].data_ptr())
-        cuda.attend_alike(prepared[which], *addresses, stream=stream, dependent=dependent)
+        cuda.attend_prepared(prepared[which], *addresses, stream=stream, overlaps=dependent)
         return outs[which]
 
     sets = range(case.num_sets)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from kvtoolkit import cuda
+from kvtoolkit.arrays.call import Hints, attention_call
 from kvtoolkit.bench.attention_cases import Case, Shape
 from kvtoolkit.bench.timing import device_line, host_us, read_ceiling, require_device, time_graph
 from kvtoolkit.cache.kv_cache import KVCache
@@ -117,17 +118,17 @@ def _prepare(case: Case, which: int, name: str, out: Any) -> Any:
     names = ("q", "k_cache", "v_cache", "seq_lens")
     q, keys, values, lengths = (cuda.device_operand(getattr(case, one), one) for one in names)
     table, starts = (cuda.device_operand(torch.from_numpy(array).cuda(), "table") for array in (entries, starts_of))
-    return cuda.attend(
-        q, keys, values, table, starts, lengths, out=cuda.device_operand(out, "out"), layout="NHD", kept={},
-        stream=torch.cuda.current_stream().cuda_stream,
+    call = attention_call(
+        q, keys, values, table, starts, lengths, out=cuda.device_operand(out, "out"), layout="NHD"
     )  # fmt: skip
+    return cuda.attend(call, Hints(kept={}), stream=torch.cuda.current_stream().cuda_stream)
 
 
 def _again(case: Case, prepared: Any, out: Any) -> None:
     import torch
 
     addresses = (case.q.data_ptr(), case.k_cache.data_ptr(), case.v_cache.data_ptr(), out.data_ptr())
-    cuda.attend_alike(prepared, *addresses, stream=torch.cuda.current_stream().cuda_stream)
+    cuda.attend_prepared(prepared, *addresses, stream=torch.cuda.current_stream().cuda_stream)
 
 
 def _planning(batches: list[int]) -> dict[str, list[float]]:

@@ -78,7 +78,7 @@ def tiered(case: TierCase) -> list[Contender]:
     import torch
 
     from kvtoolkit import cuda
-    from kvtoolkit.formats.tier_caches import QuantizedTiers
+    from kvtoolkit.arrays.call import Hints, QuantizedTiers, attention_call
 
     shape = case.shape
     outs = [torch.empty_like(case.q) for _ in range(case.num_sets)]
@@ -93,9 +93,12 @@ def tiered(case: TierCase) -> list[Contender]:
     def prepare(block_mass: Any) -> list[Any]:
         return [
             cuda.attend(
-                q, keys, values, cuda.device_operand(table, "table"), starts, lengths,
-                out=cuda.device_operand(out, "out"), tiers=QuantizedTiers(warm, cold, (0, 0, 0)),
-                max_seq_len=max(shape.lengths), block_mass=block_mass, kept={}, stream=stream,
+                attention_call(
+                    q, keys, values, cuda.device_operand(table, "table"), starts, lengths,
+                    out=cuda.device_operand(out, "out"), tiers=QuantizedTiers(warm, cold, (0, 0, 0)),
+                    block_mass=block_mass,
+                ),
+                Hints(max_seq_len=max(shape.lengths), kept={}), stream=stream,
             )
             for table, out in zip(case.tables, outs, strict=True)
         ]  # fmt: skip
@@ -104,10 +107,10 @@ def tiered(case: TierCase) -> list[Contender]:
     addresses = {"warm": warm.address if warm else 0, "cold": cold.address if cold else 0}
 
     def call(prepared: Any, which: int, dependent: bool, mass: Any) -> Any:
-        cuda.attend_alike(
+        cuda.attend_prepared(
             prepared[which], q.address, keys.address, values.address, outs[which].data_ptr(),
             block_mass=0 if mass is None else mass.data_ptr(),
-            stream=torch.cuda.current_stream().cuda_stream, dependent=dependent, **addresses,
+            stream=torch.cuda.current_stream().cuda_stream, overlaps=dependent, **addresses,
         )  # fmt: skip
         return outs[which]
 

@@ -14,7 +14,8 @@ import numpy as np
 from kvtoolkit.cuda.launching import Launch
 from kvtoolkit.errors import UnsupportedError
 from kvtoolkit.runtime import load
-from kvtoolkit.runtime.kernels import num_sms, packer
+from kvtoolkit.runtime.kernels import num_sms
+from kvtoolkit.runtime.structs import ParameterStruct
 
 Call = Callable[[], Any]
 
@@ -107,7 +108,7 @@ def read_ceiling(nbytes: int = 4 << 30) -> float:
 
     source = torch.randint(-(2**31), 2**31 - 1, (nbytes // 4,), dtype=torch.int32, device="cuda")
     total = torch.zeros(1, dtype=torch.int32, device="cuda")
-    parameters = packer("3q").pack(source.data_ptr(), total.data_ptr(), nbytes // 16)
+    parameters = ParameterStruct("bench/read.cu", "kvt_read").pack(source.data_ptr(), total.data_ptr(), nbytes // 16)
     kernel = load("bench/read.cu", "kvt_read", {}, 0)
     stream = torch.cuda.current_stream().cuda_stream
     best = 0.0

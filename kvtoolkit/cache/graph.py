@@ -1,11 +1,15 @@
 """The tables of decode steps at fixed places, so that one captured CUDA graph serves every later step."""
 
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtoolkit.arrays.call import Hints
+from kvtoolkit.arrays.types import Array
+from kvtoolkit.attention.options import AttendOptions
 from kvtoolkit.cache.kv_cache import KVCache
+from kvtoolkit.cache.layers.layers import LayerCalls
 from kvtoolkit.cache.step import Step
 from kvtoolkit.cache.storage.upload import DeviceTables, PinnedRing
 from kvtoolkit.errors import StepError, UnsupportedError
@@ -68,7 +72,7 @@ class GraphStep:
     @property
     def layers(self) -> int:
         """Bit ``i`` is set if the run that was begun last, so the one that is captured, has appended to layer ``i``."""
-        return 0 if self._run is None else int(self._run._access.layers)
+        return 0 if self._run is None else self._run._calls.layers
 
     def load(self, step: Step) -> None:
         """Bring the tables of a step to the fixed places, asynchronously on the current stream.
@@ -113,11 +117,9 @@ class GraphStep:
         What the layers have in common is planned by kernels that the run's first layer launches, so they belong to the
         graph that the run is captured in. Runs of before are over.
         """
-        from kvtoolkit.cache.layers.device_layers import DeviceStepAccess
-
-        counts = np.ones(self._batch, np.int32)
-        access = DeviceStepAccess(self._cache._arenas, self.tables, counts, self._max_seq_len, kept=self._kept)
-        self._run = GraphRun(self, access, self._batch)
+        hints = Hints((1, 1), self._max_seq_len, self._kept)
+        calls = LayerCalls(self._cache._arenas, self.tables, hints, is_fixed=True)
+        self._run = GraphRun(self, calls, self._batch)
         return self._run
 
 
@@ -128,11 +130,11 @@ class GraphRun:
         cu_seqlens_q: ``[batch + 1]`` int32, host: one query each.
     """
 
-    def __init__(self, graph_step: GraphStep, access: Any, batch: int) -> None:
-        self._graph_step, self._access = graph_step, access
+    def __init__(self, graph_step: GraphStep, calls: LayerCalls, batch: int) -> None:
+        self._graph_step, self._calls = graph_step, calls
         self.cu_seqlens_q: NDArray[np.int32] = np.arange(batch + 1, dtype=np.int32)
 
-    def append(self, layer: int, key: Any, value: Any) -> None:
+    def append(self, layer: int, key: Array, value: Array) -> None:
         """As `Step.append`; rows of ``key`` and ``value`` beyond the step's are skipped.
 
         Raises:
@@ -141,18 +143,18 @@ class GraphRun:
         """
         self._require_current()
         self._graph_step._cache._arenas.require_layer(layer)
-        if self._access.layers >> int(layer) & 1:
+        if self._calls.layers >> int(layer) & 1:
             raise StepError(f"layer: expected one that this run has not appended to, got {layer}; `begin` another run")
-        self._access.append(layer, key, value)
+        self._calls.append(layer, key, value)
 
-    def attend(self, layer: int, q: Any, **options: Any) -> Any:
+    def attend(self, layer: int, q: Array, **options: Unpack[AttendOptions]) -> Any:
         """As `Step.attend`; rows beyond the step's give zeros.
 
         Raises:
             StepError: there is no such layer, or another run has begun.
         """
         self._require_current()
-        return self._access.attend(layer, q, **options)
+        return self._calls.attend(layer, q, **options)
 
     def _require_current(self) -> None:
         if self._graph_step._run is not self:

@@ -14,7 +14,6 @@ from allocators._calls import exclusive, exclusive_or_later
 from kvtoolkit.arrays.types import Int32Array, Int64Array
 from kvtoolkit.cache import compaction, integrity, preemption, sharing, snapshot
 from kvtoolkit.cache.grants import Grower
-from kvtoolkit.cache.layers import layers
 from kvtoolkit.cache.lease import Lease
 from kvtoolkit.cache.shared_allocator import SharedAllocator
 from kvtoolkit.cache.state import block_table, repair, step_passes
@@ -39,6 +38,7 @@ from kvtoolkit.cache.state.sizes import require_tables_fit
 from kvtoolkit.cache.state.step_arrays import SpareArrays
 from kvtoolkit.cache.stats import CacheStats, collect
 from kvtoolkit.cache.step import Step
+from kvtoolkit.cache.storage.arenas import Arenas
 from kvtoolkit.cache.storage.upload import make_upload
 from kvtoolkit.cache.tiering import rules
 from kvtoolkit.cache.tiering.demoter import Demoter
@@ -81,7 +81,7 @@ class KVCache:
         self._most_tokens_of_one = config.seq_len_limit
         self._most_new_tokens = max(_LEAST_TOKENS_REFUSED, 16 * 8 * config.num_granules)
         self._upload = make_upload(config.backend, self._sequences.storage.device)
-        self._arenas = layers.Arenas(self._sequences.storage, config.dtype, config.backend)
+        self._arenas = Arenas(self._sequences.storage, config.dtype, config.backend)
         hot = self._sequences.pool.allocator
         is_on_device = isinstance(hot, DevicePool)  # kernels take blocks of it, too
         self._allocator = hot if is_on_device else SharedAllocator(self._sequences.pool.ledger, self._calls)
@@ -247,7 +247,7 @@ class KVCache:
                 or abort it.
         """
         self._require_own(step)
-        if step._access is not None or step._graph_step is not None:
+        if step._calls is not None or step._graph_step is not None:
             step._require_all_layers()
         sequences, batch = self._sequences, len(step.seq_ids)
         tokens = None if token_ids is None else as_tokens(token_ids, step._num_tokens)

@@ -1,12 +1,15 @@
 """One step of a batch: where the new tokens go, what attention reads, for all layers."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtoolkit.arrays.types import Int32Array, Int64Array
-from kvtoolkit.cache.layers.layers import MassSum, StepAccess
+from kvtoolkit.arrays.call import Hints
+from kvtoolkit.arrays.types import Array, Int32Array, Int64Array
+from kvtoolkit.attention.options import AttendOptions
+from kvtoolkit.cache.layers.layers import LayerCalls
+from kvtoolkit.cache.layers.masses import MassSum
 from kvtoolkit.cache.state.step_passes import OK, OUT_OF_BLOCKS, STATUS_NAMES, StepArrays
 from kvtoolkit.cache.storage.upload import DeviceTables
 from kvtoolkit.cache.tiering.rules import DEVICE_PERIOD, MOST_QUERIES
@@ -15,7 +18,6 @@ from kvtoolkit.errors import StepError, UnsupportedError
 if TYPE_CHECKING:
     from kvtoolkit.cache.graph import GraphStep
     from kvtoolkit.cache.kv_cache import KVCache
-    from kvtoolkit.cache.layers.device_masses import DeviceMassSum
 
 
 class Step:
@@ -42,9 +44,9 @@ class Step:
 
     __slots__ = (
         "__weakref__",
-        "_access",
         "_arrays",
         "_cache",
+        "_calls",
         "_device_tables",
         "_graph_step",
         "_is_open",
@@ -66,8 +68,8 @@ class Step:
         self._shown = cache._arrays.shown(arrays)
         seq_ids.setflags(write=False)
         self.seq_ids = seq_ids
-        self._access: StepAccess | None = None
-        self._mass: MassSum | DeviceMassSum | None = None
+        self._calls: LayerCalls | None = None
+        self._mass: MassSum | None = None
         self._device_tables: DeviceTables | None = None
         self._graph_step: GraphStep | None = None  # which has loaded it
 
@@ -113,7 +115,7 @@ class Step:
         ok: NDArray[np.bool_] = self.status == OK
         return ok
 
-    def append(self, layer: int, key: Any, value: Any) -> None:
+    def append(self, layer: int, key: Array, value: Array) -> None:
         """Store the keys and values of this step's new tokens.
 
         Args:
@@ -128,9 +130,9 @@ class Step:
             StepError: the step has ended.
         """
         self._require_open()
-        (self._access or self._make_access()).append(layer, key, value)
+        (self._calls or self._make_calls()).append(layer, key, value)
 
-    def attend(self, layer: int, q: Any, **options: Any) -> Any:
+    def attend(self, layer: int, q: Array, **options: Unpack[AttendOptions]) -> Any:
         """Attend the new tokens to everything their sequences hold, these tokens included: `append` them first.
 
         Args:
@@ -149,9 +151,9 @@ class Step:
             StepError: the step has ended.
         """
         self._require_open()
-        return (self._access or self._make_access()).attend(layer, q, **options)
+        return (self._calls or self._make_calls()).attend(layer, q, **options)
 
-    def repeat(self, layer: int, key: int, value: int, q: int, out: int) -> bool:
+    def attend_prepared(self, layer: int, key: int, value: int, q: int, out: int) -> bool:
         """`append` and `attend` in one, on raw addresses: for integrations that have checked the arrays themselves.
 
         Does for this layer what the calls for the layer before did, for arrays at other addresses whose shapes,
@@ -159,37 +161,32 @@ class Step:
         was no layer before, or its options included sinks, slopes or ``return_lse``.
         """
         self._require_open()
-        return self._access is not None and self._access.repeat(layer, key, value, q, out)
+        return self._calls is not None and self._calls.attend_prepared(layer, key, value, q, out)
 
-    def _make_access(self) -> StepAccess:
+    def _make_calls(self) -> LayerCalls:
         arenas = self._cache._arenas
-        if arenas.device >= 0:
-            from kvtoolkit.cache.layers.device_layers import DeviceStepAccess
+        self._mass = self._make_mass()
+        if arenas.device < 0:
+            tables = self.block_table, self.block_starts, self.seq_lens, self.cu_seqlens_q, self.slot_mapping
+            self._calls = LayerCalls(arenas, tables, mass=self._mass)
+            return self._calls
+        counts = self.num_new_tokens
+        query_counts = (int(counts.min()), int(counts.max())) if len(counts) else (1, 1)
+        hints = Hints(query_counts, int(self.seq_lens.max(initial=0)), {})
+        self._calls = LayerCalls(arenas, self.on_device, hints, mass=self._mass)
+        return self._calls
 
-            self._mass = self._make_device_mass()
-            self._access = DeviceStepAccess(
-                arenas, self.on_device, self.num_new_tokens, int(self.seq_lens.max(initial=0)), mass=self._mass
-            )
-        else:
-            if self._cache._sequences.collects_mass:
-                self._mass = MassSum(
-                    len(self.seq_ids), -(-int(self.seq_lens.max(initial=1)) // 64), arenas.num_kv_heads
-                )
-            self._access = StepAccess(
-                arenas, self.block_table, self.block_starts, self.seq_lens, self.cu_seqlens_q, self.slot_mapping,
-                mass=self._mass,
-            )  # fmt: skip
-        return self._access
-
-    def _make_device_mass(self) -> "DeviceMassSum | None":
-        from kvtoolkit.cache.layers.device_masses import DeviceMassSum
-
+    def _make_mass(self) -> MassSum | None:
+        """Where the masses of this step are summed up; None if it collects none."""
         sequences, arenas = self._cache._sequences, self._cache._arenas
-        is_due = sequences.collects_mass and sequences.counters.num_steps % DEVICE_PERIOD == 0
-        if not is_due or self.num_new_tokens.max(initial=0) > MOST_QUERIES:
+        if not sequences.collects_mass:
             return None
+        if arenas.device >= 0:
+            is_due = sequences.counters.num_steps % DEVICE_PERIOD == 0
+            if not is_due or self.num_new_tokens.max(initial=0) > MOST_QUERIES:
+                return None
         num_tiles = -(-int(self.seq_lens.max(initial=1)) // 64)
-        return DeviceMassSum(len(self.seq_ids), num_tiles, arenas.num_kv_heads, arenas.device)
+        return MassSum(len(self.seq_ids), num_tiles, arenas.num_kv_heads, arenas.backend.name, arenas.device)
 
     @property
     def on_device(self) -> DeviceTables:
@@ -229,7 +226,7 @@ class Step:
 
     def _require_all_layers(self) -> None:
         """StepError if some layers were appended to and others were not."""
-        layers = 0 if self._access is None else self._access.layers
+        layers = 0 if self._calls is None else self._calls.layers
         if self._graph_step is not None:
             layers |= self._graph_step.layers
         num_layers = self._cache.config.num_layers

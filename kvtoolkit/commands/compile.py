@@ -35,9 +35,9 @@ def warmup(config: CacheConfig, num_q_heads: int) -> None:
         raise ConfigError(f"backend: expected 'cuda', got {config.backend!r}")
     if num_q_heads < 1 or num_q_heads % config.num_kv_heads:
         raise ConfigError(f"num_q_heads: expected a multiple of num_kv_heads {config.num_kv_heads}, got {num_q_heads}")
-    from kvtoolkit.attention.device import using
     from kvtoolkit.cuda.launching import load_spec
     from kvtoolkit.runtime import smem_limit
+    from kvtoolkit.runtime.devices import using
     from kvtoolkit.runtime.kernels import arch_of, current_device
 
     device = current_device() if config.device is None else config.device

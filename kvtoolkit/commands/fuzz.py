@@ -13,8 +13,8 @@ from allocators.testing.failure import expect, fail
 from kvtoolkit.cuda.launching import Launch
 from kvtoolkit.cuda.pool import DevicePool, can_be_made
 from kvtoolkit.runtime import load
-from kvtoolkit.runtime.kernels import packer
 from kvtoolkit.runtime.streams import cupy_on_current_stream
+from kvtoolkit.runtime.structs import ParameterStruct
 
 # FuzzFault in cuda_src/pool/fuzz.cu: the promise, and what contradicted it
 _FAULTS = {
@@ -29,7 +29,7 @@ _CTA = 128
 _MORE_SIZES = 19
 _MOST_HELD = 8
 _MOST_JOURNALS_NBYTES = 1 << 26
-_params = packer("5qI7i")
+_params = ParameterStruct("pool/fuzz.cu", "kvt_fuzz")
 
 add_arguments = kit.add_arguments
 

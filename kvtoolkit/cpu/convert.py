@@ -14,16 +14,19 @@ Floats = NDArray[np.float32]
 _FORMATS = {TIER_WARM: INT8, TIER_COLD: INT4}
 
 
-def convert(tiers: tuple[Any, Any, Any], first: tuple[int, int, int], sources: Int32Array, targets: Int32Array) -> None:
+def convert(
+    hot: Any, warm: Any, cold: Any, first: tuple[int, int, int], sources: Int32Array, targets: Int32Array
+) -> None:
     """Write the tokens of each source tile to its target.
 
     Args:
-        tiers: hot ``[num_layers, 2, num_granules, num_kv_heads, 8, head_dim]``, bfloat16 as uint16; warm and cold
-            ``[num_layers, num_blocks, num_kv_heads, nbytes]`` or None.
+        hot: ``[num_layers, 2, num_granules, num_kv_heads, 8, head_dim]``, bfloat16 as uint16.
+        warm: ``[num_layers, num_blocks, num_kv_heads, nbytes]`` or None; ``cold`` too.
         first: first granule number of each tier.
         sources: ``[n, 8]`` granule numbers: any of the hot tier, or those of a block of a quantized one.
-        targets: alike; -1, in the hot tier: not wanted. None of them is a source.
+        targets: ``[n, 8]`` granule numbers; -1, in the hot tier: not wanted. None of them is a source.
     """
+    tiers = hot, warm, cold
     from_tiers, to_tiers = _tiers_of(sources, first), _tiers_of(targets, first)
     for source in np.unique(from_tiers):
         for target in np.unique(to_tiers[from_tiers == source]):

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 from allocators._bits import fetch_add_acq_rel, load_acquire
 from allocators._jit import jit
 from kvtoolkit.arrays.extents import extent
-from kvtoolkit.arrays.host import address_of, as_numpy_view, is_torch, operand
+from kvtoolkit.arrays.host import Operand, address_of, as_numpy_view, is_torch
 from kvtoolkit.arrays.types import ITEMSIZES
 from kvtoolkit.cpu import threads
 from kvtoolkit.cpu.kernel import yield_core
@@ -77,66 +77,57 @@ def append_items(problem: Any, counters: Any, is_caller: int) -> None:
 
 
 def append(
-    key: Any,
-    value: Any,
-    k_cache: Any,
-    v_cache: Any,
-    slot_mapping: Any,
-    *,
-    layout: str = "HND",
-    dtype: str | None = None,
-    check: bool = False,
-) -> Any:
-    """Copy each token's key and value to its slot, with arguments that are known to be right.
+    key: Operand, value: Operand, k_cache: Operand, v_cache: Operand, slot_mapping: Operand, *, check: bool = False,
+    from_torch: bool | None = None,
+) -> Any:  # fmt: skip
+    """Copy each token's key and value to its slot; see `kvtoolkit.arrays.call.Backend.append`.
 
-    As `kvtoolkit.append`, which comes here after its checks. Shapes, strides and dtypes are *not* checked, and without
-    ``check`` neither are the slots; a wrong one writes to foreign memory. The arrays may be `Operand`s.
+    Shapes, strides and dtypes are *not* checked, and without ``check`` neither are the slots; a wrong one writes to
+    foreign memory.
 
     Args:
-        key: ``[num_tokens, num_kv_heads, head_dim]``, last axis contiguous; ``value`` alike.
-        k_cache: ``[num_granules, num_kv_heads, 8, head_dim]``, or any block size in ``layout``; ``v_cache`` alike.
+        key: ``[num_tokens, num_kv_heads, head_dim]``, last axis contiguous; ``value`` has its shape.
+        k_cache: ``[num_blocks, num_kv_heads, block_size, head_dim]`` by its strides; ``v_cache`` has its shape.
         slot_mapping: ``[num_tokens]`` int64, contiguous, ``block * block_size + i``; -1 = skip.
-        dtype: ``"bfloat16"`` if 16-bit integer arrays hold bfloat16.
+        from_torch: ignored.
 
     Returns:
-        What `append_alike` takes.
+        What `append_prepared` takes.
 
     Raises:
-        ShapeError: with ``check``, a slot lies outside the cache; nothing has been written.
+        ShapeError: with ``check``, a slot is outside the cache; nothing has been written.
 
     May be called from several threads at once, for different slots.
     """
-    key, value = operand(key, "key", dtype), operand(value, "value", dtype)
-    keys, values = operand(k_cache, "k_cache", dtype), operand(v_cache, "v_cache", dtype)
-    slots = operand(slot_mapping, "slot_mapping")
-    head_axis, slot_axis = (1, 2) if layout == "HND" else (2, 1)
     num_tokens, num_heads, head_dim = key.shape
-    block_size = keys.shape[slot_axis]
-    size = ITEMSIZES[keys.dtype]
+    num_blocks, _, block_size, _ = k_cache.shape
+    size = ITEMSIZES[k_cache.dtype]
     row_bytes = head_dim * size
+    (k_block, k_head, k_slot, _), (v_block, v_head, v_slot, _) = k_cache.strides, v_cache.strides
     problem = np.array(
         (
             key.address, key.strides[0] * size, key.strides[1] * size,
             value.address, value.strides[0] * size, value.strides[1] * size,
-            keys.address, keys.strides[0] * size, keys.strides[head_axis] * size, keys.strides[slot_axis] * size,
-            values.address,
-            values.strides[0] * size, values.strides[head_axis] * size, values.strides[slot_axis] * size,
-            slots.address, num_tokens, num_heads, row_bytes, block_size, block_size * keys.shape[0],
+            k_cache.address, k_block * size, k_head * size, k_slot * size,
+            v_cache.address, v_block * size, v_head * size, v_slot * size,
+            slot_mapping.address, num_tokens, num_heads, row_bytes, block_size, block_size * num_blocks,
         ),
         dtype=np.int64,
     )  # fmt: skip
     if check and (bad := first_bad_slot(problem)) >= 0:
-        refuse(BAD_SLOT, bad, slots.owner[bad], block_size=block_size, num_blocks=keys.shape[0])
+        refuse(BAD_SLOT, bad, slot_mapping.owner[bad], block_size=block_size, num_blocks=num_blocks)
     _run(problem, num_tokens * num_heads * row_bytes)
     return problem
 
 
-def append_alike(prepared: Any, key: int, value: int, k_cache: int, v_cache: int) -> None:
+def append_prepared(prepared: Any, key: int, value: int, k_cache: int, v_cache: int, *, overlaps: bool = False) -> None:
     """Append once more where only the addresses of these four arrays differ, not their shapes, strides or dtypes.
 
-    ``prepared`` is what `append` returned for the same slots, which must still be alive.
+    Args:
+        prepared: what `append` returned for the same slots, which must still be alive.
+        overlaps: ignored.
     """
-    problem = prepared.copy()  # a thread that woke late may still look at the one before
+    problem = prepared.copy()  # a thread that wakes up late may still read the problem before
     problem[KEY] = key
     problem[VALUE] = value
     problem[KEYS] = k_cache

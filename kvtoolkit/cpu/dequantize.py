@@ -1,6 +1,6 @@
 """Blocks of the quantized tiers as float32 tiles: their bytes read once, put in order, widened, scaled.
 
-`kvtoolkit.formats.quantized` says how the bytes lie. Its pieces of 16 bytes stand in lines of 64, one piece for each
+`kvtoolkit.formats.quantized` says where each byte is. Its pieces of 16 bytes form lines of 64, one piece for each
 ``t``. Eight lines are brought to the order of a tile in four rounds, each one between lines whose numbers differ in one
 bit; what moves are bytes within a piece, which is one instruction of AVX, AVX-512 or NEON. A line then holds, for each
 ``t``, 16 tokens of one dim (keys) or 16 dims of one token (values), of int4 those of two.
@@ -66,7 +66,7 @@ def _exchange(builder: Any, lines: list[Any], bit: int, unit: int) -> list[Any]:
 def _ordered(builder: Any, addresses: list[Any], rounds: Any) -> list[Any]:
     """Eight lines after all rounds.
 
-    Four bits say where a byte stands in its piece, ``P3 .. P0``. Keys come out in lines ``P0 P2 P1``, tokens in order
+    Four bits give the place of a byte in its piece, ``P3 .. P0``. Keys come out in lines ``P0 P2 P1``, tokens in order
     within a piece; values in lines ``P3 P0 P1``, dims in order.
     """
     lines = [builder.load(pointer_to(builder, address, _BYTES), align=1) for address in addresses]

@@ -37,17 +37,17 @@ def _merge_rows(
             row = token * heads + head
             a = np.float64(read_f32(lse_a + 4 * row))
             b = np.float64(read_f32(lse_b + 4 * row))
-            peak = max(a, b)
+            row_max = max(a, b)
             weight_a = 0.0
             weight_b = 0.0
             merged = -math.inf
-            if peak > -math.inf:  # -inf - -inf is NaN: two empty sides merge to an empty one
-                weight_a = math.exp(a - peak)
-                weight_b = math.exp(b - peak)
-                mass = weight_a + weight_b
-                weight_a /= mass
-                weight_b /= mass
-                merged = peak + math.log(mass)
+            if row_max > -math.inf:  # -inf - -inf is NaN: two empty sides merge to an empty one
+                weight_a = math.exp(a - row_max)
+                weight_b = math.exp(b - row_max)
+                row_sum = weight_a + weight_b
+                weight_a /= row_sum
+                weight_b /= row_sum
+                merged = row_max + math.log(row_sum)
             if math.isnan(a) or math.isnan(b):
                 merged = math.nan
                 weight_a = math.nan
@@ -81,8 +81,11 @@ def _weighted(factor_a: Any, weight_a: float, a: Any, factor_b: Any, weight_b: f
     return multiply_add(factor_a, a, multiply(factor_b, b))
 
 
-def merge_rows(out: Operand, lse: Operand, out_a: Operand, lse_a: Operand, out_b: Operand, lse_b: Operand) -> None:
-    """Merge into contiguous ``out`` and ``lse``; shapes, dtypes and strides are the caller's business."""
+def merge_states(
+    out: Operand, lse: Operand, out_a: Operand, lse_a: Operand, out_b: Operand, lse_b: Operand, *,
+    from_torch: bool | None = None,
+) -> None:  # fmt: skip
+    """Merge into contiguous ``out`` and ``lse``; shapes, dtypes and strides are not checked."""
     tokens, heads, head_dim = out_a.shape
     _merge_rows(
         DTYPE_CODES[out_a.dtype], tokens, heads, head_dim, out.address, lse.address,

@@ -1,9 +1,9 @@
 """The inner loops of attention on one tile: gather keys and values to contiguous float32, multiply, dot.
 
-A tile is 64 consecutive positions of one sequence. Its rows lie anywhere: ``offsets`` is the address of 64 int64, the
-place of each position in elements from ``base``. Scratch rows are ``width`` floats, ``head_dim`` rounded up to 16, and
-begin on a 64-byte boundary. The sums of one element always run in the same order, whatever the number of rows that go
-through a loop together, so that a query's result does not depend on its neighbours.
+A tile is 64 consecutive positions of one sequence. Its rows may be anywhere: ``offsets`` is the address of 64 int64,
+the place of each position in elements from ``base``. Scratch rows are ``width`` floats, ``head_dim`` rounded up to 16,
+and begin on a 64-byte boundary. The sums of one element always run in the same order, whatever the number of rows that
+go through a loop together, so that a query's result does not depend on its neighbours.
 """
 
 from typing import Any

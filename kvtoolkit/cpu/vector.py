@@ -135,7 +135,7 @@ def _narrow_bfloat_bits(builder: Any, vector: Any) -> Any:
 
 
 def _narrow_half_bits(builder: Any, vector: Any) -> Any:
-    """As the hardware rounds: to nearest even, also among the subnormals (F. Giesen, float_to_half_fast3_rtne)."""
+    """Round as the hardware does: to nearest even, also among the subnormals (F. Giesen, float_to_half_fast3_rtne)."""
     bits = builder.bitcast(vector, _VEC_I32)
     sign = builder.and_(bits, _int_constant(_VEC_I32, 0x80000000))
     magnitude = builder.xor(bits, sign)

@@ -1,37 +1,35 @@
-"""Look at tables, lengths and slots on the device before a launch, and wait for the answer: ``KVTOOLKIT_CHECK=1``."""
+"""Check tables, lengths and slots on the device before a launch, and wait for the answer: ``KVTOOLKIT_CHECK=1``."""
 
 import os
 
 import numpy as np
 
+from kvtoolkit.arrays.call import AttentionCall, QuantizedTiers
 from kvtoolkit.arrays.host import Operand
 from kvtoolkit.cuda import specs
 from kvtoolkit.cuda.launching import Launch, load_spec
 from kvtoolkit.findings import FINE, refuse
-from kvtoolkit.formats.tier_caches import QuantizedTiers
 from kvtoolkit.runtime import is_capturing
-from kvtoolkit.runtime.kernels import packer
 from kvtoolkit.runtime.streams import on_stream
+from kvtoolkit.runtime.structs import ParameterStruct
 
 ENABLED = os.environ.get("KVTOOLKIT_CHECK", "") not in ("", "0")
 """Whether every launch is preceded by a check. Read from the environment at import."""
 
-_params = packer("6q3q11i")
+_params = ParameterStruct("cache/check.cu", "kvt_check")
 
 
-def check_tables(
-    block_table: Operand, block_starts: Operand | None, seq_lens: Operand, cu_seqlens_q: Operand | None,
-    num_tokens: int, block_size: int, num_blocks: int, stream: int, tiers: QuantizedTiers | None = None,
-) -> None:  # fmt: skip
+def check_tables(call: AttentionCall, stream: int) -> None:
     """Raise as the CPU kernels do if a length or an entry is wrong; synchronizes. Does nothing during a capture."""
-    batch, max_entries = block_table.shape
+    table, starts, bounds = call.block_table, call.block_starts, call.cu_seqlens_q
+    batch, max_entries = table.shape
     if is_capturing(stream) or batch == 0:
         return
+    num_tokens, (num_blocks, _, block_size, _) = call.q.shape[0], call.k_cache.shape
     code, row, value = _run(
-        (block_table.address, block_starts.address if block_starts else 0, seq_lens.address,
-         cu_seqlens_q.address if cu_seqlens_q else 0, 0),
-        (block_table.strides[0], block_starts.strides[0] if block_starts else 0, 0),
-        (batch, num_tokens, block_size, num_blocks, max_entries), block_table.device, stream, tiers,
+        (table.address, starts.address if starts else 0, call.seq_lens.address, bounds.address if bounds else 0, 0),
+        (table.strides[0], starts.strides[0] if starts else 0, 0),
+        (batch, num_tokens, block_size, num_blocks, max_entries), table.device, stream, call.tiers,
     )  # fmt: skip
     if code != FINE:
         refuse(

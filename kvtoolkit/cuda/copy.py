@@ -1,5 +1,7 @@
 """Launch the kernels that write into a cache - append, moves of granules, conversions - on arrays known to be right."""
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -8,31 +10,36 @@ from kvtoolkit.arrays.types import ITEMSIZES
 from kvtoolkit.cuda import specs
 from kvtoolkit.cuda.launching import Launch, load_spec
 from kvtoolkit.errors import ShapeError, UnsupportedError
-from kvtoolkit.runtime.kernels import num_sms, packer
+from kvtoolkit.runtime.kernels import num_sms
+from kvtoolkit.runtime.structs import ParameterStruct
 
-_append_params = packer("5q10q4i")
-_KEY = 0  # word of AppendParams; value, k_cache, v_cache follow
+_append_params = ParameterStruct("cache/append.cu", "kvt_append")
 
 MAX_MOVES = 448  # as in move.cu
-_move_params = packer("3q2i")  # then the two lists
+_move_params = ParameterStruct("cache/move.cu", "kvt_move", until="sources")
 _UNROLL = 4
 
 MAX_CONVERSIONS = 48  # as in convert.cu
-_convert_params = packer("3q4q4i")  # then the two lists
+_convert_params = ParameterStruct("cache/convert.cu", "kvt_convert", until="sources")
+
+
+class Append(NamedTuple):
+    """A call of `append` made ready for other layers."""
+
+    device: int
+    launch: Launch
 
 
 def append(
-    key: Operand, value: Operand, k_cache: Operand, v_cache: Operand, slot_mapping: Operand, *, layout: str = "HND",
-    stream: int = 0,
-) -> Launch | None:  # fmt: skip
-    """Append, asynchronously on ``stream``; see `kvtoolkit.cpu.append`. Returns what `append_alike` takes."""
+    key: Operand, value: Operand, k_cache: Operand, v_cache: Operand, slot_mapping: Operand, *, stream: int = 0
+) -> Append | None:
+    """Append, asynchronously on ``stream``; see `kvtoolkit.cpu.append`. Returns what `append_prepared` takes."""
     num_tokens, num_heads, head_dim = key.shape
     if num_tokens == 0:
         return None
     size = ITEMSIZES[key.dtype]
-    head_axis, slot_axis = (1, 2) if layout == "HND" else (2, 1)
     strides = [s * size for one in (key, value) for s in one.strides[:2]] + [
-        cache.strides[axis] * size for cache in (k_cache, v_cache) for axis in (0, head_axis, slot_axis)
+        stride * size for cache in (k_cache, v_cache) for stride in cache.strides[:3]
     ]
     addresses = (key.address, value.address, k_cache.address, v_cache.address)
     row_nbytes = head_dim * size
@@ -44,27 +51,25 @@ def append(
         num_tokens,
         num_heads,
         row_nbytes // vector,
-        k_cache.shape[slot_axis],
+        k_cache.shape[2],
     )
     spec = specs.append(vector)
     grid = (-(-num_tokens * num_heads * (row_nbytes // vector) // spec.threads),)
     launch = Launch(load_spec(spec, key.device), grid, spec.threads, 0, parameters)
     launch.run(stream)
-    return launch
+    return Append(key.device, launch)
 
 
-def append_alike(
-    prepared: Launch | None, key: int, value: int, k_cache: int, v_cache: int, *, stream: int = 0,
-    dependent: bool = False,
-) -> None:  # fmt: skip
+def append_prepared(
+    prepared: Append, key: int, value: int, k_cache: int, v_cache: int, *, stream: int = 0, overlaps: bool = False
+) -> None:
     """Append once more where only the addresses of these four arrays differ, by multiples of 16 bytes.
 
-    ``dependent`` lets the kernel start up while the one before it still runs; it waits for it before it reads. The
+    ``overlaps`` lets the kernel start up while the one before it still runs; it waits for it before it reads. The
     launch is changed for the call: one thread at a time.
     """
-    if prepared is not None:
-        prepared.set_addresses(_KEY, key, value, k_cache, v_cache)
-        prepared.run(stream, dependent=dependent)
+    prepared.launch.set_addresses(_append_params.word("key"), key, value, k_cache, v_cache)
+    prepared.launch.run(stream, dependent=overlaps)
 
 
 def _widest(*numbers: int) -> int:
@@ -81,8 +86,8 @@ def copy_granules(arena: Operand, src: ArrayLike, dst: ArrayLike, *, stream: int
     Args:
         arena: ``[num_arrays, num_granules, num_kv_heads, 8, head_dim]`` of numbers of any dtype, the last three axes
             contiguous; granules are whole multiples of 16 bytes, and begin at such.
-        src: granules to read, integers on the host in ``[0, num_granules)``; ``dst`` alike, to write. No granule is
-            in both, and none stands twice in ``dst``: the copies happen in any order.
+        src: granules to read, integers on the host in ``[0, num_granules)``; ``dst``: as many to write. No
+            granule is in both, and none is twice in ``dst``: the copies happen in any order.
 
     Raises:
         ShapeError: an index is no integer or out of range, the lists differ in length, or a granule is both read and
@@ -132,15 +137,15 @@ def convert(
     hot: Operand, warm: Operand | None, cold: Operand | None, first_granules: tuple[int, int, int],
     sources: ArrayLike, targets: ArrayLike, *, stream: int = 0,
 ) -> None:  # fmt: skip
-    """Write what 64 tokens of one tier hold to another, all layers, asynchronously on ``stream``.
+    """Write tiles of 64 tokens to another tier, all layers, asynchronously on ``stream``.
 
     Args:
         hot: ``[2 * num_layers, num_granules, num_kv_heads, 8, head_dim]`` float16 or bfloat16, keys then values of each
             layer, the last three axes contiguous.
-        warm: ``[num_layers, num_blocks, num_kv_heads, nbytes]`` uint8, the last two axes contiguous; ``cold`` alike.
+        warm: ``[num_layers, num_blocks, num_kv_heads, nbytes]`` uint8, the last two axes contiguous; ``cold`` too.
         first_granules: where the granule numbers of the hot, warm and cold tier begin, ascending.
         sources: ``[n, 8]`` granule numbers on the host; of a quantized tier the 8 of a block.
-        targets: alike; -1 = not wanted. No granule is in both, and none stands twice among the targets.
+        targets: ``[n, 8]``; -1 = not wanted. No granule is in both, and none is twice among the targets.
     """
     moves = [np.ascontiguousarray(one, np.int32).reshape(-1, 8) for one in (sources, targets)]
     num_moves = len(moves[0])

@@ -1,6 +1,7 @@
 """A launch made ready: kernel, grid and packed parameters, of which addresses can be changed for the next layer."""
 
 import functools
+from typing import Any
 
 from kvtoolkit.cuda.specs import Spec
 from kvtoolkit.runtime import Kernel, load
@@ -14,7 +15,7 @@ class Launch:
         grid: CTAs, up to three axes.
         threads: of a CTA.
         smem_nbytes: dynamic shared memory of a CTA.
-        parameters: the bytes of its struct, see `kvtoolkit.runtime.kernels.packer`.
+        parameters: the bytes of its struct, see `kvtoolkit.runtime.structs.ParameterStruct`.
     """
 
     __slots__ = ("_prepared", "_words", "kernel")
@@ -24,15 +25,15 @@ class Launch:
     ) -> None:  # fmt: skip
         self.kernel = kernel
         self._prepared = kernel.prepare(grid, threads, parameters, smem_nbytes)
-        self._words = self._prepared.words
+        self._words: Any = self._prepared.words
 
     def run(self, stream: int, *, dependent: bool = False) -> None:
         """Launch it; ``dependent``: it may begin while the kernel before it still runs, and waits for it itself."""
         self._prepared.run(stream, dependent)
 
     def set_addresses(self, first: int, *addresses: int) -> None:
-        """Change pointers that stand side by side in the struct, ``first`` being the place of one in 8-byte words."""
-        self._words[first : first + len(addresses)] = list(addresses)
+        """Change pointers that follow each other in the struct, ``first`` being the place of one in 8-byte words."""
+        self._words[first : first + len(addresses)] = addresses
 
 
 @functools.cache

@@ -1,21 +1,21 @@
-"""Memory for what the attention kernels note of every unit, from which they tell what share each tile got."""
+"""Memory for the log-sum-exp of every unit, from which the attention kernels compute the share of each tile."""
 
 from typing import NamedTuple
 
 
-class Notes(NamedTuple):
-    """What the kernels write there, as `kvt/masses.cuh` has it."""
+class UnitLse(NamedTuple):
+    """What the kernels write for it, as ``kvt/attention/decode/masses.cuh`` has it."""
 
     lse: int
     """Address of ``[num_tokens, num_q_heads]`` float32."""
     unit_lse: int
-    """Address of ``[batch, num_kv_heads, slots, rows]`` float32, a multiple of 16."""
+    """Address of ``[batch, num_kv_heads, slots, rows]`` float32, a multiple of 16; 0 = no masses are wanted."""
     rows: int
     """Query rows of a kv head, rounded up to a multiple of 4."""
 
 
-class NotesShape(NamedTuple):
-    """The shape of `Notes`."""
+class UnitLseShape(NamedTuple):
+    """The shape of `UnitLse.unit_lse`."""
 
     batch: int
     num_kv_heads: int
@@ -24,20 +24,20 @@ class NotesShape(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Of the array: float32."""
+        """Number of elements."""
         return self.batch * self.num_kv_heads * self.slots * self.rows
 
 
-def notes_shape(batch: int, num_kv_heads: int, max_tiles: int, stride: int, rows: int) -> NotesShape:
-    """Where a warp takes every ``stride``-th unit and a kv head has up to ``rows`` query rows."""
-    return NotesShape(batch, num_kv_heads, -(-max_tiles // stride) * stride * 4, -(-rows // 4) * 4)
+def unit_lse_shape(batch: int, num_kv_heads: int, max_tiles: int, stride: int, rows: int) -> UnitLseShape:
+    """The shape where a warp takes every ``stride``-th unit and a kv head has up to ``rows`` query rows."""
+    return UnitLseShape(batch, num_kv_heads, -(-max_tiles // stride) * stride * 4, -(-rows // 4) * 4)
 
 
-def notes_nbytes(shape: NotesShape, lse_size: int) -> int:
-    """Memory of `Notes`."""
+def unit_lse_nbytes(shape: UnitLseShape, lse_size: int) -> int:
+    """Memory for a `UnitLse` of that shape, with an ``lse`` of ``lse_size`` elements."""
     return 4 * (shape.size + lse_size)
 
 
-def place_notes(address: int, shape: NotesShape, lse: int) -> Notes:
-    """Notes at an address, a multiple of 16; with the caller's ``lse`` where it wants one, else 0."""
-    return Notes(lse or address + 4 * shape.size, address, shape.rows)
+def place_unit_lse(address: int, shape: UnitLseShape, lse: int) -> UnitLse:
+    """A `UnitLse` at an address, a multiple of 16; ``lse`` is the caller's, 0 = the caller wants none."""
+    return UnitLse(lse or address + 4 * shape.size, address, shape.rows)

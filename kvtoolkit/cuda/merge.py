@@ -3,9 +3,9 @@
 from kvtoolkit.arrays.host import Operand
 from kvtoolkit.cuda import specs
 from kvtoolkit.cuda.launching import Launch, load_spec
-from kvtoolkit.runtime.kernels import packer
+from kvtoolkit.runtime.structs import ParameterStruct
 
-_params = packer("6q4qq2i")
+_params = ParameterStruct("attention/merge_states.cu", "kvt_merge_states")
 
 
 def merge_states(

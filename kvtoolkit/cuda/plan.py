@@ -5,23 +5,23 @@ from typing import NamedTuple
 from kvtoolkit.arrays.host import Operand
 from kvtoolkit.cuda import specs
 from kvtoolkit.cuda.launching import Launch, load_spec
-from kvtoolkit.runtime.kernels import packer
+from kvtoolkit.runtime.structs import ParameterStruct
 
 MAX_RANGES = 1024  # as in plan.cu
 
-_params = packer("4q13i")
+_params = ParameterStruct("attention/plan.cu", "kvt_plan")
 
 # in steps of 16 tokens, all by measurement
 _OVERHEAD = 12  # what a sequence costs to begin and to end
 _MIN_STEPS = 8  # of a sequence that is cut, on either side
 _MIN_COST = 12  # of a range
 _MIN_LATE = 12
-_RAGGED = 125  # percent of the mean cost: steps of the longest sequence, above which a batch is ragged
-_LONG = 350  # cost of a range, from which on an idle SM costs more than cuts
+_RAGGED = 125  # a batch is ragged if its longest sequence has more steps than this percentage of the mean cost
+_LONG = 350  # from this cost of a range on, an idle SM costs more than cuts
 
 
 class Plan(NamedTuple):
-    """Where a plan lies, and the launch that makes it anew."""
+    """The place of a plan, and the launch that makes it anew."""
 
     ranges: int
     """Address of ``[num_ranges + 1]`` int4."""
@@ -36,7 +36,7 @@ def plan_nbytes(batch: int, num_ranges: int) -> int:
 
 
 def most_late(batch: int, longest: int) -> int:
-    """As many late ranges as can be worth it where no sequence has more than ``longest`` tokens."""
+    """The number of late ranges that can pay if no sequence has more than ``longest`` tokens."""
     return min(MAX_RANGES // 2, batch * (-(-longest // 16) + _OVERHEAD) // (8 * _MIN_LATE))
 
 

@@ -24,10 +24,11 @@ from allocators.protocol import (
 from kvtoolkit.cuda.launching import Launch
 from kvtoolkit.errors import StepError, UnsupportedError
 from kvtoolkit.runtime import load
-from kvtoolkit.runtime.kernels import current_device, num_sms, packer
+from kvtoolkit.runtime.kernels import current_device, num_sms
 from kvtoolkit.runtime.streams import cupy_on_current_stream
+from kvtoolkit.runtime.structs import ParameterStruct
 
-# as in pool.cuh
+# as in kvt/pool/pool.cuh
 _EPOCH = 2
 _SIZES = {"buddy": 0, "slab": 4}
 _GRANULES_OF_A_WORD = {"buddy": 64, "slab": 32}
@@ -40,7 +41,7 @@ _ORDER, _SUPERBLOCKS = np.uint64(32), np.uint64(34)
 _GRANULE_BITS = np.uint64(0xFFFFFFFF)
 
 _MAX_ATTEMPTS = 1000
-_params = packer("4q2i")
+_params = ParameterStruct("pool/batch.cu", "kvt_pool_allocate")
 
 
 def lockfree(num_granules: int, *, device: int | None = None, **options: Any) -> BlockAllocator:

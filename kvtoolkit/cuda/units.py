@@ -5,9 +5,9 @@ from typing import NamedTuple
 from kvtoolkit.arrays.host import Operand
 from kvtoolkit.cuda import specs
 from kvtoolkit.cuda.launching import Launch, load_spec
-from kvtoolkit.runtime.kernels import packer
+from kvtoolkit.runtime.structs import ParameterStruct
 
-_params = packer("9q2q8i")
+_params = ParameterStruct("attention/units.cu", "kvt_units")
 
 
 class Units(NamedTuple):

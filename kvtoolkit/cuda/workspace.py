@@ -1,9 +1,9 @@
-"""Scratch memory of the attention kernels, one piece per device and stream, kept for ever.
+"""Scratch memory of the attention kernels, one piece per device and stream, kept until the program ends.
 
-It only grows, and what it has outgrown is kept too: a captured CUDA graph may hold its address. Calls on one stream
-follow one another, so they can share it; graphs captured on one stream must not be replayed on two at once. Nothing can
-be allocated while a graph is captured: a stream that was never used before its capture gets a spare piece, which every
-device has, as large as its largest.
+It only grows, and pieces that became too small are kept too, because a captured CUDA graph may hold their address.
+Calls on one stream follow one another, so they can share it; graphs captured on one stream must not be replayed on two
+at once. Nothing can be allocated while a graph is captured: a stream that was never used before its capture gets a
+spare piece, which every device has, as large as its largest.
 """
 
 import atexit

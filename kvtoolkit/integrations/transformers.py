@@ -24,6 +24,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvtoolkit.arrays.host import as_numpy_view, tensor_operand
+from kvtoolkit.attention.options import AttendOptions
 from kvtoolkit.cache.kv_cache import KVCache
 from kvtoolkit.config.cache import DTYPES, CacheConfig
 from kvtoolkit.cpu import Operand
@@ -391,9 +392,9 @@ def _attend(
         out = query.new_empty((rows, columns, num_heads, head_dim))
         same = batch.form == form
         batch.form = form
-        if same and step.repeat(index, key.data_ptr(), value.data_ptr(), query.data_ptr(), out.data_ptr()):
+        if same and step.attend_prepared(index, key.data_ptr(), value.data_ptr(), query.data_ptr(), out.data_ptr()):
             return out
-    chosen = {
+    chosen: AttendOptions = {
         "softmax_scale": scaling,
         "window_size": (window - 1, 0) if window else (-1, -1),
         "softcap": softcap or 0.0,
@@ -402,7 +403,8 @@ def _attend(
     if places is None:
         step.append(index, _tokens_of(key), _tokens_of(value))
         out = query.new_empty((rows, columns, num_heads, head_dim))
-        step.attend(index, _tokens_of(query), out=_tokens_of(out.transpose(1, 2)), **chosen)
+        chosen["out"] = _tokens_of(out.transpose(1, 2))
+        step.attend(index, _tokens_of(query), **chosen)
         return out
     key, value, query = (states.transpose(1, 2).flatten(0, 1)[places] for states in (key, value, query))
     step.append(index, key, value)

@@ -1,13 +1,13 @@
 """Paged attention as Numba kernels: the readable twins of the CUDA kernels, over plain blocks, entries and tiers.
 
-    q            [num_tokens, num_q_heads, head_dim]               uint16 words of float16 or bfloat16; out alike
-    k_cache      [num_blocks, num_kv_heads, block_size, head_dim]  alike, any strides, so NHD comes transposed
+    q            [num_tokens, num_q_heads, head_dim]               uint16 words of float16 or bfloat16; out too
+    k_cache      [num_blocks, num_kv_heads, block_size, head_dim]  as q, any strides, so NHD comes transposed
     v_cache      as k_cache
     warm, cold   [num_blocks, num_kv_heads, nbytes] uint8, see `kvtoolkit.formats.quantized`; empty = no such tier
     block_table  [batch, max_entries] int32 ids or entries;        block_starts [batch, max_entries] int32, granules
     seq_lens     [batch] int32, tokens, the new ones included;     0 = padding row, nothing of it is read
     cu_seqlens_q [batch + 1] int32;                                [0] = one query per row
-    sinks        [num_q_heads] float32;                            [0] = none; alibi_slopes alike
+    sinks        [num_q_heads] float32;                            [0] = none; alibi_slopes too
     lse          [num_tokens, num_q_heads] float32, natural log;   [0, 0] = not wanted
     block_mass   [batch, max_tiles, num_kv_heads] float32, zeros;  [0, 0, 0] = not wanted
 
@@ -90,19 +90,19 @@ def clear_masses(block_mass: Any) -> None:
         block_mass[row, i // num_kv_heads, i % num_kv_heads] = float32(0.0)
 
 
-# -- where a position lies ---------------------------------------------------------------------------------------------
+# -- where a position is -----------------------------------------------------------------------------------------------
 
 
 @device
 def block_by_id(block_tables: Any, row: int, block: int) -> Any:
-    """Where in the cache the row's ``block``-th block lies."""
+    """The block of the cache that is the row's ``block``-th."""
     (block_table,) = block_tables
     return block_table[row, block]
 
 
 @device
 def block_by_entry(block_tables: Any, row: int, granule: int) -> Any:
-    """Where in the cache the row's ``granule``-th granule lies."""
+    """The granule of the cache that is the row's ``granule``-th."""
     block_table, block_starts = block_tables
     i = find_entry(block_table, block_starts, row, granule)
     return entry_granule(block_table[row, i]) + granule - block_starts[row, i]
@@ -136,7 +136,7 @@ def find_entry(block_table: Any, block_starts: Any, row: int, granule: int) -> A
     return low
 
 
-# -- what lies there ---------------------------------------------------------------------------------------------------
+# -- what is there -----------------------------------------------------------------------------------------------------
 
 
 @device
@@ -179,7 +179,7 @@ def read_tiered_value(caches: Any, entry: int, kv_head: int, slot: int, dim: int
 
 @device
 def block_and_token(granule: int, slot: int) -> Any:
-    """The block of 64 tokens that a granule of a quantized tier lies in, and which of them a slot is."""
+    """The block of 64 tokens that a granule of a quantized tier is part of, and which of them a slot is."""
     return granule // MAX_BLOCK_GRANULES, granule % MAX_BLOCK_GRANULES * GRANULE + slot
 
 
@@ -200,12 +200,12 @@ def attend_query(
     head_dim = q.shape[2]
 
     q_rows = cuda.shared.array((HEADS_PER_CTA, MAX_HEAD_DIM), np.float32)
-    sums = cuda.shared.array((HEADS_PER_CTA, MAX_HEAD_DIM), np.float32)  # of exp(score - peak) * value
-    scores = cuda.shared.array((HEADS_PER_CTA, TILE), np.float32)  # then exp(score - peak)
-    peak = cuda.shared.array(HEADS_PER_CTA, np.float32)  # largest score so far
-    mass = cuda.shared.array(HEADS_PER_CTA, np.float32)  # sum of exp(score - peak)
-    rescale = cuda.shared.array(HEADS_PER_CTA, np.float32)  # exp(peak before this tile - peak)
-    blocks = cuda.shared.array(TILE, np.int64)  # where each position of the tile lies in the cache
+    sums = cuda.shared.array((HEADS_PER_CTA, MAX_HEAD_DIM), np.float32)  # of exp(score - row_max) * value
+    scores = cuda.shared.array((HEADS_PER_CTA, TILE), np.float32)  # then exp(score - row_max)
+    row_max = cuda.shared.array(HEADS_PER_CTA, np.float32)  # largest score so far
+    row_sum = cuda.shared.array(HEADS_PER_CTA, np.float32)  # sum of exp(score - row_max)
+    rescale = cuda.shared.array(HEADS_PER_CTA, np.float32)  # exp(row_max before this tile - row_max)
+    blocks = cuda.shared.array(TILE, np.int64)  # where each position of the tile is in the cache
     slots = cuda.shared.array(TILE, np.int64)
 
     row, num_queries, position, first_key, end_key = visible_keys(token, seq_lens, cu_seqlens_q, left, right)
@@ -214,8 +214,8 @@ def attend_query(
         q_rows[r, d] = softmax_scale * widen(q[token, q_head + r, d], is_bfloat16)
         sums[r, d] = float32(0.0)
     for r in range(cuda.threadIdx.x, rows, cuda.blockDim.x):
-        peak[r] = NEG_INF
-        mass[r] = float32(0.0)
+        row_max[r] = NEG_INF
+        row_sum[r] = float32(0.0)
 
     first_tile, end_tile = first_key // TILE, (end_key + TILE - 1) // TILE
     for tile in range(first_tile, end_tile):
@@ -223,7 +223,7 @@ def attend_query(
             scores, blocks, slots, find_block, block_tables, key_of, caches, kv_head, row, tile, first_key, end_key,
             position, q_rows, rows, head_dim, softcap, alibi_slopes, q_head, is_bfloat16,
         )  # fmt: skip
-        absorb_scores(scores, peak, mass, rescale, rows, begin, end)
+        absorb_scores(scores, row_max, row_sum, rescale, rows, begin, end)
         cuda.syncthreads()
         weigh_values(
             sums, scores, rescale, rows, value_of, caches, kv_head, blocks, slots, begin, end, head_dim, is_bfloat16
@@ -232,7 +232,7 @@ def attend_query(
 
     cuda.syncthreads()  # the only one where there was no tile
     for r in range(rows):
-        factor, log_sum = finish(peak[r], mass[r], sinks, q_head + r, seq_lens[row])
+        factor, log_sum = finish(row_max[r], row_sum[r], sinks, q_head + r, seq_lens[row])
         for d in range(cuda.threadIdx.x, head_dim, cuda.blockDim.x):
             out[token, q_head + r, d] = narrow(factor * sums[r, d], is_bfloat16)
         if cuda.threadIdx.x == 0 and lse.size > 0:
@@ -245,7 +245,7 @@ def attend_query(
                 position, q_rows, rows, head_dim, softcap, alibi_slopes, q_head, is_bfloat16,
             )  # fmt: skip
             for r in range(cuda.threadIdx.x, rows, cuda.blockDim.x):
-                _, log_sum = finish(peak[r], mass[r], sinks, q_head + r, seq_lens[row])
+                _, log_sum = finish(row_max[r], row_sum[r], sinks, q_head + r, seq_lens[row])
                 share = share_of(scores, r, begin, end, log_sum)
                 cuda.atomic.add(block_mass, (row, tile, kv_head), share / float32(num_queries * group_size))
             cuda.syncthreads()
@@ -310,21 +310,21 @@ def score_tile(
 
 
 @device
-def absorb_scores(scores: Any, peak: Any, mass: Any, rescale: Any, rows: int, begin: int, end: int) -> None:
-    """One thread per row: bring its state to the peak that the tile's scores need, turn them into exp(score - peak)."""
+def absorb_scores(scores: Any, row_max: Any, row_sum: Any, rescale: Any, rows: int, begin: int, end: int) -> None:
+    """One thread per row: raise its row_max to that of the tile, turn the scores into exp(score - row_max)."""
     for r in range(cuda.threadIdx.x, rows, cuda.blockDim.x):
-        new_peak = peak[r]
+        new_max = row_max[r]
         for t in range(begin, end):
-            new_peak = max(new_peak, scores[r, t])
+            new_max = max(new_max, scores[r, t])
         # -inf - -inf is NaN: an empty state has nothing to rescale, and a score of -inf no weight
-        rescale[r] = float32(0.0) if peak[r] == NEG_INF else math.exp(peak[r] - new_peak)
-        total = mass[r] * rescale[r]
+        rescale[r] = float32(0.0) if row_max[r] == NEG_INF else math.exp(row_max[r] - new_max)
+        total = row_sum[r] * rescale[r]
         for t in range(begin, end):
-            weight = float32(0.0) if scores[r, t] == NEG_INF else math.exp(scores[r, t] - new_peak)
+            weight = float32(0.0) if scores[r, t] == NEG_INF else math.exp(scores[r, t] - new_max)
             scores[r, t] = weight
             total += weight
-        peak[r] = new_peak
-        mass[r] = total
+        row_max[r] = new_max
+        row_sum[r] = total
 
 
 @device
@@ -342,15 +342,15 @@ def weigh_values(
 
 
 @device
-def finish(peak: float, mass: float, sinks: Any, q_head: int, seq_len: int) -> Any:
+def finish(row_max: float, row_sum: float, sinks: Any, q_head: int, seq_len: int) -> Any:
     """What to multiply the sums by, and the log-sum-exp, both with the sink's share; 0 and -inf if nothing was seen."""
-    top = peak
-    total = mass
-    share = float32(1.0)  # exp(peak - top)
+    top = row_max
+    total = row_sum
+    share = float32(1.0)  # exp(row_max - top)
     if sinks.size > 0 and seq_len > 0 and sinks[q_head] > NEG_INF:
-        top = max(peak, sinks[q_head])
-        share = float32(0.0) if peak == NEG_INF else math.exp(peak - top)
-        total = mass * share + math.exp(sinks[q_head] - top)
+        top = max(row_max, sinks[q_head])
+        share = float32(0.0) if row_max == NEG_INF else math.exp(row_max - top)
+        total = row_sum * share + math.exp(sinks[q_head] - top)
     if total == 0:
         return float32(0.0), NEG_INF
     return share / total, top + math.log(total)

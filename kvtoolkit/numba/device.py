@@ -6,6 +6,7 @@ has.
 """
 
 import importlib
+import inspect
 import math
 import warnings
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import numpy as np
 from kvtoolkit.arrays.host import Operand
 from kvtoolkit.arrays.types import ITEMSIZES
 from kvtoolkit.errors import UnsupportedError
+from kvtoolkit.runtime import launch_log
 
 with warnings.catch_warnings():
     # of a CUDA target that moves to another package, and of NumPy types inside Numba: nothing that our caller can mend
@@ -147,7 +149,7 @@ def absent(dtype: str, ndim: int) -> Operand:
     return Operand(0, (0,) * ndim, (1,) * ndim, dtype, None)
 
 
-def launch(function: Any, grid: tuple[int, ...], stream: int, *arguments: Any) -> None:
+def _launch(function: Any, grid: tuple[int, ...], stream: int, *arguments: Any) -> None:
     """Start a kernel on a raw CUDA stream (0 = default) of the current device; an empty grid starts nothing."""
     if 0 in grid:
         return
@@ -158,3 +160,18 @@ def launch(function: Any, grid: tuple[int, ...], stream: int, *arguments: Any) -
         warnings.filterwarnings("ignore", message=".*Grid size")  # colour codes come first
         configured = function[grid, NUM_THREADS, raw_stream]
     configured(*arguments)
+
+
+def _log_and_launch(function: Any, grid: tuple[int, ...], stream: int, *arguments: Any) -> None:
+    """As `_launch`; log it first."""
+    body = function.fn if SIMULATED else function.py_func
+    shown = (
+        f"{launch_log.Pointer(value.address)}{list(value.shape)}" if isinstance(value, Operand) else value
+        for value in arguments
+    )
+    parameters = dict(zip(inspect.signature(body).parameters, shown, strict=True))
+    launch_log.log_launch(body.__name__, grid, NUM_THREADS, stream, parameters)
+    _launch(function, grid, stream, *arguments)
+
+
+launch = _log_and_launch if launch_log.ENABLED else _launch

@@ -22,13 +22,13 @@ def merge_states(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, out: Any, lse: 
     weight_b = float32(0.0)
     merged = NEG_INF
     if a != NEG_INF or b != NEG_INF:  # -inf - -inf is NaN
-        peak = max(a, b)
-        weight_a = math.exp(a - peak)
-        weight_b = math.exp(b - peak)
+        row_max = max(a, b)
+        weight_a = math.exp(a - row_max)
+        weight_b = math.exp(b - row_max)
         total = weight_a + weight_b
         weight_a /= total
         weight_b /= total
-        merged = peak + math.log(total)
+        merged = row_max + math.log(total)
 
     for d in range(cuda.threadIdx.x, out.shape[2], cuda.blockDim.x):
         element = float32(0.0)

@@ -55,7 +55,7 @@ _ORDER = uint64(32)  # where the word of a slab has the order that it serves
 _ORDER_BITS = uint64(3 << 32)
 _SUPERBLOCKS = uint64(34)  # and how many superblocks of it exist
 
-# -- atomics, as in kvt/atomic.cuh -----------------------------------------------------------------------------------
+# -- atomics, as in kvt/pool/atomic.cuh --------------------------------------------------------------------------------
 
 if SIMULATED:
     # the simulator's own are atomic among calls of one name only, and only in the module of the kernel

@@ -68,7 +68,7 @@ def build(source: str, defines: Mapping[str, int], arch: str, *, announce: bool 
 
     Needs no GPU. May be called from several threads and processes at once.
     """
-    text, headers = _read(source)
+    text, headers = read_source(source)
     options = (*toolchain.options(), f"-arch=sm_{arch}", *(f"-D{name}={value}" for name, value in defines.items()))
     key = _key(source, text, headers, options)
     folder = cache_folder("cubin")
@@ -94,8 +94,8 @@ def build(source: str, defines: Mapping[str, int], arch: str, *, announce: bool 
     return result
 
 
-def _read(source: str) -> tuple[str, dict[str, str]]:
-    """The text of a source, and of every header it includes."""
+def read_source(source: str) -> tuple[str, dict[str, str]]:
+    """The text of a source, and of every header that it includes, directly or not, by name."""
     folder = source_folder()
     text = (folder / source).read_text(encoding="utf-8")
     headers: dict[str, str] = {}

@@ -6,13 +6,12 @@ the disk cache) and loads it; every later one is a look-up. Loading inside a cap
 """
 
 import atexit
-import struct
 import threading
 from collections.abc import Mapping
 from typing import Any
 
 from kvtoolkit.errors import UnsupportedError
-from kvtoolkit.runtime import driver
+from kvtoolkit.runtime import driver, launch_log
 from kvtoolkit.runtime.compiler import Build, KernelUsage, build
 
 _lock = threading.Lock()
@@ -42,9 +41,19 @@ class Kernel:
         return driver.PreparedLaunch(self._function, grid, threads, smem_nbytes, parameters)
 
 
-def packer(fields: str) -> struct.Struct:
-    """Packs the parameters of a kernel as its C struct has them: ``q`` pointers and 64 bit, ``i`` int, ``f`` float."""
-    return struct.Struct("@" + fields + "0q")  # as long as C makes it
+class LoggedKernel(Kernel):
+    """A kernel whose launches are logged, see `kvtoolkit.runtime.launch_log`."""
+
+    def __init__(self, source: str, name: str, function: int, usage: KernelUsage | None) -> None:
+        super().__init__(name, function, usage)
+        self._source = source
+
+    def prepare(
+        self, grid: tuple[int, ...], threads: int, parameters: bytes, smem_nbytes: int = 0
+    ) -> driver.PreparedLaunch:  # fmt: skip
+        return launch_log.LoggedLaunch(
+            self._function, grid, threads, smem_nbytes, parameters, source=self._source, name=self.name
+        )
 
 
 def load(source: str, name: str, defines: Mapping[str, int], device: int, *, smem_nbytes: int = 0) -> Kernel:
@@ -68,11 +77,11 @@ def load(source: str, name: str, defines: Mapping[str, int], device: int, *, sme
     with _lock:
         if key not in _loaded:
             built = build(source, defines, _device(device)[0], announce=True)
-            _loaded[key] = _load(built, name, smem_nbytes)
+            _loaded[key] = _load(built, source, name, smem_nbytes)
         return _loaded[key]
 
 
-def _load(built: Build, name: str, smem_nbytes: int) -> Kernel:
+def _load(built: Build, source: str, name: str, smem_nbytes: int) -> Kernel:
     import cupy
 
     # from memory: `cupy.RawModule` wants a file, and there may be no room for one
@@ -84,7 +93,8 @@ def _load(built: Build, name: str, smem_nbytes: int) -> Kernel:
     if smem_nbytes > 48 << 10:
         attribute = cupy.cuda.driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         cupy.cuda.driver.funcSetAttribute(function, attribute, smem_nbytes)
-    return Kernel(name, function, next((usage for usage in built.usage if usage.name == name), None))
+    usage = next((usage for usage in built.usage if usage.name == name), None)
+    return LoggedKernel(source, name, function, usage) if launch_log.ENABLED else Kernel(name, function, usage)
 
 
 def _device(device: int) -> tuple[str, int, int]:

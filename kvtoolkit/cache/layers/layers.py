@@ -4,14 +4,11 @@ The cache's arrays and the step's tables are valid by construction, so they are 
 checked; the step's tables on the host are read-only to callers.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from kvtoolkit import cpu
+from kvtoolkit.arrays.call import NO_HINTS, Hints, attention_call
 from kvtoolkit.arrays.extents import extent
-from kvtoolkit.arrays.host import Operand, address_of, empty, mark_written, operand
+from kvtoolkit.arrays.host import Operand, mark_written
 from kvtoolkit.arrays.types import ITEMSIZES
 from kvtoolkit.attention.arguments import (
     autocast_note,
@@ -23,161 +20,69 @@ from kvtoolkit.attention.arguments import (
     check_per_head,
     check_rows,
 )
-from kvtoolkit.cache.storage.storage import Storage
-from kvtoolkit.errors import ArgumentError, ShapeError, UnsupportedError
+from kvtoolkit.cache.layers.masses import MassSum
+from kvtoolkit.cache.storage.arenas import Arenas
+from kvtoolkit.errors import ShapeError
+from kvtoolkit.runtime import current_stream, is_capturing
 
-if TYPE_CHECKING:
-    from kvtoolkit.cache.layers.device_masses import DeviceMassSum
-
-
-class Arenas:
-    """The keys and values of every layer as the kernels want them.
-
-    Args:
-        storage: where they lie.
-        dtype: ``float32``, ``float16`` or ``bfloat16``, the latter stored as uint16.
-        backend: of the cache.
-    """
-
-    def __init__(self, storage: Storage, dtype: str, backend: str) -> None:
-        self.keys, self.values = storage.keys, storage.values
-        # of each layer: what `attend` takes of the quantized tiers, and what `attend_alike` does
-        none: list[dict[str, Any]] = [{}] * len(self.keys)
-        quantized = storage.quantized
-        self.tiers = none if quantized is None else [{"tiers": one} for one in quantized]
-        self.tier_addresses = none if quantized is None else [one.addresses() for one in quantized]
-        self.dtype, self.backend, self.device = dtype, backend, storage.device
-        _, self.num_kv_heads, _, self.head_dim = self.keys[0].shape
-        held = [one for one in (storage.key_values, storage.warm, storage.cold) if one is not None]
-        begins = [address_of(one) if isinstance(one, np.ndarray) else one.data.ptr for one in held]
-        self.ranges = [(begin, begin + one.nbytes) for begin, one in zip(begins, held, strict=True)]
-        """Addresses of the hot tier, first to one past the last, then of the quantized ones."""
-        # of addresses: an element on the host; the kernels of a device load rows by 16 bytes
-        self.alignment = ITEMSIZES[dtype] if storage.device < 0 else 16
-        self._raw = "bfloat16" if dtype == "bfloat16" else None
-        self._describe = operand
-        if storage.device >= 0:
-            from kvtoolkit.attention.device import device_operand
-
-            self._describe = device_operand
-
-    def describe(self, array: Any, name: str) -> Operand:
-        """An array of the caller; in a bfloat16 cache 16-bit integers are the bits of bfloat16."""
-        return self._describe(array, name, self._raw)
-
-    def check_backend(self, backend: str | None) -> None:
-        """UnsupportedError unless it is None or the cache's own."""
-        if backend not in (None, self.backend):
-            raise UnsupportedError(f"backend: expected None or {self.backend!r}, that of the cache, got {backend!r}")
-
-    def require_layer(self, layer: int) -> None:
-        """ArgumentError unless there is such a layer."""
-        if not isinstance(layer, (int, np.integer)) or not 0 <= layer < len(self.keys):
-            raise ArgumentError(f"layer: expected 0 to {len(self.keys) - 1}, got {layer!r}")
-
-    def check_apart(self, layer: int, written: Operand, q: Operand) -> None:
-        """UnsupportedError if the output of attention shares memory with what it reads; it may be ``q`` itself."""
-        tiers = self.tiers[layer].get("tiers")
-        read: dict[str, Operand | None] = {
-            "q": q,
-            "k_cache": self.keys[layer],
-            "v_cache": self.values[layer],
-        }
-        if tiers is not None:
-            read |= {"warm": tiers.warm, "cold": tiers.cold}
-        check_apart(written, "out", read, in_place="q")
-
-    def hold(self, address: int) -> bool:
-        """Whether an address is in the memory of the cache."""
-        return any(begin <= address < end for begin, end in self.ranges)
-
-    def are_aligned(self, one: Operand, other: Operand) -> bool:
-        """Whether both begin where the kernels can load them; strides in elements do not tell."""
-        return not (one.address | other.address) & (self.alignment - 1)
+StepTables = tuple[Any, Any, Any, Any, Any]
+"""``block_table, block_starts, seq_lens, cu_seqlens_q, slot_mapping``; see `kvtoolkit.Step`."""
 
 
-class MassSum:
-    """The attention masses of a step's tiles, summed up over the layers that have attended.
-
-    Args:
-        batch: rows.
-        num_tiles: of the longest of them.
-        num_kv_heads: of the cache.
-    """
-
-    def __init__(self, batch: int, num_tiles: int, num_kv_heads: int) -> None:
-        self._last = np.zeros((batch, num_tiles, num_kv_heads), np.float32)
-        self._sum = np.zeros((batch, num_tiles))
-        self._count = 0
-        self.operand = operand(self._last, "block_mass")
-        """Where the next layer writes its masses; `add` has them counted."""
-
-    def add(self) -> None:
-        """Count what a layer has written."""
-        self._sum += self._last.mean(axis=2)
-        self._count += 1
-
-    @property
-    def mean(self) -> NDArray[np.float64] | None:
-        """``[batch, num_tiles]`` mean over layers and kv heads; None if no layer has attended."""
-        return self._sum / self._count if self._count else None
-
-
-class StepAccess:
+class LayerCalls:
     """The arrays of one step, described once, and what its layers have in common with the first of them.
 
     A layer whose arrays have the shape, strides and dtype of the layer before needs no check, and no new plan.
+
+    Args:
+        arenas: of the cache.
+        tables: the arrays of the step, valid by construction, where the backend works.
+        hints: what the host knows of the step; on a device ``kept`` is given.
+        is_fixed: whether ``hints.max_seq_len`` holds for all replays of a graph that captures the calls, too.
+        mass: where attention masses are summed up; None = none are wanted.
 
     Attributes:
         layers: bit ``i`` is set once layer ``i`` has been appended to.
     """
 
     __slots__ = (
-        "_appended", "_arenas", "_attended", "_cu_seqlens_q", "_mass", "_num_tokens", "_slots", "_tables", "layers",
+        "_appended", "_appended_keys", "_arenas", "_attended", "_backend", "_hints", "_is_fixed", "_mass",
+        "_num_tokens", "_overlaps", "_slots", "_tables", "layers",
     )  # fmt: skip
 
     def __init__(
-        self, arenas: Arenas, block_table: Any, block_starts: Any, seq_lens: Any, cu_seqlens_q: Any, slot_mapping: Any,
-        *, mass: "MassSum | DeviceMassSum | None" = None,
+        self, arenas: Arenas, tables: StepTables, hints: Hints = NO_HINTS, *, is_fixed: bool = False,
+        mass: MassSum | None = None,
     ) -> None:  # fmt: skip
-        self._arenas = arenas
-        describe = arenas._describe
+        self._arenas, self._backend, self._hints, self._is_fixed = arenas, arenas.backend, hints, is_fixed
+        block_table, block_starts, seq_lens, cu_seqlens_q, slot_mapping = tables
+        describe = arenas.backend.describe
         self._tables = (
             describe(block_table, "block_table"),
             describe(block_starts, "block_starts"),
             describe(seq_lens, "seq_lens"),
+            None if hints.query_counts == (1, 1) else describe(cu_seqlens_q, "cu_seqlens_q"),
         )
-        self._cu_seqlens_q = None if cu_seqlens_q is None else describe(cu_seqlens_q, "cu_seqlens_q")
         self._slots = describe(slot_mapping, "slot_mapping")
         self._num_tokens = len(slot_mapping)
+        self._overlaps = arenas.backend.can_overlap(arenas.device)
+        self._appended_keys = 0  # address of the keys that were appended to last
         self._appended: tuple[Any, Any] | None = None
         self._attended: tuple[Any, Any] | None = None
         self._mass = mass
         self.layers = 0
 
-    # the kernels; `kvtoolkit.cache.layers.device_layers` has those of a device
-    _append = staticmethod(cpu.append)
-    _append_alike = staticmethod(cpu.append_alike)
-    _attend = staticmethod(cpu.attend)
-    _attend_alike = staticmethod(cpu.attend_alike)
-
     def append(self, layer: int, key: Any, value: Any) -> None:
         """Check a layer's new keys and values, and store them."""
         arenas = self._arenas
         arenas.require_layer(layer)
-        keys, values = arenas.describe(key, "key"), arenas.describe(value, "value")
+        describe, raw = self._backend.describe, arenas.raw_dtype
+        keys, values = describe(key, "key", raw), describe(value, "value", raw)
         form = (keys[1:4], values[1:4], keys.device, values.device)
         begin, end = arenas.ranges[0]
         apart = not (begin <= keys.address < end or begin <= values.address < end)
         if self._appended is not None and self._appended[0] == form and apart and arenas.are_aligned(keys, values):
-            self._append_alike(
-                self._appended[1],
-                keys.address,
-                values.address,
-                arenas.keys[layer].address,
-                arenas.values[layer].address,
-            )
-            self.layers |= 1 << int(layer)  # NumPy shifts within 64 bits
+            self._append_again(layer, keys.address, values.address)
             return
         expected = (self._num_tokens, arenas.num_kv_heads, arenas.head_dim)
         for new, name in ((keys, "key"), (values, "value")):
@@ -188,13 +93,14 @@ class StepAccess:
                 )
             check_rows(new, name, "[num_tokens, num_kv_heads, head_dim]", 3)
             if not apart:
-                check_apart(new, name, {"k_cache": arenas.keys[layer], "v_cache": arenas.values[layer]})
-        prepared = self._append(keys, values, arenas.keys[layer], arenas.values[layer], self._slots)
+                check_apart({name: new}, {"k_cache": arenas.keys[layer], "v_cache": arenas.values[layer]})
+        self._appended_keys = arenas.keys[layer].address
+        prepared = self._backend.append(keys, values, arenas.keys[layer], arenas.values[layer], self._slots)
         if prepared is not None:
             self._appended = form, prepared
         self.layers |= 1 << int(layer)  # NumPy shifts within 64 bits
 
-    def repeat(self, layer: int, key: int, value: int, q: int, out: int) -> bool:
+    def attend_prepared(self, layer: int, key: int, value: int, q: int, out: int) -> bool:
         """Append and attend as the layer before did, with arrays of the same shapes, strides and dtypes elsewhere.
 
         Args:
@@ -208,11 +114,16 @@ class StepAccess:
         if self._appended is None or self._attended is None or (key | value | q | out) & (arenas.alignment - 1):
             return False
         arenas.require_layer(layer)
-        keys, values = arenas.keys[layer].address, arenas.values[layer].address
-        self._append_alike(self._appended[1], key, value, keys, values)
-        self.layers |= 1 << int(layer)  # NumPy shifts within 64 bits
-        self._attend_again(layer, q, keys, values, out)
+        self._append_again(layer, key, value)
+        self._attend_again(layer, q, out)
         return True
+
+    def _append_again(self, layer: int, key: int, value: int) -> None:
+        assert self._appended is not None
+        keys = self._appended_keys = self._arenas.keys[layer].address
+        values = self._arenas.values[layer].address
+        self._backend.append_prepared(self._appended[1], key, value, keys, values, overlaps=self._overlaps)
+        self.layers |= 1 << int(layer)  # NumPy shifts within 64 bits
 
     def attend(
         self,
@@ -233,12 +144,13 @@ class StepAccess:
         """Check a layer's queries and the options, and attend; see `kvtoolkit.variable_block_attention`."""
         arenas = self._arenas
         arenas.require_layer(layer)
-        queries = arenas.describe(q, "q")
+        backend_of, raw = self._backend, arenas.raw_dtype
+        queries = backend_of.describe(q, "q", raw)
         is_own = out is None
         if is_own:
-            out, target = self._empty(q, queries, queries.shape, arenas.dtype)
+            out, target = backend_of.empty(queries.shape, arenas.dtype, q, queries.device)
         else:
-            target = arenas.describe(out, "out")
+            target = backend_of.describe(out, "out", raw)
         options = (softmax_scale, causal, window_size, softcap, num_splits, backend)
         form = (queries[1:4], target[1:4], target.writable, queries.device, target.device, options)
         is_plain = sinks is None and alibi_slopes is None and return_lse is False
@@ -249,35 +161,30 @@ class StepAccess:
             and arenas.are_aligned(queries, target)
             and (is_own or self._is_apart(queries, target))
         ):
-            self._attend_again(
-                layer, queries.address, arenas.keys[layer].address, arenas.values[layer].address, target.address
-            )
+            self._attend_again(layer, queries.address, target.address)
             if not is_own:
                 mark_written(out)
             return out
         arenas.check_backend(backend)
-        check_flags(causal, return_lse)
+        check_flags(causal=causal, return_lse=return_lse)
         window = check_options(softmax_scale, window_size, softcap, num_splits)
         self._check_queries(queries)
-        num_q_heads = queries.shape[1]
         check_output(target, "out", queries.shape, arenas.dtype)
         if not is_own:
             arenas.check_apart(layer, target, queries)
-        if sinks is not None:
-            sinks = arenas._describe(sinks, "sinks")
-            check_per_head(sinks, "sinks", num_q_heads, infinite=True)
-        if alibi_slopes is not None:
-            alibi_slopes = arenas._describe(alibi_slopes, "alibi_slopes")
-            check_per_head(alibi_slopes, "alibi_slopes", num_q_heads, infinite=False)
-        lse, lse_target = self._empty(q, queries, queries.shape[:2], "float32") if return_lse else (None, None)
-        extra = arenas.tiers[layer] if self._mass is None else {**arenas.tiers[layer], "block_mass": self._mass.operand}
-        prepared = self._attend(
-            queries, arenas.keys[layer], arenas.values[layer], *self._tables,
-            out=target, lse=lse_target,
-            cu_seqlens_q=self._cu_seqlens_q, softmax_scale=softmax_scale, causal=causal, window_size=window,
-            softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes, num_splits=num_splits,
-            **extra,
+        if not is_plain:
+            sinks, alibi_slopes = self._describe_per_head(sinks, alibi_slopes, queries.shape[1])
+        lse, lse_target = None, None
+        if return_lse:
+            lse, lse_target = backend_of.empty(queries.shape[:2], "float32", q, queries.device)
+        table, starts, lengths, bounds = self._tables
+        call = attention_call(
+            queries, arenas.keys[layer], arenas.values[layer], table, starts, lengths, out=target, lse=lse_target,
+            cu_seqlens_q=bounds, sinks=sinks, alibi_slopes=alibi_slopes, tiers=arenas.tiers[layer],
+            block_mass=None if self._mass is None else self._mass.operand, softmax_scale=softmax_scale, causal=causal,
+            window_size=window, softcap=softcap, num_splits=num_splits,
         )  # fmt: skip
+        prepared = backend_of.attend(call, self._hints_now())
         if self._mass is not None:
             self._mass.add()
         if is_plain and prepared is not None:
@@ -285,6 +192,25 @@ class StepAccess:
         if not is_own:
             mark_written(out)
         return (out, lse) if return_lse else out
+
+    def _hints_now(self) -> Hints:
+        """The hints, without those that a graph which is being captured will outlive."""
+        hints, device = self._hints, self._arenas.device
+        if device >= 0 and not self._is_fixed and is_capturing(current_stream(device)):
+            return hints._replace(max_seq_len=None)  # the graph will meet longer sequences than now
+        return hints
+
+    def _describe_per_head(
+        self, sinks: Any, alibi_slopes: Any, num_q_heads: int
+    ) -> tuple[Operand | None, Operand | None]:
+        """``sinks, alibi_slopes``, checked."""
+        if sinks is not None:
+            sinks = self._backend.describe(sinks, "sinks")
+            check_per_head(sinks, "sinks", num_q_heads, infinite=True)
+        if alibi_slopes is not None:
+            alibi_slopes = self._backend.describe(alibi_slopes, "alibi_slopes")
+            check_per_head(alibi_slopes, "alibi_slopes", num_q_heads, infinite=False)
+        return sinks, alibi_slopes
 
     def _is_as_before(self, form: Any) -> bool:
         """Whether arrays and options are those of the layer before."""
@@ -302,17 +228,20 @@ class StepAccess:
         _, _, end, _ = extent(first.shape, first.strides)
         size = ITEMSIZES[q.dtype]
         apart = abs(distance) + size * low >= size * end or (distance == 0 and q.strides == out.strides)
-        return apart and not self._arenas.hold(out.address)
+        return apart and not self._arenas.contains(out.address)
 
-    def _attend_again(self, layer: int, q: int, keys: int, values: int, out: int) -> None:
+    def _attend_again(self, layer: int, q: int, out: int) -> None:
         assert self._attended is not None
-        addresses = self._arenas.tier_addresses[layer]
-        if self._mass is None:
-            self._attend_alike(self._attended[1], q, keys, values, out, **addresses)
-        else:
-            block_mass = self._mass.operand.address
-            self._attend_alike(self._attended[1], q, keys, values, out, block_mass=block_mass, **addresses)
-            self._mass.add()
+        arenas = self._arenas
+        keys, mass = arenas.keys[layer].address, self._mass
+        # the append of this layer wrote nothing but the new tokens, and it waited for everything before it
+        overlaps = self._overlaps and self._appended_keys == keys
+        self._backend.attend_prepared(
+            self._attended[1], q, keys, arenas.values[layer].address, out, **arenas.tier_addresses[layer],
+            block_mass=0 if mass is None else mass.operand.address, overlaps=overlaps,
+        )  # fmt: skip
+        if mass is not None:
+            mass.add()
 
     def _check_queries(self, queries: Operand) -> None:
         arenas, shape = self._arenas, queries.shape
@@ -324,8 +253,3 @@ class StepAccess:
             )
         check_rows(queries, "q", "[num_tokens, num_q_heads, head_dim]", 3)
         check_heads(shape[1], arenas.num_kv_heads, arenas.head_dim)
-
-    @staticmethod
-    def _empty(like: Any, described: Operand, shape: tuple[int, ...], dtype: str) -> tuple[Any, Operand]:
-        """A new array or tensor, whichever ``like`` is, and its description."""
-        return empty(shape, dtype, like)

@@ -5,14 +5,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from kvtoolkit.arrays.call import QuantizedTiers
 from kvtoolkit.arrays.host import Operand, operand
 from kvtoolkit.arrays.types import Int32Array, Int64Array
+from kvtoolkit.backends import BACKENDS
 from kvtoolkit.config.cache import CacheConfig
-from kvtoolkit.cpu import copy_granules
-from kvtoolkit.cpu.convert import all_finite, convert
+from kvtoolkit.cpu.convert import all_finite
 from kvtoolkit.errors import UnsupportedError
 from kvtoolkit.formats.entry import GRANULE, MAX_BLOCK_GRANULES, TIER_COLD, TIER_HOT, TIER_WARM
-from kvtoolkit.formats.tier_caches import QuantizedTiers
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 """What the arrays are made of; bfloat16 as its bits."""
@@ -42,6 +42,7 @@ class HostStorage:
     device = -1
 
     def __init__(self, config: CacheConfig) -> None:
+        self._backend = BACKENDS[config.backend]
         # zeros, not empty: the system hands out zeroed pages only when they are touched
         self.key_values: NDArray[Any] = np.zeros(shape_of(config), DTYPES[config.dtype])
         self.keys = [operand(layer[0], "k_cache", config.dtype) for layer in self.key_values]
@@ -61,11 +62,11 @@ class HostStorage:
 
     def copy(self, sources: ArrayLike, targets: ArrayLike) -> None:
         """Copy granules to others, all layers; none is in both lists."""
-        copy_granules(self.key_values, sources, targets)
+        self._backend.copy_granules(self.key_values, sources, targets)
 
     def convert(self, sources: Int32Array, targets: Int32Array) -> None:
-        """Write the tokens of tiles to other tiers; see `kvtoolkit.cpu.convert.convert`."""
-        convert((self.key_values, self.warm, self.cold), self.first, sources, targets)
+        """Write the tokens of tiles to other tiers; see `kvtoolkit.arrays.call.Backend.convert`."""
+        self._backend.convert(self.key_values, self.warm, self.cold, self.first, sources, targets)
 
     def all_finite(self, granules: Int32Array) -> bool:
         """Whether these 16-bit granules hold neither infinities nor NaN, in all layers."""
@@ -97,6 +98,8 @@ class DeviceStorage:
 
     def __init__(self, config: CacheConfig) -> None:
         from kvtoolkit.runtime.kernels import current_device
+
+        self._backend = BACKENDS[config.backend]
 
         try:
             self.device = current_device() if config.device is None else config.device
@@ -147,23 +150,12 @@ class DeviceStorage:
 
     def copy(self, sources: ArrayLike, targets: ArrayLike) -> None:
         """See `HostStorage.copy`."""
-        from kvtoolkit import cuda
-        from kvtoolkit.attention.device import using
-        from kvtoolkit.runtime import current_stream
-
-        with using(self.device):
-            cuda.copy_granules(self._arena, sources, targets, stream=current_stream(self.device))
+        self._backend.copy_granules(self._arena, sources, targets)
 
     def convert(self, sources: Int32Array, targets: Int32Array) -> None:
         """See `HostStorage.convert`; asynchronous as `copy`. Tokens that hold an infinity or NaN become NaN."""
-        from kvtoolkit import cuda
-        from kvtoolkit.attention.device import using
-        from kvtoolkit.runtime import current_stream
-
         warm, cold = self._blocks
-        with using(self.device):
-            stream = current_stream(self.device)
-            cuda.convert(self._arena, warm, cold, self.first, sources, targets, stream=stream)
+        self._backend.convert(self._arena, warm, cold, self.first, sources, targets)
 
     def all_finite(self, granules: Int32Array) -> bool:
         """True: to know it the host would have to wait, so it is the conversion that deals with such tokens."""

@@ -97,13 +97,6 @@ def count(name: str, value: Any) -> int:
     return number
 
 
-def check_flags(**flags: Any) -> None:
-    """ShapeError for what is no truth value, such as a tensor."""
-    for name, value in flags.items():
-        if not isinstance(value, (bool, int)):
-            raise ShapeError(f"{name}: expected True or False, got {value!r:.80}")
-
-
 def refuse_dropout(dropout_p: Any) -> None:
     """UnsupportedError for anything but 0."""
     if not isinstance(dropout_p, (int, float)) or dropout_p:
@@ -132,7 +125,7 @@ def sinks(s_aux: Any, device: torch.device) -> torch.Tensor | None:
 
 
 def are_readable(tensor: torch.Tensor) -> bool:
-    """Whether the host may look at what lies in index tensors: on the CPU, and with ``KVTOOLKIT_CHECK=1``."""
+    """Whether the host may read index tensors: on the CPU, and with ``KVTOOLKIT_CHECK=1``."""
     if tensor.is_cpu:
         return True
     from kvtoolkit.cuda import check

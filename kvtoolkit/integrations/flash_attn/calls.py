@@ -19,41 +19,29 @@ arXiv:2407.08608) and vLLM.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from kvtoolkit.attention.calls import _attention, append
-from kvtoolkit.errors import ShapeError, UnsupportedError
-from kvtoolkit.integrations.flash_attn import rotary
+from kvtoolkit.attention.arguments import check_flags
+from kvtoolkit.errors import ShapeError
 from kvtoolkit.integrations.flash_attn.arguments import (
     are_readable,
     check_cumulative,
-    check_flags,
     check_range,
     check_tensor,
     count,
     indices,
-    is_local,
     none_if_zero,
     one_of,
     refuse,
     refuse_dropout,
     renamed,
     rows_of,
-    sinks,
-    slopes,
-    window_of,
 )
-from kvtoolkit.integrations.flash_attn.caches import (
-    Blocks,
-    after_padding,
-    batched_blocks,
-    cache_blocks,
-    new_slots,
-    packed_blocks,
-)
+from kvtoolkit.integrations.flash_attn.cached import CacheArguments, RotationArguments, attend_to_cache
+from kvtoolkit.integrations.flash_attn.caches import Blocks, batched_blocks, packed_blocks
+from kvtoolkit.integrations.flash_attn.run import check_width, common_options, flat, packed_queries, run, shaped
 from kvtoolkit.untraced import untraced
 
 __all__ = ["flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache"]
@@ -65,43 +53,20 @@ _NO_CHUNKS = "chunked attention needs a kernel of its own"
 
 @untraced
 def flash_attn_with_kvcache(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    k: torch.Tensor | None = None,
-    v: torch.Tensor | None = None,
-    rotary_cos: torch.Tensor | None = None,
-    rotary_sin: torch.Tensor | None = None,
-    cache_seqlens: int | torch.Tensor | None = None,
-    cache_batch_idx: torch.Tensor | None = None,
-    cache_leftpad: torch.Tensor | None = None,
-    block_table: torch.Tensor | None = None,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] | None = (-1, -1),
-    softcap: float = 0.0,
-    rotary_interleaved: bool = True,
-    alibi_slopes: torch.Tensor | None = None,
-    num_splits: int = 0,
-    return_softmax_lse: bool = False,
-    *,
-    out: torch.Tensor | None = None,
-    s_aux: torch.Tensor | None = None,
-    page_table: torch.Tensor | None = None,
-    cu_seqlens_q: torch.Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    cu_seqlens_k_new: torch.Tensor | None = None,
-    rotary_seqlens: torch.Tensor | None = None,
-    qv: torch.Tensor | None = None,
-    q_descale: torch.Tensor | None = None,
-    k_descale: torch.Tensor | None = None,
-    v_descale: torch.Tensor | None = None,
-    attention_chunk: int = 0,
-    scheduler_metadata: Any = None,
-    pack_gqa: bool | None = None,
-    sm_margin: int = 0,
-    fa_version: int | None = None,
-) -> Any:
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None, rotary_cos: torch.Tensor | None = None, rotary_sin: torch.Tensor | None = None,
+    cache_seqlens: int | torch.Tensor | None = None, cache_batch_idx: torch.Tensor | None = None,
+    cache_leftpad: torch.Tensor | None = None, block_table: torch.Tensor | None = None,
+    softmax_scale: float | None = None, causal: bool = False, window_size: tuple[int, int] | None = (-1, -1),
+    softcap: float = 0.0, rotary_interleaved: bool = True, alibi_slopes: torch.Tensor | None = None,
+    num_splits: int = 0, return_softmax_lse: bool = False, *, out: torch.Tensor | None = None,
+    s_aux: torch.Tensor | None = None, page_table: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None, max_seqlen_q: int | None = None,
+    cu_seqlens_k_new: torch.Tensor | None = None, rotary_seqlens: torch.Tensor | None = None,
+    qv: torch.Tensor | None = None, q_descale: torch.Tensor | None = None, k_descale: torch.Tensor | None = None,
+    v_descale: torch.Tensor | None = None, attention_chunk: int = 0, scheduler_metadata: Any = None,
+    pack_gqa: bool | None = None, sm_margin: int = 0, fa_version: int | None = None,
+) -> Any:  # fmt: skip
     """Append new keys and values to a cache, if there are any, and attend to what it then holds.
 
     Args:
@@ -133,7 +98,7 @@ def flash_attn_with_kvcache(
         out: tensor to write, shaped and typed as ``q``.
         s_aux: ``[num_q_heads]``, an extra logit in each head's denominator (a sink).
         cu_seqlens_q: ``[batch + 1]`` int32: row ``b`` asks ``q[cu_seqlens_q[b]:cu_seqlens_q[b + 1]]``. ``q`` may be
-            longer than its last element; rows of ``out`` behind it are not written.
+            longer than its last element; rows of ``out`` after it are not written.
         max_seqlen_q: most query tokens of a row, with ``cu_seqlens_q``.
         rotary_seqlens: ``[batch]`` int32, the position of the first new token for the rotation, instead of
             ``cache_seqlens``.
@@ -154,100 +119,30 @@ def flash_attn_with_kvcache(
     refuse(_NO_CHUNKS, attention_chunk=none_if_zero(attention_chunk))
     refuse("new tokens come as [batch, seqlen_new, num_kv_heads, head_dim]", cu_seqlens_k_new=cu_seqlens_k_new)
     check_flags(return_softmax_lse=return_softmax_lse, rotary_interleaved=rotary_interleaved)
-    check_tensor("q", q, 4 if cu_seqlens_q is None else 3)
-    device, window = q.device, window_of(window_size)
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        check_tensor(name, cache, 4, device)
-    _check_width("v_cache", v_cache, k_cache)
-    if cu_seqlens_q is None:
-        batch, seqlen_q = q.shape[:2]
-        bounds = None
-        if seqlen_q != 1:
-            bounds = torch.arange(batch + 1, dtype=torch.int32, device=device) * seqlen_q
-        query_counts = seqlen_q, seqlen_q
-    else:
-        bounds, query_counts = _packed_queries(q, cu_seqlens_q, max_seqlen_q)
-        batch = len(bounds) - 1
-    table_name, table = one_of(("block_table", block_table), ("page_table", page_table))
-    blocks = cache_blocks(batch, k_cache, v_cache, table_name, table, cache_batch_idx)
-    num_new = _check_new(k, v, cache_seqlens, blocks, batch, q)
-    held = _held_lengths(cache_seqlens, blocks, num_new, batch, device)
-    if cache_batch_idx is not None and are_readable(blocks.table):
-        in_use = torch.where(held + num_new > 0, blocks.table[:, 0], 0)  # of a padding row nothing is read
-        check_range("cache_batch_idx", in_use, 0, len(k_cache) - 1, "the sequences of k_cache")
-    names = {
-        "seq_lens": "cache_seqlens", "key": "k", "value": "v", "slot_mapping": "cache_seqlens", "sinks": "s_aux",
-        "block_table": table_name if table is not None else "cache_batch_idx",
-    }  # fmt: skip
-    with renamed(names):
-        queries = q.flatten(0, 1) if cu_seqlens_q is None else q
-        if rotary_cos is not None or rotary_sin is not None:
-            rows = _Rotation(held, rotary_seqlens, bounds, query_counts[1], causal or is_local(window))
-            queries, k = _rotate(queries, k, rotary_cos, rotary_sin, rows, blocks.capacity, rotary_interleaved)
-        write = None
-        if k is not None and v is not None:
-            new = rows_of(k).flatten(0, 1), rows_of(v).flatten(0, 1)
-            slots = new_slots(blocks, _positions(held, num_new))
-            if are_readable(slots) and bool((slots < 0).any()):
-                raise ShapeError(f"{table_name}: expected a block for every new token, found none for some")
-            write = functools.partial(append, *new, k_cache, v_cache, slots, layout="NHD")
-        lengths = held + num_new if num_new else held
-        if cache_leftpad is not None:
-            if table is not None:
-                raise UnsupportedError(
-                    f"cache_leftpad: expected None beside {table_name}: a row begins at the first slot of a block"
-                )
-            leftpad = indices("cache_leftpad", cache_leftpad, (batch,), device)
-            check_range("cache_leftpad", leftpad, 0, lengths, "within the sequence")
-            blocks, lengths = after_padding(blocks, leftpad), lengths - leftpad
-        result, lse = _attend(
-            queries, blocks, lengths, bounds, query_counts, return_softmax_lse, _flat(out, q), write,
-            softmax_scale=softmax_scale, causal=causal, window_size=window, softcap=softcap, num_splits=num_splits,
-            alibi_slopes=slopes(alibi_slopes, batch, device), sinks=sinks(s_aux, device),
-        )  # fmt: skip
-    result = _shaped(result, q, out)
-    if not return_softmax_lse:
-        return result
-    return result, (lse.t() if cu_seqlens_q is not None else lse.view(q.shape[:3]).transpose(1, 2)).contiguous()
+    options = functools.partial(
+        common_options, softmax_scale, causal, window_size, softcap, num_splits, alibi_slopes, s_aux, return_softmax_lse
+    )
+    cache = CacheArguments(
+        k_cache, v_cache, block_table, page_table, cache_batch_idx, cache_leftpad, cache_seqlens
+    )  # fmt: skip
+    rotation = RotationArguments(rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved)
+    return attend_to_cache(q, k, v, cache, rotation, cu_seqlens_q, max_seqlen_q, options, out)
 
 
 @untraced
 def flash_attn_varlen_func(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: torch.Tensor | None = None,
-    cu_seqlens_k: torch.Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] | None = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: torch.Tensor | None = None,
-    deterministic: bool = False,
-    return_attn_probs: bool = False,
-    block_table: torch.Tensor | None = None,
-    *,
-    out: torch.Tensor | None = None,
-    s_aux: torch.Tensor | None = None,
-    seqused_k: torch.Tensor | None = None,
-    page_table: torch.Tensor | None = None,
-    return_softmax_lse: bool = False,
-    num_splits: int = 0,
-    seqused_q: torch.Tensor | None = None,
-    qv: torch.Tensor | None = None,
-    q_v: torch.Tensor | None = None,
-    q_descale: torch.Tensor | None = None,
-    k_descale: torch.Tensor | None = None,
-    v_descale: torch.Tensor | None = None,
-    attention_chunk: int = 0,
-    scheduler_metadata: Any = None,
-    pack_gqa: bool | None = None,
-    sm_margin: int = 0,
-    fa_version: int | None = None,
-) -> Any:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None, max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
+    dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
+    window_size: tuple[int, int] | None = (-1, -1), softcap: float = 0.0, alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False, return_attn_probs: bool = False, block_table: torch.Tensor | None = None, *,
+    out: torch.Tensor | None = None, s_aux: torch.Tensor | None = None, seqused_k: torch.Tensor | None = None,
+    page_table: torch.Tensor | None = None, return_softmax_lse: bool = False, num_splits: int = 0,
+    seqused_q: torch.Tensor | None = None, qv: torch.Tensor | None = None, q_v: torch.Tensor | None = None,
+    q_descale: torch.Tensor | None = None, k_descale: torch.Tensor | None = None,
+    v_descale: torch.Tensor | None = None, attention_chunk: int = 0, scheduler_metadata: Any = None,
+    pack_gqa: bool | None = None, sm_margin: int = 0, fa_version: int | None = None,
+) -> Any:  # fmt: skip
     """Attend the newest tokens of packed sequences to their keys and values, packed too or in a paged cache.
 
     Args:
@@ -255,7 +150,7 @@ def flash_attn_varlen_func(
             ``q[cu_seqlens_q[b]:cu_seqlens_q[b + 1]]``.
         k: ``[num_blocks, block_size, num_kv_heads, head_dim]`` with a block table, last axis contiguous, else
             ``[total_k, num_kv_heads, head_dim]``; dtype of ``q``; ``v`` has its shape and dtype.
-        cu_seqlens_q: ``[batch + 1]`` int32. ``q`` may be longer than its last element; rows of ``out`` behind it are
+        cu_seqlens_q: ``[batch + 1]`` int32. ``q`` may be longer than its last element; rows of ``out`` after it are
             not written.
         cu_seqlens_k: ``[batch + 1]`` int32, sums of the sequences' lengths; with a block table ``seqused_k`` may be
             given instead.
@@ -289,16 +184,34 @@ def flash_attn_varlen_func(
     check_tensor("q", q, 3)
     if cu_seqlens_q is None or (cu_seqlens_k is None and seqused_k is None):
         raise ShapeError("cu_seqlens_q, cu_seqlens_k: expected both of them, or seqused_k for the latter, got None")
-    device = q.device
-    bounds, query_counts = _packed_queries(q, cu_seqlens_q, max_seqlen_q)
-    batch = len(bounds) - 1
+    bounds, query_counts = packed_queries(q, cu_seqlens_q, max_seqlen_q)
     name, table = one_of(("block_table", block_table), ("page_table", page_table))
+    blocks, lengths, length_name = _rows_of_keys(
+        k, v, len(bounds) - 1, q.device, (name, table), cu_seqlens_k, seqused_k, max_seqlen_k
+    )
+    names = {"seq_lens": length_name, "k_cache": "k", "v_cache": "v", "sinks": "s_aux", "block_table": name}
+    with renamed(names):
+        options = common_options(
+            softmax_scale, causal, window_size, softcap, num_splits, alibi_slopes, s_aux,
+            return_attn_probs or return_softmax_lse, len(bounds) - 1, q.device,
+        )  # fmt: skip
+        result, lse = run(q, blocks, lengths, bounds, query_counts, out, options)
+    if return_attn_probs:
+        return result, lse.t().contiguous(), q.new_empty(0)
+    return (result, lse.t().contiguous()) if return_softmax_lse else result
+
+
+def _rows_of_keys(
+    k: Any, v: Any, batch: int, device: torch.device, named_table: tuple[str, Any], cu_seqlens_k: Any, seqused_k: Any,
+    max_seqlen_k: Any,
+) -> tuple[Blocks, torch.Tensor, str]:  # fmt: skip
+    """The keys and values of packed or paged rows, how many of them each row uses, and the parameter that says so."""
+    name, table = named_table
     begins = None if cu_seqlens_k is None else indices("cu_seqlens_k", cu_seqlens_k, (batch + 1,), device)
     used = None if seqused_k is None else indices("seqused_k", seqused_k, (batch,), device)
     for part, states in (("k", k), ("v", v)):
         check_tensor(part, states, 3 if table is None else 4, device)
-    _check_width("v", v, k)
-    length_name = "cu_seqlens_k" if used is None else "seqused_k"
+    check_width("v", v, k)
     if table is not None:
         table = indices(name, table, (batch, None), device)
         blocks = Blocks(k, v, table, table.shape[1] * k.shape[1])
@@ -310,22 +223,13 @@ def flash_attn_varlen_func(
         blocks = packed_blocks(rows_of(k), rows_of(v), begins[:-1], longest)
         if used is not None and are_readable(used):
             check_range("seqused_k", used, 0, begins.diff(), "the keys of the row by cu_seqlens_k")
-    lengths = used
+    length_name, lengths = "seqused_k", used
     if lengths is None:
         assert begins is not None
-        lengths = begins.diff()
+        length_name, lengths = "cu_seqlens_k", begins.diff()
     if table is not None:
         check_range(length_name, lengths, 0, blocks.capacity, f"the keys that {name} has room for")
-    names = {"seq_lens": length_name, "k_cache": "k", "v_cache": "v", "sinks": "s_aux", "block_table": name}
-    with renamed(names):
-        result, lse = _attend(
-            q, blocks, lengths, bounds, query_counts, return_attn_probs or return_softmax_lse, out, None,
-            softmax_scale=softmax_scale, causal=causal, window_size=window_of(window_size), softcap=softcap,
-            num_splits=num_splits, alibi_slopes=slopes(alibi_slopes, batch, device), sinks=sinks(s_aux, device),
-        )  # fmt: skip
-    if return_attn_probs:
-        return result, lse.t().contiguous(), q.new_empty(0)
-    return (result, lse.t().contiguous()) if return_softmax_lse else result
+    return blocks, lengths, length_name
 
 
 @untraced
@@ -381,186 +285,17 @@ def flash_attn_func(
         check_tensor(name, states, 4, device)
         if states.shape[0] != batch:
             raise ShapeError(f"{name}: expected a batch of {batch} as in q, got {states.shape[0]}")
-    _check_width("v", v, k)
+    check_width("v", v, k)
     bounds = torch.arange(batch + 1, dtype=torch.int32, device=device) * seqlen_q
     lengths = torch.full((batch,), k.shape[1], dtype=torch.int32, device=device)
     with renamed({"k_cache": "k", "v_cache": "v", "sinks": "s_aux"}):
-        result, lse = _attend(
-            q.flatten(0, 1), batched_blocks(rows_of(k), rows_of(v)), lengths, bounds, (seqlen_q, seqlen_q),
-            return_attn_probs, _flat(out, q), None,
-            softmax_scale=softmax_scale, causal=causal, window_size=window_of(window_size), softcap=softcap,
-            num_splits=num_splits, alibi_slopes=slopes(alibi_slopes, batch, device), sinks=sinks(s_aux, device),
+        options = common_options(
+            softmax_scale, causal, window_size, softcap, num_splits, alibi_slopes, s_aux, return_attn_probs, batch,
+            device,
         )  # fmt: skip
-    result = _shaped(result, q, out)
+        blocks = batched_blocks(rows_of(k), rows_of(v))
+        result, lse = run(q.flatten(0, 1), blocks, lengths, bounds, (seqlen_q, seqlen_q), flat(out, q), options)
+    result = shaped(result, q, out)
     if not return_attn_probs:
         return result
     return result, lse.view(q.shape[:3]).transpose(1, 2).contiguous(), q.new_empty(0)
-
-
-def _attend(
-    q: torch.Tensor, blocks: Blocks, lengths: torch.Tensor, bounds: torch.Tensor | None,
-    query_counts: tuple[int, int], return_lse: bool, out: torch.Tensor | None, write: Callable[[], None] | None,
-    **options: Any,
-) -> tuple[Any, Any]:  # fmt: skip
-    """``(out, lse)`` of `kvtoolkit.paged_attention`; ``write`` is called after all checks and before attention.
-
-    ``q`` may be longer than the last of ``bounds``. On a GPU the kernels take no row behind it; where the host can
-    look, it is cut off.
-    """
-    q, total = rows_of(q), q.shape[0]
-    used = total
-    if bounds is not None and are_readable(bounds):
-        used = min(max(int(bounds[-1]), 0), total)
-    target = out
-    if used < total:
-        if out is not None and (out.shape != q.shape or out.dtype != q.dtype):
-            raise ShapeError(f"out: expected as q, {tuple(q.shape)} {q.dtype}, got {tuple(out.shape)} {out.dtype}")
-        out = torch.zeros_like(q) if out is None else out
-        q, target = q[:used], out[:used]
-    result = _attention(
-        q, blocks.keys, blocks.values, blocks.table, None, lengths, layout="NHD", cu_seqlens_q=bounds, out=target,
-        return_lse=return_lse, backend=None, query_counts=query_counts, before=write, memory=blocks.memory,
-        **options,
-    )  # fmt: skip
-    result, lse = result if return_lse else (result, None)
-    if used == total:
-        return result, lse
-    if lse is not None:
-        lse = torch.cat((lse, lse.new_full((total - used, lse.shape[1]), -torch.inf)))
-    return out, lse
-
-
-def _packed_queries(q: torch.Tensor, cu_seqlens_q: Any, max_seqlen_q: Any) -> tuple[torch.Tensor, tuple[int, int]]:
-    """``cu_seqlens_q`` checked, and the fewest and most query tokens of its rows.
-
-    The fewest are 0: ``q`` may be padded, so the host cannot tell.
-    """
-    bounds = indices("cu_seqlens_q", cu_seqlens_q, (None,), q.device)
-    if len(bounds) == 0:
-        raise ShapeError("cu_seqlens_q: expected [batch + 1] int32, got no element")
-    most = count("max_seqlen_q", max_seqlen_q)
-    check_cumulative("cu_seqlens_q", bounds, q.shape[0], most, "max_seqlen_q")
-    return bounds, (0, most)
-
-
-def _check_width(name: str, v: torch.Tensor, k: torch.Tensor) -> None:
-    if v.shape[-1] != k.shape[-1]:
-        raise UnsupportedError(
-            f"{name}: expected head_dim {k.shape[-1]}, that of the keys, got {v.shape[-1]}; values of another width "
-            "need a kernel of their own"
-        )
-
-
-def _check_new(k: Any, v: Any, cache_seqlens: Any, blocks: Blocks, batch: int, q: torch.Tensor) -> int:
-    """Check new keys and values; returns how many tokens a row has, 0 without any."""
-    if k is None and v is None:
-        return 0
-    if k is None or v is None or cache_seqlens is None:
-        raise ShapeError("k, v: expected both of them and cache_seqlens, to append; got one or two of the three")
-    expected = (batch, *blocks.keys.shape[2:])
-    for name, new in (("k", k), ("v", v)):
-        check_tensor(name, new, 4, q.device)
-        found = (new.shape[0], *new.shape[2:])
-        if found != expected or new.shape[1] != k.shape[1] or new.dtype != q.dtype:
-            wanted = f"[{batch}, {k.shape[1]}, {expected[1]}, {expected[2]}]"
-            raise ShapeError(f"{name}: expected {wanted} {q.dtype}, got {list(new.shape)} {new.dtype}")
-    if k.shape[1] > blocks.capacity:
-        raise ShapeError(
-            f"k: expected up to {blocks.capacity} tokens, which is what a row has room for, got {k.shape[1]}"
-        )
-    return int(k.shape[1])
-
-
-def _held_lengths(cache_seqlens: Any, blocks: Blocks, num_new: int, batch: int, device: torch.device) -> torch.Tensor:
-    """``[batch]`` int32 tokens that the cache holds."""
-    room, reason = blocks.capacity - num_new, "the room that a row has"
-    if num_new:
-        reason += f" before {num_new} new tokens"
-    if isinstance(cache_seqlens, torch.Tensor):
-        held = indices("cache_seqlens", cache_seqlens, (batch,), device)
-        check_range("cache_seqlens", held, 0, room, reason)
-        return held
-    length = blocks.capacity if cache_seqlens is None else count("cache_seqlens", cache_seqlens)
-    if length > room:
-        raise ShapeError(f"cache_seqlens: expected up to {room}, {reason}, got {length}")
-    return torch.full((batch,), length, dtype=torch.int32, device=device)
-
-
-class _Rotation(NamedTuple):
-    """Where the rows of a call stand that is rotated."""
-
-    held: torch.Tensor
-    """``[batch]`` tokens in the cache."""
-    rotary_seqlens: torch.Tensor | None
-    """``[batch]`` positions to begin at instead."""
-    bounds: torch.Tensor | None
-    """``[batch + 1]`` of the queries; None = one a row."""
-    most_queries: int
-    is_spread: bool
-    """Whether each query of a row has a position of its own."""
-
-
-def _rotate(
-    q: torch.Tensor, k: torch.Tensor | None, cos: Any, sin: Any, rows: _Rotation, capacity: int, interleaved: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries ``[total_q, ...]`` and new keys ``[batch, seqlen_new, ...]``, rotated."""
-    if cos is None or sin is None:
-        raise ShapeError("rotary_cos, rotary_sin: expected both or neither, got one")
-    if k is None:
-        raise ShapeError("rotary_cos: expected k and v beside it, which are rotated too, got none")
-    name, first = "cache_seqlens", rows.held
-    if rows.rotary_seqlens is not None:
-        name, first = "rotary_seqlens", indices("rotary_seqlens", rows.rotary_seqlens, (k.shape[0],), q.device)
-    tables = rotary.check_tables(cos, sin, q.shape[-1], capacity, q.device)
-    num_positions, num_new = tables[0].shape[0], k.shape[1]
-    farthest = max(num_new, rows.most_queries if rows.is_spread else 1)
-    check_range(name, first, 0, num_positions - farthest, f"where rotary_cos has {farthest} more rows")
-    places = _query_positions(first, rows.bounds, q.shape[0], rows.is_spread).clamp(0, num_positions - 1)
-    return (
-        rotary.rotate(q, *tables, places, interleaved=interleaved),
-        rotary.rotate(k, *tables, _positions(first, num_new), interleaved=interleaved),
-    )
-
-
-def _positions(first: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """``[batch, num_tokens]`` int64 positions from ``first`` ``[batch]`` on."""
-    return first.unsqueeze(1) + torch.arange(num_tokens, device=first.device)
-
-
-def _query_positions(
-    first: torch.Tensor, bounds: torch.Tensor | None, num_tokens: int, is_spread: bool
-) -> torch.Tensor:
-    """``[num_tokens]`` positions to rotate queries at: from ``first`` of their row on, or all of them at ``first``.
-
-    What is said of tokens behind the last of ``bounds`` does not matter.
-    """
-    if bounds is None:
-        return first
-    token = torch.arange(num_tokens, dtype=bounds.dtype, device=bounds.device)
-    row = torch.searchsorted(bounds, token, right=True).sub(1).clamp(max=len(bounds) - 2)
-    places = first[row]
-    return places + (token - bounds[row]) if is_spread else places
-
-
-def _flat(out: Any, q: torch.Tensor) -> torch.Tensor | None:
-    """``out`` as the kernels write it; None where there is none, or where a result must be copied to it."""
-    if out is None:
-        return None
-    check_tensor("out", out, q.ndim, q.device)
-    if out.shape != q.shape or out.dtype != q.dtype:
-        raise ShapeError(f"out: expected as q, {tuple(q.shape)} {q.dtype}, got {tuple(out.shape)} {out.dtype}")
-    if q.ndim == 3:
-        return out
-    try:
-        return out.view(-1, *out.shape[2:])
-    except RuntimeError:
-        return None
-
-
-def _shaped(result: torch.Tensor, q: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
-    """The result as the caller wants it."""
-    if out is None:
-        return result.view(q.shape)
-    if result.data_ptr() != out.data_ptr():
-        out.copy_(result.view(q.shape))
-    return out

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 
 from kvtoolkit import reference
+from kvtoolkit.arrays.call import AttentionCall, attention_call
 from kvtoolkit.attention.calls import paged_attention, variable_block_attention
-from kvtoolkit.cpu import attend
+from kvtoolkit.cpu import attend, operand
 from kvtoolkit.formats.entry import GRANULE
 
 # unit roundoff of the output, and its relative L2 error as a multiple of what rounding alone costs
@@ -26,6 +27,15 @@ def nan_filled(shape: tuple[int, ...], dtype: str) -> np.ndarray:
     if dtype == "bfloat16":
         return np.full(shape, 0x7FC1, np.uint16)
     return np.full(shape, np.nan, dtype)
+
+
+def make_call(*arrays: Any, dtype: str | None = None, **options: Any) -> AttentionCall:
+    """`attention_call` with NumPy arrays; ``dtype`` tells what 16-bit integers stand for."""
+
+    def described(array: Any) -> Any:
+        return operand(array, "array", dtype) if isinstance(array, np.ndarray) else array
+
+    return attention_call(*map(described, arrays), **{name: described(value) for name, value in options.items()})
 
 
 @dataclass
@@ -107,10 +117,11 @@ class Case:
         if self.dtype == "bfloat16":  # raw words: only the low-level call takes them
             lse = np.full(self.q.shape[:2], np.nan, np.float32)
             k_cache, v_cache, table, *starts = arrays
-            attend(
+            call = make_call(
                 self.q, k_cache, v_cache, table, starts[0] if starts else None, self.lengths, out=out, lse=lse,
-                layout="HND" if starts else layout, dtype="bfloat16", check=True, **options,
+                layout="HND" if starts else layout, dtype="bfloat16", **options,
             )  # fmt: skip
+            attend(call, check=True)
             return out, lse
         if len(arrays) == 4:
             result = variable_block_attention(self.q, *arrays, self.lengths, out=out, return_lse=True, **options)

@@ -55,7 +55,7 @@ def check(
 
 
 def assert_close(out: np.ndarray, lse: np.ndarray, good: np.ndarray, good_lse: np.ndarray, dtype: str) -> None:
-    """As `attention_cases.assert_close`, where the weights of the softmax are rounded to the dtype as well."""
+    """Compare as `attention_cases.assert_close` does; here the softmax weights are rounded to the dtype as well."""
     found = reference.to_float64(out, dtype)
     assert np.array_equal(np.isneginf(lse), np.isneginf(good_lse))
     visible = ~np.isneginf(good_lse)

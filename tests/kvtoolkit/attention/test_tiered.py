@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 import kvtoolkit
 from kvtoolkit import cpu, reference
 from kvtoolkit.attention.calls import tiered_attention, variable_block_attention
-from kvtoolkit.cpu import kernel
+from kvtoolkit.cpu import problem
 from kvtoolkit.errors import ShapeError, UnsupportedError
 from kvtoolkit.formats.entry import TIER_COLD, TIER_HOT, TIER_WARM, pack_entry, unpack_entries
 from kvtoolkit.formats.quantized import INT4, INT8
 from kvtoolkit.formats.tier_caches import TierCaches
-from tests.kvtoolkit.attention.attention_cases import assert_close
+from tests.kvtoolkit.attention.attention_cases import assert_close, make_call
 from tests.kvtoolkit.attention.tiered_cases import TILE, TieredCase, described
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -253,13 +253,14 @@ def test_another_layer_differs_in_addresses_only() -> None:
     assert np.array_equal(layers[0][1], layers[1][1])
     outs = [np.full_like(case.q, np.nan) for case in cases]
     masses = [case.no_masses(arrays) for case, arrays in zip(cases, layers, strict=True)]
-    prepared = cpu.attend(
+    call = make_call(
         cases[0].q, *first[:2], *layers[0][1:], cases[0].lengths, cu_seqlens_q=cases[0].cu_seqlens_q, out=outs[0],
-        tiers=described(first), block_mass=cpu.operand(masses[0], "block_mass"),
+        tiers=described(first), block_mass=masses[0],
     )  # fmt: skip
-    assert prepared.problem[kernel.LSE] == 0  # not that of an array which is gone
+    prepared = cpu.attend(call)
+    assert prepared.problem[problem.LSE] == 0  # not that of an array which is gone
     addresses = [cpu.operand(a, "a").address for a in (cases[1].q, *second[:2], outs[1], *second[2:4], masses[1])]
-    cpu.attend_alike(
+    cpu.attend_prepared(
         prepared, *addresses[:4], warm=addresses[4], cold=addresses[5], block_mass=addresses[6]
     )  # fmt: skip
     for case, arrays, out, mass in zip(cases, layers, outs, masses, strict=True):
@@ -268,7 +269,7 @@ def test_another_layer_differs_in_addresses_only() -> None:
         assert np.array_equal(out, good)
         assert np.array_equal(mass, good_mass)
     masses[1][:] = np.nan
-    cpu.attend_alike(prepared, *addresses[:4], warm=addresses[4], cold=addresses[5])
+    cpu.attend_prepared(prepared, *addresses[:4], warm=addresses[4], cold=addresses[5])
     assert np.isnan(masses[1]).all()
     assert np.array_equal(outs[1], cases[1].run(layers[1])[0])
 

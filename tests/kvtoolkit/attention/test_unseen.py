@@ -35,7 +35,7 @@ def runner(backend: str) -> unseen_cases.Run:
 
 
 def check(backend: str, make: Any, arrays_of: Any, name: str, num_q_heads: int, **more: Any) -> None:
-    """As `unseen_cases.check`, with options by their name; some query sees a number that is none, where one can."""
+    """Run `unseen_cases.check` with options by their name; some query sees a number that is none, where one can."""
     seen = unseen_cases.check(make, arrays_of, runner(backend), **unseen_cases.options_of(name, num_q_heads), **more)
     is_many = make().cu_seqlens_q is not None
     assert (seen > 0) == (is_many and name != "acausal")

@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 
 from kvtoolkit import reference
+from kvtoolkit.arrays.call import QuantizedTiers
 from kvtoolkit.attention.calls import tiered_attention
 from kvtoolkit.cpu import attend, operand
 from kvtoolkit.formats.entry import GRANULE, MAX_BLOCK_GRANULES, TIER_COLD, TIER_HOT, TIER_WARM, pack_entry
 from kvtoolkit.formats.quantized import FORMATS
-from kvtoolkit.formats.tier_caches import QuantizedTiers, TierCaches
-from tests.kvtoolkit.attention.attention_cases import Case, nan_filled
+from kvtoolkit.formats.tier_caches import TierCaches
+from tests.kvtoolkit.attention.attention_cases import Case, make_call, nan_filled
 
 TILE = GRANULE * MAX_BLOCK_GRANULES
 LETTERS = {"h": TIER_HOT, "w": TIER_WARM, "c": TIER_COLD}
@@ -22,7 +23,7 @@ TieredArrays = tuple[TierCaches, np.ndarray, np.ndarray]
 
 @dataclass
 class TieredCase(Case):
-    """A `Case` whose tiles lie in tiers: ``patterns`` has a letter of h, w and c for each tile of a row, None = random.
+    """A `Case` whose tiles are in tiers: ``patterns`` has a letter of h, w and c for each tile of a row, None = random.
 
     `tiered` lays the tokens out as NumPy arrays; `run` and `expected` take what it returns.
     """
@@ -113,12 +114,11 @@ class TieredCase(Case):
         options.setdefault("cu_seqlens_q", self.cu_seqlens_q)
         if self.dtype == "bfloat16":  # raw words: only the low-level call takes them
             lse = np.full(self.q.shape[:2], np.nan, np.float32)
-            if options.get("block_mass") is not None:
-                options["block_mass"] = operand(options["block_mass"], "block_mass")
-            attend(
+            call = make_call(
                 self.q, caches.k_cache, caches.v_cache, table, starts, self.lengths, out=out, lse=lse, dtype="bfloat16",
-                tiers=described(caches), check=True, **options,
+                tiers=described(caches), **options,
             )  # fmt: skip
+            attend(call, check=True)
             return out, lse
         result = tiered_attention(self.q, caches, table, starts, self.lengths, out=out, return_lse=True, **options)
         assert result[0] is out

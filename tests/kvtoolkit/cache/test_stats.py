@@ -110,7 +110,7 @@ def test_a_step_that_left_layers_out_does_not_end(missing, publish):
     assert cache.open([range(9)])[1] == [8]
 
 
-def test_layers_that_are_appended_by_repeat_count():
+def test_layers_that_are_appended_by_attend_prepared_count():
     cache = make(num_layers=3)
     q, out = np.ones((9, 1, 8), np.float32), np.empty((9, 1, 8), np.float32)
     for last in (2, 3):
@@ -118,7 +118,7 @@ def test_layers_that_are_appended_by_repeat_count():
         step.append(0, KV, KV)
         step.attend(0, q, out=out)
         for layer in range(1, last):
-            assert step.repeat(layer, KV.ctypes.data, KV.ctypes.data, q.ctypes.data, out.ctypes.data)
+            assert step.attend_prepared(layer, KV.ctypes.data, KV.ctypes.data, q.ctypes.data, out.ctypes.data)
         if last == 2:
             with pytest.raises(StepError, match="for layer 2;"):
                 cache.end_step(step)

@@ -1,4 +1,4 @@
-"""What lies around the CPU kernels: granule copies, the thread pool, machines without wide registers, trusted calls."""
+"""Parts around the CPU kernels: granule copies, the thread pool, machines without wide registers, trusted calls."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ import pytest
 from kvtoolkit import cpu
 from kvtoolkit.cpu import kernel, threads
 from kvtoolkit.errors import ShapeError
-from tests.kvtoolkit.attention.attention_cases import Case
+from tests.kvtoolkit.attention.attention_cases import Case, make_call
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.uint16, np.int8])
@@ -63,8 +63,7 @@ def test_described_operands_give_the_same_bits_as_arrays() -> None:
     arrays = case.variable()
     good, good_lse = case.run(arrays)
     out, lse = np.full_like(good, np.nan), np.full_like(good_lse, np.nan)
-    described = [cpu.operand(array, "array") for array in (case.q, *arrays, case.lengths)]
-    cpu.attend(*described, out=cpu.operand(out, "out"), lse=cpu.operand(lse, "lse"))
+    cpu.attend(make_call(case.q, *arrays, case.lengths, out=out, lse=lse))
     assert np.array_equal(out, good)
     assert np.array_equal(lse, good_lse)
 

@@ -22,7 +22,7 @@
 #include <string>
 #include <vector>
 
-// The builtins of kvt/atomic.cuh, by text: each with the order that stands in the header.
+// The builtins of kvt/pool/atomic.cuh, by text: each with the order that stands in the header.
 namespace cells {
 
 using Word = unsigned long long;
@@ -36,7 +36,7 @@ rl::memory_order of(int order) { return static_cast<rl::memory_order>(order); }
 static_assert(int{rl::mo_relaxed} == __ATOMIC_RELAXED && int{rl::mo_acquire} == __ATOMIC_ACQUIRE);
 static_assert(int{rl::mo_release} == __ATOMIC_RELEASE && int{rl::mo_acq_rel} == __ATOMIC_ACQ_REL);
 
-// for the list of steps: the place in kvt/atomic.cuh
+// for the list of steps: the place in kvt/pool/atomic.cuh
 struct Here : rl::debug_info {
   Here(const char* function = __builtin_FUNCTION(), const char* file = __builtin_FILE(), int line = __builtin_LINE())
       : rl::debug_info(function, file, line) {}

@@ -97,7 +97,7 @@ def test_merged_states_are_the_attention_over_both(dtype, backend):
 def test_moved_granules_are_copies_and_the_rest_is_untouched(count, backend):
     import cupy
 
-    from kvtoolkit.attention.device import kernels_of
+    from kvtoolkit import cuda, numba
     from kvtoolkit.cpu import Operand
 
     rng = np.random.default_rng(count)
@@ -110,11 +110,11 @@ def test_moved_granules_are_copies_and_the_rest_is_untouched(count, backend):
     strides = tuple(s // 2 for s in there.strides)
     described = Operand(there.data.ptr, there.shape, strides, "float16", there, True, 0)
     if backend == "cuda":
-        kernels_of("cuda").copy_granules(described, src, dst)
+        cuda.copy_granules(described, src, dst)
     elif count:
         lists = [cupy.asarray(one) for one in (src, dst)]
         operands = [Operand(a.data.ptr, a.shape, (1,), "int32", a, True, 0) for a in lists]
-        kernels_of("numba").copy_granules(described, *operands)
+        numba.copy_granules(described, *operands)
     assert np.array_equal(there.get(), wanted)
 
 

@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -26,18 +27,24 @@ static inline void kvt_shake() {
 """
 
 
+def change_headers(include: Path, changes: Iterable[tuple[str, str]]) -> None:
+    """Make changes to the headers of the pool, each of which must fit once."""
+    headers = list((include / "kvt" / "pool").iterdir())
+    for old, new in changes:
+        assert sum(header.read_text().count(old) for header in headers) == 1, old
+        for header in headers:
+            header.write_text(header.read_text().replace(old, new))
+
+
 def shaken(folder: Path, *changes: tuple[str, str]) -> Path:
     """A copy of the headers that gives way before atomics, with changes to it, each of which must fit once."""
     include = folder / "include"
     shutil.copytree(get_include(), include)
-    headers = [include / "kvt" / name for name in ("pool.cuh", "atomic.cuh")]
-    for old, new in changes:
-        assert sum(header.read_text().count(old) for header in headers) == 1
-        for header in headers:
-            header.write_text(header.read_text().replace(old, new))
-    atomics = headers[1].read_text().replace("return __atomic_", "return kvt_shake(), __atomic_")
+    change_headers(include, changes)
+    header = include / "kvt" / "pool" / "atomic.cuh"
+    atomics = header.read_text().replace("return __atomic_", "return kvt_shake(), __atomic_")
     atomics = atomics.replace("  __atomic_", "  kvt_shake(), __atomic_")
-    headers[1].write_text(atomics.replace("namespace kvt {", SHAKE + "namespace kvt {"))
+    header.write_text(atomics.replace("namespace kvt {", SHAKE + "namespace kvt {"))
     return include
 
 

@@ -1,6 +1,6 @@
 """The memory orders of kvt/pool.cuh under Relacy, a model checker of C++ atomics; planted faults must be found.
 
-What runs are the orders of the host's half of kvt/atomic.cuh; those of the device's half have the same names.
+What runs are the orders of the host's half of kvt/pool/atomic.cuh; those of the device's half have the same names.
 """
 
 import shutil
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from kvtoolkit import get_include
-from tests.kvtoolkit.cuda.test_pool_header import run
+from tests.kvtoolkit.cuda.test_pool_header import change_headers, run
 
 HERE = Path(__file__).parent
 FOLDERS = [Path(sys.prefix) / "relacy/usr/include", Path("/usr/include")]
@@ -31,13 +31,10 @@ def build(folder: Path, *changes: tuple[str, str], optimize: str = "-O0") -> Pat
     """The plays on a copy of the headers with changes, each of which must fit once."""
     include = folder / "include"
     shutil.copytree(get_include(), include)
-    headers = [include / "kvt" / name for name in ("pool.cuh", "atomic.cuh")]
-    for old, new in [*SMALL, *changes]:
-        assert sum(header.read_text().count(old) for header in headers) == 1
-        for header in headers:
-            header.write_text(header.read_text().replace(old, new))
+    change_headers(include, [*SMALL, *changes])
     # the orders stay those of the header, and a builtin that pool_relacy.cpp lacks does not compile
-    headers[1].write_text(headers[1].read_text().replace("__atomic_", "cells::"))
+    atomics = include / "kvt" / "pool" / "atomic.cuh"
+    atomics.write_text(atomics.read_text().replace("__atomic_", "cells::"))
     program = folder / "pool_relacy"
     # -w: Relacy's headers warn
     command = ["g++", "-std=c++17", optimize, "-w", f"-I{include}", f"-I{RELACY}", str(HERE / "pool_relacy.cpp")]

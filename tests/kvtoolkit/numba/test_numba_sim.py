@@ -16,12 +16,13 @@ import pytest
 
 from kvtoolkit import numba as twins
 from kvtoolkit import reference
+from kvtoolkit.arrays.call import heads_first
 from kvtoolkit.cpu import Operand, operand
 from kvtoolkit.errors import UnsupportedError
 from kvtoolkit.formats.quantized import FORMATS
 from kvtoolkit.formats.tier_caches import TierCaches
 from tests.kvtoolkit.attention import tiered_cases
-from tests.kvtoolkit.attention.attention_cases import Case, assert_close, nan_filled, to_storage
+from tests.kvtoolkit.attention.attention_cases import Case, assert_close, make_call, nan_filled, to_storage
 from tests.kvtoolkit.attention.tiered_cases import TieredCase
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -76,14 +77,11 @@ def attend_tiers(case: TieredCase, **options: Any) -> None:
 
 def run_twin(case: Case, *cache: Any, **options: Any) -> tuple[np.ndarray, np.ndarray]:
     """``out, lse``, written over NaN; ``cache`` is the caches and the tables."""
-    q, lengths, cu_seqlens_q, *cache_operands = [
-        described(array, case.dtype) for array in (case.q, case.lengths, case.cu_seqlens_q, *cache)
-    ]
     out, lse = nan_filled(case.q.shape, case.dtype), np.full(case.q.shape[:2], np.nan, np.float32)
-    twins.attend(
-        q, *cache_operands, lengths, out=described(out, case.dtype), lse=operand(lse, "lse"), cu_seqlens_q=cu_seqlens_q,
-        **{name: described(option, case.dtype) for name, option in options.items()},
-    )  # fmt: skip
+    call = make_call(
+        case.q, *cache, case.lengths, out=out, lse=lse, cu_seqlens_q=case.cu_seqlens_q, dtype=case.dtype, **options
+    )
+    twins.attend(call)
     return out, lse
 
 
@@ -118,8 +116,7 @@ class TestInSimulator:
         case = Case([9], num_q_heads=2, num_kv_heads=1, head_dim=8, dtype="float16")
         arrays = case.paged(4, "HND")
         expected, lse = case.expected(arrays, "HND")
-        q, k_cache, v_cache, table, lengths = [operand(array, "array") for array in (case.q, *arrays, case.lengths)]
-        twins.attend(q, k_cache, v_cache, table, None, lengths, out=q)
+        twins.attend(make_call(case.q, *arrays, None, case.lengths, out=case.q))
         assert_close(case.q, lse, expected, lse, "float16")
 
     @pytest.mark.parametrize("head_dim", [64, 128])
@@ -155,8 +152,11 @@ class TestInSimulator:
         arrays = case.tiered()
         caches, table, starts = arrays
         queries, masses = case.q.copy(), case.no_masses(arrays)
-        q, *others = [operand(array, "array") for array in (queries, *caches[:2], table, starts, case.lengths, masses)]
-        twins.attend(q, *others[:-1], out=q, tiers=tiered_cases.described(caches), block_mass=others[-1])
+        call = make_call(
+            queries, *caches[:2], table, starts, case.lengths, out=queries, tiers=tiered_cases.described(caches),
+            block_mass=masses,
+        )  # fmt: skip
+        twins.attend(call)
         expected, lse = case.expected(arrays)
         assert_close(queries, lse, expected, lse, "float16")
         case.check_masses(arrays, masses)
@@ -205,7 +205,8 @@ class TestInSimulator:
         slots = np.array([14, -1, 0, 7], np.int64)
         expected = caches.copy()
         reference.append(key, value, *expected, slots, layout=layout)
-        twins.append(*[operand(array, "array") for array in (key, value, *caches, slots)], layout=layout)
+        new_keys, new_values, *both, where = (operand(array, "array") for array in (key, value, *caches, slots))
+        twins.append(new_keys, new_values, *(heads_first(cache, layout) for cache in both), where)
         np.testing.assert_array_equal(caches, expected)
 
     @pytest.mark.parametrize("dtype", DTYPES)
@@ -238,7 +239,7 @@ class TestInSimulator:
     def test_no_tokens_and_no_moves_are_no_work(self) -> None:
         none = operand(np.zeros((0, 2, 8), np.float16), "key")
         cache = operand(np.zeros((1, 2, 8, 8), np.float16), "cache")
-        twins.append(none, none, cache, cache, operand(np.zeros(0, np.int64), "slots"), layout="HND")
+        twins.append(none, none, cache, cache, operand(np.zeros(0, np.int64), "slots"))
         table, lengths = operand(np.zeros((0, 1), np.int32), "table"), operand(np.zeros(0, np.int32), "seq_lens")
         twins.attend(none, cache, cache, table, None, lengths, out=none)
         twins.copy_granules(Operand(0, (2, 3, 2, 8, 8), (384, 128, 64, 8, 1), "float16", None), lengths, lengths)

@@ -56,7 +56,7 @@ def test_source_headers_macros_and_architecture_are_all_in_the_key(own_sources):
     assert len(paths) == 5
     # a header that an included header includes
     before = build("attention/prefill.cu", {"KVT_HEAD_DIM": 64, "KVT_BF16": 0}, "90").path
-    warp = own_sources / "include" / "kvt" / "warp.cuh"
+    warp = own_sources / "include" / "kvt" / "base" / "warp.cuh"
     warp.write_text(warp.read_text() + "// a change\n")
     assert build("attention/prefill.cu", {"KVT_HEAD_DIM": 64, "KVT_BF16": 0}, "90").path != before
 

@@ -1,9 +1,9 @@
-// Where the tokens of a sequence lie: from positions to blocks and slots, by a row of block ids.
+// Where the tokens of a sequence are: from positions to blocks and slots, by a row of block ids.
 //
-// Entries of several lengths come here as a list of granules (kvt_expand): block ids of 8 tokens.
+// Entries of several lengths have been expanded to a list of granules by kvt_expand, that is, to ids of blocks of 8 tokens.
 #pragma once
 
-#include <kvt/attention.cuh>
+#include <kvt/attention/keys.cuh>
 
 namespace kvt {
 
@@ -12,7 +12,7 @@ struct Place {
   int slot;
 };
 
-// One lane on its own, any position below seq_len.
+// Looks up one position below seq_len, for one lane.
 struct BlockIds {
   const int* ids;
   int block_size;
@@ -31,17 +31,17 @@ struct BlockIds {
   }
 };
 
-// A warp that takes every kStride-th step of 16 tokens. Where a step lies in one block, or in two of 8 tokens, the
-// lanes hold the ids of the next 16 or 32 steps, and have those after them on the way: a look-up that is made when it
-// is needed waits behind all the keys and values that have been asked for. Ids behind a sequence's end are loaded too,
-// and not used, so that looking up need not wait for its length.
+// Looks up the steps of a warp that takes every kStride-th step of 16 tokens. If a step is in one block, or in two of 8
+// tokens, the lanes hold the ids of the next 32 or 16 steps, and those after them are being loaded: a look-up made only
+// when it is needed would wait for all the keys and values that have been requested before it. Ids past the end of a
+// sequence are loaded too, but not used, so that a look-up need not wait for the sequence's length.
 template <int kStride>
 class StepBlocks {
  public:
   __device__ __forceinline__ StepBlocks(const AttentionParams& p, int sequence)
       : ids_(p, sequence), per_step_(p.ids_per_step), last_id_(p.max_blocks - 1) {}
 
-  // The next look-up is of `step`.
+  // Start at `step`.
   __device__ __forceinline__ void seek(int step) {
     used_ = 0;
     step_ = step;
@@ -51,7 +51,7 @@ class StepBlocks {
     }
   }
 
-  // The next step: the place of its token l % 16, for lane l, clamped to the sequence's last position.
+  // The place of token l % 16 of the next step, for lane l. Positions are clamped to `last`, the sequence's last one.
   __device__ __forceinline__ Place next(int last) {
     const int first = step_ * kStep;
     const int position = min(first + (lane_id() & 15), last);
@@ -77,11 +77,11 @@ class StepBlocks {
   }
 
   BlockIds ids_;
-  int per_step_;    // 1, 2; 0 = a look-up for every token
+  int per_step_;    // block ids of a step: 1 or 2; 0 = look every token up
   int last_id_;
   int step_;
-  int now_, then_;  // ids of this lane
-  int used_;        // lanes whose ids have been used
+  int now_, then_;  // this lane's id, and its next one
+  int used_;        // how many lanes' ids have been used
 };
 
 }  // namespace kvt

@@ -7,7 +7,7 @@ constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
 __device__ __forceinline__ int lane_id() { return threadIdx.x & 31; }
 
-// A pointer that lane `source` holds, for every lane.
+// Give every lane the pointer that lane `source` holds.
 template <typename T>
 __device__ __forceinline__ T* broadcast_pointer(T* pointer, int source) {
   return reinterpret_cast<T*>(__shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(pointer), source));
@@ -37,8 +37,19 @@ __device__ __forceinline__ float sum_over_columns(float x) {
   return x + __shfl_xor_sync(kAllLanes, x, 2);
 }
 
-// The last i in [0, count) where holds(i), which holds at 0 and, once it fails, fails for all that follow.
-// The whole warp looks together: 32 places a round, so 2 rounds for 1024.
+// The sum of `x` over lanes 0 to this one.
+__device__ __forceinline__ int sum_up_to_lane(int x) {
+  const int lane = lane_id();
+#pragma unroll
+  for (int d = 1; d < 32; d <<= 1) {
+    const int below = __shfl_up_sync(kAllLanes, x, d);
+    if (lane >= d) x += below;
+  }
+  return x;
+}
+
+// The last i in [0, count) for which holds(i). It must hold at 0 and, once it fails, fail for every later i.
+// The whole warp searches together, 32 places a round: 2 rounds for 1024 places.
 template <typename Predicate>
 __device__ __forceinline__ int last_where(int count, Predicate holds) {
   int low = 0;

@@ -1,0 +1,66 @@
+"""The arenas of a cache as the kernels take them: the keys and values of every layer, described once."""
+
+import numpy as np
+
+from kvtoolkit.arrays.host import Operand, address_of
+from kvtoolkit.arrays.types import ITEMSIZES
+from kvtoolkit.attention.arguments import check_apart
+from kvtoolkit.backends import BACKENDS
+from kvtoolkit.cache.storage.storage import Storage
+from kvtoolkit.errors import ArgumentError, UnsupportedError
+
+
+class Arenas:
+    """The keys and values of every layer as the kernels want them.
+
+    Args:
+        storage: where they are.
+        dtype: ``float32``, ``float16`` or ``bfloat16``, the latter stored as uint16.
+        backend: name of the cache's backend.
+    """
+
+    def __init__(self, storage: Storage, dtype: str, backend: str) -> None:
+        self.keys, self.values = storage.keys, storage.values
+        quantized = storage.quantized
+        self.tiers = [None] * len(self.keys) if quantized is None else quantized
+        """The quantized tiers of each layer; None: there are none."""
+        self.tier_addresses = [{} if one is None else one.addresses() for one in self.tiers]
+        """What `Backend.attend_prepared` takes of them."""
+        self.backend = BACKENDS[backend]
+        self.dtype, self.device = dtype, storage.device
+        _, self.num_kv_heads, _, self.head_dim = self.keys[0].shape
+        held = [one for one in (storage.key_values, storage.warm, storage.cold) if one is not None]
+        begins = [address_of(one) if isinstance(one, np.ndarray) else one.data.ptr for one in held]
+        self.ranges = [(begin, begin + one.nbytes) for begin, one in zip(begins, held, strict=True)]
+        """Addresses of the hot tier, first to one past the last, then of the quantized ones."""
+        # an element on the host; the kernels of a device load rows 16 bytes at a time
+        self.alignment = ITEMSIZES[dtype] if storage.device < 0 else 16
+        self.raw_dtype = "bfloat16" if dtype == "bfloat16" else None
+        """What 16-bit integers of callers stand for; see `Backend.describe`."""
+
+    def check_backend(self, backend: str | None) -> None:
+        """UnsupportedError unless it is None or the cache's own."""
+        if backend not in (None, self.backend.name):
+            expected = self.backend.name
+            raise UnsupportedError(f"backend: expected None or {expected!r}, that of the cache, got {backend!r}")
+
+    def require_layer(self, layer: int) -> None:
+        """ArgumentError unless there is such a layer."""
+        if not isinstance(layer, (int, np.integer)) or not 0 <= layer < len(self.keys):
+            raise ArgumentError(f"layer: expected 0 to {len(self.keys) - 1}, got {layer!r}")
+
+    def check_apart(self, layer: int, written: Operand, q: Operand) -> None:
+        """UnsupportedError if the output of attention shares memory with what it reads; it may be ``q`` itself."""
+        tiers = self.tiers[layer]
+        read: dict[str, Operand | None] = {"q": q, "k_cache": self.keys[layer], "v_cache": self.values[layer]}
+        if tiers is not None:
+            read |= {"warm": tiers.warm, "cold": tiers.cold}
+        check_apart({"out": written}, read, in_place=("out", "q"))
+
+    def contains(self, address: int) -> bool:
+        """Whether an address is in the memory of the cache."""
+        return any(begin <= address < end for begin, end in self.ranges)
+
+    def are_aligned(self, one: Operand, other: Operand) -> bool:
+        """Whether both begin where the kernels can load them, which strides in elements do not tell."""
+        return not (one.address | other.address) & (self.alignment - 1)
