@@ -1,7 +1,7 @@
 // Plan prompts: cut a batch into items of work for the prompt kernel, once a step, on the device, for all layers.
 //
 //   seq_lens     [batch] int32;   cu_seqlens_q  [batch + 1] int32 or null = one query each
-//   items        [max_items][2] int4, the words of Item but the last
+//   items        [max_items][8] int32, the words of Item but the last
 //   num_items    int32
 //
 // An item is 128 query rows of a sequence (for each kv head) and the tiles of keys that they see. Longest first, since
@@ -9,32 +9,33 @@
 // an SM's share are cut into parts of equal numbers of tiles.
 //
 // Launch:   one CTA of 1024; dynamic shared memory 4 * batch. Any architecture. Macros: KVT_KEYS, of a tile.
-#include <kvt/prompt/item.cuh>
+#include <kvt/attention/prompt/item.cuh>
 #include <kvt/ptx/cluster.cuh>
 
 namespace kvt {
 
 constexpr int kPlanThreads = 1024;
 constexpr int kBins = 1024;       // items whose numbers of tiles share a bin are in no order
-constexpr int kMaxParts = 64;
 constexpr int kMinPart = 4;       // tiles
 
-// Filled in by kvtoolkit/cuda/prompt.py, in this order.
 struct PlanPromptsParams {
   const int* seq_lens;
   const int* cu_seqlens_q;
-  int4* items;
+  int* items;
   int* num_items;
-  Halves halves;
+  int half_sizes[5];   // see Halves
   int batch, num_kv_heads;
   int left, right;
   int num_ctas;        // of the prompt kernel, at once
   int min_queries;     // sequences with fewer are another kernel's
-  int max_slots;       // for parts
+  int max_parts;       // of a block; 1 = results do not depend on the rest of the batch
 };
 
 struct Batch {
   const PlanPromptsParams& p;
+  Halves halves;
+
+  __device__ __forceinline__ explicit Batch(const PlanPromptsParams& p) : p(p), halves(p.half_sizes) {}
 
   __device__ __forceinline__ int first_token(int b) const { return p.cu_seqlens_q == nullptr ? b : p.cu_seqlens_q[b]; }
   __device__ __forceinline__ int num_queries(int b) const {
@@ -42,7 +43,7 @@ struct Batch {
   }
   __device__ __forceinline__ int num_blocks(int b) const {
     const int queries = num_queries(b);
-    return queries < p.min_queries ? 0 : (p.halves.count(queries) + 1) / 2;
+    return queries < p.min_queries ? 0 : (halves.count(queries) + 1) / 2;
   }
 };
 
@@ -69,8 +70,7 @@ __device__ __forceinline__ int sum_before(int value, int* warp_sums, int& total)
   return (warp > 0 ? before : 0) + inclusive - value;
 }
 
-extern "C" __global__ void __launch_bounds__(kPlanThreads) kvt_plan_prompts(
-    const __grid_constant__ PlanPromptsParams p) {
+extern "C" __global__ void __launch_bounds__(kPlanThreads) kvt_plan_prompts(const __grid_constant__ PlanPromptsParams p) {
   extern __shared__ int ends[];  // [batch] blocks of rows of the sequences up to each, it included
   __shared__ int bins[kBins];
   __shared__ int warp_sums[32];
@@ -78,7 +78,7 @@ extern "C" __global__ void __launch_bounds__(kPlanThreads) kvt_plan_prompts(
   __shared__ int longest_item, used_slots;
   ptx::wait_for_dependencies();
   ptx::launch_dependents();
-  const Batch batch{p};
+  const Batch batch(p);
   if (threadIdx.x == 0) {
     sum_of_tiles = 0;
     longest_item = 1;
@@ -121,7 +121,7 @@ extern "C" __global__ void __launch_bounds__(kPlanThreads) kvt_plan_prompts(
     block.first_half = (index - (low > 0 ? ends[low - 1] : 0)) * 2;
     block.queries = batch.num_queries(low);
     block.length = p.seq_lens[low];
-    const KeyRange keys = keys_of_item(p.halves, p.left, p.right, block.length, block.queries, block.first_half);
+    const KeyRange keys = keys_of_item(batch.halves, p.left, p.right, block.length, block.queries, block.first_half);
     block.first_tile = keys.begin / KVT_KEYS;
     // one that sees nothing has a tile nevertheless, and writes zeros
     const int end = max(block.first_tile + 1, (keys.end + KVT_KEYS - 1) / KVT_KEYS);
@@ -151,7 +151,7 @@ extern "C" __global__ void __launch_bounds__(kPlanThreads) kvt_plan_prompts(
   // a CTA's share; items above 1.25 of it are cut, if any is
   const int share = max(kMinPart, static_cast<int>((total + p.num_ctas - 1) / p.num_ctas));
   const auto parts_of = [&](int num_tiles) {
-    return 4 * num_tiles <= 5 * share ? 1 : min(kMaxParts, (2 * num_tiles + share) / (2 * share));
+    return 4 * num_tiles <= 5 * share ? 1 : min(p.max_parts, (2 * num_tiles + share) / (2 * share));
   };
   // the longest have the first bins
   const auto bin_of = [&](int num_tiles) {
@@ -177,7 +177,7 @@ extern "C" __global__ void __launch_bounds__(kPlanThreads) kvt_plan_prompts(
     for (int part = 0; part < parts; ++part) {
       const int begin = block.first_tile + static_cast<int>(static_cast<long long>(block.num_tiles) * part / parts);
       const int end = block.first_tile + static_cast<int>(static_cast<long long>(block.num_tiles) * (part + 1) / parts);
-      int4* const to = p.items + 2 * (at + part);
+      int4* const to = reinterpret_cast<int4*>(p.items) + 2 * (at + part);
       to[0] = {batch.first_token(block.sequence), block.queries, block.first_half, block.sequence};
       to[1] = {block.length, begin | end << 16, part | parts << 16, slot};
     }

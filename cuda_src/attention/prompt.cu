@@ -17,251 +17,15 @@
 // Numerics: scores and running state in float32, weights in scalar_t; see prompt/softmax.cuh.
 // Source:   Shah et al. 2024 (FlashAttention-3, arXiv:2407.08608), sec. 3; block tables, Kwon et al. 2023
 //           (arXiv:2309.06180).
-#include <kvt/finite.cuh>
-#include <kvt/prompt/item.cuh>
-#include <kvt/prompt/softmax.cuh>
+#include <kvt/attention/nonfinite.cuh>
+#include <kvt/attention/prompt/load.cuh>
+#include <kvt/attention/prompt/softmax.cuh>
+#include <kvt/base/scalar.cuh>
 #include <kvt/ptx/async_copy.cuh>
-#include <kvt/ptx/barrier.cuh>
 #include <kvt/ptx/cluster.cuh>
-#include <kvt/ptx/scalar.cuh>
 #include <kvt/ptx/wgmma.cuh>
 
 namespace kvt {
-
-#if KVT_BF16
-using scalar_t = ptx::BFloat16;
-#else
-using scalar_t = ptx::Half;
-#endif
-
-constexpr int kHeadDim = KVT_HEAD_DIM;
-// columns of O: the next size of a product that is made
-constexpr int kDims = kHeadDim <= 64 ? 64 : kHeadDim <= 96 ? 96 : kHeadDim <= 128 ? 128 : kHeadDim <= 192 ? 192 : 256;
-constexpr int kChunks = (kDims + 63) / 64;          // of 128 bytes, in a row of shared memory
-constexpr bool kWholeBoxes = kHeadDim % 64 == 0;    // a tensor copy brings all chunks of a granule
-constexpr int kKeys = kDims <= 128 ? 128 : kDims == 192 ? 96 : 64;  // of a tile
-constexpr int kPieces = kKeys / 8;                  // granules of a tile
-constexpr int kPieceBytes = kChunks * 1024;
-constexpr int kTileBytes = kPieces * kPieceBytes;
-constexpr int kStages = 2;
-constexpr int kQueryBuffers = kDims <= 128 ? 2 : 1;
-constexpr int kGroupQueryBytes = 64 * kChunks * 128;  // of a warpgroup
-constexpr int kQueryBytes = 2 * kGroupQueryBytes;
-constexpr int kThreads = 384;
-constexpr int kConsumers = 256;
-constexpr int kConsumerWarps = 8;
-constexpr int kProducerRegisters = 24;
-constexpr int kConsumerRegisters = 240;
-constexpr int kItemSlots = 4;
-constexpr int kAskAhead = 3;                        // tiles before its end at which a CTA asks for its next item
-
-// Shared memory, in bytes from its beginning.
-struct Layout {
-  static constexpr int kQueries = 0;
-  static constexpr int kKeyTiles = kQueries + kQueryBuffers * kQueryBytes;
-  static constexpr int kValueTiles = kKeyTiles + kStages * kTileBytes;
-  static constexpr int kBarriers = kValueTiles + kStages * kTileBytes;
-  static constexpr int kNumBarriers = 4 * kStages + 2 * kQueryBuffers + 2 * kItemSlots;
-  static constexpr int kItems = kBarriers + 8 * kNumBarriers;
-  static constexpr int kIsLast = kItems + kItemSlots * sizeof(Item);
-  static constexpr int kBytes = kIsLast + 16;
-};
-
-// Numbered barriers.
-constexpr int kTurn = 2;    // and the next: whose turn it is to issue products
-constexpr int kGroupMet = 4;  // and the next: of each warpgroup
-constexpr int kBothMet = 6;
-
-// A ring of stages in shared memory, as one side of it sees it.
-template <int kCount>
-struct Ring {
-  unsigned full, empty;  // barriers of its stages
-  int stage = 0;
-  unsigned parity = 0;
-
-  __device__ __forceinline__ void wait_full() const { ptx::wait_for_phase(full + 8 * stage, parity); }
-  __device__ __forceinline__ void wait_empty() const { ptx::wait_for_phase(empty + 8 * stage, parity ^ 1); }
-  __device__ __forceinline__ void advance() {
-    if (++stage == kCount) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
-struct Rings {
-  Ring<kStages> keys, values;
-  Ring<kQueryBuffers> queries;
-  Ring<kItemSlots> items;
-
-  __device__ __forceinline__ explicit Rings(unsigned shared) {
-    unsigned at = shared + Layout::kBarriers;
-    const auto place = [&](auto& ring, int count) {
-      ring.full = at;
-      ring.empty = at + 8 * count;
-      at += 16 * count;
-    };
-    place(keys, kStages);
-    place(values, kStages);
-    place(queries, kQueryBuffers);
-    place(items, kItemSlots);
-  }
-
-  // By one thread.
-  __device__ __forceinline__ void init() const {
-    const auto all = [](const auto& ring, int count, int filling, int emptying) {
-      for (int i = 0; i < count; ++i) {
-        ptx::init_barrier(ring.full + 8 * i, filling);
-        ptx::init_barrier(ring.empty + 8 * i, emptying);
-      }
-    };
-    all(keys, kStages, 1, kConsumerWarps);
-    all(values, kStages, 1, kConsumerWarps);
-    all(queries, kQueryBuffers, 1, kConsumerWarps);
-    all(items, kItemSlots, 1, kConsumerWarps + 3);  // all but the warp that fills it
-    ptx::fence_barrier_init();
-  }
-};
-
-// Where granule `index` of a sequence is, in two parts: the look-up takes long, and nothing waits for it until it is used.
-struct Lookup {
-  int block;
-  int in_block;  // of its granules; -1: behind the sequence's end
-
-  __device__ __forceinline__ Lookup(const PromptParams& p, const Item& item, int index) : block(0), in_block(-1) {
-    if (index * 8 < item.seq_len) {
-      const int in_row = p.block_shift >= 0 ? index >> p.block_shift : index / p.granules_per_block;
-      block = __ldg(p.block_table + item.sequence * p.table_row + in_row);
-      in_block = index - in_row * p.granules_per_block;
-    }
-  }
-
-  // The map's coordinates as one number; those of no block behind the end, which tensor copies fill with zeros.
-  __device__ __forceinline__ int coordinates(const PromptParams& p) const {
-    return in_block < 0 ? p.num_map_blocks << p.coordinate_shift : block * p.block_pitch + in_block;
-  }
-};
-
-// Every second piece of a tile, from `half` on; `coordinates` are those of the lane's piece. What is in this loop is what
-// loading costs: a piece comes as fast as its copy is issued.
-template <bool kHasSlots>
-__device__ __forceinline__ void copy_pieces(
-    const PromptParams& p, const ptx::TensorMap& map, unsigned to, unsigned barrier, int kv_head, int coordinates,
-    int half, bool is_elected, unsigned long long policy) {
-  const int own_block = kHasSlots ? coordinates >> p.coordinate_shift : coordinates;
-  const int own_slot = kHasSlots ? (coordinates - (own_block << p.coordinate_shift)) * 8 : 0;
-#pragma unroll 1
-  for (int piece = half; piece < kPieces; piece += 2) {
-    const int block = __shfl_sync(kAllLanes, own_block, piece);
-    const int slot = kHasSlots ? __shfl_sync(kAllLanes, own_slot, piece) : 0;
-    if (is_elected) {
-      if constexpr (kWholeBoxes) {
-        ptx::copy_box(to + piece * kPieceBytes, map, barrier, 0, slot, 0, kv_head, block, policy);
-      } else {
-#pragma unroll
-        for (int c = 0; c < kChunks; ++c) {
-          ptx::copy_box(to + piece * kPieceBytes + c * 1024, map, barrier, 64 * c, slot, 0, kv_head, block, policy);
-        }
-      }
-    }
-  }
-}
-
-// An item's queries to shared memory, by one thread.
-__device__ __forceinline__ void copy_queries(
-    const PromptParams& p, const ptx::TensorMap& map, const Item& item, unsigned to, unsigned barrier,
-    unsigned long long policy) {
-  const int halves = item.has_half(p.halves, 1) ? 2 : 1;
-  const int half_bytes = kChunks * p.halves.heads * p.halves.queries * 128;
-  ptx::arrive_expecting(barrier, halves * half_bytes);
-#pragma unroll 1
-  for (int half = 0; half < halves; ++half) {
-    const int index = item.first_half + half;
-    const int head = item.kv_head * p.halves.group_size + p.halves.first_head(index);
-    const int token = item.first_token + p.halves.first_query(index);
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-      ptx::copy_box(to + half * kGroupQueryBytes + c * 8192, map, barrier, 64 * c, head, token, 0, 0, policy);
-    }
-  }
-}
-
-// A warp that loads: 0 and 2 bring keys, 1 and 3 values, every second piece each; 0 also fetches the items and brings the
-// queries. kRole: 0 = warp 0, 1 = values, 2 = warp 2.
-template <int kRole>
-__device__ __forceinline__ void load_items(
-    const PromptParams& p, const ptx::TensorMap& query_map, const ptx::TensorMap& map, unsigned shared,
-    Item* items, Rings rings, int half) {
-  const bool is_elected = ptx::elect_lane();
-  const unsigned long long policy = ptx::evict_last_policy();
-  const int lane = lane_id();
-  Ring<kStages>& ring = kRole == 1 ? rings.values : rings.keys;
-  const unsigned tiles = shared + (kRole == 1 ? Layout::kValueTiles : Layout::kKeyTiles);
-
-  int num_items = 0;
-  // lane i: word i of the item numbered `index`
-  const auto fetch = [&](int index) {
-    const int of_head = index / p.num_kv_heads;
-    // loaded before it is known whether there is one
-    const int word = lane < 8 ? __ldg(reinterpret_cast<const int*>(p.items) + 8 * of_head + lane) : 0;
-    if (num_items == 0) num_items = __ldg(p.num_items) * p.num_kv_heads;
-    return index >= num_items ? -1 : lane == 8 ? index - of_head * p.num_kv_heads : word;
-  };
-  const auto load_queries = [&](const Item& item) {
-    rings.queries.wait_empty();
-    const unsigned to = shared + Layout::kQueries + rings.queries.stage * kQueryBytes;
-    if (is_elected) copy_queries(p, query_map, item, to, rings.queries.full + 8 * rings.queries.stage, policy);
-    __syncwarp();
-    rings.queries.advance();
-  };
-  int words = kRole == 0 ? fetch(blockIdx.x) : 0;
-  while (true) {
-    if (kRole == 0) {
-      rings.items.wait_empty();
-      if (lane < Item::kWords) reinterpret_cast<int*>(items + rings.items.stage)[lane] = words;
-      __syncwarp();
-      if (is_elected) ptx::arrive(rings.items.full + 8 * rings.items.stage);
-    } else {
-      rings.items.wait_full();
-      words = reinterpret_cast<const int*>(items + rings.items.stage)[min(lane, Item::kWords - 1)];
-      __syncwarp();
-      if (is_elected) ptx::arrive(rings.items.empty + 8 * rings.items.stage);
-    }
-    rings.items.advance();
-    const Item item = Item::from_lanes(words);
-    if (!item.exists()) break;
-    const int end = item.end_tile();
-    Lookup lookup(p, item, item.first_tile() * kPieces + min(lane, kPieces - 1));
-    unsigned taken = 0;
-    int next_words = -1;
-#pragma unroll 1
-    for (int tile = item.first_tile(); tile < end; ++tile) {
-      const Lookup next(p, item, (tile + 1) * kPieces + min(lane, kPieces - 1));
-      if (kRole == 0) {
-        if (tile == max(item.first_tile(), end - kAskAhead) && is_elected) {
-          taken = atomicInc(p.next_item, num_items - 1) + gridDim.x;
-        }
-        if (tile == end - 1) next_words = fetch(min(__reduce_max_sync(kAllLanes, taken), num_items));
-      }
-      if (kRole == 0 && kQueryBuffers > 1 && tile == item.first_tile()) load_queries(item);
-      ring.wait_empty();
-      const unsigned barrier = ring.full + 8 * ring.stage;
-      const unsigned to = tiles + ring.stage * kTileBytes;
-      if (half == 0 && is_elected) ptx::arrive_expecting(barrier, kTileBytes);
-      const int coordinates = lookup.coordinates(p);
-      if (p.coordinate_shift == 0) {
-        copy_pieces<false>(p, map, to, barrier, item.kv_head, coordinates, half, is_elected, policy);
-      } else {
-        copy_pieces<true>(p, map, to, barrier, item.kv_head, coordinates, half, is_elected, policy);
-      }
-      ring.advance();
-      // a single buffer is free only once the keys before these are used
-      if (kRole == 0 && kQueryBuffers == 1 && tile == item.first_tile()) load_queries(item);
-      lookup = next;
-    }
-    if (kRole == 0) words = next_words;
-  }
-}
 
 // A number that is the same in the whole warp, and known to be so by the compiler.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(kAllLanes, x, 0); }
@@ -271,7 +35,7 @@ class Consumer {
  public:
   __device__ __forceinline__ Consumer(
       const PromptParams& p, unsigned shared, const Item* items, int* is_last, Rings rings, int warp)
-      : p_(p), shared_(shared), items_(items), is_last_(is_last), rings_(rings), group_((warp >> 2) - 1),
+      : p_(p), halves_(p.half_sizes), shared_(shared), items_(items), is_last_(is_last), rings_(rings), group_((warp >> 2) - 1),
         row_((warp & 3) * 16 + (lane_id() >> 2)), softmax_(KVT_RULES ? 1.0f : p.scale_log2) {
   }
 
@@ -293,18 +57,16 @@ class Consumer {
       ptx::pin(s_);
       release_keys();
       if (first == end - 1) release_queries();
-      const bool has_rows = uniform(item.has_half(p_.halves, group_));
+      const bool has_rows = uniform(item.has_half(halves_, group_));
       if (has_rows) {
         apply_rules<true>(item, first);
         softmax_.absorb_exactly(s_, weights_);
         int tile = first + 1;
-#if !(KVT_EXP & 2)
         if (full_begin_ <= first * kKeys) {
           const int full_end = uniform(min(end, full_end_ / kKeys));
 #pragma unroll 1
           for (; tile < full_end; ++tile) step<false>(item, tile, end);
         }
-#endif
 #pragma unroll 1
         for (; tile < end; ++tile) step<true>(item, tile, end);
       } else {
@@ -407,11 +169,11 @@ class Consumer {
   __device__ __forceinline__ Row row_of(const Item& item, int r) const {
     const int half = item.first_half + group_;
     const int row = row_ + 8 * r;
-    const int in_half = p_.halves.query_of(row);
-    const int query = p_.halves.first_query(half) + in_half;
-    const int head = p_.halves.first_head(half) + row - in_half * p_.halves.heads;
-    const bool exists = in_half < p_.halves.queries && query < item.num_queries && head < p_.halves.group_size;
-    return {query, item.kv_head * p_.halves.group_size + head, exists};
+    const int in_half = halves_.query_of(row);
+    const int query = halves_.first_query(half) + in_half;
+    const int head = halves_.first_head(half) + row - in_half * halves_.heads;
+    const bool exists = in_half < halves_.queries && query < item.num_queries && head < halves_.group_size;
+    return {query, item.kv_head * halves_.group_size + head, exists};
   }
 
   __device__ __forceinline__ void begin(const Item& item) {
@@ -423,7 +185,7 @@ class Consumer {
       }
     }
     const KeyRange keys =
-        keys_of_item(p_.halves, p_.left, p_.right, item.seq_len, item.num_queries, item.first_half);
+        keys_of_item(halves_, p_.left, p_.right, item.seq_len, item.num_queries, item.first_half);
     full_begin_ = uniform(keys.full_begin);
     full_end_ = uniform(keys.full_end);
     softmax_.reset(row_of(item, 0).exists, row_of(item, 1).exists);
@@ -454,7 +216,13 @@ class Consumer {
         s_[i] = capped - slope_[r] * fabsf(static_cast<float>(position[r] - first - (i >> 2) * 8 - (i & 1)));
       }
     }
-    if (!kMayMask || !is_masked(tile)) return;
+    if constexpr (kMayMask) {
+      if (is_masked(tile)) mask(item, first);
+    }
+  }
+
+  // Hide the keys that a row does not see; `first` is this lane's first key.
+  __device__ __forceinline__ void mask(const Item& item, int first) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int position = position_of(item, r);
@@ -534,9 +302,6 @@ class Consumer {
   // see them, and out of the product. Each warpgroup looks at the whole tile, since waiting for the other costs more;
   // both see the same, so where there is something to do they do it together.
   __device__ __forceinline__ void clean_values(const Item& item, int tile) {
-#if KVT_EXP & 1
-    return;
-#endif
     const unsigned values = shared_ + Layout::kValueTiles + rings_.values.stage * kTileBytes;
     const int thread = threadIdx.x & 127;
     const int num_keys = item.seq_len - tile * kKeys;  // behind them may be anything
@@ -599,7 +364,7 @@ class Consumer {
   };
 
   // -> whether this CTA has the sums of all parts now
-  __device__ __forceinline__ bool merge_parts(const Item& item, bool has_rows, float (&m)[2], float (&l)[2]) {
+  __device__ __forceinline__ bool merge_parts(const Item& item, bool has_rows, SoftmaxRow (&rows)[2]) {
     const int thread = threadIdx.x & 127;
     const auto place = [&](int part) {
       const long long slot = static_cast<long long>(item.slot + part) * p_.num_kv_heads + item.kv_head;
@@ -611,7 +376,7 @@ class Consumer {
       for (int i = 0; i < kDims / 8; ++i) {
         own[i * 128] = make_float4(o_[4 * i], o_[4 * i + 1], o_[4 * i + 2], o_[4 * i + 3]);
       }
-      own[kDims / 8 * 128] = make_float4(m[0], m[1], l[0], l[1]);
+      own[kDims / 8 * 128] = make_float4(rows[0].m, rows[1].m, rows[0].l, rows[1].l);
       __threadfence();
     }
     ptx::meet(kBothMet, kConsumers);
@@ -625,25 +390,22 @@ class Consumer {
     ptx::meet(kBothMet, kConsumers);
     if (*is_last_ == 0 || !has_rows) return false;
     const int parts = item.num_parts();
-    float high[2] = {-kInfinity, -kInfinity};
+    rows[0] = rows[1] = SoftmaxRow();
 #pragma unroll 8
     for (int part = 0; part < parts; ++part) {
       const float4 state = __ldcg(place(part) + kDims / 8 * 128);
-      high[0] = fmaxf(high[0], state.x);
-      high[1] = fmaxf(high[1], state.y);
+      rows[0].m = fmaxf(rows[0].m, state.x);
+      rows[1].m = fmaxf(rows[1].m, state.y);
     }
 #pragma unroll
     for (int i = 0; i < kDims / 2; ++i) o_[i] = 0.0f;
-    l[0] = l[1] = 0.0f;
 #pragma unroll 1
     for (int part = 0; part < parts; ++part) {
       const float4* const from = place(part);
       const float4 state = __ldcg(from + kDims / 8 * 128);
-      const float factor[2] = {
-          ptx::exp2(state.x - (high[0] == -kInfinity ? 0.0f : high[0])),
-          ptx::exp2(state.y - (high[1] == -kInfinity ? 0.0f : high[1]))};
-      l[0] += factor[0] * state.z;
-      l[1] += factor[1] * state.w;
+      const float factor[2] = {ptx::exp2(state.x - base_of(rows[0].m)), ptx::exp2(state.y - base_of(rows[1].m))};
+      rows[0].l += factor[0] * state.z;
+      rows[1].l += factor[1] * state.w;
 #pragma unroll
       for (int i = 0; i < kDims / 8; ++i) {
         const float4 x = __ldcg(from + i * 128);
@@ -653,36 +415,25 @@ class Consumer {
         o_[4 * i + 3] += factor[1] * x.w;
       }
     }
-    m[0] = high[0];
-    m[1] = high[1];
     return true;
   }
 
   __device__ __forceinline__ void finish(const Item& item, bool has_rows) {
-    float m[2];
-    float l[2];
+    SoftmaxRow rows[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      m[r] = softmax_.m[r] * softmax_.scale;
-      l[r] = sum_over_columns(softmax_.l[r]);
+      rows[r].m = softmax_.m[r] * softmax_.scale;
+      rows[r].l = sum_over_columns(softmax_.l[r]);
     }
-    if (item.num_parts() > 1 && !merge_parts(item, has_rows, m, l)) return;
+    if (item.num_parts() > 1 && !merge_parts(item, has_rows, rows)) return;
     if (!has_rows) return;
     const int t = lane_id() & 3;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const auto [query, q_head, exists] = row_of(item, r);
-      float scale = 1.0f;
-      if (p_.sinks != nullptr && exists && item.seq_len > 0) {
-        const float sink = p_.sinks[q_head] * kLog2E;
-        const float with_sink = fmaxf(m[r], sink);
-        if (with_sink > -kInfinity) {
-          scale = ptx::exp2(m[r] - with_sink);
-          l[r] = l[r] * scale + ptx::exp2(sink - with_sink);
-          m[r] = with_sink;
-        }
-      }
-      const float factor = l[r] > 0.0f ? scale / l[r] : l[r] == 0.0f ? 0.0f : l[r];  // NaN stays NaN
+      float factor = 1.0f;
+      if (p_.sinks != nullptr && exists && item.seq_len > 0) rows[r].absorb_sink(p_.sinks[q_head] * kLog2E, factor);
+      factor = rows[r].normalizer(factor);
       const long long token = item.first_token + query;
       unsigned short* const to = p_.out + token * p_.out_token + q_head * p_.out_head + 8 * t;
 #pragma unroll
@@ -699,8 +450,7 @@ class Consumer {
         }
       }
       if (p_.lse != nullptr && exists && t == 0) {
-        const float lse = l[r] == 0.0f ? -kInfinity : (m[r] + log2f(l[r])) * kLn2;
-        p_.lse[token * p_.num_kv_heads * p_.halves.group_size + q_head] = lse;
+        p_.lse[token * p_.num_kv_heads * halves_.group_size + q_head] = rows[r].lse();
       }
     }
   }
@@ -719,6 +469,7 @@ class Consumer {
   }
 
   const PromptParams& p_;
+  Halves halves_;
   unsigned shared_;
   const Item* items_;
   int finished_ = 0;  // slot of the item under way
@@ -734,11 +485,12 @@ class Consumer {
   unsigned weights_[kKeys / 4];
 };
 
-extern "C" __global__ void __launch_bounds__(kThreads, 1) kvt_prompt(
-    const __grid_constant__ PromptParams p, const __grid_constant__ ptx::TensorMap query_map,
-    const __grid_constant__ ptx::TensorMap key_map, const __grid_constant__ ptx::TensorMap value_map) {
+extern "C" __global__ void __launch_bounds__(kThreads, 1) kvt_prompt(const __grid_constant__ PromptParams p) {
   extern __shared__ __align__(1024) unsigned char memory[];
   const unsigned shared = ptx::shared_address(memory);
+  const auto& query_map = reinterpret_cast<const ptx::TensorMap&>(p.query_map);
+  const auto& key_map = reinterpret_cast<const ptx::TensorMap&>(p.key_map);
+  const auto& value_map = reinterpret_cast<const ptx::TensorMap&>(p.value_map);
   const int warp = __shfl_sync(kAllLanes, threadIdx.x >> 5, 0);
   Item* const items = reinterpret_cast<Item*>(memory + Layout::kItems);
   const Rings rings(shared);

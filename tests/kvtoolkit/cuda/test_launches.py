@@ -58,7 +58,7 @@ class FakeDriver:
 def fake(monkeypatch):
     """A device with the numbers of an H100 that launches nothing."""
     found = FakeDriver()
-    monkeypatch.setattr(driver, "_library", lambda: found)
+    monkeypatch.setattr(driver, "library", lambda: found)
     monkeypatch.setattr(kernels, "_devices", {0: ("90", specs.SMEM_LIMITS["90"], 132)})
     monkeypatch.setattr(kernels, "_loaded", {})
     monkeypatch.setattr(kernels, "build", lambda *_, **__: Build(b"", (), None, 0.0))

@@ -4,20 +4,23 @@
 // one query where the group has more. So a tensor copy brings a half, whatever the group is.
 #pragma once
 
-#include <kvt/attention.cuh>
-#include <kvt/ptx/tensor_copy.cuh>
+#include <kvt/attention/keys.cuh>
+#include <kvt/base/warp.cuh>
 
 namespace kvt {
 
 constexpr int kHalfRows = 64;
 
-// How the query rows of a sequence are cut into halves. Filled in by kvtoolkit/cuda/prompt.py, in this order.
+// How the query rows of a sequence are cut into halves.
 struct Halves {
   int group_size;
   int heads;         // of a half: all of the group, or kHalfRows
   int queries;       // of a half
   int per_query;     // halves of a query, where queries is 1
   int inverse;       // 2^16 / heads, rounded up
+
+  __device__ __forceinline__ explicit Halves(const int (&sizes)[5])
+      : group_size(sizes[0]), heads(sizes[1]), queries(sizes[2]), per_query(sizes[3]), inverse(sizes[4]) {}
 
   __device__ __forceinline__ int count(int num_queries) const {
     return per_query > 1 ? num_queries * per_query : (num_queries + queries - 1) / queries;
@@ -32,25 +35,28 @@ struct Halves {
   __device__ __forceinline__ int query_of(int row) const { return row * inverse >> 16; }
 };
 
-// Filled in by kvtoolkit/cuda/prompt.py, in this order. Strides in elements. Absent arrays are null.
-struct PromptParams {
+// Strides in elements. Absent arrays are null.
+struct alignas(64) PromptParams {
+  long long query_map[16];   // tensor maps, each at a multiple of 64 bytes
+  long long key_map[16];
+  long long value_map[16];
   unsigned short* out;
   float* lse;
   const int* block_table;
   const float* alibi_slopes;
   const float* sinks;
-  const int4* items;         // [num_items][2], made by kvt_plan_prompts; room for as many as there are CTAs
+  const int* items;          // [num_items][8], made by kvt_plan_prompts; readable up to the number of CTAs
   const int* num_items;      // for each kv head
   unsigned* next_item;       // 0 between kernels
   unsigned* arrivals;        // [slots, num_kv_heads], all 0 between kernels
   float* partials;           // [slots, num_kv_heads, Partial::kFloats]
   long long out_token, out_head;
   long long table_row;
-  Halves halves;
+  int half_sizes[5];         // see Halves
   int num_kv_heads;
   int granules_per_block;
   int block_shift;           // log2(granules_per_block); -1 where it is no power of two
-  int block_pitch;           // a granule's coordinates are those of block * block_pitch + its number in the block
+  int block_pitch;           // a granule's coordinates are block * block_pitch + its number in the block
   int coordinate_shift;      // bits of the number: 0 where granules are the map's blocks
   int num_map_blocks;
   int left, right;           // keys seen before and after a query's position; -1 = all

@@ -1,12 +1,13 @@
-// The running softmax of the prompt kernel: rows g and g + 8 of a warp's 16, over the scores of a tile.
+// The running softmax of the prompt kernel, over the scores of a tile; rows g and g + 8 of a warp's 16.
 //
 // Weights are exp2(scale * (score - m)). m is not the exact running maximum: a tile's weights are taken against the
 // maximum of the tiles before it, and only where a score exceeds that by kHeadroom are they taken again against the new
 // one, with the accumulators rescaled. Weights stay below 2^kHeadroom, which float16 holds, too.
 #pragma once
 
+#include <kvt/attention/softmax.cuh>
+#include <kvt/base/warp.cuh>
 #include <kvt/ptx/math.cuh>
-#include <kvt/warp.cuh>
 
 namespace kvt {
 
@@ -43,7 +44,7 @@ struct TileSoftmax {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       high[r] = max_over_columns(high[r]);
-      base[r] = high[r] == -kInfinity ? 0.0f : high[r] * scale;  // -inf - -inf is NaN
+      base[r] = base_of(high[r]) * scale;
       shrink[r] = ptx::exp2(m[r] * scale - base[r]);
       m[r] = high[r];
       l[r] *= shrink[r];
@@ -58,7 +59,7 @@ struct TileSoftmax {
     float base[2];
     float sum[2] = {l[0], l[1]};
 #pragma unroll
-    for (int r = 0; r < 2; ++r) base[r] = m[r] == -kInfinity ? 0.0f : m[r] * scale;
+    for (int r = 0; r < 2; ++r) base[r] = base_of(m[r]) * scale;
 #pragma unroll
     for (int j = 0; j < kKeys / 8; ++j) {
 #pragma unroll
