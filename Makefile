@@ -1,8 +1,11 @@
 # make demo   a real model generates text on kvtoolkit's cache
 # make test   every test that this machine can run; ARGS are pytest's
-# make lint   ruff, mypy, and which room imports which
+# make check  lint and the quick tests: under a minute once everything is compiled
+# make lint   ruff, mypy, clang-format, codespell, which room imports which, and how long files are
+# make docs   the documentation, into build/site; a broken link or name fails
+# make pictures   the pictures of the documentation, from new runs
 # make families   every causal model of the installed transformers, made tiny, beside its own cache: some minutes
-# Both need Python 3.11 or later and nothing else; everything goes into $(VENV).
+# They need Python 3.11 or later and nothing else; everything goes into $(VENV).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +13,11 @@ BIN := $(VENV)/bin
 # the CPU build; a looser requirement may bring gigabytes of CUDA libraries
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test lint families clean
+QUICK := tests/test_documents.py tests/test_prose.py tests/allocators/test_protocol.py tests/kvtoolkit/arrays \
+	tests/kvtoolkit/formats tests/kvtoolkit/config/test_config.py tests/kvtoolkit/commands/test_cli.py \
+	tests/kvtoolkit/cache/test_cache.py tests/kvtoolkit/attention/test_attention.py tests/kvtoolkit/cuda/test_launches.py
+
+.PHONY: demo test check quick lint docs pictures families clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m examples.generate $(ARGS)
@@ -27,6 +34,22 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m mypy
 	$(BIN)/lint-imports
+	$(BIN)/codespell
+	git ls-files '*.cu' '*.cuh' '*.cpp' '*.h' | xargs $(BIN)/clang-format --dry-run --Werror
+	$(BIN)/python -m tests.prose
+
+check:
+	$(MAKE) --no-print-directory -j 2 lint quick
+
+# no test here compiles a kernel of the GPU, draws random programs or runs a model
+quick: $(VENV)/.lint
+	$(BIN)/python -m pytest -q -m "not gpu and not model and not slow" $(QUICK)
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+pictures: $(VENV)/.docs
+	$(BIN)/python -m docs.pictures
 
 $(VENV)/.python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kvtoolkit needs Python 3.11 or later")'
@@ -52,6 +75,11 @@ $(VENV)/.test: $(VENV)/.demo $(VENV)/relacy
 
 $(VENV)/.lint: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet -e '.[lint]'
+	touch $@
+
+# ruff formats the signatures of the reference
+$(VENV)/.docs: $(VENV)/.python setup.cfg
+	$(BIN)/python -m pip install --quiet -e '.[docs]' 'ruff>=0.12'
 	touch $@
 
 clean:

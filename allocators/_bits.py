@@ -1,7 +1,7 @@
 """Bit counting and atomics on NumPy words, callable from compiled code; Numba itself offers neither on the CPU.
 
-Every atomic names its memory order. ``words`` is a contiguous ``uint64`` array, ``i`` an index that the caller has
-checked: nothing here is bounds-checked.
+Every atomic names its memory order. ``words`` is a contiguous ``uint64`` array. The caller must check the index ``i``,
+because nothing here is bounds-checked.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from numba.extending import intrinsic as _untyped_intrinsic
 
 
 def intrinsic(function: Any) -> Any:
-    """Numba's decorator, with a type."""
+    """Numba's decorator with a type annotation."""
     return _untyped_intrinsic(function)
 
 
@@ -78,7 +78,7 @@ def _fetch(operation: str, ordering: str) -> Any:
 
 @intrinsic
 def cas_acq_rel(typingctx: Any, words: Any, i: Any, expected: Any, desired: Any) -> Any:
-    """``cas_acq_rel(words, i, expected, desired)``: store ``desired`` if ``expected`` is there; return what was."""
+    """``cas_acq_rel(words, i, expected, desired)``: store ``desired`` over ``expected``; return the old word."""
     if not _is_words(words):
         return None
 

@@ -17,7 +17,7 @@ _ONE = np.uint64(1)
 
 
 class BitSets(NamedTuple):
-    """``members[s, w]`` bit ``b``: integer ``64 w + b`` is in set ``s``; the summaries alike, one level up each."""
+    """Bit ``b`` of ``members[s, w]`` tells whether ``64 w + b`` is in set ``s``; the others sum up the level below."""
 
     members: NDArray[np.uint64]
     summary: NDArray[np.uint64]

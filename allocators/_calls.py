@@ -1,9 +1,9 @@
-"""Calls of an object that keeps several pieces of state: one at a time, and never on top of one that broke off.
+"""Calls of an object with several pieces of state: one at a time, and only when the state is in order.
 
-A call may break off anywhere: a plug-in raises, memory runs out, Ctrl-C arrives. It leaves its name in `Calls.name`
-then, and the next call puts the object in order before it does anything else. A call may also come from inside another
-one of the same thread, from a finalizer or a signal handler. If it only lets go of something it waits for the end of
-the outer call; otherwise it is refused.
+A call may break off anywhere: a plug-in raises, memory runs out, Ctrl-C arrives. Then its name stays in `Calls.name`,
+and the next call puts the object in order before it does anything else. A finalizer or a signal handler may also make a
+call while another call of the same thread is under way. If that call only releases something, it is done after the
+outer one; otherwise it is refused.
 """
 
 import contextlib
@@ -24,22 +24,21 @@ T = TypeVar("T")
 
 
 class Calls:
-    """What an object knows of its calls.
+    """The calls of an object: their lock, and what is known of the one under way.
 
     Args:
         owner: the object; it is not kept alive.
-        settle: puts the object in order after a call that broke off. It may be broken off itself, and is called again
-            then.
-        drain: looks for handles that are gone.
-        busy_error: what a call inside another one raises.
+        settle: puts the object in order after a call broke off. If it breaks off too, it is called again.
+        drain: ends the handles that nothing refers to any more.
+        busy_error: the error of a call inside another one.
 
     Attributes:
-        name: of the call under way, or of one that broke off; "" between calls.
+        name: name of the call under way, or of one that broke off; "" between calls.
         serial: number of that call.
-        is_dirty: whether that call, having broken off, may have changed something.
-        lost: not empty if finalizers have left something to do. Its ``append`` is the callback of the weak references
-            to handles: it takes no lock, and nothing interrupts it.
-        refusals: errors that a call raises before it changes anything, or with everything undone.
+        is_dirty: whether that call may have changed something.
+        lost: not empty if finalizers have left something to do. Its ``append`` is the callback of weak references to
+            handles, because it takes no lock and nothing interrupts it.
+        refusals: errors with which a call leaves the object as it was.
     """
 
     __slots__ = (
@@ -68,12 +67,12 @@ class Calls:
         self._later: deque[Callable[[], Any]] = deque()
 
     def do_later(self, action: Callable[[], Any]) -> None:
-        """Have the next call do something first. For finalizers: it takes no lock and cannot fail."""
+        """Let the next call do something first. For finalizers: this takes no lock and cannot fail."""
         self._later.append(action)
         self.lost.append(None)
 
     def put_in_order(self) -> None:
-        """Settle a call that broke off, and do what was left for later. The caller holds the lock."""
+        """Settle after a call that broke off, and do what was left for later. The caller holds the lock."""
         if self.name:
             if self.is_dirty:
                 self._settle(self._owner())
@@ -94,8 +93,8 @@ class Calls:
         try:
             self._later[0]()
         except Exception as error:
-            self._later.popleft()  # one that was interrupted stays, one that fails is not tried again and again
-            if not isinstance(error, self.refusals):  # else what it would let go of is gone already
+            self._later.popleft()  # an interrupted action stays in the queue; one that fails is not tried again
+            if not isinstance(error, self.refusals):  # after a refusal there is nothing left to release
                 raise
         else:
             self._later.popleft()
@@ -106,7 +105,7 @@ class Calls:
         self.name = ""
 
     def is_inside(self) -> bool:
-        """Whether another call of the object is on this thread's stack."""
+        """Whether a call of the object is on this thread's stack already."""
         frame: FrameType | None = sys._getframe(2)
         while frame is not None:
             if frame.f_code in _CODES and frame.f_locals.get("calls") is self:
@@ -125,7 +124,7 @@ _CODES: set[CodeType] = set()
 
 
 def exclusive(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
-    """A method that is one call of its object, whose `Calls` are ``self._calls``."""
+    """Make a method a call of its object, under the lock of ``self._calls``."""
     name = method.__name__
 
     def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -149,7 +148,7 @@ def exclusive(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S,
             calls.is_dirty = False
             calls.name = ""
             if calls.lost:
-                with contextlib.suppress(Exception):  # the next call meets it again
+                with contextlib.suppress(Exception):  # the next call tries again
                     calls.put_in_order()
             return result
 
@@ -158,7 +157,7 @@ def exclusive(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S,
 
 
 def exclusive_or_later(method: Callable[Concatenate[S, P], None]) -> Callable[Concatenate[S, P], None]:
-    """As `exclusive`, of a method that only lets go of something: inside another call it waits for the end of that."""
+    """Like `exclusive`, for a method that only releases something: inside another call it is done after that call."""
     guarded = exclusive(method)
 
     @functools.wraps(method)

@@ -1,7 +1,7 @@
 """Folders on disk for compiled code: where they are, who may write there, and entries that prove they are whole.
 
-An entry is code, so a folder that others can write to is not used, nor an entry that somebody else owns. An entry that
-is truncated or damaged is as good as none. Whatever fails here costs a compilation, and no program.
+Entries are code, so neither folders that others can write to nor entries that somebody else owns are used. A truncated
+or damaged entry is treated as missing. A failure here costs a compilation, but never stops a program.
 
     entry == MAGIC + SHA-256 of the payload, in hexadecimal + newline + payload
 """
@@ -22,19 +22,19 @@ _HEAD = len(MAGIC) + 64 + 1
 SUFFIX = ".entry"
 _TEMPORARY = ".tmp"
 _STALE_S = 3600.0
-"""Age at which a temporary file belongs to nobody any more."""
+"""Age in seconds at which a temporary file is taken to be abandoned."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where entries of a kind are kept."""
+    """The place where entries of one kind are kept."""
 
     folder: Path | None
-    """None: nowhere."""
+    """None if there is no place."""
     problem: str = ""
     """Why there is no folder."""
     is_foreign: bool = False
-    """Whether the reason is that others can write to it."""
+    """Whether the reason is that others can write to the folder."""
 
 
 @functools.cache
@@ -73,9 +73,9 @@ def _default_base() -> Path | None:
 
 
 def foreign_writer(folder: Path) -> str:
-    """Who else could put an entry into a folder, or another folder in its place; empty if nobody.
+    """Who else could put an entry into a folder or replace the folder; empty if nobody could.
 
-    Administrators do not count, nor, above the folder itself, the user's own group.
+    Administrators do not count. Above the folder itself, the user's own group does not count either.
     """
     here = Path(os.path.realpath(folder))
     found = here.stat()
@@ -86,7 +86,7 @@ def foreign_writer(folder: Path) -> str:
     for parent in here.parents:
         found = parent.stat()
         writers = stat.S_IWOTH | (stat.S_IWGRP if found.st_gid not in (0, os.getegid()) else 0)
-        # in a sticky folder such as /tmp nobody can rename what is another's
+        # in a sticky folder such as /tmp nobody can rename files of others
         if found.st_mode & writers and not found.st_mode & stat.S_ISVTX:
             return f"{parent} can be written by others"
     return ""
@@ -102,14 +102,14 @@ def read_entry(path: Path) -> bytes | None:
 
 
 def payload_of(data: bytes) -> bytes | None:
-    """What an entry holds; None if it is damaged."""
+    """The payload of an entry; None if it is damaged."""
     digest, payload = data[len(MAGIC) : _HEAD - 1], data[_HEAD:]
     is_whole = data.startswith(MAGIC) and data[_HEAD - 1 : _HEAD] == b"\n"
     return payload if is_whole and hashlib.sha256(payload).hexdigest().encode() == digest else None
 
 
 def _read_own(path: Path) -> bytes | None:
-    """The bytes of a plain file that nobody else can write to; None if it is none."""
+    """The bytes of a plain file that nobody else can write to; None if it is not one."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     with open(descriptor, "rb") as file:
         found = os.fstat(descriptor)
@@ -118,7 +118,7 @@ def _read_own(path: Path) -> bytes | None:
 
 
 def write_entry(path: Path, payload: bytes) -> bool:
-    """Keep a payload; False, and nothing changed, where that cannot be. Other processes see all of it or nothing."""
+    """Store a payload; False, with nothing changed, if that fails. Other processes see all of it or nothing."""
     digest = hashlib.sha256(payload).hexdigest().encode()
     temporary = ""
     try:
@@ -139,7 +139,7 @@ def write_entry(path: Path, payload: bytes) -> bool:
 
 @functools.cache
 def _remove_stale(folder: Path) -> None:
-    """Remove temporary files that processes left which were killed; once for each folder."""
+    """Remove temporary files that killed processes have left; once for each folder."""
     before = time.time() - _STALE_S
     for found in folder.glob(f"*{_TEMPORARY}"):
         with contextlib.suppress(OSError):
@@ -149,17 +149,17 @@ def _remove_stale(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Survey:
-    """What is in a folder of entries."""
+    """The contents of a folder of entries."""
 
     num_sound: int
     nbytes: int
     damaged: tuple[Path, ...]
     foreign: tuple[Path, ...]
-    """What belongs to somebody else, or can be written by others."""
+    """Entries that belong to somebody else, or that others can write to."""
 
 
 def survey(folder: Path) -> Survey:
-    """Read every entry of a folder; changes nothing. Other files, as of earlier releases, are not looked at."""
+    """Read every entry of a folder; changes nothing. Other files are ignored, such as those of earlier releases."""
     num_sound, nbytes = 0, 0
     damaged: list[Path] = []
     foreign: list[Path] = []

@@ -1,8 +1,8 @@
-"""Locks that a forked child finds free.
+"""Locks that are free in a forked child.
 
-A thread that holds a lock while another one forks does not exist in the child, where the lock would stay held. So a
-fork waits until nobody is in the middle of a call, and the child begins with state that is in order. The wait is
-bounded, because a plug-in that hangs must not stop its process from forking; what its call holds stays locked in the
+If a thread holds a lock while another one forks, the lock would stay held in the child, where the thread does not
+exist. So a fork waits until no call is under way, and the child begins with state that is in order. The wait is
+bounded, because a plug-in that hangs must not keep its process from forking; the lock of such a call stays held in the
 child.
 """
 
@@ -15,15 +15,15 @@ import weakref
 from numba.core.compiler_lock import global_compiler_lock
 
 WAIT_S = 10.0
-"""How long a fork waits, in seconds, for all the calls under way together."""
+"""Seconds that a fork waits for calls under way, all together."""
 
 _locks: "dict[weakref.ref[threading.RLock], None]" = {}
-"""In the order in which they were made: whoever holds one may be waiting for one made before it, never the reverse."""
+"""In the order in which they were made. The holder of a lock may wait for an older one, never for a newer one."""
 _held: "list[threading.RLock]" = []
 
 
 def lock_across_forks(lock: "threading.RLock") -> "threading.RLock":
-    """The lock, which every fork of this process holds from now on."""
+    """Let every later fork of this process hold a lock; returns the lock."""
     _locks[weakref.ref(lock, lambda gone: _locks.pop(gone, None))] = None
     return lock
 
@@ -51,7 +51,7 @@ def _release_all() -> None:
         _held.pop().release()
 
 
-# Numba compiles under a lock of its own, which is the last that a call comes to
+# Numba compiles under a lock of its own, which a call takes last
 _compiler_lock: "threading.RLock | None" = getattr(global_compiler_lock, "_lock", None)
 if _compiler_lock is not None:
     lock_across_forks(_compiler_lock)

@@ -1,9 +1,9 @@
 """One way to compile with Numba: `jit`, whose disk cache sees edits in callees and never stops a program.
 
-Numba's own ``cache=True`` stamps only the file of the compiled function, so an edit in a callee of another file goes
-unseen; it raises at import where no folder is writable, and unpickles whatever it finds, whole or not. Here the stamp
-covers every file of this project that the function's module imports, directly or not, entries are checked before they
-are used (`allocators._disk`), and where there is no place for them there is simply no cache.
+Numba's own ``cache=True`` stamps only the file of the compiled function, so it misses edits of callees in other files.
+It raises at import if no folder is writable, and unpickles whatever it finds, damaged or not. Here the stamp covers
+every file of this project that the function's module imports directly or indirectly, entries are checked before they
+are used (`allocators._disk`), and if there is no place for them there is simply no cache.
 
 The folder is ``$KVTOOLKIT_CACHE_DIR/numba``, by default ``~/.cache/kvtoolkit/numba``; ``KVTOOLKIT_CACHE_DIR=off``
 turns the cache off.
@@ -17,6 +17,7 @@ import hashlib
 import importlib.util
 import inspect
 import json
+import os
 import pickle
 import sys
 from collections.abc import Callable
@@ -41,16 +42,16 @@ _MOST_SCANS = 2048
 def jit(function: F) -> F:
     """Compile ``function`` in nopython mode, without the GIL while it runs, with the cache described above.
 
-    The function cannot make arrays, only use those it is given: Numba's reference counting is off. With it every call
-    of a helper counts the references of every array in its arguments, atomically, which made `BuddyAllocator` three
-    times slower.
+    The function can use arrays but not make any, because Numba's reference counting is off. With it, every call of a
+    helper counts the references of all arrays in its arguments atomically, which made `BuddyAllocator` three times
+    slower.
     """
     dispatcher = njit(nogil=True, _nrt=False)(function)
     return _with_cache(dispatcher, function)
 
 
 def jit_fastmath(function: F) -> F:
-    """As `jit`, and let LLVM reorder float arithmetic, but keep the meaning of NaN and infinities."""
+    """Like `jit`, but LLVM may reorder float arithmetic. NaN and infinities keep their meaning."""
     dispatcher = njit(nogil=True, fastmath={"reassoc", "contract", "nsz", "arcp"})(function)
     return _with_cache(dispatcher, function)
 
@@ -65,7 +66,7 @@ def _with_cache(dispatcher: Any, function: F) -> F:
 
 
 def cache_folder(kind: str = "numba") -> Path | None:
-    """The folder that compiled functions of a kind are kept in; None where there is none that can be used."""
+    """The folder of compiled functions of one kind; None if none can be used."""
     return find_place(kind).folder
 
 
@@ -95,18 +96,19 @@ def _imported_sources(path: str) -> set[str]:
 
 @functools.cache
 def _direct_imports(path: str) -> tuple[str, ...]:
-    """Our files that one file imports. Kept, because files that import each other would be parsed once for each."""
+    """Our files that one file imports. Cached, because many files import the same ones."""
     return tuple(found for name in _imported_modules(path) if (found := _origin(name)) is not None)
 
 
 def _imported_modules(path: str) -> list[str]:
-    """Our modules that one file may import. Parsing takes most of the time, so the answer is kept by the contents."""
-    source, scans = Path(path).read_bytes(), _scans()
-    digest = hashlib.sha256(source).hexdigest()
-    if digest not in scans:
-        scans[digest] = _parse(source)
-        _keep_scans()
-    return scans[digest]
+    """Our modules that one file may import. Parsing takes most of the time, so the result is stored by content."""
+    scans = _scans()
+    if (found := scans.get(_digest(path))) is not None:
+        return found
+    source = Path(path).read_bytes()  # which may not be what was digested before
+    found = scans[hashlib.sha256(source).hexdigest()] = _parse(source)
+    _keep_scans()
+    return found
 
 
 def _parse(source: bytes) -> list[str]:
@@ -134,29 +136,39 @@ def _scans() -> dict[str, list[str]]:
 
 @functools.cache
 def _keep_scans() -> None:
-    """Have this process write what it has parsed when it ends; once."""
+    """Let this process write what it has parsed when it ends; has an effect once."""
     atexit.register(_write_scans)
 
 
 def _write_scans() -> None:
+    own = dict(_scans())
+    _scans.cache_clear()  # what other processes have written meanwhile stays
     if (folder := cache_folder()) is not None:
-        newest = list(_scans().items())[-_MOST_SCANS:]
+        newest = list((_scans() | own).items())[-_MOST_SCANS:]
         write_entry(folder / _SCANS, json.dumps(dict(newest)).encode())
 
 
 @functools.cache
 def _origin(module: str) -> str | None:
-    try:
-        spec = importlib.util.find_spec(module)
-    except (ImportError, AttributeError, ValueError):
+    """The file of a module of ours; None for a package, and for a name that is something inside a module.
+
+    It is looked up in the package's folder: `importlib.util.find_spec` is slower, and imports the parents of a module.
+    """
+    package, *parts = module.split(".")
+    if not parts or (folder := _folder_of(package)) is None:
         return None
-    if spec is None or not spec.origin or not spec.origin.endswith(".py"):
-        return None
-    return spec.origin if not spec.origin.endswith("__init__.py") else None
+    path = os.path.join(folder, *parts) + ".py"
+    return path if os.path.isfile(path) else None
+
+
+@functools.cache
+def _folder_of(package: str) -> str | None:
+    spec = importlib.util.find_spec(package)
+    return None if spec is None else next(iter(spec.submodule_search_locations or ()), None)
 
 
 class _Locator(_CacheLocator):  # type: ignore[misc]
-    """Tells Numba's cache where our folder is and what a change of source looks like."""
+    """Tells Numba's cache where our folder is, and the stamp of the sources."""
 
     def __init__(self, py_func: Any, py_file: str) -> None:
         folder = cache_folder()
@@ -169,7 +181,7 @@ class _Locator(_CacheLocator):  # type: ignore[misc]
         self._first_line = py_func.__code__.co_firstlineno
 
     def ensure_cache_path(self) -> None:
-        """Nothing to do: a folder that is gone is made again by the next process, which checks it."""
+        """Does nothing: if the folder is gone, the next process makes it again and checks it."""
 
     def get_cache_path(self) -> str:
         return self._path
@@ -178,7 +190,7 @@ class _Locator(_CacheLocator):  # type: ignore[misc]
         return self._stamp
 
     def get_disambiguator(self) -> str:
-        # part of the file name: two states of the sources, or two installs, keep apart instead of evicting each other
+        # a part of the file name, so that two versions of the sources, or two installs, do not overwrite each other
         return f"{self._first_line}-{self._stamp[:16]}"
 
     @classmethod
@@ -188,7 +200,7 @@ class _Locator(_CacheLocator):  # type: ignore[misc]
 
 class _CacheImpl(CompileResultCacheImpl):  # type: ignore[misc]
     def __init__(self, py_func: Any) -> None:
-        # not the base's: NUMBA_CACHE_LOCATOR_CLASSES could name another place there, which nobody has checked
+        # instead of the base's constructor, where NUMBA_CACHE_LOCATOR_CLASSES could name an unchecked place
         py_file = inspect.getfile(py_func)
         self._lineno = py_func.__code__.co_firstlineno
         self._locator = _Locator(py_func, py_file)
@@ -218,7 +230,7 @@ class _Entries:
             return {}
         try:
             found = pickle.loads(payload)
-        except Exception:  # whole, and yet of no use to this Numba
+        except Exception:  # undamaged, but this Numba cannot read it
             return {}
         return found if isinstance(found, dict) else {}
 

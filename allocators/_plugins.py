@@ -6,14 +6,14 @@ from typing import Any
 
 
 class PluginError(Exception):
-    """The name leads to no class that could be a plug-in; the message says why."""
+    """A name does not lead to a class that could be a plug-in; the message says why."""
 
 
 def load_class(path: str, methods: Sequence[str]) -> type:
     """The class at ``"package.module:Class"``, or ``"package.module:Class.Inner"``.
 
-    The module is imported, so a path is code: whoever may write a configuration may run anything that can be imported.
-    But nothing else than a class with ``methods`` is returned, and nothing is called.
+    The module is imported, so a path is code: whoever can write a configuration can run anything that can be imported.
+    But this returns nothing except a class with ``methods``, and calls nothing.
 
     Raises:
         PluginError: the module cannot be imported, exits while it is imported, or holds no such class.
@@ -21,14 +21,14 @@ def load_class(path: str, methods: Sequence[str]) -> type:
     module_name, _, attribute = path.partition(":")
     try:
         found: Any = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # whatever a plug-in does when it is imported
+    except (Exception, SystemExit) as error:  # a plug-in may raise anything when it is imported
         raise PluginError(f"{path!r} cannot be imported: {type(error).__name__}: {error}") from error
     for name in attribute.split("."):
         try:
             found = vars(found)[name] if isinstance(found, type) else getattr(found, name)
         except (AttributeError, KeyError) as error:
             raise PluginError(f"{path!r} cannot be imported: there is no {name!r} in it") from error
-        # a module inside the module, or an object of it, is not what the path is for
+        # a path must not lead through modules or objects
         if not isinstance(found, type):
             raise PluginError(f"expected {path!r} to be a class, got {type(found).__name__} {name!r}")
     require_methods(found, methods, repr(path))
@@ -45,7 +45,7 @@ def require_methods(cls: type, methods: Sequence[str], what: str) -> None:
 
 
 def load_entry_point(point: Any) -> Any:
-    """What an installed entry point names; it may be a factory.
+    """Load an installed entry point: a class or a factory.
 
     Raises:
         PluginError: it cannot be imported, or cannot be called.

@@ -1,4 +1,4 @@
-"""Words of 64 granules in slots of one size each: what is free and what is held back, from what is live.
+"""Derives what is free and what is held back from what is live, in words of 64 granules with slots of one size.
 
 Shared by the two slab layouts on the host.
 """
@@ -18,13 +18,13 @@ def slots_of(
 
     Args:
         live: ``[num_granules]``
-        orders: ``[num_words]`` order of the slots in each word, -1: to be chosen.
+        orders: ``[num_words]`` order of the slots in each word; -1 = choose one.
         offered: orders of the block sizes on offer, ascending.
 
     Returns:
-        ``(free, returned, orders)``: slots without a live granule are free, the dead granules of other slots are
-        returned. An order that is chosen is the largest whose slots are live or dead as a whole, else the smallest; it
-        is -1 where no granule of the word is live.
+        ``(free, returned, orders)``. Slots without a live granule are free; the other granules that are not live are
+        returned. The order chosen is the largest one whose slots are each wholly live or wholly not, or else the
+        smallest; it is -1 if no granule of the word is live.
     """
     num_words = -(-len(live) // _WORD)
     both = np.zeros((2, num_words * _WORD), np.bool_)

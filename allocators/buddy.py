@@ -1,18 +1,19 @@
 """Buddy: one free bit per granule, blocks of 1, 2, 4 or 8 granules, and longer runs of whole superblocks.
 
 The whole state is one byte per superblock (8 granules = 64 tokens). A block of ``2**k`` granules is an aligned run of
-set bits, so splitting clears bits, freeing sets them, and buddies coalesce by being neighbours: there are no lists to
-keep in step. A request goes to the *fullest* superblock that still holds it, which keeps whole superblocks alive
-(best fit; the effect is simulated in the growth figures of `kvtoolkit.config.growth`), the lowest one among equals.
+set bits, so splitting clears bits, freeing sets them, and buddies coalesce because they are neighbours. There are no
+lists to keep consistent. A request goes to the *fullest* superblock that still has room for it, and among equals to the
+lowest (best fit). This keeps whole superblocks free.
 
     bit set <=> granule free;    popcount(masks) == num_free
 
-Where the next block lies depends on the set of live granules alone, not on the order of past calls.
+The place of the next block depends only on the set of live granules, not on the order of past calls.
 
 Source: binary buddies, Knuth, The Art of Computer Programming 1, sec. 2.5; the bit folding in place of free lists is
 this project's.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,19 +23,21 @@ from allocators import _bitset
 from allocators._bits import count_trailing_zeros
 from allocators._bitset import BitSets
 from allocators._jit import jit
-from allocators.protocol import GRANULE, SUPERBLOCK, HostAllocator, Int32Array, require
+from allocators.protocol import GRANULE, SUPERBLOCK, AllocatorBase, Int32Array, require
 
 _FULL = np.uint8(0xFF)
 _ONE = np.uint64(1)
 _NUM_ORDERS = 4
 
 
+@functools.cache
 def _aligned_runs(mask: int, order: int) -> list[int]:
     size = 1 << order
     run = (1 << size) - 1
     return [start for start in range(0, SUPERBLOCK, size) if (mask >> start) & run == run]
 
 
+@functools.cache
 def _largest_order(mask: int) -> int:
     return max((order for order in range(_NUM_ORDERS) if _aligned_runs(mask, order)), default=-1)
 
@@ -48,7 +51,7 @@ def _best_start(mask: int, order: int) -> int:
     return min(_aligned_runs(mask, order), key=lambda start: (order_of_surrounding_run(start), start), default=-1)
 
 
-# Everything one needs to know about a byte of the mask, for all 256 of them.
+# tables for all 256 values of a byte of the mask
 _POPCOUNT = np.array([mask.bit_count() for mask in range(256)], np.int64)
 _NUM_RUNS = np.array(
     [[len(_aligned_runs(mask, order)) for mask in range(256)] for order in range(_NUM_ORDERS)], np.int64
@@ -76,7 +79,7 @@ class _Buddy(NamedTuple):
     """``[1]`` granules; derived."""
 
 
-class BuddyAllocator(HostAllocator):
+class BuddyAllocator(AllocatorBase):
     """Buddy blocks of 8 to 64 tokens, and runs of whole superblocks for prefill; fullest superblock first.
 
     Args:
@@ -197,7 +200,7 @@ def _remove(pool: _Buddy, kind: int, i: int) -> None:
 
 @jit
 def _set_mask(pool: _Buddy, i: int, mask: int) -> None:
-    """Give superblock ``i`` another mask and keep what is derived from it right."""
+    """Give superblock ``i`` another mask, and update what is derived from it."""
     old = pool.masks[i]
     before, after = _SET_OF_MASK[old], _SET_OF_MASK[mask]
     pool.masks[i] = mask
@@ -272,9 +275,9 @@ def _allocate_in_order(pool: _Buddy, sizes: Int32Array, starts: Int32Array) -> A
 
 @jit
 def _allocate_all(pool: _Buddy, sizes: Int32Array, order: NDArray[np.int64], starts: Int32Array) -> Any:
-    """Grant all sizes, largest first (what small ones leave behind may not hold a large one), or none.
+    """Grant all sizes, largest first because small ones may break up the last large runs, or none.
 
-    ``order`` lists the sizes largest first; it may be empty where none exceeds a superblock.
+    ``order`` has the indices of the sizes, largest first; it may be empty if no size exceeds a superblock.
     """
     starts[:] = -1
     granted = 0

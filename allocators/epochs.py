@@ -3,8 +3,8 @@
     free + live + limbo + leased (+ pinned) == num_granules
 
 `EpochPool.free` is for blocks that no kernel can still read. `EpochPool.retire` is for the others: it puts them into
-the *limbo* of the current epoch, from which `complete` frees them once every kernel of that epoch has finished. A
-`Lease` is a journal of blocks taken ahead, for beams or draft tokens: `commit` keeps them, `abort` frees them at once.
+the *limbo* of the current epoch, and `complete` frees them once every kernel of that epoch has finished. A `Lease` is a
+journal of blocks taken ahead, for beams or draft tokens: `commit` keeps them, `abort` frees them at once.
 
 Source: epoch-based reclamation, Fraser 2004 (Practical lock-freedom, sec. 5.2.3), with launches in place of threads.
 """
@@ -41,7 +41,7 @@ from allocators.protocol import (
 )
 
 _NONE, _LIVE, _LIMBO, _LEASED = 0, 1, 2, 3
-_SEEN = 4  # of a granule that the call has named
+_SEEN = 4  # a flag: this call has named the granule
 _STATE_NAMES = ("free", "live", "in limbo", "leased")
 
 Runs = tuple[Int32Array, Int32Array]
@@ -51,12 +51,13 @@ class EpochPool(BlockAllocator):
     """An allocator with limbo and leases; itself a `BlockAllocator`.
 
     Args:
-        inner: the allocator that owns the granules. Nobody else may use it meanwhile.
-        streams: names of the streams whose kernels read the pool; an epoch is complete when all of them say so.
+        inner: the allocator that owns the granules. Nobody else may use it.
+        streams: names of the streams whose kernels read the pool. An epoch is complete when all of them have said so.
 
-    Thread-safe (one lock). Adds one byte a granule. A call that is interrupted has happened or has not: the next one
-    sees to it, by `rebuild` of the inner pool where it has that. Without it a free is completed, and what an
-    interrupted `allocate` was granted stays live inside, which `check_integrity` tells.
+    Thread-safe (one lock). Adds one byte per granule. After a call was interrupted, the next call makes sure that it
+    has either happened or not, by `rebuild` of the inner pool. If the inner pool cannot be rebuilt, a free is
+    completed, but what an interrupted `allocate` was granted stays live in the inner pool, and `check_integrity`
+    reports that.
     """
 
     def __init__(self, inner: BlockAllocator, *, streams: Iterable[Hashable] = ("default",)) -> None:
@@ -74,7 +75,7 @@ class EpochPool(BlockAllocator):
         self._states = np.zeros(inner.num_granules, np.uint8)
         self._limbo: dict[int, list[Runs]] = {}
         self._epoch = 0
-        self._is_behind = False  # whether a complete epoch still has limbo, since the inner pool has raised
+        self._is_behind = False  # whether a complete epoch still has limbo because the inner pool raised
         self._completed: dict[Hashable, int] = dict.fromkeys(streams, -1)
         self._leases: dict[int, _Journal] = {}
         self._next_lease = 0
@@ -97,7 +98,7 @@ class EpochPool(BlockAllocator):
 
     @exclusive
     def free(self, starts: ArrayLike, sizes: ArrayLike) -> None:
-        """Free live runs that no kernel can still read. Raises as `BlockAllocator.free`, also for leased blocks."""
+        """Free live runs that no kernel can still read. Raises like `BlockAllocator.free`, also for leased blocks."""
         self._give_back(self._checked((starts, sizes), _LIVE))
 
     def unit_sizes(self, granules: Int32Array) -> Int32Array:
@@ -105,7 +106,7 @@ class EpochPool(BlockAllocator):
 
     @exclusive
     def rebuild(self, starts: ArrayLike, sizes: ArrayLike) -> None:
-        """As `BlockAllocator.rebuild`. What is in limbo or leased stays so; runs must not overlap it."""
+        """See `BlockAllocator.rebuild`. Granules in limbo or leases stay there; runs must not overlap them."""
         live = live_granules(as_counts(starts, "starts"), as_counts(sizes, "sizes"), self.num_granules)
         is_held = (self._states == _LIMBO) | (self._states == _LEASED)
         if (live & is_held).any():
@@ -135,7 +136,7 @@ class EpochPool(BlockAllocator):
 
     @property
     def epoch(self) -> int:
-        """The current epoch: what `retire` would return now."""
+        """The current epoch, which `retire` would return now."""
         return self._epoch
 
     @property
@@ -145,7 +146,7 @@ class EpochPool(BlockAllocator):
 
     @property
     def num_in_limbo(self) -> int:
-        """Granules retired and not freed yet."""
+        """Granules that are retired and not freed yet."""
         return int(np.count_nonzero(self._states == _LIMBO))
 
     @property
@@ -155,7 +156,7 @@ class EpochPool(BlockAllocator):
 
     @exclusive
     def advance(self) -> int:
-        """Begin the next epoch, as for the launch of the next step; returns its number."""
+        """Begin the next epoch, for example before the launch of the next step; returns its number."""
         self._epoch += 1
         return self._epoch
 
@@ -175,7 +176,7 @@ class EpochPool(BlockAllocator):
             The epoch.
 
         Raises:
-            InvalidFreeError: as `free`.
+            InvalidFreeError: see `free`.
         """
         runs = self._checked((starts, sizes), _LIVE)
         if len(runs[0]):
@@ -185,7 +186,7 @@ class EpochPool(BlockAllocator):
 
     @exclusive
     def complete(self, epoch: int, stream: Hashable | None = None) -> None:
-        """Say that every kernel of ``epoch`` and of those before it has finished.
+        """Report that every kernel of ``epoch`` and of earlier epochs has finished.
 
         Args:
             epoch: at most the current one. Completing the current epoch begins the next.
@@ -193,7 +194,7 @@ class EpochPool(BlockAllocator):
 
         Raises:
             InvalidSizeError: the epoch has not begun.
-            UnknownStreamError: nobody registered it.
+            UnknownStreamError: the stream is not registered.
         """
         if isinstance(epoch, bool) or not isinstance(epoch, int | np.integer) or not 0 <= epoch <= self._epoch:
             raise InvalidSizeError(f"epoch: expected an int from 0 to the current one, {self._epoch}, got {epoch!r}")
@@ -205,7 +206,7 @@ class EpochPool(BlockAllocator):
         self._empty_limbo()
 
     def _empty_limbo(self) -> None:
-        """Free what lies in the limbo of complete epochs; what cannot be freed stays there."""
+        """Free what is in the limbo of complete epochs; what cannot be freed stays there."""
         self._is_behind = True
         done = self._oldest_complete()
         for past in sorted(past for past in self._limbo if past <= done):
@@ -223,7 +224,7 @@ class EpochPool(BlockAllocator):
 
     @exclusive
     def lease(self, sizes: ArrayLike) -> "Lease":
-        """Take blocks ahead for a future that may not come. A lease whose last reference goes is aborted.
+        """Take blocks ahead for a future that may not come. A lease is aborted when nothing refers to it any more.
 
         Raises:
             OutOfBlocksError: they do not all fit.
@@ -248,7 +249,7 @@ class EpochPool(BlockAllocator):
         self._finish_commit(number, journal)
 
     def _finish_commit(self, number: int, journal: "_Journal") -> None:
-        """Hand a journal over; from any point of an earlier attempt on."""
+        """Hand the blocks of a journal over; also after an attempt that broke off at any point."""
         if journal.parent is None:
             _mark(self._states, *journal.runs, _LIVE)
         else:
@@ -260,7 +261,7 @@ class EpochPool(BlockAllocator):
         del self._leases[number]
 
     def _abort(self, number: int) -> None:
-        """Free what a lease and those inside it hold, innermost first."""
+        """Free the blocks of a lease and of the leases inside it, innermost first."""
         for child in self._children_of(number):
             self._abort(child)
         journal = self._leases[number]
@@ -276,7 +277,7 @@ class EpochPool(BlockAllocator):
             self.inner.rebuild(*_runs_of(self._states != _NONE))
         except NotImplementedError:
             if self._freeing is not None:
-                with contextlib.suppress(InvalidFreeError):  # it was done
+                with contextlib.suppress(InvalidFreeError):  # it had been done
                     self.inner.free(*self._freeing)
                 _mark(self._states, *self._freeing, _NONE)
         self._freeing = None
@@ -296,13 +297,13 @@ class EpochPool(BlockAllocator):
         for journal in self._leases.values():
             _mark(known, *journal.runs, _LEASED)
         stray = (known == _NONE) & ((self._states == _LIMBO) | (self._states == _LEASED))
-        with contextlib.suppress(Exception):  # an inner pool that refuses to free must not stop every later call
-            if stray.any():  # taken for a call that did not return
+        with contextlib.suppress(Exception):  # a refusal of the inner pool must not stop every later call
+            if stray.any():  # taken by a call that did not return
                 self._give_back(_runs_of(stray))
             self._empty_limbo()
 
     def _abort_lost(self) -> None:
-        """Abort the leases that nobody can end any more."""
+        """Abort the leases that nothing refers to any more."""
         for number, journal in list(self._leases.items()):
             if journal.handle is not None and journal.handle() is None and number in self._leases:
                 self._abort(number)
@@ -311,10 +312,10 @@ class EpochPool(BlockAllocator):
 
     @exclusive
     def snapshot(self) -> bytes:
-        """State of the pool, its limbo and the inner allocator.
+        """The state of the pool, its limbo and the inner allocator, as bytes.
 
         Raises:
-            LeaseError: a lease is open; a journal cannot outlive its object.
+            LeaseError: a lease is open; a lease cannot be saved.
         """
         if self._leases:
             raise LeaseError(f"snapshot: expected no open lease, got {len(self._leases)}; commit or abort first")
@@ -323,7 +324,7 @@ class EpochPool(BlockAllocator):
 
     @exclusive
     def restore(self, data: bytes) -> None:
-        """Return to a snapshot; leases that are open now are void afterwards."""
+        """Return to a snapshot; leases that are open now become void."""
         if not isinstance(data, bytes | bytearray | memoryview):
             raise SnapshotError(f"snapshot: expected bytes, got {type(data).__name__}")
         length = int.from_bytes(data[:8], "little")
@@ -359,7 +360,7 @@ class EpochPool(BlockAllocator):
         return starts
 
     def _give_back(self, runs: Runs) -> None:
-        """Free runs that are known to be owned. If the inner pool raises, nothing has changed."""
+        """Free runs that this pool owns. If the inner pool raises, nothing has changed."""
         self._freeing = runs
         try:
             self.inner.free(*runs)
@@ -370,7 +371,7 @@ class EpochPool(BlockAllocator):
         self._freeing = None
 
     def _checked(self, runs: tuple[ArrayLike, ArrayLike], expected: int) -> Runs:
-        """Runs as private arrays; or InvalidFreeError, unless each granule is in the expected state and named once."""
+        """The runs as private arrays; InvalidFreeError unless each granule is in the expected state and named once."""
         starts, sizes = (as_counts(values, name).copy() for values, name in zip(runs, ("starts", "sizes"), strict=True))
         if len(starts) != len(sizes):
             raise InvalidSizeError(f"starts and sizes: expected equal lengths, got {len(starts)} and {len(sizes)}")
@@ -392,7 +393,7 @@ class EpochPool(BlockAllocator):
 
 @dataclass(eq=False)
 class _Journal:
-    """What the pool knows of a lease."""
+    """The pool's record of a lease."""
 
     runs: Runs
     parent: int | None
@@ -402,7 +403,7 @@ class _Journal:
 
 
 class Lease:
-    """Blocks taken ahead; made by `EpochPool.lease` and `Lease.lease`. Usable in a ``with``: aborts unless committed.
+    """Blocks taken ahead; made by `EpochPool.lease` and `Lease.lease`. A ``with`` aborts it if it is open at the end.
 
     Attributes:
         starts: ``[n]`` int32 first granules.
@@ -411,7 +412,7 @@ class Lease:
 
     def __init__(self, pool: EpochPool, number: int, journal: _Journal, parent: "Lease | None") -> None:
         self._pool = pool
-        self._parent = parent  # which is not lost while this one is there
+        self._parent = parent  # keeps the enclosing lease alive
         self._calls = pool._calls
         self._number = number
         self._journal = journal
@@ -426,7 +427,7 @@ class Lease:
 
     @exclusive
     def lease(self, sizes: ArrayLike) -> "Lease":
-        """A lease inside this one: its `commit` hands its blocks to this one, and aborting this one aborts it."""
+        """A lease inside this one. Its `commit` hands its blocks to this one; aborting this one aborts it, too."""
         self._require_open()
         return self._pool._lease(as_counts(sizes, "sizes"), self)
 
@@ -444,7 +445,7 @@ class Lease:
 
     @exclusive_or_later
     def abort(self) -> None:
-        """Give the blocks back at once, and those of the leases inside.
+        """Free the blocks at once, and those of the leases inside.
 
         Raises:
             LeaseError: the lease has ended.

@@ -1,4 +1,4 @@
-"""What can go wrong in an allocator, each error also of the builtin kind that a caller would catch."""
+"""The errors of allocators; each is also of the builtin type that a caller would catch."""
 
 
 class AllocatorError(Exception):
@@ -14,19 +14,19 @@ class ContendedError(OutOfBlocksError):
 
 
 class InvalidSizeError(AllocatorError, ValueError):
-    """A size is no block size of this allocator, or an argument has the wrong shape or dtype."""
+    """A size is not a block size of this allocator, or an argument has the wrong shape or dtype."""
 
 
 class InvalidFreeError(AllocatorError, ValueError):
-    """A freed run is out of range, was never handed out, is free already, or stands twice in one call."""
+    """A freed run is out of range, was never granted, is free already, or is given twice in one call."""
 
 
 class BusyError(AllocatorError, RuntimeError):
-    """A call from inside another one of the same thread: by a signal handler, a finalizer or a plug-in."""
+    """A signal handler, a finalizer or a plug-in made a call while another call of the same thread was under way."""
 
 
 class LeaseError(AllocatorError, RuntimeError):
-    """A lease is used after its end, or its blocks are touched around it."""
+    """A lease is used after its end, or its blocks are freed without it."""
 
 
 class UnknownStreamError(AllocatorError, LookupError):
@@ -38,7 +38,7 @@ class SnapshotError(AllocatorError, ValueError):
 
 
 class UnknownAllocatorError(AllocatorError, LookupError):
-    """No allocator goes by this name or path."""
+    """There is no allocator of this name or path."""
 
 
 class IntegrityError(AllocatorError, AssertionError):

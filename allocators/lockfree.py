@@ -1,15 +1,15 @@
-"""Lock-free: 64 granules a word, claimed by compare-and-swap; the host form of the pool that kernels pop blocks from.
+"""Lock-free: words of 64 granules, claimed by compare-and-swap; the host form of the pool on a GPU.
 
-A free bit *is* the state of its granule, so there is no list to keep, no tag and no ABA. Three shared words decide
-what a failure means:
+A free bit *is* the state of its granule, so there is no list, no tag and no ABA problem. Two shared words decide what a
+failure means:
 
     version    grows after every free and after every undone claim
     undoers    calls under way that may still give back what they took
 
-A pass over all words that found nothing proves exhaustion if, from before it to after it, `version` did not move and no
-other call was an undoer: nothing can have become free behind the pass. Otherwise the pass is repeated, and after
-`MAX_PASSES` the answer is CONTENDED. In place of a counter of free granules, which would report false exhaustion while
-somebody is between subtracting and undoing.
+A pass over all words that found nothing proves exhaustion if `version` did not change during the pass and no other call
+was an undoer, because then nothing can have become free after the pass had looked at it. Otherwise the pass is
+repeated, and after `MAX_PASSES` the answer is CONTENDED. A counter of free granules would not do: it reports false
+exhaustion while a call is between subtracting and undoing.
 
 Two layouts share the words: ``buddy`` (sizes mix freely) and ``slab`` (a word serves one size until all of it is free).
 """
@@ -35,7 +35,7 @@ from allocators._forks import lock_across_forks
 from allocators._jit import jit
 from allocators._slots import slots_of
 from allocators.errors import ContendedError, InvalidSizeError
-from allocators.protocol import GRANULE, HostAllocator, Int32Array, require
+from allocators.protocol import GRANULE, AllocatorBase, Int32Array, require
 
 OK, EXHAUSTED, CONTENDED = 0, 1, 2
 MAX_PASSES = 4
@@ -52,18 +52,18 @@ _MAX_ATTEMPTS = 100_000
 
 class _Pool(NamedTuple):
     free: NDArray[np.uint64]
-    """Free bits; the only words that allocations contend for."""
+    """Free bits: the words that allocations contend for."""
     owner: NDArray[np.uint64]
-    """Slab layout: order of the blocks in the word plus one; 0 or anything while all of the word is free."""
+    """In the slab layout, the order of the blocks in the word plus one; meaningless while the whole word is free."""
     control: NDArray[np.uint64]
-    """The version, the undoers, and the lowest word that may have a free bit (a hint, and never trusted)."""
+    """The version, the undoers, and the lowest word that may have a free bit (only a hint)."""
     valid: NDArray[np.uint64]
     returned: NDArray[np.uint64]
-    """Granules freed while the rest of their slot is live; touched under the lock of `free` alone."""
+    """Granules freed while the rest of their slot is live; changed only under the lock of `free`."""
 
 
-class LockFreeAllocator(HostAllocator):
-    """Claims blocks with atomics; threads never wait for each other unless they fight over the last blocks.
+class LockFreeAllocator(AllocatorBase):
+    """Claims blocks with atomics; threads wait for each other only when they compete for the last blocks.
 
     Args:
         num_granules: size of the pool, a multiple of 8.
@@ -71,10 +71,11 @@ class LockFreeAllocator(HostAllocator):
         layout: ``"buddy"``: freed granules are reusable at once, sizes mix. ``"slab"``: 512 tokens serve one size at a
             time, and a block freed in parts is held (``stats().pinned``) until all of it is free.
 
-    Progress: `allocate` takes no lock. Where the answer stays undecided over `MAX_PASSES` passes because other calls
-    keep giving blocks back, the caller joins a queue in which one call at a time asks again while new ones wait, so
-    exhaustion is exact. `free` checks the whole batch before it changes anything, and batches of frees follow one
-    another, as they do on one stream of a GPU. `snapshot`, `restore`, `stats` and `check_integrity` want a quiet pool.
+    Progress: `allocate` takes no lock. If the answer is undecided after `MAX_PASSES` passes, because other calls keep
+    giving blocks back, the caller joins a queue in which one call at a time tries again while new ones wait. So
+    exhaustion is exact. `free` checks the whole batch before it changes anything, and batches are freed one after
+    another, as on one stream of a GPU. Do not call `snapshot`, `restore`, `stats` or `check_integrity` while other
+    threads use the pool.
 
     Deterministic for a given call sequence from one thread. Metadata: 2 bits a granule and 16 bytes a word of 64.
 
@@ -108,7 +109,7 @@ class LockFreeAllocator(HostAllocator):
         return super()._identity() | {"layout": self.layout}
 
     def _state(self) -> dict[str, NDArray[Any]]:
-        # the owner of a word that is wholly free means nothing: leave it out of the state
+        # the owner of a wholly free word is meaningless, so it must not be part of the state
         owner = self._pool.owner
         owner[self._pool.free == self._pool.valid] = 0
         return {"free": self._pool.free, "owner": owner, "returned": self._pool.returned}
@@ -133,7 +134,7 @@ class LockFreeAllocator(HostAllocator):
         orders = np.clip(self._pool.owner[granules // _WORD].astype(np.int32) - 1, 0, 3)
         return np.left_shift(1, orders, dtype=np.int32)
 
-    # `HostAllocator.allocate` would take the lock; this one must not.
+    # `AllocatorBase.allocate` would take the lock; this one must not.
     def allocate(self, sizes: ArrayLike, *, partial: bool = False) -> Int32Array:
         wanted = self._wanted(sizes)
         starts = np.empty(len(wanted), np.int32)
@@ -147,7 +148,7 @@ class LockFreeAllocator(HostAllocator):
         return starts
 
     def _claim_in_queue(self, wanted: Int32Array, starts: Int32Array, partial: bool) -> int:
-        """Ask again, one caller at a time, while `allocate` sends everybody else here too."""
+        """Try again, one caller at a time; meanwhile `allocate` sends all other callers here, too."""
         with self._queue:
             self._queueing = True
             try:
@@ -155,7 +156,7 @@ class LockFreeAllocator(HostAllocator):
                     code = int(_claim(self._pool, self._slab, wanted, starts, partial))
                     if code != CONTENDED:
                         return code
-                    time.sleep(0)  # let the calls that were under way come to their end
+                    time.sleep(0)  # let the calls under way finish
                 return CONTENDED
             finally:
                 self._queueing = False
@@ -209,7 +210,7 @@ class LockFreeAllocator(HostAllocator):
 
 
 def _fold_all(free: NDArray[np.uint64], order: int) -> NDArray[np.uint64]:
-    """`_fold` for whole arrays."""
+    """`_fold` for arrays."""
     for step in range(order):
         free = free & (free >> np.uint64(1 << step))
     folded: NDArray[np.uint64] = free & _ALIGNED[order]
@@ -234,7 +235,7 @@ def _best_run(word: Any, order: int) -> Any:
         superblock = bit & ~7
         count = popcount((word >> np.uint64(superblock)) & np.uint64(0xFF))
         if count < best_count:
-            # within the superblock, prefer the run that breaks up the smallest larger one
+            # within the superblock, prefer the run that breaks up the smallest larger run
             best, best_count = superblock + _tightest(word >> np.uint64(superblock), order), count
         if superblock == 56:
             break
@@ -244,7 +245,7 @@ def _best_run(word: Any, order: int) -> Any:
 
 @jit
 def _tightest(byte: Any, order: int) -> Any:
-    """Start of the run of ``2**order`` set bits in the low byte that lies in the smallest free aligned run."""
+    """Start of the run of ``2**order`` set bits in the low byte that is in the smallest free aligned run."""
     best, best_order = -1, 4
     for start in range(0, 8, 1 << order):
         if (_fold(byte, order) >> np.uint64(start)) & _ONE == 0:
@@ -264,7 +265,7 @@ def _run_mask(start: int, order: int) -> Any:
 
 @jit
 def _claim_in_word(pool: _Pool, w: int, order: int) -> Any:
-    """Claim a run in word ``w``; -1 if it has none. Lock-free: a retry means that another thread got on."""
+    """Claim a run in word ``w``; -1 if it has none. Lock-free: it retries only if another thread made progress."""
     word = load_acquire(pool.free, w)
     while True:
         start = _best_run(word, order)
@@ -290,11 +291,11 @@ def _claim_in_slab(pool: _Pool, w: int, order: int) -> Any:
         run = _run_mask(start, order)
         if cas_acq_rel(pool.free, w, word, word & ~run) != word:
             continue
-        # The word may have been freed as a whole and claimed for another size since its owner was read. Holding a
-        # granule of it keeps the owner from changing now, so one more look decides.
+        # Since its owner was read, the word may have been freed as a whole and claimed for another size. While a
+        # granule is held the owner cannot change, so reading it again decides.
         if load_acquire(pool.owner, w) == tag:
             return w * 64 + start
-        # under another size, part of this run may be live: give back the bits that were free, not all of the run
+        # under another size a part of this run may be live, so give back only the bits that were free
         fetch_or_release(pool.free, w, word & run)
         fetch_add_acq_rel(pool.control, _VERSION, _ONE)
 
@@ -334,7 +335,7 @@ def _pass(pool: _Pool, slab: bool, order: int, first: int) -> Any:
 
 @jit
 def _claim_one(pool: _Pool, slab: bool, order: int, own_undoers: Any) -> Any:
-    """The first granule of a claimed block, or minus a code: -EXHAUSTED (proven) or -CONTENDED."""
+    """Claim one block; returns its first granule, or -EXHAUSTED (which is proven), or -CONTENDED."""
     hint = int(load_relaxed(pool.control, _HINT))
     start = _pass(pool, slab, order, hint)
     if start >= 0:
@@ -354,7 +355,7 @@ def _claim_one(pool: _Pool, slab: bool, order: int, own_undoers: Any) -> Any:
 
 @jit
 def _raise_hint(pool: _Pool, hint: int, claimed: int) -> None:
-    """Skip the words that have no free bit left, so that a full front is not searched again."""
+    """Move the hint past words without free bits, so that they are not searched again."""
     w = hint
     while w < claimed and load_relaxed(pool.free, w) == 0:
         w += 1
@@ -364,9 +365,9 @@ def _raise_hint(pool: _Pool, hint: int, claimed: int) -> None:
 
 @jit
 def _claim(pool: _Pool, slab: bool, sizes: Int32Array, starts: Int32Array, partial: bool) -> Any:
-    """Claim a block for each size: in order until one does not fit if ``partial``, else largest first, all or none."""
+    """Claim a block for each size: if ``partial``, in order until one does not fit; else largest first, all or none."""
     starts[:] = -1
-    # A slab claim may have to be undone, as may any but the last block of a batch.
+    # a slab claim may have to be undone, and so may any block of a batch but the last
     undoer = slab or len(sizes) > 1
     own = _ONE if undoer else _ZERO
     if undoer:
@@ -416,7 +417,7 @@ def _undo(pool: _Pool, sizes: Int32Array, starts: Int32Array) -> None:
 
 @jit
 def _publish(pool: _Pool, start: int, order: int) -> None:
-    """Make a whole block free: the bits first, the hint and (by the caller) the version after them."""
+    """Free a whole block: set the bits first, then the hint. The caller changes the version after that."""
     w = start >> 6
     fetch_or_release(pool.free, w, _run_mask(start & 63, order))
     if load_relaxed(pool.control, _HINT) > np.uint64(w):
@@ -425,9 +426,9 @@ def _publish(pool: _Pool, start: int, order: int) -> None:
 
 @jit
 def _free_all(pool: _Pool, slab: bool, num_granules: int, starts: Int32Array, sizes: Int32Array) -> Any:
-    """Mark all runs as returned, undoing that at the first fault; then publish what is returned as a whole.
+    """Mark all runs as returned, or undo that at the first fault; then free the slots that are returned as a whole.
 
-    Under the lock of `free`, so a granule that is seen live stays so: allocations only turn free bits off.
+    The caller holds the lock of `free`, so a granule that is live stays live: allocations only clear free bits.
     """
     for i in range(len(starts)):
         if not _mark_returned(pool, num_granules, starts[i], sizes[i]):

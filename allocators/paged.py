@@ -1,4 +1,4 @@
-"""Paged: one block size and a stack of free blocks, which is PagedAttention's manager and the baseline of the others.
+"""Paged: one block size and a stack of free blocks, as in PagedAttention; the baseline for the other allocators.
 
     block i free <=> stacked[i] <=> live[i] == 0;    free == stack depth * granules a block
 
@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from allocators._jit import jit
 from allocators.errors import InvalidSizeError
-from allocators.protocol import GRANULE, HostAllocator, Int32Array, require
+from allocators.protocol import GRANULE, AllocatorBase, Int32Array, require
 
 
 class _Pages(NamedTuple):
@@ -26,7 +26,7 @@ class _Pages(NamedTuple):
     """``[num_blocks]`` whether the block is on the stack."""
 
 
-class PagedAllocator(HostAllocator):
+class PagedAllocator(AllocatorBase):
     """Blocks of one size from a free stack, last freed first granted.
 
     Args:

@@ -1,4 +1,4 @@
-"""What every allocator promises: the abstract class `BlockAllocator` and the base of those that run on the host.
+"""What every allocator promises: the abstract class `BlockAllocator`, and `AllocatorBase`, a base for implementations.
 
 An allocator deals in *granules* (8 token slots). It hands out runs of granules; it never sees the memory behind them.
 
@@ -41,7 +41,7 @@ Int32Array = NDArray[np.int32]
 
 @dataclass(frozen=True)
 class AllocatorStats:
-    """A moment's figures of one pool. All but the last two in granules."""
+    """Present figures of one pool; all but the last two are in granules."""
 
     num_granules: int
     num_free: int
@@ -50,9 +50,9 @@ class AllocatorStats:
     largest_free: int
     """Largest size that ``allocate([size])`` would grant now."""
     metadata_nbytes: int
-    """Bytes of bookkeeping, whatever the load."""
+    """Bytes of bookkeeping; they do not depend on the load."""
     free_blocks: Mapping[int, int]
-    """For each block size in tokens, how many blocks of it could be granted if nothing else were asked for."""
+    """For each block size in tokens, how many blocks could be granted if only that size were asked for."""
 
 
 class BlockAllocator(abc.ABC):
@@ -89,7 +89,7 @@ class BlockAllocator(abc.ABC):
 
         Raises:
             OutOfBlocksError: not ``partial``, and the sizes do not all fit.
-            InvalidSizeError: a size is not on offer, or ``sizes`` is no one-dimensional array of integers.
+            InvalidSizeError: a size is not on offer, or ``sizes`` is not a one-dimensional array of integers.
         """
 
     @abc.abstractmethod
@@ -106,7 +106,7 @@ class BlockAllocator(abc.ABC):
 
     @abc.abstractmethod
     def stats(self) -> AllocatorStats:
-        """Figures of this moment."""
+        """The present figures of the pool."""
 
     @abc.abstractmethod
     def check_integrity(self) -> None:
@@ -118,7 +118,7 @@ class BlockAllocator(abc.ABC):
 
     @abc.abstractmethod
     def snapshot(self) -> bytes:
-        """The whole state, for `restore` of an allocator made with the same arguments."""
+        """The whole state as bytes, for `restore` of an allocator that was made with the same arguments."""
 
     @abc.abstractmethod
     def restore(self, data: bytes) -> None:
@@ -131,23 +131,24 @@ class BlockAllocator(abc.ABC):
     def unit_sizes(self, granules: Int32Array) -> Int32Array:
         """How much of a block must be free before any of it can be granted again; optional.
 
-        A cache evicts by it: whole units, and only those in which it alone holds something. By default every granule
-        that is freed can be granted again by itself.
+        A cache evicts whole units, and only units in which nobody else holds anything. By default every freed granule
+        can be granted again by itself.
 
         Args:
             granules: ``[n]`` int32 live granules.
 
         Returns:
-            ``[n]`` int32 1, 2, 4 or 8: the size of the unit that each of them is in, which begins at a multiple of it.
+            ``[n]`` int32: the size (1, 2, 4 or 8) of the unit that each granule is in. A unit begins at a multiple of
+            its size.
         """
         return np.ones(len(granules), np.int32)
 
     def rebuild(self, starts: ArrayLike, sizes: ArrayLike) -> None:
-        """Make exactly these runs live and everything else free, whatever the state was; optional.
+        """Make exactly these runs live and everything else free, whatever the present state is; optional.
 
-        A cache calls it after one of its calls was interrupted inside the allocator, and to resume a snapshot in
-        another allocator. Runs need not be whole blocks: an allocator that cannot reuse the rest of a block holds it
-        back, as after a free of parts.
+        A cache calls this after a call was interrupted inside the allocator, and to resume a snapshot with another
+        allocator. Runs need not be whole blocks. An allocator that cannot reuse the rest of a block holds it back, as
+        it does after a part of a block was freed.
 
         Args:
             starts: ``[n]`` integers, first granule of each run.
@@ -205,8 +206,8 @@ def check_block_sizes(block_sizes: ArrayLike) -> tuple[int, ...]:
     return sizes
 
 
-class HostAllocator(BlockAllocator):
-    """Shared shell of the allocators whose state is a few NumPy arrays: checks, messages, lock, snapshots.
+class AllocatorBase(BlockAllocator):
+    """A base for allocators whose state is a few NumPy arrays. It has the checks, messages, lock and snapshots.
 
     A subclass keeps its state in `_state` and does the work in compiled functions that run without the GIL.
     """
@@ -216,8 +217,8 @@ class HostAllocator(BlockAllocator):
     def __init__(self, num_granules: int, *, block_sizes: ArrayLike) -> None:
         self.num_granules = check_num_granules(num_granules)
         self.block_sizes = check_block_sizes(block_sizes)
-        # re-entrant: compiled code does each change as a whole, so that a finalizer or signal handler which enters
-        # between two of them finds the pool in order; with a plain lock it would wait for itself
+        # re-entrant, because a finalizer or signal handler may call while this thread holds the lock; it finds the pool
+        # in order, because compiled code does each change as a whole
         self._lock = lock_across_forks(threading.RLock())
         # is_size[n] says whether blocks of n granules are on offer
         self._is_size = np.zeros(SUPERBLOCK + 1, np.bool_)
@@ -231,11 +232,11 @@ class HostAllocator(BlockAllocator):
 
     @abc.abstractmethod
     def _allocate(self, sizes: Int32Array, starts: Int32Array, partial: bool) -> int:
-        """Fill ``starts`` under the lock. Returns how many fitted; nothing was taken if not all did, unless partial."""
+        """Fill ``starts``, under the lock. Returns how many fit; unless ``partial``, takes nothing if not all do."""
 
     @abc.abstractmethod
     def _free(self, starts: Int32Array, sizes: Int32Array) -> int:
-        """Free the runs under the lock. Returns -1, or the index of the run that is at fault, with nothing changed."""
+        """Free the runs, under the lock. Returns -1 or, with nothing changed, the index of the run that is at fault."""
 
     @abc.abstractmethod
     def _is_live(self, granule: int) -> bool:
@@ -289,7 +290,7 @@ class HostAllocator(BlockAllocator):
             self._after_restore()
 
     def _after_restore(self) -> None:
-        """Rebuild whatever is derived from the state."""
+        """Rebuild everything that is derived from the state."""
 
     def rebuild(self, starts: ArrayLike, sizes: ArrayLike) -> None:
         live = live_granules(as_counts(starts, "starts"), as_counts(sizes, "sizes"), self.num_granules)
@@ -297,7 +298,7 @@ class HostAllocator(BlockAllocator):
             self._rebuild(live)
 
     def _rebuild(self, live: NDArray[np.bool_]) -> None:
-        """Write the state in which exactly these granules are live, under the lock."""
+        """Write the state in which exactly these granules are live. The caller holds the lock."""
         raise NotImplementedError(f"{type(self).__name__} cannot be rebuilt from the blocks that are live")
 
     # -- messages ----------------------------------------------------------------------------------------------------
@@ -399,7 +400,7 @@ _MAGIC = b"kvt-pool-1\n"
 
 
 def pack_snapshot(identity: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> bytes:
-    """Identity and arrays as bytes: magic, CRC-32 of the rest, header line in JSON, the arrays one after another."""
+    """Identity and arrays as bytes: magic, CRC-32 of the rest, a header line in JSON, then the arrays."""
     body = json.dumps(dict(identity), sort_keys=True).encode() + b"\n"
     body += b"".join(np.ascontiguousarray(array).tobytes() for array in arrays.values())
     return _MAGIC + zlib.crc32(body).to_bytes(4, "little") + body

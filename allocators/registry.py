@@ -15,11 +15,11 @@ from allocators.slab import SlabAllocator
 ENTRY_POINT_GROUP = "kvtoolkit.allocators"
 
 METHODS = ("allocate", "free", "stats", "check_integrity", "snapshot", "restore")
-"""What every allocator has; the rest of the protocol may be attributes that are set when one is made."""
+"""Methods of every allocator; the rest of the protocol may be attributes that are set in the constructor."""
 _ATTRIBUTES = ("num_granules", "block_sizes", "num_free", "largest_free")
 
 Factory = type[BlockAllocator] | Callable[..., BlockAllocator]
-"""A class, or what makes one: called with ``num_granules`` and keyword options."""
+"""A class or a function that makes an allocator, called with ``num_granules`` and keyword options."""
 
 _registered: dict[str, Factory] = {
     "paged": PagedAllocator,
@@ -27,14 +27,29 @@ _registered: dict[str, Factory] = {
     "slab": SlabAllocator,
     "lockfree": LockFreeAllocator,
 }
+_BUILT_IN = frozenset(_registered)
 
 
-def register(name: str, cls: Factory) -> None:
-    """Make ``cls`` available under ``name``; a name that is taken is replaced."""
+def register(name: str, cls: Factory, *, replace: bool = False) -> None:
+    """Make an allocator available under ``name``.
+
+    Args:
+        name: an identifier. An allocator that was registered under it before is replaced.
+        cls: a class, or a function that makes allocators.
+        replace: whether ``name`` may be that of a built-in allocator.
+
+    Raises:
+        UnknownAllocatorError: ``name`` is no identifier, or a built-in allocator's without ``replace``; or ``cls``
+            cannot be called.
+    """
     if not isinstance(name, str) or not name.isidentifier():
         raise UnknownAllocatorError(f"name: expected an identifier, got {name!r}")
     if not callable(cls):
         raise UnknownAllocatorError(f"cls: expected a class, got {cls!r}")
+    if name in _BUILT_IN and not replace:
+        raise UnknownAllocatorError(
+            f"name: {name!r} is a built-in allocator; choose another name, or replace it by replace=True"
+        )
     _registered[name] = cls
 
 
@@ -51,8 +66,8 @@ def find(spec: str | type[BlockAllocator]) -> Factory:
             the class itself. A path names code: its module is imported.
 
     Raises:
-        UnknownAllocatorError: there is none, or what is found is no allocator: a path must lead to a class, and a class
-            must have the methods of `BlockAllocator`. Nothing has been called.
+        UnknownAllocatorError: there is none, or it is not an allocator. A path must lead to a class, and a class must
+            have the methods of `BlockAllocator`. Nothing is called.
     """
     try:
         found = _find(spec)
@@ -85,7 +100,7 @@ def create(spec: str | type[BlockAllocator], num_granules: int, **options: Any) 
     """Make the allocator that ``spec`` names (see `find`) with ``num_granules`` and the options of its class.
 
     Raises:
-        UnknownAllocatorError: there is none of that name, or what it makes is no allocator of this size.
+        UnknownAllocatorError: there is none of that name, or it does not make an allocator.
         InvalidSizeError: it takes no such option, or refuses a value.
     """
     cls = find(spec)

@@ -1,7 +1,7 @@
 """Slab: slabs of 64 granules, one 64-bit word of free bits each, and every slab serves one block size at a time.
 
-A slab with no live granule belongs to nobody and serves whichever size asks next. Sizes never mix inside a slab, so
-finding a slot is one count of trailing zeros, but a few live blocks can hold whole slabs back from other sizes.
+A slab without live granules has no owner, and serves the size that asks next. Sizes never mix inside a slab, so finding
+a slot is one count of trailing zeros; but a few live blocks can keep whole slabs from other sizes.
 
     in every slab:   free, returned and live bits are disjoint and fill `valid`
     free             slots that may be granted, always whole
@@ -21,13 +21,13 @@ from allocators._bits import count_trailing_zeros, popcount
 from allocators._bitset import BitSets
 from allocators._jit import jit
 from allocators._slots import slots_of
-from allocators.protocol import GRANULE, HostAllocator, Int32Array, require
+from allocators.protocol import GRANULE, AllocatorBase, Int32Array, require
 
 SLAB = 64
 """Granules in a slab (512 tokens)."""
 _NUM_ORDERS = 4
 _UNOWNED = 4
-"""The set of slabs that no size owns; sets 0-3 are the slabs of an order that have a free slot."""
+"""Number of the set of slabs without an owner; sets 0 to 3 have the slabs of an order with a free slot."""
 _ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 _ONE = np.uint64(1)
 
@@ -36,7 +36,7 @@ class _Slabs(NamedTuple):
     free: NDArray[np.uint64]
     returned: NDArray[np.uint64]
     valid: NDArray[np.uint64]
-    """All ones but in the last slab of a pool that is no multiple of 64 granules."""
+    """All ones, except in the last slab if the pool is not a multiple of 64 granules."""
     owner: NDArray[np.int8]
     """Order of the blocks in the slab, or -1."""
     sets: BitSets
@@ -45,7 +45,7 @@ class _Slabs(NamedTuple):
     """``[2]`` free and returned granules; derived."""
 
 
-class SlabAllocator(HostAllocator):
+class SlabAllocator(AllocatorBase):
     """Blocks of 8 to 64 tokens, one size a slab of 512 tokens; the lowest slab of the size that has a slot serves.
 
     Args:
@@ -53,7 +53,7 @@ class SlabAllocator(HostAllocator):
         block_sizes: the sizes on offer, in tokens.
 
     A block freed in parts is held (``stats().pinned``) until all of it is free. A request can fail although
-    ``num_free`` granules would do, since the free slots of a slab serve only the size that owns it. Thread-safe (one
+    ``num_free`` is large enough, because the free slots of a slab serve only the size that owns it. Thread-safe (one
     lock); deterministic. Metadata: 2 bits a granule and 14 bits a slab to find slots by.
     """
 

@@ -20,7 +20,7 @@ from kvtoolkit import CacheConfig, CacheFullError, CacheStats, KVCache
 
 @dataclass
 class Request:
-    """One prompt and what has become of it."""
+    """One prompt, and how far its answer is."""
 
     prompt: list[int]
     max_new_tokens: int
@@ -31,9 +31,9 @@ class Request:
     """Its sequence in the cache; None before it is admitted."""
     preempted: bool = False
     num_held: int = 0
-    """Tokens the cache holds of it."""
+    """Tokens of it that the cache holds."""
     reuses: bool = True
-    """Whether it may begin with what the cache has of its prompt."""
+    """Whether it may start from a cached prefix of its prompt."""
 
     @property
     def tokens(self) -> list[int]:
@@ -42,7 +42,7 @@ class Request:
 
 @dataclass
 class Averages:
-    """Figures of the cache, as the mean over all steps: at the end of a run it is empty again."""
+    """Means of the cache's figures over all steps, because at the end of a run the cache is empty."""
 
     num_steps: int = 0
     waste: float = 0.0
@@ -92,14 +92,16 @@ class Engine:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of admission: the last one is the first to be preempted
         self.has_stalled = False
-        """Whether a request found no memory in the last step."""
+        """Whether some request got no memory in the last step."""
         self.step_tokens = max_step_tokens
         """New tokens in the next step; fewer than ``max_step_tokens`` after they found no memory."""
         self.tail_tokens = min(config.block_sizes or (8,))
-        """What a request that runs needs to go on: a block."""
+        """Tokens of the smallest block: what a running request needs to go on."""
         self.num_prefilled = 0
         self.num_decoded = 0
         self.averages = Averages()
+        self.block_tables: dict[int, np.ndarray] = {}
+        """What each sequence of the last step held, as entries of the block table; for those who draw it."""
 
     def add(self, request: Request) -> None:
         """Queue a request."""
@@ -122,20 +124,20 @@ class Engine:
             on_step(self)
 
     def admit(self) -> None:
-        """Let waiting requests in while there is room for what they hold, and for everybody to go on."""
+        """Admit waiting requests while there is room for their tokens, and for every running request to go on."""
         while self.waiting and len(self.running) < self.max_batch and not self.has_stalled:
             request = self.waiting[0]
             if any(other.num_held == 0 and other.prompt[:8] == request.prompt[:8] for other in self.running):
-                return  # one step later the beginning they share is in the cache
+                return  # after the next step the prefix they share is in the cache
             if not self.let_in(request):
                 return
             self.running.append(self.waiting.popleft())
 
     def let_in(self, request: Request) -> bool:
-        """Open a request's sequence, or bring it back; False, and nothing done, if the others would lack the memory."""
+        """Open or restore a request's sequence. Returns False, and does nothing, if the others would lack memory."""
         headroom = self.tail_tokens * (len(self.running) + 1)
         if request.preempted:
-            # all that it may still need: to come back once more costs more than to wait
+            # keep free all that it may still need, because being preempted again costs more than waiting
             missing = len(request.prompt) + request.max_new_tokens - request.num_held
             keep_free = self.hot_tokens(missing) + headroom if self.running else 0
             if not self.cache.restore([request.seq_id], keep_free=keep_free)[0]:
@@ -151,7 +153,7 @@ class Engine:
         return True
 
     def hot_tokens(self, num_tokens: int) -> int:
-        """How many of a sequence's next tokens are in the hot tier at a time."""
+        """The most of a sequence's next tokens that are in the hot tier at any time."""
         tiers = self.cache.config.tier_config
         most = num_tokens if tiers is None else tiers.hot + tiers.pinned_tokens + 64 + self.step_tokens
         return min(num_tokens, most)
@@ -173,6 +175,7 @@ class Engine:
                 logits = self.model.forward(tokens, positions, step).cpu()  # once a step: sampling is done here
                 self.cache.end_step(step, tokens.numpy())
             fed, stalled = step.ok.copy(), step.explain()
+            self.block_tables = dict(zip(step.seq_ids.tolist(), step.block_table.copy(), strict=True))
         for row, (request, chunk) in enumerate(batch):
             if fed[row]:
                 self.accept(request, len(chunk), logits[row])
@@ -185,7 +188,7 @@ class Engine:
             self.make_room(stalled, sum(len(chunk) for _, chunk in batch))
 
     def accept(self, request: Request, num_fed: int, logits: torch.Tensor) -> None:
-        """Count what was fed; if that was all there is, choose the next token."""
+        """Count the tokens that were fed. If none of the request are left, choose its next token."""
         request.num_held += num_fed
         self.num_prefilled += num_fed
         if request.num_held < len(request.tokens):
@@ -199,7 +202,7 @@ class Engine:
             request.seq_id = None
 
     def sample(self, request: Request, logits: torch.Tensor) -> int:
-        """The next token: the likeliest, or drawn. A draw depends on the request alone, not on who runs beside it."""
+        """The next token: the likeliest, or drawn. A draw depends only on the request, not on the rest of the batch."""
         if not request.temperature:
             return int(logits.argmax())
         chances = torch.softmax(logits.double() / request.temperature, dim=-1).cumsum(-1).numpy()
@@ -207,7 +210,7 @@ class Engine:
         return int(np.searchsorted(chances, draw, side="right"))
 
     def make_room(self, stalled: list[str], num_tokens: int) -> None:
-        """Take the memory of the request that was admitted last, or feed the only one fewer tokens at a time."""
+        """Preempt the request that was admitted last. If there is only one, feed it fewer tokens at a time."""
         if len(self.running) > 1:
             request = self.running.pop()
             self.cache.preempt([request.seq_id], to="host")
@@ -217,7 +220,7 @@ class Engine:
         (request,) = self.running
         if num_tokens > 1:
             self.step_tokens = num_tokens // 2
-        elif request.reuses:  # the beginning that it shares may be scattered over blocks whose rest it cannot use
+        elif request.reuses:  # its cached prefix may be scattered over blocks whose other granules it cannot use
             self.cache.close([request.seq_id])
             (request.seq_id,), request.num_held = self.cache.open([[]])[0].tolist(), 0
             request.reuses = False

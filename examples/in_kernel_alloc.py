@@ -1,7 +1,7 @@
 """Kernels of your own take blocks from the pool of a live cache, while they run: `python -m examples.in_kernel_alloc`.
 
 The cache holds sequences and goes on decoding. Between its steps a CuPy kernel drafts: each CTA takes a granule for a
-beam, writes keys where the cache's own lie, and keeps the beam or gives it up by a lease; nobody asks the host. A Numba
+beam, writes keys beside the cache's own, and keeps the beam or gives it up by a lease; nobody asks the host. A Numba
 kernel gives the kept ones back. What the sequences hold is the same before and after.
 """
 
@@ -83,7 +83,7 @@ def main() -> int:
         return 1
     import cupy
 
-    pool = cache.allocator  # a DevicePool: its state lies on the GPU
+    pool = cache.allocator  # a DevicePool: its state is on the GPU
     seq_ids, _ = cache.open([[]] * 8)
     random = np.random.default_rng(0).standard_normal((60, 8, NUM_HEADS, HEAD_DIM)).astype(np.float16)
     for keys in cupy.asarray(random[:50]):

@@ -1,4 +1,4 @@
-"""A Llama-like model that reads and writes a kvtoolkit cache: the forward pass an engine of your own would have.
+"""A Llama-like model that reads and writes a kvtoolkit cache: a forward pass for an engine of your own.
 
 The weights and small modules come from a transformers model; attention is a `kvtoolkit.Step`. Tokens of all sequences
 are packed into one row of tokens, so a step may mix prompts, parts of prompts and single decoded tokens.
@@ -23,7 +23,7 @@ class PackedLlama:
         self.dtype = str(model.dtype).removeprefix("torch.")
 
     def cache_config(self, path: str | None = None, **options) -> CacheConfig:
-        """A cache that fits this model and lies beside it, as the TOML file at ``path`` and ``options`` want it."""
+        """Configure a cache for this model, on the model's device, from the TOML file at ``path`` and ``options``."""
         fitting = {
             "num_layers": self.config.num_hidden_layers,
             "num_kv_heads": self.config.num_key_value_heads,
@@ -66,6 +66,6 @@ class PackedLlama:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding of ``x`` ``[num_tokens, heads, head_dim]``; the halves of a head are the pairs."""
+    """Apply rotary position embedding to ``x`` ``[num_tokens, heads, head_dim]``. A pair has one dim of each half."""
     low, high = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-high, low), dim=-1) * sin

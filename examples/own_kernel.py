@@ -1,7 +1,7 @@
 """A kernel of your own reads a live cache through its block table: `python -m examples.own_kernel`.
 
 It computes the mean key of every sequence and head, as one would to rank sequences or blocks. All it needs of kvtoolkit
-is one header without dependencies, the tables of a step on the device, and the keys of a layer where they lie.
+is one header without dependencies, the tables of a step on the device, and the keys of a layer in place.
 """
 
 import sys

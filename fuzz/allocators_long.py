@@ -1,4 +1,4 @@
-"""Fuzz every allocator by turns: ``python fuzz/allocators_long.py [minutes of each] [seed]``. Prints its seed."""
+"""Fuzz every allocator in turn: ``python fuzz/allocators_long.py [minutes of each] [seed]``. Prints its seed."""
 
 import sys
 import time

@@ -1,4 +1,4 @@
-"""Drive whole caches by turns: ``python -m fuzz.cache_long [minutes] [seed]``. Prints its seed."""
+"""Fuzz whole caches in turn: ``python -m fuzz.cache_long [minutes] [seed]``. Prints its seed."""
 
 import sys
 import time

@@ -1,7 +1,8 @@
 """Damage the disk cache of compiled code, then use it: ``python -m fuzz.disk_caches [rounds] [seed]``.
 
-Every child process must end well with right results, whatever it finds on disk; it must run nothing that others could
-have put there, and leave no temporary file. The next one must find all entries whole again where there is a place.
+Whatever a child process finds on disk, it must end with status 0 and correct results, run nothing that others could
+have put there, and leave no temporary file. If there is a usable place, the next process must find all entries
+undamaged.
 """
 
 import os
@@ -31,12 +32,12 @@ print(sum(_pop.stats.cache_hits.values()), sum(_pop.stats.cache_misses.values())
 """
 NOBODY = "import pwd\ndef nobody(*_): raise KeyError('getpwuid(): uid not found')\npwd.getpwuid = nobody\n"
 FULL = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-"""No file can grow above 1000 bytes: writing fails as on a full disk, whoever runs this."""
+"""Limits files to 1000 bytes, so that writing fails as on a full disk, for any user."""
 
 
 @dataclass
 class Outcome:
-    """What became of the caches."""
+    """What happened to the caches."""
 
     tried: int = 0
     problems: list[str] = field(default_factory=list)
@@ -47,7 +48,7 @@ class Outcome:
 
 
 class Marker:
-    """Makes a file when it is unpickled, as an entry that somebody else has planted might."""
+    """Makes a file when it is unpickled, like an entry that somebody else has planted."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -57,7 +58,7 @@ class Marker:
 
 
 def run(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A child process; a variable that is empty is not set."""
+    """Run a child process; empty environment variables are removed."""
     merged = {**os.environ, "PYTHONPATH": str(ROOT), "KVTOOLKIT_QUIET": "1", **environment}
     return subprocess.run(
         [sys.executable, "-c", program], env={name: value for name, value in merged.items() if value},
@@ -96,7 +97,7 @@ DAMAGES: dict[str, Callable[[bytes, random.Random], bytes]] = {
 
 
 def damage_all(folder: Path, draw: random.Random) -> list[str]:
-    """Damage every entry of a folder; says how."""
+    """Damage every entry of a folder; returns how."""
     done = []
     for path in sorted(folder.iterdir()):
         name = draw.choice(sorted(DAMAGES))
@@ -157,11 +158,11 @@ PLACES: dict[str, tuple[str, Callable[[Path], dict[str, str]]]] = {
     "no home and no user": (NOBODY, _no_home),
     "a home that is no absolute path": ("", _relative_home),
 }
-"""What is put before the program, and what is done to a cache; each must end with no place at all."""
+"""What is put before the program, and what is done to a cache. In each case there must be no place for a cache."""
 
 
 def use_bad_place(cache: Path, name: str) -> Outcome:
-    """Use a place that is none, with an entry that would leave a mark if it were read."""
+    """Use a place that must be refused, with an entry that would leave a mark if it were read."""
     outcome, marker = Outcome(tried=1), cache.parent / f"{cache.name}.marker"
     before, prepare = PLACES[name]
     folder = cache / "numba"
@@ -181,7 +182,7 @@ def use_bad_place(cache: Path, name: str) -> Outcome:
 
 
 def plant(folder: Path, marker: Path) -> None:
-    """Make every entry whole, and such that it leaves a mark when it is read."""
+    """Replace every entry by a valid one that leaves a mark when it is read."""
     from allocators._disk import write_entry
 
     for path in folder.iterdir():

@@ -8,7 +8,7 @@ from kvtoolkit.cache.kv_cache import KVCache
 from kvtoolkit.cache.lease import Lease
 from kvtoolkit.cache.stats import CacheStats
 from kvtoolkit.cache.step import Step
-from kvtoolkit.commands.compile import warmup
+from kvtoolkit.cache.warmup import warmup
 from kvtoolkit.config import eviction, growth
 from kvtoolkit.config.cache import CacheConfig
 from kvtoolkit.cuda.pool import DevicePool, lockfree
@@ -63,7 +63,7 @@ __all__ = [
     "warmup",
 ]
 
-register("lockfree", lockfree)
+register("lockfree", lockfree, replace=True)  # makes pools on a GPU, too
 
 for _call in (append, merge_states, paged_attention, tiered_attention, variable_block_attention, warmup):
     untraced(_call)

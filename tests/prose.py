@@ -25,7 +25,7 @@ PHRASES = {
     r"\bfor ever\b": "forever, or until when",
     r"\blikewise\b": "say it, or refer to where it is said",
     r"\blies?\b|\blying\b": "is, or where it is",
-    r"\bstands?\b(?! for| beside| alone)": "is",
+    r"\bstands?\b(?! for| beside| alone|-in)": "is",
     r"\bwhat [\w ]{1,40} is so\b": "name the thing",
     r"\bmay be had\b": "say who can get it, and how",
 }

@@ -88,7 +88,7 @@ SCARCE = [
 
 
 def run_in_a_quarter(model, options):
-    """As `run`, in a quarter of the memory that eight requests need."""
+    """Run in a quarter of the memory that eight requests need."""
     needed = sum(sorted(len(r.prompt) + r.max_new_tokens for r in requests())[-8:])
     outputs, engine = run(model, num_tokens=needed // 4, **options)
     stats = engine.cache.stats()
@@ -279,7 +279,7 @@ def test_the_demo_knows_the_capital_of_france(backend, capsys):
 
 
 def test_the_demo_writes_more_where_tiers_are_to_be_seen():
-    assert generate.parse([]).max_new_tokens == 64
+    assert generate.parse([]).max_new_tokens == 128
     assert generate.parse(["--tiers"]).max_new_tokens == 192
     assert generate.parse(["--tiers", "--max-new-tokens", "3"]).max_new_tokens == 3
 
@@ -292,5 +292,5 @@ def test_the_demo_shows_tokens_in_every_tier(capsys):
     assert generate.main(["--tiers", "Explain in two sentences why the sky is blue.", "Write a long story."]) == 0
     out = capsys.readouterr().out
     assert "Rayleigh" in out
-    held = re.search(r"tiers +([\d.]+) hot, ([\d.]+) warm, ([\d.]+) cold tokens, mean per step", out)
+    held = re.search(r"tiers +([\d.]+) hot, ([\d.]+) warm, ([\d.]+) cold tokens, mean over steps", out)
     assert all(float(tokens) > 0 for tokens in held.groups())

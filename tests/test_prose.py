@@ -10,7 +10,7 @@ def found(name, source):
 
 
 def test_python_comments_and_docstrings_are_read_and_code_is_not():
-    source = '"""Of rows.\n\nThese lie alike.\n"""\nalike = "alike"  # alike\n'
+    source = '"""Of rows.\n\nThese are alike.\n"""\nalike = "alike"  # alike\n'
     assert found("a.py", source) == ["1", "3", "5"]
 
 

@@ -1,4 +1,4 @@
-"""The Python of the README: all of it parses and imports what exists, and what stands alone runs."""
+"""The Python of the README and of the pages in docs: the blocks of a page run, one after the other."""
 
 import ast
 import re
@@ -8,38 +8,68 @@ import pytest
 
 from kvtoolkit import eviction, growth
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-STAND_ALONE = {
-    "the loop": "prompts = [[1, 2, 3",
-    "tiers": "tiers = {",
-    "blocks of one's own": "warm = INT8.encode",
-    "policies": 'eviction.register("shallow"',
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK = re.compile(r"(?:<!-- needs: ([\w, ]+) -->\n)?^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+PAGES = {
+    str(path.relative_to(ROOT)): [(set(re.findall(r"\w+", needs or "")), code) for needs, code in found]
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+    if (found := BLOCK.findall(path.read_text()))
 }
+ON_GPU = [name for name, blocks in PAGES.items() if any("gpu" in needs for needs, _ in blocks)]
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_every_block_parses_and_imports_what_exists(block):
-    for node in ast.parse(block).body:
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            needed = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
-            pytest.importorskip(str(needed).split(".")[0])
-            try:
-                exec(ast.unparse(node), {})
-            except ModuleNotFoundError as error:
-                if str(error.name).split(".")[0] == "kvtoolkit":
-                    raise
-                pytest.skip(f"{error.name} is not installed")
-
-
-@pytest.mark.parametrize("what", STAND_ALONE)
-def test_what_stands_alone_runs(what, capsys, monkeypatch):
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """Registries that forget what a page registers, and a folder for the files that it writes."""
     for registry in (eviction, growth):
         monkeypatch.setattr(registry, "_POLICIES", dict(registry._POLICIES))
-    (block,) = (block for block in BLOCKS if STAND_ALONE[what] in block)
-    sizes = "num_layers=1, num_kv_heads=1, head_dim=64, num_tokens=4096"
-    names = {}
-    exec("from kvtoolkit import CacheConfig", names)
-    exec(block.replace("CacheConfig(...", f"CacheConfig({sizes}"), names)
-    if what == "the loop":
-        assert "num_seqs=0" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+
+
+def run(page, allowed):
+    """Run the blocks of a page whose needs are allowed, line numbers as in the page; returns how many ran."""
+    text, names, count = (ROOT / page).read_text(), {"__name__": "page"}, 0
+    for needs, code in PAGES[page]:
+        if needs <= allowed:
+            for need in needs - {"gpu"}:
+                pytest.importorskip(need)
+            line = text[: text.index(code)].count("\n")
+            exec(compile("\n" * line + code, page, "exec"), names)
+            count += 1
+    return count
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_blocks_of_a_page_run(page, fresh):
+    everywhere = [needs for needs, _ in PAGES[page] if "gpu" not in needs]
+    if not everywhere:
+        pytest.skip("all blocks need a GPU")
+    assert run(page, {"torch", "transformers", "hypothesis"}) == len(everywhere)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page", ON_GPU)
+def test_the_blocks_of_a_page_run_on_a_gpu(page, fresh):
+    assert run(page, {"torch", "transformers", "hypothesis", "gpu"}) == len(PAGES[page])
+
+
+@pytest.mark.parametrize("page", ON_GPU)
+def test_blocks_for_a_gpu_parse_and_import_what_exists(page):
+    for _, code in PAGES[page]:
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                needed = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+                pytest.importorskip(str(needed).split(".")[0])
+                try:
+                    exec(ast.unparse(node), {})
+                except ModuleNotFoundError as error:
+                    if str(error.name).split(".")[0] == "kvtoolkit":
+                        raise
+                    pytest.skip(f"{error.name} is not installed")
+
+
+def test_no_block_is_left_out():
+    """A fence in another form would be shown, and never run."""
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
+        fences = len(re.findall(r"^\s*```\s*\{?\s*\.?py", page.read_text(), re.MULTILINE))
+        assert fences == len(PAGES.get(str(page.relative_to(ROOT)), [])), page

@@ -5,7 +5,7 @@ with a short script of calls that breaks a promise; `run_threads` does the same 
 What is deterministic is asked of the allocators of this project, of others if they say so.
 The promises by name, as in `ConformanceFailure.invariant`:
 
-    inside the pool, aligned, disjoint     where a block may lie
+    inside the pool, aligned, disjoint     where a block may be
     conserved                              free + handed out + pinned == num_granules, and stats() says so
     exact counts, partial                  as many blocks as asked for; a partial call stops at what does not fit
     exact exhaustion                       a refused batch does not fit one by one, largest first, either

@@ -51,7 +51,7 @@ def run_conformance(
     """Try to break an allocator.
 
     Args:
-        make: makes a fresh pool; every call another object, and all of them alike.
+        make: makes a fresh pool. Every call must return a new object of the same kind.
         max_examples: sequences of calls to try.
         num_steps: calls in a sequence, at most.
         seed: of the sequences; None for the same ones every time.

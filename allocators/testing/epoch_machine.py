@@ -272,7 +272,7 @@ class EpochMachine(AllocatorMachine):
 
     @rule(shuffle=SHUFFLE, one_call=st.booleans())
     def recover(self, shuffle: int, one_call: bool) -> None:
-        """As before, after every future and every epoch has ended."""
+        """Everything is freed, after every future and every epoch has ended."""
         for future in [future for future in self.futures if future.parent is None]:
             self.abort_future(future)
         self.complete_epoch(self.epoch)

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
+from allocators._fuzz_arguments import add_arguments
 from allocators.epochs import EpochPool
 from allocators.errors import AllocatorError, UnknownAllocatorError
 from allocators.protocol import BlockAllocator
@@ -101,23 +102,6 @@ def replay_command(spec: str, seed: int, num_granules: int | None, options: Mapp
     for key, value in options.items():
         words += ["--option", f"{key}={value}"]
     return shlex.join([*words, "--first-round", str(first_round)])
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``kvtoolkit fuzz``, for `main`."""
-    parser.add_argument("--allocator", required=True, help="a name, or package.module:Class")
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        default=60.0,
-        help="begin no new round after that (default %(default)s); a short round of each kind always comes first",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of everything drawn (default %(default)s)")
-    parser.add_argument("--num-granules", type=int, help="size of the pool (default: several in turn)")
-    parser.add_argument(
-        "--option", action="append", default=[], metavar="KEY=VALUE", help="an option of the allocator; repeatable"
-    )
-    parser.add_argument("--first-round", type=int, default=0, help="begin at this round (default %(default)s)")
 
 
 def main(args: argparse.Namespace, more: Mapping[str, Round] | None = None) -> int:

@@ -19,7 +19,7 @@ from allocators.testing.recording import recorded_invariant as invariant
 from allocators.testing.recording import recorded_rule as rule
 
 Make = Callable[[], BlockAllocator]
-"""Makes a fresh pool; every call another object, and all of them alike."""
+"""Makes a fresh pool. Every call must return a new object of the same kind."""
 
 PICKS = st.lists(st.integers(0, 99), max_size=10)
 SOME_PICKS = st.lists(st.integers(0, 99), min_size=1, max_size=10)

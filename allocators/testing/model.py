@@ -93,7 +93,7 @@ class PoolModel:
                 self._check_canary(granule, self.leased.pop(granule))
 
     def pieces(self) -> list[Run]:
-        """What is still live of each block, as runs that lie in one block, by address."""
+        """What is still live of each block, as runs inside one block, by address."""
         return _runs(self.live, split_blocks=True)
 
     def live_runs(self) -> list[Run]:

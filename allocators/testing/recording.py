@@ -116,12 +116,12 @@ def brief(outcome: Any) -> str:
 
 
 def recorded_rule(**strategies: Any) -> Callable[[Callable[..., None]], Any]:
-    """As Hypothesis' ``rule``, for a machine with a ``recorder``."""
+    """Hypothesis' ``rule`` for a machine with a ``recorder``."""
     return lambda function: rule(**strategies)(_recorded(function))  # type: ignore[no-untyped-call]
 
 
 def recorded_invariant() -> Callable[[Callable[..., None]], Any]:
-    """As Hypothesis' ``invariant``, likewise."""
+    """Hypothesis' ``invariant`` for a machine with a ``recorder``."""
     return lambda function: invariant()(_recorded(function))
 
 

@@ -46,7 +46,7 @@ def run_threads(
     """Try to break an allocator from several threads.
 
     Args:
-        make: makes a fresh pool; every call another object, and all of them alike.
+        make: makes a fresh pool. Every call must return a new object of the same kind.
         num_threads: threads of the tight loops; drawn programs have 2 to 4.
         max_examples: programs to draw.
         num_ops: calls of each thread in a tight loop.

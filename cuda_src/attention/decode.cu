@@ -17,9 +17,9 @@
 // Source:   online softmax, Milakov & Gimelshein 2018 (arXiv:1805.02867), alg. 3; split-KV, Dao et al. 2023
 //           (Flash-Decoding).
 //
-// Tokens are the 16 rows of an MMA and query rows its 8 columns (S^T = K Q^T, O^T = V^T P^T), so a group of up to 8 heads
-// takes one MMA. A warp owns every KVT_WARPS-th step of 16 tokens, and has a FIFO of its own in shared memory, so the loop
-// needs no CTA barrier. The FIFO continues from one sequence of the CTA's range to the next.
+// Tokens are the 16 rows of an MMA and query rows its 8 columns (S^T = K Q^T, O^T = V^T P^T), so a group of up to 8
+// heads takes one MMA. A warp owns every KVT_WARPS-th step of 16 tokens, and has a FIFO of its own in shared memory, so
+// the loop needs no CTA barrier. The FIFO continues from one sequence of the CTA's range to the next.
 #define KVT_TIERED 0
 #include <kvt/attention/decode/masses.cuh>
 #include <kvt/attention/locate.cuh>
@@ -29,14 +29,14 @@
 
 namespace kvt {
 
-constexpr int kChunks = kHeadDim / 8;                    // of 16 bytes, in a token's row
-constexpr int kPitch = (kChunks + 7) / 8 * 8;            // chunks from row to row; the XOR in copy_step stays inside 8
-constexpr int kHalfStage = kStep * kPitch * 16;          // bytes of K; V has as many
+constexpr int kChunks = kHeadDim / 8;            // of 16 bytes, in a token's row
+constexpr int kPitch = (kChunks + 7) / 8 * 8;    // chunks from row to row; the XOR in copy_step stays inside 8
+constexpr int kHalfStage = kStep * kPitch * 16;  // bytes of K; V has as many
 constexpr int kStageBytes = 2 * kHalfStage;
 constexpr int kFifoBytes = kWarps * kStages * kStageBytes;
 using Locator = StepBlocks<kStride>;
-// The warps' states of a piece follow the FIFOs. In a cluster each takes the place of the warp's FIFO, which is no longer
-// needed by then.
+// The warps' states of a piece follow the FIFOs. In a cluster each takes the place of the warp's FIFO, which is no
+// longer needed by then.
 using Stored = WarpStates<kCluster == 1 ? kFifoBytes : 0, kCluster == 1 ? kStateFloats : kStages * kStageBytes / 4>;
 
 // The work of a sequence that CTAs share: steps of 16 tokens.
@@ -155,8 +155,8 @@ class StepReader {
   Queries queries;  // of the sequence of the last look-up, if there are registers for them
 
   // `locate` has been started at `step`; -1 = not started.
-  __device__ __forceinline__ StepReader(
-      const AttentionParams& p, const Schedule& schedule, const Piece& piece, const Locator& locate, int step)
+  __device__ __forceinline__
+  StepReader(const AttentionParams& p, const Schedule& schedule, const Piece& piece, const Locator& locate, int step)
       : schedule_(schedule), locate_(locate), piece_(piece), step_(first_of_warp(piece.begin)) {
     if (step_ != step && step_ < piece_.end) {
       locate_ = Locator(p, piece.block.sequence);
@@ -197,9 +197,10 @@ class StepReader {
 
 #if KVT_CLUSTER > 1
 
-// What a CTA of a cluster receives: each CTA owns a part of the output, and the others send it their states of that part.
+// What a CTA of a cluster receives: each CTA owns a part of the output, and the others send it their states of that
+// part.
 struct Inbox {
-  static constexpr int kTasks = kRows * kHeadDim / 4;                      // of 4 dims
+  static constexpr int kTasks = kRows * kHeadDim / 4;  // of 4 dims
   static constexpr int kOwned = (kTasks + kCluster - 1) / kCluster;
   float4 o[kCluster][kOwned];
   float2 sums[kCluster][kOwned];  // m, l
@@ -292,8 +293,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, KVT_PER_SM) KVT_CLUSTER_D
     ptx::commit_copies();
     ahead = reader.next(p, p.wait_first);
   }
-  // All earlier kernels have finished, so everything may be read. Release the dependent launch only now: the next kernel
-  // may then rely on every write made before this kernel.
+  // All earlier kernels have finished, so everything may be read. Release the dependent launch only now: the next
+  // kernel may then rely on every write made before this kernel.
   ptx::wait_for_dependencies();
   ptx::launch_dependents();
   if (!p.wait_first) queries.load(p, piece.block, kv_head);

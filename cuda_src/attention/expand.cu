@@ -1,15 +1,15 @@
-// Expand: the entries of a block table as a list of granules, once a step, for all layers.
+// Expand: turn the entries of a block table into a list of granules, on the device, once a step for all layers.
 //
 //   block_table   [batch, max_entries] int32 entries, -1 = empty;   block_starts  [batch, max_entries] int32, granules
 //   seq_lens      [batch] int32;                                    granules      [batch, width] int32
 //
-// Launch:   a thread an entry, CTA 256, grid = (batch, CTAs of a row). Any architecture.
+// Launch:   one thread per entry, CTA 256, grid = (batch, CTAs of a row). Any architecture.
 #include <kvt/entry.cuh>
 #include <kvt/ptx/cluster.cuh>
 
 namespace kvt {
 
-// Filled in by kvtoolkit/cuda/expand.py, in this order.
+// Packed by kvtoolkit/cuda/expand.py, field by field in this order.
 struct ExpandParams {
   const int* block_table;
   const int* block_starts;
@@ -25,7 +25,7 @@ extern "C" __global__ void __launch_bounds__(256) kvt_expand(const __grid_consta
   const int row = blockIdx.x;
   const int e = blockIdx.y * 256 + threadIdx.x;
   const int used = min(p.width, (p.seq_lens[row] + kGranule - 1) / kGranule);
-  if (e >= p.max_entries || e >= used) return;  // an entry holds at least a granule: no more entries than granules
+  if (e >= p.max_entries || e >= used) return;  // an entry has at least one granule
   const Entry entry{p.block_table[row * p.table_row + e]};
   const int start = p.block_starts[row * p.starts_row + e];
   if (entry.empty() || start < 0) return;

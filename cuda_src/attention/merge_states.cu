@@ -3,7 +3,8 @@
 //   out_a, out_b   [num_tokens, num_q_heads, head_dim] scalar_t or float32, by strides;   out contiguous
 //   lse_a, lse_b   [num_tokens, num_q_heads] float32, natural log, contiguous, -inf = no keys;   lse the same
 //
-// Launch:   a thread per pair of dims, CTA 256. Macro: KVT_DTYPE 0 = float32, 1 = float16, 2 = bfloat16. sm_80 and later.
+// Launch:   one thread per pair of dims, CTA 256. sm_80 and later.
+//           Macro: KVT_DTYPE 0 = float32, 1 = float16, 2 = bfloat16.
 // Numerics: float32; the output of an empty side is not read; two empty sides give out = 0, lse = -inf.
 // Source:   Ye et al. 2025 (FlashInfer, arXiv:2501.01005), composition of attention states.
 #define KVT_BF16 (KVT_DTYPE == 2)

@@ -1,22 +1,23 @@
-// Plan: cut the batch into ranges, once a step, on the device, for all layers.
+// Plan: cut the batch into ranges of about equal cost, on the device, once a step for all layers.
 //
 //   seq_lens     [batch] int32;   cu_seqlens_q  [batch + 1] int32 or null = one query each
 //   ranges       [num_ranges + 1] (sequence, steps of it that belong to the range before, its length, 0)
 //   sequences    [batch] (first range, number of ranges) that hold a part of each sequence
 //
-// The steps of all sequences stand in one row, each sequence with an overhead in front of its steps: what it costs to
-// begin and to end it. A range ends where its share of the cost is reached, but leaves no less than min_steps of a
-// sequence on either side. Where there is too little for all ranges, the last ones are empty; and so they are where
-// fewer ranges, num_even, are known to cut sequences of equal lengths evenly or not at all, unless the ranges are so long
-// that an idle SM would cost more than the cuts.
+// All sequences are laid out in one row of steps. In front of each sequence is an overhead: what it costs to begin and
+// to end it. A range ends when its share of the total cost is reached, but a cut leaves at least min_steps of a
+// sequence on either side. If there is not enough work for all ranges, the last ones are empty. The same happens if
+// num_even, a smaller number of ranges, cuts sequences of equal lengths evenly or not at all, unless the ranges are so
+// long that an idle SM would cost more than the cuts.
 //
-// SMs are not equally fast, and costs are estimates. Where an SM holds several CTAs, the last eighth of the cost is cut
-// into as many ranges again, the late ones: their CTAs begin wherever one has ended, while its neighbours keep the memory
-// busy. Where sequences of equal lengths are better not cut, this is done for ragged batches only.
+// SMs are not equally fast, and costs are only estimates. If an SM holds several CTAs, the last eighth of the cost is
+// therefore cut into as many ranges again, the late ones. Their CTAs begin wherever an earlier one has ended, while its
+// neighbours keep the memory busy. For the tiered kernel, where cuts of equal sequences are worth avoiding, this is
+// done for ragged batches only.
 //
-// Launch:   CTA 1024, grid = CTAs that share the sequences; each works out all ranges for itself; dynamic shared
-//           memory 4 * batch. sm_80 and later.
-// Source:   equal ranges with an overhead, as in FlashMLA's scheduler (deepseek-ai), here without a serial loop.
+// Launch:   CTA 1024, grid = CTAs that share the sequences, each of which computes all ranges; dynamic shared memory
+//           4 * batch. sm_80 and later.
+// Source:   equal ranges with an overhead, as in FlashMLA's scheduler (deepseek-ai), but without a serial loop.
 #include <kvt/attention/keys.cuh>
 #include <kvt/ptx/cluster.cuh>
 
@@ -25,7 +26,7 @@ namespace kvt {
 constexpr int kThreads = 1024;
 constexpr int kMaxRanges = 1024;
 
-// Filled in by kvtoolkit/cuda/plan.py, in this order.
+// Packed by kvtoolkit/cuda/plan.py, field by field in this order.
 struct PlanParams {
   const int* seq_lens;
   const int* cu_seqlens_q;
@@ -33,11 +34,11 @@ struct PlanParams {
   int2* sequences;
   int batch, num_ranges;
   int num_late;             // of the ranges
-  int num_even, long_cost;  // ranges; the cost of a range from which on it is long
+  int num_even, long_cost;  // ranges; the cost from which a range counts as long
   int left, right;
   int overhead, min_steps;  // steps
   int min_cost, min_late;   // of a range, of a late one
-  int ragged_percent;       // of the mean cost: steps of the longest sequence above which late ranges are wanted
+  int ragged_percent;       // a batch is ragged if its longest sequence has more steps than this share of the mean cost
   int has_prefill;          // 1: sequences with more than kMaxDecodeQueries queries cost nothing here
 };
 
@@ -48,7 +49,7 @@ __device__ __forceinline__ int num_steps(const PlanParams& p, int sequence) {
   return steps.end - steps.begin;
 }
 
-// Where the place `key` comes in an ascending list: how many of `count` are not above it.
+// How many of `count` places in ascending order are not above `key`.
 __device__ __forceinline__ int count_up_to(const int2* places, int count, int2 key) {
   int low = 0;
   int high = count;
@@ -65,7 +66,7 @@ __device__ __forceinline__ int count_up_to(const int2* places, int count, int2 k
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads) kvt_plan(const __grid_constant__ PlanParams p) {
-  extern __shared__ int ends[];  // [batch] cost of the sequences up to each, it included
+  extern __shared__ int ends[];  // [batch] cost of all sequences up to and including each
   __shared__ int2 ranges[kMaxRanges + 1];
   __shared__ int warp_sums[32];
   __shared__ int warp_longest[32];
@@ -83,7 +84,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) kvt_plan(const __grid_con
     longest = max(longest, steps);
     ends[b] = sum;
   }
-  // the sums of the threads before: within the warp, then of the warps before
+  // prefix sums over threads: first within the warp, then over warps
   const int lane = lane_id();
   const int inclusive = sum_up_to_lane(sum);
   longest = __reduce_max_sync(kAllLanes, longest);
@@ -104,7 +105,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) kvt_plan(const __grid_con
   const int num_early = p.num_ranges - p.num_late;
   const int eighth = total >> 3;
   const bool is_ragged = 100LL * longest * p.batch > static_cast<long long>(p.ragged_percent) * total;
-  // cost of the late ranges
+  // the cost that the late ranges share
   const int late = p.num_late > 0 && is_ragged && eighth / p.num_late >= p.min_late ? eighth : 0;
   const int most = total / num_early >= p.long_cost ? num_early : p.num_even;
   const int used = late > 0 ? num_early : max(1, min(most, total / p.min_cost));
@@ -115,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) kvt_plan(const __grid_con
                                 : total - late + static_cast<long long>(late) * (i - used) / p.num_late;
       int low = 0;
       int high = p.batch - 1;
-      while (low < high) {  // the first sequence that ends above the cost
+      while (low < high) {  // find the first sequence that ends above the cost
         const int middle = (low + high) >> 1;
         if (ends[middle] > cost) {
           high = middle;
@@ -124,7 +125,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) kvt_plan(const __grid_con
         }
       }
       const int start = low > 0 ? ends[low - 1] : 0;
-      const int steps = ends[low] - start - p.overhead;  // not above 0: nothing to cut
+      const int steps = ends[low] - start - p.overhead;  // 0 or less: nothing to cut
       const int inside = cost - start - p.overhead;
       if (inside < p.min_steps) {
         place = {low, 0};
@@ -139,7 +140,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) kvt_plan(const __grid_con
   }
   __syncthreads();
   for (int b = blockIdx.x * kThreads + threadIdx.x; b < p.batch; b += gridDim.x * kThreads) {
-    const int begins = count_up_to(ranges, p.num_ranges + 1, {b, 0});         // ranges that begin up to its first step
+    // ranges that begin at or before the sequence's first step, then those that begin inside it
+    const int begins = count_up_to(ranges, p.num_ranges + 1, {b, 0});
     const int inside = count_up_to(ranges, p.num_ranges + 1, {b, 0x7FFFFFFF}) - begins;
     p.sequences[b] = {begins - 1, inside + 1};
   }

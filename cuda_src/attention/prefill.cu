@@ -11,7 +11,7 @@
 //           Macros: KVT_HEAD_DIM, KVT_BF16.
 // Numerics: scores and running state in float32, weights in scalar_t.
 // Source:   Dao 2023 (FlashAttention-2, arXiv:2307.08691), sec. 3; block tables, Kwon et al. 2023 (arXiv:2309.06180).
-//           Unlike FlashAttention-2, a CTA takes the rows of a whole group of heads, so that K and V are read once for it.
+//           Unlike FlashAttention-2, a CTA takes the rows of a whole group of heads, so that it reads K and V once.
 #include <kvt/attention/locate.cuh>
 #include <kvt/attention/nonfinite.cuh>
 #include <kvt/attention/softmax.cuh>
@@ -24,9 +24,9 @@ namespace kvt {
 constexpr int kHeadDim = KVT_HEAD_DIM;
 constexpr int kRows = 64;
 constexpr int kThreads = 128;
-constexpr int kKeys = kHeadDim <= 128 ? 64 : 32;         // of a tile in shared memory
-constexpr int kChunks = kHeadDim / 8;                    // of 16 bytes, in a row
-constexpr int kPitch = (kChunks + 7) / 8 * 8;            // chunks from row to row; the XOR in chunk_address stays inside 8
+constexpr int kKeys = kHeadDim <= 128 ? 64 : 32;  // of a tile in shared memory
+constexpr int kChunks = kHeadDim / 8;             // of 16 bytes, in a row
+constexpr int kPitch = (kChunks + 7) / 8 * 8;     // chunks from row to row; chunk_address permutes groups of 8
 constexpr int kDimBlocks = kHeadDim / 16;
 static_assert(kHeadDim % 16 == 0, "an MMA covers 16 dims");
 
@@ -35,8 +35,8 @@ struct Layout {
   static constexpr int kQueries = 0;
   static constexpr int kKeysAt = kQueries + kRows * kPitch * 16;
   static constexpr int kTileBytes = kKeys * kPitch * 16;
-  static constexpr int kValuesAt = kKeysAt + 2 * kTileBytes;      // two tiles of each
-  static constexpr int kRowsAt = kValuesAt + 2 * kTileBytes;      // [2][kKeys] pointers to keys, then to values
+  static constexpr int kValuesAt = kKeysAt + 2 * kTileBytes;  // two tiles of each
+  static constexpr int kRowsAt = kValuesAt + 2 * kTileBytes;  // [2][kKeys] pointers to keys, then to values
   static constexpr int kBytes = kRowsAt + 2 * 2 * kKeys * 8;
 };
 
@@ -174,8 +174,9 @@ extern "C" __global__ void __launch_bounds__(kThreads) kvt_prefill(const __grid_
       if (__syncthreads_or(any != 0)) {
 #pragma unroll 1
         for (int key = 0; key < kKeys; ++key) {
-          const bool sees[2] = {is_visible(p, position[0], first + key, block.seq_len),
-                                is_visible(p, position[1], first + key, block.seq_len)};
+          const bool sees[2] = {
+              is_visible(p, position[0], first + key, block.seq_len),
+              is_visible(p, position[1], first + key, block.seq_len)};
 #pragma unroll
           for (int d = 0; d < 2 * kDimBlocks; ++d) {
             const unsigned pair = ptx::load_shared_4(chunk_address(value_tile, key, d) + (lane & 3) * 4);
@@ -195,9 +196,9 @@ extern "C" __global__ void __launch_bounds__(kThreads) kvt_prefill(const __grid_
 #pragma unroll
     for (int n = 0; n < kKeys / 16; ++n) {
       // the fragment of the weights is already that of an operand
-      const unsigned a[4] = {scalar_t::pack(s[2 * n][0], s[2 * n][1]), scalar_t::pack(s[2 * n][2], s[2 * n][3]),
-                             scalar_t::pack(s[2 * n + 1][0], s[2 * n + 1][1]),
-                             scalar_t::pack(s[2 * n + 1][2], s[2 * n + 1][3])};
+      const unsigned a[4] = {
+          scalar_t::pack(s[2 * n][0], s[2 * n][1]), scalar_t::pack(s[2 * n][2], s[2 * n][3]),
+          scalar_t::pack(s[2 * n + 1][0], s[2 * n + 1][1]), scalar_t::pack(s[2 * n + 1][2], s[2 * n + 1][3])};
 #pragma unroll
       for (int d = 0; d < kDimBlocks; ++d) {
         unsigned b[4];

@@ -1,12 +1,13 @@
-// Tiered decode: like decode.cu, for sequences whose tokens are in a 16-bit, an int8 and an int4 tier, with one softmax.
+// Tiered decode: like decode.cu, for sequences whose tokens are in a 16-bit, an int8 and an int4 tier, with one
+// softmax.
 //
 //   q, k_cache, v_cache, seq_lens, out, lse   as in decode.cu; the caches are the hot tier, [num_granules, ...]
 //   warm, cold     blocks of 64 tokens, see kvtoolkit/formats/quantized.py
 //   units          the units that each sequence's queries see, see kvt/attention/units.cuh and units.cu
 //
-// Launch:   as decode.cu without clusters; dynamic shared memory for the FIFOs of units, then the warps' states. head_dim
-//           64 or 128. sm_80 and later. One more macro: KVT_SPLIT_ROWS (1: no sequence has more than 4 query rows to a
-//           kv head).
+// Launch:   as decode.cu without clusters; dynamic shared memory for the FIFOs of units, then the warps' states.
+//           head_dim 64 or 128. sm_80 and later. One more macro: KVT_SPLIT_ROWS (1: no sequence has more than 4 query
+//           rows to a kv head).
 // Numerics: scores and running state in float32; the weights of the hot tier in scalar_t, those of codes in float16 for
 //           every model.
 // Source:   as decode.cu; codes as subnormal halves, and the zero point as a product with a constant, are our own.
@@ -50,8 +51,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, KVT_PER_SM) kvt_tiered(co
     ptx::commit_copies();
   }
   if (kStages == 1 && is_ahead) is_ahead = reader.next(p, ahead);
-  // All earlier kernels have finished, so everything may be read. Release the dependent launch only now: the next kernel
-  // may then rely on every write made before this kernel.
+  // All earlier kernels have finished, so everything may be read. Release the dependent launch only now: the next
+  // kernel may then rely on every write made before this kernel.
   ptx::wait_for_dependencies();
   ptx::launch_dependents();
 
@@ -68,8 +69,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, KVT_PER_SM) kvt_tiered(co
     TileMassWriter masses;
     if (kHasMasses) masses.locate(p, piece.block);
     const Columns columns = columns_of(p, piece.block, kv_head);
-    Walk walk{p, columns, visible_keys(p, piece.block), piece.block.seq_len,
-              p.cap_outer == 0.0f ? p.scale_log2 : 1.0f, 0, UnitLse()};
+    Walk walk{p, columns,  visible_keys(p, piece.block), piece.block.seq_len, p.cap_outer == 0.0f ? p.scale_log2 : 1.0f,
+              0, UnitLse()};
     TieredStates states;
 #pragma unroll 1
     for (int unit = first_of_warp(piece.begin); unit < piece.end; unit += kStride) {

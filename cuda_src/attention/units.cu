@@ -1,13 +1,14 @@
-// Units: what each sequence's queries see of its tiers, as a list of units, once a step, for all layers.
+// Units: list the units of each sequence that its queries see, on the device, once a step for all layers.
 //
-//   block_table   [batch, max_entries] int32 entries with tiers, -1 = empty;  block_starts [batch, max_entries] granules
+//   block_table   [batch, max_entries] int32 entries with tiers, -1 = empty
+//   block_starts  [batch, max_entries] int32, granules
 //   seq_lens      [batch] int32;   cu_seqlens_q  [batch + 1] int32 or null = one query each
 //   granules      [batch, width] int32, scratch: granule inside its tier | tier << 27
 //   units         [batch, max_units] in order of their positions, see kvt/attention/units.cuh;   num_units  [batch]
-//   tile_units    [batch, max_units / 4 + 1] the first unit of each tile that is seen, and of the one behind the last
-//   plan_lens     [batch] steps' worth of tokens, for kvt_plan: a unit costs what 16 hot tokens do
+//   tile_units    [batch, max_units / 4 + 1] the first unit of each tile that is seen, and of the tile after them
+//   plan_lens     [batch] for kvt_plan: how many hot tokens would cost as much; a unit costs as much as 16 of them
 //
-// Launch:   a CTA of 256 for each sequence. Any architecture.
+// Launch:   one CTA of 256 threads for each sequence. Any architecture.
 #include <kvt/attention/keys.cuh>
 #include <kvt/attention/units.cuh>
 #include <kvt/format/tiers.cuh>
@@ -17,7 +18,7 @@ namespace kvt {
 
 constexpr int kThreads = 256;
 
-// Filled in by kvtoolkit/cuda/units.py, in this order.
+// Packed by kvtoolkit/cuda/units.py, field by field in this order.
 struct UnitsParams {
   const int* block_table;
   const int* block_starts;
@@ -30,8 +31,8 @@ struct UnitsParams {
   int* tile_units;
   long long table_row, starts_row;
   int max_entries, width, max_units;
-  int left, right;             // keys seen before and after a query's position; -1 = all
-  int first_granules[3];       // of the hot, warm and cold tier
+  int left, right;        // keys seen before and after a query's position; -1 = all
+  int first_granules[3];  // the first granule number of the hot, warm and cold tier
 };
 
 extern "C" __global__ void __launch_bounds__(kThreads) kvt_units(const __grid_constant__ UnitsParams p) {
@@ -42,7 +43,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) kvt_units(const __grid_co
   const int seq_len = p.seq_lens[row];
   const int used = min(p.width, (seq_len + kGranule - 1) / kGranule);
   int* const granules = p.granules + static_cast<long long>(row) * p.width;
-  for (int e = threadIdx.x; e < min(p.max_entries, used); e += kThreads) {  // an entry holds at least a granule
+  for (int e = threadIdx.x; e < min(p.max_entries, used); e += kThreads) {  // an entry has at least one granule
     const Entry entry{p.block_table[row * p.table_row + e]};
     const int start = p.block_starts[row * p.starts_row + e];
     if (entry.empty() || start < 0 || start >= used) break;

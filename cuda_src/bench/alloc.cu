@@ -1,6 +1,6 @@
-// What `kvtoolkit bench alloc` times: warps that take single granules from a pool and give them back.
+// The kernels that `kvtoolkit bench alloc` times: warps take single granules from a pool and give them back.
 //
-// Launch:   CTA 256, a thread a granule. kvt_none is what the others are without the pool: registers and launch alone.
+// Launch:   CTA 256, one granule per thread. kvt_none is the baseline: it does what the others do without the pool.
 // KVT_SLAB is 0 or 1, the layout.
 #include <kvt/pool.cuh>
 
@@ -14,7 +14,7 @@ using BenchPool = Pool;
 
 struct AllocParams {
   Word* memory;
-  int* starts;       // [threads]
+  int* starts;         // [threads]
   long long* elapsed;  // ns
   int threads, rounds;
 };
@@ -52,11 +52,11 @@ extern "C" __global__ void __launch_bounds__(256) kvt_churn(const __grid_constan
 
 __device__ __forceinline__ long long nanoseconds() {
   long long time;
-  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(time) :: "memory");
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(time)::"memory");
   return time;
 }
 
-// One after another, each search beginning elsewhere.
+// Times allocations one after another, each of which begins its search elsewhere.
 extern "C" __global__ void __launch_bounds__(256) kvt_take_alone(const __grid_constant__ AllocParams p) {
   KVT_THREAD
   const BenchPool pool{p.memory};

@@ -1,11 +1,11 @@
-// Read-only streaming: how fast this GPU can read, for the share that other kernels reach of it.
+// Read-only streaming: measures how fast this GPU can read, so that other kernels can be compared with it.
 //
-// Launch:   CTA 512, 16 bytes a load, 8 loads under way in a thread. Any architecture.
+// Launch:   CTA 512, 16 bytes per load, 8 loads under way per thread. Any architecture.
 namespace kvt {
 
 struct ReadParams {
   const uint4* from;
-  unsigned* sum;  // so that no load can be left out
+  unsigned* sum;  // keeps the compiler from leaving loads out
   long long count;
 };
 

@@ -1,10 +1,12 @@
-// Append: each new token's key and value to its slot of the cache. Bytes, so one kernel serves every dtype.
+// Append: copy each new token's key and value to its slot of the cache. It copies bytes, so one kernel serves every
+// dtype.
 //
-//   key, value        [num_tokens, num_kv_heads, row_nbytes] by strides;     k_cache, v_cache  block, kv head, slot alike
+//   key, value        [num_tokens, num_kv_heads, row_nbytes] by strides
+//   k_cache, v_cache  block, kv head and slot by strides
 //   slot_mapping      [num_tokens] int64, block * block_size + i; -1 = skip
 //
-// Launch:   a thread per KVT_VECTOR bytes of a key and of its value, CTA 256. The vector divides the row and every
-//           address and stride. Any architecture.
+// Launch:   one thread per KVT_VECTOR bytes of a key and of its value, CTA 256. KVT_VECTOR divides the bytes of a row
+//           and every address and stride. Any architecture.
 #include <kvt/ptx/cluster.cuh>
 
 namespace kvt {
@@ -19,7 +21,7 @@ using vector_t = unsigned;
 using vector_t = unsigned short;
 #endif
 
-// Filled in by kvtoolkit/cuda/copy.py, in this order. Strides in bytes.
+// Packed by kvtoolkit/cuda/copy.py, field by field in this order. Strides count bytes.
 struct AppendParams {
   const char* key;
   const char* value;
@@ -33,7 +35,7 @@ struct AppendParams {
 
 extern "C" __global__ void __launch_bounds__(256) kvt_append(const __grid_constant__ AppendParams p) {
   ptx::wait_for_dependencies();
-  ptx::launch_dependents();  // after the wait: what the next kernel finds written by kernels before this one is complete
+  ptx::launch_dependents();  // after the wait, so that the next kernel may rely on every write made before this kernel
   const long long index = static_cast<long long>(blockIdx.x) * 256 + threadIdx.x;
   const unsigned vector = index % p.row_vectors;
   const long long row = index / p.row_vectors;

@@ -1,17 +1,27 @@
-// Check: every length, table entry and slot that a launch would read, on the device, before it is launched.
+// Check: look at every length, table entry and slot that a launch will read, on the device, before that launch.
 //
-// Launch:   one CTA of 256 threads; a thread takes every 256th row. Any architecture.
-// Result:   finding [3] int32: a code (0 = all is well; kvtoolkit/findings.py), the row or index, the value. The lowest row
-//           that is wrong wins, so that the message does not change from run to run.
+// Launch:   one CTA of 256 threads; each thread takes every 256th row. Any architecture.
+// Result:   finding [3] int32: a code (0 = nothing is wrong, see kvtoolkit/findings.py), the row or index, the value.
+//           The lowest row that is wrong is reported, so that the message does not change from run to run.
 #include <kvt/entry.cuh>
 
 namespace kvt {
 
 enum Finding : int {
-  kFine, kBadSeqLen, kBadCoverage, kBadBlock, kBadCuSeqlens, kBadStarts, kBadTier, kBadSlot, kNoTier, kBadUnit, kBadPlace
+  kFine,
+  kBadSeqLen,
+  kBadCoverage,
+  kBadBlock,
+  kBadCuSeqlens,
+  kBadStarts,
+  kBadTier,
+  kBadSlot,
+  kNoTier,
+  kBadUnit,
+  kBadPlace
 };
 
-// Filled in by kvtoolkit/cuda/check.py, in this order. Absent arrays are null.
+// Packed by kvtoolkit/cuda/check.py, field by field in this order. Absent arrays are null.
 struct CheckParams {
   int* finding;
   const int* block_table;
@@ -21,16 +31,16 @@ struct CheckParams {
   const long long* slot_mapping;
   long long table_row, starts_row, num_slots;
   int batch, num_tokens, block_size, num_blocks, max_entries;
-  int has_tiers;            // 1: entries may lie in the quantized tiers
-  int first_granules[3];    // of the hot, warm and cold tier
-  int quantized_blocks[2];  // of the warm and the cold tier; 0 = not there
+  int has_tiers;            // 1: entries may be in the quantized tiers
+  int first_granules[3];    // the first granule number of the hot, warm and cold tier
+  int quantized_blocks[2];  // blocks of the warm and the cold tier; 0 = there is no such tier
 };
 
 struct Found {
   int code, index, value;
 };
 
-// What is wrong with an entry where there are tiers.
+// The finding for an entry of a cache with tiers.
 __device__ int check_entry(const CheckParams& p, Entry entry, int start) {
   const int tier = static_cast<int>(entry.tier());
   if (tier > 2 || (tier > 0 && p.quantized_blocks[tier - 1] == 0)) return kNoTier;

@@ -1,13 +1,15 @@
-// Conversions: 64 tokens from one tier to another, all layers: demotion, and the way back where a sequence is truncated.
+// Conversions: copy 64 tokens from one tier to another, in all layers: for demotion, and back when a sequence is
+// truncated.
 //
 //   hot         [2 * num_layers, num_granules, num_kv_heads, 8, head_dim] by strides: keys, then values of each layer
 //   warm, cold  [num_layers, num_blocks, num_kv_heads, bytes of a block], see kvtoolkit/formats/quantized.py
-//   moves       up to kMaxMoves, in the parameters: 8 granules from, 8 granules to; -1 = not wanted. Granule numbers run
-//               through the tiers.
+//   moves       up to kMaxMoves, in the parameters: 8 source granules and 8 target granules; -1 = not wanted. The tiers
+//               share one range of granule numbers.
 //
 // Launch:   grid (moves, num_kv_heads, num_layers), CTA 256. Any architecture. Macros: KVT_HEAD_DIM, KVT_BF16.
-// Numerics: through float32, each operation rounded by itself: codes are those of kvtoolkit.formats, to the bit. A token
-//           that holds an infinity or NaN becomes NaN, as there; the host cannot know of it, and so keeps no tile back.
+// Numerics: in float32, with each operation rounded by itself, so that codes equal those of kvtoolkit.formats to the
+//           bit. A token that holds an infinity or NaN becomes NaN, as in kvtoolkit.formats. The host cannot see such
+//           tokens, so it cannot keep their tiles from being converted.
 #include <kvt/base/numbers.cuh>
 #include <kvt/base/scalar.cuh>
 #include <kvt/base/warp.cuh>
@@ -21,19 +23,19 @@ using Half = ptx::Half;
 constexpr int kHeadDim = KVT_HEAD_DIM;
 constexpr int kThreads = 256;
 constexpr int kMaxMoves = 48;
-constexpr int kPitch = kHeadDim + 1;     // floats; down a column in 32 banks
-constexpr float kLargest = 65504.0f;     // of a half
+constexpr int kPitch = kHeadDim + 1;  // floats; the tokens of one dim are in different banks
+constexpr float kLargest = 65504.0f;  // of a half
 constexpr float kSmallestNormal = 1.0f / (1 << 14);
 constexpr unsigned short kNaN = 0x7E00;  // as a half
 using Sizes = Bytes<kHeadDim>;
 
-// Filled in by kvtoolkit/cuda/copy.py, in this order.
+// Packed by kvtoolkit/cuda/copy.py, field by field in this order.
 struct ConvertParams {
   unsigned short* hot;
   unsigned char* warm;
   unsigned char* cold;
-  long long hot_array, hot_granule;      // elements
-  long long warm_layer, cold_layer;      // bytes
+  long long hot_array, hot_granule;  // elements
+  long long warm_layer, cold_layer;  // bytes
   int num_kv_heads;
   int first_granules[3];
   int sources[kMaxMoves * 8];
@@ -46,7 +48,7 @@ __device__ __forceinline__ unsigned short half_bits(float x) {
 
 __device__ __forceinline__ float half_value(unsigned short bits) { return Half::low(bits); }
 
-// A scale as it is stored: below the normal range rounded up, for rounded down it would clip.
+// A scale as it is stored. Below the normal range it is rounded up, because a scale that is rounded down would clip.
 __device__ __forceinline__ unsigned short scale_bits(float x) {
   const unsigned short nearest = half_bits(x);
   return x < kSmallestNormal && half_value(nearest) < x ? nearest + 1 : nearest;
@@ -56,22 +58,22 @@ __device__ __forceinline__ Tier tier_of(const ConvertParams& p, int granule) {
   return granule >= p.first_granules[2] ? Tier::kCold : granule >= p.first_granules[1] ? Tier::kWarm : Tier::kHot;
 }
 
-// 64 tokens of keys or of values in shared memory, with the scales that they come or go with.
+// 64 tokens of keys or of values in shared memory, with the scales that they are read or written with.
 struct Tile {
   float x[kBlock * kPitch];
-  float scale[kHeadDim > kBlock ? kHeadDim : kBlock];  // as a value is a multiple of it
-  float zero[kHeadDim > kBlock ? kHeadDim : kBlock];   // of int4; of its values, the point
+  float scale[kHeadDim > kBlock ? kHeadDim : kBlock];  // a value is a multiple of it
+  float zero[kHeadDim > kBlock ? kHeadDim : kBlock];   // of int4: the zero of keys, the zero point of values
   bool bad_key[kBlock], bad_value[kBlock];             // tokens that hold an infinity or NaN
 
   __device__ __forceinline__ float& at(int token, int dim) { return x[token * kPitch + dim]; }
 };
 
-// Where a code lies: its token and dim, from its number in the order of storage. See kvtoolkit/formats/quantized.py.
+// The token and dim of a code, from its number in the order of storage. See kvtoolkit/formats/quantized.py.
 struct CodePlace {
   int token, dim;
 };
 
-__device__ __forceinline__ CodePlace warm_place(bool is_value, int index) {  // inside a unit of 32 tokens
+__device__ __forceinline__ CodePlace warm_place(bool is_value, int index) {  // within a unit of 32 tokens
   const int byte = index & 15;
   const int lane = index >> 4 & 31;
   const int piece = index >> 9;
@@ -101,7 +103,7 @@ __device__ __forceinline__ CodePlace cold_place(bool is_value, int index) {
   return {32 * (piece / kPieces) + 8 * t + nibble, 32 * (piece % kPieces) + 8 * word + g};
 }
 
-// What a stored scale is times the scale.
+// The stored scale divided by the scale.
 __device__ __forceinline__ float warm_factor(bool is_value) { return is_value ? 4.0f : 1.0f; }
 __device__ __forceinline__ float cold_factor(bool is_value, int index) {
   return (is_value ? index & 1 : index >> 1 & 1) == 0 ? 4.0f : 0.25f;
@@ -115,8 +117,7 @@ __device__ __forceinline__ void read_warm(const unsigned char* block, bool is_va
   for (int i = threadIdx.x; i < kBlock * kHeadDim; i += kThreads) {
     const int unit = i / Sizes::kWarmCodes;
     const int index = i % Sizes::kWarmCodes;
-    const unsigned char* const codes =
-        block + unit * Sizes::kWarm + (is_value ? Sizes::kWarmCodes + 2 * kWarmUnit : 0);
+    const unsigned char* const codes = block + unit * Sizes::kWarm + (is_value ? Sizes::kWarmCodes + 2 * kWarmUnit : 0);
     const CodePlace place = warm_place(is_value, index);
     const float scale = half_value(halves(codes + Sizes::kWarmCodes)[place.token]) / warm_factor(is_value);
     tile.at(unit * kWarmUnit + place.token, place.dim) = __fmul_rn(scale, static_cast<float>(codes[index]) - 128.0f);
@@ -130,7 +131,7 @@ __device__ __forceinline__ const unsigned char* cold_part(const unsigned char* b
 __device__ __forceinline__ void read_cold(const unsigned char* block, bool is_value, Tile& tile) {
   const unsigned char* const codes = cold_part(block, is_value);
   const unsigned short* const scales = halves(codes + Sizes::kColdCodes);
-  const unsigned short* const zeros = scales + (is_value ? kBlock : kHeadDim);  // of values, points
+  const unsigned short* const zeros = scales + (is_value ? kBlock : kHeadDim);  // for values, zero points
   for (int i = threadIdx.x; i < kBlock * kHeadDim; i += kThreads) {
     const CodePlace place = cold_place(is_value, i);
     const int of = is_value ? place.token : place.dim;
@@ -138,24 +139,25 @@ __device__ __forceinline__ void read_cold(const unsigned char* block, bool is_va
     const float scale = half_value(scales[of]) / factor;
     const float zero = half_value(zeros[of]);
     const int code = codes[i >> 1] >> (i & 1) * 4 & 15;
-    tile.at(place.token, place.dim) = is_value ? __fmul_rn(scale, __fsub_rn(static_cast<float>(code), zero * factor / 4))
-                                               : __fadd_rn(__fmul_rn(scale, static_cast<float>(code - 8)), zero);
+    tile.at(place.token, place.dim) = is_value
+                                          ? __fmul_rn(scale, __fsub_rn(static_cast<float>(code), zero * factor / 4))
+                                          : __fadd_rn(__fmul_rn(scale, static_cast<float>(code - 8)), zero);
   }
 }
 
-// The code of a value, `middle` where the scale is 0.
+// The code of a value; `middle` if the scale is 0.
 __device__ __forceinline__ int code_of(float x, float scale, float zero, int middle, int low, int high) {
   const float steps = scale > 0.0f ? rintf(__fdiv_rn(__fsub_rn(x, zero), scale)) : 0.0f;
   return static_cast<int>(fminf(fmaxf(steps + middle, static_cast<float>(low)), static_cast<float>(high)));
 }
 
-// The code of an int4 value, whose zero is a point among the codes.
+// The code of an int4 value, whose zero is given as a point among the codes.
 __device__ __forceinline__ int point_code(float x, float scale, float point) {
   const float steps = scale > 0.0f ? rintf(__fadd_rn(__fdiv_rn(x, scale), point)) : 0.0f;
   return static_cast<int>(fminf(fmaxf(steps, 0.0f), 15.0f));
 }
 
-// Lowest and highest value of each token, by 4 threads each: of token threadIdx.x / 4, in all of them.
+// The lowest and highest value of token threadIdx.x / 4. Four threads share a token, and all of them get the result.
 __device__ __forceinline__ float2 range_of_token(Tile& tile) {
   const int token = threadIdx.x >> 2;
   float low = kInfinity;
@@ -173,7 +175,7 @@ __device__ __forceinline__ float2 range_of_token(Tile& tile) {
   return {low, high};
 }
 
-// Make zeros of the tokens that hold an infinity or NaN, by 4 threads each, and note which those are.
+// Set tokens that hold an infinity or NaN to 0, and record them in `bad`. Four threads share a token.
 __device__ __forceinline__ void take_nonfinite(Tile& tile, bool (&bad)[kBlock]) {
   const int token = threadIdx.x >> 2;
   bool is_bad = false;
@@ -222,12 +224,14 @@ __device__ __forceinline__ void write_cold(unsigned char* block, bool is_value, 
     const float factor = cold_factor(is_value, of);
     float step = __fdiv_rn(__fsub_rn(high, low), 15.0f);
     if (!is_value) {
-      // a zero of more than a half is clipped, and the step such that the codes around it reach both ends
+      // a zero beyond the range of a half is clipped, and the step is chosen so that the codes around it reach both
+      // ends
       step = fmaxf(step, fmaxf(__fdiv_rn(__fsub_rn(high, kLargest), 7.0f), __fdiv_rn(__fsub_rn(-kLargest, low), 8.0f)));
     }
     const unsigned short stored = scale_bits(__fmul_rn(step, factor));
     const float scale = half_value(stored) / factor;
-    const float point = scale > 0.0f ? fminf(__fdiv_rn(-low, scale), 15.0f) / factor * 4 : 0.0f;  // 0 keeps a code
+    // the point is at most 15, so that a value of 0 has a code
+    const float point = scale > 0.0f ? fminf(__fdiv_rn(-low, scale), 15.0f) / factor * 4 : 0.0f;
     const unsigned short zero = half_bits(is_value ? point : __fadd_rn(low, __fmul_rn(8.0f, scale)));
     scales[of] = is_value && (tile.bad_key[of] || tile.bad_value[of]) ? kNaN : stored;
     zeros[of] = zero;
@@ -257,8 +261,8 @@ __device__ __forceinline__ void write_cold(unsigned char* block, bool is_value, 
       const CodePlace place = cold_place(is_value, 8 * w + n);
       const int of = is_value ? place.token : place.dim;
       const float x = tile.at(place.token, place.dim);
-      const int code = is_value ? point_code(x, tile.scale[of], tile.zero[of])
-                                : code_of(x, tile.scale[of], tile.zero[of], 8, 0, 15);
+      const int code =
+          is_value ? point_code(x, tile.scale[of], tile.zero[of]) : code_of(x, tile.scale[of], tile.zero[of], 8, 0, 15);
       word |= static_cast<unsigned>(code) << 4 * n;
     }
     reinterpret_cast<unsigned*>(codes)[w] = word;
@@ -291,8 +295,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) kvt_convert(const __gr
         const int token = i / (kHeadDim / 2);
         const int dim = i % (kHeadDim / 2) * 2;
         const int granule = sources[token >> 3];
-        const unsigned pair = *reinterpret_cast<const unsigned*>(
-            hot + granule * p.hot_granule + (token & 7) * kHeadDim + dim);
+        const unsigned pair =
+            *reinterpret_cast<const unsigned*>(hot + granule * p.hot_granule + (token & 7) * kHeadDim + dim);
         tile.at(token, dim) = scalar_t::low(pair);
         tile.at(token, dim + 1) = scalar_t::high(pair);
       }

@@ -1,15 +1,15 @@
-// Moves: whole granules from place to place inside an arena, all layers, keys and values: forks, merges, compaction.
+// Moves: copy whole granules inside an arena, keys and values of all layers, for forks, merges and compaction.
 //
-//   arena   [num_arrays, num_granules, granule_nbytes] by strides: an array is the keys or the values of one layer
-//   moves   up to kMaxMoves pairs of granules, in the parameters: nothing has to be copied to the device first
+//   arena   [num_arrays, num_granules, granule_nbytes] by strides; an array is the keys or the values of one layer
+//   moves   up to kMaxMoves pairs of granules, in the parameters, so that nothing has to be copied to the device first
 //
-// Launch:   grid = (CTAs of one array, num_arrays), CTA 256, 16 bytes a thread and step. Moves run in any order: no
-//           granule is both read and written. Any architecture.
+// Launch:   grid = (CTAs of one array, num_arrays), CTA 256, 16 bytes per thread and step. Moves run in any order, so
+//           no granule may be both read and written. Any architecture.
 namespace kvt {
 
-constexpr int kMaxMoves = 448;  // with the rest below the 4 KB that parameters may take
+constexpr int kMaxMoves = 448;  // the struct stays below the 4 KB that parameters may take
 
-// Filled in by kvtoolkit/cuda/copy.py, in this order.
+// Packed by kvtoolkit/cuda/copy.py, field by field in this order.
 struct MoveParams {
   char* arena;
   long long array_stride, granule_stride;  // bytes

@@ -1,15 +1,15 @@
-// What the host does with a pool that lies on the device: whole batches, all or nothing.
+// What the host does with a pool on the device: whole batches, all or nothing.
 //
 //   starts  [count] int32 first granules;   sizes  [count] int32, granules;   result  [2] int32
 //
-// kvt_pool_allocate  one warp, so that a batch is placed the same way whenever it meets the same pool. Largest first,
-//                    all or none; or, `partial`, in order until one does not fit. result: blocks granted, and a
-//                    PoolCode or 0. Sizes are 1, 2, 4 or 8.
-// kvt_pool_free      one CTA of 1024. Checks all runs, which may span words, before it frees any. result[0]: the run at
-//                    fault, or -1.
-// kvt_pool_complete  any grid: what was retired in an epoch is free.
+// kvt_pool_allocate  one warp, so that the same batch on the same pool is always placed the same way. All or none,
+//                    largest first; or, if `partial`, in order until one does not fit. Sizes are 1, 2, 4 or 8.
+//                    result: the number of blocks granted, and 0 or a PoolCode.
+// kvt_pool_free      one CTA of 1024. Checks all runs, which may span words, before it frees any. result[0]: the index
+//                    of a bad run, or -1.
+// kvt_pool_complete  any grid. Frees what was retired in an epoch.
 //
-// KVT_SLAB is 0 or 1, the layout. Slabs that serve an order already are filled before others are begun.
+// Macro: KVT_SLAB, 1 = slab layout. Slabs that already serve an order are filled before others are opened.
 #include <kvt/pool.cuh>
 
 namespace kvt {
@@ -20,7 +20,7 @@ using BatchPool = SlabPool;
 using BatchPool = Pool;
 #endif
 
-// Filled in by kvtoolkit/cuda/pool.py, in this order.
+// Packed by kvtoolkit/cuda/pool.py, field by field in this order.
 struct BatchParams {
   Word* memory;
   int* starts;
@@ -29,18 +29,19 @@ struct BatchParams {
   int count, partial;
 };
 
-// Blocks of one size for the lanes of `mask`, each for the place `index` of the batch; -1 where there is none. Returns
-// how many were granted; `code` says why not all, and `home` moves on to where they were found.
+// Take blocks of one size for the lanes of `mask`. A lane's block is for place `index` of the batch; -1 is stored there
+// if there is none. Returns how many were granted. `code` is set to the reason if not all were, and `home` to the word
+// where blocks were found.
 __device__ __forceinline__ int grant(
     const BatchParams& p, const BatchPool& pool, unsigned mask, int index, int order, int& home, int& code) {
-  int start = 0;  // what lanes outside the mask say
+  int start = 0;  // for lanes outside the mask
   const bool is_asking = mask >> threadIdx.x & 1;
   if (is_asking && BatchPool::Layout::kIsSlab) start = PoolWarp(pool, mask).allocate_opened(order);
   const unsigned rest = BatchPool::Layout::kIsSlab ? __ballot_sync(0xFFFFFFFFu, start < 0) : mask;
   if (rest >> threadIdx.x & 1) start = PoolWarp(pool, rest).allocate_from(order, home);
   __syncwarp();
   if (is_asking) p.starts[index] = start >= 0 ? start : -1;
-  // who comes last goes without first, and the first has looked least far
+  // the last lane is the first to go without, and the first lane's block is the nearest
   code = __shfl_sync(0xFFFFFFFFu, start < 0 ? start : 0, 31 - __clz(static_cast<int>(mask)));
   if (rest != 0) {
     const int first = __shfl_sync(0xFFFFFFFFu, start, lowest_bit(rest));
@@ -91,7 +92,7 @@ extern "C" __global__ void __launch_bounds__(32) kvt_pool_allocate(const __grid_
   if (lane == 0) p.result[0] = granted, p.result[1] = code;
 }
 
-// For the part of a run that lies in each word: use(word, bits).
+// Call use(word, bits) for the part of a run in each word.
 template <typename Use>
 __device__ __forceinline__ void for_each_word(int start, int size, Use use) {
   for (int granule = start; granule < start + size;) {
@@ -104,7 +105,7 @@ __device__ __forceinline__ void for_each_word(int start, int size, Use use) {
 extern "C" __global__ void __launch_bounds__(1024) kvt_pool_free(const __grid_constant__ BatchParams p) {
   __shared__ int at_fault;
   const BatchPool pool{p.memory};
-  Word* const marks = pool.marks();  // all zero between calls, which follow one another
+  Word* const marks = pool.marks();  // all zero between calls, which run one after another
   if (threadIdx.x == 0) at_fault = p.count;
   __syncthreads();
   for (int i = threadIdx.x; i < p.count; i += 1024) {

@@ -1,14 +1,14 @@
-// Random operations of many threads on a pool, each of which checks what it gets: the kernel behind `kvtoolkit fuzz`.
+// The kernel of `kvtoolkit fuzz`: many threads perform random operations on a pool, and each checks what it gets.
 //
-//   owners    [num_granules] int32: 0, or thread + 1 of who holds the granule, or what the host put there
+//   owners    [num_granules] int32: 0, or 1 + the thread that holds the granule, or what the host has put there
 //   journals  [CTAs, num_words] uint64, zeros before and after
-//   report    [5] int32: how many faults; of one of them the FuzzFault, the thread, the granule, what was found
-//   done      [1] uint64: operations
+//   report    [5] int32: the number of faults; for one of them the FuzzFault, the thread, the granule, what was found
+//   done      [1] uint64: the number of operations
 //
-// A granule's owner is exchanged when it is granted and again before it is given back, so a granule of two threads is
-// seen by one of them at least. KVT_SLAB is 0 or 1, the layout.
+// A granule's owner is exchanged when it is granted, and again before it is given back. If two threads hold the same
+// granule, at least one of them therefore sees it. Macro: KVT_SLAB, 1 = slab layout.
 //
-// Launch:   CTA 128, a thread each.
+// Launch:   CTA 128.
 #include <kvt/pool.cuh>
 
 namespace kvt {
@@ -19,7 +19,7 @@ using FuzzPool = SlabPool;
 using FuzzPool = Pool;
 #endif
 
-// As FAULTS in kvtoolkit/commands/fuzz.py.
+// The same numbers are in kvtoolkit/commands/fuzz.py.
 enum FuzzFault : int { kNotAligned = 1, kTwoOwners, kLost, kRefusedFree, kFalseExhaustion, kUnknownCode };
 
 struct FuzzParams {
@@ -30,11 +30,11 @@ struct FuzzParams {
   Word* done;
   unsigned seed;
   int threads, rounds;
-  int orders;    // a bit for each order that is asked for
-  int share;     // most blocks that a thread holds; no more than there is room for, if `is_spare`
-  int is_spare;  // nobody may be refused
-  int is_warp;   // lanes that ask for one order ask together
-  int retires;   // some blocks go to limbo
+  int orders;    // a bit for each order that threads ask for
+  int share;     // most blocks that a thread holds; if `is_spare`, there is room for all of them
+  int is_spare;  // 1: no request may be refused
+  int is_warp;   // 1: lanes that ask for the same order ask together
+  int retires;   // 1: some blocks go to limbo
 };
 
 constexpr int kMostHeld = 8;
@@ -90,7 +90,7 @@ struct Fuzzer {
     if (p.is_spare && code != kContended) fault(kFalseExhaustion, code, 0);
   }
 
-  // Gives a block back in one of four ways; returns how many operations that took.
+  // Give a block back in one of four ways. Returns the number of operations that this took.
   __device__ int give(int start, int order) {
     unmark(start, order);
     const int way = draw() & 3;
@@ -142,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(128) kvt_fuzz(const __grid_constant
     done += fuzzer.give(starts[held], orders[held]);
   }
 
-  // A future of the whole CTA: it comes, and the blocks are freed by hand, or does not, and they are gone at once.
+  // A lease of the whole CTA. It is committed, and the blocks are then freed by hand, or it is aborted.
   const PoolLease lease{fuzzer.pool, p.journals + static_cast<long long>(blockIdx.x) * fuzzer.pool.num_words()};
   const int order = fuzzer.draw_order();
   const int start = is_here ? lease.allocate(order, fuzzer.draw()) : kContended;
@@ -151,8 +151,10 @@ extern "C" __global__ void __launch_bounds__(128) kvt_fuzz(const __grid_constant
   if (start >= 0) fuzzer.unmark(start, order);
   __syncthreads();
   const bool comes = (p.seed + blockIdx.x) % 2 == 0;
-  if (comes) lease.commit(nullptr, threadIdx.x, 128);
-  else lease.abort(threadIdx.x, 128);
+  if (comes)
+    lease.commit(nullptr, threadIdx.x, 128);
+  else
+    lease.abort(threadIdx.x, 128);
   __syncthreads();
   if (comes && start >= 0 && fuzzer.pool.free(start, 1 << order) != 0) fuzzer.fault(kRefusedFree, start, order);
   if (is_here) atomicAdd(p.done, done + 2);

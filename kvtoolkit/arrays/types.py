@@ -1,6 +1,6 @@
 """Names of dtypes and of array types."""
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,16 @@ ITEMSIZES = {
 Int32Array = NDArray[np.int32]
 Int64Array = NDArray[np.int64]
 Uint64Array = NDArray[np.uint64]
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike as ArrayLike
+else:
+
+    class ArrayLike:
+        """What ``numpy.asarray`` takes: an array, a tensor, a list; type checkers see ``numpy.typing.ArrayLike``.
+
+        NumPy's own is a union of dozens of types, which `help` would spell out at every parameter.
+        """
 
 
 class Array(Protocol):

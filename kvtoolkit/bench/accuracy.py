@@ -45,9 +45,9 @@ SETTINGS: dict[str, Tiers] = {
         "hot": 256, "pinned_tokens": 64, "warm": "int8", "warm_tokens": 1024, "cold": "int4", "demote": "mass",
     },
 }  # fmt: skip
-"""What the caches are called and their ``tiers``. By mass as many tokens are warm as by age: the bytes are equal."""
+"""Names of the caches and their ``tiers``. ``mass`` keeps as many tokens warm as ``age``, so the bytes are equal."""
 GATES = {"int8": (0.001, 0.985), "int4": (0.05, 0.92), "tiers": (0.015, 0.95), "tiers-mass": (0.015, 0.95)}
-"""Relative change of perplexity at most, and top-1 agreement at least."""
+"""The largest relative change of perplexity that passes, and the smallest top-1 agreement."""
 _WANTED_SHARE = 0.85  # of the history outside hot; with less a text says little about tiers
 _NAMES = ("fox", "king", "river", "garden", "doctor", "train", "piano", "moon")
 _DIGITS = 5
@@ -55,23 +55,23 @@ _DIGITS = 5
 
 @dataclass(frozen=True)
 class Figures:
-    """What one setting gave, over the positions that were evaluated."""
+    """The results of one setting over the evaluated positions."""
 
     perplexity: float
     change: float
-    """Of perplexity, relative; ``change_error``: its standard error, as if positions were independent."""
+    """Relative change of perplexity. ``change_error`` is its standard error, as if positions were independent."""
     change_error: float
     mean_kl: float
     """KL(reference || this), nats a token; ``p99_kl``: 99th percentile."""
     p99_kl: float
     agreement: float
-    """Share of the positions where both have the same likeliest token."""
+    """Share of the positions where this setting and the reference have the same likeliest token."""
     hot: float
-    """Share of the tokens that were read in the hot tier; ``warm`` and ``cold`` alike. They sum to 1."""
+    """Share of the tokens that were read from the hot tier. ``hot``, ``warm`` and ``cold`` sum to 1."""
     warm: float
     cold: float
     nbytes_per_token: float
-    """Keys and values of all layers, hot ones counted as 16 bit."""
+    """Bytes of the keys and values of all layers. Hot ones count as 16 bit."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Measure and print; 1 if a gate is missed."""
+    """Measure and print. Returns 1 if a gate is missed."""
     settings = _check(options)
     text = _read_text(options.text)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # past_key_values is to become cache
@@ -144,7 +144,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> dict[str, Tiers]:
-    """The settings that are wanted, the reference first; fills in `skip`."""
+    """The settings to run, the reference first. Fills in `skip`."""
     if not 2 <= options.tokens <= 8192:
         raise SystemExit(f"--tokens: expected 2 to 8192, got {options.tokens}")
     if options.skip is None:
@@ -242,14 +242,14 @@ def compare(
 
 
 def log_softmax(logits: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-    """Over the last axis, in float64."""
+    """Logarithms of the softmax over the last axis, in float64."""
     shifted = np.asarray(logits, np.float64) - logits.max(-1, keepdims=True)
     logs: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
     return logs
 
 
 class _Seen:
-    """What one cache gave so far at the positions that are evaluated."""
+    """Sums over the positions of one cache that were evaluated so far."""
 
     def __init__(self, kv_cache: Any) -> None:
         self._cache = kv_cache
@@ -259,7 +259,7 @@ class _Seen:
         self._tokens = np.zeros(3)  # of each tier, summed over steps
 
     def add(self, reference: Any, logits: Any, targets: Sequence[int]) -> None:
-        """Count the positions of a step that has just ended: the tiers are as it read them."""
+        """Count the positions of a step that has just ended, while the tiers are still as it read them."""
         kl, same = compare(reference, logits)
         self._kls.append(kl)
         self._same.append(same)
@@ -306,7 +306,7 @@ def _make_cache(model: Any, tiers: Tiers, num_tokens: int, num_prompts: int = 1)
 def hide_keys(
     tokenizer: Any, filler: Sequence[int], num_tokens: int, seed: int = 0
 ) -> tuple[list[int], list[str]]:  # fmt: skip
-    """A prompt of ``num_tokens`` tokens that says a number for each name at even distances; and the numbers."""
+    """A prompt of ``num_tokens`` tokens that gives each name a number, at even distances, and the numbers."""
     draw = np.random.default_rng(seed)
     numbers = ["".join(map(str, draw.integers(0, 10, _DIGITS))) for _ in _NAMES]
     said = [
@@ -324,11 +324,11 @@ def hide_keys(
 def ask_keys(
     model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], tiers: Tiers, *, chunk: int
 ) -> list[str]:  # fmt: skip
-    """What the model answers for each name after each prompt, greedily; prompts of one length, side by side."""
+    """The model's greedy answer for each name after each prompt. Prompts have one length and run as a batch."""
     import torch
 
     cache = _make_cache(model, tiers, len(prompts[0]), len(prompts))
-    # what is asked differs in the name alone, a token of its own, so that no row needs padding
+    # questions differ only in the name, which is one token, so that no row needs padding
     questions = [tokenizer(f"The secret number of the {name} is")["input_ids"] for name in _NAMES]
     with torch.inference_mode():
         ids = torch.tensor(prompts, device=model.device)
@@ -346,7 +346,7 @@ def ask_keys(
 
 
 def _print_table(figures: Mapping[str, Figures], found: Mapping[str, int], num_keys: int) -> bool:
-    """Print; whether all gates hold."""
+    """Print the table. Returns whether all gates hold."""
     width = max(len(name) for name in figures)
     print(
         f"\n{'':<{width}}  perplexity    change (s.e.)   mean KL    p99 KL    top-1   hot warm cold  B/token"

@@ -75,7 +75,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _times(call: Callable[[], None], count: int) -> list[float]:
-    """As `event_times`, the device kept busy before each call, so that it does not wait for the host."""
+    """Times of `event_times`, with the device kept busy before each call, so that it never waits for the host."""
     import torch
 
     found = []
@@ -90,7 +90,7 @@ def _kernel(name: str, layout: str) -> Kernel:
 
 
 class _Bench:
-    """A pool, a place for what threads get, and launches on both."""
+    """A pool, an array for the granules that threads get, and launches on both."""
 
     def __init__(self, threads: int, num_granules: int, layout: str) -> None:
         import torch

@@ -12,7 +12,7 @@ _MAX_SETS = 64
 
 @dataclass(frozen=True)
 class Shape:
-    """A decode problem."""
+    """The sizes of a decode problem."""
 
     name: str
     lengths: tuple[int, ...]
@@ -28,7 +28,7 @@ class Shape:
 
     @property
     def kv_nbytes(self) -> int:
-        """Of keys and values, 16 bit, read once."""
+        """Bytes of the 16-bit keys and values, each read once."""
         return sum(self.lengths) * self.num_kv_heads * self.head_dim * 4
 
 
@@ -81,7 +81,7 @@ class Case:
 
     Attributes:
         storage: keys and values, contiguous in ``layout``.
-        k_cache: ``[num_blocks, block_size, num_kv_heads, head_dim]`` bfloat16, a view of them; ``v_cache`` alike.
+        k_cache: ``[num_blocks, block_size, num_kv_heads, head_dim]`` bfloat16, a view of them; ``v_cache`` too.
         tables: ``[batch, max_blocks]`` int32 of each set.
         q: ``[num_tokens, num_q_heads, head_dim]``; seq_lens: ``[batch]`` int32.
     """

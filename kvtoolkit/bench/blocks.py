@@ -1,6 +1,6 @@
 """What block sizes and planning cost: attention over blocks of 8 to 64 tokens, and the small kernels of a step.
 
-The blocks of a sequence lie anywhere in the pool, of one size or of all sizes mixed; the attention is the same, so the
+The blocks of a sequence are anywhere in the pool, of one size or of all sizes mixed; the attention is the same, so the
 times tell what the block size costs, the reading of the tables included. The kernels that are run once a step for all
 layers - the plan, the list of granules - are timed apart, as is what calls cost the host.
 """
@@ -92,7 +92,7 @@ def _prepare(case: Case, which: int, name: str, out: Any) -> Any:
     num_supers = case.storage[0].shape[0] // 8
     count = num_supers // case.num_sets
     drawn = [_PATTERNS[name][int(i)] for i in rng.integers(0, len(_PATTERNS[name]), count)]
-    # the same patterns, in another order, cut the memory
+    # the memory is cut by the same patterns in another order
     pieces: dict[int, list[int]] = {}
     for place, i in zip(rng.permutation(num_supers).tolist(), rng.permutation(count).tolist(), strict=False):
         start = 8 * place

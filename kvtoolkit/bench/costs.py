@@ -1,4 +1,4 @@
-"""Host time of calls under memory pressure in a small and a large pool: it grows with what they touch alone.
+"""Host time of calls under memory pressure in a small and a large pool: it depends only on what a call touches.
 
 Each case does the same work in both pools. The figure is the best of ``--repeats`` runs, since other programs only ever
 make one slower; calls that an earlier one makes cheaper begin anew each time.
@@ -18,7 +18,7 @@ from kvtoolkit.cache.kv_cache import KVCache
 from kvtoolkit.config.cache import CacheConfig
 
 _MOST_TOKENS = 1 << 17
-"""Longest sequence; short enough that filling a large pool takes many of them."""
+"""Tokens of the longest sequence, so few that a large pool takes many sequences to fill."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +48,7 @@ def _make(num_granules: int, **fields: Any) -> KVCache:
 
 
 def _fill(cache: KVCache, num_tokens: int, publishes: bool = False) -> Int64Array:
-    """Open sequences that hold so many tokens, each with tokens of its own."""
+    """Open sequences that hold ``num_tokens`` in all, each with tokens of its own."""
     each = _MOST_TOKENS // 2
     seq_ids, _ = cache.open([[]] * -(-num_tokens // each))
     for i in range(len(seq_ids)):
@@ -92,7 +92,7 @@ def _short_prompts(num_granules: int, num_cached: int, **fields: Any) -> Iterato
 
 
 def _held_in_part(num_granules: int) -> Iterator[float]:
-    """A token for which there is no memory, since rows hold 8 tokens of every block that is cached otherwise."""
+    """A token for which there is no memory, because rows hold 8 tokens of every block, whose rest is cached."""
     num_blocks = num_granules >> 5
     cache = _make(num_granules, max_seqs=4 * num_blocks, max_entries=1 << 11, allocator="slab", growth="fixed64")
     others = _fill(cache, 8 * num_granules - 64 * num_blocks)

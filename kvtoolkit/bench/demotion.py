@@ -42,7 +42,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _shares(batch: int, length: int) -> dict[str, float]:
-    """Memory of the tiers in proportion to what sequences of a length fill of each, and some more hot."""
+    """Shares of memory in proportion to what sequences of a length fill of each tier, and some more for the hot one."""
     hot, warm = 256 + 64 + 512, 2048 + 128
     nbytes = np.array([512.0 * hot, 260.0 * warm, 140.0 * max(64, length - 2048)])
     shares = nbytes / nbytes.sum()
@@ -70,8 +70,8 @@ def _decode(batch: int, length: int, num_layers: int, num_steps: int) -> None:
             _require_room(step)
             cache.end_step(step)
     conversions: list[tuple[Any, Any, int]] = []
-    storage = cache._sequences.storage
-    convert = storage.convert
+    storage = cache._state.group.storage
+    convert = storage.convert_tiles
 
     def timed(sources: Any, targets: Any) -> None:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -88,7 +88,7 @@ def _decode(batch: int, length: int, num_layers: int, num_steps: int) -> None:
                 step.attend(layer, q)
             cache.end_step(step)
 
-    # until what the filling left to do is done
+    # until the demotions that filling the cache left are done
     while True:
         before = cache.stats().num_demoted_warm + cache.stats().num_demoted_cold
         for _ in range(64):
@@ -96,12 +96,12 @@ def _decode(batch: int, length: int, num_layers: int, num_steps: int) -> None:
         after = cache.stats().num_demoted_warm + cache.stats().num_demoted_cold
         if after - before <= 2 * batch + batch // 4:
             break
-    storage.convert = timed  # type: ignore[method-assign]
+    storage.convert_tiles = timed  # type: ignore[method-assign]
     torch.cuda.synchronize()
     times = np.array(event_times(decode, num_steps))
     converting = np.array([begin.elapsed_time(end) * 1e3 for begin, end, _ in conversions])
     moved = np.array([count for *_, count in conversions])
-    storage.convert = convert  # type: ignore[method-assign]
+    storage.convert_tiles = convert  # type: ignore[method-assign]
     rest, median, most = times.sum() - converting.sum(), float(np.median(times)), converting.max(initial=0.0)
     print(f"{batch} sequences that began together, {length} tokens and more, {num_layers} layers, {num_steps} steps")
     print(f"  a step            {median:9.1f} us median, p99 {np.percentile(times, 99):.1f}, {times.max():.1f} at most")

@@ -93,7 +93,7 @@ def _measure(model: Any, batch: int, options: argparse.Namespace) -> dict[str, A
 
 
 def _compare(model: Any, pool: Any, prompt: Any, options: argparse.Namespace) -> str:
-    """How many of the tokens agree, up to the first place in each row where two are equally likely."""
+    """How many tokens agree, up to the first position in each row where two tokens are equally likely."""
     runs = [_generate(model, name, pool, prompt, options.new) for name in _CACHES]
     expected, got, gaps = runs[0][2], runs[1][2], runs[0][3]
     total = agreeing = 0

@@ -1,4 +1,4 @@
-"""Other people's paged decode kernels, on the tensors of a `Case`; each needs its package."""
+"""Other people's paged decode kernels on the tensors of a `Case`. Each needs its own package."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,7 +13,7 @@ _workspace: Any = None
 
 
 def peers_of(case: Case, peers: Sequence[str]) -> list[Contender]:
-    """The kernels of these peers that take a case; what the others say is printed.
+    """The kernels of these peers that take a case. The error of any other is printed.
 
     Each is made by itself, because one that refuses a shape must not hide the others.
 
@@ -49,7 +49,7 @@ _FLASHINFER = {
     "FlashInfer fa2": (True, "fa2"),
     "FlashInfer cudnn": (False, "cudnn"),
 }
-"""Whether by tensor cores, and FlashInfer's name of the backend."""
+"""Whether a kernel uses tensor cores, and FlashInfer's name of its backend."""
 
 
 def _flashinfer(case: Case, name: str) -> Contender:

@@ -34,7 +34,7 @@ TIER_SHAPES = {
 
 @dataclass(frozen=True)
 class Mix:
-    """How a sequence is spread over the tiers, newest tokens first; None = all the rest."""
+    """How many tokens of a sequence each tier holds, newest tokens first. None means all the rest."""
 
     name: str
     hot: int | None = 0
@@ -66,7 +66,7 @@ class TierCase:
     """A shape spread over tiers, in pools of shuffled blocks of 64 tokens, several sets of them.
 
     Attributes:
-        k_cache: ``[num_granules, num_kv_heads, 8, head_dim]``; v_cache alike.
+        k_cache: ``[num_granules, num_kv_heads, 8, head_dim]``, as has ``v_cache``.
         quantized: ``[num_blocks, num_kv_heads, nbytes]`` uint8 of the warm and the cold tier, None where there is none.
         tables: ``[batch, max_entries]`` int32 entries of each set; starts: ``[batch, max_entries]`` int32.
         nbytes: of keys, values, scales and zeros that a set reads.

@@ -154,7 +154,7 @@ def _time(
 
 
 def _told(row: dict[str, Any], reference: dict[str, float]) -> dict[str, Any]:
-    """Print a row, with its gain over our 16-bit kernel launched alike."""
+    """Print a row, with its gain over our 16-bit kernel, launched in the same way."""
     base = reference[_DEPENDENT if row["kernel"] == _DEPENDENT else _PLAIN]
     row["gain"] = base / row["us"]
     print(

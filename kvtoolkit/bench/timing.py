@@ -1,4 +1,4 @@
-"""How kernels are timed: replays of a CUDA graph with one call for each of many data sets, medians of CUDA events.
+"""Time kernels: replay a CUDA graph with one call for each of many data sets, and take medians of CUDA events.
 
 Many data sets make the second-level cache cold; the graph leaves out what the host costs. The share that a kernel
 reaches is of what this GPU does in the same run: reading for kernels that read, copying for those that copy.
@@ -30,7 +30,7 @@ class Timing(NamedTuple):
 
 
 def require_device(what: str) -> None:
-    """UnsupportedError where torch finds no CUDA device for ``kvtoolkit bench`` to measure."""
+    """Raise UnsupportedError if torch finds no CUDA device to measure."""
     import torch
 
     if not torch.cuda.is_available():
@@ -38,7 +38,7 @@ def require_device(what: str) -> None:
 
 
 def time_graph(calls: Sequence[Call], replays: int = 40) -> Timing:
-    """Time calls by replaying a graph of all of them; they run once before it is captured."""
+    """Time calls by replaying a graph of all of them. Each runs once before the graph is captured."""
     import torch
 
     stream = torch.cuda.Stream()
@@ -71,7 +71,7 @@ def event_times(call: Call, count: int) -> list[float]:
 
 
 def host_us(call: Call, count: int = 50) -> float:
-    """Microseconds that one call takes of the host: the best of five means, the device never waited for."""
+    """Host time of one call in microseconds: the best of five means, without waiting for the device."""
     import torch
 
     best = float("inf")
@@ -92,7 +92,7 @@ def _timing(times: list[float], calls: int) -> Timing:
 
 
 def copy_ceiling(nbytes: int = 1 << 30) -> float:
-    """GB/s of a large copy on the device, bytes read and written added."""
+    """GB/s of a large copy on the device. Bytes read and bytes written both count."""
     import torch
 
     source = torch.randint(-(2**31), 2**31 - 1, (nbytes // 4,), dtype=torch.int32, device="cuda")

@@ -1,7 +1,7 @@
-"""Named arrays as bytes and back: a checksum, a header that says what follows, then the arrays one after another.
+"""Named arrays as bytes and back: a checksum, a header that describes the arrays, then the arrays one after another.
 
-Nothing is compressed, and nothing but numbers is ever made of the bytes: reading takes as much memory as there are
-bytes, runs no code, and any change of a byte is noticed. Bytes with a right checksum may still hold any numbers.
+Nothing is compressed, and the bytes are read as numbers only. So reading takes no more memory than there are bytes,
+runs no code, and notices any changed byte. Bytes with a correct checksum may still hold any numbers.
 """
 
 import json
@@ -27,7 +27,7 @@ def pack_arrays(arrays: Mapping[str, NDArray[Any]]) -> bytes:
 
 
 def unpack_arrays(data: bytes | bytearray | memoryview) -> dict[str, NDArray[Any]]:
-    """The arrays, read-only views of the bytes; CacheSnapshotError if these are no such bytes."""
+    """The arrays, as read-only views of the bytes; CacheSnapshotError if `pack_arrays` did not make these bytes."""
     view = memoryview(data).cast("B")
     head = len(_MAGIC) + 4
     if bytes(view[: len(_MAGIC)]) != _MAGIC:

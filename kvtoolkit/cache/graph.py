@@ -1,4 +1,4 @@
-"""The tables of decode steps at fixed places, so that one captured CUDA graph serves every later step."""
+"""The tables of decode steps at fixed addresses, so that one captured CUDA graph serves every later step."""
 
 from typing import Any, Unpack
 
@@ -16,7 +16,7 @@ from kvtoolkit.errors import StepError, UnsupportedError
 
 
 class GraphStep:
-    """Tables of decode steps that do not move; `begin` gives what takes the place of a `Step` in a captured CUDA graph.
+    """Tables of decode steps at fixed addresses. `begin` returns the replacement of a `Step` in a captured CUDA graph.
 
         fixed = GraphStep(cache, batch=8)
         fixed.load(cache.begin_step(seq_ids, 1))
@@ -29,17 +29,17 @@ class GraphStep:
         graph.replay()
         cache.end_step(step, tokens)
 
-    Lengths, tables and the sequences themselves may change from replay to replay; what runs beside them is planned on
-    the device. Rows beyond those of the step loaded last are padding: they cost next to nothing, and give zeros.
-    `KVCache.end_step` of a step that was loaded takes the layers that the run begun last has appended to for those
-    that a replay of it appends to.
+    Lengths, tables and the sequences themselves may change between replays, because work is planned on the device.
+    Rows beyond those of the step loaded last are padding: they cost next to nothing, and give zeros.
+    `KVCache.end_step` of a loaded step counts a layer as appended to if the run that was begun last has appended to it,
+    because that is the run whose replays append.
 
     Args:
         cache: with backend ``"cuda"``.
-        batch: rows; a step loaded may have fewer.
-        max_seq_len: tokens of the longest sequence that will be loaded; default: the cache's limit.
+        batch: number of rows; a step that is loaded may have fewer.
+        max_seq_len: tokens of the longest sequence that will be loaded. Default: the cache's limit.
 
-    Not thread-safe; `load` and the replays belong on one stream.
+    Not thread-safe; use one stream for `load` and the replays.
 
     Raises:
         UnsupportedError: the cache is not on a GPU.
@@ -65,9 +65,9 @@ class GraphStep:
                 cupy.full(batch, -1, np.int64),
             )
         self._ring = PinnedRing()
-        self._width = 0  # of the widest table loaded: what lies behind it is empty
+        self._width = 0  # of the widest table loaded so far; columns beyond it are empty
         self._run: GraphRun | None = None  # the one that was begun last
-        self._kept: dict[Any, Any] = {}  # plans and lists, at fixed places too
+        self._kept: dict[Any, Any] = {}  # plans and lists, also at fixed addresses
 
     @property
     def layers(self) -> int:
@@ -112,10 +112,10 @@ class GraphStep:
         step._graph_step = self
 
     def begin(self) -> "GraphRun":
-        """Begin a run of the model over the tables, eager or captured; call it anew for every run.
+        """Begin a run of the model over the tables, eager or captured. Every run needs a call of its own.
 
-        What the layers have in common is planned by kernels that the run's first layer launches, so they belong to the
-        graph that the run is captured in. Runs of before are over.
+        The first layer of the run launches kernels that plan the work of all layers, so these kernels are part of the
+        graph in which the run is captured. Earlier runs end.
         """
         hints = Hints((1, 1), self._max_seq_len, self._kept)
         calls = LayerCalls(self._cache._arenas, self.tables, hints, is_fixed=True)
@@ -124,10 +124,10 @@ class GraphStep:
 
 
 class GraphRun:
-    """One run of a model over the tables of a `GraphStep`, in the place of a `Step`; `GraphStep.begin` makes it.
+    """One run of a model over the tables of a `GraphStep`, used like a `Step`; made by `GraphStep.begin`.
 
     Attributes:
-        cu_seqlens_q: ``[batch + 1]`` int32, host: one query each.
+        cu_seqlens_q: ``[batch + 1]`` int32 on the host; every row has one query.
     """
 
     def __init__(self, graph_step: GraphStep, calls: LayerCalls, batch: int) -> None:
@@ -135,11 +135,11 @@ class GraphRun:
         self.cu_seqlens_q: NDArray[np.int32] = np.arange(batch + 1, dtype=np.int32)
 
     def append(self, layer: int, key: Array, value: Array) -> None:
-        """As `Step.append`; rows of ``key`` and ``value`` beyond the step's are skipped.
+        """Store keys and values as `Step.append` does; rows beyond those of the step are skipped.
 
         Raises:
-            StepError: there is no such layer, it was appended to before in this run, or another run has begun; nothing
-                was written.
+            StepError: there is no such layer, this run has appended to it before, or another run has begun; nothing was
+                written.
         """
         self._require_current()
         self._graph_step._cache._arenas.require_layer(layer)
@@ -147,15 +147,16 @@ class GraphRun:
             raise StepError(f"layer: expected one that this run has not appended to, got {layer}; `begin` another run")
         self._calls.append(layer, key, value)
 
-    def attend(self, layer: int, q: Array, **options: Unpack[AttendOptions]) -> Any:
-        """As `Step.attend`; rows beyond the step's give zeros.
+    def attend(self, layer: int, q: Array, **options: "Unpack[AttendOptions]") -> Any:
+        """Attend as `Step.attend` does; rows beyond those of the step give zeros.
 
         Raises:
-            StepError: there is no such layer, or another run has begun.
+            StepError: there is no such layer, this run has appended to other layers but not to this one, or another run
+                has begun.
         """
         self._require_current()
         return self._calls.attend(layer, q, **options)
 
     def _require_current(self) -> None:
         if self._graph_step._run is not self:
-            raise StepError("expected the run that `GraphStep.begin` gave last, got one before it")
+            raise StepError("expected the run that `GraphStep.begin` returned last, got an earlier one")

@@ -1,4 +1,4 @@
-"""Everything that must hold in a cache, checked; one pass over rows, index and granules."""
+"""Checks every invariant of a cache, in one pass over rows, index and granules."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -19,17 +19,27 @@ from kvtoolkit.cache.state.block_table import (
     PREEMPTED,
     ROOT_OF,
     STATE,
-    Rows,
+    BlockTable,
 )
 from kvtoolkit.cache.state.identity import Identities, roots_of
-from kvtoolkit.cache.state.prefix_index import EXTRA, HELD, NEXT, NO_EXTRA, PREVIOUS, ROOT, ROOT_UID, Granules, tier_of
+from kvtoolkit.cache.state.prefix_index import (
+    EXTRA,
+    HELD,
+    NEXT,
+    NO_EXTRA,
+    PREVIOUS,
+    ROOT,
+    ROOT_UID,
+    GranuleState,
+    tier_of,
+)
 from kvtoolkit.config.tiers import TIER_NAMES
 from kvtoolkit.cuda.pool import DevicePool
 from kvtoolkit.formats.entry import MAX_BLOCK_GRANULES, TIER_HOT, entry_granule, entry_length, entry_tier
 
 if TYPE_CHECKING:
-    from kvtoolkit.cache.state.block_manager import Pool
-    from kvtoolkit.cache.state.cache_state import Sequences
+    from kvtoolkit.cache.state.block_manager import BlockManager
+    from kvtoolkit.cache.state.cache_state import CacheState
 
 _FAULTS = (
     "",
@@ -50,48 +60,48 @@ _FAULTS = (
 )
 
 
-def check(sequences: "Sequences") -> None:
+def check(state: "CacheState") -> None:
     """See `KVCache.check_integrity`; the caller holds the lock."""
-    table, pool = sequences.rows, sequences.pool
-    require_rows(table, pool)
-    require_index(pool)
-    require_identities(table, pool, sequences.identities)
-    for tier, allocator in enumerate(pool.allocators):
+    table, blocks = state.group.table, state.group.blocks
+    require_rows(table, blocks)
+    require_index(blocks)
+    require_identities(table, blocks, state.identities)
+    for tier, allocator in enumerate(blocks.allocators):
         if allocator is not None:
-            _require_tier(pool, tier, allocator)
+            _require_tier(blocks, tier, allocator)
     states = table.info[:, STATE]
     require(
-        np.array_equal(np.sort(sequences.closed_rows), np.flatnonzero(states == CLOSED)),
+        np.array_equal(np.sort(state.closed_rows), np.flatnonzero(states == CLOSED)),
         "cache: the list of closed rows is wrong",
     )
     require(
-        sorted(sequences.preempted) == np.flatnonzero(states == PREEMPTED).tolist(),
+        sorted(state.preempted) == np.flatnonzero(states == PREEMPTED).tolist(),
         "cache: what is kept of preempted sequences does not match their rows",
     )
 
 
-def require_rows(table: Rows, pool: "Pool") -> None:
+def require_rows(table: BlockTable, blocks: "BlockManager") -> None:
     """IntegrityError unless rows are well formed and reference counts are the number of rows that hold a granule."""
-    require_well_formed(table, pool)
-    counted = np.zeros(pool.num_granules, np.int32)
+    require_well_formed(table, blocks)
+    counted = np.zeros(blocks.num_granules, np.int32)
     _count(table, counted)
     require(
-        np.array_equal(counted, pool.granules.refs), "cache: refs are not the number of rows that hold each granule"
+        np.array_equal(counted, blocks.granules.refs), "cache: refs are not the number of rows that hold each granule"
     )
-    fault, row = _check_tails(table, pool.granules)
+    fault, row = _check_tails(table, blocks.granules)
     require(not fault, f"cache: row {row} {_FAULTS[fault]}")
 
 
-def require_well_formed(table: Rows, pool: "Pool") -> None:
+def require_well_formed(table: BlockTable, blocks: "BlockManager") -> None:
     """IntegrityError unless every row names granules that exist, each once, as its figures say."""
-    ends = np.array([*pool.first[1:], pool.num_granules], np.int32)
-    fault, row = _check_rows(table, pool.granules, ends, np.full(pool.num_granules, -1, np.int32))
+    ends = np.array([*blocks.first[1:], blocks.num_granules], np.int32)
+    fault, row = _check_rows(table, blocks.granules, ends, np.full(blocks.num_granules, -1, np.int32))
     require(not fault, f"cache: row {row} {_FAULTS[fault]}")
 
 
-def require_index(pool: "Pool") -> None:
-    """IntegrityError unless index and granules know each other, and every node its parent."""
-    nodes, granules = pool.nodes, pool.granules
+def require_index(blocks: "BlockManager") -> None:
+    """IntegrityError unless nodes and granules refer to each other, and every node to its parent."""
+    nodes, granules = blocks.nodes, blocks.granules
     used = np.flatnonzero(nodes.uid)
     require(len(np.unique(nodes.granule[used])) == len(used), "cache: two index nodes hold the same granule")
     require(np.array_equal(granules.node[nodes.granule[used]], used), "cache: a granule does not know its node")
@@ -106,9 +116,9 @@ def require_index(pool: "Pool") -> None:
     require(wrong < 0, f"cache: granule {wrong} has twins that are not held, or not exactly one of them is findable")
 
 
-def require_identities(table: Rows, pool: "Pool", identities: Identities) -> None:
-    """IntegrityError unless rows and nodes have known roots and extra keys, and rows the root of their nodes."""
-    nodes, (salts, keys) = pool.nodes, (identities.salts.numbers, identities.keys.numbers)
+def require_identities(table: BlockTable, blocks: "BlockManager", identities: Identities) -> None:
+    """IntegrityError unless all roots and extra keys are known, and every row has the root of its nodes."""
+    nodes, (salts, keys) = blocks.nodes, (identities.salts.numbers, identities.keys.numbers)
     numbers = [*salts.values(), *keys.values(), *nodes.uid[nodes.uid != 0].tolist()]
     is_distinct = len(set(numbers)) == len(numbers) and ROOT_UID not in numbers
     require(is_distinct, "cache: a number is that of two salts, extra keys or index nodes")
@@ -125,7 +135,7 @@ def require_identities(table: Rows, pool: "Pool", identities: Identities) -> Non
     chain, uids = table.chain[live], table.origin[live, CHAIN_UID]
     is_there = (chain >= 0) & (nodes.uid[chain] == uids)
     expected = np.where(is_there, roots[chain], np.where(chain == ROOT, uids, own))
-    require(np.array_equal(own, expected), "cache: a row continues what stands under another root than its own")
+    require(np.array_equal(own, expected), "cache: a row continues nodes of another root than its own")
     for first, end in table.origin[live][:, [FIRST_EXTRA, END_EXTRA]].tolist():
         extras = identities.extras[first:end]
         is_whole = 0 <= first <= end <= identities.num_extras
@@ -133,46 +143,46 @@ def require_identities(table: Rows, pool: "Pool", identities: Identities) -> Non
         require(is_whole, "cache: the extra keys of a row are not in order")
 
 
-def _require_tier(pool: "Pool", tier: int, allocator: BlockAllocator) -> None:
-    """What is held and cached in one tier is what its allocator has granted."""
+def _require_tier(blocks: "BlockManager", tier: int, allocator: BlockAllocator) -> None:
+    """IntegrityError unless the allocator of a tier has granted exactly what is held, cached or in the reserve."""
     allocator.check_integrity()
-    own, name = slice(pool.first[tier], pool.first[tier] + allocator.num_granules), TIER_NAMES[tier]
-    refs, node = pool.granules.refs[own], pool.granules.node[own]
-    cached, counted = int(((refs == 0) & (node >= 0)).sum()), int(pool.granules.cached[tier])
+    own, name = slice(blocks.first[tier], blocks.first[tier] + allocator.num_granules), TIER_NAMES[tier]
+    refs, node = blocks.granules.refs[own], blocks.granules.node[own]
+    cached, counted = int(((refs == 0) & (node >= 0)).sum()), int(blocks.granules.cached[tier])
     require(cached == counted, f"cache: {counted} {name} granules counted as cached, found {cached}")
-    held, counted = int((refs > 0).sum()), int(pool.granules.cached[HELD + tier])
+    held, counted = int((refs > 0).sum()), int(blocks.granules.cached[HELD + tier])
     require(held == counted, f"cache: {counted} {name} granules counted as held, found {held}")
     owned = (refs > 0) | (node >= 0)
     if tier == TIER_HOT:
-        for start in pool.kept_back:
+        for start in blocks.reserve:
             require(
                 not owned[start : start + MAX_BLOCK_GRANULES].any(), f"cache: block {start} is kept back and in use"
             )
             owned[start : start + MAX_BLOCK_GRANULES] = True
-    left = pool.ledger.left - pool.first[tier]
+    left = blocks.ledger.left - blocks.first[tier]
     owned[left[(left >= 0) & (left < len(owned))]] = True
-    granted, callers = pool.ledger.granted[own], pool.ledger.callers[own]
+    granted, callers = blocks.ledger.granted[own], blocks.ledger.callers[own]
     require(np.array_equal(granted, owned), f"cache: not all {name} granules granted are held, cached or kept back")
     require(not (granted & callers).any(), f"cache: a caller holds a {name} granule of the cache")
     known, live = int(np.count_nonzero(granted | callers)), allocator.stats().num_live
-    # of a pool on a device kernels may hold blocks that nobody here knows
-    may_hold_more = isinstance(allocator, DevicePool) or bool(pool.ledger.unresolved)
+    # kernels may have taken blocks of a pool on a device without telling the host
+    may_hold_more = isinstance(allocator, DevicePool) or bool(blocks.ledger.unresolved)
     is_enough = known <= live if may_hold_more else known == live
     require(is_enough, f"cache: {known} {name} granules held, cached, kept back or a caller's, {live} live in the pool")
 
 
 @jit
-def _check_rows(rows: Rows, granules: Granules, ends: Int32Array, seen: Int32Array) -> Any:
-    """``(fault, row)`` of the first row that is not well formed, or ``(0, 0)``; ``seen`` is -1 everywhere."""
-    for row in range(len(rows.info)):
-        count, expected, quantized_end = rows.info[row, NUM_ENTRIES], 0, 0
-        if count < 0 or count > rows.entries.shape[1]:
+def _check_rows(table: BlockTable, granules: GranuleState, ends: Int32Array, seen: Int32Array) -> Any:
+    """``(fault, row)`` of the first row that is not well formed, or ``(0, 0)``. ``seen`` must be -1 everywhere."""
+    for row in range(len(table.info)):
+        count, expected, quantized_end = table.info[row, NUM_ENTRIES], 0, 0
+        if count < 0 or count > table.entries.shape[1]:
             return 1, row
         for e in range(count):
-            entry = rows.entries[row, e]
+            entry = table.entries[row, e]
             if entry < 0:
                 return 2, row
-            if rows.starts[row, e] != expected:
+            if table.starts[row, e] != expected:
                 return 3, row
             granule, length, tier = entry_granule(entry), entry_length(entry), entry_tier(entry)
             if tier > 2 or granule + length > ends[2] or tier_of(granules, granule) != tier:
@@ -188,12 +198,12 @@ def _check_rows(rows: Rows, granules: Granules, ends: Int32Array, seen: Int32Arr
             expected += length
             if tier > 0:
                 quantized_end = expected
-        for e in range(count, rows.entries.shape[1]):
-            if rows.entries[row, e] != -1:
+        for e in range(count, table.entries.shape[1]):
+            if table.entries[row, e] != -1:
                 return 7, row
-        if rows.info[row, CAPACITY] != expected:
+        if table.info[row, CAPACITY] != expected:
             return 8, row
-        state, length = rows.info[row, STATE], rows.info[row, LENGTH]
+        state, length = table.info[row, STATE], table.info[row, LENGTH]
         if state in (CLOSED, PREEMPTED):
             if count > 0:
                 return 9, row
@@ -205,8 +215,8 @@ def _check_rows(rows: Rows, granules: Granules, ends: Int32Array, seen: Int32Arr
 
 
 @jit
-def _check_twins(granules: Granules) -> Any:
-    """A granule whose ring of twins is wrong, or -1."""
+def _check_twins(granules: GranuleState) -> Any:
+    """The first granule whose ring of twins is wrong, or -1."""
     num_members, num_reached = 0, 0
     for granule in range(len(granules.refs)):
         following = granules.links[granule, NEXT]
@@ -232,24 +242,24 @@ def _check_twins(granules: Granules) -> Any:
 
 
 @jit
-def _count(rows: Rows, counted: Int32Array) -> None:
-    for row in range(len(rows.info)):
-        for e in range(rows.info[row, NUM_ENTRIES]):
-            entry = rows.entries[row, e]
+def _count(table: BlockTable, counted: Int32Array) -> None:
+    for row in range(len(table.info)):
+        for e in range(table.info[row, NUM_ENTRIES]):
+            entry = table.entries[row, e]
             for i in range(entry_length(entry)):
                 counted[entry_granule(entry) + i] += 1
 
 
 @jit
-def _check_tails(rows: Rows, granules: Granules) -> Any:
-    """``(fault, row)`` of the first well-formed row that would write what it may not write, or ``(0, 0)``."""
-    for row in range(len(rows.info)):
-        for e in range(rows.info[row, NUM_ENTRIES] - 1, -1, -1):
-            entry, first = rows.entries[row, e], rows.starts[row, e]
-            if first + entry_length(entry) <= rows.info[row, LENGTH] >> 3:
+def _check_tails(table: BlockTable, granules: GranuleState) -> Any:
+    """``(fault, row)`` of the first row that would write to a granule it must not write, or ``(0, 0)``."""
+    for row in range(len(table.info)):
+        for e in range(table.info[row, NUM_ENTRIES] - 1, -1, -1):
+            entry, first = table.entries[row, e], table.starts[row, e]
+            if first + entry_length(entry) <= table.info[row, LENGTH] >> 3:
                 break
             for i in range(entry_length(entry)):
-                if first + i >= rows.info[row, LENGTH] >> 3:
+                if first + i >= table.info[row, LENGTH] >> 3:
                     if granules.refs[entry_granule(entry) + i] != 1:
                         return 12, row
                     if granules.node[entry_granule(entry) + i] >= 0:

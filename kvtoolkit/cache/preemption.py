@@ -1,4 +1,4 @@
-"""Taking the memory of sequences away, and bringing them back."""
+"""Preemption: free the memory of sequences, and bring the sequences back."""
 
 from dataclasses import dataclass
 
@@ -7,28 +7,28 @@ from numpy.typing import NDArray
 
 from kvtoolkit.arrays.types import Int32Array, Int64Array
 from kvtoolkit.cache.state import block_table, returning
-from kvtoolkit.cache.state.block_manager import Pool, Runs, granules_of
+from kvtoolkit.cache.state.block_manager import BlockManager, Runs, granules_of
 from kvtoolkit.cache.state.block_table import LENGTH, OPEN, ROOT_OF, STATE
-from kvtoolkit.cache.state.cache_state import Preempted, Sequences
+from kvtoolkit.cache.state.cache_state import CacheState, Preempted
 from kvtoolkit.cache.state.host_copies import Copy, copy_tiers, numbers_of
-from kvtoolkit.cache.state.prefix_index import BROKEN, usable
+from kvtoolkit.cache.state.prefix_index import BROKEN, reusable_length
 from kvtoolkit.formats.entry import MAX_BLOCK_GRANULES, TIER_HOT
 
 
-def preempt(sequences: Sequences, batch: Int32Array, to: str) -> None:
+def preempt(state: CacheState, batch: Int32Array, to: str) -> None:
     """Drop what rows hold, or copy it to the host; see `KVCache.preempt`."""
-    pool, table = sequences.pool, sequences.rows
-    saved = {row: _save(sequences, row, to) for row in batch.tolist()}
-    sequences.tick()
-    sequences.preempted = sequences.preempted | saved
-    num_freed = block_table.preempt_rows(table, batch, to == "drop", pool.nodes, pool.granules, pool.freed)
-    sequences.counters.num_preempted += len(batch)
-    pool.free_listed(num_freed)
+    blocks, table = state.group.blocks, state.group.table
+    saved = {row: _save(state, row, to) for row in batch.tolist()}
+    state.tick()
+    state.preempted = state.preempted | saved
+    num_freed = block_table.preempt_rows(table, batch, to == "drop", blocks.holdings)
+    state.counters.num_preempted += len(batch)
+    blocks.free_listed(num_freed)
 
 
-def _save(sequences: Sequences, row: int, to: str) -> Preempted:
-    """What a row needs to come back; changes nothing that it holds."""
-    nodes, table = sequences.pool.nodes, sequences.rows
+def _save(state: CacheState, row: int, to: str) -> Preempted:
+    """Save what a row needs to come back; the row stays as it is."""
+    nodes, table = state.group.blocks.nodes, state.group.table
     length = int(table.info[row, LENGTH])
     used = -(-length // 8)
     chain, uids = np.empty(used, np.int32), np.empty(used, np.int64)
@@ -38,43 +38,43 @@ def _save(sequences: Sequences, row: int, to: str) -> Preempted:
         return Preempted(chain, uids, None, np.empty((0, 9), np.int64))
     held = np.empty(used, np.int32)
     block_table.list_granules(table, row, used, held)
-    copies = sequences.copies.save(held, length // 8)
+    copies = state.group.copies.save(held, length // 8)
     return Preempted(chain[:0], uids[:0], copies, nodes.tokens[chain])
 
 
-def restore(sequences: Sequences, batch: Int32Array, keep_free: int) -> NDArray[np.bool_]:
-    """Bring rows back; which of them found memory."""
-    ok = np.array([_restore(sequences, row, keep_free) for row in batch.tolist()], np.bool_)
+def restore(state: CacheState, batch: Int32Array, keep_free: int) -> NDArray[np.bool_]:
+    """Bring rows back; returns for which of them there was memory."""
+    ok = np.array([_restore(state, row, keep_free) for row in batch.tolist()], np.bool_)
     restored = set(batch[ok].tolist())
-    # at once, since rows that are saved and open are those of a call that broke off
-    sequences.preempted = {row: saved for row, saved in sequences.preempted.items() if row not in restored}
+    # in one assignment, because `repair` takes rows that are both saved and open for those of a broken call
+    state.preempted = {row: saved for row, saved in state.preempted.items() if row not in restored}
     return ok
 
 
-def _restore(sequences: Sequences, row: int, keep_free: int) -> bool:
+def _restore(state: CacheState, row: int, keep_free: int) -> bool:
     """Bring one row back; False if there is no memory for it."""
-    saved = sequences.preempted[row]
+    saved = state.preempted[row]
     if saved.copies is None:
-        is_back = _restore_dropped(sequences, row, saved, keep_free)
+        is_back = _restore_dropped(state, row, saved, keep_free)
     else:
-        is_back = _restore_copied(sequences, row, saved, saved.copies, keep_free)
+        is_back = _restore_copied(state, row, saved, saved.copies, keep_free)
     if is_back:
-        sequences.note_use()
+        state.group.update_peak()
     return is_back
 
 
-def _restore_dropped(sequences: Sequences, row: int, saved: Preempted, keep_free: int) -> bool:
-    """Let a row hold what is still cached of it."""
-    pool, table = sequences.pool, sequences.rows
-    lost = np.flatnonzero(pool.nodes.uid[saved.nodes] != saved.uids)
+def _restore_dropped(state: CacheState, row: int, saved: Preempted, keep_free: int) -> bool:
+    """Let a row hold the prefix of it that is still cached; False if ``keep_free`` leaves no room for it."""
+    blocks, table = state.group.blocks, state.group.table
+    lost = np.flatnonzero(blocks.nodes.uid[saved.nodes] != saved.uids)
     count = int(lost[0]) if len(lost) else len(saved.nodes)
-    count = int(usable(pool.nodes, pool.granules, saved.nodes, count, sequences.takes_quantized))
-    held = pool.nodes.granule[saved.nodes[:count]]
-    taken = int(np.count_nonzero((pool.granules.refs[held] == 0) & (pool.tiers_of(held) == TIER_HOT)))
-    if keep_free and not pool.can_have(taken + -(-keep_free // 8)):
+    count = int(reusable_length(blocks.nodes, blocks.granules, saved.nodes, count, state.takes_quantized))
+    held = blocks.nodes.granule[saved.nodes[:count]]
+    taken = int(np.count_nonzero((blocks.granules.refs[held] == 0) & (blocks.tiers_of(held) == TIER_HOT)))
+    if keep_free and not blocks.can_have(taken + -(-keep_free // 8)):
         return False
-    count = block_table.adopt(table, row, saved.nodes, count, pool.nodes, pool.granules)
-    sequences.counters.restored_tokens += 8 * count
+    count = block_table.attach_prefix(table, row, saved.nodes, count, blocks.nodes, blocks.granules)
+    state.counters.restored_tokens += 8 * count
     table.info[row, STATE] = OPEN
     return True
 
@@ -84,9 +84,9 @@ class _Return:
     """What a row that comes back will hold.
 
     Attributes:
-        granules: ``[n]``, -1 where one must be allocated; those for its tokens, later with room to grow.
-        is_fresh: ``[n]`` which of them are allocated for it.
-        tiers: ``[num_granules]`` of those for its tokens.
+        granules: ``[n]`` the granules for its tokens, -1 where one must be allocated; later also room to grow.
+        is_fresh: ``[n]`` which granules are allocated for it.
+        tiers: tiers of the granules for its tokens.
         runs: what was allocated.
     """
 
@@ -96,92 +96,91 @@ class _Return:
     runs: Runs
 
 
-def _restore_copied(sequences: Sequences, row: int, saved: Preempted, copies: tuple[Copy, ...], keep_free: int) -> bool:
-    """Let a row hold what the pool still has of it, and fresh granules filled from the copies of the rest.
+def _restore_copied(state: CacheState, row: int, saved: Preempted, copies: tuple[Copy, ...], keep_free: int) -> bool:
+    """Let a row hold the granules of it that are still in the pool, and fresh ones filled from copies for the rest.
 
-    What is there may lie in the way, in blocks of which the rest is of no use; then the row gets fresh granules alone.
+    The granules still in the pool may keep blocks from being freed that the rest needs. If so, the row gets only fresh
+    granules.
     """
-    num_full = int(sequences.rows.info[row, LENGTH]) // 8
-    found, tiers = _find(sequences, row, saved, copies, num_full), copy_tiers(copies)
-    if _restore_with(sequences, row, saved, copies, _Return(found, found < 0, tiers, []), keep_free):
+    num_full = int(state.group.table.info[row, LENGTH]) // 8
+    found, tiers = _find(state, row, saved, copies, num_full), copy_tiers(copies)
+    if _restore_with(state, row, saved, copies, _Return(found, found < 0, tiers, []), keep_free):
         return True
     nothing = np.full(len(found), -1, np.int32)
     is_other = bool((found >= 0).any())
-    return is_other and _restore_with(
-        sequences, row, saved, copies, _Return(nothing, nothing < 0, tiers, []), keep_free
-    )
+    return is_other and _restore_with(state, row, saved, copies, _Return(nothing, nothing < 0, tiers, []), keep_free)
 
 
 def _restore_with(
-    sequences: Sequences, row: int, saved: Preempted, copies: tuple[Copy, ...], back: _Return, keep_free: int
+    state: CacheState, row: int, saved: Preempted, copies: tuple[Copy, ...], back: _Return, keep_free: int
 ) -> bool:
-    """Let a row hold what ``back`` says; False, and nothing done, if there is no memory for it."""
-    pool, num_full = sequences.pool, int(sequences.rows.info[row, LENGTH]) // 8
+    """Let a row hold what ``back`` says; False, with nothing done, if there is no memory for it."""
+    blocks, num_full = state.group.blocks, int(state.group.table.info[row, LENGTH]) // 8
     held = back.granules[~back.is_fresh]
-    returning.hold_listed(pool.nodes, pool.granules, held)  # so that nothing of it is evicted to make room for the rest
-    if _allocate(pool, back, keep_free) and _fill(sequences, back, copies):
-        num_freed = _attach(sequences, row, saved, back, numbers_of(copies)[:num_full])
+    returning.incref_listed(blocks.granules, held)  # so that nothing of it is evicted to make room for the rest
+    if _allocate(blocks, back, keep_free) and _fill(state, back, copies):
+        num_freed = _attach(state, row, saved, back, numbers_of(copies)[:num_full])
         if num_freed >= 0:
-            pool.free_listed(num_freed)
+            blocks.free_listed(num_freed)
             return True
-    num_freed = returning.let_go_listed(pool.granules, held, pool.freed)
-    pool.free_listed(num_freed)
-    pool.free_runs(back.runs)
+    num_freed = returning.decref_listed(blocks.granules, held, blocks.freed)
+    blocks.free_listed(num_freed)
+    blocks.free_runs(back.runs)
     return False
 
 
-def _tokens_of(sequences: Sequences, row: int, saved: Preempted) -> tuple[int, Int64Array]:
-    """The root of a row in the index and its tokens there; none if its prefixes were cleared meanwhile."""
-    is_known = sequences.rows.chain[row] != BROKEN
-    return int(sequences.rows.origin[row, ROOT_OF]), saved.tokens if is_known else saved.tokens[:0]
+def _tokens_of(state: CacheState, row: int, saved: Preempted) -> tuple[int, Int64Array]:
+    """The root of a row in the index, and its tokens there, which are empty if its prefixes were cleared meanwhile."""
+    is_known = state.group.table.chain[row] != BROKEN
+    return int(state.group.table.origin[row, ROOT_OF]), saved.tokens if is_known else saved.tokens[:0]
 
 
-def _find(sequences: Sequences, row: int, saved: Preempted, copies: tuple[Copy, ...], num_full: int) -> Int32Array:
-    """``[n]`` granules in the pool that hold tokens of a row: those copied, else those that the index knows; or -1."""
-    pool, tiers = sequences.pool, copy_tiers(copies)
-    found = sequences.copies.find(copies, num_full)
-    root_uid, tokens = _tokens_of(sequences, row, saved)
-    returning.find_tokens(pool.nodes, pool.granules, root_uid, tokens, tiers, found)
+def _find(state: CacheState, row: int, saved: Preempted, copies: tuple[Copy, ...], num_full: int) -> Int32Array:
+    """``[n]`` granules of the pool that hold a row's tokens: those that were copied, else those in the index, or -1."""
+    blocks, tiers = state.group.blocks, copy_tiers(copies)
+    found = state.group.copies.find(copies, num_full)
+    root_uid, tokens = _tokens_of(state, row, saved)
+    returning.find_tokens(blocks.nodes, blocks.granules, root_uid, tokens, tiers, found)
     _, first = np.unique(found, return_index=True)
     is_first = np.zeros(len(found), np.bool_)
-    is_first[first] = True  # none is taken twice, whatever an index from a snapshot says
+    is_first[first] = True  # an index from a snapshot may name a granule twice
     return np.where(is_first, found, np.int32(-1))
 
 
-def _allocate(pool: Pool, back: _Return, keep_free: int) -> bool:
+def _allocate(blocks: BlockManager, back: _Return, keep_free: int) -> bool:
     """Allocate the granules that are missing; False if one of the tiers has no room for them."""
     missing = back.tiers[back.is_fresh]
-    counts = np.bincount(missing, minlength=len(pool.allocators)).tolist()
-    hot, smallest = counts[TIER_HOT], int(pool.offered[-1])
+    counts = np.bincount(missing, minlength=len(blocks.allocators)).tolist()
+    hot, smallest = counts[TIER_HOT], int(blocks.offered[-1])
     counts[TIER_HOT] = -(-hot // smallest) * smallest + -(-keep_free // 8)
-    if not all(pool.can_have(count, tier) for tier, count in enumerate(counts)):
-        return False  # before anything is evicted in vain
+    if not all(blocks.can_have(count, tier) for tier, count in enumerate(counts)):
+        return False  # so that nothing is evicted in vain
     if hot:
-        runs = pool.fit(hot)
+        runs = blocks.fit(hot)
         if runs is None:
             return False
         back.runs += runs
     listed = np.concatenate([np.empty(0, np.int32), *(np.arange(a, a + n, dtype=np.int32) for a, n in back.runs)])
-    blocks = []
+    tiles = []
     for tier in missing[missing != TIER_HOT][::MAX_BLOCK_GRANULES].tolist():
-        start = pool.allocate_block(tier)
+        start = blocks.allocate_block(tier)
         if start < 0:
             return False
-        blocks.append(start)
+        tiles.append(start)
         back.runs.append((start, MAX_BLOCK_GRANULES))
     back.granules[back.is_fresh & (back.tiers == TIER_HOT)] = listed[:hot]
-    back.granules[back.is_fresh & (back.tiers != TIER_HOT)] = granules_of(np.array(blocks, np.int32))
-    back.granules = np.concatenate([back.granules, listed[hot:]])  # what is over is room to grow
+    back.granules[back.is_fresh & (back.tiers != TIER_HOT)] = granules_of(np.array(tiles, np.int32))
+    back.granules = np.concatenate([back.granules, listed[hot:]])  # the rest is room to grow
     back.is_fresh = np.concatenate([back.is_fresh, np.ones(len(listed) - hot, np.bool_)])
-    return pool.can_have(-(-keep_free // 8))
+    return blocks.can_have(-(-keep_free // 8))
 
 
-def _fill(sequences: Sequences, back: _Return, copies: tuple[Copy, ...]) -> bool:
-    """Write the copies to the fresh granules; False if there is no memory for what that needs in between."""
+def _fill(state: CacheState, back: _Return, copies: tuple[Copy, ...]) -> bool:
+    """Write the copies to the fresh granules; False if there is not enough host memory to do that."""
     numbers, is_fresh = numbers_of(copies), back.is_fresh[: len(back.tiers)]
     written = set(numbers[is_fresh].tolist())
     try:
-        sequences.copies.write(
+        state.group.copies.write(
             back.granules[: len(back.tiers)][is_fresh], [copy for copy in copies if copy.number in written]
         )
     except MemoryError:
@@ -189,14 +188,13 @@ def _fill(sequences: Sequences, back: _Return, copies: tuple[Copy, ...]) -> bool
     return True
 
 
-def _attach(sequences: Sequences, row: int, saved: Preempted, back: _Return, full: Int64Array) -> int:
-    """Let the row hold its granules; how many are listed in ``pool.freed``, -1 if it has too few entries."""
-    pool = sequences.pool
+def _attach(state: CacheState, row: int, saved: Preempted, back: _Return, full: Int64Array) -> int:
+    """Let the row hold its granules; returns the number of freed granules, or -1 if it has too few entries."""
+    blocks = state.group.blocks
     numbers = np.zeros(len(back.granules), np.int64)
     numbers[: len(full)] = full
-    root_uid, tokens = _tokens_of(sequences, row, saved)
+    root_uid, tokens = _tokens_of(state, row, saved)
     num_freed: int = returning.bring_back(
-        sequences.rows, row, back.granules, back.is_fresh, numbers, root_uid, tokens, pool.nodes,
-        pool.granules, pool.freed,
+        state.group.table, row, back.granules, back.is_fresh, numbers, root_uid, tokens, blocks.holdings,
     )  # fmt: skip
     return num_freed

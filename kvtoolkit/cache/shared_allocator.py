@@ -1,4 +1,4 @@
-"""The allocator of a cache, for callers who take blocks of its memory for themselves."""
+"""The allocator of a cache, for callers who take blocks of its memory for their own use."""
 
 from typing import Any
 
@@ -13,9 +13,9 @@ from kvtoolkit.cache.state.ledger import Ledger
 
 
 class SharedAllocator(BlockAllocator):
-    """A cache's allocator of hot blocks; what is taken here belongs to the caller, and the cache leaves it alone.
+    """A cache's allocator of hot blocks. Blocks taken here belong to the caller, and the cache leaves them alone.
 
-    Only blocks that were taken here can be freed here. Other attributes are those of the allocator itself, `inner`.
+    Only blocks that were taken here can be freed here. All other attributes are those of the allocator, `inner`.
     Thread-safe: calls take the cache's lock.
     """
 
@@ -27,7 +27,7 @@ class SharedAllocator(BlockAllocator):
         self._ledger, self._calls = ledger, calls
 
     @property  # type: ignore[misc]
-    def __class__(self) -> type:  # isinstance() says what the allocator is
+    def __class__(self) -> type:  # so that isinstance() sees the class of the allocator
         return type(self.inner)
 
     @property
@@ -47,7 +47,7 @@ class SharedAllocator(BlockAllocator):
 
     @exclusive
     def free(self, starts: ArrayLike, sizes: ArrayLike) -> None:
-        """As `BlockAllocator.free`, of runs inside blocks that were taken here."""
+        """Free runs inside blocks that were taken here; see `BlockAllocator.free`."""
         run_starts, run_sizes = as_counts(starts, "starts"), as_counts(sizes, "sizes")
         if len(run_starts) != len(run_sizes):
             raise InvalidFreeError(f"starts, sizes: expected equal lengths, got {len(run_starts)} and {len(run_sizes)}")
@@ -77,7 +77,7 @@ class SharedAllocator(BlockAllocator):
         return self.inner.snapshot()
 
     def restore(self, data: bytes) -> None:
-        """Refused: the cache would lose its memory. `KVCache.from_snapshot` makes a cache anew."""
+        """Refused, because the cache would lose its memory. `KVCache.from_snapshot` restores a whole cache."""
         raise NotImplementedError("restore: expected an allocator that no cache uses; see KVCache.from_snapshot")
 
     def __getattr__(self, name: str) -> Any:

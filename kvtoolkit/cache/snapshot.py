@@ -1,11 +1,11 @@
 """A whole cache as bytes and back.
 
-A snapshot holds what cannot be worked out: the configuration, rows that are not closed, index nodes in use, salts and
+A snapshot holds what cannot be derived: the configuration, rows that are not closed, index nodes in use, salts and
 extra keys, the keys and values of all granules that rows or the index hold, and what is kept of preempted sequences.
-Everything else, what the allocators have granted included, is made anew. So a cache may resume with another allocator,
-pool size, eviction or growth policy, backend or number of sequences, as long as what it holds has the same place.
+Everything else is rebuilt, including what the allocators have granted. So a cache may resume with another allocator,
+pool size, eviction or growth policy, backend or number of sequences, as long as all that it holds has a place there.
 
-The bytes are not trusted: every number is checked against what it indexes before it is used.
+The bytes are not trusted: every number is checked before it is used as an index.
 """
 
 import json
@@ -34,84 +34,84 @@ from kvtoolkit.cache.state.block_table import (
     STATE,
     touch_all,
 )
-from kvtoolkit.cache.state.cache_state import Preempted, Sequences
+from kvtoolkit.cache.state.cache_state import CacheState, Preempted
 from kvtoolkit.cache.state.host_copies import Copy, copy_tiers, sizes_of
 from kvtoolkit.cache.state.identity import Names
 from kvtoolkit.cache.state.prefix_index import BROKEN, CLOCK, EXTRA, NEXT_UID, NO_EXTRA, ROOT, ROOT_UID, reindex
 from kvtoolkit.cache.state.repair import count_refs
 from kvtoolkit.cache.state.twins import find_twins
-from kvtoolkit.cache.storage.storage import Contents, split
+from kvtoolkit.cache.storage.storage import Contents, split_by_tier
 from kvtoolkit.config.tiers import TIER_NAMES
 from kvtoolkit.errors import CacheSnapshotError, StepError
 from kvtoolkit.formats.entry import MAX_BLOCK_GRANULES
 
 _SAME = ("num_layers", "num_kv_heads", "head_dim", "dtype")
-"""Fields of the configuration that say how keys and values lie; of tiers, their formats do."""
+"""Fields of the configuration that decide the layout of keys and values; the formats of tiers do, too."""
 _NODE_FIELDS = ("uid", "parent_uid", "tokens", "last_used", "parent", "granule", "depth", "num_uses")
 _MOST = np.int64(1) << 62
 
 
-def pack(sequences: Sequences) -> bytes:
+def pack(state: CacheState) -> bytes:
     """See `KVCache.snapshot`; the caller holds the lock."""
-    table, pool = sequences.rows, sequences.pool
-    for state, name in ((IN_STEP, "step"), (PINNED, "lease")):
-        if np.any(table.info[:, STATE] == state):
+    table, blocks = state.group.table, state.group.blocks
+    for held_by, name in ((IN_STEP, "step"), (PINNED, "lease")):
+        if np.any(table.info[:, STATE] == held_by):
             raise StepError(f"snapshot: expected no open {name}; end it first")
-    sequences.identities.forget_unused(at_once=True)
-    held = np.flatnonzero((pool.granules.refs > 0) | (pool.granules.node >= 0))
+    state.identities.forget_unused(at_once=True)
+    held = np.flatnonzero((blocks.granules.refs > 0) | (blocks.granules.node >= 0))
     rows = np.flatnonzero(table.info[:, STATE] != CLOSED)
-    used = np.flatnonzero(pool.nodes.uid)
+    used = np.flatnonzero(blocks.nodes.uid)
     width = int(table.info[rows, NUM_ENTRIES].max(initial=0))
     arrays: dict[str, NDArray[Any]] = {
-        "config": _as_bytes(json.dumps(sequences.config.to_dict(), sort_keys=True).encode()),
-        "counters": np.array(list(vars(sequences.counters).values()), np.int64),
-        "tier_granules": np.array(sequences.config.tier_granules, np.int64),
+        "config": _as_bytes(json.dumps(state.config.to_dict(), sort_keys=True).encode()),
+        "counters": np.array(list(vars(state.counters).values()), np.int64),
+        "tier_granules": np.array(state.config.tier_granules, np.int64),
         "generations": np.trim_zeros(table.info[:, GENERATION], "b"),
         "rows": rows,
         "info": table.info[rows][:, [STATE, LENGTH, NUM_ENTRIES]],
         "entries": table.entries[rows, :width],
         "chain": table.chain[rows],
         "origin": table.origin[rows],
-        "extras": sequences.identities.extras[: sequences.identities.num_extras],
-        **_named_texts("salts", sequences.identities.salts),
-        **_named_texts("keys", sequences.identities.keys),
+        "extras": state.identities.extras[: state.identities.num_extras],
+        **_named_texts("salts", state.identities.salts),
+        **_named_texts("keys", state.identities.keys),
         "pending": table.pending[rows],
         "masses": table.masses[rows],
         "node": used,
-        **{f"node.{name}": getattr(pool.nodes, name)[used] for name in _NODE_FIELDS},
-        "clocks": pool.nodes.counts[[NEXT_UID, CLOCK]],
+        **{f"node.{name}": getattr(blocks.nodes, name)[used] for name in _NODE_FIELDS},
+        "clocks": blocks.nodes.counts[[NEXT_UID, CLOCK]],
         "held": held,
-        **_named("contents", sequences.storage.read(held)),
-        "callers": np.flatnonzero(pool.ledger.callers),
-        **pool.ledger.snapshots(),
+        **_named("contents", state.group.storage.read(held)),
+        "callers": np.flatnonzero(blocks.ledger.callers),
+        **blocks.ledger.snapshots(),
     }
-    return pack_arrays(arrays | _pack_preempted(sequences, held))
+    return pack_arrays(arrays | _pack_preempted(state, held))
 
 
-def _pack_preempted(sequences: Sequences, held: Int64Array) -> dict[str, NDArray[Any]]:
-    """What is kept of preempted sequences; their copies are numbered from 0."""
+def _pack_preempted(state: CacheState, held: Int64Array) -> dict[str, NDArray[Any]]:
+    """What is kept of preempted sequences. Copies are numbered from 0."""
     arrays: dict[str, NDArray[Any]] = {}
-    saved_copies = [saved.copies or () for saved in sequences.preempted.values()]
+    saved_copies = [saved.copies or () for saved in state.preempted.values()]
     copies = {copy.number: copy for listed in saved_copies for copy in listed}
     places = {number: i for i, number in enumerate(copies)}
-    for row, saved in sequences.preempted.items():
+    for row, saved in state.preempted.items():
         arrays[f"preempted.{row}.nodes"] = np.stack([saved.nodes.astype(np.int64), saved.uids], axis=1)
         if saved.copies is not None:
             arrays[f"preempted.{row}.copies"] = np.array([places[copy.number] for copy in saved.copies], np.int64)
-            is_findable = sequences.rows.chain[row] != BROKEN  # else its prefixes were cleared
+            is_findable = state.group.table.chain[row] != BROKEN  # otherwise its prefixes were cleared
             arrays[f"preempted.{row}.tokens"] = saved.tokens if is_findable else saved.tokens[:0]
-    numbers = sequences.pool.granules.copy[held].tolist()
+    numbers = state.group.blocks.granules.copy[held].tolist()
     arrays["held.copies"] = np.array([places.get(number, -1) for number in numbers], np.int64)
     arrays["copies.tiers"] = np.array([copy.tier for copy in copies.values()], np.int8)
-    return arrays | _named("copies", sequences.copies.contents_of(list(copies.values())))
+    return arrays | _named("copies", state.group.copies.contents_of(list(copies.values())))
 
 
-def unpack(sequences: Sequences, data: bytes) -> None:
-    """Fill a fresh cache from a snapshot; after an error it is of no use."""
+def unpack(state: CacheState, data: bytes) -> None:
+    """Fill a fresh cache from a snapshot; after an error the cache cannot be used."""
     if not isinstance(data, bytes | bytearray | memoryview):
         raise CacheSnapshotError(f"snapshot: expected bytes, got {type(data).__name__}")
     try:
-        _Unpacker(sequences, unpack_arrays(data)).run()
+        _Unpacker(state, unpack_arrays(data)).run()
     except (IntegrityError, AllocatorError, ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
         if isinstance(error, CacheSnapshotError):
             raise
@@ -121,45 +121,45 @@ def unpack(sequences: Sequences, data: bytes) -> None:
 class _Unpacker:
     """Checks the arrays of a snapshot and writes them into a fresh cache."""
 
-    def __init__(self, sequences: Sequences, arrays: dict[str, NDArray[Any]]) -> None:
-        self._sequences = sequences
+    def __init__(self, state: CacheState, arrays: dict[str, NDArray[Any]]) -> None:
+        self._state = state
         self._arrays = arrays
-        self._first = np.zeros(3, np.int64)  # first granule of each tier, there; and what to add to come here
+        self._first = np.zeros(3, np.int64)  # first granule of each tier in the snapshot; its distance to here
         self._shift = np.zeros(3, np.int64)
         self._copies: list[Copy] = []
 
     def run(self) -> None:
         """Read everything."""
-        sequences, pool = self._sequences, self._sequences.pool
+        state, blocks = self._state, self._state.group.blocks
         self._check_config()
         renumbered = self._read_nodes()
         self._read_identities()
         self._read_rows(renumbered)
         self._read_preempted(renumbered)
-        integrity.require_well_formed(sequences.rows, pool)
-        count_refs(sequences.rows, pool.granules)
-        reindex(pool.nodes, pool.granules)
-        integrity.require_rows(sequences.rows, pool)
-        integrity.require_index(pool)
+        integrity.require_well_formed(state.group.table, blocks)
+        count_refs(state.group.table, blocks.granules)
+        reindex(blocks.nodes, blocks.granules)
+        integrity.require_rows(state.group.table, blocks)
+        integrity.require_index(blocks)
         self._read_contents()
-        rows = np.flatnonzero(sequences.rows.info[:, STATE] != CLOSED).astype(np.int32)
-        find_twins(sequences.rows, rows, pool.nodes, pool.granules, pool.freed)
+        rows = np.flatnonzero(state.group.table.info[:, STATE] != CLOSED).astype(np.int32)
+        find_twins(state.group.table, rows, blocks.holdings)
         self._grant()
-        states = sequences.rows.info[:, STATE]
-        sequences.closed_rows = np.flatnonzero(states == CLOSED)[::-1].tolist()
-        names = list(vars(sequences.counters))
+        states = state.group.table.info[:, STATE]
+        state.closed_rows = np.flatnonzero(states == CLOSED)[::-1].tolist()
+        names = list(vars(state.counters))
         counters = self._vector("counters", "int64", len(names))
         self._within("counters", counters, 0, int(_MOST))
-        vars(sequences.counters).update(zip(names, counters.tolist(), strict=True))
-        if sequences.counters.reused_tokens > sequences.counters.prompt_tokens:
+        vars(state.counters).update(zip(names, counters.tolist(), strict=True))
+        if state.counters.reused_tokens > state.counters.prompt_tokens:
             raise CacheSnapshotError("snapshot: expected no more reused tokens than prompts have")
-        pool.replenish()
-        integrity.check(sequences)
+        blocks.replenish()
+        integrity.check(state)
 
     # -- arrays ------------------------------------------------------------------------------------------------------
 
     def _array(self, name: str, dtype: str, shape: tuple[int | None, ...]) -> NDArray[Any]:
-        """An array of this dtype and shape (None: any extent), or CacheSnapshotError."""
+        """The array of this name; CacheSnapshotError unless it has this dtype and shape (None: any extent)."""
         array = self._arrays.get(name)
         if array is None:
             raise CacheSnapshotError(f"snapshot: expected an array {name!r}, got none")
@@ -182,7 +182,7 @@ class _Unpacker:
             )
 
     def _distinct(self, name: str, length: int | None, end: int) -> Int64Array:
-        """A vector of different numbers below ``end``, ascending."""
+        """A vector of ascending numbers below ``end``, or CacheSnapshotError."""
         values = self._vector(name, "int64", length)
         self._within(name, values, 0, end)
         if (np.diff(values) <= 0).any():
@@ -192,7 +192,7 @@ class _Unpacker:
     # -- its parts ---------------------------------------------------------------------------------------------------
 
     def _check_config(self) -> None:
-        config = self._sequences.config
+        config = self._state.config
         try:
             found = json.loads(self._vector("config", "uint8", None).tobytes())
         except (ValueError, RecursionError) as error:
@@ -221,12 +221,12 @@ class _Unpacker:
         )
 
     def _granules(self, name: str, values: NDArray[Any]) -> Int64Array:
-        """Numbers of granules there as numbers here, or CacheSnapshotError if the pool here has no such granule."""
+        """Granules of the snapshot as granules here; CacheSnapshotError if the pool here has no such granule."""
         values = values.astype(np.int64)
         self._within(name, values, 0, int(self._ends[2]))
         tiers = np.searchsorted(self._first[1:], values, side="right")
         offsets = values - self._first[tiers]
-        sizes = np.array(self._sequences.config.tier_granules)
+        sizes = np.array(self._state.config.tier_granules)
         if (offsets >= sizes[tiers]).any():
             tier = int(tiers[np.argmax(offsets >= sizes[tiers])])
             raise CacheSnapshotError(
@@ -237,8 +237,8 @@ class _Unpacker:
         return here
 
     def _read_nodes(self) -> Int64Array:
-        """Fill in the index; returns the number here of each node there, -1 for none."""
-        nodes = self._sequences.pool.nodes
+        """Fill in the index; returns the node here for each node of the snapshot, or -1."""
+        nodes = self._state.group.blocks.nodes
         there = self._distinct("node", None, 1 << 25)
         count = len(there)
         renumbered = np.full(int(there[-1]) + 2 if count else 1, -1, np.int64)
@@ -269,11 +269,11 @@ class _Unpacker:
         return renumbered
 
     def _read_identities(self) -> None:
-        """Fill in the salts and extra keys; that rows and nodes fit them is for `integrity.check` to see."""
-        identities = self._sequences.identities
+        """Fill in the salts and extra keys. `integrity.check` will see whether rows and nodes fit them."""
+        identities = self._state.identities
         for name, names in (("salts", identities.salts), ("keys", identities.keys)):
             numbers = self._vector(f"{name}.numbers", "int64", None)
-            self._within(f"{name}.numbers", numbers, ROOT_UID + 1, int(self._sequences.pool.nodes.counts[NEXT_UID]))
+            self._within(f"{name}.numbers", numbers, ROOT_UID + 1, int(self._state.group.blocks.nodes.counts[NEXT_UID]))
             ends = self._vector(f"{name}.ends", "int64", len(numbers))
             text = self._vector(f"{name}.text", "uint8", int(ends[-1]) if len(ends) else 0).tobytes()
             begins = np.concatenate([np.zeros(1, np.int64), ends])[:-1]
@@ -288,8 +288,8 @@ class _Unpacker:
         self._within("extras", identities.extras[:, 0], 0, 1 << 25)
 
     def _chains(self, name: str, pairs: NDArray[Any], roots: Any, renumbered: Int64Array) -> Int64Array:
-        """``[n, 2]`` node here and uid, BROKEN where it is gone; ``roots`` are those of the rows."""
-        nodes, uids = self._sequences.pool.nodes, pairs[:, 1]
+        """``[n, 2]`` node here (BROKEN if it is gone) and uid; ``roots`` has the root of each row."""
+        nodes, uids = self._state.group.blocks.nodes, pairs[:, 1]
         self._within(name, pairs[:, 0], BROKEN, 1 << 25)
         known = (pairs[:, 0] >= 0) & (pairs[:, 0] < len(renumbered))
         here = np.where(known, renumbered[np.where(known, pairs[:, 0], 0)], BROKEN)
@@ -298,10 +298,10 @@ class _Unpacker:
         return np.stack([np.where(is_root, ROOT, here), uids], axis=1)
 
     def _read_rows(self, renumbered: Int64Array) -> None:
-        sequences, table = self._sequences, self._sequences.rows
+        state, table = self._state, self._state.group.table
         generations = self._vector("generations", "int64", None)
         if len(generations) > len(table.info):
-            # their ids would come back
+            # a smaller table would give out the ids of the missing rows again
             raise CacheSnapshotError(
                 f"snapshot: expected max_seqs of at least {len(generations)}, got {len(table.info)}"
             )
@@ -312,7 +312,7 @@ class _Unpacker:
         entries = self._array("entries", "int32", (count, None))
         if not np.isin(info[:, 0], (OPEN, PREEMPTED)).all():
             raise CacheSnapshotError("snapshot: expected rows that are open or preempted")
-        self._within("lengths", info[:, 1], 0, 8 * sequences.pool.num_granules + 1)
+        self._within("lengths", info[:, 1], 0, 8 * state.group.blocks.num_granules + 1)
         self._within("numbers of entries", info[:, 2], 0, entries.shape[1] + 1)
         width = int(info[:, 2].max(initial=0))
         if width > table.entries.shape[1]:
@@ -344,7 +344,7 @@ class _Unpacker:
         dropped = (info[:, 0] == PREEMPTED) & (info[:, 1] == 0)
         chains[dropped, 0], chains[dropped, 1] = ROOT, roots[dropped]
         in_index = chains[:, 0] >= 0
-        depths = sequences.pool.nodes.depth[chains[in_index, 0]] + 1
+        depths = state.group.blocks.nodes.depth[chains[in_index, 0]] + 1
         if (depths != info[in_index, 1] // 8).any():
             raise CacheSnapshotError("snapshot: expected chains as long as their rows")
         table.chain[which], table.origin[which, CHAIN_UID] = chains[:, 0], chains[:, 1]
@@ -355,7 +355,7 @@ class _Unpacker:
         touch_all(table, which.astype(np.int32))
 
     def _read_preempted(self, renumbered: Int64Array) -> None:
-        sequences, table = self._sequences, self._sequences.rows
+        state, table = self._state, self._state.group.table
         self._read_copies()
         for row in np.flatnonzero(table.info[:, STATE] == PREEMPTED).tolist():
             name, length = f"preempted.{row}", int(table.info[row, LENGTH])
@@ -364,7 +364,7 @@ class _Unpacker:
             nodes, uids = chain[:, 0], chain[:, 1]
             gone = np.flatnonzero(nodes < 0)
             nodes = nodes[: gone[0]] if len(gone) else nodes
-            index = sequences.pool.nodes
+            index = state.group.blocks.nodes
             parents = np.concatenate([np.full(1, ROOT), nodes])[:-1]
             if (index.parent[nodes] != parents).any() or (index.parent_uid[nodes[:1]] != root_uid).any():
                 raise CacheSnapshotError(f"snapshot: expected nodes of {name} that follow each other from its root")
@@ -374,27 +374,27 @@ class _Unpacker:
                 saved.tokens = self._array(f"{name}.tokens", "int64", (None, 9)).copy()
                 if len(saved.tokens) not in (0, length // 8):
                     raise CacheSnapshotError(f"snapshot: expected {name}.tokens of all full granules or of none")
-                known = np.array([NO_EXTRA, *sequences.identities.keys.numbers.values()], np.int64)
+                known = np.array([NO_EXTRA, *state.identities.keys.numbers.values()], np.int64)
                 if not np.isin(saved.tokens[:, EXTRA], known).all():
                     raise CacheSnapshotError(f"snapshot: expected {name}.tokens with extra keys that are known")
-                if len(saved.tokens):  # to be published again when it comes back, whatever is gone of its chain
+                if len(saved.tokens):  # its tokens are published again when it comes back
                     table.chain[row], table.origin[row, CHAIN_UID] = ROOT, root_uid
             elif length:
                 raise CacheSnapshotError(f"snapshot: expected the contents of {name}, got none")
-            sequences.preempted[row] = saved
+            state.preempted[row] = saved
 
     def _read_copies(self) -> None:
-        """Make all copies in host memory; those that no preempted sequence refers to go with the unpacker."""
-        sequences = self._sequences
+        """Make all copies in host memory. Those that no preempted sequence refers to are freed with the unpacker."""
+        state = self._state
         tiers = self._vector("copies.tiers", "int8", None)
         self._within("copies.tiers", tiers, 0, 3)
-        if (np.array(sequences.config.tier_granules)[tiers] == 0).any():
+        if (np.array(state.config.tier_granules)[tiers] == 0).any():
             raise CacheSnapshotError("snapshot: expected copies of tiers that exist")
         num_hot, num_warm, num_cold = np.bincount(tiers, minlength=3).tolist()
-        self._copies = sequences.copies.make(tiers, self._contents("copies", num_hot, (num_warm, num_cold)))
+        self._copies = state.group.copies.make(tiers, self._contents("copies", num_hot, (num_warm, num_cold)))
 
     def _copies_of(self, name: str, length: int) -> tuple[Copy, ...]:
-        """The copies that hold the tokens of a preempted sequence; quantized ones are full tiles of 64 tokens."""
+        """The copies that have the tokens of a preempted sequence. Quantized ones must be full tiles of 64 tokens."""
         places = self._vector(f"{name}.copies", "int64", None)
         self._within(f"{name}.copies", places, 0, len(self._copies))
         if len(np.unique(places)) != len(places):
@@ -410,8 +410,8 @@ class _Unpacker:
         return copies
 
     def _contents(self, name: str, num_hot: int, num_blocks: tuple[int, int]) -> Contents:
-        """Contents of so many hot granules, and warm and cold blocks."""
-        storage = self._sequences.storage
+        """The contents of this many hot granules, and of this many warm and cold blocks."""
+        storage = self._state.group.storage
         hot = storage.key_values.shape
         key_values = self._array(f"{name}.key_values", str(storage.key_values.dtype), (*hot[:2], num_hot, *hot[3:]))
         blocks = []
@@ -421,25 +421,25 @@ class _Unpacker:
         return Contents(key_values, *blocks)
 
     def _read_contents(self) -> None:
-        pool = self._sequences.pool
+        blocks = self._state.group.blocks
         there = self._distinct("held", None, int(self._ends[2]))
         held = self._granules("held", there)
-        owned = np.flatnonzero((pool.granules.refs > 0) | (pool.granules.node >= 0))
+        owned = np.flatnonzero((blocks.granules.refs > 0) | (blocks.granules.node >= 0))
         if not np.array_equal(held, owned):
             raise CacheSnapshotError("snapshot: expected the contents of exactly the granules in use")
-        hot, warm, cold = split(held, self._sequences.config.first_granules)  # of a block a part may be held
-        self._sequences.storage.write(held, self._contents("contents", len(hot), (len(warm), len(cold))))
+        hot, warm, cold = split_by_tier(held, self._state.config.first_granules)  # a part of a block may be held
+        self._state.group.storage.write(held, self._contents("contents", len(hot), (len(warm), len(cold))))
         places = self._vector("held.copies", "int64", len(held))
         self._within("held.copies", places, -1, len(self._copies))
         numbers = np.array([0, *(copy.number for copy in self._copies)], np.int64)
-        pool.granules.copy[held] = numbers[places + 1]
+        blocks.granules.copy[held] = numbers[places + 1]
 
     def _grant(self) -> None:
-        """Have the allocators have granted what is held, and to callers what they hold."""
-        pool, ledger = self._sequences.pool, self._sequences.pool.ledger
+        """Bring the allocators to the state in which everything that is held, callers' blocks included, is granted."""
+        blocks, ledger = self._state.group.blocks, self._state.group.blocks.ledger
         there = self._distinct("callers", None, int(self._ends[0]))
         callers = self._granules("callers", there)
-        owned = (pool.granules.refs > 0) | (pool.granules.node >= 0)
+        owned = (blocks.granules.refs > 0) | (blocks.granules.node >= 0)
         if owned[callers].any():
             raise CacheSnapshotError("snapshot: expected callers' blocks apart from those of the cache")
         if len(callers) and self._is_another_pool:
@@ -447,7 +447,7 @@ class _Unpacker:
                 f"snapshot: expected no blocks of callers to resume in another allocator or pool size, got "
                 f"{len(callers)} granules"
             )
-        pool.kept_back = []
+        blocks.reserve = []
         ledger.callers[callers] = True
         ledger.resume(owned, self._arrays)
 

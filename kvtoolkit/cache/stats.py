@@ -1,6 +1,6 @@
-"""The figures of a cache: what its memory holds, and what keeping it cost.
+"""The figures of a cache: what its memory holds, and what that has cost.
 
-Every slot is in one place, in each tier and in all of them together:
+Every slot is counted in exactly one place, in each tier and in all tiers together:
 
     free + used + cached + kept_back + callers + pinned == capacity
 """
@@ -12,7 +12,7 @@ import numpy as np
 
 from allocators import AllocatorStats
 from kvtoolkit.cache.state.block_table import CLOSED, LENGTH, NUM_ENTRIES, PREEMPTED, STATE, fill_in
-from kvtoolkit.cache.state.cache_state import Sequences
+from kvtoolkit.cache.state.cache_state import CacheState
 from kvtoolkit.cache.state.prefix_index import HELD
 from kvtoolkit.config.tiers import TIER_NAMES
 from kvtoolkit.cuda.pool import DevicePool
@@ -23,16 +23,16 @@ _PLACES = ("used", "cached", "free", "kept_back", "callers", "pinned")
 
 @dataclass(frozen=True)
 class TierStats:
-    """A moment's figures of one tier. Token slots, but for the last; they mean what they mean in `CacheStats`.
+    """Present figures of one tier, in token slots except ``nbytes``; see `CacheStats`.
 
     Attributes:
-        capacity: of the tier.
-        used: held by sequences, a shared one counted once.
-        cached: held by no sequence, but not forgotten yet.
+        capacity: all slots of the tier.
+        used: held by sequences; a shared slot counts once.
+        cached: held by no sequence, but findable by prompts.
         free: can be granted.
-        kept_back: kept back as targets for merging.
+        kept_back: in the reserve for merging.
         callers: held by callers or kernels.
-        pinned: of no use to anybody at the moment.
+        pinned: usable by nobody at the moment.
         nbytes: bytes of keys and values that the tier has room for.
     """
 
@@ -48,49 +48,49 @@ class TierStats:
 
 @dataclass(frozen=True)
 class CacheStats:
-    """A moment's figures of one cache. Tokens unless the name says otherwise.
+    """Present figures of a cache, in tokens unless the name says otherwise.
 
     Attributes:
-        num_seqs: open sequences, pinned copies included, preempted ones not.
+        num_seqs: open sequences, including those that leases hold, but not preempted ones.
         num_preempted_seqs: sequences that wait for `KVCache.restore`.
-        num_tokens: held by the open sequences; a token that two of them share counts twice.
-        capacity: slots in the pool.
-        used: slots that sequences hold, a shared one counted once.
-        cached: slots that evicting all cached prefixes would make free. Later prompts find these prefixes, but for what
-            comes after the first quantized tile where ``prefix_reuse_tiers`` is ``hot``. Where only whole blocks can be
-            freed, the rest of a block counts if no sequence holds a part of it; else all of it is ``pinned``.
-        free: slots that the allocator has to grant. Where one large block size is used, they may be in pieces that are
-            too small.
-        kept_back: slots kept back as targets for merging.
+        num_tokens: tokens that the open sequences hold; a shared token counts once for each.
+        capacity: all slots of the pool.
+        used: slots that sequences hold; a shared slot counts once.
+        cached: slots that evicting all cached prefixes would free. Later prompts find these prefixes; if
+            ``prefix_reuse_tiers`` is ``hot``, only up to the first quantized tile. If an allocator frees only whole
+            blocks, a whole block counts if no sequence holds a part of it; otherwise all of it is ``pinned``.
+        free: slots that the allocator can grant. If only a large block size is used, they may be in pieces that are too
+            small.
+        kept_back: slots in the reserve for merging.
         callers: slots that callers took from `KVCache.allocator`, or kernels from a pool on a device.
-        pinned: slots of no use at the moment: cached or given back, but of a block of which a sequence holds a part; or
-            left behind where an allocator broke off (`KVCache.repair`).
-        waste: share of ``used`` that holds no token: room at the ends of sequences.
-        blocks: entries of the block table by their length in tokens.
+        pinned: slots that nobody can use at the moment: cached or freed ones of a block of which a sequence holds a
+            part, and those lost in an allocator that broke off (`KVCache.repair`).
+        waste: share of ``used`` that holds no token; this is room at the ends of sequences.
+        blocks: number of entries of the block table for each length in tokens.
         entries_per_seq: mean number of entries in a row of the block table.
-        peak_used: most slots that sequences ever held.
+        peak_used: most slots that sequences have held so far.
         prompt_tokens: tokens of all prompts opened so far.
-        reused_tokens: those of them that were found in the cache; never more than ``prompt_tokens``.
-        num_prefix_hits: prompts of which a beginning was found.
-        num_prefix_misses: prompts of which nothing was found, those apart that are too short to be found.
+        reused_tokens: tokens of these prompts that were found in the cache; never more than ``prompt_tokens``.
+        num_prefix_hits: prompts whose beginning was found.
+        num_prefix_misses: prompts of which nothing was found, except those too short to be found.
         restored_tokens: tokens of dropped sequences that `KVCache.restore` found still cached.
-        copied_tokens: tokens copied by forks, merges and compaction, all layers of one token counted once.
-        num_merges: blocks copied together into larger ones.
-        num_failed_merges: merges that found no free block of 64 tokens.
+        copied_tokens: tokens that forks, merges and compaction copied; all layers of a token count once.
+        num_merges: blocks of 64 tokens that were merged from smaller ones.
+        num_failed_merges: merges for which there was no free block of 64 tokens.
         num_evicted: granules evicted from the prefix index.
         num_stalls: rows of steps that got no memory.
         num_preempted: preemptions so far.
-        num_steps: steps that ended.
+        num_steps: steps that were ended.
         metadata_nbytes: bytes of the block table, the index and the allocator.
         nbytes: bytes of keys and values.
-        tiers: figures of each tier by its name; all of them together are above.
+        tiers: figures of each tier by its name.
         num_demoted_warm: tiles of 64 tokens that went to the warm tier.
         num_demoted_cold: tiles that went to the cold tier.
-        num_failed_demotions: tiles that were old enough and found no room in a colder tier.
-        num_unquantizable: tiles that were old enough and stay in 16 bit, since a token of theirs holds an infinity or
-            NaN. One counts whenever it is looked at. On a GPU such tokens become NaN instead.
-        num_dequantized: tiles made hot again, since a sequence was cut inside them.
-        converted_tokens: tokens of these tiles, which `copied_tokens` does not count.
+        num_failed_demotions: tiles that were due, but found no room in a colder tier.
+        num_unquantizable: tiles that were due, but stay in 16 bit because a token holds an infinity or NaN; counted
+            each time such a tile is looked at. On a GPU these tokens become NaN instead.
+        num_dequantized: tiles that became hot again because a sequence was cut inside them.
+        converted_tokens: tokens in tiles that changed their tier; `copied_tokens` does not count them.
     """
 
     num_seqs: int
@@ -130,26 +130,26 @@ class CacheStats:
     converted_tokens: int
 
 
-def collect(sequences: Sequences) -> CacheStats:
-    """Count everything up."""
-    rows, pool, counters = sequences.rows, sequences.pool, sequences.counters
-    info = rows.info
+def collect(state: CacheState) -> CacheStats:
+    """Collect all figures."""
+    table, blocks, counters = state.group.table, state.group.blocks, state.counters
+    info = table.info
     live = np.flatnonzero((info[:, STATE] != CLOSED) & (info[:, STATE] != PREEMPTED))
     lengths, counts = info[live, LENGTH], info[live, NUM_ENTRIES]
-    num_held = pool.num_used
-    filled = np.zeros(pool.num_granules, np.int8)
-    fill_in(rows, live.astype(np.int32), filled)
+    num_held = blocks.num_used
+    filled = np.zeros(blocks.num_granules, np.int8)
+    fill_in(table, live.astype(np.int32), filled)
     width = int(counts.max(initial=0))
-    entries = rows.entries[live, :width]
+    entries = table.entries[live, :width]
     sizes = (((entries >> 24) & 7) + 1)[np.arange(width) < counts[:, None]] * 8
-    allocators = [None if allocator is None else allocator.stats() for allocator in pool.allocators]
-    tiers = {TIER_NAMES[i]: _tier(sequences, i, one) for i, one in enumerate(allocators) if one is not None}
+    allocators = [None if allocator is None else allocator.stats() for allocator in blocks.allocators]
+    tiers = {TIER_NAMES[i]: _tier(state, i, one) for i, one in enumerate(allocators) if one is not None}
     everywhere = {name: sum(getattr(tier, name) for tier in tiers.values()) for name in _PLACES}
     return CacheStats(
         num_seqs=len(live),
         num_preempted_seqs=int(np.count_nonzero(info[:, STATE] == PREEMPTED)),
         num_tokens=int(lengths.sum()),
-        capacity=pool.num_granules * 8,
+        capacity=blocks.num_granules * 8,
         **everywhere,
         waste=1 - int(filled.sum()) / (8 * num_held) if num_held else 0.0,
         blocks={int(size): int(count) for size, count in zip(*np.unique(sizes, return_counts=True), strict=True)},
@@ -168,7 +168,7 @@ def collect(sequences: Sequences) -> CacheStats:
         num_preempted=counters.num_preempted,
         num_steps=counters.num_steps,
         metadata_nbytes=sum(one.metadata_nbytes for one in allocators if one is not None)
-        + sum(array.nbytes for array in (*rows, *pool.nodes, *pool.granules)),
+        + sum(array.nbytes for array in (*table, *blocks.nodes, *blocks.granules)),
         nbytes=sum(one.nbytes for one in tiers.values()),
         tiers=tiers,
         num_demoted_warm=counters.num_demoted_warm,
@@ -180,25 +180,25 @@ def collect(sequences: Sequences) -> CacheStats:
     )
 
 
-def _tier(sequences: Sequences, tier: int, figures: AllocatorStats) -> TierStats:
-    pool = sequences.pool
-    own = slice(pool.first[tier], pool.first[tier] + figures.num_granules)
-    granted, callers = (int(np.count_nonzero(one[own])) for one in (pool.ledger.granted, pool.ledger.callers))
-    left = pool.ledger.left
+def _tier(state: CacheState, tier: int, figures: AllocatorStats) -> TierStats:
+    blocks = state.group.blocks
+    own = slice(blocks.first[tier], blocks.first[tier] + figures.num_granules)
+    granted, callers = (int(np.count_nonzero(one[own])) for one in (blocks.ledger.granted, blocks.ledger.callers))
+    left = blocks.ledger.left
     num_left = int(np.count_nonzero((left >= own.start) & (left < own.stop)))
-    # live in the allocator, but of nobody here: a kernel's, or lost where the allocator broke off
+    # live in the allocator but unknown here: a kernel's, or lost when the allocator broke off
     others = figures.num_live - granted - callers
-    evictable = pool.num_evictable(tier)
-    pinned = figures.pinned + num_left + pool.granules.cached[tier] - evictable
-    if isinstance(pool.allocators[tier], DevicePool):
+    evictable = blocks.num_evictable(tier)
+    pinned = figures.pinned + num_left + blocks.granules.cached[tier] - evictable
+    if isinstance(blocks.allocators[tier], DevicePool):
         callers, others = callers + others, 0
     return TierStats(
         capacity=figures.num_granules * 8,
-        used=int(pool.granules.cached[HELD + tier]) * 8,
+        used=int(blocks.granules.cached[HELD + tier]) * 8,
         cached=evictable * 8,
         free=figures.num_free * 8,
-        kept_back=8 * MAX_BLOCK_GRANULES * len(pool.kept_back) if tier == TIER_HOT else 0,
+        kept_back=8 * MAX_BLOCK_GRANULES * len(blocks.reserve) if tier == TIER_HOT else 0,
         callers=callers * 8,
         pinned=(int(pinned) + others) * 8,
-        nbytes=figures.num_granules // 8 * sequences.config.block_nbytes[TIER_NAMES[tier]],
+        nbytes=figures.num_granules // 8 * state.config.block_nbytes[TIER_NAMES[tier]],
     )

@@ -23,17 +23,19 @@ if TYPE_CHECKING:
 class Step:
     """What `KVCache.begin_step` returns; serves all layers, until `KVCache.end_step`.
 
-    The arrays are NumPy's, read-only because the kernels trust them (``torch.from_numpy`` warns about such: give it a
-    copy); `on_device` has those that kernels read on a GPU, which cannot be protected: do not write to them. They
-    belong to the cache; the next `KVCache.begin_step` may write them again. Rows stand in the order of ``seq_ids``. As
-    a context manager a step that was not ended is aborted: its tokens are forgotten, its blocks stay with the
-    sequences. `append` and `attend` of one step are for one thread at a time.
+    The arrays are NumPy's. They are read-only because the kernels trust them; ``torch.from_numpy`` warns about such
+    arrays, so give it a copy. `on_device` has the arrays that kernels read on a GPU, which cannot be protected: do not
+    write to them. All arrays belong to the cache, and the next `KVCache.begin_step` may overwrite them. Their rows are
+    in the order of ``seq_ids``.
+
+    At the end of a ``with`` a step that was not ended is aborted: its tokens are forgotten, and the sequences keep its
+    blocks as room to grow. Only one thread at a time may call `append` and `attend` of a step.
 
     Attributes:
         seq_ids: ``[batch]`` int64.
         ok: ``[batch]`` bool; a row that is not ok got no memory for its tokens. Its ``seq_lens`` is 0, its slots are
-            -1, its queries give zeros; nothing of it changes at `end_step`.
-        status: ``[batch]`` int8, why: `kvtoolkit.cache.state.step_passes.STATUS_NAMES`.
+            -1, its queries give zeros, and `KVCache.end_step` leaves it as it is.
+        status: ``[batch]`` int8, the reason; see `kvtoolkit.cache.state.step_passes.STATUS_NAMES`.
         num_new_tokens: ``[batch]`` int32.
         block_table: ``[batch, max_entries]`` int32 entries, -1 = empty.
         block_starts: ``[batch, max_entries]`` int32, first logical granule of each entry.
@@ -73,7 +75,7 @@ class Step:
         self._device_tables: DeviceTables | None = None
         self._graph_step: GraphStep | None = None  # which has loaded it
 
-    # cut when they are asked for: an integration of its own may need none of them
+    # made only when they are asked for, because an integration may need none of them
     @property
     def num_new_tokens(self) -> Int32Array:
         """``[batch]``; see `Step`."""
@@ -121,8 +123,9 @@ class Step:
         Args:
             layer: 0 to ``num_layers - 1``.
             key: ``[num_tokens, num_kv_heads, head_dim]`` of the cache's dtype, last axis contiguous: a NumPy array or
-                CPU tensor, on a GPU a CUDA tensor, CuPy array or the like; ``value`` alike. Rows of tokens whose slot
-                is -1 are skipped. For a bfloat16 cache also uint16 arrays of its bits.
+                CPU tensor; on a GPU a CUDA tensor, CuPy array or the like. A bfloat16 cache also takes uint16 arrays of
+                its bits. Rows of tokens whose slot is -1 are skipped.
+            value: the same form.
 
         Raises:
             ShapeError: a shape, dtype or stride is not as above; nothing was written.
@@ -132,23 +135,24 @@ class Step:
         self._require_open()
         (self._calls or self._make_calls()).append(layer, key, value)
 
-    def attend(self, layer: int, q: Array, **options: Unpack[AttendOptions]) -> Any:
+    def attend(self, layer: int, q: Array, **options: "Unpack[AttendOptions]") -> Any:
         """Attend the new tokens to everything their sequences hold, these tokens included: `append` them first.
 
         Args:
             layer: 0 to ``num_layers - 1``.
             q: ``[num_tokens, num_q_heads, head_dim]``, of the dtypes that `append` takes, last axis contiguous.
-            options: as `kvtoolkit.variable_block_attention` takes them, but for ``cu_seqlens_q`` and ``block_mass``:
-                for masses of your own call `kvtoolkit.tiered_attention` on `KVCache.tier_caches` and the step's arrays.
+            options: ``softmax_scale``, ``causal``, ``window_size``, ``softcap``, ``sinks``, ``alibi_slopes``, ``out``,
+                ``return_lse``, ``num_splits`` and ``backend``, as in `kvtoolkit.paged_attention`. For masses of your
+                own call `kvtoolkit.tiered_attention` on `KVCache.tier_caches` and the step's arrays.
 
         Returns:
-            ``[num_tokens, num_q_heads, head_dim]`` typed as ``q``, a tensor if ``q`` is one; with ``return_lse`` also
-            ``lse`` ``[num_tokens, num_q_heads]`` float32, natural log.
+            ``[num_tokens, num_q_heads, head_dim]`` of the dtype of ``q``, a tensor if ``q`` is one; with ``return_lse``
+            also ``lse`` ``[num_tokens, num_q_heads]`` float32, natural log.
 
         Raises:
             ShapeError: a shape, dtype, stride or option is not as above.
             ArgumentError: there is no such layer.
-            StepError: the step has ended.
+            StepError: the step has ended, or has appended to other layers but not to this one.
         """
         self._require_open()
         return (self._calls or self._make_calls()).attend(layer, q, **options)
@@ -156,9 +160,9 @@ class Step:
     def attend_prepared(self, layer: int, key: int, value: int, q: int, out: int) -> bool:
         """`append` and `attend` in one, on raw addresses: for integrations that have checked the arrays themselves.
 
-        Does for this layer what the calls for the layer before did, for arrays at other addresses whose shapes,
-        strides and dtypes are the same, which the caller has made sure of. Returns False, with nothing done, if there
-        was no layer before, or its options included sinks, slopes or ``return_lse``.
+        It repeats for this layer what the calls for the previous layer did. The caller guarantees that the arrays have
+        the same shapes, strides and dtypes. Returns False, with nothing done, if there was no previous layer, or if its
+        options included sinks, slopes or ``return_lse``.
         """
         self._require_open()
         return self._calls is not None and self._calls.attend_prepared(layer, key, value, q, out)
@@ -178,11 +182,11 @@ class Step:
 
     def _make_mass(self) -> MassSum | None:
         """Where the masses of this step are summed up; None if it collects none."""
-        sequences, arenas = self._cache._sequences, self._cache._arenas
-        if not sequences.collects_mass:
+        state, arenas = self._cache._state, self._cache._arenas
+        if not state.group.collects_mass:
             return None
         if arenas.device >= 0:
-            is_due = sequences.counters.num_steps % DEVICE_PERIOD == 0
+            is_due = state.counters.num_steps % DEVICE_PERIOD == 0
             if not is_due or self.num_new_tokens.max(initial=0) > MOST_QUERIES:
                 return None
         num_tiles = -(-int(self.seq_lens.max(initial=1)) // 64)
@@ -207,7 +211,7 @@ class Step:
         return self._device_tables
 
     def explain(self) -> list[str]:
-        """A sentence for every row that is not ok."""
+        """A sentence for each row that is not ok."""
         return [
             f"sequence {int(seq_id)}: {STATUS_NAMES[status]}{self._room(int(count)) if status == OUT_OF_BLOCKS else ''}"
             for seq_id, count, status in zip(self.seq_ids, self.num_new_tokens, self.status, strict=True)
@@ -215,8 +219,8 @@ class Step:
         ]
 
     def _room(self, num_new_tokens: int) -> str:
-        """How much memory there is now for tokens that found none."""
-        hot = self._cache._sequences.pool.allocators[0]
+        """The end of a sentence: how much was needed, and how much memory there is now."""
+        hot = self._cache._state.group.blocks.allocators[0]
         assert hot is not None
         kind = " 16-bit" if self._cache.config.tiers is not None else ""
         return (

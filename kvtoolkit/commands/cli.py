@@ -9,6 +9,17 @@ from typing import Any
 from kvtoolkit._version import __version__
 from kvtoolkit.errors import KVToolkitError
 
+_EXTRAS = {
+    "cupy": "cuda13",  # or cuda12; `kvtoolkit doctor` has more to say
+    "cupy_backends": "cuda13",
+    "gguf": "demo",
+    "hypothesis": "fuzz",
+    "rich": "demo",
+    "torch": "torch",
+    "transformers": "demo",
+}
+"""The extra that brings an optional package."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status: 0 for success, 1 for a failure found, 2 for wrong arguments."""
@@ -22,10 +33,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"kvtoolkit: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        print(f"kvtoolkit: {error}; `kvtoolkit doctor` says how to install what is missing", file=sys.stderr)
+        print(f"kvtoolkit: {_advice(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _advice(error: ModuleNotFoundError) -> str:
+    """What is missing, and the extra that brings it."""
+    package = (error.name or "").partition(".")[0]
+    if package not in _EXTRAS:
+        return f"{error}; `kvtoolkit doctor` says what is installed"
+    return f"this needs {package}: pip install 'kvtoolkit[{_EXTRAS[package]}]'"
 
 
 def _allocator_error() -> type[Exception]:
@@ -42,12 +61,16 @@ def _parser() -> argparse.ArgumentParser:
     _add(commands, "doctor", None, "say what is installed and which backends work here")
     _add(commands, "fuzz", "kvtoolkit.commands.fuzz", "test an allocator, ours or your own, with random programs")
     _add(
-        commands, "compile", "kvtoolkit.commands.compile", "compile the GPU kernels for any architecture, no GPU needed"
+        commands,
+        "compile",
+        "kvtoolkit.commands.compile",
+        "compile ahead: GPU kernels for any architecture, or the code for the CPU",
     )
     bench = commands.add_parser("bench", help="measure")
     benches = bench.add_subparsers(title="measurements", required=True, metavar="WHAT")
     _add(benches, "host", "kvtoolkit.bench.host", "host time of a decode step, and of each allocator")
     _add(benches, "costs", "kvtoolkit.bench.costs", "host time of calls while memory is short, in two pools")
+    _add(benches, "loads", "kvtoolkit.bench.loads", "waste, entries and host time of each choice under simulated loads")
     _add(benches, "alloc", "kvtoolkit.bench.alloc", "blocks that kernels on a GPU take and give back")
     _add(benches, "attention", "kvtoolkit.bench.attention", "decode attention on a GPU, beside other people's kernels")
     _add(benches, "tiers", "kvtoolkit.bench.tiers", "attention over quantized tiers on a GPU, beside 16 bit")

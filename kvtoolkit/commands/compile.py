@@ -1,13 +1,12 @@
-"""Compile ahead: the kernels of a cache on this machine's GPU, or of any shape for any architecture without one."""
+"""Compile ahead: the GPU kernels for any architecture, without a GPU, or all that a cache on the CPU runs."""
 
 import argparse
 import json
 from typing import Any
 
 from allocators._jit import cache_folder
-from kvtoolkit.config.cache import CacheConfig
 from kvtoolkit.cuda import specs
-from kvtoolkit.errors import ConfigError, UnsupportedError
+from kvtoolkit.errors import UnsupportedError
 from kvtoolkit.formats.quantized import HEAD_DIMS
 from kvtoolkit.runtime import build
 
@@ -16,63 +15,43 @@ _SM_REGISTERS = 65536
 _SM_THREADS = {"80": 2048, "86": 1536, "89": 1536, "90": 2048, "100": 2048, "120": 1536}
 
 
-def warmup(config: CacheConfig, num_q_heads: int) -> None:
-    """Compile and load every kernel that a cache and its attention need, on the cache's device.
-
-    After it nothing is compiled or loaded at the first call, nor inside a captured CUDA graph. (Scratch memory for the
-    splits is taken at the first attention call of a stream; run a step once before capturing it.)
-
-    Args:
-        config: of the cache; its backend must be ``"cuda"``.
-        num_q_heads: query heads of the model.
-
-    Raises:
-        ConfigError: the backend is another, or ``num_q_heads`` is not a multiple of ``num_kv_heads``.
-        UnsupportedError: no CuPy, or no such device.
-        CompileError: a kernel does not compile here.
-    """
-    if config.backend != "cuda":
-        raise ConfigError(f"backend: expected 'cuda', got {config.backend!r}")
-    if num_q_heads < 1 or num_q_heads % config.num_kv_heads:
-        raise ConfigError(f"num_q_heads: expected a multiple of num_kv_heads {config.num_kv_heads}, got {num_q_heads}")
-    from kvtoolkit.cuda.launching import load_spec
-    from kvtoolkit.runtime import smem_limit
-    from kvtoolkit.runtime.devices import using
-    from kvtoolkit.runtime.kernels import arch_of, current_device
-
-    device = current_device() if config.device is None else config.device
-    shape = (config.head_dim, config.dtype, num_q_heads, config.num_kv_heads)
-    masses = config.tiers is not None and config.tiers["demote"] == "mass"
-    found = specs.of_model(*shape, arch_of(device), smem_limit(device), tiers=config.tiers is not None, masses=masses)
-    with using(device):
-        for spec in found:
-            load_spec(spec, device)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``kvtoolkit compile``."""
     parser.add_argument(
-        "--arch", nargs="+", default=["90"], metavar="CC", help="compute capabilities such as 90, or all (default 90)"
-    )
-    parser.add_argument(
-        "--head-dim", type=int, nargs="+", default=[128], help="multiples of 16 up to 256 (default 128)"
-    )
-    parser.add_argument(
-        "--heads", type=heads, nargs="+", default=[(32, 8)], metavar="Q/KV", help="query and kv heads (default 32/8)"
-    )
-    parser.add_argument(
-        "--dtype", nargs="+", choices=["float16", "bfloat16"], default=["float16", "bfloat16"], help="default both"
+        "--backend", choices=["cuda", "cpu"], default="cuda", help="whose code to compile (default %(default)s)"
     )
     parser.add_argument(
         "--tiers",
         action="store_true",
-        help="also those of quantized tiers and of attention masses, for head_dim 64 and 128",
+        help="also the code of quantized tiers and of attention masses; GPU kernels for it have head_dim 64 or 128",
     )
     parser.add_argument("--json", metavar="PATH", help="also write the table there")
+    cpu = parser.add_argument_group("with --backend cpu")
+    cpu.add_argument(
+        "--allocator",
+        nargs="+",
+        default=["paged", "buddy", "slab", "lockfree"],
+        metavar="NAME",
+        help="allocators of the caches, one of your own as package.module:Class (default: all of ours)",
+    )
+    gpu = parser.add_argument_group("with --backend cuda")
+    gpu.add_argument(
+        "--arch", nargs="+", default=["90"], metavar="CC", help="compute capabilities such as 90, or all (default 90)"
+    )
+    gpu.add_argument(
+        "--head-dim", type=int, nargs="+", default=[128], metavar="N", help="multiples of 16 up to 256 (default 128)"
+    )
+    gpu.add_argument(
+        "--heads", type=heads, nargs="+", default=[(32, 8)], metavar="Q/KV", help="query and kv heads (default 32/8)"
+    )
+    gpu.add_argument(
+        "--dtype", nargs="+", choices=["float16", "bfloat16"], default=["float16", "bfloat16"],
+        metavar="TYPE", help="float16, bfloat16 (default both)",
+    )  # fmt: skip
 
 
 def heads(text: str) -> tuple[int, int]:
-    """Query and kv heads from such as ``32/8``."""
+    """Parse numbers of query and kv heads, such as ``32/8``."""
     q_heads, _, kv_heads = text.partition("/")
     if not (q_heads.isdecimal() and kv_heads.isdecimal() and int(kv_heads) and int(q_heads)):
         raise argparse.ArgumentTypeError(f"expected query and kv heads such as 32/8, got {text!r}")
@@ -83,6 +62,10 @@ def heads(text: str) -> tuple[int, int]:
 
 def main(options: argparse.Namespace) -> int:
     """Compile and print a table."""
+    if options.backend == "cpu":
+        from kvtoolkit.commands import compile_cpu
+
+        return compile_cpu.main(options)
     archs = list(specs.SMEM_LIMITS) if options.arch == ["all"] else [name.removeprefix("sm_") for name in options.arch]
     for arch in archs:
         if arch not in specs.SMEM_LIMITS:
@@ -120,7 +103,7 @@ def _specs(arch: str, options: argparse.Namespace) -> list[specs.Spec]:
 
 
 def row_of(spec: specs.Spec, arch: str) -> dict[str, Any]:
-    """Compile one kernel; what it takes of an SM."""
+    """Compile one kernel. Returns what it needs of an SM."""
     built = build(spec.source, dict(spec.defines), arch + spec.feature)
     (usage,) = (usage for usage in built.usage if usage.name == spec.name)
     smem = spec.smem_nbytes + usage.smem_nbytes
@@ -140,7 +123,7 @@ def row_of(spec: specs.Spec, arch: str) -> dict[str, Any]:
 
 
 def line_of(row: dict[str, Any]) -> str:
-    """A line of the table."""
+    """Format a row as a line of the table."""
     macros = " ".join(f"{name.removeprefix('KVT_').lower()}={value}" for name, value in row["macros"].items())
     return (
         f"{row['kernel']:<18}{row['arch']:>6}  {macros:<104}{row['registers']:>5}{row['spill_nbytes']:>8}"

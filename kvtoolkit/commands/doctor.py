@@ -48,7 +48,7 @@ def examine() -> list[Finding]:
 
 
 def backends(findings: list[Finding]) -> list[Finding]:
-    """What the findings mean for each backend."""
+    """Say for each backend whether it works, from the findings."""
     state = {finding.name: finding for finding in findings}
     cpu = state["cpu kernels"]
     found = [Finding("cpu", cpu.state, "attention, append and every allocator on the host", cpu.advice)]
@@ -80,7 +80,7 @@ def report(stream: TextIO | None = None) -> int:
 
 
 def _guarded(name: str, look: Callable[[], Finding]) -> Finding:
-    """A finding even where looking fails: a broken package must not break the doctor."""
+    """Run a check. If it raises, that is a finding too: a broken package must not stop the doctor."""
     try:
         return look()
     except Exception as error:

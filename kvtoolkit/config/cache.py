@@ -4,10 +4,8 @@ import dataclasses
 import functools
 import math
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -30,41 +28,42 @@ _LEAST_ENTRIES = 64
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
-    """What a `KVCache` is made of. Checked when made; ConfigError says which field, what was expected and what came.
+    """The configuration of a `KVCache`. Checked when made; ConfigError says which field is wrong, and why.
 
-    A configuration names code: the module of ``"package.module:Class"`` is imported when the configuration is made. So
-    read configuration files only from where you would run programs from.
+    A configuration can name code: the module of ``"package.module:Class"`` is imported when the configuration is made.
+    So read configuration files only from places from which you would run programs.
 
     Give either ``num_tokens`` or ``memory``; both are rounded to whole superblocks of 64 tokens (``num_tokens`` up,
     ``memory`` down).
 
     Attributes:
-        num_layers: of the model; so are ``num_kv_heads`` and ``head_dim``, a multiple of 8.
+        num_layers: of the model.
+        num_kv_heads: of the model.
+        head_dim: of the model; a multiple of 8.
         dtype: ``float32``, ``float16`` or ``bfloat16``.
-        num_tokens: token slots in the pool, those of all tiers together.
-        memory: bytes of keys and values, all layers and tiers, or such as ``"512 MiB"``.
+        num_tokens: token slots in the pool, all tiers together.
+        memory: bytes of keys and values, all layers and tiers; or a text such as ``"512 MiB"``.
         allocator: ``paged``, ``buddy``, ``slab``, ``lockfree``, an entry point's name, or ``"package.module:Class"``.
         allocator_options: further keyword arguments of the allocator's class, such as ``{"layout": "slab"}`` of
             ``lockfree``.
         block_sizes: sizes on offer in tokens, of 8, 16, 32, 64. Default: all; of a fixed growth policy, its own; of
             ``paged``, 16.
-        growth: see `kvtoolkit.config.growth`, or a policy registered there. Default: ``adaptive``, or the fixed policy
-            of the only block size.
-        prefix_caching: whether full granules become findable by later prompts.
+        growth: a growth policy, see `kvtoolkit.config.growth`. Default: ``adaptive``, or if there is only one block
+            size, the fixed policy of that size.
+        prefix_caching: whether later prompts can find full granules.
         eviction: which cached prefix goes first when memory is needed: ``lru``, ``lfu``, a policy registered in
             `kvtoolkit.config.eviction`, or ``"package.module:Class"``.
-        max_seqs: sequences open at once. Each has a row of ``max_entries`` entries in host memory, where all rows must
-            fit.
-        max_seq_len: tokens in one sequence. Default: all of the pool.
-        max_entries: entries in one row of the block table; a row that is full stalls. Default: enough for blocks of 8
+        max_seqs: most sequences that can be open at once. Each has a row of ``max_entries`` entries in host memory.
+        max_seq_len: most tokens in one sequence. Default: the whole pool.
+        max_entries: most entries in one row of the block table; a full row stalls. Default: enough for blocks of 8
             tokens, unless the block table would exceed 256 MiB. Then it has that size, but at least enough entries for
-            twice a sequence's share of the pool, and for a ``max_seq_len`` that is given, in blocks of 64 tokens.
-        migrate_budget: most merges in one step, and most tiles of 64 tokens that change their tier while memory is not
-            short.
-        tiers: quantized tiers for what is older: a table with the fields of `kvtoolkit.config.tiers.TierConfig`.
-            Default: all is hot.
-        backend: ``cpu``; ``cuda``: memory and kernels on a GPU; ``numba``: the same with the readable kernels.
-        device: CUDA device of the GPU backends. Default: the current one when the cache is made.
+            twice a sequence's share of the pool, and for ``max_seq_len`` if that is given, in blocks of 64 tokens.
+        migrate_budget: most merges in one step, and most tiles of 64 tokens that change their tier in one step while
+            memory is not short.
+        tiers: quantized tiers for older tokens: a table with the fields of `kvtoolkit.config.tiers.TierConfig`.
+            Default: all tokens are hot.
+        backend: ``cpu``; ``cuda``: memory and kernels on a GPU; ``numba``: memory on a GPU, and the readable kernels.
+        device: CUDA device of the GPU backends. Default: the one that is current when the cache is made.
     """
 
     num_layers: int
@@ -152,7 +151,7 @@ class CacheConfig:
             )
 
     def _settle_sizes(self) -> None:
-        """Fill in `block_sizes` and `growth` from each other, and refuse what does not go together."""
+        """Fill in `block_sizes` and `growth` from each other; ConfigError if they do not fit each other."""
         sizes, growth = self.block_sizes, self.growth
         only_size = growth_policy(growth).only_size if growth is not None else None
         if sizes is None:
@@ -189,7 +188,7 @@ class CacheConfig:
 
     @functools.cached_property
     def tier_granules(self) -> tuple[int, int, int]:
-        """Granules of the hot, the warm and the cold tier; whole superblocks."""
+        """Granules of the hot, the warm and the cold tier, in whole superblocks."""
         blocks = self.block_nbytes
         if self.num_tokens is not None:
             count = -(-self.num_tokens // _TOKENS_PER_SUPERBLOCK)
@@ -203,7 +202,7 @@ class CacheConfig:
 
     @property
     def first_granules(self) -> tuple[int, int, int]:
-        """Number of the first granule of each tier."""
+        """The first granule of each tier."""
         hot, warm, _ = self.tier_granules
         return 0, hot, hot + warm
 
@@ -240,7 +239,7 @@ class CacheConfig:
 
     @property
     def entries_limit(self) -> int:
-        """`max_entries`, or as many as the longest sequence can need, within bounds."""
+        """`max_entries`, or its default."""
         if self.max_entries is not None:
             return self.max_entries
         share = 2 * self.num_granules * 8 // self.max_seqs
@@ -268,7 +267,7 @@ class CacheConfig:
 
     @classmethod
     def load(cls, path: str | Path, **overrides: Any) -> "CacheConfig":
-        """Read a TOML file whose keys, or those of its table ``[cache]``, are the fields; ``overrides`` win.
+        """Read a TOML file. Its keys, or those of its table ``[cache]``, are the fields; ``overrides`` take precedence.
 
         The file can name code, see `CacheConfig`.
 
@@ -279,6 +278,8 @@ class CacheConfig:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, ValueError, TypeError) as error:
             raise ConfigError(f"{path!s}: cannot be read: {error}") from error
+        import tomllib  # here, and others where they are used, because importing kvtoolkit should be quick
+
         try:
             document = tomllib.loads(text)
         except (tomllib.TOMLDecodeError, ValueError, RecursionError) as error:
@@ -311,6 +312,8 @@ def parse_nbytes(value: int | str) -> int:
     )
     if match is None:
         raise ConfigError(f"memory: expected bytes or a text such as '512 MiB', got {value!r}")
+    from fractions import Fraction
+
     number, prefix, binary = match.groups()
     base = 1024 if binary else 1000
     return int(Fraction(number) * base ** " KMGT".index(prefix.upper() or " "))

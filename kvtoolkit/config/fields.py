@@ -1,6 +1,5 @@
-"""Checks of configuration fields: ConfigError says which, what was expected and what came."""
+"""Checks of configuration fields. ConfigError says which field, what was expected and what it got."""
 
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -8,14 +7,14 @@ from kvtoolkit.errors import ConfigError
 
 
 def require_int(name: str, value: Any, low: int, high: int | None = None) -> None:
-    """An int in a range."""
+    """ConfigError unless a value is an int in a range."""
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
         bound = f"of at least {low}" if high is None else f"from {low} to {high}"
         raise ConfigError(f"{name}: expected an int {bound}, got {value!r}")
 
 
 def require_one_of(name: str, value: Any, expected: tuple[str, ...]) -> None:
-    """One of some texts."""
+    """ConfigError unless a value is one of some texts."""
     if value not in expected:
         raise ConfigError(
             f"{name}: expected one of {', '.join(expected)}, got {value!r}{did_you_mean(value, expected)}"
@@ -23,13 +22,15 @@ def require_one_of(name: str, value: Any, expected: tuple[str, ...]) -> None:
 
 
 def require_known(values: Mapping[str, Any], known: tuple[str, ...], prefix: str = "") -> None:
-    """A mapping whose keys are all known; ``prefix`` says whose they are."""
+    """ConfigError unless all keys of a mapping are known; ``prefix`` begins the message."""
     for key in values:
         if key not in known:
             raise ConfigError(f"{prefix}{key!r}: expected one of {', '.join(known)}{did_you_mean(key, known)}")
 
 
 def did_you_mean(value: Any, expected: Iterable[str]) -> str:
-    """The end of a message about a text that is close to one of those expected; else empty."""
+    """The end of an error message: the expected text that is closest to a value; empty if none is close."""
+    import difflib  # only for the message
+
     close = difflib.get_close_matches(value, list(expected), 1) if isinstance(value, str) else []
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -3,13 +3,13 @@
 | name | block at the tail | merge |
 |---|---|---|
 | ``fixed8`` ... ``fixed64`` | that size, also for prompts | no |
-| ``append`` | 8 tokens for ever | no |
-| ``proportional`` | 64 from 512 tokens on, 32 from 256, 16 from 128, else 8: waste is at most an eighth | no |
+| ``append`` | always 8 tokens | no |
+| ``proportional`` | 64 from 512 tokens on, 32 from 256, 16 from 128, else 8; wastes at most an eighth | no |
 | ``lazy_merge`` | 8 tokens | one copy into a 64 when 64 tokens are full |
 | ``adaptive`` | 64 while over 10 % of the pool is free, 32 over 6 %, 16 over 3.5 %, else 8 | as ``lazy_merge`` |
 
-Whatever the policy (but for the fixed ones), a prompt is laid out largest block first. ``adaptive`` keeps 1 % of the
-superblocks back, so that merging goes on when memory is short.
+Except with the fixed policies, prompts get the largest blocks first. ``adaptive`` reserves 1 % of the superblocks for
+merging, so that merging goes on when memory is short.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ FIXED, BY_LENGTH, BY_FREE_MEMORY = range(3)
 
 @dataclass(frozen=True)
 class GrowthPolicy:
-    """A growth policy as figures that compiled code can read. Sizes in granules.
+    """A growth policy, as figures that compiled code can read. Sizes are in granules.
 
     Checked when made; ConfigError names the field.
     """
@@ -35,15 +35,15 @@ class GrowthPolicy:
     name: str
     """An identifier."""
     rule: int
-    """FIXED: `tail`; BY_LENGTH and BY_FREE_MEMORY: the thresholds of `tail_size`."""
+    """What decides the size of tail blocks. FIXED: `tail`; BY_LENGTH, BY_FREE_MEMORY: the thresholds of `tail_size`."""
     tail: int = 1
-    """Size of the block at the tail of a sequence, by the rule FIXED."""
+    """With the rule FIXED, the size of the block at the tail of a sequence."""
     largest: int = 8
     """Largest block of a prompt, at least `tail`."""
     merges: bool = False
-    """Whether small blocks are copied into one of 64 tokens when 64 tokens are full."""
+    """Whether small blocks are merged into one of 64 tokens when 64 tokens are full."""
     reserve: float = 0.0
-    """Share of the superblocks kept back as targets for merging, from 0 to 1; of a policy that merges."""
+    """Share of the superblocks that is reserved as targets of merges, from 0 to 1; only for policies that merge."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.isidentifier():
@@ -70,7 +70,7 @@ class GrowthPolicy:
 
     @property
     def only_size(self) -> int | None:
-        """The only block size it asks for, in tokens; None if there are several."""
+        """The only block size that the policy asks for, in tokens; None if there are several."""
         return 8 * self.tail if self.rule == FIXED and self.tail == self.largest else None
 
 
@@ -84,16 +84,25 @@ _POLICIES = {
         GrowthPolicy("adaptive", BY_FREE_MEMORY, merges=True, reserve=0.01),
     )
 }
+_BUILT_IN = frozenset(_POLICIES)
 
 
-def register(policy: GrowthPolicy) -> None:
-    """Make a policy available under its name, as ``growth`` of a `CacheConfig`; a name that is taken is replaced.
+def register(policy: GrowthPolicy, *, replace: bool = False) -> None:
+    """Make a policy available under its name, as ``growth`` of a `CacheConfig`.
+
+    Args:
+        policy: the policy. One that was registered under the same name before is replaced.
+        replace: whether the name may be that of a built-in policy.
 
     Raises:
-        ConfigError: it is no `GrowthPolicy`.
+        ConfigError: ``policy`` is no `GrowthPolicy`, or has the name of a built-in one without ``replace``.
     """
     if not isinstance(policy, GrowthPolicy):
         raise ConfigError(f"policy: expected a GrowthPolicy, got {policy!r:.80}")
+    if policy.name in _BUILT_IN and not replace:
+        raise ConfigError(
+            f"policy: {policy.name!r} is a built-in policy; choose another name, or replace it by replace=True"
+        )
     _POLICIES[policy.name] = policy
 
 
@@ -110,7 +119,7 @@ def growth_policy(name: str) -> GrowthPolicy:
 
 @jit
 def tail_size(rule: int, tail: int, length: int, free_share: float) -> Any:
-    """Granules of the next block of a sequence of ``length`` tokens, while ``free_share`` of the memory is free."""
+    """Size in granules of the next block of a sequence of ``length`` tokens while ``free_share`` of memory is free."""
     if rule == BY_LENGTH:
         return 8 if length >= 512 else 4 if length >= 256 else 2 if length >= 128 else 1
     if rule == BY_FREE_MEMORY:
@@ -119,8 +128,10 @@ def tail_size(rule: int, tail: int, length: int, free_share: float) -> Any:
 
 
 @jit
-def split(needed: int, tail: int, largest: int, offered: NDArray[np.int32], out: NDArray[np.int32], first: int) -> Any:
-    """Write the block sizes that cover ``needed`` granules to ``out[first:]``, largest first; returns the new end.
+def split_into_blocks(
+    needed: int, tail: int, largest: int, offered: NDArray[np.int32], out: NDArray[np.int32], first: int
+) -> Any:
+    """Write block sizes that cover ``needed`` granules to ``out[first:]``, largest first; returns the new end.
 
     ``offered`` lists the sizes on offer, descending. The sum is ``needed`` rounded up to a multiple of ``tail``.
     """

@@ -1,4 +1,4 @@
-"""The tiers of a cache as configured: what is kept in which precision, for how long, and in how much memory."""
+"""The configuration of tiers: what is kept in which precision, for how long, and in how much memory."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -22,27 +22,27 @@ _SHARES: dict[tuple[str, ...], dict[str, float]] = {
 class TierConfig:
     """The table ``tiers`` of a `CacheConfig`. Checked when made; ConfigError names the field.
 
-    A tile (64 tokens) of a sequence is hot, 16 bit, while it is pinned, not full, or among the last ``hot`` tokens.
-    Older ones go to the warm tier, and from there to the cold one.
+    A tile (64 tokens) of a sequence is hot (16 bit) while it is pinned, not full, or among the last ``hot`` tokens.
+    Older tiles go to the warm tier, and later to the cold one.
 
     Attributes:
         hot: tokens kept hot at the end of a sequence, a multiple of 64.
         warm: ``int8``; None: no warm tier.
-        warm_tokens: tokens kept warm before they go to the cold tier, a multiple of 64; of account only where there are
-            both.
+        warm_tokens: tokens kept warm before they go to the cold tier, a multiple of 64. Used only if both tiers exist.
         cold: ``int4``; None: no cold tier.
-        demote: what goes to the cold tier first: ``age``: the oldest; ``mass``: what attention reads least, as
-            `Step.attend` sees it. On a GPU masses are collected every 16th step, if no row has more than 8 new tokens,
-            and not while a graph is replayed.
+        demote: which tiles go to the cold tier first. ``age``: the oldest; ``mass``: those that receive least attention
+            in `Step.attend`. On a GPU, attention masses are collected in every 16th step, unless a row has more than 8
+            new tokens or the step is a replayed graph.
         pinned_tokens: tokens kept hot at the beginning of a sequence, a multiple of 64.
-        tier_memory: share of the bytes of each tier. Default: half is hot, the rest is shared equally. It decides how
-            many tokens of each kind the pool holds, see `CacheConfig.tier_granules`: the hot tier should have room for
-            ``hot + pinned_tokens + 64`` tokens of every running sequence and for the largest step of a prompt.
-        prefix_reuse_tiers: what later prompts, and sequences dropped by `KVCache.preempt`, may find: ``hot``: what
-            stands before a sequence's first quantized tile, so of a long one its pinned tokens; ``all``: quantized
-            tiles too, which changes answers a little. For chats of many turns that is the one to take.
-        warm_allocator: as ``allocator`` of the cache, which is the default.
-        cold_allocator: alike.
+        tier_memory: share of the bytes for each tier. Default: half is hot, and the other tiers share the rest equally.
+            The shares decide how many tokens of each kind the pool holds, see `CacheConfig.tier_granules`. The hot tier
+            should have room for ``hot + pinned_tokens + 64`` tokens of every running sequence, and for the largest step
+            of a prompt.
+        prefix_reuse_tiers: what later prompts, and sequences dropped by `KVCache.preempt`, may find. ``hot``: what
+            comes before a sequence's first quantized tile, which in a long sequence is its pinned tokens; ``all``:
+            quantized tiles too, which changes answers a little. Choose ``all`` for chats of many turns.
+        warm_allocator: allocator of the warm tier, in the form of the cache's ``allocator``, which is the default.
+        cold_allocator: allocator of the cold tier.
     """
 
     hot: int = 256
@@ -92,21 +92,21 @@ class TierConfig:
 
     @property
     def quantized(self) -> tuple[str, ...]:
-        """Which of ``warm`` and ``cold`` there are."""
+        """Which of the tiers ``warm`` and ``cold`` exist."""
         return tuple(name for name in TIER_NAMES[1:] if getattr(self, name) is not None)
 
     @property
     def formats(self) -> tuple[Format | None, Format | None]:
-        """Of the warm and the cold tier."""
+        """The formats of the warm and the cold tier."""
         warm, cold = (None if name is None else FORMATS[name] for name in (self.warm, self.cold))
         return warm, cold
 
     def blocks_of_tokens(self, num_blocks: int, nbytes: Mapping[str, int]) -> tuple[int, int, int]:
-        """Share out blocks of 64 tokens, so that the bytes are shared by ``tier_memory``.
+        """Divide blocks of 64 tokens among the tiers, so that their bytes have the shares of ``tier_memory``.
 
         Args:
-            num_blocks: of all tiers together.
-            nbytes: of a block of each tier.
+            num_blocks: blocks of all tiers together.
+            nbytes: bytes of a block of each tier.
         """
         assert self.tier_memory is not None
         weights = {name: share / nbytes[name] for name, share in self.tier_memory.items()}
@@ -115,14 +115,14 @@ class TierConfig:
         return num_blocks - sum(blocks.values()), blocks.get("warm", 0), blocks.get("cold", 0)
 
     def blocks_of_memory(self, memory: int, nbytes: Mapping[str, int]) -> tuple[int, int, int]:
-        """As `blocks_of_tokens`, of bytes."""
+        """Divide bytes among the tiers by ``tier_memory``; returns the blocks of each."""
         assert self.tier_memory is not None
         blocks = {name: int(memory * share) // nbytes[name] for name, share in self.tier_memory.items()}
         return blocks["hot"], blocks.get("warm", 0), blocks.get("cold", 0)
 
     @classmethod
     def from_dict(cls, values: Any) -> "TierConfig":
-        """From the table of a configuration file, or what was made of one before."""
+        """A configuration from a table of a configuration file; a `TierConfig` is returned as it is."""
         if isinstance(values, cls):
             return values
         if not isinstance(values, Mapping):

@@ -4,18 +4,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from allocators._bits import fetch_add_acq_rel, load_acquire
 from allocators._jit import jit
 from kvtoolkit.arrays.extents import extent
 from kvtoolkit.arrays.host import Operand, address_of, as_numpy_view, is_torch
-from kvtoolkit.arrays.types import ITEMSIZES
+from kvtoolkit.arrays.types import ITEMSIZES, ArrayLike
 from kvtoolkit.cpu import threads
 from kvtoolkit.cpu.kernel import yield_core
 from kvtoolkit.cpu.vector import copy_bytes, read_i64
 from kvtoolkit.errors import ShapeError, UnsupportedError
-from kvtoolkit.findings import BAD_SLOT, refuse
+from kvtoolkit.findings import Finding, raise_finding
 
 _TOKENS_PER_ITEM = 64
 _int: Any = np.int64  # a cast in compiled code
@@ -115,7 +114,7 @@ def append(
         dtype=np.int64,
     )  # fmt: skip
     if check and (bad := first_bad_slot(problem)) >= 0:
-        refuse(BAD_SLOT, bad, slot_mapping.owner[bad], block_size=block_size, num_blocks=num_blocks)
+        raise_finding(Finding.BAD_SLOT, bad, slot_mapping.owner[bad], block_size=block_size, num_blocks=num_blocks)
     _run(problem, num_tokens * num_heads * row_bytes)
     return problem
 

@@ -31,18 +31,7 @@ from kvtoolkit.cpu.problem import (
 )
 from kvtoolkit.cpu.tiles import TILE
 from kvtoolkit.cpu.vector import read_i32
-from kvtoolkit.findings import (
-    BAD_BLOCK,
-    BAD_COVERAGE,
-    BAD_CU_SEQLENS,
-    BAD_PLACE,
-    BAD_SEQ_LEN,
-    BAD_STARTS,
-    BAD_TIER,
-    BAD_UNIT,
-    FINE,
-    NO_TIER,
-)
+from kvtoolkit.findings import Finding
 from kvtoolkit.formats.entry import MAX_BLOCK_GRANULES, TIER_COLD, TIER_HOT, entry_granule, entry_length, entry_tier
 
 # columns of the plan, one line per row of the batch and one more that closes the sums
@@ -60,8 +49,8 @@ def plan_items(problem: Any, plan: Any, check: int) -> Any:
     """Cut the problem into items and, with ``check``, validate every length and every table entry that will be read.
 
     Fills ``plan`` ``[batch + 1, PLAN_COLUMNS]``; the last line holds the number of items, of partial results, of
-    tiles times queries, and the work in multiply-adds. Returns ``(code, row, value)``; the code is `FINE` if all is
-    well.
+    tiles times queries, and the work in multiply-adds. Returns ``(code, row, value)``; the code is `Finding.OK` if all
+    is well.
     """
     batch = problem[BATCH]
     block = queries_per_item(problem[GROUP_SIZE])
@@ -73,7 +62,7 @@ def plan_items(problem: Any, plan: Any, check: int) -> Any:
     work = _int(0)
     if check and problem[CU_SEQLENS] != 0:
         code, index, value = _check_bounds(problem)
-        if code != FINE:
+        if code != Finding.OK:
             return code, index, value
     for row in range(batch):
         begin, end = tokens_of(problem, row)
@@ -81,7 +70,7 @@ def plan_items(problem: Any, plan: Any, check: int) -> Any:
         plan[row, ENTRIES] = problem[MAX_ENTRIES]
         if check:
             code, value = _check_row(problem, row, seq_len)
-            if code != FINE:
+            if code != Finding.OK:
                 return code, _int(row), value
             plan[row, ENTRIES] = value
         tiles = (seq_len + TILE - 1) // TILE
@@ -105,7 +94,7 @@ def plan_items(problem: Any, plan: Any, check: int) -> Any:
     plan[batch, FIRST_PARTIAL] = partials
     plan[batch, FIRST_TILE] = lines
     plan[batch, WORK] = work
-    return FINE, _int(0), _int(0)
+    return Finding.OK, _int(0), _int(0)
 
 
 @jit
@@ -113,59 +102,59 @@ def _check_bounds(problem: Any) -> Any:
     """Validate ``cu_seqlens_q``; returns ``(code, index, value)``."""
     batch = problem[BATCH]
     if read_i32(problem[CU_SEQLENS]) != 0:
-        return BAD_CU_SEQLENS, _int(0), _int(read_i32(problem[CU_SEQLENS]))
+        return Finding.BAD_CU_SEQLENS, _int(0), _int(read_i32(problem[CU_SEQLENS]))
     for row in range(batch):
         begin, end = tokens_of(problem, row)
         if end < begin:
-            return BAD_CU_SEQLENS, _int(row + 1), end
+            return Finding.BAD_CU_SEQLENS, _int(row + 1), end
     closing = _int(read_i32(problem[CU_SEQLENS] + 4 * batch))
     if closing != problem[NUM_TOKENS]:
-        return BAD_CU_SEQLENS, batch, closing
-    return FINE, _int(0), _int(0)
+        return Finding.BAD_CU_SEQLENS, batch, closing
+    return Finding.OK, _int(0), _int(0)
 
 
 @jit
 def _check_row(problem: Any, row: int, seq_len: int) -> Any:
     """Validate one row.
 
-    Returns ``(FINE, n)``, where the first ``n`` entries hold the row's tokens (later entries are ignored), or the code
+    Returns ``(OK, n)``, where the first ``n`` entries hold the row's tokens (later entries are ignored), or the code
     and value of the first problem.
     """
     if seq_len < 0:
-        return BAD_SEQ_LEN, seq_len
+        return Finding.BAD_SEQ_LEN, seq_len
     block_size = problem[BLOCK_SIZE]
     blocks = (seq_len + block_size - 1) // block_size
     table = problem[TABLE] + 4 * row * problem[TABLE_ROW]
     if problem[STARTS] == 0:
         if blocks > problem[MAX_ENTRIES]:
-            return BAD_COVERAGE, seq_len
+            return Finding.BAD_COVERAGE, seq_len
         for i in range(blocks):
             block = _int(read_i32(table + 4 * i))
             if block < 0 or block >= problem[NUM_BLOCKS]:
-                return BAD_BLOCK, block
-        return FINE, blocks
+                return Finding.BAD_BLOCK, block
+        return Finding.OK, blocks
     starts = problem[STARTS] + 4 * row * problem[STARTS_ROW]
     covered = _int(0)
     i = 0
     while covered < blocks:
         if i == problem[MAX_ENTRIES] or read_i32(table + 4 * i) < 0:
-            return BAD_COVERAGE, seq_len
+            return Finding.BAD_COVERAGE, seq_len
         entry = read_i32(table + 4 * i)
         if read_i32(starts + 4 * i) != covered:
-            return BAD_STARTS, _int(i)
+            return Finding.BAD_STARTS, _int(i)
         tier = entry_tier(entry)
         granule = _int(entry_granule(entry)) - problem[FIRST_HOT]
         if tier != TIER_HOT:
             code = _check_block(problem, entry, covered)
-            if code != FINE:
+            if code != Finding.OK:
                 return code, _int(i)
         elif problem[TIERED] != 0 and (granule < 0 or granule + entry_length(entry) > problem[NUM_BLOCKS]):
-            return BAD_PLACE, _int(i)
+            return Finding.BAD_PLACE, _int(i)
         elif granule + entry_length(entry) > problem[NUM_BLOCKS]:
-            return BAD_BLOCK, granule
+            return Finding.BAD_BLOCK, granule
         covered += entry_length(entry)
         i += 1
-    return FINE, _int(i)
+    return Finding.OK, _int(i)
 
 
 @jit
@@ -173,12 +162,12 @@ def _check_block(problem: Any, entry: int, covered: int) -> int:
     """Validate an entry outside the hot tier that begins at logical granule ``covered``; returns a code."""
     tier = _int(entry_tier(entry))
     if problem[TIERED] == 0:
-        return BAD_TIER
+        return Finding.BAD_TIER
     if tier > TIER_COLD or problem[WARM + tier - 1] == 0:
-        return NO_TIER
+        return Finding.NO_TIER
     granule = _int(entry_granule(entry)) - problem[FIRST_HOT + tier]
     if entry_length(entry) != MAX_BLOCK_GRANULES or covered % MAX_BLOCK_GRANULES or granule % MAX_BLOCK_GRANULES:
-        return BAD_UNIT
+        return Finding.BAD_UNIT
     if granule < 0 or granule // MAX_BLOCK_GRANULES >= problem[WARM_BLOCKS + tier - 1]:
-        return BAD_PLACE
-    return FINE
+        return Finding.BAD_PLACE
+    return Finding.OK

@@ -8,7 +8,7 @@ from kvtoolkit.arrays.call import AttentionCall, QuantizedTiers
 from kvtoolkit.arrays.host import Operand
 from kvtoolkit.cuda import specs
 from kvtoolkit.cuda.launching import Launch, load_spec
-from kvtoolkit.findings import FINE, refuse
+from kvtoolkit.findings import Finding, raise_finding
 from kvtoolkit.runtime import is_capturing
 from kvtoolkit.runtime.streams import on_stream
 from kvtoolkit.runtime.structs import ParameterStruct
@@ -31,8 +31,8 @@ def check_tables(call: AttentionCall, stream: int) -> None:
         (table.strides[0], starts.strides[0] if starts else 0, 0),
         (batch, num_tokens, block_size, num_blocks, max_entries), table.device, stream, call.tiers,
     )  # fmt: skip
-    if code != FINE:
-        refuse(
+    if code != Finding.OK:
+        raise_finding(
             code,
             row,
             value,
@@ -52,8 +52,8 @@ def check_slots(slot_mapping: Operand, block_size: int, num_blocks: int, stream:
         (0, 0, 0, 0, slot_mapping.address), (0, 0, block_size * num_blocks), (0, num_tokens, block_size, num_blocks, 0),
         slot_mapping.device, stream,
     )  # fmt: skip
-    if code != FINE:
-        refuse(code, row, value, block_size=block_size, num_blocks=num_blocks)
+    if code != Finding.OK:
+        raise_finding(code, row, value, block_size=block_size, num_blocks=num_blocks)
 
 
 def _run(

@@ -3,10 +3,10 @@
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from kvtoolkit.arrays.host import Operand
-from kvtoolkit.arrays.types import ITEMSIZES
+from kvtoolkit.arrays.types import ITEMSIZES, ArrayLike
 from kvtoolkit.cuda import specs
 from kvtoolkit.cuda.launching import Launch, load_spec
 from kvtoolkit.errors import ShapeError, UnsupportedError

@@ -1,4 +1,4 @@
-"""A pool whose state lies on a GPU: running kernels take blocks from it, the host batches and maintains it.
+"""A pool whose state is on a GPU: running kernels take blocks from it, the host batches and maintains it.
 
 The device side is ``kvt/pool.cuh`` (`kvtoolkit.get_include`), which states the algorithm.
 """
@@ -8,19 +8,20 @@ import threading
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from allocators.errors import ContendedError, InvalidFreeError, InvalidSizeError
 from allocators.lockfree import LockFreeAllocator, _fold_all
 from allocators.protocol import (
     GRANULE,
     SUPERBLOCK,
+    AllocatorBase,
     BlockAllocator,
-    HostAllocator,
     Int32Array,
     require,
     unpack_snapshot,
 )
+from kvtoolkit.arrays.types import ArrayLike
 from kvtoolkit.cuda.launching import Launch
 from kvtoolkit.errors import StepError, UnsupportedError
 from kvtoolkit.runtime import load
@@ -65,7 +66,7 @@ def can_be_made() -> bool:
     return True
 
 
-class DevicePool(HostAllocator):
+class DevicePool(AllocatorBase):
     """A lock-free pool in the memory of a GPU, for kernels of your own; on the host a `BlockAllocator` like any other.
 
     Args:
@@ -193,7 +194,7 @@ class DevicePool(HostAllocator):
         with self._lock:
             return sum(int(np.bitwise_count(self._limbo(epoch)).sum()) for epoch in range(_EPOCHS))
 
-    # -- what `HostAllocator` asks for -------------------------------------------------------------------------------
+    # -- what `AllocatorBase` asks for -------------------------------------------------------------------------------
 
     def _allocate(self, sizes: Int32Array, starts: Int32Array, partial: bool) -> int:
         if not len(sizes):
@@ -287,7 +288,7 @@ class DevicePool(HostAllocator):
         return taken
 
     def unit_sizes(self, granules: Int32Array) -> Int32Array:
-        """As `BlockAllocator.unit_sizes`; of slabs it waits for the device."""
+        """See `BlockAllocator.unit_sizes`; waits for the device if the pool has slabs."""
         if self.layout == "buddy":
             return super().unit_sizes(granules)
         orders = (self._free_words()[granules // self._word] >> _ORDER) & np.uint64(3)
@@ -322,7 +323,7 @@ class DevicePool(HostAllocator):
         return super()._invalid_free(start, size, index)
 
     def _is_live(self, granule: int) -> bool:
-        """As `_invalid_free` last saw it."""
+        """The number that `_invalid_free` saw last."""
         return not int(self._taken[granule // self._word]) >> (granule % self._word) & 1
 
     def _set_granules(self) -> int:

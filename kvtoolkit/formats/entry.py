@@ -1,4 +1,4 @@
-"""The block-table entry: one int32 that says where a run of granules lies, how long it is and in which tier.
+"""The block-table entry: one int32 that says where a run of granules is, how long it is and in which tier.
 
     bits  0-23   granule, in units of 8 token slots (2**24 granules = 134 M tokens)
     bits 24-26   length in granules, minus one (1 to 8, so a trimmed block of 24 or 40 tokens is legal)
@@ -6,7 +6,7 @@
     bit  30      spare, zero
     bit  31      zero; an empty entry is -1
 
-The same layout stands in ``cuda_src/include/kvt/entry.cuh``; a test compiles that header and compares.
+The same layout is in ``cuda_src/include/kvt/entry.cuh``; a test compiles that header and compares.
 """
 
 from typing import Any

@@ -2,15 +2,15 @@
 
 | format | keys | values | bytes a token and kv head at head_dim 128 (16 bit: 512) |
 |---|---|---|---|
-| ``int8`` | symmetric, a scale for each token | alike | 260 |
+| ``int8`` | symmetric, a scale for each token | a scale for each token | 260 |
 | ``int4`` | a scale and a zero for each channel over the 64 tokens | a scale and a point for each token | 140 |
 
 A number is ``scale * (code - 128)`` of int8; of int4 a key is ``scale * (code - 8) + zero``, a value
-``scale * (code - point)``. A key's zero stands in the middle of the codes, which halves what the rounding of a scaled
+``scale * (code - point)``. A key's zero is in the middle of the codes, which halves what the rounding of a scaled
 query costs; a value's point, between 0 and 15, lets the rounding of a weight times a scale act on the value itself, not
 on the distance to a zero far from it. Scales, zeros and points are float16; codes are chosen for them as stored.
 
-Bytes lie as a warp's lanes want them for m16n8k16 products (lane = 4 * g + t, g in 0..7, t in 0..3), so that a lane's
+Bytes are in the order in which a warp's lanes want them for m16n8k16 products (lane = 4 * g + t, g in 0..7, t in 0..3), so that a lane's
 next 16 bytes are a piece, and pieces follow one another, 32 lanes each:
 
     int8, twice (32 tokens each):  key codes | key scales [32] | value codes | value scales [32]

@@ -52,7 +52,7 @@ class Mask(_Untouchable):
     """Which keys a query sees: the columns up to its own, without padding, the last ``window`` of them.
 
     Attributes:
-        padding: ``[batch, columns]`` bool on the host, False where padding stands; None where nothing is padded.
+        padding: ``[batch, columns]`` bool on the host, False where there is padding; None if nothing is padded.
         window: columns a query sees, its own included; None = all.
     """
 

@@ -8,8 +8,9 @@ lengths(row b)       == present[b].sum()
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
+from kvtoolkit.arrays.types import ArrayLike
 from kvtoolkit.cache.kv_cache import KVCache
 from kvtoolkit.cache.state.arguments import as_prompt
 from kvtoolkit.cache.state.identity import as_pairs, as_salts
@@ -34,7 +35,7 @@ class PaddedBatch:
         step: the open step, or None.
         next_layer: layers that the forward has been through.
         form: what the arrays and options of the last layer looked like; for the integration to keep.
-        packed: ``[num_tokens]`` int64, where the step's tokens stand among its ``batch * columns``; None = all do.
+        packed: ``[num_tokens]`` int64, where the step's tokens are among its ``batch * columns``; None = all do.
         places: `packed` as the framework indexes with it; for the integration to keep.
     """
 
@@ -72,7 +73,7 @@ class PaddedBatch:
 
         Args:
             tokens: ``[batch, columns]`` integers, padded on the left.
-            mask: ``[batch, columns]``, 0 where padding stands.
+            mask: ``[batch, columns]``, 0 where there is padding.
             salt: as `KVCache.open` takes it.
             extra_keys: as `KVCache.open` takes them, with columns for positions; those of padding are refused.
 
@@ -113,7 +114,7 @@ class PaddedBatch:
         Args:
             batch_size: rows; what earlier forwards had.
             columns: new ones.
-            mask: ``[batch, num_columns + columns]`` bool, False where padding stands; None = no padding among the new.
+            mask: ``[batch, num_columns + columns]`` bool, False where there is padding; None = no padding among the new.
 
         Raises:
             CacheFullError: a row got no memory; the batch is as it was before.

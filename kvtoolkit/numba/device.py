@@ -50,7 +50,7 @@ def kernel(function: Callable[..., None]) -> Any:
 def device(function: F) -> F:
     """Compile a function that kernels call.
 
-    One that names ``cuda`` must stand in the module of its kernel: the simulator swaps that name module by module.
+    One that names ``cuda`` must be in the module of its kernel: the simulator swaps that name module by module.
     """
     if SIMULATED:
         return function
@@ -163,7 +163,7 @@ def _launch(function: Any, grid: tuple[int, ...], stream: int, *arguments: Any) 
 
 
 def _log_and_launch(function: Any, grid: tuple[int, ...], stream: int, *arguments: Any) -> None:
-    """As `_launch`; log it first."""
+    """Log a launch, then do it as `_launch` does."""
     body = function.fn if SIMULATED else function.py_func
     shown = (
         f"{launch_log.Pointer(value.address)}{list(value.shape)}" if isinstance(value, Operand) else value

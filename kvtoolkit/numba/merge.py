@@ -1,7 +1,7 @@
 """Merge two attention results over disjoint keys, as a Numba kernel: the twin of the CUDA kernel `merge_states`.
 
-    out_a        [num_tokens, num_q_heads, head_dim]    uint16 words of float16 or bfloat16; out_b, out alike
-    lse_a        [num_tokens, num_q_heads] float32,     natural log, -inf = no keys, out_a is not read; lse_b, lse alike
+    out_a        [num_tokens, num_q_heads, head_dim]    uint16 words of float16 or bfloat16; also out_b, out
+    lse_a        [num_tokens, num_q_heads] float32,     natural log, -inf = no keys, out_a is not read; also lse_b, lse
 
 Launch:   grid (num_tokens, num_q_heads), any number of threads. out and lse may be those of a side.
 Numerics: in float32; two empty sides give 0 and -inf.

@@ -3,7 +3,7 @@
     block        [nbytes] uint8, 64 tokens of one kv head; ``token`` counts in it
 
 A lane of a warp owns 16 bytes of each piece, 32 lanes follow one another; lane ``4 g + t`` holds rows ``g`` and columns
-``t`` of a product. Here one thread reads one element, wherever it lies.
+``t`` of a product. Here one thread reads one element, wherever it is.
 """
 
 from typing import Any
@@ -72,7 +72,7 @@ def cold_value(block: Any, token: int, dim: int, head_dim: int) -> Any:
 
 @device
 def warm_unit(token: int, head_dim: int) -> Any:
-    """Where the half of an int8 block begins in which a token lies, and its number there."""
+    """Where the half of an int8 block begins that holds a token, and the token's number in it."""
     return token // INT8_UNIT * 2 * INT8_UNIT * (head_dim + 2), token % INT8_UNIT
 
 

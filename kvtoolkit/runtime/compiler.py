@@ -1,7 +1,7 @@
 """Compile a kernel source for one architecture, with a cache on disk.
 
-The key covers the source, every header it includes, directly or not, the options, the architecture and the compiler.
-Entries are checked as those of Numba are, see `allocators._disk`. The folder is ``cubin`` beside Numba's.
+The key covers the source, every header that it includes directly or indirectly, the options, the architecture and the
+compiler. Entries are checked before use, see `allocators._disk`. The folder is ``cubin`` beside Numba's.
 """
 
 import hashlib
@@ -29,13 +29,13 @@ _ENTRY = re.compile(
 
 @dataclass(frozen=True)
 class KernelUsage:
-    """What the assembler says of one kernel."""
+    """The resources of one kernel, as the assembler reports them."""
 
     name: str
     registers: int
     """Per thread."""
     spill_nbytes: int
-    """Bytes per thread that did not fit in registers, stores and loads added."""
+    """Bytes per thread that did not fit into registers, stores plus loads."""
     stack_nbytes: int
     smem_nbytes: int
     """Static shared memory per CTA."""
@@ -48,22 +48,22 @@ class Build:
     cubin: bytes
     usage: tuple[KernelUsage, ...]
     path: Path | None
-    """Where it is in the cache; None where there is none."""
+    """Its file in the cache; None if there is no cache."""
     seconds: float
-    """Spent compiling; 0 if it was in the cache."""
+    """Time spent compiling; 0 if it was in the cache."""
 
 
 def build(source: str, defines: Mapping[str, int], arch: str, *, announce: bool = False) -> Build:
-    """Compile a source of ``cuda_src``, or take it from the cache.
+    """Compile a source of ``cuda_src``, or take the result from the cache.
 
     Args:
         source: its path inside ``cuda_src``, such as ``"attention/decode.cu"``.
         defines: macros.
         arch: compute capability without the dot, such as ``"90"``.
-        announce: say on stderr that it compiles, for the first use in a program (``KVTOOLKIT_QUIET=1`` silences it).
+        announce: whether to report a compilation on stderr; ``KVTOOLKIT_QUIET=1`` silences that.
 
     Raises:
-        CompileError: NVRTC refuses it; with the options and the log.
+        CompileError: NVRTC refuses the source. The message has the options and the log.
         UnsupportedError: CuPy or NVRTC is missing.
 
     Needs no GPU. May be called from several threads and processes at once.

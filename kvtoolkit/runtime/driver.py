@@ -1,4 +1,4 @@
-"""Launching through the driver: CuPy's own launch cannot let a kernel begin before the one in front of it has ended.
+"""Launches through the driver, because CuPy cannot let a kernel begin before the previous one has ended.
 
 Programmatic dependent launch: CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization".
 """
@@ -17,7 +17,7 @@ _INVALID_CONTEXT = 201
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
 _config = struct.Struct("@7I4x3Q")  # CUlaunchConfig: grid, CTA, dynamic shared memory; stream, attributes, their number
 _Config = ctypes.c_uint64 * (_config.size // 8)
-_STREAM, _ATTRIBUTES, _NUM_ATTRIBUTES = 4, 5, 6  # its last words of 8 bytes
+_STREAM, _ATTRIBUTES, _NUM_ATTRIBUTES = 4, 5, 6  # indices of its last 8-byte words
 
 # one CUlaunchAttribute: id, padding, 64 bytes of value
 _dependent = np.zeros(18, np.uint32)
@@ -34,7 +34,7 @@ def library() -> Any:
 
 
 class PreparedLaunch:
-    """A launch of a kernel whose only parameter is a struct, described to the driver once.
+    """A launch of a kernel whose only parameter is a struct; prepared once, launched often.
 
     Args:
         function: its ``CUfunction``.
@@ -44,7 +44,7 @@ class PreparedLaunch:
         parameters: the bytes of the struct, a multiple of 8.
 
     Attributes:
-        words: the struct, 8 bytes at a time, to be changed between launches. One thread at a time.
+        words: the struct as 8-byte words, which may be changed between launches. Only one thread at a time may do so.
     """
 
     __slots__ = ("_arguments", "_config", "_parameters", "words")
@@ -59,13 +59,13 @@ class PreparedLaunch:
         self._arguments = ctypes.addressof(self._config), function, ctypes.addressof(self._parameters), None
 
     def run(self, stream: int, dependent: bool) -> None:
-        """Launch it on a stream, given by its address.
+        """Launch the kernel on a stream, which is given by its address.
 
         Args:
-            dependent: let it begin while the kernel before it still runs; it must wait for it on the device.
+            dependent: whether the kernel may begin while the previous one still runs. It must then wait on the device.
 
         Raises:
-            DeviceError: the driver refuses.
+            DeviceError: the driver refuses the launch.
         """
         config = self._config
         config[_STREAM] = stream

@@ -1,7 +1,7 @@
-"""Kernels loaded on a device, once each, and their launch.
+"""Kernels on a device: each is loaded once, and launched often.
 
-A kernel is named by its source, its macros and its function. The first call on a device compiles it (or takes it from
-the disk cache) and loads it; every later one is a look-up. Loading inside a captured CUDA graph is not possible: see
+A kernel is identified by its source, its macros and its function. The first call on a device compiles it, or takes it
+from the disk cache, and loads it; later calls look it up. Nothing can be loaded while a CUDA graph is captured; see
 `kvtoolkit.warmup`.
 """
 
@@ -18,15 +18,15 @@ _lock = threading.Lock()
 _loaded: dict[tuple[Any, ...], "Kernel"] = {}
 _devices: dict[int, tuple[str, int, int]] = {}
 _modules: list[Any] = []
-atexit.register(_modules.clear)  # CuPy cannot unload them any more once the interpreter takes modules apart
+atexit.register(_modules.clear)  # at interpreter shutdown CuPy can no longer unload them
 
 
 class Kernel:
     """A kernel on one device.
 
     Attributes:
-        name: its function's.
-        usage: registers, spills and static shared memory, where the compiler told.
+        name: name of its function.
+        usage: registers, spills and static shared memory, if the compiler has reported them.
     """
 
     def __init__(self, name: str, function: int, usage: KernelUsage | None) -> None:
@@ -37,7 +37,7 @@ class Kernel:
     def prepare(
         self, grid: tuple[int, ...], threads: int, parameters: bytes, smem_nbytes: int = 0
     ) -> driver.PreparedLaunch:  # fmt: skip
-        """A launch of it; see `kvtoolkit.runtime.driver.PreparedLaunch`."""
+        """Prepare a launch; see `kvtoolkit.runtime.driver.PreparedLaunch`."""
         return driver.PreparedLaunch(self._function, grid, threads, smem_nbytes, parameters)
 
 
@@ -64,7 +64,7 @@ def load(source: str, name: str, defines: Mapping[str, int], device: int, *, sme
         name: the ``extern "C"`` function.
         defines: macros.
         device: CUDA ordinal; it must be the current one.
-        smem_nbytes: most dynamic shared memory that it will be launched with.
+        smem_nbytes: the largest dynamic shared memory of its launches.
         feature: ``"a"`` to compile for what only this architecture has.
 
     Raises:
@@ -85,12 +85,12 @@ def load(source: str, name: str, defines: Mapping[str, int], device: int, *, sme
 def _load(built: Build, source: str, name: str, smem_nbytes: int) -> Kernel:
     import cupy
 
-    # from memory: `cupy.RawModule` wants a file, and there may be no room for one
+    # from memory, because `cupy.RawModule` needs a file, and the disk may be full
     module = cupy.cuda.function.Module()
     module.load(built.cubin)
     loaded = module.get_function(name)
     function = int(loaded.ptr)
-    _modules.append(module)  # or it would be unloaded
+    _modules.append(module)  # keeps it loaded
     if smem_nbytes > 48 << 10:
         attribute = cupy.cuda.driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         cupy.cuda.driver.funcSetAttribute(function, attribute, smem_nbytes)
@@ -115,7 +115,7 @@ def _device(device: int) -> tuple[str, int, int]:
 
 
 def current_device() -> int:
-    """The current CUDA device; UnsupportedError where there is none."""
+    """The current CUDA device; UnsupportedError if there is none."""
     try:
         import cupy
 
@@ -125,15 +125,15 @@ def current_device() -> int:
 
 
 def smem_limit(device: int) -> int:
-    """Bytes of shared memory that one CTA may have."""
+    """Most bytes of shared memory that one CTA can have."""
     return _device(device)[1]
 
 
 def arch_of(device: int) -> int:
-    """Compute capability, such as 90."""
+    """The compute capability of a device, such as 90."""
     return int(_device(device)[0])
 
 
 def num_sms(device: int) -> int:
-    """Multiprocessors."""
+    """The number of multiprocessors of a device."""
     return _device(device)[2]

@@ -1,4 +1,4 @@
-"""Where the device code is: in an install inside the package, in a checkout beside it."""
+"""Finds the device code: inside the package if it is installed, beside it in a checkout."""
 
 from pathlib import Path
 

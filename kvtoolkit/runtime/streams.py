@@ -1,4 +1,4 @@
-"""Which stream a call runs on: the caller's current one, asked anew at every call, since graph capture changes it."""
+"""The stream that a call runs on: the caller's current one, read at every call because graph capture changes it."""
 
 import contextlib
 import functools
@@ -12,7 +12,8 @@ def current_stream(device: int, from_torch: bool | None = None) -> int:
 
     Args:
         device: CUDA ordinal.
-        from_torch: whose current stream, torch's or CuPy's; None = torch's where the program uses torch on the GPU.
+        from_torch: whether torch's or CuPy's current stream is meant. None = torch's if the program uses torch on a
+            GPU.
     """
     if from_torch is None:
         torch = sys.modules.get("torch")
@@ -28,13 +29,13 @@ def current_stream(device: int, from_torch: bool | None = None) -> int:
 def _torch_stream() -> Callable[[int], int]:
     import torch
 
-    # what the public call asks, without its objects
+    # what the public call uses, without making its objects
     raw: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
     return raw or (lambda device: int(torch.cuda.current_stream(device).cuda_stream))
 
 
 def is_capturing(stream: int) -> bool:
-    """Whether a stream is being captured into a CUDA graph: nothing may be allocated, loaded or waited for."""
+    """Whether a stream is being captured into a CUDA graph; nothing may be allocated, loaded or awaited then."""
     if stream == 0:
         return False
     import cupy
@@ -44,7 +45,7 @@ def is_capturing(stream: int) -> bool:
 
 
 class _Foreign:
-    """A stream of somebody else, as CuPy takes it."""
+    """Wraps a stream that is not CuPy's, in the form that CuPy accepts."""
 
     def __init__(self, ptr: int) -> None:
         self._ptr = ptr
@@ -64,7 +65,7 @@ def on_stream(stream: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def cupy_on_current_stream(device: int) -> Iterator[Any]:
-    """The module CuPy, working on `current_stream` of a device."""
+    """The module CuPy, with `current_stream` of a device as its current stream."""
     import cupy
 
     with cupy.cuda.Device(device), on_stream(current_stream(device)):

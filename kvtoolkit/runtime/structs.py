@@ -31,7 +31,7 @@ class Field(NamedTuple):
 
     @property
     def format(self) -> str:
-        """As `struct` has it."""
+        """The format of the field in the language of `struct`."""
         return f"{self.length or 1}{self.code}"
 
 

@@ -1,4 +1,4 @@
-"""NVRTC, reached through CuPy: it needs neither a GPU nor a driver. Our kernels include no header but their own."""
+"""NVRTC, called through CuPy; it needs neither a GPU nor a driver. The kernels include only headers of this project."""
 
 import importlib
 from functools import cache
@@ -32,9 +32,9 @@ def version() -> str:
 
 
 def options() -> tuple[str, ...]:
-    """What every source is compiled with."""
+    """The options with which every source is compiled."""
     common = ("-std=c++17", "--ptxas-options=-v", "--generate-line-info", "--restrict", "-default-device")
-    # from 12.9 on NVRTC keeps results itself, and then has no log of registers and spills
+    # from 12.9 on NVRTC has a cache of its own, and a cached result has no log of registers and spills
     return (*common, "--no-cache") if nvrtc().getVersion() >= (12, 9) else common
 
 
@@ -43,9 +43,9 @@ def compile_source(source: str, name: str, headers: dict[str, str], options: tup
 
     Args:
         source: CUDA C++.
-        name: what to call it in messages.
-        headers: text of every header it may include, by the name it includes it under.
-        options: for NVRTC.
+        name: its name in messages.
+        headers: the text of every header that it may include, by the name in the include directive.
+        options: options of NVRTC.
 
     Raises:
         CompileError: with the options and NVRTC's log.

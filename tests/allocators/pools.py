@@ -27,6 +27,6 @@ def maker(kind: str, num_granules: int) -> Callable[[], BlockAllocator]:
 
 
 def epoch_maker(kind: str, num_granules: int) -> Callable[[], BlockAllocator]:
-    """As `maker`, inside an `EpochPool`."""
+    """What `maker` makes, inside an `EpochPool`."""
     make = maker(kind, num_granules)
     return lambda: EpochPool(make())

@@ -54,7 +54,7 @@ def package(tmp_path, monkeypatch):
 
 
 def stamp(path):
-    for cached in (source_stamp, _jit._direct_imports, _jit._digest, _jit._origin):
+    for cached in (source_stamp, _jit._direct_imports, _jit._digest, _jit._origin, _jit._folder_of):
         cached.cache_clear()
     return source_stamp(str(path))
 

@@ -38,7 +38,7 @@ print(next((found for _ in range(5) if (found := killed_by(mutant)) is not None)
 
 
 def killed_in_a_child(mutant):
-    """As `killed_by`, but compiled code without a lock may write anywhere, and take its process with it."""
+    """`killed_by` in a child process, because compiled code without a lock may write anywhere and crash it."""
     done = subprocess.run(
         [sys.executable, "-c", ATTEMPTS, mutant.name],
         cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=800, check=False,

@@ -34,6 +34,14 @@ def test_registered_name_is_found(clean_registry):
         register("a b", TinyAllocator)
 
 
+def test_a_built_in_allocator_is_replaced_only_on_purpose(clean_registry):
+    with pytest.raises(UnknownAllocatorError, match="'buddy' is a built-in allocator.*replace=True"):
+        register("buddy", TinyAllocator)
+    assert find("buddy") is allocators.BuddyAllocator
+    register("buddy", TinyAllocator, replace=True)
+    assert find("buddy") is TinyAllocator
+
+
 def test_entry_point_is_found(monkeypatch):
     point = importlib.metadata.EntryPoint("tiny", "tests.allocators.tiny:TinyAllocator", registry.ENTRY_POINT_GROUP)
     monkeypatch.setattr(registry, "_entry_points", lambda: [point])

@@ -12,7 +12,7 @@ import numpy as np
 
 from kvtoolkit import DevicePool, get_include
 from kvtoolkit.attention.calls import append, merge_states
-from kvtoolkit.commands.fuzz import attack
+from kvtoolkit.commands.fuzz_kernels import attack
 from tests.kvtoolkit.attention.attention_cases import Case
 from tests.kvtoolkit.attention.gpu_cases import check, to_device
 from tests.kvtoolkit.attention.test_attention import SINKS, SLOPES
@@ -90,6 +90,7 @@ def main() -> None:
     import torch
 
     from kvtoolkit import cuda
+    from kvtoolkit.arrays.call import attention_call
     from kvtoolkit.cpu import Operand
     from kvtoolkit.cuda.check import check_slots, check_tables
 
@@ -104,10 +105,9 @@ def main() -> None:
     described = Operand(arena.data.ptr, arena.shape, tuple(s // 2 for s in arena.strides), "float16", arena, True, 0)
     cuda.copy_granules(described, np.arange(290), np.arange(300, 590))
     table = to_device(np.array([[1, 2], [3, -1]], np.int32), "")
-    tables = [
-        cuda.device_operand(array, "array") for array in (table, to_device(np.array([9, 8], np.int32), ""), slots)
-    ]
-    check_tables(tables[0], None, tables[1], None, 2, 8, 4, 0)
+    lengths = to_device(np.array([9, 8], np.int32), "")
+    q, cache, *tables = (cuda.device_operand(array, "array") for array in (new[:2], caches[0], table, lengths, slots))
+    check_tables(attention_call(q, cache, cache, tables[0], None, tables[1], out=q), 0)
     check_slots(tables[2], 8, 4, 0)
     torch.cuda.synchronize()
     print("done")

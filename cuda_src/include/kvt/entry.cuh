@@ -1,8 +1,9 @@
-// One int32 of a block table: where a run of granules is, how long it is, in which tier. See kvtoolkit/formats/entry.py.
+// An entry of a block table, one int32: where a run of granules is, how long it is, and in which tier. See
+// kvtoolkit/formats/entry.py.
 //
 //   bits 0-23 granule (8 token slots each) | 24-26 length in granules - 1 | 27-29 tier | 30 spare | 31 zero; empty = -1
 //
-// Plain integer arithmetic: the header also compiles as C++17 on the host, which is how the tests read it.
+// This is plain integer arithmetic, so the header also compiles as C++17 on the host, where the tests use it.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -13,8 +14,8 @@
 
 namespace kvt {
 
-constexpr int kGranule = 8;             // token slots
-constexpr int kMaxBlockGranules = 8;    // 64 tokens
+constexpr int kGranule = 8;           // token slots
+constexpr int kMaxBlockGranules = 8;  // 64 tokens
 constexpr int kEmptyEntry = -1;
 
 enum class Tier : int { kHot = 0, kWarm = 1, kCold = 2, kHost16 = 3, kHostCold = 4 };
@@ -27,13 +28,13 @@ struct Entry {
   KVT_HOST_DEVICE int num_granules() const { return ((bits >> 24) & 7) + 1; }
   KVT_HOST_DEVICE Tier tier() const { return static_cast<Tier>((bits >> 27) & 7); }
 
-  // num_granules in 1..8
+  // num_granules is 1 to 8.
   KVT_HOST_DEVICE static Entry pack(int granule, int num_granules, Tier tier) {
     return Entry{granule | ((num_granules - 1) << 24) | (static_cast<int>(tier) << 27)};
   }
 };
 
-// Index of the entry that holds logical granule `granule`: the last one whose start is not above it.
+// The index of the entry that holds logical granule `granule`: the last one whose start is not above it.
 //   block_starts [num_entries] int32, ascending, block_starts[0] == 0
 KVT_HOST_DEVICE int find_entry(const int* block_starts, int num_entries, int granule) {
   int low = 0;

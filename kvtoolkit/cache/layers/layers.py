@@ -22,7 +22,7 @@ from kvtoolkit.attention.arguments import (
 )
 from kvtoolkit.cache.layers.masses import MassSum
 from kvtoolkit.cache.storage.arenas import Arenas
-from kvtoolkit.errors import ShapeError
+from kvtoolkit.errors import ShapeError, StepError
 from kvtoolkit.runtime import current_stream, is_capturing
 
 StepTables = tuple[Any, Any, Any, Any, Any]
@@ -144,6 +144,10 @@ class LayerCalls:
         """Check a layer's queries and the options, and attend; see `kvtoolkit.variable_block_attention`."""
         arenas = self._arenas
         arenas.require_layer(layer)
+        if self.layers and not self.layers >> int(layer) & 1 and self._num_tokens:
+            raise StepError(
+                f"layer: expected one that this step has appended to, got {layer}; append its keys and values"
+            )
         backend_of, raw = self._backend, arenas.raw_dtype
         queries = backend_of.describe(q, "q", raw)
         is_own = out is None

@@ -1,8 +1,8 @@
-"""The cache's side of its allocators: what to do when a request does not fit, and the blocks kept back for merging.
+"""The cache's side of its allocators: what to do when a request does not fit, and the reserve for merging.
 
-free + held by rows + cached + kept back + callers' + pinned == num_granules
+    free + held by rows + cached + reserve + callers' + pinned == num_granules
 
-Every tier has an allocator of its own. Granule numbers run through the tiers; those of an allocator begin at 0.
+Every tier has an allocator of its own. Granule numbers count through the tiers; inside an allocator they begin at 0.
 """
 
 import inspect
@@ -16,7 +16,7 @@ from allocators import BlockAllocator, InvalidSizeError, UnknownAllocatorError, 
 from kvtoolkit.arrays.types import Int32Array
 from kvtoolkit.cache.state.evictor import Evictor, count_evictable
 from kvtoolkit.cache.state.ledger import Ledger, require_allocator
-from kvtoolkit.cache.state.prefix_index import HELD, make_granules, make_nodes
+from kvtoolkit.cache.state.prefix_index import HELD, make_holdings
 from kvtoolkit.config.cache import CacheConfig
 from kvtoolkit.config.eviction import eviction_policy
 from kvtoolkit.errors import CacheFullError, ConfigError
@@ -27,7 +27,7 @@ _REPLENISHED_AT_ONCE = 64
 
 @dataclass
 class Counters:
-    """What a cache counts as it goes."""
+    """Running counts of a cache; see `CacheStats`."""
 
     num_steps: int = 0
     prompt_tokens: int = 0
@@ -53,7 +53,7 @@ class Counters:
 def _takes_device(allocator: str) -> bool:
     try:
         return "device" in inspect.signature(find(allocator)).parameters
-    except (ValueError, TypeError):  # of some things that can be called nobody knows the arguments
+    except (ValueError, TypeError):  # the arguments of some callables cannot be known
         return False
 
 
@@ -71,7 +71,7 @@ def _make_allocator(name: str, num_granules: int, options: dict[str, Any], devic
 
 
 def _quantized_allocators(config: CacheConfig, device: int | None) -> list[BlockAllocator | None]:
-    """Those of the warm and the cold tier, which hold nothing but blocks of 64 tokens."""
+    """The allocators of the warm and the cold tier, which have only blocks of 64 tokens."""
     tiers = config.tier_config
     names = (None, None) if tiers is None else (tiers.warm_allocator, tiers.cold_allocator)
     made: list[BlockAllocator | None] = []
@@ -89,15 +89,15 @@ def granules_of(blocks: Int32Array) -> Int32Array:
 
 
 Runs = list[tuple[int, int]]
-"""``(first granule, granules)`` of pieces of memory."""
+"""Pieces of memory as ``(first granule, number of granules)``."""
 
 
-class Pool:
-    """An allocator whose freed prefixes stay findable until their memory is needed.
+class BlockManager:
+    """Grants blocks of all tiers; cached prefixes stay findable until their memory is needed.
 
-    An allocator that takes a ``device`` gets that of the keys and values, where they lie on one.
+    If the keys and values are on a device, an allocator that takes a ``device`` gets it.
 
-    Not thread-safe by itself: the cache's lock covers it.
+    Not thread-safe by itself; the cache's lock covers it.
     """
 
     def __init__(self, config: CacheConfig, counters: Counters, device: int | None) -> None:
@@ -111,23 +111,22 @@ class Pool:
             _make_allocator(config.allocator, self.num_hot, options, device),
             *_quantized_allocators(config, device),
         ]
-        """Of the hot, the warm and the cold tier; None where there is no such tier."""
+        """Allocators of the hot, the warm and the cold tier; None if there is no such tier."""
         hot = self.allocators[0]
         assert hot is not None
         self.allocator = hot
         self.ledger = Ledger(self.allocators, self.first, self.num_granules)
         # sizes the cache asks for, in granules, descending
         self.offered = np.array(sorted((size // 8 for size in self.allocator.block_sizes), reverse=True), np.int32)
-        self.granules = make_granules(self.num_granules, self.first)
-        self.nodes = make_nodes(self.num_granules)
+        self.holdings = make_holdings(self.num_granules, self.first)
+        self.nodes, self.granules, self.freed = self.holdings
         smallest = [int(self.offered[-1]), MAX_BLOCK_GRANULES, MAX_BLOCK_GRANULES]
-        self.evictor = Evictor(eviction_policy(config.eviction), self.nodes, self.granules, self.ledger, smallest)
-        self.freed = np.empty(self.num_granules, np.int32)
-        """Where compiled code lists granules to be freed; `free_listed` takes them from here."""
-        self.reserve = int(self.policy.reserve * (self.num_hot // MAX_BLOCK_GRANULES))
-        self.kept_back: list[int] = []
-        """First granules of the blocks of 64 tokens kept back for merging."""
-        for _ in range(0, self.reserve, _REPLENISHED_AT_ONCE):
+        self.evictor = Evictor(eviction_policy(config.eviction), self.holdings, self.ledger, smallest)
+        self.wanted_reserve = int(self.policy.reserve * (self.num_hot // MAX_BLOCK_GRANULES))
+        """Blocks of 64 tokens that the reserve should have."""
+        self.reserve: list[int] = []
+        """First granules of the blocks of 64 tokens that are reserved as targets of merges."""
+        for _ in range(0, self.wanted_reserve, _REPLENISHED_AT_ONCE):
             self.replenish()
 
     @property
@@ -136,9 +135,9 @@ class Pool:
         return int(self.granules.cached[TIER_HOT])
 
     def num_evictable(self, tier: int) -> int:
-        """Granules of a tier that evicting all that is cached would make free.
+        """How many granules of a tier evicting all that is cached would make free.
 
-        Looks at all of the tier, unless every cached granule is of use by itself.
+        This looks at the whole tier, unless each cached granule can be used again by itself.
         """
         num_cached, first = int(self.granules.cached[tier]), self.first[tier]
         if num_cached == 0 or self.evictor.is_single[tier]:
@@ -152,7 +151,7 @@ class Pool:
 
     @property
     def num_used(self) -> int:
-        """Granules held by rows, one that several of them share counted once."""
+        """Granules that rows hold; a shared one counts once."""
         return int(self.granules.cached[HELD : HELD + 3].sum())
 
     def allocate_some(self, sizes: ArrayLike) -> Int32Array:
@@ -160,7 +159,7 @@ class Pool:
         return self.ledger.take(TIER_HOT, sizes)
 
     def allocate_tails(self, count: int, what: str) -> tuple[Int32Array, Int32Array]:
-        """``count`` blocks of at least a granule, evicting if need be; ``(starts, sizes)``, or CacheFullError."""
+        """``(starts, sizes)`` of ``count`` blocks of any size, evicting if need be; else CacheFullError."""
         runs: Runs = []
         while len(runs) < count:
             for size in self.offered[::-1].tolist():
@@ -176,9 +175,9 @@ class Pool:
         return starts, sizes
 
     def fit(self, needed: int) -> Runs | None:
-        """Runs of at least ``needed`` hot granules by any sizes on offer; None if there is no way.
+        """Runs of at least ``needed`` hot granules, in blocks of any sizes; None if that cannot be.
 
-        Evicts only what makes a way, and in the end gives up what is kept back for merging.
+        It evicts no more than necessary, and takes the reserve for merging last.
         """
         if not self.can_have(needed):
             return None
@@ -195,19 +194,19 @@ class Pool:
         return runs
 
     def can_have(self, needed: int, tier: int = TIER_HOT) -> bool:
-        """Whether so many granules are free, kept back or can be evicted; an allocator may still have no use for them.
+        """Whether so many granules are free, in the reserve, or evictable. First frees what broken calls have left.
 
-        False is certain. It tries what calls that broke off have left, too.
+        False is certain. True is not, because an allocator may be unable to make blocks of them.
         """
         if len(self.ledger.left):
             self.ledger.free_left()
         allocator = self.allocators[tier]
         if needed <= 0 or allocator is None:
             return needed <= 0
-        return self.evictor.can_free(tier, needed - allocator.num_free - self._num_kept_back(tier))
+        return self.evictor.can_free(tier, needed - allocator.num_free - self._num_reserved(tier))
 
-    def _num_kept_back(self, tier: int) -> int:
-        return MAX_BLOCK_GRANULES * len(self.kept_back) if tier == TIER_HOT else 0
+    def _num_reserved(self, tier: int) -> int:
+        return MAX_BLOCK_GRANULES * len(self.reserve) if tier == TIER_HOT else 0
 
     def _take_blocks(self, count: int, size: int) -> Runs:
         """Up to ``count`` free blocks."""
@@ -215,29 +214,29 @@ class Pool:
         return [(start, size) for start in starts.tolist() if start >= 0]
 
     def _make_way(self, needed: int) -> bool:
-        """Evict ``needed`` granules; if there are not so many, also give up what is kept back, or do nothing."""
+        """Evict ``needed`` granules. If that is not enough, give up some reserve, too; if it never is, do nothing."""
         if self.evict(needed):
             return True
-        kept_back = self._num_kept_back(TIER_HOT)
-        if not kept_back or not self.evictor.can_free(TIER_HOT, needed - kept_back):
+        num_reserved = self._num_reserved(TIER_HOT)
+        if not num_reserved or not self.evictor.can_free(TIER_HOT, needed - num_reserved):
             return False
-        if needed > kept_back:
-            self.evict(needed - kept_back)
+        if needed > num_reserved:
+            self.evict(needed - num_reserved)
         self._give_up_reserve(-(-needed // MAX_BLOCK_GRANULES))
         return True
 
     def _sizes_to_try(self, needed: int) -> list[int]:
-        """The best fitting size, then smaller ones, then larger ones."""
+        """The sizes to try, in order: the best fitting one, then smaller ones, then larger ones."""
         offered = [int(size) for size in self.offered if size <= self.policy.largest]
         fitting = min((size for size in offered if size >= needed), default=offered[0])
         return [size for size in offered if size <= fitting] + [size for size in offered[::-1] if size > fitting]
 
     def evict(self, wanted: int, tier: int = TIER_HOT) -> bool:
-        """Evict what makes ``wanted`` granules of a tier available, see `kvtoolkit.cache.state.evictor`.
+        """Make ``wanted`` granules of a tier available by evicting, see `kvtoolkit.cache.state.evictor`.
 
-        False, and nothing was evicted, if that cannot be.
+        Returns False, with nothing evicted, if that cannot be.
         """
-        count = self.evictor.evict(tier, wanted, self.freed)
+        count = self.evictor.evict(tier, wanted)
         self.free_listed(count)
         self.counters.num_evicted += count
         return count > 0
@@ -267,30 +266,30 @@ class Pool:
         return int(self.ledger.take(tier, [MAX_BLOCK_GRANULES])[0])
 
     def allocate_block(self, tier: int) -> int:
-        """As `take_block`, evicting what is cached in the tier if need be."""
+        """Take a block as `take_block` does, evicting what is cached in the tier if need be."""
         while (start := self.take_block(tier)) < 0 and self.evict(MAX_BLOCK_GRANULES, tier):
             pass
         return start
 
-    # -- blocks for merging ------------------------------------------------------------------------------------------
+    # -- the reserve for merging ---------------------------------------------------------------------------------------
 
     def take_targets(self, wanted: int) -> Int32Array:
-        """Up to ``wanted`` blocks of 64 tokens to merge into: fresh ones, then those kept back. Never evicts."""
+        """Up to ``wanted`` blocks of 64 tokens to merge into: fresh ones, then some of the reserve. Never evicts."""
         fresh = self.allocate_some(np.full(wanted, MAX_BLOCK_GRANULES, np.int32))
         targets = fresh[fresh >= 0].tolist()
-        while len(targets) < wanted and self.kept_back:
-            targets.append(self.kept_back.pop())
+        while len(targets) < wanted and self.reserve:
+            targets.append(self.reserve.pop())
         return np.array(targets, np.int32)
 
     def replenish(self) -> None:
-        """Keep back as many blocks of 64 tokens as the policy wants, if there are that many; some of them each time."""
-        missing = min(self.reserve - len(self.kept_back), _REPLENISHED_AT_ONCE)
+        """Add blocks to the reserve until it has as many as the policy wants; each call adds only some."""
+        missing = min(self.wanted_reserve - len(self.reserve), _REPLENISHED_AT_ONCE)
         if missing > 0:
             starts = self.allocate_some(np.full(missing, MAX_BLOCK_GRANULES, np.int32))
-            self.kept_back += starts[starts >= 0].tolist()
+            self.reserve += starts[starts >= 0].tolist()
 
     def _give_up_reserve(self, num_blocks: int) -> None:
-        """Free some of what is kept back, when the last blocks are needed."""
-        first = max(0, len(self.kept_back) - num_blocks)
-        given_up, self.kept_back = self.kept_back[first:], self.kept_back[:first]
+        """Free some blocks of the reserve, because no others are left."""
+        first = max(0, len(self.reserve) - num_blocks)
+        given_up, self.reserve = self.reserve[first:], self.reserve[:first]
         self.free_runs([(start, MAX_BLOCK_GRANULES) for start in given_up])

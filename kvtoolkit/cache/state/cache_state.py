@@ -1,14 +1,14 @@
-"""What a cache is made of: rows, pool and storage, with the moves that every call is built from.
+"""The state of a cache: its groups of layers, its sequences, and the calls under way.
 
-Every granule of the pool is in exactly one place: free in the allocator, held by rows (``refs`` of them), cached (no
-row holds it but a prompt can still find it), or kept back for merging. A granule that several rows hold, or that is
-findable, is always full and never written; it moves only while one row holds it, and the index follows.
+Every granule of a group is in exactly one place: free in the allocator, held by rows (``refs`` of them), cached (no row
+holds it, but a prompt can still find it), or in the reserve for merging. A granule that several rows hold, or that can
+be found, is always full and never written. It moves only while one row holds it, and the index is updated with it.
 
 Nothing here takes a lock; `kvtoolkit.cache.kv_cache.KVCache` does.
 
-A call may break off between any two statements. So each takes the memory it needs and fills it, then changes rows and
-index in one compiled move, and frees what became free last: at any moment the rows hold what they held before the call
-or after it, and `kvtoolkit.cache.state.repair` makes the rest follow from them.
+A call may break off between any two statements. So each call takes the memory it needs and fills it, then changes rows
+and index in one compiled move, and frees what became free last. At any moment the rows hold what they held before the
+call or after it, and `kvtoolkit.cache.state.repair` derives everything else from them.
 """
 
 import weakref
@@ -22,86 +22,84 @@ from allocators._calls import Calls
 from kvtoolkit.arrays.types import Int32Array, Int64Array
 from kvtoolkit.cache.state import block_table, repair
 from kvtoolkit.cache.state.arguments import as_ids
-from kvtoolkit.cache.state.block_manager import Counters, Pool, Runs
+from kvtoolkit.cache.state.block_manager import Counters
 from kvtoolkit.cache.state.block_table import GENERATION, ID_BITS, LENGTH, OPEN, STATE, STATE_NAMES
-from kvtoolkit.cache.state.host_copies import Copy, HostCopies
+from kvtoolkit.cache.state.cache_group import CacheGroup
+from kvtoolkit.cache.state.host_copies import Copy
 from kvtoolkit.cache.state.identity import Identities
 from kvtoolkit.cache.state.prefix_index import CLOCK, ROOT, ROOT_UID
-from kvtoolkit.cache.storage.storage import make_storage
 from kvtoolkit.config.cache import CacheConfig
 from kvtoolkit.errors import ArgumentError, BusyError, CacheFullError, SequenceError, StepError
 
 
 @dataclass
 class Preempted:
-    """What is kept of a preempted sequence."""
+    """What is kept of a preempted sequence.
+
+    Attributes:
+        nodes, uids: for ``to="drop"``, its full granules in the index.
+        copies: for ``to="host"``, copies of its granules, in order; else None.
+        tokens: for ``to="host"``, ``[n, 9]`` what `Nodes.tokens` has for each full granule; empty if that is not known.
+    """
 
     nodes: Int32Array
     uids: Int64Array
-    """Its full granules in the index; for ``to="drop"``."""
     copies: tuple[Copy, ...] | None
-    """Of its granules, in order; for ``to="host"``."""
     tokens: Int64Array
-    """``[n, 9]`` of each full granule, as `Nodes.tokens` has them, or none if they are not known; for ``to="host"``."""
 
 
-class Sequences:
+class CacheState:
     """The state of a `KVCache`."""
 
     def __init__(self, config: CacheConfig) -> None:
         self.config = config
         self.counters = Counters()
-        self.storage = make_storage(config)
-        self.pool = Pool(config, self.counters, self.storage.device if self.storage.device >= 0 else None)
+        self.groups = [CacheGroup(config, self.counters)]
+        self.group = self.groups[0]
+        """The only one; whatever uses it works on one group so far."""
         self.takes_quantized = config.tier_config is not None and config.tier_config.prefix_reuse_tiers == "all"
-        self.collects_mass = config.tier_config is not None and config.tier_config.demote == "mass"
-        num_tiles = -(-config.seq_len_limit // 64) if self.collects_mass else 0
-        self.rows = block_table.make_rows(config.max_seqs, config.entries_limit, num_tiles)
-        self.identities = Identities(self.rows, self.pool.nodes)
+        self.identities = Identities(self.group.table, self.group.blocks.nodes)
         self.closed_rows = list(range(config.max_seqs))[::-1]
-        self.compacted = np.zeros(2, np.int64)
-        """Row and logical granule where compaction goes on."""
         self.repairs = repair.Repairs()
-        """What was put in order since `KVCache.repair` was last asked."""
+        """What was put in order since the last call of `KVCache.repair`."""
         self.preempted: dict[int, Preempted] = {}
-        self.copies = HostCopies(self.storage, self.pool.granules)
         self.opened = 0, np.empty(0, np.int32)
-        """Number of a call, and the rows that it has opened: if it breaks off, nobody has their ids."""
+        """Serial of a call, and the rows that it has opened. If it breaks off, nobody has their ids."""
         self.handles: dict[int, weakref.ref[Any]] = {}
-        """The open steps and leases by the mark that their rows have as their OWNER."""
+        """The open steps and leases, by the mark that their rows have as OWNER."""
         refusals = (ArgumentError, CacheFullError, SequenceError, StepError)
         self.calls = Calls(self, repair.settle, repair.end_lost, BusyError, refusals)
 
     # -- ids ---------------------------------------------------------------------------------------------------------
 
     def ids_of(self, which: Int32Array) -> Int64Array:
-        """The ids of rows: their generation above their number."""
-        ids: Int64Array = (self.rows.info[which, GENERATION] << ID_BITS) | which
+        """The ids of rows."""
+        ids: Int64Array = (self.group.table.info[which, GENERATION] << ID_BITS) | which
         return ids
 
     def rows_of(self, seq_ids: ArrayLike, states: tuple[int, ...]) -> Int32Array:
-        """The rows of ids that are each in one of the states, or SequenceError."""
+        """The rows of ids; SequenceError unless each is in one of the states."""
         ids = as_ids(seq_ids)
         which = np.empty(len(ids), np.int32)
-        code, where = block_table.check_ids(self.rows, ids, sum(1 << state for state in states), which)
+        code, where = block_table.check_ids(self.group.table, ids, sum(1 << state for state in states), which)
         if code:
             raise self.bad_id(code, int(ids[where]), states)
         return which
 
     def bad_id(self, code: int, seq_id: int, states: tuple[int, ...]) -> SequenceError:
-        """The error for an id that compiled code did not like."""
+        """The error for an id that compiled code has refused."""
         wanted = " or ".join(STATE_NAMES[state] for state in states)
         if code == block_table.BAD_TWICE:
             return SequenceError(f"seq_ids: expected every sequence once, got {seq_id} twice")
         if code == block_table.BAD_ID:
             return SequenceError(f"seq_ids: expected sequences that are {wanted}, got {seq_id}, unknown or closed")
-        state = STATE_NAMES[self.rows.info[seq_id & ((1 << ID_BITS) - 1), STATE]]
+        state = STATE_NAMES[self.group.table.info[seq_id & ((1 << ID_BITS) - 1), STATE]]
         return SequenceError(f"seq_ids: expected sequences that are {wanted}, got {seq_id}, which is {state}")
 
     # -- opening and closing rows ------------------------------------------------------------------------------------
 
     def require_closed_rows(self, count: int, what: str) -> None:
-        """CacheFullError unless ``count`` sequences more can be opened."""
+        """CacheFullError unless ``count`` more sequences can be opened."""
         if count > len(self.closed_rows):
             raise CacheFullError(
                 f"{what}: expected at most {len(self.closed_rows)} new sequences (max_seqs is "
@@ -109,82 +107,37 @@ class Sequences:
             )
 
     def new_rows(self, count: int, what: str, origins: Int64Array | None = None) -> Int32Array:
-        """Open empty rows with new ids, with `Rows.origin` as given, or without salt and extra keys."""
+        """Open empty rows with new ids. Without ``origins`` they have no salt and no extra keys."""
         self.require_closed_rows(count, what)
         opened = np.array(self.closed_rows[len(self.closed_rows) - count :][::-1], np.int32)
         self.opened = self.calls.serial, opened
         del self.closed_rows[len(self.closed_rows) - count :]
-        info = self.rows.info
+        info = self.group.table.info
         info[opened, GENERATION] += 1
         info[opened, STATE] = OPEN
         info[opened, LENGTH] = 0
-        self.rows.origin[opened] = ROOT_UID if origins is None else origins
-        self.rows.chain[opened] = ROOT
-        self.rows.scanned[opened] = -1
-        self.rows.masses[opened] = 0
+        self.group.table.origin[opened] = ROOT_UID if origins is None else origins
+        self.group.table.chain[opened] = ROOT
+        self.group.table.scanned[opened] = -1
+        self.group.table.masses[opened] = 0
         return opened
 
     def release_rows(self, closing: Int32Array) -> None:
-        """Let go of everything that rows hold, and end their ids."""
-        pool = self.pool
+        """Close rows: let go of everything that they hold, and end their ids."""
+        blocks = self.group.blocks
         self.tick()
-        num_freed = block_table.close_rows(self.rows, closing, pool.nodes, pool.granules, pool.freed)
+        num_freed = block_table.close_rows(self.group.table, closing, blocks.holdings)
         for row in closing.tolist():
             self.preempted.pop(row, None)
             self.closed_rows.append(row)
-        pool.free_listed(num_freed)
+        blocks.free_listed(num_freed)
 
     def tick(self) -> None:
-        """Advance the clock that says how recently a granule was used."""
-        self.pool.nodes.counts[CLOCK] += 1
+        """Advance the clock of the prefix index, by which granules are dated."""
+        self.group.blocks.nodes.counts[CLOCK] += 1
 
-    # -- memory ------------------------------------------------------------------------------------------------------
+    # -- steps and leases --------------------------------------------------------------------------------------------
 
-    def attach(self, row: int, runs: Runs) -> bool:
-        """Append freshly allocated runs to a row; False, and nothing done, if it has too few entries."""
-        starts = np.array([start for start, _ in runs], np.int32)
-        sizes = np.array([size for _, size in runs], np.int32)
-        return bool(block_table.attach(self.rows, self.pool.granules, row, starts, sizes))
-
-    def copy(self, sources: ArrayLike, targets: ArrayLike, num_tokens: int) -> None:
-        """Copy granules, all layers, and count the tokens in them."""
-        self.storage.copy(sources, targets)
-        self.counters.copied_tokens += num_tokens
-
-    def convert(self, sources: Int32Array, targets: Int32Array, num_tokens: int) -> None:
-        """Write tiles to another tier, all layers, and count the tokens in them."""
-        self.storage.convert(sources, targets)
-        self.counters.converted_tokens += num_tokens
-
-    def merge(self, candidates: Int32Array, ends: Int32Array) -> int:
-        """Copy 8 granules in small blocks into one block of 64 tokens, for as many candidates as there is room.
-
-        Args:
-            candidates: rows.
-            ends: the logical granule at which the 8 end, for each; `block_table.mergeable` has found them.
-
-        Returns:
-            How many were merged.
-        """
-        pool = self.pool
-        private = int(block_table.keep_private_merges(self.rows, candidates, ends, pool.granules))
-        if not private:
-            return 0
-        targets = pool.take_targets(private)
-        if len(targets):
-            sources = np.empty(8 * len(targets), np.int32)
-            block_table.list_windows(self.rows, candidates, ends, len(targets), sources)
-            self.copy(sources, (targets[:, None] + np.arange(8, dtype=np.int32)).ravel(), 64 * len(targets))
-            block_table.merge_all(self.rows, candidates, ends, targets, pool.nodes, pool.granules)
-            pool.free_granules(sources)
-        self.counters.num_merges += len(targets)
-        self.counters.num_failed_merges += private - len(targets)
-        return len(targets)
-
-    def hold(self, handle: Any, mark: int) -> None:
-        """Know a step or a lease for as long as it lives; its rows have ``mark`` as their owner already."""
+    def register_handle(self, handle: Any, mark: int) -> None:
+        """Remember a step or a lease while it lives; its rows have ``mark`` as their owner already."""
         self.handles[mark] = weakref.ref(handle, self.calls.lost.append)
-
-    def note_use(self) -> None:
-        """Keep the peak."""
-        self.counters.peak_granules = max(self.counters.peak_granules, self.pool.num_used)

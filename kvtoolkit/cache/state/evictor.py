@@ -1,17 +1,19 @@
-"""What goes when memory is needed: cached granules in the order of a policy, as many as a request needs or none.
+"""Eviction: which cached granules go when memory is needed. A request evicts as much as it needs, or nothing.
 
-What is freed at once is a *unit*: the aligned run of granules that the allocator must get back before it can grant any
-of it again, and at least the smallest block that the cache asks for. A unit can be freed if all of it that is granted
-is cached. Evicting less frees nothing, so units are evicted as a whole.
+Evicting frees *units*. A unit is the aligned run of granules that an allocator must get back before it can grant any of
+them again, and at least the smallest block that the cache asks for. A unit can be freed if all of it that is granted is
+cached. Evicting a part of one would free nothing, so units are evicted whole.
 
-A node's score counts for everything before it, since without its beginning a prompt is not found:
+A prompt is found from its beginning, so a node must stay for as long as anything that follows it. It therefore takes
+over the highest score of its cached descendants:
 
     keys[n] == max(score of n, keys of its cached children)
     key of a unit == max(keys of its cached nodes)
 
-Units are in a heap by their keys. Those with equal keys go one sequence after another, each from its end, so that
-blocks become free as a whole. A unit enters the heap when memory is needed after rows let go of granules in it; one of
-which a row holds a part leaves it until then. So a granule is scored once each time it becomes cached.
+A heap has the units in the order of their keys. Units with equal keys go one sequence after another, each sequence from
+its end, so that whole blocks become free. Units enter the heap late: only when memory is needed, for the granules that
+rows have let go of since the last time. So a granule is scored once each time it becomes cached. A unit of which a row
+holds a part leaves the heap until that row lets go of it.
 """
 
 from typing import Any, NamedTuple
@@ -27,7 +29,8 @@ from kvtoolkit.cache.state.prefix_index import (
     LISTED,
     NUM_CHANGES,
     NUM_LISTED,
-    Granules,
+    GranuleState,
+    Holdings,
     Nodes,
     tier_of,
     unpublish,
@@ -40,53 +43,51 @@ _DEEPEST = 1 << 25
 
 
 class _Heap(NamedTuple):
-    """Units of one tier, lowest first; some of them are outdated."""
+    """The units of one tier, lowest key first. Some are outdated; they are dropped when they are met."""
 
     keys: NDArray[np.float64]
     ties: Int64Array
     units: Int64Array
     """First granule * 8 + size - 1."""
     serials: Int64Array
-    """Which time the unit was pushed: only the latest counts."""
+    """Serial of the push; only the latest push of a unit counts."""
     counts: Int64Array
-    """``[1]`` units in the heap."""
+    """``[1]`` number of units in the heap."""
 
 
 class _Scores(NamedTuple):
-    """Per node, but for the last."""
+    """Scores of all nodes."""
 
     keys: NDArray[np.float64]
     leaves: Int32Array
-    """Granule at the end of the sequence that the node's key is from."""
+    """Granule of the descendant from which the node has its key."""
     latest: Int64Array
-    """Per granule: serial of the unit that begins there."""
+    """``[num_granules]`` serial of the latest push of the unit that begins at a granule."""
 
 
 class Evictor:
-    """Evicts for all tiers.
+    """Evicts granules of all tiers.
 
-    A policy or an allocator that raises is asked before anything changes, so nothing is lost.
+    Policies and allocators are plug-ins that may raise, so they are asked before anything changes.
     """
 
-    def __init__(
-        self, policy: EvictionPolicy, nodes: Nodes, granules: Granules, ledger: Ledger, smallest: list[int]
-    ) -> None:
+    def __init__(self, policy: EvictionPolicy, holdings: Holdings, ledger: Ledger, smallest: list[int]) -> None:
         self._policy = policy
-        self._nodes = nodes
-        self._granules = granules
+        self._holdings = holdings
+        self._nodes, self._granules = holdings.nodes, holdings.granules
         self._ledger = ledger
-        self.smallest = np.array(smallest, np.int32)  # block that the cache asks of each tier, in granules
+        self.smallest = np.array(smallest, np.int32)  # smallest block that the cache asks of each tier, in granules
         self.is_single = [size == 1 and ledger.frees_singly(tier) for tier, size in enumerate(smallest)]
         self.forget()
 
     def forget(self) -> None:
-        """Begin anew, after the index was replaced and lists everything that is cached."""
+        """Start afresh, after `reindex` has listed everything that is cached."""
         num_nodes = len(self._nodes.uid)
         self._scores = _Scores(np.zeros(num_nodes), np.zeros(num_nodes, np.int32), np.zeros(num_nodes, np.int64))
         self._heaps = [_make_heap(64) for _ in TIER_NAMES]
         self._highest = -np.inf
         self._serial = 0
-        self._known = [(-1, 0) for _ in TIER_NAMES]  # at which change it was counted, and how much could be freed
+        self._known = [(-1, 0) for _ in TIER_NAMES]  # a change number, and how much could be freed then
 
     def can_free(self, tier: int, wanted: int) -> bool:
         """Whether evicting would make ``wanted`` granules of a tier available; evicts nothing."""
@@ -102,29 +103,25 @@ class Evictor:
         heap, ledger = self._heaps[tier], self._ledger
         arguments = (self._scores.latest, self._granules, ledger.granted, ledger.callers)
         gain, num_useless = _count_gain(heap, *arguments, wanted)
-        if num_useless > 64:  # so that they are met no more often than they come
+        if num_useless > 64:  # otherwise every call would meet the same ones again
             _tidy(heap, *arguments)
         if gain < wanted:
             self._known[tier] = changes, int(gain)
         return bool(gain >= wanted)
 
-    def evict(self, tier: int, wanted: int, freed: Int32Array) -> int:
-        """Unpublish what makes ``wanted`` granules of a tier available, or nothing if that cannot be.
+    def evict(self, tier: int, wanted: int) -> int:
+        """Unpublish enough to make ``wanted`` granules of a tier available; if that is impossible, unpublish nothing.
 
-        What follows an evicted granule goes too, whatever tier it is in. Returns how many granules ``freed`` received.
+        What follows an evicted granule goes too, whatever its tier. Returns the number of ``freed`` granules.
         """
         if not self.can_free(tier, wanted):
             return 0
         self._score_listed()
-        return int(
-            _evict(
-                self._heaps[tier], self._scores.latest, self._nodes, self._granules, self._ledger.granted,
-                self._ledger.callers, wanted, freed,
-            )
-        )  # fmt: skip
+        flags = self._ledger.granted, self._ledger.callers
+        return int(_evict(self._heaps[tier], self._scores.latest, self._holdings, *flags, wanted))
 
     def _score_listed(self) -> None:
-        """Score what became cached since the last time, and push the units in which rows let go of something."""
+        """Score what became cached since the last call, and push the units in which rows let go of something."""
         nodes, granules = self._nodes, self._granules
         count = int(granules.cached[NUM_LISTED])
         if not count:
@@ -144,10 +141,10 @@ class Evictor:
         _forget_listed(granules)
 
     def _push(self, touched: Int32Array, num_cached: int) -> None:
-        """Put the units of granules, the first ``num_cached`` of which are cached, into the heaps."""
+        """Push the units of ``touched`` granules, of which the first ``num_cached`` are cached."""
         granules = self._granules
         tiers = np.searchsorted(granules.first[1:], touched, side="right")
-        if len(touched) > num_cached:  # which matters only where others depend on them
+        if len(touched) > num_cached:  # the others matter only if a cached one can be freed just with them
             is_of_use = ~np.array(self.is_single)[tiers] | (np.arange(len(touched)) < num_cached)
             touched, tiers = touched[is_of_use], tiers[is_of_use]
         sizes = np.maximum(self._ledger.unit_sizes(touched), self.smallest[tiers])
@@ -183,7 +180,7 @@ class Evictor:
                 f"eviction: expected {type(self._policy).__name__}.score to return [{len(figures.depth)}] numbers, "
                 f"got {scores!r:.80}"
             )
-        if np.isnan(array).any():  # it has no place in an order, so what is evicted would be a matter of chance
+        if np.isnan(array).any():  # NaN has no place in an order, so chance would decide what is evicted
             raise ConfigError(
                 f"eviction: expected {type(self._policy).__name__}.score to return [{len(array)}] numbers without NaN, "
                 f"got {int(np.isnan(array).sum())} NaN"
@@ -199,7 +196,7 @@ def _make_heap(room: int) -> _Heap:
 
 
 @jit
-def _forget_listed(granules: Granules) -> None:
+def _forget_listed(granules: GranuleState) -> None:
     for i in range(granules.cached[NUM_LISTED]):
         granules.links[granules.links[i, LISTED], IS_LISTED] = 0
     granules.cached[NUM_LISTED] = 0
@@ -207,12 +204,17 @@ def _forget_listed(granules: Granules) -> None:
 
 @jit
 def _inherit(
-    nodes: Nodes, granules: Granules, found: Int32Array, values: NDArray[np.float64], scores: _Scores, highest: float
+    nodes: Nodes,
+    granules: GranuleState,
+    found: Int32Array,
+    values: NDArray[np.float64],
+    scores: _Scores,
+    highest: float,
 ) -> None:
-    """Give nodes, the deepest first, the highest score of what follows them, and the leaf that it is from.
+    """Give each node, deepest first, the highest score among itself and its descendants, and the leaf that has it.
 
-    ``highest`` is the highest key of all other nodes: most policies score what was used last above it, and then the
-    children that were cached before, of which there may be many, need not be looked at.
+    ``highest`` is the highest key of all other nodes. A node with a higher score need not look at children that were
+    cached before, of which there may be many; with most policies that is the usual case.
     """
     for i in range(len(found)):
         scores.keys[found[i]], scores.leaves[found[i]] = values[i], -1
@@ -240,9 +242,15 @@ def _raise_to(scores: _Scores, node: int, child: int) -> None:
 
 @jit
 def _push_units(
-    heap: _Heap, serial: int, touched: Int32Array, sizes: Int32Array, nodes: Nodes, granules: Granules, scores: _Scores
+    heap: _Heap,
+    serial: int,
+    touched: Int32Array,
+    sizes: Int32Array,
+    nodes: Nodes,
+    granules: GranuleState,
+    scores: _Scores,
 ) -> None:
-    """Push the units that granules are in, each once, if something of it is cached."""
+    """Push each unit that has one of the granules, once, if something in it is cached."""
     for i in range(len(touched)):
         first = granules.first[tier_of(granules, touched[i])]
         start = first + (touched[i] - first) // sizes[i] * sizes[i]
@@ -261,8 +269,8 @@ def _push_units(
 
 
 @jit
-def _gain(heap: _Heap, i: int, latest: Int64Array, granules: Granules, granted: Flags, callers: Flags) -> Any:
-    """How many granules evicting a unit makes available; 0 if it is outdated: pushed again, evicted, held in part."""
+def _gain(heap: _Heap, i: int, latest: Int64Array, granules: GranuleState, granted: Flags, callers: Flags) -> Any:
+    """How many granules evicting a unit makes available; 0 if it was pushed again, is evicted, or held in part."""
     start, size = heap.units[i] >> 3, (heap.units[i] & 7) + 1
     num_cached, is_held = 0, latest[start] != heap.serials[i]
     for granule in range(start, start + size):
@@ -275,7 +283,7 @@ def _gain(heap: _Heap, i: int, latest: Int64Array, granules: Granules, granted: 
 
 @jit
 def count_evictable(
-    granules: Granules,
+    granules: GranuleState,
     cached: Int32Array,
     sizes: Int32Array,
     pinning: NDArray[np.bool_],
@@ -283,12 +291,12 @@ def count_evictable(
     granted: Flags,
     callers: Flags,
 ) -> Any:
-    """How many granules evicting all that is cached would make free: those of units of which no row holds a part.
+    """How many granules evicting all that is cached would free: those in units of which no row holds a part.
 
     Args:
         cached: the cached granules of a tier, ascending.
-        sizes: those of their units.
-        pinning: whether the allocator gets the unit back only as a whole, so that the rest of it is not free, either.
+        sizes: size of the unit that each is in.
+        pinning: for each, whether the allocator frees its unit only as a whole, so that the rest of it is not free yet.
         first: first granule of the tier.
     """
     total, last = 0, -1
@@ -311,9 +319,9 @@ def count_evictable(
 
 @jit
 def _count_gain(
-    heap: _Heap, latest: Int64Array, granules: Granules, granted: Flags, callers: Flags, wanted: int
+    heap: _Heap, latest: Int64Array, granules: GranuleState, granted: Flags, callers: Flags, wanted: int
 ) -> Any:
-    """``(granules, outdated units)``, up to where there are ``wanted`` granules."""
+    """``(granules, outdated units)`` met until there are ``wanted`` granules."""
     total, num_outdated, i = 0, 0, 0
     while i < heap.counts[0] and total < wanted:
         gain = _gain(heap, i, latest, granules, granted, callers)
@@ -324,8 +332,8 @@ def _count_gain(
 
 
 @jit
-def _tidy(heap: _Heap, latest: Int64Array, granules: Granules, granted: Flags, callers: Flags) -> None:
-    """Drop the units that are outdated."""
+def _tidy(heap: _Heap, latest: Int64Array, granules: GranuleState, granted: Flags, callers: Flags) -> None:
+    """Drop outdated units."""
     kept = 0
     for i in range(heap.counts[0]):
         if _gain(heap, i, latest, granules, granted, callers) > 0:
@@ -340,14 +348,13 @@ def _tidy(heap: _Heap, latest: Int64Array, granules: Granules, granted: Flags, c
 def _evict(
     heap: _Heap,
     latest: Int64Array,
-    nodes: Nodes,
-    granules: Granules,
+    holdings: Holdings,
     granted: Flags,
     callers: Flags,
     wanted: int,
-    freed: Int32Array,
 ) -> Any:
-    """Evict the lowest units until ``wanted`` granules are available, which has been found to be possible."""
+    """Evict the lowest units until ``wanted`` granules are available, which the caller has found possible."""
+    granules = holdings.granules
     total, num_freed = 0, 0
     while total < wanted and heap.counts[0] > 0:
         gain = _gain(heap, 0, latest, granules, granted, callers)
@@ -355,7 +362,7 @@ def _evict(
         _pop(heap)
         for granule in range(start + gain - 1, start - 1, -1):
             if granules.node[granule] >= 0:
-                num_freed = unpublish(nodes, granules, granules.node[granule], freed, num_freed)
+                num_freed = unpublish(holdings, granules.node[granule], num_freed)
         total += gain
     return num_freed
 

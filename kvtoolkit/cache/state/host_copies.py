@@ -1,8 +1,8 @@
 """Copies of granules in host memory, for preempted sequences: each is made once, however many sequences hold it.
 
-A granule of the pool that has been copied keeps the number of its copy (`Granules.copy`) for as long as it holds the
-same keys and values. So a second sequence that holds it needs no copy of its own, and a sequence that comes back finds
-what is still, or again, in the pool.
+A granule that has been copied keeps the number of its copy (`GranuleState.copy`) for as long as it holds the same keys
+and values. So a second sequence that holds it needs no copy of its own, and a sequence that comes back finds the
+granules that are in the pool still, or again.
 """
 
 import weakref
@@ -11,20 +11,20 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kvtoolkit.arrays.types import Int32Array, Int64Array
-from kvtoolkit.cache.state.prefix_index import Granules, tiers_of
+from kvtoolkit.cache.state.prefix_index import GranuleState, tiers_of
 from kvtoolkit.cache.storage.storage import Contents, Storage
 from kvtoolkit.formats.entry import MAX_BLOCK_GRANULES, TIER_COLD, TIER_HOT, TIER_WARM
 
 _AT_ONCE = 64
-"""Copies moved by one read or write, which needs as much memory once more."""
+"""Most copies in one read or write, which needs their memory a second time."""
 
 
 class Copy:
-    """What one hot granule or one quantized tile held; it is freed with the last sequence that refers to it.
+    """The contents of one hot granule or one quantized tile; freed with the last sequence that refers to it.
 
     Attributes:
-        number: of this copy alone, never used again in its cache.
-        tier: of the granules.
+        number: a number that no other copy of the cache ever has.
+        tier: tier of the granules.
         contents: hot ``[num_layers, 2, num_kv_heads, 8, head_dim]``, else ``[num_layers, num_kv_heads, nbytes]`` uint8.
     """
 
@@ -37,18 +37,18 @@ class Copy:
 
 
 class HostCopies:
-    """All copies of a cache that somebody still refers to."""
+    """All copies of a group that somebody still refers to."""
 
-    def __init__(self, storage: Storage, granules: Granules) -> None:
+    def __init__(self, storage: Storage, granules: GranuleState) -> None:
         self._storage = storage
         self._granules = granules
         self._made: weakref.WeakValueDictionary[int, Copy] = weakref.WeakValueDictionary()
         self._next = 1
 
     def save(self, held: Int32Array, num_full: int) -> tuple[Copy, ...]:
-        """Copy the granules of a row, in its order, but for those that have been copied already.
+        """The copies of a row's granules, in order; makes those that do not exist yet.
 
-        The first ``num_full`` of them are full, so that they stay as they are while anybody holds them.
+        The first ``num_full`` granules are full, so nobody changes them while they are held.
         """
         tiers = tiers_of(self._granules, held)
         pieces = np.flatnonzero((tiers == TIER_HOT) | (np.arange(len(held)) % MAX_BLOCK_GRANULES == 0))
@@ -65,7 +65,7 @@ class HostCopies:
         return copies
 
     def make(self, tiers: NDArray[np.integer], contents: Contents) -> list[Copy]:
-        """New copies, in the order of ``tiers``; ``contents`` lists each tier in that order."""
+        """Make copies of contents, one for each of ``tiers``; ``contents`` lists each tier in the same order."""
         places, made = [0, 0, 0], []
         for tier in tiers.tolist():
             at = places[tier]
@@ -78,7 +78,7 @@ class HostCopies:
         return made
 
     def write(self, granules: Int32Array, copies: list[Copy]) -> None:
-        """Fill granules with what copies hold; 8 of them for each quantized one."""
+        """Fill granules from copies: one granule for each hot copy, 8 for each quantized one."""
         ends = np.cumsum([_size(copy.tier) for copy in copies])
         for at in range(0, len(copies), _AT_ONCE):
             end = min(at + _AT_ONCE, len(copies))
@@ -86,7 +86,7 @@ class HostCopies:
             self._storage.write(granules[first : ends[end - 1]], self.contents_of(copies[at:end]))
 
     def contents_of(self, copies: list[Copy]) -> Contents:
-        """What copies hold, as `HostStorage.read` gives it."""
+        """The contents of copies, as `HostStorage.read` returns them."""
         hot, warm, cold = ([copy.contents for copy in copies if copy.tier == tier] for tier in range(3))
         shape = self._storage.key_values.shape
         key_values = np.empty((*shape[:2], len(hot), *shape[3:]), self._storage.key_values.dtype)
@@ -95,10 +95,10 @@ class HostCopies:
         return Contents(key_values, _joined(warm, self._storage.warm), _joined(cold, self._storage.cold))
 
     def find(self, copies: tuple[Copy, ...], num_full: int) -> Int32Array:
-        """Where the pool holds what copies hold: the granule for each of the first ``num_full``, -1 where it does not.
+        """Find granules of the pool that have the contents of copies, for the first ``num_full`` granules.
 
         Returns:
-            ``[n]`` with 8 granules of a quantized copy, all of them in one block or -1.
+            ``[n]`` granules, -1 where there is none. A quantized copy has 8, all of one block or all -1.
         """
         granules, numbers = self._granules, numbers_of(copies)
         marked = np.flatnonzero((granules.copy > 0) & ((granules.refs > 0) | (granules.node >= 0)))
@@ -116,18 +116,18 @@ class HostCopies:
 
 
 def numbers_of(copies: tuple[Copy, ...]) -> Int64Array:
-    """``[n]`` the number of its copy for each granule."""
+    """``[n]`` for each granule, the number of its copy."""
     return np.array([copy.number for copy in copies], np.int64).repeat(sizes_of([copy.tier for copy in copies]))
 
 
 def copy_tiers(copies: tuple[Copy, ...]) -> NDArray[np.int8]:
-    """``[n]`` the tier of each granule."""
+    """``[n]`` for each granule, its tier."""
     tiers = np.array([copy.tier for copy in copies], np.int8)
     return tiers.repeat(sizes_of(tiers))
 
 
 def sizes_of(tiers: ArrayLike) -> Int64Array:
-    """Granules of a copy of each tier."""
+    """For each tier, the granules of a copy."""
     return np.where(np.asarray(tiers, np.int64) == TIER_HOT, 1, MAX_BLOCK_GRANULES)
 
 
@@ -136,8 +136,8 @@ def _size(tier: int) -> int:
     return 1 if tier == TIER_HOT else MAX_BLOCK_GRANULES
 
 
-def _is_piece(granules: Granules, listed: NDArray[np.integer], tier: int) -> bool:
-    """Whether these are a granule of the hot tier, or the 8 of one block of another."""
+def _is_piece(granules: GranuleState, listed: NDArray[np.integer], tier: int) -> bool:
+    """Whether these are one granule of the hot tier, or the 8 of one block of a quantized tier."""
     size = _size(tier)
     if len(listed) != size or (tiers_of(granules, listed) != tier).any():
         return False

@@ -1,13 +1,14 @@
 """What identifies a prefix besides its tokens: salts (a tenant, an adapter) and extra keys (an image at a position).
 
-A salt has a root of the prefix index to itself, and the extra keys of a granule have a number that its node carries.
-Both come from dictionaries that compare what callers gave, so two that differ never share a root or a number.
+Every salt has its own root in the prefix index. The extra keys of a granule have a number, which the granule's node
+carries. Both numbers come from dictionaries whose keys are what callers gave, so different salts or keys never share a
+number.
 
-    a row's root is ROOT_UID or the number of a salt;  a node's EXTRA is NO_EXTRA or that of extra keys
-    numbers are drawn from the same counter as the uids of nodes, so none is ever used twice
+    a row's root is ROOT_UID or the number of a salt;  a node's EXTRA is NO_EXTRA or the number of extra keys
+    numbers come from the counter that gives nodes their uids, so none is ever used twice
 
-A number is forgotten some time after the last node and the last row that use it are gone: the dictionaries hold at most
-twice as many as are in use, or 1024.
+A number is forgotten some time after the last node and the last row that use it are gone. The dictionaries hold at most
+1024 numbers, or twice as many as are in use.
 """
 
 from collections.abc import Iterable
@@ -28,23 +29,23 @@ from kvtoolkit.cache.state.block_table import (
     LENGTH,
     ROOT_OF,
     STATE,
-    Rows,
+    BlockTable,
 )
-from kvtoolkit.cache.state.prefix_index import BROKEN, EXTRA, NEXT_UID, NO_EXTRA, ROOT_UID, Granules, Nodes, unpublish
+from kvtoolkit.cache.state.prefix_index import BROKEN, EXTRA, NEXT_UID, NO_EXTRA, ROOT_UID, Holdings, Nodes, unpublish
 from kvtoolkit.errors import ArgumentError
 
 FEWEST = 1024
-"""Names that are kept before any is forgotten."""
+"""Number of names up to which none is forgotten."""
 
 Extras = list[tuple[int, bytes]]
-"""``(granule, text)`` of a prompt's extra keys, by granule; the text says which keys are where in it."""
+"""``(granule, text)`` of a prompt's extra keys, by granule. The text encodes the keys and their positions in it."""
 
 
 class Names:
-    """Numbers of texts: the same for the same text, until it is forgotten.
+    """A number for every text, the same each time until the text is forgotten.
 
     Args:
-        counts: of the nodes, whose uids come from the same counter.
+        counts: `Nodes.counts`, because the uids of nodes come from the same counter.
     """
 
     def __init__(self, counts: Int64Array) -> None:
@@ -53,7 +54,7 @@ class Names:
         self._counts = counts
 
     def number_of(self, text: bytes) -> int:
-        """The number of a text, which gets one if it has none."""
+        """The number of a text; a new one if it has none yet."""
         number = self.numbers.get(text)
         if number is None:
             number = int(self._counts[NEXT_UID])
@@ -62,7 +63,7 @@ class Names:
         return number
 
     def keep(self, used: Int64Array) -> None:
-        """Forget the texts whose numbers are not used."""
+        """Forget the texts whose numbers are not in ``used``."""
         kept = set(np.unique(used).tolist())
         self.numbers = {text: number for text, number in self.numbers.items() if number in kept}
         self.limit = max(FEWEST, 2 * len(self.numbers))
@@ -71,15 +72,15 @@ class Names:
 class Identities:
     """The salts and extra keys of the rows and nodes of a cache."""
 
-    def __init__(self, rows: Rows, nodes: Nodes) -> None:
+    def __init__(self, table: BlockTable, nodes: Nodes) -> None:
         self.salts, self.keys = Names(nodes.counts), Names(nodes.counts)
         self.extras: Int64Array = np.empty((0, 2), np.int64)
-        """``[room, 2]`` granule and number of extra keys; a row's are at ``rows.origin``, and forks share them."""
+        """``[room, 2]`` granule and number of extra keys. `BlockTable.origin` has a row's part; forks share one."""
         self.num_extras = 0
-        self._rows, self._nodes = rows, nodes
+        self._table, self._nodes = table, nodes
 
     def origins(self, salts: list[bytes], extras: list[Extras]) -> Int64Array:
-        """Rows of `Rows.origin` for prompts; the texts are those of `as_salts` and `as_extras`."""
+        """Make rows of `BlockTable.origin` for prompts, from the texts of `as_salts` and `as_extras`."""
         self.forget_unused()
         made = np.zeros((len(salts), 4), np.int64)
         self._make_room(sum(map(len, extras)))
@@ -104,13 +105,13 @@ class Identities:
 
     def _pack(self) -> None:
         """Move the extra keys of live rows together."""
-        origin = self._rows.origin
+        origin = self._table.origin
         rows = np.flatnonzero(self.is_live() & (origin[:, END_EXTRA] > origin[:, FIRST_EXTRA]))
         order = rows[np.argsort(origin[rows, FIRST_EXTRA], kind="stable")].astype(np.int32)
-        self.num_extras = int(_pack(self._rows, self.extras, order))
+        self.num_extras = int(_pack(self._table, self.extras, order))
 
     def forget_unused(self, *, at_once: bool = False) -> None:
-        """Forget salts and extra keys that nothing uses, where many have come since the last time."""
+        """Forget salts and extra keys that nothing uses, if many have come since the last time."""
         if at_once or len(self.salts.numbers) > self.salts.limit:
             self.salts.keep(self._used_roots())
         if at_once or len(self.keys.numbers) > self.keys.limit:
@@ -119,13 +120,13 @@ class Identities:
 
     def is_live(self) -> NDArray[np.bool_]:
         """``[max_seqs]`` which rows are not closed."""
-        live: NDArray[np.bool_] = self._rows.info[:, STATE] != CLOSED
+        live: NDArray[np.bool_] = self._table.info[:, STATE] != CLOSED
         return live
 
     def _used_roots(self) -> Int64Array:
         nodes = self._nodes
         of_nodes = nodes.parent_uid[(nodes.uid != 0) & (nodes.parent < 0)]
-        return np.concatenate([of_nodes, self._rows.origin[self.is_live(), ROOT_OF]])
+        return np.concatenate([of_nodes, self._table.origin[self.is_live(), ROOT_OF]])
 
     def _used_keys(self) -> Int64Array:
         nodes = self._nodes
@@ -136,7 +137,7 @@ class Identities:
 
 
 def as_salts(salt: Any, count: int) -> list[bytes]:
-    """A text for the salt of each prompt, empty for None; ArgumentError if it is no salt, or no list of ``count``."""
+    """The text of each prompt's salt, empty for None; ArgumentError unless it is a salt or a list of ``count``."""
     if salt is None:
         return [b""] * count
     if not isinstance(salt, list | tuple | np.ndarray):
@@ -147,9 +148,9 @@ def as_salts(salt: Any, count: int) -> list[bytes]:
 
 
 def as_text(value: Any, name: str) -> bytes:
-    """A text that no other value has, whatever its type; ArgumentError if it is no int, str or bytes."""
+    """A text that is different for every value and type; ArgumentError unless it is an int, str or bytes."""
     if isinstance(value, int | np.integer) and not isinstance(value, bool):
-        return b"i" + hex(value).encode()  # of any size; the decimal digits of a long one take quadratic time
+        return b"i" + hex(value).encode()  # hex, because decimal digits of a long int take quadratic time
     if isinstance(value, str):
         return b"s" + value.encode("utf-8", "surrogatepass")
     if isinstance(value, bytes):
@@ -158,7 +159,7 @@ def as_text(value: Any, name: str) -> bytes:
 
 
 def as_extras(extra_keys: Any, count: int) -> list[Extras]:
-    """The extra keys of each prompt by granule; ArgumentError if they are not ``count`` lists of (position, key)."""
+    """The extra keys of each prompt by granule; ArgumentError unless they are ``count`` lists of (position, key)."""
     made = []
     for i, pairs in enumerate(as_pairs(extra_keys, count)):
         found: dict[int, set[tuple[int, bytes]]] = {}
@@ -169,7 +170,7 @@ def as_extras(extra_keys: Any, count: int) -> list[Extras]:
 
 
 def as_pairs(extra_keys: Any, count: int) -> list[list[tuple[int, Any]]]:
-    """The ``(position, key)`` of each prompt; ArgumentError if they are not ``count`` lists of them."""
+    """The ``(position, key)`` pairs of each prompt; ArgumentError unless they are ``count`` lists of them."""
     if extra_keys is None:
         return [[]] * count
     if not isinstance(extra_keys, list | tuple) or len(extra_keys) != count:
@@ -193,7 +194,7 @@ def _pairs(pairs: Any, name: str) -> Iterable[tuple[int, Any]]:
 
 
 def _joined(keys: set[tuple[int, bytes]]) -> bytes:
-    """One text for the keys of a granule; lengths keep the keys apart."""
+    """One text for the keys of a granule. It has their lengths, so that different keys never give the same text."""
     return b"".join(b"%d %d %b" % (offset, len(text), text) for offset, text in sorted(keys))
 
 
@@ -201,9 +202,9 @@ def _joined(keys: set[tuple[int, bytes]]) -> bytes:
 
 
 @jit
-def extra_at(rows: Rows, extras: Int64Array, row: int, index: int) -> Any:
-    """The number of the extra keys in granule ``index`` of a row, or NO_EXTRA; ``extras`` are those of all rows."""
-    low, high = rows.origin[row, FIRST_EXTRA], rows.origin[row, END_EXTRA]
+def extra_at(table: BlockTable, extras: Int64Array, row: int, index: int) -> Any:
+    """The number of the extra keys in granule ``index`` of a row, or NO_EXTRA; ``extras`` has those of all rows."""
+    low, high = table.origin[row, FIRST_EXTRA], table.origin[row, END_EXTRA]
     end = high
     while low < high:
         middle = (low + high) >> 1
@@ -217,37 +218,36 @@ def extra_at(rows: Rows, extras: Int64Array, row: int, index: int) -> Any:
 
 
 @jit
-def _pack(rows: Rows, extras: Int64Array, order: Int32Array) -> Any:
-    """Move the extra keys of rows, which are in the order of their places, to the front; returns how many there are."""
+def _pack(table: BlockTable, extras: Int64Array, order: Int32Array) -> Any:
+    """Move the extra keys of rows to the front; returns how many there are. ``order``: rows by first key."""
     end, moved, first_there = 0, -1, 0
     for row in order:
-        first, count = rows.origin[row, FIRST_EXTRA], rows.origin[row, END_EXTRA] - rows.origin[row, FIRST_EXTRA]
-        if first != moved:  # else a fork of the row before
+        first, count = table.origin[row, FIRST_EXTRA], table.origin[row, END_EXTRA] - table.origin[row, FIRST_EXTRA]
+        if first != moved:  # a fork shares the keys of the row before it
             for i in range(count):
                 extras[end + i, 0], extras[end + i, 1] = extras[first + i, 0], extras[first + i, 1]
             moved, first_there = first, end
             end += count
-        rows.origin[row, FIRST_EXTRA], rows.origin[row, END_EXTRA] = first_there, first_there + count
+        table.origin[row, FIRST_EXTRA], table.origin[row, END_EXTRA] = first_there, first_there + count
     return end
 
 
 @jit
-def forget_prefixes(
-    rows: Rows, everything: bool, root_uid: int, nodes: Nodes, granules: Granules, freed: Int32Array
-) -> Any:
-    """Take the nodes of one root, or all, out of the index; returns the number of ``freed`` granules.
+def forget_prefixes(table: BlockTable, everything: bool, root_uid: int, holdings: Holdings) -> Any:
+    """Take the nodes of one root, or all nodes, out of the index; returns the number of ``freed`` granules.
 
-    What rows hold of these stays theirs, and neither it nor what they append to it can be found any more.
+    Rows keep what they hold, but neither that nor what they append to it can be found any more.
     """
+    nodes = holdings.nodes
     num_freed = 0
     for node in range(len(nodes.uid)):
         if nodes.uid[node] != 0 and nodes.parent[node] < 0 and (everything or nodes.parent_uid[node] == root_uid):
-            num_freed = unpublish(nodes, granules, node, freed, num_freed)
-    for row in range(len(rows.info)):
-        # a step that is open may have written tokens already
-        is_stale = rows.info[row, LENGTH] > 0 or rows.info[row, STATE] == IN_STEP
-        if is_stale and rows.info[row, STATE] != CLOSED and (everything or rows.origin[row, ROOT_OF] == root_uid):
-            rows.chain[row] = BROKEN
+            num_freed = unpublish(holdings, node, num_freed)
+    for row in range(len(table.info)):
+        # a row in an open step may have written tokens although its length is still 0
+        is_stale = table.info[row, LENGTH] > 0 or table.info[row, STATE] == IN_STEP
+        if is_stale and table.info[row, STATE] != CLOSED and (everything or table.origin[row, ROOT_OF] == root_uid):
+            table.chain[row] = BROKEN
     return num_freed
 
 

@@ -1,11 +1,11 @@
-"""What the allocators of a cache have granted: noted granule by granule, so that a call that breaks off loses nothing.
+"""A record of what the allocators of a cache have granted, granule by granule, so that no call can lose blocks.
 
-    granted[g]  the cache has it: rows hold it, it is cached or kept back, or a call under way has just got it
+    granted[g]  the cache has it: rows hold it, it is cached or in the reserve, or a call under way has just got it
     callers[g]  somebody took it from `KVCache.allocator`, and the cache leaves it alone
-    never both;  granted + callers == what is live in the allocator, but for what kernels took from a pool on a device
+    never both;  granted + callers == what is live in the allocator, except what kernels took from a pool on a device
 
-A granule that is granted but that nothing in the cache knows was left behind by a call that broke off; `settle` frees
-it. Where a call broke off inside an allocator nobody knows whether it was done, so the allocator is rebuilt.
+If a call breaks off, granules may be granted that nothing in the cache refers to; `settle` frees them. If it breaks off
+inside an allocator, nobody knows whether that has done its work, so the allocator is rebuilt.
 """
 
 import threading
@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from allocators import BlockAllocator, EpochPool, InvalidFreeError
 from allocators._jit import jit
-from allocators.protocol import HostAllocator
+from allocators.protocol import AllocatorBase
 from kvtoolkit.arrays.types import Int32Array
 from kvtoolkit.config.tiers import TIER_NAMES
 from kvtoolkit.cuda.pool import DevicePool
@@ -26,16 +26,17 @@ Flags = NDArray[np.bool_]
 
 _NOBODY = -1
 # what may be wrong with a block that an allocator has granted
-_FINE, _OUTSIDE, _MISALIGNED, _HELD, _TWICE, _AFTER_REFUSAL = range(6)
+_OK, _OUTSIDE, _MISALIGNED, _HELD, _TWICE, _AFTER_REFUSAL = range(6)
 
 
 class Ledger:
-    """The allocators of the hot, the warm and the cold tier; None where there is no such tier.
+    """The record of what the allocators of all tiers have granted.
 
-    Granule numbers run through the tiers; those of an allocator begin at 0.
+    Granule numbers count through the tiers; inside an allocator they begin at 0.
 
     Attributes:
-        left: granules left by calls that broke off and not free yet, since an allocator has refused to free them.
+        allocators: of the hot, the warm and the cold tier; None if there is no such tier.
+        left: granules that a call which broke off has left, and that an allocator has refused to free so far.
         unresolved: a sentence for each call that broke off inside an allocator which cannot be rebuilt.
     """
 
@@ -46,18 +47,18 @@ class Ledger:
         self.callers = np.zeros(num_granules, np.bool_)
         self.left = np.empty(0, np.int32)
         self.unresolved: list[str] = []
-        self._asked = _NOBODY  # the tier whose allocator is in the middle of a call, or broke off there
+        self._asked = _NOBODY  # the tier whose allocator a call is in, or broke off in
         self._asked_by = 0  # the thread that called it
-        self._kept_its_word = False  # whether it raised an Exception, by the protocol with nothing changed
+        self._kept_its_word = False  # whether it raised an Exception, which by its protocol changes nothing
         self._freeing: tuple[Int32Array, Int32Array] | None = None
         self._run_starts = np.empty(num_granules, np.int32)
         self._run_sizes = np.empty(num_granules, np.int32)
 
     def take(self, tier: int, sizes: ArrayLike, *, partial: bool = True) -> Int32Array:
-        """Blocks of a tier, numbered through the tiers; with ``partial`` -1 from the first that does not fit.
+        """Take blocks of a tier, numbered through the tiers; with ``partial``, -1 from the first that does not fit.
 
         Raises:
-            ConfigError: the allocator has granted what it cannot grant.
+            ConfigError: the allocator has granted something that it must not.
             OutOfBlocksError: not ``partial``, and they do not all fit.
         """
         allocator, wanted = self._of(tier), np.array(sizes, np.int32)
@@ -73,21 +74,21 @@ class Ledger:
         return starts
 
     def _ask(self, tier: int, allocator: BlockAllocator) -> None:
-        """From here on a call that breaks off may have done so inside an allocator."""
+        """Note that a call enters an allocator: if it breaks off, that may have happened inside."""
         if isinstance(allocator, DevicePool):
             allocator.forget_receipt()
         self._asked_by = threading.get_ident()
         self._asked = tier
 
     def _note(self, tier: int, allocator: BlockAllocator, sizes: Int32Array, answer: Int32Array) -> Int32Array:
-        """Note what an allocator has granted, in numbers through the tiers, or ConfigError."""
+        """Note what an allocator has granted; returns it numbered through the tiers. ConfigError if that cannot be."""
         name = type(allocator).__name__
         if not (isinstance(answer, np.ndarray) and answer.dtype == np.int32 and answer.shape == sizes.shape):
             raise ConfigError(
                 f"allocator: expected {name}.allocate to return [{sizes.size}] int32 starts, got {answer!r:.80}"
             )
         first = self.first[tier]
-        # an array of our own, whatever a plug-in keeps of its answer
+        # a copy, because a plug-in may keep and change its answer
         starts = np.where(answer == -1, answer, answer + np.int32(first)).astype(np.int32)
         code, i = _note_granted(self.granted, self.callers, first, allocator.num_granules, starts, sizes)
         if code:
@@ -129,15 +130,15 @@ class Ledger:
         self._asked = _NOBODY
 
     def lend(self, starts: Int32Array, sizes: Int32Array) -> None:
-        """Leave hot blocks that were just taken to a caller."""
+        """Hand hot blocks that were just taken to a caller."""
         _move(self.granted, self.callers, starts, sizes)
 
     def take_back(self, starts: Int32Array, sizes: Int32Array) -> int:
-        """The reverse of `lend`, of any runs; returns -1, or which run is not wholly a caller's, with nothing done."""
+        """Undo `lend` for any runs. Returns -1 or, with nothing done, the index of a run that is not all a caller's."""
         return int(_move(self.callers, self.granted, starts, sizes))
 
     def unit_sizes(self, granules: Int32Array) -> Int32Array:
-        """See `BlockAllocator.unit_sizes`; of granules of any tiers that the cache has."""
+        """`BlockAllocator.unit_sizes` for granules of any tiers that the cache has."""
         sizes = np.ones(len(granules), np.int32)
         tiers = np.searchsorted(self.first[1:], granules, side="right")
         for tier, allocator in enumerate(self.allocators):
@@ -156,14 +157,14 @@ class Ledger:
         return sizes
 
     def frees_singly(self, tier: int) -> bool:
-        """Whether the allocator of a tier can grant every granule that it gets back by itself."""
+        """Whether the allocator of a tier can grant each freed granule again, whatever else of its block is free."""
         method = getattr(type(self.allocators[tier]), "unit_sizes", BlockAllocator.unit_sizes)
         return method is BlockAllocator.unit_sizes
 
     def settle(self, owned: Flags) -> int:
-        """After a call that broke off: have nothing granted but what is owned; returns how many granules were not.
+        """After a call broke off, free all that is granted but not owned; returns how many granules that were.
 
-        An allocator that raises when it is asked to free keeps them; they are offered again the next time.
+        If an allocator refuses to free some, they are offered to it again the next time.
         """
         num_freed = 0
         if self._asked != _NOBODY:
@@ -173,7 +174,7 @@ class Ledger:
         return num_freed + self.free_left()
 
     def free_left(self) -> int:
-        """Free what calls that broke off have left; what an allocator refuses to free stays left."""
+        """Free what calls that broke off have left, as far as the allocators accept it."""
         left, num_freed = self.left, 0
         for tier, allocator in enumerate(self.allocators):
             if allocator is not None:
@@ -183,9 +184,9 @@ class Ledger:
         return num_freed
 
     def _settle_asked(self, tier: int, owned: Flags) -> int:
-        """Where a call broke off inside an allocator: make it have granted what is owned, if that is possible.
+        """Rebuild an allocator in which a call broke off, if that is possible, so that just what is owned is granted.
 
-        Returns how many granules more are free then.
+        Returns how many more granules are free afterwards.
         """
         allocator, own = self._of(tier), self._slice(tier)
         if isinstance(allocator, DevicePool):
@@ -206,7 +207,7 @@ class Ledger:
             return 0
 
     def _give_up(self, tier: int, allocator: BlockAllocator, owned: Flags) -> None:
-        """Say that nobody knows what an allocator did with the call that broke off."""
+        """Record that nobody can know what an allocator did in the call that broke off."""
         what = "allocate: blocks that it granted may be lost"
         if self._freeing is not None:
             starts, sizes = self._freeing
@@ -223,7 +224,7 @@ class Ledger:
             return 0
         try:
             self._give_back(tier, left)
-        except InvalidFreeError:  # it says that some are free already: ask for each
+        except InvalidFreeError:  # some are free already, so free each run by itself
             return sum(self._free_run(tier, start, size) for start, size in zip(*runs_of_list(left), strict=True))
         except Exception:
             return 0
@@ -240,7 +241,7 @@ class Ledger:
         return size
 
     def snapshots(self) -> dict[str, NDArray[Any]]:
-        """What a snapshot needs beside ``granted`` and ``callers`` to make the same allocators again."""
+        """What a snapshot needs besides ``granted`` and ``callers`` to restore the allocators."""
         arrays: dict[str, NDArray[Any]] = {}
         for tier, allocator in enumerate(self.allocators):
             if allocator is None or _is_rebuilt(allocator):
@@ -254,11 +255,11 @@ class Ledger:
         return arrays
 
     def resume(self, owned: Flags, arrays: dict[str, NDArray[Any]]) -> None:
-        """Have fresh allocators have granted what is owned and what callers have.
+        """Bring fresh allocators to the state in which what is owned, and what callers have, is granted.
 
         Raises:
-            CacheSnapshotError: an allocator can do neither from ``granted`` nor with what `snapshots` gave, or kernels
-                hold blocks of the pool that the snapshot was taken of.
+            CacheSnapshotError: an allocator can neither be rebuilt nor restored from what `snapshots` returned, or
+                kernels held blocks when the snapshot was taken and this is no pool on a device.
         """
         for tier, allocator in enumerate(self.allocators):
             if allocator is None:
@@ -310,17 +311,17 @@ class Ledger:
 
 
 def _is_rebuilt(allocator: BlockAllocator) -> bool:
-    """Whether all there is to know of an allocator is what is live in it."""
+    """Whether an allocator can be restored from the granules that are live in it."""
     if isinstance(allocator, DevicePool | EpochPool):
         return False
     rebuild = getattr(type(allocator), "rebuild", BlockAllocator.rebuild)
-    if rebuild is HostAllocator.rebuild and isinstance(allocator, HostAllocator):
-        return type(allocator)._rebuild is not HostAllocator._rebuild
+    if rebuild is AllocatorBase.rebuild and isinstance(allocator, AllocatorBase):
+        return type(allocator)._rebuild is not AllocatorBase._rebuild
     return rebuild is not BlockAllocator.rebuild
 
 
 def require_allocator(allocator: BlockAllocator, num_granules: int, block_sizes: tuple[int, ...]) -> None:
-    """ConfigError unless an allocator that was just made is of this size, wholly free, and offers some of the sizes."""
+    """ConfigError unless a new allocator has this size, is wholly free, and offers some of the block sizes."""
     name = type(allocator).__name__
     figures = {"num_granules": allocator.num_granules, "num_free of a fresh one": allocator.num_free}
     for what, got in figures.items():
@@ -347,14 +348,14 @@ def runs_of_list(listed: Int32Array) -> tuple[list[int], list[int]]:
 
 @jit
 def _note_granted(granted: Flags, callers: Flags, first: int, count: int, starts: Int32Array, sizes: Int32Array) -> Any:
-    """Note blocks as granted, up to the first -1; returns ``(0, 0)``, or what is wrong with which of them."""
+    """Note blocks as granted, up to the first -1; returns ``(_OK, 0)``, or what is wrong with which block."""
     for i in range(len(starts)):
         start, size = starts[i], sizes[i]
         if start == -1:
             for k in range(i, len(starts)):
                 if starts[k] != -1:
                     return _AFTER_REFUSAL, k
-            return _FINE, 0
+            return _OK, 0
         if start < first or start > first + count - size:
             return _OUTSIDE, i
         if start & (min(size, 8) - 1) != 0:
@@ -367,19 +368,19 @@ def _note_granted(granted: Flags, callers: Flags, first: int, count: int, starts
                 return _HELD, i
         for granule in range(start, start + size):
             granted[granule] = True
-    return _FINE, 0
+    return _OK, 0
 
 
 @jit
 def _move(source: Flags, target: Flags, starts: Int32Array, sizes: Int32Array) -> Any:
-    """Move runs (a start below 0 is none) from one set to another, or return the first that is not wholly there."""
+    """Move runs from one set to another, and return -1; or the first run that is not wholly in it. Skips starts < 0."""
     for i in range(len(starts)):
         fits = starts[i] < 0 or (sizes[i] >= 1 and starts[i] + sizes[i] <= len(source))
         for granule in range(starts[i], starts[i] + sizes[i] if fits and starts[i] >= 0 else starts[i]):
             fits = fits and source[granule]
         if fits and starts[i] >= 0:
             for granule in range(starts[i], starts[i] + sizes[i]):
-                source[granule] = False  # so that a run which overlaps it is found
+                source[granule] = False  # so that a run that overlaps it is noticed
         if not fits:
             for k in range(i):
                 for granule in range(starts[k], starts[k] + sizes[k] if starts[k] >= 0 else starts[k]):

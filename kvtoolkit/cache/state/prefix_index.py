@@ -1,19 +1,20 @@
 """The prefix index: finds the granules that already hold the beginning of a prompt.
 
-One node per published granule, a trie of granules: a node is its parent, the 8 tokens it holds and the number of its
-extra keys, and it is found through a hash table keyed by all of them. They are compared, so a hash collision costs
-time, never a wrong hit. Prompts come from anybody, so the hash has a random key: without it nobody can make prompts
-whose granules share a bucket. A node's ``uid`` is never used twice, so a sequence that remembers the node it ended on
-can tell whether that is still there. Every salt has a root with a uid of its own (`kvtoolkit.cache.state.identity`).
+The index is a trie. Each published granule has a node, which holds its parent, the granule's 8 tokens and the number of
+its extra keys. A hash table keyed by all three finds nodes. A lookup compares them too, so a hash collision costs time
+but never gives a wrong hit. The hash has a random key because prompts come from anybody: with a known key, somebody
+could write prompts whose granules all share a bucket. A node's ``uid`` is never used twice, so a sequence that
+remembers its last node can tell whether that node is still there. Every salt has a root with a uid of its own
+(`kvtoolkit.cache.state.identity`).
 
     granules.node[nodes.granule[n]] == n for every node in use
-    granules.cached[t] == number of published granules of tier t that no row holds: found by `open`, evicted when
-                          memory is needed
+    granules.cached[t] == number of published granules of tier t that no row holds; `open` finds them, and they are
+                          evicted when memory is needed
     granules.cached[HELD + t] == number of granules of tier t that rows hold
 
-Rows that were given the same tokens at the same time hold them in different granules, called twins, and the index
-stands for one of them. Twins form a ring. When no row holds the published one any more, the index is pointed at another
-one, so what a row holds stays findable, and memory that holds the same twice is freed instead of cached:
+Rows that compute the same tokens at the same time hold them in different granules, called twins. Only one of the twins
+is published; a ring links it to the others. When no row holds the published twin any more, another one is published in
+its place. So tokens that a row holds stay findable, and a granule whose contents exist twice is freed, not cached:
 
     a ring of more than one granule has exactly one published member, and rows hold all members
 
@@ -32,52 +33,52 @@ from allocators._jit import jit
 from kvtoolkit.arrays.types import Int32Array, Int64Array, Uint64Array
 
 ROOT, BROKEN = -1, -2
-"""Chain ends that are no node: nothing yet, and a row whose tokens are not all known."""
+"""Values of a row's `chain` that are no node: nothing is published yet; not all of its tokens are known."""
 ROOT_UID = 0
-"""Uid of the root of prompts without a salt."""
+"""Uid of the root for prompts without a salt."""
 NO_EXTRA = 0
-"""Number of no extra keys at all."""
+"""Number that means: no extra keys."""
 EXTRA = 8
-"""Where `Nodes.tokens` has the number of the extra keys."""
+"""Column of `Nodes.tokens` that has the number of the extra keys."""
 HELD = 3
-"""Where `Granules.cached` has the granules that rows hold."""
+"""Index into `GranuleState.cached` from which the counts of held granules begin."""
 NEXT_UID, CLOCK, NUM_SPARE = range(3)
-# further entries of `Granules.cached`
+# further entries of `GranuleState.cached`
 NUM_LISTED, NUM_CHANGES = 6, 7
-# columns of `Granules.links`
+# columns of `GranuleState.links`
 NEXT, PREVIOUS, IS_LISTED, LISTED = range(4)
 
 _KEY_WORDS = 19
 _LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 
-class Granules(NamedTuple):
-    """Per granule of the pool."""
+class GranuleState(NamedTuple):
+    """What is known of every granule of the pool."""
 
     refs: Int32Array
-    """Rows that hold it."""
+    """How many rows hold it."""
     node: Int32Array
     """Its node in the index, or -1."""
     copy: Int64Array
-    """Number of the copy in host memory that was made of it since it was filled, or 0; of nobody's granule anything."""
+    """Number of the host copy made of it since it was filled, or 0. Without meaning for a granule that nobody holds."""
     first: Int32Array
-    """``[3]`` number of the first granule of the hot, the warm and the cold tier."""
+    """``[3]`` first granule of the hot, the warm and the cold tier."""
     cached: Int64Array
-    """``[8]`` how many granules of each tier are cached, then how many of each tier rows hold, see above; how many are
-    listed in `links`; how often something has changed what eviction could free."""
+    """``[8]`` counts: cached granules of each tier; granules of each tier that rows hold (from HELD on, see above); how
+    many granules are listed in `links`; how often something has changed what eviction could free."""
     links: Int32Array
-    """``[num_granules, 4]``, columns above: the neighbours in the ring of twins, itself where there are none; whether
-    its last row let go of it since the evictor looked; and, by their number, the granules of which that is so."""
+    """``[num_granules, 4]``, columns above: its neighbours in the ring of twins (itself if it has none); whether its
+    last row has let go of it since the evictor last looked. The LISTED column is a list of all those granules."""
 
 
 class Nodes(NamedTuple):
-    """Per node of the index; as many as granules, since each holds one."""
+    """All nodes of the index; there are as many as granules, because every node has a granule."""
 
     uid: Int64Array
     """0 while unused."""
     parent_uid: Int64Array
     tokens: Int64Array
-    """``[num_granules, 9]``: 8 tokens, and at EXTRA the number of the extra keys at them, or NO_EXTRA."""
+    """``[num_granules, 9]``: 8 tokens; in column EXTRA the number of their extra keys, or NO_EXTRA."""
     last_used: Int64Array
     parent: Int32Array
     granule: Int32Array
@@ -88,17 +89,32 @@ class Nodes(NamedTuple):
     depth: Int32Array
     num_uses: Int32Array
     buckets: Int32Array
-    """First node of each; what follows it is in `next_in_bucket`."""
+    """First node of each bucket; `next_in_bucket` has the others."""
     key: Uint64Array
-    """``[19]`` key of the hash that chooses the bucket; random, and of no other index."""
+    """``[19]`` random key of the hash that chooses a bucket; every index has its own."""
     spare: Int32Array
     """Stack of unused nodes, ``counts[NUM_SPARE]`` deep."""
     counts: Int64Array
 
 
-def make_granules(num_granules: int, first: tuple[int, int, int]) -> Granules:
+class Holdings(NamedTuple):
+    """What compiled code passes on where it changes who holds granules."""
+
+    nodes: Nodes
+    granules: GranuleState
+    freed: Int32Array
+    """``[num_granules]`` scratch: the granules that nobody needs any more, for the allocators. Functions that append to
+    it take ``num_freed``, its present length, and return the new one."""
+
+
+def make_holdings(num_granules: int, first: tuple[int, int, int]) -> Holdings:
     """Nothing held, nothing published."""
-    return Granules(
+    return Holdings(make_nodes(num_granules), make_granule_state(num_granules, first), np.empty(num_granules, np.int32))
+
+
+def make_granule_state(num_granules: int, first: tuple[int, int, int]) -> GranuleState:
+    """Nothing held, nothing published."""
+    return GranuleState(
         refs=np.zeros(num_granules, np.int32),
         node=np.full(num_granules, -1, np.int32),
         copy=np.zeros(num_granules, np.int64),
@@ -137,14 +153,14 @@ def make_nodes(num_granules: int) -> Nodes:
     )
 
 
-def tiers_of(granules: Granules, listed: NDArray[np.integer[Any]]) -> Int64Array:
+def tiers_of(granules: GranuleState, listed: NDArray[np.integer[Any]]) -> Int64Array:
     """The tier of each granule number."""
     return np.searchsorted(granules.first[1:], listed, side="right")
 
 
 @jit
-def tier_of(granules: Granules, granule: int) -> Any:
-    """The tier that a granule number is of."""
+def tier_of(granules: GranuleState, granule: int) -> Any:
+    """The tier that a granule belongs to."""
     tier = 0
     if granule >= granules.first[1]:
         tier = 1
@@ -157,9 +173,9 @@ def tier_of(granules: Granules, granule: int) -> Any:
 def _hash(key: Uint64Array, parent_uid: int, tokens: Int64Array, first: int) -> Any:
     """32 bits of the parent's uid and 8 tokens.
 
-    Two different granules have the same ``b`` of these bits with probability 2**-b, over the keys: whoever does not
-    know the key can choose no granules that collide more often than that. The products do not wait for each other, so
-    it takes less time than a chain of mixing steps.
+    Over random keys, any ``b`` of these bits are equal for two different granules with probability 2**-b. Without the
+    key, nobody can therefore choose granules that collide more often. The products are independent of each other, which
+    makes this faster than a chain of mixing steps.
     """
     word = np.uint64(parent_uid)
     total = key[0] + (key[1] + (word & _LOW)) * (key[2] + (word >> _HALF))
@@ -171,14 +187,14 @@ def _hash(key: Uint64Array, parent_uid: int, tokens: Int64Array, first: int) -> 
 
 @jit
 def _bucket_of(nodes: Nodes, parent_uid: int, extra: int, tokens: Int64Array, first: int) -> Any:
-    # one word for both: two pairs have the same only after 2**32 uids, and then collide without being confused
+    # one word for both: after 2**32 uids two pairs can share a word, but then they only collide in the hash
     word = parent_uid ^ (extra << 32)
     return _hash(nodes.key, word, tokens, first) & np.uint64(len(nodes.buckets) - 1)
 
 
 @jit
 def rehash(nodes: Nodes) -> None:
-    """Put every node in use into the bucket that `Nodes.key` chooses, as after another key or other nodes."""
+    """Fill the buckets anew, after the key or the nodes have changed."""
     nodes.buckets[:] = -1
     for node in range(len(nodes.uid)):
         if nodes.uid[node] != 0:
@@ -187,7 +203,7 @@ def rehash(nodes: Nodes) -> None:
 
 @jit
 def find_node(nodes: Nodes, parent_uid: int, extra: int, tokens: Int64Array, first: int) -> Any:
-    """The node that holds ``tokens[first:first + 8]`` with these extra keys after the node ``parent_uid``, or -1."""
+    """The child of ``parent_uid`` that holds ``tokens[first:first + 8]`` with these extra keys, or -1."""
     node = nodes.buckets[_bucket_of(nodes, parent_uid, extra, tokens, first)]
     while node >= 0:
         if nodes.parent_uid[node] == parent_uid and nodes.tokens[node, EXTRA] == extra:
@@ -203,7 +219,7 @@ def find_node(nodes: Nodes, parent_uid: int, extra: int, tokens: Int64Array, fir
 @jit
 def publish(
     nodes: Nodes,
-    granules: Granules,
+    granules: GranuleState,
     parent: int,
     parent_uid: int,
     extra: int,
@@ -211,7 +227,7 @@ def publish(
     tokens: Int64Array,
     granule: int,
 ) -> Any:
-    """Make a full granule findable; returns its node. `find_node` must not find one for the same arguments."""
+    """Make a full granule findable; returns its node. The index must have no node for the same arguments yet."""
     nodes.counts[NUM_SPARE] -= 1
     node = nodes.spare[nodes.counts[NUM_SPARE]]
     nodes.uid[node] = nodes.counts[NEXT_UID]
@@ -235,7 +251,7 @@ def publish(
 
 
 @jit
-def _remove(nodes: Nodes, granules: Granules, node: int) -> None:
+def _remove(nodes: Nodes, granules: GranuleState, node: int) -> None:
     """Take one node without children out of the index."""
     bucket = _bucket_of(nodes, nodes.parent_uid[node], nodes.tokens[node, EXTRA], nodes.tokens[node], 0)
     if nodes.buckets[bucket] == node:
@@ -259,12 +275,12 @@ def _remove(nodes: Nodes, granules: Granules, node: int) -> None:
 
 
 @jit
-def unpublish(nodes: Nodes, granules: Granules, node: int, freed: Int32Array, num_freed: int) -> Any:
-    """Take a node and all that follows it out of the index.
+def unpublish(holdings: Holdings, node: int, num_freed: int) -> Any:
+    """Take a node and all its descendants out of the index, because without it they could not be found either.
 
-    What follows an unfindable granule could not be found either. Granules that no row holds are appended to ``freed``;
-    returns their new number.
+    Appends granules that no row holds to ``freed``, and returns its new length.
     """
+    nodes, granules, freed = holdings
     current = node
     while True:
         while nodes.first_child[current] >= 0:
@@ -284,8 +300,8 @@ def unpublish(nodes: Nodes, granules: Granules, node: int, freed: Int32Array, nu
 
 
 @jit
-def hold(nodes: Nodes, granules: Granules, granule: int) -> None:
-    """One row more holds the granule."""
+def incref(granules: GranuleState, granule: int) -> None:
+    """Count one more row that holds the granule."""
     if granules.refs[granule] == 0:
         tier = tier_of(granules, granule)
         granules.cached[HELD + tier] += 1
@@ -296,12 +312,13 @@ def hold(nodes: Nodes, granules: Granules, granule: int) -> None:
 
 
 @jit
-def release(nodes: Nodes, granules: Granules, granule: int, freed: Int32Array, num_freed: int) -> Any:
-    """One row less holds the granule; returns the number of ``freed``.
+def decref(holdings: Holdings, granule: int, num_freed: int) -> Any:
+    """Count one row less that holds the granule; returns the new length of ``freed``.
 
-    If none is left it stays findable, unless a row holds a twin: then the index stands for that one, and the granule
-    joins ``freed``, as does one that cannot be found.
+    When no row is left, a published granule stays findable. If rows hold a twin of it, the twin is published in its
+    place. A granule that is not, or no longer, published is appended to ``freed``.
     """
+    nodes, granules, freed = holdings
     granules.refs[granule] -= 1
     if granules.refs[granule] > 0:
         return num_freed
@@ -320,8 +337,8 @@ def release(nodes: Nodes, granules: Granules, granule: int, freed: Int32Array, n
 
 
 @jit
-def note_let_go(granules: Granules, granule: int) -> None:
-    """Tell the evictor of a granule that no row holds any more: it is cached now, or others can be freed with it."""
+def note_let_go(granules: GranuleState, granule: int) -> None:
+    """Tell the evictor about a granule that no row holds any more: it or its neighbours may now be evictable."""
     granules.cached[NUM_CHANGES] += 1
     if granules.links[granule, IS_LISTED] == 0:
         granules.links[granule, IS_LISTED] = 1
@@ -330,23 +347,23 @@ def note_let_go(granules: Granules, granule: int) -> None:
 
 
 @jit
-def join_ring(granules: Granules, member: int, granule: int) -> None:
-    """Make a granule a twin of another one and its twins."""
+def join_ring(granules: GranuleState, member: int, granule: int) -> None:
+    """Make a granule a twin of ``member`` and of its twins."""
     following = granules.links[member, NEXT]
     granules.links[member, NEXT], granules.links[granule, PREVIOUS] = granule, member
     granules.links[granule, NEXT], granules.links[following, PREVIOUS] = following, granule
 
 
 @jit
-def _leave_ring(granules: Granules, granule: int) -> None:
+def _leave_ring(granules: GranuleState, granule: int) -> None:
     before, following = granules.links[granule, PREVIOUS], granules.links[granule, NEXT]
     granules.links[before, NEXT], granules.links[following, PREVIOUS] = following, before
     granules.links[granule, NEXT] = granules.links[granule, PREVIOUS] = granule
 
 
 @jit
-def hand_over(nodes: Nodes, granules: Granules, granule: int) -> None:
-    """Let the twins of a granule go on without it: if the index stood for it, it stands for one of them now."""
+def hand_over(nodes: Nodes, granules: GranuleState, granule: int) -> None:
+    """Take a granule out of its ring; if it was the published twin, publish another one in its place."""
     twin, node = granules.links[granule, NEXT], granules.node[granule]
     _leave_ring(granules, granule)
     if node >= 0 and twin != granule:
@@ -355,21 +372,22 @@ def hand_over(nodes: Nodes, granules: Granules, granule: int) -> None:
 
 
 @jit
-def withdraw(nodes: Nodes, granules: Granules, granule: int, freed: Int32Array, num_freed: int) -> Any:
-    """A granule that a row holds is about to be written: what it holds must no longer be found in it.
+def withdraw(holdings: Holdings, granule: int, num_freed: int) -> Any:
+    """Make sure that a granule which a row holds is not published, because it is about to be written.
 
-    Returns the number of ``freed``, to which `unpublish` adds.
+    Returns the new length of ``freed``.
     """
+    nodes, granules = holdings.nodes, holdings.granules
     if granules.links[granule, NEXT] != granule:
         hand_over(nodes, granules, granule)
     elif granules.node[granule] >= 0:
-        num_freed = unpublish(nodes, granules, granules.node[granule], freed, num_freed)
+        num_freed = unpublish(holdings, granules.node[granule], num_freed)
     return num_freed
 
 
 @jit
-def move_granule(nodes: Nodes, granules: Granules, source: int, target: int) -> None:
-    """Re-point what knows ``source`` to ``target``, which nobody knew."""
+def move_granule(nodes: Nodes, granules: GranuleState, source: int, target: int) -> None:
+    """Let ``target``, a granule that nobody holds, take the place of ``source`` in counts, index and ring."""
     note_let_go(granules, source)
     granules.refs[target] = granules.refs[source]
     granules.refs[source] = 0
@@ -385,10 +403,10 @@ def move_granule(nodes: Nodes, granules: Granules, source: int, target: int) -> 
 
 
 @jit
-def reindex(nodes: Nodes, granules: Granules) -> None:
-    """Make everything that follows from the nodes in use, and from reference counts, anew; nothing has twins.
+def reindex(nodes: Nodes, granules: GranuleState) -> None:
+    """Rebuild all that follows from the nodes in use and from the reference counts. Afterwards there are no twins.
 
-    What is given of a node is its uid, parent, parent_uid, tokens, granule, depth, num_uses and last_used.
+    Of each node, uid, parent, parent_uid, tokens, granule, depth, num_uses and last_used must be right.
     """
     granules.node[:] = -1
     granules.cached[: NUM_LISTED + 1] = 0
@@ -438,11 +456,11 @@ def match(nodes: Nodes, root_uid: int, extras: Int64Array, tokens: Int64Array, m
     """Follow the trie from a root along ``tokens`` for up to ``most`` granules.
 
     Args:
-        extras: ``[n, 2]`` granule, ascending, and number of the extra keys in it.
+        extras: ``[n, 2]`` granule (ascending) and number of the extra keys in it.
         found: receives the nodes.
 
     Returns:
-        How many were found.
+        How many nodes were found.
     """
     uid, k = root_uid, 0
     for i in range(most):
@@ -459,8 +477,8 @@ def match(nodes: Nodes, root_uid: int, extras: Int64Array, tokens: Int64Array, m
 
 
 @jit
-def usable(nodes: Nodes, granules: Granules, found: Int32Array, count: int, takes_quantized: bool) -> Any:
-    """How many of the nodes found a row may hold: hot granules, and quantized tiles if they are welcome and whole."""
+def reusable_length(nodes: Nodes, granules: GranuleState, found: Int32Array, count: int, takes_quantized: bool) -> Any:
+    """How many of the nodes found a row may use: hot granules and, if ``takes_quantized``, whole quantized tiles."""
     i = 0
     while i < count:
         granule = nodes.granule[found[i]]
@@ -477,11 +495,12 @@ def usable(nodes: Nodes, granules: Granules, found: Int32Array, count: int, take
 
 
 @jit
-def repoint(nodes: Nodes, granules: Granules, node: int, granule: int, freed: Int32Array, num_freed: int) -> Any:
-    """Make a node stand for another granule with the same tokens, which a row holds.
+def repoint(holdings: Holdings, node: int, granule: int, num_freed: int) -> Any:
+    """Publish another granule with the same tokens, which a row holds, in place of a node's present one.
 
-    The granule it stood for, which has no twins, is appended to ``freed`` if no row holds it; returns their new number.
+    The present one has no twins. If no row holds it, it is appended to ``freed``; returns the new length.
     """
+    nodes, granules, freed = holdings
     old = nodes.granule[node]
     granules.node[old], granules.node[granule] = -1, node
     nodes.granule[node] = granule
@@ -494,14 +513,15 @@ def repoint(nodes: Nodes, granules: Granules, node: int, granule: int, freed: In
 
 
 @jit
-def add_twin(nodes: Nodes, granules: Granules, node: int, granule: int, freed: Int32Array, num_freed: int) -> Any:
-    """A row holds the tokens of a node in another, hot granule than the one the node stands for.
+def add_twin(holdings: Holdings, node: int, granule: int, num_freed: int) -> Any:
+    """Note that a row holds the tokens of a node in another granule, a hot one, than the published one.
 
-    Where no row holds that one, or it is quantized, the node stands for the row's from now on; else the two are twins.
-    Returns the new number of ``freed``.
+    If no row holds the published granule, or it is quantized, the row's granule is published in its place; otherwise
+    the two become twins. Returns the new length of ``freed``.
     """
+    nodes, granules = holdings.nodes, holdings.granules
     old = nodes.granule[node]
     if granules.refs[old] == 0 or tier_of(granules, old) > 0:
-        return repoint(nodes, granules, node, granule, freed, num_freed)
+        return repoint(holdings, node, granule, num_freed)
     join_ring(granules, old, granule)
     return num_freed

@@ -1,8 +1,9 @@
-"""Put a cache in order after a call that broke off: whatever it was doing, the rows hold what they held or will hold.
+"""Put a cache in order after a call that broke off.
 
-Rows and index change by compiled moves, which nothing interrupts, so they are the truth. All else follows from them:
-reference counts, lists, and what the allocators have granted. Rows that the call had opened, and so nobody knows, are
-closed; rows that it had put into a step that it did not return are open again. Steps, leases and blocks of others stay.
+Rows and index change only by compiled moves, which nothing interrupts. So each row holds what it held before the call
+or after it, and rows and index can be trusted. Everything else is derived from them: reference counts, lists, and what
+the allocators have granted. Rows that the call had opened are closed, because nobody knows their ids. Rows that it had
+put into a step without returning the step are open again. Steps, leases and blocks of others stay as they are.
 """
 
 from dataclasses import dataclass
@@ -23,27 +24,28 @@ from kvtoolkit.cache.state.block_table import (
     PINNED,
     PREEMPTED,
     STATE,
-    Rows,
+    BlockTable,
     touch,
 )
-from kvtoolkit.cache.state.prefix_index import Granules, reindex
+from kvtoolkit.cache.state.prefix_index import GranuleState, reindex
 from kvtoolkit.cache.state.twins import find_twins
 from kvtoolkit.formats.entry import MAX_BLOCK_GRANULES, entry_granule, entry_length
 
 if TYPE_CHECKING:
-    from kvtoolkit.cache.state.cache_state import Sequences
+    from kvtoolkit.cache.state.cache_state import CacheState
 
 
 @dataclass(frozen=True)
 class Repairs:
-    """What calls that broke off had left behind, and was put in order.
+    """What was put in order after calls that broke off.
 
     Attributes:
-        num_closed: sequences closed, since the call that opened them did not return, or their lease was lost.
-        num_reopened: sequences taken out of steps that nobody can end any more, or preempted again.
-        num_freed: granules that nobody held and that are free now.
-        unresolved: a sentence for each allocator that was interrupted and cannot be rebuilt: what it holds for nobody
-            stays lost.
+        num_closed: sequences that were closed because the call that opened them did not return, or because nobody
+            refers to their lease any more.
+        num_reopened: sequences that were taken out of steps that nobody can end any more, or preempted again.
+        num_freed: granules that nobody held, and that were freed.
+        unresolved: a sentence for each allocator that was interrupted and cannot be rebuilt. The blocks that it granted
+            to nobody stay lost.
     """
 
     num_closed: int = 0
@@ -52,141 +54,142 @@ class Repairs:
     unresolved: tuple[str, ...] = ()
 
 
-def settle(sequences: "Sequences") -> None:
-    """Put everything in order; may itself break off, and is done again then. The caller holds the lock.
+def settle(state: "CacheState") -> None:
+    """Put everything in order. If this breaks off too, it is done again. The caller holds the lock.
 
-    What it did is added to ``sequences.repairs``.
+    What was done is added to ``state.repairs``.
     """
-    table, pool = sequences.rows, sequences.pool
-    for mark, handle in list(sequences.handles.items()):
+    table, blocks = state.group.table, state.group.blocks
+    for mark, handle in list(state.handles.items()):
         if (found := handle()) is None or not found._is_open:
-            sequences.handles.pop(mark)
-    held = np.array(sorted(sequences.handles), np.int64)
-    restores = sequences.calls.name == "restore"
-    saved = np.array(sorted(sequences.preempted), np.int32)
-    serial, opened = sequences.opened
-    opened = opened if serial == sequences.calls.serial else opened[:0]
+            state.handles.pop(mark)
+    held = np.array(sorted(state.handles), np.int64)
+    restores = state.calls.name == "restore"
+    saved = np.array(sorted(state.preempted), np.int32)
+    serial, opened = state.opened
+    opened = opened if serial == state.calls.serial else opened[:0]
     num_closed, num_reopened = settle_rows(table, opened, held, saved, restores)
     states = table.info[:, STATE]
-    sequences.preempted = {row: kept for row, kept in sequences.preempted.items() if states[row] == PREEMPTED}
-    for row, kept in sequences.preempted.items():
+    state.preempted = {row: kept for row, kept in state.preempted.items() if states[row] == PREEMPTED}
+    for row, kept in state.preempted.items():
         if kept.copies is None:
             table.info[row, LENGTH] = 0
-    sequences.closed_rows = np.flatnonzero(states == CLOSED)[::-1].tolist()
-    count_refs(table, pool.granules)
-    reindex(pool.nodes, pool.granules)
-    find_twins(table, np.flatnonzero(states != CLOSED).astype(np.int32), pool.nodes, pool.granules, pool.freed)
-    owned = (pool.granules.refs > 0) | (pool.granules.node >= 0)
-    pool.kept_back = [
-        start for start in dict.fromkeys(pool.kept_back)
-        if pool.ledger.granted[start] and not owned[start : start + MAX_BLOCK_GRANULES].any()
+    state.closed_rows = np.flatnonzero(states == CLOSED)[::-1].tolist()
+    count_refs(table, blocks.granules)
+    reindex(blocks.nodes, blocks.granules)
+    find_twins(table, np.flatnonzero(states != CLOSED).astype(np.int32), blocks.holdings)
+    owned = (blocks.granules.refs > 0) | (blocks.granules.node >= 0)
+    blocks.reserve = [
+        start for start in dict.fromkeys(blocks.reserve)
+        if blocks.ledger.granted[start] and not owned[start : start + MAX_BLOCK_GRANULES].any()
     ]  # fmt: skip
-    for start in pool.kept_back:
+    for start in blocks.reserve:
         owned[start : start + MAX_BLOCK_GRANULES] = True
-    num_freed = pool.ledger.settle(owned)
-    pool.evictor.forget()
-    before = sequences.repairs
-    sequences.repairs = Repairs(
+    num_freed = blocks.ledger.settle(owned)
+    blocks.evictor.forget()
+    before = state.repairs
+    state.repairs = Repairs(
         before.num_closed + int(num_closed), before.num_reopened + int(num_reopened), before.num_freed + num_freed,
-        tuple(pool.ledger.unresolved),
+        tuple(blocks.ledger.unresolved),
     )  # fmt: skip
 
 
-def end_lost(sequences: "Sequences") -> None:
+def end_lost(state: "CacheState") -> None:
     """End the steps and leases that nobody refers to any more."""
-    lost = [mark for mark, handle in sequences.handles.items() if handle() is None]
+    lost = [mark for mark, handle in state.handles.items() if handle() is None]
     if not lost:
         return
-    end_handles(sequences, lost)
+    end_handles(state, lost)
 
 
-def end_handles(sequences: "Sequences", marks: list[int]) -> None:
+def end_handles(state: "CacheState", marks: list[int]) -> None:
     """Abort steps and leases: rows in steps are open again, those of leases are closed."""
-    info = sequences.rows.info
-    is_theirs = np.isin(sequences.rows.marks[:, OWNER], marks)
+    info = state.group.table.info
+    is_theirs = np.isin(state.group.table.marks[:, OWNER], marks)
     pinned = np.flatnonzero(is_theirs & (info[:, STATE] == PINNED)).astype(np.int32)
     info[is_theirs & (info[:, STATE] == IN_STEP), STATE] = OPEN
     for mark in marks:
-        handle = sequences.handles.pop(mark)()
+        handle = state.handles.pop(mark)()
         if handle is not None:
             handle._is_open = False
     if len(pinned):
-        sequences.release_rows(pinned)
+        state.release_rows(pinned)
 
 
-def close_left(sequences: "Sequences", seq_ids: Int64Array) -> None:
-    """Close those of some sequences that are open or preempted still."""
-    states = sequences.rows.info[:, STATE]
+def close_left(state: "CacheState", seq_ids: Int64Array) -> None:
+    """Close those of the sequences that are still open or preempted."""
+    states = state.group.table.info[:, STATE]
     which = np.flatnonzero((states == OPEN) | (states == PREEMPTED)).astype(np.int32)
-    sequences.release_rows(which[np.isin(sequences.ids_of(which), seq_ids)])
+    state.release_rows(which[np.isin(state.ids_of(which), seq_ids)])
 
 
-def end_orphans(sequences: "Sequences", known: Int64Array) -> Int64Array:
+def end_orphans(state: "CacheState", known: Int64Array) -> Int64Array:
     """See `KVCache.end_orphans`."""
-    info = sequences.rows.info
+    info = state.group.table.info
     which = np.flatnonzero(info[:, STATE] != CLOSED).astype(np.int32)
-    ids = sequences.ids_of(which)
+    ids = state.ids_of(which)
     is_orphan = ~np.isin(ids, known)
     orphans = which[is_orphan]
     held = orphans[np.isin(info[orphans, STATE], (IN_STEP, PINNED))]
-    end_handles(sequences, np.unique(sequences.rows.marks[held, OWNER]).tolist())
-    sequences.release_rows(orphans[info[orphans, STATE] != CLOSED])
+    end_handles(state, np.unique(state.group.table.marks[held, OWNER]).tolist())
+    state.release_rows(orphans[info[orphans, STATE] != CLOSED])
     return ids[is_orphan]
 
 
 @jit
-def settle_rows(rows: Rows, opened: Int32Array, held: Int64Array, saved: Int32Array, restores: bool) -> Any:
+def settle_rows(table: BlockTable, opened: Int32Array, held: Int64Array, saved: Int32Array, restores: bool) -> Any:
     """Bring the states of rows in line with what is known of them.
 
     Args:
-        opened: rows of which nobody has the id.
+        opened: rows whose ids nobody has.
         held: marks of the steps and leases that go on, ascending.
-        saved: rows of which something is kept for their return.
-        restores: whether these rows were just being brought back, if they are open; else they were just being saved.
+        saved: rows for which `CacheState.preempted` has something.
+        restores: whether the call that broke off was `restore`. Then open rows among ``saved`` become preempted again;
+            otherwise they were being preempted, and stay open.
 
     Returns:
-        How many rows are closed now that were not, and how many are back in their state before the call.
+        How many rows were closed, and how many went back to their state before the call.
     """
     num_closed, num_back = 0, 0
     for row in opened:
-        if rows.info[row, STATE] != CLOSED:
-            rows.info[row, STATE] = CLOSED
+        if table.info[row, STATE] != CLOSED:
+            table.info[row, STATE] = CLOSED
             num_closed += 1
     if restores:
         for row in saved:
-            if rows.info[row, STATE] == OPEN:
-                rows.info[row, STATE] = PREEMPTED
+            if table.info[row, STATE] == OPEN:
+                table.info[row, STATE] = PREEMPTED
                 num_back += 1
-    for row in range(len(rows.info)):
-        state = rows.info[row, STATE]
+    for row in range(len(table.info)):
+        state = table.info[row, STATE]
         if state in (IN_STEP, PINNED):
-            owner = rows.marks[row, OWNER]
+            owner = table.marks[row, OWNER]
             at = np.searchsorted(held, owner)
             if at == len(held) or held[at] != owner:
-                rows.info[row, STATE] = OPEN if state == IN_STEP else CLOSED
+                table.info[row, STATE] = OPEN if state == IN_STEP else CLOSED
                 num_closed += state == PINNED
                 num_back += state == IN_STEP
-        state = rows.info[row, STATE]
-        if state in (CLOSED, PREEMPTED) and rows.info[row, NUM_ENTRIES] > 0:
-            _empty(rows, row)
+        state = table.info[row, STATE]
+        if state in (CLOSED, PREEMPTED) and table.info[row, NUM_ENTRIES] > 0:
+            _empty(table, row)
     return num_closed, num_back
 
 
 @jit
-def _empty(rows: Rows, row: int) -> None:
-    """Let a row name nothing; reference counts are made anew afterwards."""
-    for e in range(rows.info[row, NUM_ENTRIES]):
-        rows.entries[row, e] = rows.starts[row, e] = -1
-    rows.info[row, NUM_ENTRIES] = rows.info[row, CAPACITY] = 0
-    touch(rows, row)
+def _empty(table: BlockTable, row: int) -> None:
+    """Remove all entries of a row; the caller counts references again afterwards."""
+    for e in range(table.info[row, NUM_ENTRIES]):
+        table.entries[row, e] = table.starts[row, e] = -1
+    table.info[row, NUM_ENTRIES] = table.info[row, CAPACITY] = 0
+    touch(table, row)
 
 
 @jit
-def count_refs(rows: Rows, granules: Granules) -> None:
+def count_refs(table: BlockTable, granules: GranuleState) -> None:
     """Count how many rows hold each granule."""
     granules.refs[:] = 0
-    for row in range(len(rows.info)):
-        for e in range(rows.info[row, NUM_ENTRIES]):
-            entry = rows.entries[row, e]
+    for row in range(len(table.info)):
+        for e in range(table.info[row, NUM_ENTRIES]):
+            entry = table.entries[row, e]
             for i in range(entry_length(entry)):
                 granules.refs[entry_granule(entry) + i] += 1

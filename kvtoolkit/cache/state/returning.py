@@ -1,4 +1,4 @@
-"""The compiled moves that bring a preempted row back from the host."""
+"""The compiled moves that bring back a row which was preempted to the host."""
 
 from typing import Any
 
@@ -7,18 +7,28 @@ from numpy.typing import NDArray
 
 from allocators._jit import jit
 from kvtoolkit.arrays.types import Int32Array, Int64Array
-from kvtoolkit.cache.state.block_table import CAPACITY, CHAIN_UID, NUM_ENTRIES, OPEN, STATE, Rows, _append_run, touch
+from kvtoolkit.cache.state.block_table import (
+    CAPACITY,
+    CHAIN_UID,
+    NUM_ENTRIES,
+    OPEN,
+    STATE,
+    BlockTable,
+    _append_run,
+    touch,
+)
 from kvtoolkit.cache.state.prefix_index import (
     BROKEN,
     EXTRA,
     HELD,
     NEXT,
     ROOT,
-    Granules,
+    GranuleState,
+    Holdings,
     Nodes,
     add_twin,
     find_node,
-    hold,
+    incref,
     note_let_go,
     publish,
     tier_of,
@@ -27,11 +37,11 @@ from kvtoolkit.cache.state.prefix_index import (
 
 @jit
 def find_tokens(
-    nodes: Nodes, granules: Granules, root_uid: int, tokens: Int64Array, tiers: NDArray[np.int8], found: Int32Array
+    nodes: Nodes, granules: GranuleState, root_uid: int, tokens: Int64Array, tiers: NDArray[np.int8], found: Int32Array
 ) -> None:
-    """Add to ``found`` the hot granules that the index has for ``tokens``, where there is none yet.
+    """Fill the gaps in ``found`` with hot granules that the index has for ``tokens``.
 
-    ``tokens`` are those of `Nodes.tokens` for each granule, from the beginning; a granule that was quantized is not
+    ``tokens`` has the words of `Nodes.tokens` for each granule, from the beginning. A granule that was quantized is not
     replaced by a hot one.
     """
     uid = root_uid
@@ -46,15 +56,15 @@ def find_tokens(
 
 
 @jit
-def hold_listed(nodes: Nodes, granules: Granules, listed: Int32Array) -> None:
-    """Hold granules once more, so that nothing evicts them."""
+def incref_listed(granules: GranuleState, listed: Int32Array) -> None:
+    """Count one more holder of each granule, so that nothing evicts them."""
     for granule in listed:
-        hold(nodes, granules, granule)
+        incref(granules, granule)
 
 
 @jit
-def let_go_listed(granules: Granules, listed: Int32Array, freed: Int32Array) -> Any:
-    """Take `hold_listed` back as if it had not been; returns how many granules in ``freed`` nobody needs any more."""
+def decref_listed(granules: GranuleState, listed: Int32Array, freed: Int32Array) -> Any:
+    """Undo `incref_listed`; returns the number of ``freed`` granules, which nobody needs any more."""
     num_freed = 0
     for granule in listed:
         granules.refs[granule] -= 1
@@ -63,7 +73,7 @@ def let_go_listed(granules: Granules, listed: Int32Array, freed: Int32Array) -> 
             note_let_go(granules, granule)
             if granules.node[granule] >= 0:
                 granules.cached[tier_of(granules, granule)] += 1
-            else:  # evicted with what it followed
+            else:  # unpublished meanwhile, together with what it followed
                 freed[num_freed] = granule
                 num_freed += 1
     return num_freed
@@ -71,36 +81,34 @@ def let_go_listed(granules: Granules, listed: Int32Array, freed: Int32Array) -> 
 
 @jit
 def bring_back(
-    rows: Rows,
+    table: BlockTable,
     row: int,
     listed: Int32Array,
     is_fresh: NDArray[np.bool_],
     numbers: Int64Array,
     root_uid: int,
     tokens: Int64Array,
-    nodes: Nodes,
-    granules: Granules,
-    freed: Int32Array,
+    holdings: Holdings,
 ) -> Any:
-    """Let an empty row hold granules and be open.
+    """Open an empty row that holds the granules ``listed``.
 
     Args:
-        listed: the granules, in order; those that are not fresh are held for the row already.
+        listed: the granules, in order. Those that are not fresh are counted for the row already.
         is_fresh: ``[n]`` which of them were just allocated and filled.
-        numbers: ``[n]`` the copy that each fresh one was filled from, if it is full, else 0.
-        root_uid: what the first granule follows in the index.
-        tokens: ``[n, 9]`` of each full granule, as `Nodes.tokens` has them, which become findable; or none.
-        freed: receives granules that nobody needs any more.
+        numbers: ``[n]`` number of the copy that each fresh one was filled from, or 0 if it is not full.
+        root_uid: uid of the root in the index.
+        tokens: ``[n, 9]`` what `Nodes.tokens` has for each full granule, to make them findable; or empty.
 
     Returns:
         The number of ``freed`` granules; -1, with nothing changed, if the row has too few entries.
     """
+    granules = holdings.granules
     needed, previous = 0, -2
     for granule in listed:
         if granule != previous + 1 or granule & 7 == 0:
             needed += 1
         previous = granule
-    if needed > rows.entries.shape[1]:
+    if needed > table.entries.shape[1]:
         return -1
     count = 0
     for i in range(len(listed)):
@@ -109,43 +117,42 @@ def bring_back(
             granules.refs[granule] = 1
             granules.cached[HELD + tier_of(granules, granule)] += 1
             granules.copy[granule] = numbers[i]
-        count = _append_run(rows, row, count, i, granule, 1, tier_of(granules, granule))
-    rows.info[row, NUM_ENTRIES], rows.info[row, CAPACITY] = count, len(listed)
-    rows.info[row, STATE] = OPEN
-    rows.scanned[row] = -1
-    touch(rows, row)
+        count = _append_run(table, row, count, i, granule, 1, tier_of(granules, granule))
+    table.info[row, NUM_ENTRIES], table.info[row, CAPACITY] = count, len(listed)
+    table.info[row, STATE] = OPEN
+    table.scanned[row] = -1
+    touch(table, row)
     if len(tokens) == 0:
         return 0
-    return _publish_all(rows, row, listed, root_uid, tokens, nodes, granules, freed)
+    return _publish_all(table, row, listed, root_uid, tokens, holdings)
 
 
 @jit
 def _publish_all(
-    rows: Rows,
+    table: BlockTable,
     row: int,
     listed: Int32Array,
     root_uid: int,
     tokens: Int64Array,
-    nodes: Nodes,
-    granules: Granules,
-    freed: Int32Array,
+    holdings: Holdings,
 ) -> Any:
-    """Make the full granules of a row findable, or follow those that are; returns the number of ``freed`` granules.
+    """Publish the full granules of a row, or make them twins of published ones; returns the number of ``freed``.
 
-    As at the end of a step: where the index has another granule for a hot one the two are twins, see `add_twin`.
+    This is what the end of a step does for one granule; see `add_twin`.
     """
+    nodes, granules = holdings.nodes, holdings.granules
     node, uid, num_freed = ROOT, root_uid, 0
     for i in range(len(tokens)):
         parent, granule = node, listed[i]
         is_known = granules.node[granule] >= 0 or granules.links[granule, NEXT] != granule
         node = find_node(nodes, uid, tokens[i, EXTRA], tokens[i], 0)
         if node < 0:
-            if is_known:  # under other tokens: nothing can be said of what follows
-                rows.chain[row] = BROKEN
+            if is_known:  # published under other tokens, so nothing is known of what follows
+                table.chain[row] = BROKEN
                 return num_freed
             node = publish(nodes, granules, parent, uid, tokens[i, EXTRA], i, tokens[i], granule)
         elif not is_known and tier_of(granules, granule) == 0:
-            num_freed = add_twin(nodes, granules, node, granule, freed, num_freed)
+            num_freed = add_twin(holdings, node, granule, num_freed)
         uid = nodes.uid[node]
-    rows.chain[row], rows.origin[row, CHAIN_UID] = node, uid
+    table.chain[row], table.origin[row, CHAIN_UID] = node, uid
     return num_freed

@@ -1,4 +1,4 @@
-"""How much host memory the tables of a cache take, so that a configuration which cannot fit is refused in words."""
+"""How much host memory the tables of a cache take, so that an impossible configuration gets a clear error."""
 
 import os
 from collections.abc import Iterable
@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from kvtoolkit.cache.state.block_table import make_rows
-from kvtoolkit.cache.state.prefix_index import make_granules, make_nodes
+from kvtoolkit.cache.state.block_table import make_block_table
+from kvtoolkit.cache.state.prefix_index import make_granule_state, make_nodes
 from kvtoolkit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,19 +17,21 @@ _GIB = 1 << 30
 
 
 def table_nbytes(config: "CacheConfig") -> tuple[int, int]:
-    """Host bytes of the rows of all sequences, and of the prefix index; keys and values are not in them.
+    """Host bytes of the block table, and of the prefix index; keys and values are not included.
 
-    Both grow with their sizes in proportion, so a few small tables are made and measured.
+    Both are proportional to their sizes, so this makes and measures a few small tables.
     """
 
     def row(num_entries: int, num_tiles: int) -> int:
-        return _nbytes(make_rows(2, num_entries, num_tiles)) - _nbytes(make_rows(1, num_entries, num_tiles))
+        return _nbytes(make_block_table(2, num_entries, num_tiles)) - _nbytes(
+            make_block_table(1, num_entries, num_tiles)
+        )
 
     empty = row(0, 0)
     entry, tile = row(1, 0) - empty, row(0, 1) - empty
     collects_mass = config.tier_config is not None and config.tier_config.demote == "mass"
     num_tiles = -(-config.seq_len_limit // 64) if collects_mass else 0
-    granule = (_nbytes(make_nodes(64)) + _nbytes(make_granules(64, (0, 64, 64)))) // 64
+    granule = (_nbytes(make_nodes(64)) + _nbytes(make_granule_state(64, (0, 64, 64)))) // 64
     return config.max_seqs * (empty + entry * config.entries_limit + tile * num_tiles), granule * config.num_granules
 
 

@@ -1,4 +1,4 @@
-"""The arrays of steps, kept from one step to the next, so that their tables need only be brought up to date."""
+"""The arrays of steps. They are kept from step to step, so that only entries that changed need to be copied."""
 
 from typing import Any
 
@@ -7,12 +7,13 @@ import numpy as np
 from kvtoolkit.cache.state.step_passes import StepArrays
 
 _LARGE = 1 << 17
-"""Elements above which arrays are let go of after many steps that needed far less."""
+"""Arrays with more elements are dropped after many steps that needed far fewer."""
 _PATIENCE = 64
+"""How many steps that is."""
 
 
 class SpareArrays:
-    """Arrays that no open step uses."""
+    """The arrays that no open step uses."""
 
     def __init__(self) -> None:
         self._spare: list[StepArrays] = []
@@ -21,7 +22,7 @@ class SpareArrays:
         self._shown: tuple[StepArrays | None, StepArrays | None] = (None, None)
 
     def take(self, batch: int, num_tokens: int) -> StepArrays:
-        """Arrays for so many rows and new tokens; those of the last step if they are large enough."""
+        """Arrays for this many rows and new tokens; those of an earlier step if they are large enough."""
         arrays = None
         while self._spare and arrays is None:
             arrays = self._spare.pop()
@@ -35,7 +36,7 @@ class SpareArrays:
         return arrays
 
     def shown(self, arrays: StepArrays) -> StepArrays:
-        """Views of arrays that cannot be written to, nor can parts of the views; they last as long as the arrays."""
+        """Read-only views of arrays, made once."""
         known, views = self._shown
         if views is None or known is not arrays:
             views = StepArrays(*map(_read_only, arrays))
@@ -43,7 +44,7 @@ class SpareArrays:
         return views
 
     def widen(self, arrays: StepArrays, width: int) -> StepArrays:
-        """The arrays, with empty tables for rows of ``width`` entries."""
+        """The arrays with wider tables, empty, for rows of ``width`` entries."""
         table = np.full((len(arrays.rows), 1 << (width - 1).bit_length()), -1, np.int32)
         self._has_large |= table.size > _LARGE
         arrays.stamps[:] = -1
@@ -51,13 +52,13 @@ class SpareArrays:
         return arrays._replace(table=table, starts=table.copy())
 
     def give_back(self, arrays: StepArrays, batch: int, num_tokens: int) -> None:
-        """End the use of arrays by a step of so many rows and new tokens."""
+        """Take back the arrays of a step that had this many rows and new tokens."""
         if self._has_large:
             arrays = self._fitting(arrays, batch, num_tokens)
         self._spare.append(arrays)
 
     def _fitting(self, arrays: StepArrays, batch: int, num_tokens: int) -> StepArrays:
-        """The arrays, or smaller ones if steps have not needed most of these for long."""
+        """The arrays, or smaller ones if steps have not needed most of them for a long time."""
         width = int(arrays.filled[:batch].max(initial=16))
         is_large = (8 * batch * width >= arrays.table.size > _LARGE) or (
             8 * num_tokens >= len(arrays.slot_mapping) > _LARGE

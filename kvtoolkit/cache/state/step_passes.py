@@ -1,6 +1,6 @@
 """The compiled passes over the rows of a step: begin it, give blocks, complete it, end it.
 
-A decode step of rows that need no memory is one pass (`begin`) that reads one cache line of a row.
+If no row needs memory, a decode step is a single pass, `begin`, which reads one cache line of each row.
 """
 
 from typing import Any, NamedTuple
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from allocators._jit import jit
 from kvtoolkit.arrays.types import Int32Array, Int64Array
+from kvtoolkit.cache.state.block_merging import mergeable
 from kvtoolkit.cache.state.block_table import (
     BAD_COUNT,
     BAD_ID,
@@ -30,15 +31,14 @@ from kvtoolkit.cache.state.block_table import (
     STATE,
     TAIL_BASE,
     TAIL_FIRST,
-    Rows,
+    BlockTable,
     attach,
     find_entry,
     granule_at,
-    mergeable,
 )
 from kvtoolkit.cache.state.identity import extra_at
-from kvtoolkit.cache.state.prefix_index import BROKEN, ROOT, Granules, Nodes, add_twin, find_node, publish
-from kvtoolkit.config.growth import split, tail_size
+from kvtoolkit.cache.state.prefix_index import BROKEN, ROOT, GranuleState, Holdings, Nodes, add_twin, find_node, publish
+from kvtoolkit.config.growth import split_into_blocks, tail_size
 from kvtoolkit.formats.entry import entry_granule, entry_length
 
 # values of Step.status
@@ -47,7 +47,7 @@ STATUS_NAMES = ("ok", "out of blocks", "row full", "at max_seq_len")
 
 
 class StepArrays(NamedTuple):
-    """The arrays of one step; the first few are what kernels see."""
+    """The arrays of one step. Kernels read the first five."""
 
     table: Int32Array
     """``[batch, width]``"""
@@ -58,102 +58,103 @@ class StepArrays(NamedTuple):
     slot_mapping: Int64Array
     status: NDArray[np.int8]
     rows: Int32Array
-    """Row of the cache that stands in each row of the step."""
+    """``[batch]`` row of the block table for each row of the step."""
     counts: Int32Array
-    """New tokens of each row."""
+    """``[batch]`` new tokens of each row."""
     stamps: Int64Array
-    """STAMP of the row that `table` holds a copy of."""
+    """``[batch]`` STAMP of the row when its entries were copied to `table`."""
     filled: Int32Array
-    """Entries of `table` in use."""
+    """``[batch]`` entries of `table` in use."""
     work: Int32Array
-    """``[2, batch]`` rows of the step that need blocks; those that may be merged."""
+    """``[2, batch]`` rows of the step that need blocks; rows whose tail may be merged."""
 
 
 @jit
-def begin(rows: Rows, step: StepArrays, ids: Int64Array, max_len: int, merges: bool) -> Any:
-    """Check the ids and counts of a step, fill in what needs no memory, and find the rows that do.
+def begin(table: BlockTable, step: StepArrays, ids: Int64Array, max_len: int, merges: bool) -> Any:
+    """Check the ids and counts of a step, complete the rows that need no memory, and list those that do.
 
-    Rows that are well off are complete afterwards, but for tables wider than the arrays (see `sync_tables`); those in
-    ``step.work[0]`` need blocks and then `complete`, those in ``step.work[1]`` may be merged.
+    Rows in ``step.work[0]`` need blocks, and `complete` afterwards. The tails of rows in ``step.work[1]`` may be
+    merged. All other rows are complete, except that the entries of a row are not copied where ``step.table`` is too
+    narrow for them (see `sync_tables`).
 
     Returns:
-        ``(code, where, num_need, num_merge, width, mark)``: what is wrong with which row (0 if nothing), how many rows
-        stand in either half of ``step.work``, the widest row, and what marks the rows that the step holds. If something
-        is wrong, nothing has changed.
+        ``(code, where, num_need, num_merge, width, mark)``: what is wrong with which row (code 0: nothing), the number
+        of rows in either half of ``step.work``, the entries of the widest row, and the mark of the rows that the step
+        holds. If something is wrong, nothing has changed.
     """
-    rows.clock[1] += 1
-    mark = rows.clock[1]
+    table.clock[1] += 1
+    mark = table.clock[1]
     num_need, num_merge, total, width = 0, 0, 0, 0
-    num_rows = len(rows.info)
+    num_rows = len(table.info)
     step.cu_seqlens_q[0] = 0
     for b in range(len(ids)):
         row, count = ids[b] & ((1 << ID_BITS) - 1), step.counts[b]
         code = 0
-        if ids[b] < 0 or row >= num_rows or rows.info[row, GENERATION] != ids[b] >> ID_BITS:
+        if ids[b] < 0 or row >= num_rows or table.info[row, GENERATION] != ids[b] >> ID_BITS:
             code = BAD_ID
-        elif rows.marks[row, NAMED] == mark:
+        elif table.marks[row, NAMED] == mark:
             code = BAD_TWICE
-        elif rows.info[row, STATE] != OPEN:
-            code = BAD_ID if rows.info[row, STATE] == CLOSED else BAD_STATE
+        elif table.info[row, STATE] != OPEN:
+            code = BAD_ID if table.info[row, STATE] == CLOSED else BAD_STATE
         elif count < 0 or total + count > len(step.slot_mapping):
             code = BAD_COUNT
         if code != 0:
-            reopen(rows, step, b, mark)
+            reopen(table, step, b, mark)
             return code, b, 0, 0, 0, mark
-        rows.marks[row, NAMED] = mark
+        table.marks[row, NAMED] = mark
         step.rows[b] = row
-        length = rows.info[row, LENGTH]
+        length = table.info[row, LENGTH]
         first = total
         total += count
         step.cu_seqlens_q[b + 1] = total
-        width = max(width, rows.info[row, NUM_ENTRIES])
+        width = max(width, table.info[row, NUM_ENTRIES])
         step.status[b] = OK
         if length + count > max_len:
             stall(step, b, AT_MAX_LEN)
-        elif length + count > 8 * rows.info[row, CAPACITY]:
+        elif length + count > 8 * table.info[row, CAPACITY]:
             step.work[0, num_need] = b
             num_need += 1
         else:
-            _take(rows, row)
+            _take(table, row)
             step.seq_lens[b] = length + count
-            if length >= rows.info[row, TAIL_FIRST]:
-                base = rows.info[row, TAIL_BASE] + length
+            if length >= table.info[row, TAIL_FIRST]:
+                base = table.info[row, TAIL_BASE] + length
                 for i in range(count):
                     step.slot_mapping[first + i] = base + i
             else:
-                _fill_slots(rows, step, row, first, count)
-        if step.stamps[b] != rows.info[row, STAMP] and rows.info[row, NUM_ENTRIES] <= step.table.shape[1]:
-            copy_row(rows, step, b, row)
-        if merges and length & 63 == 0 and length > 0 and mergeable(rows, row, length >> 3) >= 0:
+                _fill_slots(table, step, row, first, count)
+        if step.stamps[b] != table.info[row, STAMP] and table.info[row, NUM_ENTRIES] <= step.table.shape[1]:
+            copy_row(table, step, b, row)
+        if merges and length & 63 == 0 and length > 0 and mergeable(table, row, length >> 3) >= 0:
             step.work[1, num_merge] = b
             num_merge += 1
     return 0, 0, num_need, num_merge, width, mark
 
 
 @jit
-def _take(rows: Rows, row: int) -> None:
-    """Let the step that is being begun hold a row."""
-    rows.info[row, STATE] = IN_STEP
-    rows.marks[row, OWNER] = rows.clock[1]
+def _take(table: BlockTable, row: int) -> None:
+    """Let the step that begins hold a row."""
+    table.info[row, STATE] = IN_STEP
+    table.marks[row, OWNER] = table.clock[1]
 
 
 @jit
-def _holds(rows: Rows, row: int, mark: int) -> Any:
-    """Whether a step holds a row: it may have stalled, so that a later step holds it or somebody else uses it."""
-    return rows.info[row, STATE] == IN_STEP and rows.marks[row, OWNER] == mark
+def _holds(table: BlockTable, row: int, mark: int) -> Any:
+    """Whether a step holds a row. It does not hold rows that stalled, so a later step or another call may use them."""
+    return table.info[row, STATE] == IN_STEP and table.marks[row, OWNER] == mark
 
 
 @jit
-def reopen(rows: Rows, step: StepArrays, batch: int, mark: int) -> None:
-    """Take the rows that a step holds out of it."""
+def reopen(table: BlockTable, step: StepArrays, batch: int, mark: int) -> None:
+    """Release the rows that a step holds."""
     for b in range(batch):
-        if _holds(rows, step.rows[b], mark):
-            rows.info[step.rows[b], STATE] = OPEN
+        if _holds(table, step.rows[b], mark):
+            table.info[step.rows[b], STATE] = OPEN
 
 
 @jit
 def stall(step: StepArrays, b: int, status: int) -> None:
-    """Let row ``b`` of a step do nothing, and say why."""
+    """Leave row ``b`` out of a step; ``status`` says why."""
     step.status[b] = status
     step.seq_lens[b] = 0
     for i in range(step.cu_seqlens_q[b], step.cu_seqlens_q[b + 1]):
@@ -161,8 +162,8 @@ def stall(step: StepArrays, b: int, status: int) -> None:
 
 
 @jit
-def complete(rows: Rows, step: StepArrays, num_need: int) -> Any:
-    """Fill in the rows that `begin` left open, now that they have got their blocks or a status; the widest of them."""
+def complete(table: BlockTable, step: StepArrays, num_need: int) -> Any:
+    """Complete the rows in ``step.work[0]``, which have their blocks or a status by now; returns the widest."""
     width = 0
     for k in range(num_need):
         b = step.work[0, k]
@@ -170,66 +171,66 @@ def complete(rows: Rows, step: StepArrays, num_need: int) -> Any:
         if step.status[b] != OK:
             stall(step, b, step.status[b])
         else:
-            _take(rows, row)
-            step.seq_lens[b] = rows.info[row, LENGTH] + step.counts[b]
-            _fill_slots(rows, step, row, step.cu_seqlens_q[b], step.counts[b])
-        width = max(width, rows.info[row, NUM_ENTRIES])
-        if step.stamps[b] != rows.info[row, STAMP] and rows.info[row, NUM_ENTRIES] <= step.table.shape[1]:
-            copy_row(rows, step, b, row)
+            _take(table, row)
+            step.seq_lens[b] = table.info[row, LENGTH] + step.counts[b]
+            _fill_slots(table, step, row, step.cu_seqlens_q[b], step.counts[b])
+        width = max(width, table.info[row, NUM_ENTRIES])
+        if step.stamps[b] != table.info[row, STAMP] and table.info[row, NUM_ENTRIES] <= step.table.shape[1]:
+            copy_row(table, step, b, row)
     return width
 
 
 @jit
-def _fill_slots(rows: Rows, step: StepArrays, row: int, first: int, count: int) -> None:
-    """Write the slots of a row's next ``count`` positions, which it has room for, to ``slot_mapping[first:]``."""
+def _fill_slots(table: BlockTable, step: StepArrays, row: int, first: int, count: int) -> None:
+    """Write the slots of a row's next ``count`` positions to ``slot_mapping[first:]``; the row has room for them."""
     if count == 0:
         return
-    length = rows.info[row, LENGTH]
-    e = find_entry(rows, row, length >> 3)
-    base = (entry_granule(rows.entries[row, e]) - rows.starts[row, e]) * 8
-    end = (rows.starts[row, e] + entry_length(rows.entries[row, e])) * 8
+    length = table.info[row, LENGTH]
+    e = find_entry(table, row, length >> 3)
+    base = (entry_granule(table.entries[row, e]) - table.starts[row, e]) * 8
+    end = (table.starts[row, e] + entry_length(table.entries[row, e])) * 8
     for i in range(count):
         if length + i == end:
             e += 1
-            base = (entry_granule(rows.entries[row, e]) - rows.starts[row, e]) * 8
-            end += entry_length(rows.entries[row, e]) * 8
+            base = (entry_granule(table.entries[row, e]) - table.starts[row, e]) * 8
+            end += entry_length(table.entries[row, e]) * 8
         step.slot_mapping[first + i] = base + length + i
 
 
 @jit
-def sync_tables(rows: Rows, step: StepArrays, batch: int) -> None:
-    """Copy the entries of every row that changed since the step's arrays saw it."""
+def sync_tables(table: BlockTable, step: StepArrays, batch: int) -> None:
+    """Copy the entries of every row that has changed since they were copied last."""
     for b in range(batch):
-        if step.stamps[b] != rows.info[step.rows[b], STAMP]:
-            copy_row(rows, step, b, step.rows[b])
+        if step.stamps[b] != table.info[step.rows[b], STAMP]:
+            copy_row(table, step, b, step.rows[b])
 
 
 @jit
-def widest(rows: Rows, step: StepArrays, batch: int) -> Any:
-    """Most entries of a row of the step."""
+def widest(table: BlockTable, step: StepArrays, batch: int) -> Any:
+    """The number of entries of the step's widest row."""
     width = 0
     for b in range(batch):
-        width = max(width, rows.info[step.rows[b], NUM_ENTRIES])
+        width = max(width, table.info[step.rows[b], NUM_ENTRIES])
     return width
 
 
 @jit
-def copy_row(rows: Rows, step: StepArrays, b: int, row: int) -> None:
+def copy_row(table: BlockTable, step: StepArrays, b: int, row: int) -> None:
     """Copy a row's entries into row ``b`` of the step."""
-    count = rows.info[row, NUM_ENTRIES]
+    count = table.info[row, NUM_ENTRIES]
     for e in range(count):
-        step.table[b, e] = rows.entries[row, e]
-        step.starts[b, e] = rows.starts[row, e]
+        step.table[b, e] = table.entries[row, e]
+        step.starts[b, e] = table.starts[row, e]
     for e in range(count, step.filled[b]):
         step.table[b, e] = -1
         step.starts[b, e] = -1
     step.filled[b] = count
-    step.stamps[b] = rows.info[row, STAMP]
+    step.stamps[b] = table.info[row, STAMP]
 
 
 @jit
 def choose_sizes(
-    rows: Rows,
+    table: BlockTable,
     step: StepArrays,
     num_need: int,
     available: int,
@@ -242,11 +243,11 @@ def choose_sizes(
     sizes: Int32Array,
     ends: Int32Array,
 ) -> Any:
-    """Block sizes for the rows that need blocks, in order; ``ends[i]`` is where those of row i end.
+    """Choose block sizes for the rows that need blocks, in order; those of the i-th end at ``ends[i]``.
 
     Args:
-        available: granules that are free or cached; growth policies go by it.
-        most: bound on what can be had. A row that would exceed it gets status OUT_OF_BLOCKS and no sizes.
+        available: granules that are free or cached, by which growth policies decide.
+        most: upper bound of what can be had. A row that would exceed it gets status OUT_OF_BLOCKS and no sizes.
 
     Returns:
         ``(number of blocks, their granules)``.
@@ -255,14 +256,14 @@ def choose_sizes(
     for i in range(num_need):
         b = step.work[0, i]
         row = step.rows[b]
-        length = rows.info[row, LENGTH] + step.counts[b]
-        needed = (length + 7) // 8 - rows.info[row, CAPACITY]
+        length = table.info[row, LENGTH] + step.counts[b]
+        needed = (length + 7) // 8 - table.info[row, CAPACITY]
         if needed > most:
             step.status[b] = OUT_OF_BLOCKS
         else:
             first = end
             size = min(tail_size(rule, tail, length, available / num_granules), largest, offered[0])
-            end = split(needed, size, largest, offered, sizes, first)
+            end = split_into_blocks(needed, size, largest, offered, sizes, first)
             for k in range(first, end):
                 total += sizes[k]
                 available -= sizes[k]
@@ -273,84 +274,87 @@ def choose_sizes(
 
 
 @jit
-def advance(rows: Rows, step: StepArrays, batch: int, mark: int) -> None:
-    """End a step whose tokens are not told: lengths advance, and what comes later cannot be published."""
+def advance(table: BlockTable, step: StepArrays, batch: int, mark: int) -> None:
+    """End a step whose tokens are unknown: lengths advance, and its rows cannot be published from then on."""
     for b in range(batch):
         row = step.rows[b]
-        if _holds(rows, row, mark):
-            rows.info[row, LENGTH] += step.counts[b]
-            rows.info[row, STATE] = OPEN
+        if _holds(table, row, mark):
+            table.info[row, LENGTH] += step.counts[b]
+            table.info[row, STATE] = OPEN
             if step.counts[b] > 0:
-                rows.chain[row] = BROKEN
+                table.chain[row] = BROKEN
 
 
 @jit
 def advance_and_publish(
-    rows: Rows,
+    table: BlockTable,
     step: StepArrays,
     batch: int,
     mark: int,
     tokens: Int64Array,
     extras: Int64Array,
     nodes: Nodes,
-    granules: Granules,
+    granules: GranuleState,
     freed: Int32Array,
 ) -> Any:
-    """End a step: lengths advance, full granules become findable. Returns the number of ``freed`` granules."""
+    """End a step: lengths advance, and full granules become findable. Returns the number of ``freed`` granules.
+
+    It takes the parts of `Holdings`, because a tuple inside a tuple costs a microsecond at every call.
+    """
+    holdings = Holdings(nodes, granules, freed)
     num_freed, first = 0, 0
     for b in range(batch):
         row, count = step.rows[b], step.counts[b]
-        if _holds(rows, row, mark):
-            length = rows.info[row, LENGTH]
-            rows.info[row, LENGTH] = length + count
-            rows.info[row, STATE] = OPEN
-            if rows.chain[row] != BROKEN:
+        if _holds(table, row, mark):
+            length = table.info[row, LENGTH]
+            table.info[row, LENGTH] = length + count
+            table.info[row, STATE] = OPEN
+            if table.chain[row] != BROKEN:
                 for i in range(count):
                     place = (length + i) & 7
-                    rows.pending[row, place] = tokens[first + i]
+                    table.pending[row, place] = tokens[first + i]
                     if place == 7:
                         index = (length + i) >> 3
-                        num_freed = _publish_full(rows, row, index, extras, nodes, granules, freed, num_freed)
+                        num_freed = _publish_full(table, row, index, extras, holdings, num_freed)
         first += count
     return num_freed
 
 
 @jit
 def _publish_full(
-    rows: Rows,
+    table: BlockTable,
     row: int,
     index: int,
     extras: Int64Array,
-    nodes: Nodes,
-    granules: Granules,
-    freed: Int32Array,
+    holdings: Holdings,
     num_freed: int,
 ) -> Any:
-    """The granule ``index`` of a row is full: publish it, or follow the one that holds the same already.
+    """Publish the full granule ``index`` of a row, or make it a twin if the same tokens are published already.
 
-    If it is in another granule the two are twins, see `add_twin`. Returns the new number of ``freed``.
+    Returns the new length of ``freed``; see `add_twin`.
     """
-    parent, uid = rows.chain[row], rows.origin[row, CHAIN_UID]
+    nodes, granules = holdings.nodes, holdings.granules
+    parent, uid = table.chain[row], table.origin[row, CHAIN_UID]
     if parent == BROKEN:
         return num_freed
-    if parent != ROOT and nodes.uid[parent] != uid:  # evicted meanwhile: nothing can follow it
-        rows.chain[row] = BROKEN
+    if parent != ROOT and nodes.uid[parent] != uid:  # it was evicted meanwhile, so nothing can follow it
+        table.chain[row] = BROKEN
         return num_freed
-    extra = extra_at(rows, extras, row, index)
-    node = find_node(nodes, uid, extra, rows.pending[row], 0)
-    granule = granule_at(rows, row, index)
+    extra = extra_at(table, extras, row, index)
+    node = find_node(nodes, uid, extra, table.pending[row], 0)
+    granule = granule_at(table, row, index)
     if node < 0:
-        node = publish(nodes, granules, parent, uid, extra, index, rows.pending[row], granule)
+        node = publish(nodes, granules, parent, uid, extra, index, table.pending[row], granule)
     elif nodes.granule[node] != granule:
-        num_freed = add_twin(nodes, granules, node, granule, freed, num_freed)
-    rows.chain[row], rows.origin[row, CHAIN_UID] = node, nodes.uid[node]
+        num_freed = add_twin(holdings, node, granule, num_freed)
+    table.chain[row], table.origin[row, CHAIN_UID] = node, nodes.uid[node]
     return num_freed
 
 
 @jit
 def attach_all(
-    rows: Rows,
-    granules: Granules,
+    table: BlockTable,
+    granules: GranuleState,
     step: StepArrays,
     num_need: int,
     starts: Int32Array,
@@ -358,11 +362,12 @@ def attach_all(
     ends: Int32Array,
     refused: Int32Array,
 ) -> Any:
-    """Give the rows that need blocks theirs, up to the first that did not get all of them; complete them if all did.
+    """Attach blocks to the rows that need them, up to the first that did not get all; if all did, complete them.
 
     Returns:
-        ``(i, num_refused, width)``: that row's place in ``step.work[0]`` (``num_need`` if there is none), how many
-        granules of rows with too few entries stand in ``refused``, and the widest row if all are complete.
+        ``(i, num_refused, width)``: the position of that first row in ``step.work[0]`` (``num_need`` if all got their
+        blocks), how many granules of rows with too few entries were written to ``refused``, and the entries of the
+        widest row if the rows are complete.
     """
     num_refused = 0
     for i in range(num_need):
@@ -372,10 +377,10 @@ def attach_all(
             continue
         if ends[i] > begin and starts[ends[i] - 1] < 0:
             return i, num_refused, 0
-        if not attach(rows, granules, step.rows[b], starts[begin : ends[i]], sizes[begin : ends[i]]):
+        if not attach(table, granules, step.rows[b], starts[begin : ends[i]], sizes[begin : ends[i]]):
             step.status[b] = ROW_FULL
             for k in range(begin, ends[i]):
                 for granule in range(starts[k], starts[k] + sizes[k]):
                     refused[num_refused] = granule
                     num_refused += 1
-    return num_need, num_refused, complete(rows, step, num_need)
+    return num_need, num_refused, complete(table, step, num_need)

@@ -1,4 +1,4 @@
-"""Where the keys and values of a cache lie: in host memory or on a CUDA device, as one array a tier for all layers."""
+"""The keys and values of a cache, in host memory or on a CUDA device: one array per tier for all layers."""
 
 from typing import Any, NamedTuple
 
@@ -15,17 +15,18 @@ from kvtoolkit.errors import UnsupportedError
 from kvtoolkit.formats.entry import GRANULE, MAX_BLOCK_GRANULES, TIER_COLD, TIER_HOT, TIER_WARM
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
-"""What the arrays are made of; bfloat16 as its bits."""
+"""NumPy dtypes of the arrays; bfloat16 is stored as its bits."""
 
 
 class Contents(NamedTuple):
-    """What some granules hold, in host memory; in the order in which they were listed."""
+    """The contents of granules in host memory, in the order in which the granules were listed."""
 
     key_values: NDArray[Any]
-    """``[num_layers, 2, n, num_kv_heads, 8, head_dim]`` of the hot ones."""
+    """``[num_layers, 2, n, num_kv_heads, 8, head_dim]`` contents of the hot granules."""
     warm: NDArray[np.uint8]
-    """``[num_layers, n, num_kv_heads, nbytes]`` of the blocks that the warm ones are of; ``cold`` alike."""
+    """``[num_layers, n, num_kv_heads, nbytes]`` contents of the blocks that have the warm granules."""
     cold: NDArray[np.uint8]
+    """The same for the cold granules."""
 
 
 class HostStorage:
@@ -33,9 +34,9 @@ class HostStorage:
 
     Attributes:
         key_values: ``[num_layers, 2, num_granules, num_kv_heads, 8, head_dim]``; keys, then values of each layer.
-        warm: ``[num_layers, num_blocks, num_kv_heads, nbytes]`` uint8; None: no such tier. ``cold`` alike.
-        keys: an `Operand` of each layer's keys; ``values`` alike.
-        quantized: the `QuantizedTiers` of each layer; None: there are none.
+        warm, cold: ``[num_layers, num_blocks, num_kv_heads, nbytes]`` uint8; None: no such tier.
+        keys, values: an `Operand` for each layer.
+        quantized: the `QuantizedTiers` of each layer; None: no quantized tiers.
         device: CUDA ordinal; -1 = host.
     """
 
@@ -60,11 +61,11 @@ class HostStorage:
                 for layer in range(config.num_layers)
             ]
 
-    def copy(self, sources: ArrayLike, targets: ArrayLike) -> None:
+    def copy_granules(self, sources: ArrayLike, targets: ArrayLike) -> None:
         """Copy granules to others, all layers; none is in both lists."""
         self._backend.copy_granules(self.key_values, sources, targets)
 
-    def convert(self, sources: Int32Array, targets: Int32Array) -> None:
+    def convert_tiles(self, sources: Int32Array, targets: Int32Array) -> None:
         """Write the tokens of tiles to other tiers; see `kvtoolkit.arrays.call.Backend.convert`."""
         self._backend.convert(self.key_values, self.warm, self.cold, self.first, sources, targets)
 
@@ -73,27 +74,27 @@ class HostStorage:
         return all_finite(self.key_values[:, :, granules])
 
     def read(self, granules: ArrayLike) -> Contents:
-        """A copy of granules and of the quantized blocks that they are of."""
-        hot, warm, cold = split(granules, self.first)
+        """A copy of the contents of granules; for quantized ones, of their whole blocks."""
+        hot, warm, cold = split_by_tier(granules, self.first)
         return Contents(self.key_values[:, :, hot], _take(self.warm, warm), _take(self.cold, cold))
 
     def write(self, granules: ArrayLike, contents: Contents) -> None:
-        """Fill granules with what `read` gave, of as many of each tier in the same order."""
-        hot, warm, cold = split(granules, self.first)
+        """Fill granules with what `read` has returned for as many granules of each tier, in the same order."""
+        hot, warm, cold = split_by_tier(granules, self.first)
         self.key_values[:, :, hot] = contents.key_values
         for blocks, held, which in ((self.warm, contents.warm, warm), (self.cold, contents.cold, cold)):
             if blocks is not None:
                 blocks[:, which] = held
 
     def sync(self) -> None:
-        """Wait until all that was asked is done."""
+        """Wait until all work is done."""
 
 
 class DeviceStorage:
-    """As `HostStorage`, with ``key_values`` a CuPy array on a device.
+    """The counterpart of `HostStorage` on a device; its arrays are CuPy arrays.
 
-    `copy` is asynchronous on the current stream (torch's where torch uses the GPU, else CuPy's); `read` and `write`
-    wait. Use one stream, or order several yourself.
+    `copy_granules` is asynchronous on the current stream, which is torch's if torch uses the GPU and CuPy's otherwise.
+    `read` and `write` wait. Use one stream, or order several yourself.
     """
 
     def __init__(self, config: CacheConfig) -> None:
@@ -116,7 +117,7 @@ class DeviceStorage:
         shape = shape_of(config)
         with cupy.cuda.Device(self.device):
             self.key_values: Any = cupy.zeros(shape, DTYPES[config.dtype])
-            cupy.cuda.runtime.deviceSynchronize()  # other streams may use it from now on
+            cupy.cuda.runtime.deviceSynchronize()  # because other streams may use it from now on
         strides = tuple(stride // self.key_values.itemsize for stride in self.key_values.strides)
         base, half = self.key_values.data.ptr, self.key_values.strides[1]
 
@@ -148,30 +149,30 @@ class DeviceStorage:
     def _described(self, array: Any) -> Operand:
         return Operand(array.data.ptr, array.shape, array.strides, "uint8", array, True, self.device)
 
-    def copy(self, sources: ArrayLike, targets: ArrayLike) -> None:
-        """See `HostStorage.copy`."""
+    def copy_granules(self, sources: ArrayLike, targets: ArrayLike) -> None:
+        """See `HostStorage.copy_granules`."""
         self._backend.copy_granules(self._arena, sources, targets)
 
-    def convert(self, sources: Int32Array, targets: Int32Array) -> None:
-        """See `HostStorage.convert`; asynchronous as `copy`. Tokens that hold an infinity or NaN become NaN."""
+    def convert_tiles(self, sources: Int32Array, targets: Int32Array) -> None:
+        """See `HostStorage.convert_tiles`; asynchronous as `copy`. Tokens that hold an infinity or NaN become NaN."""
         warm, cold = self._blocks
         self._backend.convert(self._arena, warm, cold, self.first, sources, targets)
 
     def all_finite(self, granules: Int32Array) -> bool:
-        """True: to know it the host would have to wait, so it is the conversion that deals with such tokens."""
+        """Always True: to know, the host would have to wait. The conversion deals with such tokens instead."""
         return True
 
     def read(self, granules: ArrayLike) -> Contents:
         """See `HostStorage.read`."""
         with self._on_current_stream() as cupy:
-            hot, warm, cold = (cupy.asarray(one) for one in split(granules, self.first))
+            hot, warm, cold = (cupy.asarray(one) for one in split_by_tier(granules, self.first))
             held: NDArray[Any] = self.key_values[:, :, hot].get()
             return Contents(held, _take(self.warm, warm), _take(self.cold, cold))
 
     def write(self, granules: ArrayLike, contents: Contents) -> None:
         """See `HostStorage.write`."""
         with self._on_current_stream() as cupy:
-            hot, warm, cold = (cupy.asarray(one) for one in split(granules, self.first))
+            hot, warm, cold = (cupy.asarray(one) for one in split_by_tier(granules, self.first))
             self.key_values[:, :, hot] = cupy.asarray(contents.key_values)
             for blocks, held, which in ((self.warm, contents.warm, warm), (self.cold, contents.cold, cold)):
                 if blocks is not None:
@@ -198,12 +199,12 @@ def make_storage(config: CacheConfig) -> Storage:
 
 
 def shape_of(config: CacheConfig) -> tuple[int, ...]:
-    """Of ``key_values``."""
+    """The shape of ``key_values``."""
     return (config.num_layers, 2, config.tier_granules[0], config.num_kv_heads, GRANULE, config.head_dim)
 
 
 def block_shapes(config: CacheConfig) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
-    """Of the arrays of the warm and the cold tier; None: no such tier."""
+    """The shapes of the warm and the cold array; None: no such tier."""
     formats = (None, None) if config.tier_config is None else config.tier_config.formats
     warm, cold = (
         None
@@ -214,8 +215,8 @@ def block_shapes(config: CacheConfig) -> tuple[tuple[int, ...] | None, tuple[int
     return warm, cold
 
 
-def split(granules: ArrayLike, first: tuple[int, int, int]) -> tuple[Int64Array, Int64Array, Int64Array]:
-    """The hot granules of a list, and the blocks of its warm and cold ones, each named once, in the list's order."""
+def split_by_tier(granules: ArrayLike, first: tuple[int, int, int]) -> tuple[Int64Array, Int64Array, Int64Array]:
+    """The hot granules of a list, and the blocks of its warm and cold ones, each once and in the list's order."""
     listed = np.asarray(granules, np.int64)
     tiers = np.searchsorted(np.array(first[1:]), listed, side="right")
     warm, cold = (_blocks_of(listed[tiers == tier] - first[tier]) for tier in (TIER_WARM, TIER_COLD))
@@ -224,12 +225,12 @@ def split(granules: ArrayLike, first: tuple[int, int, int]) -> tuple[Int64Array,
 
 def _blocks_of(granules: Int64Array) -> Int64Array:
     blocks = granules // MAX_BLOCK_GRANULES
-    once: Int64Array = blocks[np.diff(blocks, prepend=-1) != 0]  # the granules of a block stand one after another
+    once: Int64Array = blocks[np.diff(blocks, prepend=-1) != 0]  # the granules of a block are neighbours in the list
     return once
 
 
 def _take(blocks: Any, which: Any) -> NDArray[np.uint8]:
-    """A copy of blocks in host memory; nothing of no array."""
+    """A copy of blocks in host memory; empty if there is no array."""
     if blocks is None:
         return np.empty(0, np.uint8)
     held = blocks[:, which]

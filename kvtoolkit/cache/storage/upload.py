@@ -1,4 +1,4 @@
-"""The arrays of a step on their way to the device: one asynchronous copy a step."""
+"""Uploads the arrays of a step to the device, by one asynchronous copy."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ _ALIGNMENT = 256  # of each array: whole cache lines
 
 
 class DeviceTables(NamedTuple):
-    """The arrays of a step as CuPy arrays on the device; see `kvtoolkit.Step`."""
+    """The arrays of a step, as CuPy arrays on the device; see `kvtoolkit.Step`."""
 
     block_table: Any
     """``[batch, width]`` int32 entries"""
@@ -29,7 +29,7 @@ class DeviceTables(NamedTuple):
 
 
 class PinnedRing:
-    """Pinned buffers for copies to the device; one is written again when the copy out of it is done."""
+    """Pinned buffers for copies to the device. A buffer is reused once the copy out of it is done."""
 
     def __init__(self) -> None:
         self._pinned: list[Any] = [None] * _SLOTS
@@ -40,7 +40,7 @@ class PinnedRing:
         """Copy host arrays to CuPy arrays on CuPy's current stream, asynchronously.
 
         Args:
-            moves: ``(source, target)`` of the same dtype; a target of two axes may be larger, its first rows and
+            moves: ``(source, target)`` of the same dtype. A target with two axes may be larger; then its first rows and
                 columns are written.
         """
         offsets, end = _layout([source for source, _ in moves])
@@ -118,7 +118,7 @@ def _fill(buffer: NDArray[np.uint8], offset: int, array: NDArray[Any]) -> None:
 class Upload:
     """Copies the arrays of steps to a device, through pinned memory, on the current stream.
 
-    The device memory of a step is from CuPy's pool, which hands it out again in stream order. Thread-safe.
+    The device memory of a step comes from CuPy's pool, which reuses it in stream order. Thread-safe.
     """
 
     def __init__(self, device: int) -> None:
@@ -135,5 +135,5 @@ class Upload:
 
 
 def make_upload(backend: str, device: int) -> Callable[..., DeviceTables] | None:
-    """What brings the arrays of steps to where the kernels of a backend run; None on the CPU."""
+    """The `Upload` of a backend; None on the CPU."""
     return None if backend == "cpu" else Upload(device)

@@ -1,4 +1,4 @@
-"""When tiles go to colder tiers: a few each step, oldest first, or as many as a step needs that is short of room."""
+"""Moves tiles to colder tiers: a few in each step, oldest first, or as many as are needed to make room."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ import numpy as np
 from kvtoolkit.arrays.types import Int32Array, Int64Array
 from kvtoolkit.cache.state.block_manager import granules_of
 from kvtoolkit.cache.state.block_table import LENGTH, NUM_ENTRIES
-from kvtoolkit.cache.state.cache_state import Sequences
+from kvtoolkit.cache.state.cache_group import CacheGroup
 from kvtoolkit.cache.state.step_passes import StepArrays
 from kvtoolkit.cache.tiering import tile_moves
 from kvtoolkit.cache.tiering.rules import make_rule, set_bar
@@ -16,78 +16,77 @@ from kvtoolkit.config.tiers import TierConfig
 from kvtoolkit.formats.entry import MAX_BLOCK_GRANULES, TIER_COLD, TIER_HOT, TIER_WARM
 
 SPREAD = 32
-"""Steps over which the tiles that became due at once are spread, so that no step is much longer than another."""
+"""Tiles that became due together are spread over this many steps, so that all steps take about equally long."""
 _MOST_AT_ONCE = 64  # tiles that one call converts, all layers of each
 
 
 class Demoter:
-    """Moves tiles for one cache. The caller holds the lock."""
+    """Moves the tiles of one group. The caller holds the lock."""
 
-    def __init__(self, sequences: Sequences, config: TierConfig) -> None:
-        self._sequences = sequences
+    def __init__(self, group: CacheGroup, config: TierConfig) -> None:
+        self._group = group
         self._rule = make_rule(config)
         self._has_cold = config.cold is not None
         self._has_warm = config.warm is not None
         self._found = np.empty((256, 4), np.int64)
-        self._members = np.empty(sequences.config.max_seqs, np.int32)
+        self._members = np.empty(group.config.max_seqs, np.int32)
         self._planned: list[_Move] = []
-        self._moving = np.zeros(sequences.config.num_granules, np.bool_)
-        """Granules that planned moves will leave."""
-        self._freed = np.empty(8 * _MOST_AT_ONCE, np.int32)
+        self._moving = np.zeros(group.config.num_granules, np.bool_)
+        """``[num_granules]`` which granules the planned moves will leave."""
         self._num_freed_hot = 0
 
     def run(self, arrays: StepArrays, num_need: int) -> bool:
-        """Move what is due now, before the rows in ``arrays.work[0]`` get their blocks; whether anything moved."""
+        """Move what is due, before the rows in ``arrays.work[0]`` get their blocks; returns whether anything moved."""
         self._forget()
-        rows, pool = self._sequences.rows, self._sequences.pool
+        table, blocks = self._group.table, self._group.blocks
         missing = 0
         if num_need:
-            missing = int(tile_moves.count_missing(rows, arrays, num_need))
-            missing -= pool.allocator.num_free + pool.num_cached + 8 * len(pool.kept_back)
-        if missing <= 0 and not tile_moves.any_due(rows.info, rows.scanned):
+            missing = int(tile_moves.count_missing(table, arrays, num_need))
+            missing -= blocks.allocator.num_free + blocks.num_cached + 8 * len(blocks.reserve)
+        if missing <= 0 and not tile_moves.any_due(table.info, table.scanned):
             return False
         due = self._list_due(missing > 0)
         if not len(due):
             return False
-        share = min(self._sequences.config.migrate_budget, -(-len(due) // SPREAD))
+        share = min(self._group.config.migrate_budget, -(-len(due) // SPREAD))
         self._num_freed_hot = 0
         moved, left = 0, []
         for row, tile, _, is_hot in due.tolist():
-            # beyond its share a step moves only what makes room for it
+            # beyond its share, a step moves only what makes room for itself
             if moved < share or (is_hot and self._num_freed_hot < missing):
                 moved += self._demote(row, tile)
             else:
                 left.append(row)
         self._flush()
         done = np.setdiff1d(due[:, ROW], left)
-        rows.scanned[done] = rows.info[done, LENGTH] >> 6
+        table.scanned[done] = table.info[done, LENGTH] >> 6
         return moved > 0
 
     def _list_due(self, everything: bool) -> Int64Array:
         """What `list_due` finds, oldest first."""
-        rows = self._sequences.rows
+        table = self._group.table
         if self._rule.by_mass:
-            changed = tile_moves.list_changed(rows, everything, self._members)
+            changed = tile_moves.list_changed(table, everything, self._members)
             for row in self._members[:changed].tolist():
-                set_bar(rows, self._rule, row)
-        count = tile_moves.list_due(rows, self._rule, everything, self._found)
+                set_bar(table, self._rule, row)
+        count = tile_moves.list_due(table, self._rule, everything, self._found)
         if count > len(self._found):
             self._found = np.empty((2 * count, 4), np.int64)
-            count = tile_moves.list_due(rows, self._rule, everything, self._found)
+            count = tile_moves.list_due(table, self._rule, everything, self._found)
         found = self._found[:count]
         order: Int64Array = found[np.lexsort((found[:, TILE], found[:, ROW], -found[:, AGE]))]
         return order
 
     def _demote(self, row: int, tile: int) -> int:
-        """Move a tile to where it belongs, if all rows that share it can let it go; returns how many tiles moved."""
-        group = self._find_group(row, tile)
-        if not len(group.members) or group.wanted <= group.held:
+        """Move a tile to its tier, if all its sharers permit that; returns how many tiles moved."""
+        sharers = self._find_sharers(row, tile)
+        if not len(sharers.members) or sharers.wanted <= sharers.held:
             return 0
-        if group.held == TIER_HOT and not self._sequences.storage.all_finite(group.sources):
-            self._sequences.counters.num_unquantizable += 1
+        if sharers.held == TIER_HOT and not self._group.storage.all_finite(sharers.sources):
+            self._group.counters.num_unquantizable += 1
             return 0
-        goals = [group.wanted]
-        if group.wanted == TIER_COLD and group.held == TIER_HOT and self._has_warm:
+        goals = [sharers.wanted]
+        if sharers.wanted == TIER_COLD and sharers.held == TIER_HOT and self._has_warm:
             goals.append(TIER_WARM)
         cooled = 0
         for goal in goals:
@@ -96,108 +95,108 @@ class Demoter:
                 cooled = 1
                 block = self._room(goal)
             if block >= 0:
-                self._plan(group, tile, block, goal)
+                self._plan(sharers, tile, block, goal)
                 return cooled + 1
-        self._sequences.counters.num_failed_demotions += 1
+        self._group.counters.num_failed_demotions += 1
         return cooled
 
     def _cool_one(self, row: int) -> bool:
-        """Where the warm tier is full: move a warm tile of a row to the cold tier before its time."""
+        """Make room in the full warm tier: move a warm tile of a row to the cold tier early."""
         if not self._has_cold:
             return False
-        tile = int(tile_moves.first_to_cool(self._sequences.rows, self._rule, row))
+        tile = int(tile_moves.first_to_cool(self._group.table, self._rule, row))
         if tile < 0:
             return False
-        group = self._find_group(row, tile)
-        if not len(group.members) or (block := self._room(TIER_COLD)) < 0:
+        sharers = self._find_sharers(row, tile)
+        if not len(sharers.members) or (block := self._room(TIER_COLD)) < 0:
             return False
-        self._plan(group, tile, block, TIER_COLD)
+        self._plan(sharers, tile, block, TIER_COLD)
         return True
 
-    def _find_group(self, row: int, tile: int) -> "_Group":
-        """The rows that share a tile; empty if it must stay, or is about to move already."""
+    def _find_sharers(self, row: int, tile: int) -> "_Sharers":
+        """The sharers of a tile; without members if it must stay, or if a planned move has it already."""
         sources, members = np.empty(8, np.int32), self._members
-        rows, granules = self._sequences.rows, self._sequences.pool.granules
-        count, held, wanted = tile_moves.find_group(rows, granules, self._rule, row, tile, members, sources)
+        table, granules = self._group.table, self._group.blocks.granules
+        count, held, wanted = tile_moves.find_sharers(table, granules, self._rule, row, tile, members, sources)
         if count and self._planned:
-            if self._moving[sources].all():  # with this row, since a group has all rows that hold the 8 granules
+            if self._moving[sources].all():  # for this row too, because its sharers are known
                 count = 0
             elif self._may_clash(members[:count], sources):
                 self._flush()
-                count, held, wanted = tile_moves.find_group(rows, granules, self._rule, row, tile, members, sources)
-        return _Group(members[:count].copy(), held, wanted, sources)
+                count, held, wanted = tile_moves.find_sharers(table, granules, self._rule, row, tile, members, sources)
+        return _Sharers(members[:count].copy(), held, wanted, sources)
 
     def _may_clash(self, members: Int32Array, sources: Int32Array) -> bool:
-        """Whether planned moves take some of the granules, or may leave too few entries to one of the rows."""
-        rows = self._sequences.rows
-        most = rows.info[members, NUM_ENTRIES].max() + 2 * (len(self._planned) + 1)  # a move adds at most 2
-        return bool(self._moving[sources].any() or most > rows.entries.shape[1])
+        """Whether planned moves take some of the granules, or may leave too few entries to one of the table."""
+        table = self._group.table
+        most = table.info[members, NUM_ENTRIES].max() + 2 * (len(self._planned) + 1)  # a move adds at most 2
+        return bool(self._moving[sources].any() or most > table.entries.shape[1])
 
     def _room(self, tier: int) -> int:
-        """A block of a quantized tier, or -1."""
-        block = self._sequences.pool.take_block(tier)
+        """Take a block of a quantized tier; -1 if there is none."""
+        block = self._group.blocks.take_block(tier)
         if block < 0:
-            self._flush()  # frees what moves out of the tier
-            block = self._sequences.pool.allocate_block(tier)
+            self._flush()  # which frees what moves out of the tier
+            block = self._group.blocks.allocate_block(tier)
         return block
 
-    def _plan(self, group: "_Group", tile: int, block: int, tier: int) -> None:
-        """Have a tile moved by the next `_flush`."""
+    def _plan(self, sharers: "_Sharers", tile: int, block: int, tier: int) -> None:
+        """Let the next `_flush` move a tile."""
         if len(self._planned) == _MOST_AT_ONCE:
             self._flush()
-        pool = self._sequences.pool
-        self._planned.append(_Move(group, tile, block, tier))
-        self._moving[group.sources] = True
-        leaves = pool.granules.refs[group.sources] == len(group.members)
-        self._num_freed_hot += int(np.count_nonzero(leaves & (group.sources < pool.num_hot)))
+        blocks = self._group.blocks
+        self._planned.append(_Move(sharers, tile, block, tier))
+        self._moving[sharers.sources] = True
+        leaves = blocks.granules.refs[sharers.sources] == len(sharers.members)
+        self._num_freed_hot += int(np.count_nonzero(leaves & (sharers.sources < blocks.num_hot)))
 
     def _flush(self) -> None:
-        """Write the tokens of the planned moves to where they go, then let rows and index follow, and free the rest.
+        """Do the planned moves: convert the tokens, then change rows and index, then free the granules left.
 
         If the conversion raises, nothing has moved.
         """
-        moves, sequences = self._planned, self._sequences
+        moves, group = self._planned, self._group
         if not moves:
             return
-        sources = np.array([move.group.sources for move in moves], np.int32)
+        sources = np.array([move.sharers.sources for move in moves], np.int32)
         targets = granules_of(np.array([move.block for move in moves], np.int32)).reshape(-1, MAX_BLOCK_GRANULES)
-        sequences.convert(sources, targets, 64 * len(moves))
-        pool, num_freed = sequences.pool, 0
+        group.convert_tiles(sources, targets, 64 * len(moves))
+        blocks, num_freed = group.blocks, 0
         for move in moves:
             num_freed = tile_moves.change_tier(
-                sequences.rows, move.group.members, move.tile, move.block, move.tier, pool.nodes, pool.granules,
-                move.group.sources, self._freed, num_freed,
+                group.table, move.sharers.members, move.tile, move.block, move.tier, move.sharers.sources,
+                blocks.holdings, num_freed,
             )  # fmt: skip
         for move in moves:
             if move.tier == TIER_WARM:
-                sequences.counters.num_demoted_warm += 1
+                group.counters.num_demoted_warm += 1
             else:
-                sequences.counters.num_demoted_cold += 1
+                group.counters.num_demoted_cold += 1
         self._forget()
-        pool.free_granules(self._freed[:num_freed])
+        blocks.free_listed(num_freed)
 
     def _forget(self) -> None:
-        """Plan anew; also after a call that broke off."""
+        """Drop all plans, also those of a call that broke off."""
         if self._planned:
             self._planned = []
             self._moving[:] = False
 
 
-class _Group(NamedTuple):
-    """Rows that hold the same 8 granules at a tile."""
+class _Sharers(NamedTuple):
+    """The rows that hold the same 8 granules at a tile."""
 
     members: Int32Array
-    """Empty if the tile must stay where it is."""
+    """The rows; empty if the tile must stay where it is."""
     held: int
     wanted: int
-    """The hottest tier that the tile belongs in for any of them."""
+    """The hottest tier that any of them wants the tile in."""
     sources: Int32Array
 
 
 class _Move(NamedTuple):
-    """A tile that goes to a fresh block of a colder tier."""
+    """A planned move of a tile to a fresh block of a colder tier."""
 
-    group: _Group
+    sharers: _Sharers
     tile: int
     block: int
     tier: int

@@ -62,7 +62,7 @@ class Case:
 
     def _random(self, tokens: int, heads: int) -> np.ndarray:
         values = self.rng.standard_normal((tokens, heads, self.head_dim))
-        values[..., :3] *= 3.0  # a few channels that stand out, as those of real models do
+        values[..., :3] *= 3.0  # a few channels are larger, as those of real models do
         values[..., self.head_dim // 2] *= 30.0 if heads == self.num_kv_heads else 0.1
         return to_storage(values, self.dtype)
 

@@ -115,7 +115,7 @@ def test_verify_with_every_option(options, head_dim, dtype):
 @pytest.mark.parametrize("group_size", [1, 2, 4, 5, 7, 8, 12, 16])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_every_group_size(head_dim, group_size):
-    # with one head to a group the cases' queries stand out where their keys do: scores of hundreds
+    # with one head to a group the cases' queries are large where their keys are: scores of hundreds
     options = {"softmax_scale": 1e-3} if group_size == 1 else {}
     for new in (None, [8, 1, 5]):
         check(TieredCase([70, 1, 300], new, num_q_heads=2 * group_size, head_dim=head_dim, dtype="float16"), **options)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kvtoolkit import ArgumentError, CacheConfig, KVCache, ShapeError, UnsupportedError
+from kvtoolkit import ArgumentError, CacheConfig, KVCache, ShapeError, StepError, UnsupportedError
 
 NUM_LAYERS, NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM, NUM_TOKENS = 2, 4, 2, 16, 11
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}  # NumPy has no bfloat16, only its bits
@@ -29,7 +29,7 @@ def arrays(dtype="float32", layer=0):
 
 
 def as_float64(array):
-    """Of an array, the words of a bfloat16 array, or a tensor."""
+    """An array, the words of a bfloat16 array, or a tensor, in float64."""
     if not isinstance(array, np.ndarray):
         return array.double().numpy()
     if array.dtype == np.uint16:
@@ -158,3 +158,27 @@ def test_options_are_checked_after_a_good_call_too():
         step.attend(2, q)
     with pytest.raises(ArgumentError, match="layer: expected 0 to 1, got -1"):
         step.append(-1, key, value)
+
+
+def test_a_layer_is_not_attended_before_its_append():
+    cache, step = make()
+    key, value, q = arrays()
+    step.append(0, key, value)
+    out = step.attend(0, q)
+    with pytest.raises(StepError, match="layer: expected one that this step has appended to, got 1"):
+        step.attend(1, q)
+    with pytest.raises(ArgumentError, match="layer: expected 0 to 1, got 2"):
+        step.attend(2, q)
+    step.append(1, key, value)
+    np.testing.assert_array_equal(step.attend(1, q), out)
+    cache.end_step(step)
+
+
+def test_an_engine_that_writes_the_cache_itself_attends_without_appends():
+    cache, step = make()
+    key, value, q = arrays()
+    for layer in range(NUM_LAYERS):
+        for cached, new in ((cache.key_cache(layer), key), (cache.value_cache(layer), value)):
+            cached[step.slot_mapping // 8, :, step.slot_mapping % 8] = new
+        np.testing.assert_allclose(step.attend(layer, q), expected(key, value, q), rtol=1e-5, atol=1e-6)
+    cache.end_step(step)

@@ -221,7 +221,7 @@ def test_growth_policies_hold_the_room_they_say(growth, expected):
 
 def test_lazy_merge_turns_eight_blocks_into_one_of_64():
     cache = make(growth="lazy_merge", num_tokens=4096)
-    seq_ids, _ = cache.open([[1], [1]])  # two of them, so that their blocks do not lie side by side
+    seq_ids, _ = cache.open([[1], [1]])  # two of them, so that their blocks are not neighbours
     decode(cache, seq_ids, 130)
     stats = cache.stats()
     assert (stats.num_merges, stats.copied_tokens) == (4, 256)

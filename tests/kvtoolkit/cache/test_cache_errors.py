@@ -1,5 +1,8 @@
 """Every misuse of a cache is refused by name, and leaves the cache as it was."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 
@@ -131,9 +134,10 @@ def test_wrong_arrays_are_refused_and_nothing_is_written(cache, call, error, mes
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
-        ([1], r"token_ids: expected \[2\], one for every new token, got \[1\]"),
-        ([[1, 2]], r"token_ids: expected \[2\]"),
+        ([1], r"token_ids: expected 2 integers, one for every new token, got shape \[1\]"),
+        ([[1, 2]], r"token_ids: expected 2 integers, .* got shape \[1, 2\]"),
         ([1.0, 2.0], "token_ids: expected integers, got float64"),
+        ([1, True], "token_ids: expected integers, got a bool among them"),
     ],
 )
 def test_wrong_token_ids_leave_the_step_open(cache, tokens, message):
@@ -231,3 +235,20 @@ def test_an_ended_lease_is_refused(cache):
     lease.abort()
     with pytest.raises(SequenceError, match="expected an open lease, got one that has ended"):
         lease.commit()
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_cache_cannot_be_copied_and_says_what_can(cache, duplicate):
+    with pytest.raises(
+        TypeError, match=r"KVCache: cannot be copied or pickled; KVCache\.from_snapshot\(.*snapshot\(\)"
+    ):
+        duplicate(cache)
+    cache.check_integrity()
+
+
+@pytest.mark.parametrize("tokens", [[1, True], (True, 2), [1, np.True_]])
+def test_bools_among_integers_are_refused(cache, tokens):
+    with pytest.raises(ArgumentError, match=r"prompts\[0\]: expected integers, got a bool"):
+        cache.open([tokens])
+    with pytest.raises(ArgumentError, match="num_new_tokens: expected integers, got a bool"):
+        cache.begin_step(cache.open([[], []])[0], tokens)

@@ -172,7 +172,7 @@ def test_a_copy_that_raises_loses_nothing(what, monkeypatch):
         raise MemoryError("no scratch")
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache._sequences, "copy", fail)
+        patch.setattr(cache._state.group, "copy_granules", fail)
         calls = {
             "fork": lambda: cache.fork(seq_ids, 1),
             "truncate": lambda: cache.truncate(forks, [13, 13]),

@@ -68,7 +68,7 @@ class CacheMachine(RuleBasedStateMachine):
         return array.astype(self.dtype)
 
     def get(self, array):
-        """What lies in the cache as a NumPy array."""
+        """An array of the cache as a NumPy array."""
         return array
 
     def key_of(self, tokens, layer):
@@ -389,7 +389,7 @@ def tiered_fields(config: dict) -> dict:
 
 
 class TierMachine(CacheMachine):
-    """As the machine above, with what is older than 64 tokens quantized."""
+    """The machine above, with tokens older than the last 64 quantized."""
 
     head_dim: ClassVar[int] = 64
     superblocks: ClassVar[list[int]] = [8, 16, 30, 60]

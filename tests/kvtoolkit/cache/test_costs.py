@@ -9,7 +9,7 @@ from kvtoolkit import ArgumentError, CacheConfig, KVCache
 from kvtoolkit.bench import costs
 from kvtoolkit.cache import compaction
 from kvtoolkit.cache.state import block_table
-from kvtoolkit.cache.state.block_manager import Pool
+from kvtoolkit.cache.state.block_manager import BlockManager
 from kvtoolkit.cache.state.ledger import Ledger
 from kvtoolkit.commands import cli
 
@@ -35,7 +35,7 @@ def fragmented():
 
 def windows_of(cache):
     """Every tile that could be merged, found by looking at each."""
-    table, granules = cache._sequences.rows, cache._sequences.pool.granules
+    table, granules = cache._state.group.table, cache._state.group.blocks.granules
     found = []
     for row in np.flatnonzero(table.info[:, 1] == 1).tolist():
         for end in range(8, int(table.info[row, 2] >> 3) + 1, 8):
@@ -58,7 +58,7 @@ def test_looking_for_tiles_to_merge_goes_on_where_it_stopped_and_misses_none(lim
     cache, _ = fragmented()
     expected = windows_of(cache)
     assert len(expected) > 12
-    table, granules, cursor = cache._sequences.rows, cache._sequences.pool.granules, np.zeros(2, np.int64)
+    table, granules, cursor = cache._state.group.table, cache._state.group.blocks.granules, np.zeros(2, np.int64)
     found, out = [], np.empty((most, 2), np.int32)
     for _ in range(100_000):
         before = cursor.tolist()
@@ -134,7 +134,7 @@ def test_room_in_single_granules_is_asked_for_at_once(monkeypatch):
     take = Ledger.take
     monkeypatch.setattr(Ledger, "take", lambda *arguments, **named: calls.append(1) or take(*arguments, **named))
     cache.close(seq_ids[1:])
-    assert cache._sequences.pool.fit(200) is not None
+    assert cache._state.group.blocks.fit(200) is not None
     assert len(calls) < 20
 
 
@@ -144,8 +144,8 @@ def test_rows_that_need_as_much_as_a_refused_one_are_refused_unseen_and_smaller_
     step(cache, long, 4096 - 8 * 20)
     waiting, _ = cache.open([[]] * 50)
     calls = []
-    fit = Pool.fit
-    monkeypatch.setattr(Pool, "fit", lambda pool, needed: calls.append(needed) or fit(pool, needed))
+    fit = BlockManager.fit
+    monkeypatch.setattr(BlockManager, "fit", lambda pool, needed: calls.append(needed) or fit(pool, needed))
     with cache.begin_step(waiting, [8 * 30] * 20 + [8 * 21] * 20 + [8 * 6] * 10) as open_step:
         assert open_step.ok.tolist() == [False] * 40 + [True] * 3 + [False] * 7
     assert len(calls) < 10

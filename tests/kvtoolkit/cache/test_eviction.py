@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from kvtoolkit import CacheConfig, CacheFullError, KVCache
-from kvtoolkit.cache.state.block_manager import Pool
+from kvtoolkit.cache.state.block_manager import BlockManager
 
 HERE = "tests.kvtoolkit.cache.test_eviction"
 WHOLE = {
@@ -93,7 +93,7 @@ class Model:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_evictions_follow_the_policy(policy, monkeypatch):
     evicted = []
-    evict = Pool.evict
+    evict = BlockManager.evict
 
     def checked(pool, wanted, tier=0):
         model, most = Model(pool, POLICIES[policy]), pool.num_cached
@@ -102,7 +102,7 @@ def test_evictions_follow_the_policy(policy, monkeypatch):
         evicted.append(wanted if done else 0)
         return done
 
-    monkeypatch.setattr(Pool, "evict", checked)
+    monkeypatch.setattr(BlockManager, "evict", checked)
     cache = make(growth="append", eviction=policy)
     random = np.random.default_rng(7)
     prompts = [random.integers(0, 3, size).repeat(8).tolist() for size in random.integers(1, 12, 40)]

@@ -87,8 +87,8 @@ def disarmed():
 
 def break_part(world, part):
     """Let the storage of a cache pass the trap."""
-    if part in ("copy", "convert", "read", "write"):
-        storage = world.cache._sequences.storage
+    if part in ("copy_granules", "convert_tiles", "read", "write"):
+        storage = world.cache._state.group.storage
         inner = getattr(storage, part)
 
         def call(*args):
@@ -125,7 +125,7 @@ def fail_everywhere(config, parts, when, error, *, exact=True, every=1):
     return counts
 
 
-ALL = ("allocate", "free", "score", "copy", "convert", "read", "write")
+ALL = ("allocate", "free", "score", "copy_granules", "convert_tiles", "read", "write")
 
 
 @pytest.mark.parametrize(("when", "error"), [("before", MemoryError), ("after", RuntimeError), ("before", Interrupted)])

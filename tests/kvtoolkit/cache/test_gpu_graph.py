@@ -290,7 +290,7 @@ def test_a_run_that_is_over_or_a_layer_that_comes_twice_is_refused():
         run.append(1, key, key)
         fixed.begin()
         for call in (lambda: run.append(1, key, key), lambda: run.attend(1, key)):
-            with pytest.raises(StepError, match="expected the run that `GraphStep.begin` gave last"):
+            with pytest.raises(StepError, match="expected the run that `GraphStep.begin` returned last"):
                 call()
 
 

@@ -87,7 +87,7 @@ def test_masses_are_collected_every_few_steps_of_decoding():
     cache = make({**TIERS, "demote": "mass"}, dtype="float16", backend="cuda")
     random = np.random.default_rng(0)
     seq_ids, _ = cache.open([[]] * 2)
-    masses = cache._sequences.rows.masses
+    masses = cache._state.group.table.masses
     for number in range(DEVICE_PERIOD + 1):
         step = cache.begin_step(seq_ids, [500, 200] if number == 0 else 1)
         fill(cache, step, random, len(step.slot_mapping))

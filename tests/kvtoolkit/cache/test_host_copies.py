@@ -42,12 +42,12 @@ def resume(cache):
 
 
 def refs(cache):
-    return cache._sequences.pool.granules.refs
+    return cache._state.group.blocks.granules.refs
 
 
 def count_written(cache, monkeypatch):
     """A list that receives the number of granules of each write to the storage."""
-    written, storage = [], cache._sequences.storage
+    written, storage = [], cache._state.group.storage
     write = storage.write
 
     def counting(granules, contents):
@@ -67,7 +67,7 @@ def test_what_preempted_sequences_shared_is_saved_and_restored_once(name, betwee
     for group in [ids] if at_once else [[seq] for seq in ids]:
         cache.preempt(group, "host")
     num_granules = 300 // 8 + 8 * 3  # what they share, and two or three of each: 300 % 8 + 13 tokens
-    assert sum(1 if copy.tier == 0 else 8 for copy in cache._sequences.copies._made.values()) == num_granules
+    assert sum(1 if copy.tier == 0 else 8 for copy in cache._state.group.copies._made.values()) == num_granules
     overwrite(cache)
     cache = between(cache)
     written = count_written(cache, monkeypatch)
@@ -80,7 +80,7 @@ def test_what_preempted_sequences_shared_is_saved_and_restored_once(name, betwee
     assert cache.stats().num_tokens == held
     assert name == "tiers" or sum(written) == num_granules  # cold tiles were not overwritten
     cache.close(ids)
-    assert not len(cache._sequences.copies._made)
+    assert not len(cache._state.group.copies._made)
 
 
 @pytest.mark.parametrize("between", [lambda cache: cache, resume], ids=["stays", "snapshot"])
@@ -89,7 +89,7 @@ def test_what_another_sequence_still_holds_is_taken_back(name, between, monkeypa
     cache, ids = beams(name)
     before = [seen(cache, seq) for seq in ids]
     cache.preempt(ids[1:], "host")
-    cache.compact(10**6)  # it may lie elsewhere meanwhile
+    cache.compact(10**6)  # it may move meanwhile
     cache = between(cache)
     written = count_written(cache, monkeypatch)
     assert cache.restore(ids[1:]).all()
@@ -162,12 +162,12 @@ def test_what_was_written_anew_or_quantized_meanwhile_is_not_taken_back(name, ch
     change(cache, seq)
     if evicts:
         overwrite(cache)
-    tiers = cache._sequences.pool.granules.first[1]
+    tiers = cache._state.group.blocks.granules.first[1]
     assert cache.restore([other]).all()
     cache.check_integrity()
     assert seen(cache, other) == before
     row = other & ((1 << 20) - 1)
-    entries = cache._sequences.rows.entries[row]
+    entries = cache._state.group.table.entries[row]
     assert ((entries[entries >= 0] & 0xFFFFFF) < tiers).all()  # as exact as it went
     cache.close([seq, other])
     cache.check_integrity()
@@ -239,10 +239,10 @@ def test_keep_free_is_a_number_of_tokens(keep_free):
 def test_a_snapshot_holds_quantized_blocks_of_which_only_a_part_is_still_cached():
     cache, ids = beams("tiers", count=1)
     cache.close(ids)
-    pool = cache._sequences.pool
+    pool = cache._state.group.blocks
     cached = np.flatnonzero((pool.granules.node >= 0) & (np.arange(pool.num_granules) >= pool.first[1]))
     (middle,) = cached[cached % 8 == 4][:1]
-    pool.free_listed(unpublish(pool.nodes, pool.granules, pool.granules.node[middle], pool.freed, 0))
+    pool.free_listed(unpublish(pool.holdings, pool.granules.node[middle], 0))
     cache.check_integrity()
     again = resume(cache)
     assert again.stats().cached == cache.stats().cached

@@ -161,7 +161,7 @@ def test_a_step_that_was_open_when_prefixes_were_cleared_publishes_nothing():
 
 def test_salts_and_extra_keys_that_nothing_uses_are_forgotten():
     cache = make(num_tokens=64, max_seqs=2)
-    identities = cache._sequences.identities
+    identities = cache._state.identities
     for i in range(3 * FEWEST):
         seq_ids, _ = begin(cache, [1] * 8, salt=i, extra_keys=[[(0, i), (9, i)]])
         if i % 500 == 0:

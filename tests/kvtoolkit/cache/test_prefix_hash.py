@@ -10,7 +10,7 @@ from kvtoolkit.cache.state.prefix_index import (
     ROOT,
     ROOT_UID,
     find_node,
-    make_granules,
+    make_granule_state,
     make_nodes,
     publish,
     rehash,
@@ -34,7 +34,7 @@ def tokens_of(family):
 
 def index_of(tokens):
     """An index with one node for each row of tokens, all at the root."""
-    nodes, granules = make_nodes(NUM_NODES), make_granules(NUM_NODES, (0, NUM_NODES, NUM_NODES))
+    nodes, granules = make_nodes(NUM_NODES), make_granule_state(NUM_NODES, (0, NUM_NODES, NUM_NODES))
     for granule, row in enumerate(tokens):
         publish(nodes, granules, ROOT, ROOT_UID, NO_EXTRA, 0, row, granule)
     return nodes

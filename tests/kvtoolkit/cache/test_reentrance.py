@@ -180,7 +180,7 @@ def test_a_cache_has_no_cycle_that_keeps_its_memory():
     put(cache, cache.open([[]])[0], [[1] * 9])
     gc.disable()
     try:
-        reference = weakref.ref(cache._sequences.storage)
+        reference = weakref.ref(cache._state.group.storage)
         del cache
         assert reference() is None
     finally:
@@ -333,7 +333,7 @@ def test_repair_says_what_other_calls_have_put_in_order(monkeypatch):
     cache = make()
     seq_ids, _ = cache.open([[]])
     put(cache, seq_ids, [[1] * 9])
-    pool = cache._sequences.pool.allocator
+    pool = cache._state.group.blocks.allocator
 
     def grant_and_give_up(*arguments, **options):
         type(pool).allocate(pool, *arguments, **options)

@@ -28,9 +28,9 @@ MASSES = {"hot": 64, "warm": "int8", "cold": "int4", "demote": "mass", "warm_tok
 )
 def test_the_estimate_is_what_the_tables_take(fields):
     cache = KVCache(config(**fields))
-    sequences = cache._sequences
-    rows = sum(array.nbytes for array in sequences.rows)
-    index = sum(array.nbytes for array in (*sequences.pool.nodes, *sequences.pool.granules))
+    group = cache._state.group
+    rows = sum(array.nbytes for array in group.table)
+    index = sum(array.nbytes for array in (*group.blocks.nodes, *group.blocks.granules))
     assert table_nbytes(cache.config) == (pytest.approx(rows, rel=0.02), pytest.approx(index, rel=0.05))
 
 

@@ -13,9 +13,9 @@ def test_every_slot_is_in_one_place_whatever_was_called(name):
         world = make_world(**CONFIGS[name])
         call(world)
         stats = world.cache.stats()
-        refs = world.cache._sequences.pool.granules.refs
+        refs = world.cache._state.group.blocks.granules.refs
         assert stats.used == 8 * np.count_nonzero(refs)
-        assert stats.callers == 8 * np.count_nonzero(world.cache._sequences.pool.ledger.callers)
+        assert stats.callers == 8 * np.count_nonzero(world.cache._state.group.blocks.ledger.callers)
         for one in (stats, *stats.tiers.values()):
             assert accounted(one) == one.capacity
         assert stats.reused_tokens <= stats.prompt_tokens
@@ -64,7 +64,7 @@ def test_waste_counts_what_is_shared_once():
 )
 @pytest.mark.parametrize("shared", [17, 40])
 def test_what_counts_as_cached_can_be_had(fields, shared):
-    """Of a block that a sequence holds a part of, the rest is not to be had: it is pinned, not cached."""
+    """If a sequence holds a part of a block, nobody can get the rest: it is pinned, not cached."""
     cache = make(num_tokens=512, max_seqs=64, **fields)
     first, _ = cache.open([[]])
     begin(cache, first, 64)

@@ -55,7 +55,7 @@ def settle(cache, seq_ids):
 def tiers_of(cache, seq_id):
     """The tier of each granule of a sequence, those of one tile as one letter (h, w, c)."""
     row = seq_id & 0xFFFFF
-    entries = cache._sequences.rows.entries[row]
+    entries = cache._state.group.table.entries[row]
     _, sizes, tiers = unpack_entries(entries[entries >= 0])
     granules = "".join("hwc"[tier] * size for tier, size in zip(tiers, sizes, strict=True))
     length = int(cache.lengths([seq_id])[0])
@@ -65,7 +65,7 @@ def tiers_of(cache, seq_id):
 def read(cache, seq_id):
     """The tokens of a sequence as its keys tell them; positions and values are checked."""
     row = seq_id & 0xFFFFF
-    entries = cache._sequences.rows.entries[row]
+    entries = cache._state.group.table.entries[row]
     length = int(cache.lengths([seq_id])[0])
     caches = cache.tier_caches(NUM_LAYERS - 1)
     pieces = [np.zeros((2, 0, HEAD_DIM))]
@@ -229,7 +229,7 @@ def test_a_row_without_entries_for_a_split_keeps_its_tile_hot(max_entries, lette
     (seq,), _ = cache.open([[]])
     feed(cache, [seq], [range(40)])
     child = int(cache.fork([seq], 1)[0, 0])
-    assert feed(cache, [child], [range(40, 360)]).all()  # 6 entries, of which all but the first lie across two tiles
+    assert feed(cache, [child], [range(40, 360)]).all()  # 6 entries, of which all but the first span two tiles
     settle(cache, [seq, child])
     assert tiers_of(cache, child) == letters
     assert read(cache, child) == list(range(360))
@@ -242,7 +242,7 @@ def test_tables_grow_with_the_entries_of_a_split():
     child = int(cache.fork([seq], 1)[0, 0])
     feed(cache, [child], [range(40, 1000)])
     with cache.begin_step([child], 0) as step:
-        entries = cache._sequences.rows.entries[child & 0xFFFFF]
+        entries = cache._state.group.table.entries[child & 0xFFFFF]
         held = entries[entries >= 0]
         assert len(held) == 17  # one more than the tables of the step before were wide
         assert step.block_table[0, :17].tolist() == held.tolist()
@@ -349,11 +349,11 @@ def test_what_finds_no_room_in_its_tier_stays_preempted():
     settle(cache, seq_ids[:1])
     before = tiers_of(cache, seq_ids[0])
     cache.preempt(seq_ids[:1], "host")
-    taken = cache._sequences.pool.allocators[2].allocate([8] * (cache.stats().tiers["cold"].free // 64))
+    taken = cache._state.group.blocks.allocators[2].allocate([8] * (cache.stats().tiers["cold"].free // 64))
     free = cache.stats().tiers["hot"].free, cache.stats().tiers["warm"].free
     assert not cache.restore(seq_ids[:1]).any()
     assert (cache.stats().tiers["hot"].free, cache.stats().tiers["warm"].free) == free
-    cache._sequences.pool.allocators[2].free(taken, [8] * len(taken))
+    cache._state.group.blocks.allocators[2].free(taken, [8] * len(taken))
     assert cache.restore(seq_ids[:1]).all()
     cache.check_integrity()
     assert tiers_of(cache, seq_ids[0]) == before
@@ -394,7 +394,7 @@ def no_conversions(cache, monkeypatch):
         raise MemoryError("boom")
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache._sequences.storage, "convert", fail)
+        patch.setattr(cache._state.group.storage, "convert_tiles", fail)
         yield
 
 
@@ -450,9 +450,9 @@ def test_a_refused_end_of_a_step_counts_no_masses():
         for _ in range(2):
             with pytest.raises(ArgumentError):
                 cache.end_step(step, [1, 2])
-            assert (cache._sequences.rows.masses == 0).all()
+            assert (cache._state.group.table.masses == 0).all()
         cache.end_step(step)
-    masses = cache._sequences.rows.masses[seq & 0xFFFFF]
+    masses = cache._state.group.table.masses[seq & 0xFFFFF]
     assert (masses[:2] > 0).all()
     cache.truncate([seq], [64])
     assert masses[0] > 0
@@ -464,7 +464,7 @@ def test_masses_that_are_no_numbers_do_not_stay():
     (seq,), _ = cache.open([[]])
     with attended_step(cache, seq, np.full_like(keys_of(range(100)), np.nan)) as step:
         cache.end_step(step)
-    assert np.isfinite(cache._sequences.rows.masses).all()
+    assert np.isfinite(cache._state.group.table.masses).all()
 
 
 def test_a_truncation_whose_conversion_raised_loses_nothing(monkeypatch):
@@ -589,7 +589,7 @@ def test_a_step_reads_tiles_where_they_are_now():
     feed(cache, [seq], [range(640)])
     for _ in range(5):
         with cache.begin_step([seq], 1) as step:
-            entries = cache._sequences.rows.entries[seq & 0xFFFFF]
+            entries = cache._state.group.table.entries[seq & 0xFFFFF]
             held = entries[entries >= 0]
             assert step.block_table[0, : len(held)].tolist() == held.tolist()
     assert cache.stats().converted_tokens == 5 * 64
@@ -680,7 +680,7 @@ def test_by_mass_rows_that_share_a_tile_keep_it_as_warm_as_one_of_them_wants_it(
     (seq,), _ = cache.open([[]])
     attend_steps(cache, [seq], 10, read_tile=3, chunk=64)
     child = int(cache.fork([seq], 1)[0, 0])
-    attend_steps(cache, [child], 256)  # looks at all tokens alike
+    attend_steps(cache, [child], 256)  # looks at all tokens equally
     attend_steps(cache, [seq], 256, read_tile=3)
     settle(cache, [seq, child])
     assert tiers_of(cache, seq)[3] == tiers_of(cache, child)[3] == "w"
@@ -695,11 +695,11 @@ def test_masses_travel_with_snapshots_and_reordered_rows():
     seq_ids, _ = cache.open([[], []])
     attend_steps(cache, seq_ids[:1], 6, read_tile=3, chunk=64)
     cache.reorder(seq_ids, [0, 0])
-    masses = cache._sequences.rows.masses
+    masses = cache._state.group.table.masses
     assert (masses[seq_ids & 0xFFFFF, 3] > 0).all()
     cache = KVCache.from_snapshot(cache.config, cache.snapshot())
     attend_steps(cache, seq_ids[1:], 6, read_tile=3, chunk=64)
-    masses = cache._sequences.rows.masses
+    masses = cache._state.group.table.masses
     assert masses[seq_ids[0] & 0xFFFFF].argmax() == 3
     assert masses[seq_ids[1] & 0xFFFFF].argmax() == 3
     settle(cache, seq_ids)

@@ -139,7 +139,7 @@ def test_help_of_a_command_is_its_own(capsys):
 
 
 class Refusing:
-    """Stands in for FlashInfer's wrapper: one of its backends has no kernel for the shape."""
+    """Takes the place of FlashInfer's wrapper: one of its backends has no kernel for the shape."""
 
     def __init__(self, workspace, layout, *, use_tensor_cores, backend):
         self.name = ("fa2" if use_tensor_cores else "cuda cores") if backend in ("auto", "fa2") else backend

@@ -7,13 +7,13 @@ from kvtoolkit.config.eviction import LRU
 
 
 class Answers(BuddyAllocator):
-    """Answers as it should until ``lie`` is set: a function of the starts and sizes of a grant."""
+    """Answers as it should until ``distort`` is set: a function of the starts and sizes of a grant."""
 
-    lie = None
+    distort = None
 
     def allocate(self, sizes, *, partial=False):
         starts = super().allocate(sizes, partial=partial)
-        return starts if self.lie is None or not len(starts) else self.lie(starts.copy(), np.array(sizes))
+        return starts if self.distort is None or not len(starts) else self.distort(starts.copy(), np.array(sizes))
 
 
 class Sorts(BuddyAllocator):

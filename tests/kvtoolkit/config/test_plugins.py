@@ -63,8 +63,8 @@ def test_what_is_no_class_with_the_methods_is_refused_and_not_called(spec, field
 def test_missing_methods_are_named_when_the_configuration_is_made(field):
     with pytest.raises((ConfigError, UnknownAllocatorError), match="to have stats, check_integrity, snapshot, restore"):
         named(f"{HERE}:NoAllocator")[field]()
-    with pytest.raises((ConfigError, UnknownAllocatorError), match="_allocate, _free.*which HostAllocator lacks"):
-        named("allocators.protocol:HostAllocator")[field]()
+    with pytest.raises((ConfigError, UnknownAllocatorError), match="_allocate, _free.*which AllocatorBase lacks"):
+        named("allocators.protocol:AllocatorBase")[field]()
 
 
 def test_a_policy_without_a_score_is_named_when_the_configuration_is_made():
@@ -152,6 +152,8 @@ def test_a_factory_that_makes_no_allocator_is_named(own_names):
         (lambda: eviction.register("a b", bad_plugins.factory), "name: expected an identifier, got 'a b'"),
         (lambda: eviction.register("mine", 7), "factory: expected a class or a function, got 7"),
         (lambda: growth.register("lazy"), "policy: expected a GrowthPolicy, got 'lazy'"),
+        (lambda: eviction.register("lfu", bad_plugins.factory), "name: 'lfu' is a built-in policy.*replace=True"),
+        (lambda: growth.register(GrowthPolicy("append", FIXED)), "policy: 'append' is a built-in policy.*replace=True"),
         (lambda: GrowthPolicy("a b", FIXED), "expected an identifier as name, got 'a b'"),
         (lambda: GrowthPolicy("mine", 7), "growth policy mine: expected a rule of this module, got 7"),
         (lambda: GrowthPolicy("mine", FIXED, tail=0), "expected tail to be 1, 2, 4 or 8 granules, got 0"),
@@ -166,6 +168,19 @@ def test_a_factory_that_makes_no_allocator_is_named(own_names):
 def test_what_cannot_be_registered_is_named(call, message, own_names):
     with pytest.raises(ConfigError, match=message):
         call()
+
+
+def test_names_that_are_not_built_in_may_be_registered_again_and_built_in_ones_on_purpose(own_names):
+    for factory in (eviction.LFU, bad_plugins.factory):
+        eviction.register("mine", factory)
+    assert eviction._POLICIES["mine"] is bad_plugins.factory
+    eviction.register("lru", eviction.LFU, replace=True)
+    assert isinstance(eviction.eviction_policy("lru"), eviction.LFU)
+    for tail in (1, 2):
+        growth.register(GrowthPolicy("mine", FIXED, tail=tail))
+    assert growth.growth_policy("mine").tail == 2
+    growth.register(GrowthPolicy("append", FIXED, tail=2), replace=True)
+    assert growth.growth_policy("append").tail == 2
 
 
 def test_a_registered_growth_policy_is_followed(own_names):
@@ -243,10 +258,10 @@ def test_nonsense_of_an_allocator_is_refused_by_every_call_that_asks_for_blocks(
     if call == "truncate":
         cache.fork(seq_ids, 1)
     lengths = cache.lengths(seq_ids).tolist()
-    cache.allocator.inner.lie = LIES[lie]
+    cache.allocator.inner.distort = LIES[lie]
     with pytest.raises(ConfigError, match="allocator: expected Answers.allocate to return"):
         calls(cache, seq_ids)[call]()
-    cache.allocator.inner.lie = None
+    cache.allocator.inner.distort = None
     assert cache.lengths(seq_ids).tolist() == lengths
     if call != "restore":
         step_of(cache, seq_ids, 1)
@@ -260,13 +275,13 @@ def test_blocks_granted_again_are_refused_within_a_call_and_between_calls():
     ):
         cache = KVCache(config(allocator=f"{HERE}:Answers", block_sizes=(8,)))
         seq_ids, _ = cache.open([[]])
-        cache.allocator.inner.lie = lie
+        cache.allocator.inner.distort = lie
         with pytest.raises(ConfigError, match="granted twice in one call|held by the cache or a caller already"):
             cache.begin_step(seq_ids, 64)
     cache = KVCache(config(num_tokens=8192, allocator=f"{HERE}:Answers", growth="adaptive"))
-    kept_back = cache._sequences.pool.kept_back[0]
+    kept_back = cache._state.group.blocks.reserve[0]
     seq_ids, _ = cache.open([[]])
-    cache.allocator.inner.lie = lambda starts, sizes: np.full(len(starts), kept_back, np.int32)
+    cache.allocator.inner.distort = lambda starts, sizes: np.full(len(starts), kept_back, np.int32)
     with pytest.raises(ConfigError, match="held by the cache or a caller already"):
         cache.begin_step(seq_ids, 64)
     cache.check_integrity()
@@ -275,18 +290,18 @@ def test_blocks_granted_again_are_refused_within_a_call_and_between_calls():
 def test_a_start_after_the_first_refusal_is_refused():
     cache = KVCache(config(allocator=f"{HERE}:Answers", growth="append"))
     seq_ids, _ = cache.open([[], []])
-    cache.allocator.inner.lie = lambda starts, sizes: np.where(np.arange(len(starts)) == 0, -1, starts).astype(np.int32)
+    cache.allocator.inner.distort = lambda starts, sizes: np.where(np.arange(len(starts)) == 0, -1, starts).astype(np.int32)
     with pytest.raises(ConfigError, match="granted after a size that did not fit"):
         cache.begin_step(seq_ids, 64)
 
 
 def test_a_quantized_tier_checks_its_own_allocator():
     cache = KVCache(config(tiers={**TIERS, "warm_allocator": f"{HERE}:Answers"}, num_tokens=4096))
-    pool = cache._sequences.pool
+    pool = cache._state.group.blocks
     size = pool.allocators[1].num_granules
     assert pool.take_block(1) == pool.first[1]
     for start, problem in ((size, "outside the pool"), (size - 4, "outside the pool"), (12, "no multiple of 8")):
-        pool.allocators[1].lie = all_at(start)
+        pool.allocators[1].distort = all_at(start)
         with pytest.raises(ConfigError, match=problem):
             pool.take_block(1)
 

@@ -55,7 +55,7 @@ class PoolModel:
         self.settled = list(free)
         self.owners: dict[int, int] = {}
 
-    # -- what threads do: `yield` stands before each atomic --------------------------------------------------------
+    # -- what threads do: `yield` comes before each atomic --------------------------------------------------------
 
     def code_of(self, order: int) -> int:
         return EXHAUSTED if order == 0 and not self.orders else FRAGMENTED

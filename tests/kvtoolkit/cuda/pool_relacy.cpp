@@ -22,7 +22,7 @@
 #include <string>
 #include <vector>
 
-// The builtins of kvt/pool/atomic.cuh, by text: each with the order that stands in the header.
+// The builtins of kvt/pool/atomic.cuh, by text: each with the order that the header gives it.
 namespace cells {
 
 using Word = unsigned long long;
@@ -202,8 +202,10 @@ struct Plays {
 
 int main(int, char** arguments) {
   order = std::atoi(arguments[3]);
-  if (std::string(arguments[2]) == "slab") Plays<kvt::SlabPool>::set(arguments[1]);
-  else Plays<kvt::Pool>::set(arguments[1]);
+  if (std::string(arguments[2]) == "slab")
+    Plays<kvt::SlabPool>::set(arguments[1]);
+  else
+    Plays<kvt::Pool>::set(arguments[1]);
   rl::test_params params;
   params.iteration_count = std::atoi(arguments[4]);
   return rl::simulate<Run>(params) ? 0 : 1;

@@ -100,8 +100,10 @@ void mix(Pool pool, int owner, unsigned seed) {
       for (const Block block : {Block{kept, order}, Block{draft, 0}, Block{beam, 1}}) {
         if (block.start >= 0) take<Pool>(block, owner), leave<Pool>(block, owner);
       }
-      if (draw() % 2 == 0) second.commit(outer.data(), 0, 1);
-      else second.abort(0, 1);
+      if (draw() % 2 == 0)
+        second.commit(outer.data(), 0, 1);
+      else
+        second.abort(0, 1);
       first.abort(0, 1);
     }
     if (round % 32 == 31) pool.free_all(pool.limbo_words(0), 0, 1);
@@ -120,7 +122,8 @@ void spare(Pool pool, int owner, unsigned seed) {
   for (int round = 0; round < num_rounds; ++round) {
     if (held.size() < most && (held.empty() || draw() % 4 != 0)) {
       int start;
-      do start = pool.allocate(0, draw()); while (start == kvt::kContended);
+      do start = pool.allocate(0, draw());
+      while (start == kvt::kContended);
       if (start < 0) {
         fail("false exhaustion", start, owner);
         return;
@@ -206,7 +209,9 @@ void play(unsigned seed, const std::string& mode) {
 int main(int, char** arguments) {
   num_granules = std::atoi(arguments[1]), num_threads = std::atoi(arguments[2]), num_rounds = std::atoi(arguments[3]);
   const unsigned seed = std::atoi(arguments[4]);
-  if (std::string(arguments[6]) == "slab") play<kvt::SlabPool>(seed, arguments[5]);
-  else play<kvt::Pool>(seed, arguments[5]);
+  if (std::string(arguments[6]) == "slab")
+    play<kvt::SlabPool>(seed, arguments[5]);
+  else
+    play<kvt::Pool>(seed, arguments[5]);
   return failures != 0;
 }

@@ -8,7 +8,7 @@ import pytest
 from allocators.testing import ConformanceFailure
 from kvtoolkit import DevicePool, create
 from kvtoolkit.commands.cli import main
-from kvtoolkit.commands.fuzz import attack, run_kernels
+from kvtoolkit.commands.fuzz_kernels import attack, run_kernels
 
 pytestmark = pytest.mark.gpu
 

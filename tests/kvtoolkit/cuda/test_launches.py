@@ -14,7 +14,7 @@ import pytest
 
 from kvtoolkit.arrays.call import Hints, QuantizedTiers, attention_call
 from kvtoolkit.arrays.host import Operand
-from kvtoolkit.cuda import attention, check, copy, launching, memory, merge, specs
+from kvtoolkit.cuda import attention, check, copy, launching, memory, merge, schedule, specs
 from kvtoolkit.runtime import driver, kernels, launch_log
 from kvtoolkit.runtime.compiler import Build
 from kvtoolkit.runtime.structs import ParameterStruct
@@ -67,8 +67,10 @@ def fake(monkeypatch):
     monkeypatch.setattr(memory, "workspace", lambda device, stream, sizes: scratch)
     monkeypatch.setattr(check, "is_capturing", lambda stream: False)
     launching.load_spec.cache_clear()
+    schedule._schedule.cache_clear()
     yield found
     launching.load_spec.cache_clear()
+    schedule._schedule.cache_clear()
 
 
 _addresses = itertools.count(1)

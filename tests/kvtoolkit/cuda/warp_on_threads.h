@@ -61,7 +61,9 @@ void over(unsigned mask, unsigned long long mine, Use use) {
   }
 }
 
-inline void __syncwarp(unsigned mask) { over(mask, 0, [](int, unsigned long long) {}); }
+inline void __syncwarp(unsigned mask) {
+  over(mask, 0, [](int, unsigned long long) {});
+}
 
 template <typename T>
 T __shfl_sync(unsigned mask, T value, int source) {

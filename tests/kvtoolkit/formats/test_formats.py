@@ -17,7 +17,7 @@ TINY = 2.0**-24  # the smallest number of float16
 
 
 def tokens(head_dim: int, *lead: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Keys with a few channels that stand out, as those of real models have; values without."""
+    """Keys with a few large channels, as those of real models have; values without."""
     rng = np.random.default_rng(seed)
     keys, values = rng.standard_normal((2, *lead, BLOCK, head_dim)).astype(np.float32)
     keys[..., 3] = 20.0 + 4.0 * keys[..., 3]

@@ -29,7 +29,7 @@ PLACES += [pytest.param(("cuda", dtype), marks=pytest.mark.gpu) for dtype in ("f
 
 
 class Place:
-    """Where the tensors of a test lie, and of what dtype they are."""
+    """The device and dtype of a test's tensors."""
 
     def __init__(self, device, dtype):
         self.device, self.dtype = device, dtype

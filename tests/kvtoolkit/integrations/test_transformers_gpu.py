@@ -107,7 +107,7 @@ def test_logits_of_given_tokens_are_as_exact_as_on_dynamic_cache(shape, chunk):
 
 
 def assert_undecided_at_most(shape, sequences, mask):
-    """Every generated token is, after what stands before it, the likeliest, but for what 16 bits leave open."""
+    """Every generated token is, after what precedes it, the likeliest, but for what 16 bits leave open."""
     logits = exact_logits(shape, sequences, mask)[:, mask.shape[1] - 1 : -1]
     chosen = logits.gather(2, sequences.cpu()[:, mask.shape[1] :, None])[..., 0]
     assert (logits.amax(2) - chosen).max() < UNDECIDED[shape[-1]]

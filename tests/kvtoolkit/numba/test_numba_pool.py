@@ -93,7 +93,7 @@ class Simulated:
         return starts, start
 
     def free_words(self):
-        """As a slab's order means nothing where all of it is free, it is left out there."""
+        """Leaves out the order of a slab that is wholly free, because it means nothing there."""
         words = self.memory[FREE : FREE + self.num_words].copy()
         if self.layout == "slab":
             whole = make_memory(self.num_granules, "slab")[FREE : FREE + self.num_words]
@@ -250,10 +250,10 @@ class TestInSimulator:
 
     @pytest.fixture
     def warp(self, monkeypatch):
-        from kvtoolkit.numba import pool
+        from kvtoolkit.numba import pool_warp
 
         warp = Warp()
-        monkeypatch.setattr(pool, "cuda", warp)
+        monkeypatch.setattr(pool_warp, "cuda", warp)
         return warp
 
     @pytest.mark.parametrize("layout", LAYOUTS)
@@ -462,13 +462,14 @@ class TestInSimulator:
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_while_the_version_moves_nothing_is_proved(self, monkeypatch, warp, layout):
-        from kvtoolkit.numba import pool
+        from kvtoolkit.numba import pool, pool_warp
 
         there = Simulated(64, layout)
         there.take_all(0)
         there.memory[8] = 0
         versions = iter(range(100))
-        monkeypatch.setattr(pool, "_version", lambda memory: np.uint64(next(versions)))
+        for module in (pool, pool_warp):
+            monkeypatch.setattr(module, "version", lambda memory: np.uint64(next(versions)))
         assert there("allocate") == CONTENDED
         assert set(warp.run(7, lambda lane: pool.warp_allocate(there.memory, 7, 0, 0)).values()) == {CONTENDED}
         assert there.memory[8] == 0

@@ -5,6 +5,7 @@ The simulator must be chosen before Numba is imported, so the tests of `TestInSi
 each query token and kv head, so there are few of them.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -14,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvtoolkit import backends, reference
 from kvtoolkit import numba as twins
-from kvtoolkit import reference
-from kvtoolkit.arrays.call import heads_first
+from kvtoolkit.arrays.call import attention_call, heads_first
 from kvtoolkit.cpu import Operand, operand
 from kvtoolkit.errors import UnsupportedError
 from kvtoolkit.formats.quantized import FORMATS
@@ -63,7 +64,7 @@ def attend(case: Case, arrays: tuple[np.ndarray, ...], layout: str = "HND", **op
 
 
 def attend_tiers(case: TieredCase, **options: Any) -> None:
-    """Likewise over tiers, and so do the masses."""
+    """Over tiers, the results agree, and so do the masses."""
     arrays = case.tiered()
     caches, table, starts = arrays
     masses = case.no_masses(arrays)
@@ -87,6 +88,21 @@ def run_twin(case: Case, *cache: Any, **options: Any) -> tuple[np.ndarray, np.nd
 
 class TestInSimulator:
     __test__ = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
+
+    def test_a_launch_is_logged_by_the_names_of_its_kernel(
+        self, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from kvtoolkit.numba import device
+
+        assert device.launch is device._launch  # without the variable nothing is added
+        monkeypatch.setattr(device, "launch", device._log_and_launch)
+        key, cache, slots = np.ones((2, 1, 16), np.float16), np.zeros((4, 1, 8, 16), np.float16), np.array([3, 9])
+        with caplog.at_level("INFO", "kvtoolkit"):
+            twins.append(*(operand(one, "array") for one in (key, key, cache, cache.copy(), slots)), stream=0)
+        (message,) = (record.getMessage() for record in caplog.records)
+        assert message.startswith(f"append grid=2 block=4 stream=0x0 key={key.ctypes.data:#x}[2, 1, 16] value=")
+        assert message.endswith(f"slot_mapping={slots.ctypes.data:#x}[2]")
+        assert cache[0, 0, 3].all()
 
     @pytest.mark.parametrize(("dtype", "layout"), [("float16", "NHD"), ("bfloat16", "HND")])
     def test_decode_over_paged_blocks(self, dtype: str, layout: str) -> None:
@@ -118,6 +134,49 @@ class TestInSimulator:
         expected, lse = case.expected(arrays, "HND")
         twins.attend(make_call(case.q, *arrays, None, case.lengths, out=case.q))
         assert_close(case.q, lse, expected, lse, "float16")
+
+    def test_a_prepared_call_runs_on_other_arrays(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(backends, "using", lambda device: contextlib.nullcontext())
+        monkeypatch.setattr(backends, "current_stream", lambda *device: 0)
+        numba = backends.BACKENDS["numba"]
+        first, second = (
+            TieredCase([70], num_q_heads=2, num_kv_heads=1, dtype="float16", patterns=["hc"], seed=seed)
+            for seed in (0, 1)
+        )
+        second.rng = np.random.default_rng(7)
+        first.rng = np.random.default_rng(7)  # other tokens in the same places
+        arrays, others = first.tiered(), second.tiered()
+        assert np.array_equal(arrays[1], others[1])
+        masses, other_masses = first.no_masses(arrays), second.no_masses(others)
+        call = make_call(
+            first.q, *arrays[0][:2], *arrays[1:], first.lengths, out=np.empty_like(first.q),
+            tiers=tiered_cases.described(arrays[0]), block_mass=masses,
+        )  # fmt: skip
+        prepared = numba.attend(call)
+        out = nan_filled(second.q.shape, "float16")
+        places = [operand(array, "array").address for array in (second.q, *others[0][:2], out)]
+        warm, cold = (operand(blocks, "blocks").address for blocks in others[0][2:4])
+        block_mass = operand(other_masses, "masses").address
+        numba.attend_prepared(prepared, *places, warm=warm, cold=cold, block_mass=block_mass)
+        good, good_lse = second.expected(others)
+        assert_close(out, good_lse, good, good_lse, "float16")
+        second.check_masses(others, other_masses)
+
+    def test_a_prepared_append_writes_other_arrays(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(backends, "using", lambda device: contextlib.nullcontext())
+        monkeypatch.setattr(backends, "current_stream", lambda *device: 0)
+        numba = backends.BACKENDS["numba"]
+        new, cache = np.ones((2, 2, 8), np.float16), np.zeros((3, 2, 5, 8), np.float16)
+        slots = operand(np.array([4, 12]), "slots")
+        arrays = [operand(array, "array") for array in (new, new, cache.copy(), cache.copy())]
+        prepared = numba.append(*arrays, slots)
+        key, value, k_cache, v_cache = 2 * new, 3 * new, cache.copy(), cache.copy()
+        addresses = [operand(array, "array").address for array in (key, value, k_cache, v_cache)]
+        numba.append_prepared(prepared, *addresses)
+        for found, number in ((k_cache, 2), (v_cache, 3)):
+            wanted = cache.copy()
+            wanted[0, :, 4], wanted[2, :, 2] = number, number
+            assert np.array_equal(found, wanted)
 
     @pytest.mark.parametrize("head_dim", [64, 128])
     def test_every_element_of_a_block_is_that_of_the_judge(self, head_dim: int) -> None:
@@ -241,7 +300,7 @@ class TestInSimulator:
         cache = operand(np.zeros((1, 2, 8, 8), np.float16), "cache")
         twins.append(none, none, cache, cache, operand(np.zeros(0, np.int64), "slots"))
         table, lengths = operand(np.zeros((0, 1), np.int32), "table"), operand(np.zeros(0, np.int32), "seq_lens")
-        twins.attend(none, cache, cache, table, None, lengths, out=none)
+        twins.attend(attention_call(none, cache, cache, table, None, lengths, out=none))
         twins.copy_granules(Operand(0, (2, 3, 2, 8, 8), (384, 128, 64, 8, 1), "float16", None), lengths, lengths)
 
     def test_bfloat16_rounds_to_nearest_even(self) -> None:

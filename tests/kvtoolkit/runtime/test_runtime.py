@@ -16,7 +16,8 @@ pytest.importorskip("cupy")
 from kvtoolkit import CacheConfig, CompileError, ConfigError, UnsupportedError, warmup
 from kvtoolkit.commands.cli import main
 from kvtoolkit.commands.compile import row_of
-from kvtoolkit.cuda import attention, plan, specs
+from kvtoolkit.cuda import plan, specs
+from kvtoolkit.cuda import schedule as scheduling
 from kvtoolkit.formats import quantized
 from kvtoolkit.runtime import build, compiler, sources, toolchain
 
@@ -196,13 +197,13 @@ def test_the_tiered_kernels_have_room_on_every_architecture():
 
 
 def test_ranges_cut_equal_sequences_evenly_where_that_costs_few_of_them():
-    assert attention.whole_sequences(33, 64) == 32
-    assert attention.whole_sequences(66, 32) == 64
-    assert attention.whole_sequences(33, 32) == 32
-    assert attention.whole_sequences(16, 256) == 16
-    assert attention.whole_sequences(33, 48) == 33  # 24 would leave a quarter idle
-    assert attention.whole_sequences(5, 3) == 5
-    assert attention.whole_sequences(1, 7) == 1
+    assert scheduling.whole_sequences(33, 64) == 32
+    assert scheduling.whole_sequences(66, 32) == 64
+    assert scheduling.whole_sequences(33, 32) == 32
+    assert scheduling.whole_sequences(16, 256) == 16
+    assert scheduling.whole_sequences(33, 48) == 33  # 24 would leave a quarter idle
+    assert scheduling.whole_sequences(5, 3) == 5
+    assert scheduling.whole_sequences(1, 7) == 1
 
 
 def test_kernels_with_masses_are_asked_for_only_where_they_are_wanted():
@@ -262,12 +263,12 @@ def test_warming_up_what_cannot_be_is_refused():
 @pytest.fixture
 def an_h100(monkeypatch):
     """What the launch code asks of a device."""
-    monkeypatch.setattr(attention, "smem_limit", lambda device: specs.SMEM_LIMITS["90"])
-    monkeypatch.setattr(attention, "num_sms", lambda device: 132)
-    monkeypatch.setattr(attention, "arch_of", lambda device: 90)
-    attention._schedule.cache_clear()
+    monkeypatch.setattr(scheduling, "smem_limit", lambda device: specs.SMEM_LIMITS["90"])
+    monkeypatch.setattr(scheduling, "num_sms", lambda device: 132)
+    monkeypatch.setattr(scheduling, "arch_of", lambda device: 90)
+    scheduling._schedule.cache_clear()
     yield
-    attention._schedule.cache_clear()
+    scheduling._schedule.cache_clear()
 
 
 def schedule(
@@ -275,7 +276,7 @@ def schedule(
     head_dim=128,
 ):  # fmt: skip
     shape, most_late = (tokens or batch, num_heads, head_dim), plan.most_late(batch, longest)
-    return attention._schedule(
+    return scheduling._schedule(
         shape, "float16", 0, num_kv_heads, batch, tokens is not None, most_rows, num_splits, is_tiered, most_late
     )
 

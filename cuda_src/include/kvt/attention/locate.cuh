@@ -1,6 +1,7 @@
 // Where the tokens of a sequence are: from positions to blocks and slots, by a row of block ids.
 //
-// Entries of several lengths have been expanded to a list of granules by kvt_expand, that is, to ids of blocks of 8 tokens.
+// Entries of several lengths have been expanded to a list of granules by kvt_expand, that is, to ids of blocks of 8
+// tokens.
 #pragma once
 
 #include <kvt/attention/keys.cuh>
@@ -77,7 +78,7 @@ class StepBlocks {
   }
 
   BlockIds ids_;
-  int per_step_;    // block ids of a step: 1 or 2; 0 = look every token up
+  int per_step_;  // block ids of a step: 1 or 2; 0 = look every token up
   int last_id_;
   int step_;
   int now_, then_;  // this lane's id, and its next one

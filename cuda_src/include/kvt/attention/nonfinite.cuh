@@ -1,5 +1,6 @@
-// Infinities and NaN among the values of a step. The rows of a matrix product share every value, and a weight of 0 times
-// an infinity or NaN is NaN. If some rows do not see all tokens, such values are therefore taken out of the product.
+// Infinities and NaN among the values of a step. The rows of a matrix product share every value, and a weight of 0
+// times an infinity or NaN is NaN. If some rows do not see all tokens, such values are therefore taken out of the
+// product.
 #pragma once
 
 #include <kvt/ptx/matrix.cuh>
@@ -30,8 +31,9 @@ __device__ __forceinline__ unsigned any_nonfinite(unsigned shared) {
 template <typename Scalar>
 __device__ __forceinline__ void clear_nonfinite(unsigned shared) {
   const uint4 words = ptx::load_shared_16(shared);
-  ptx::store_shared_16(shared, {words.x & ~nonfinite_mask<Scalar>(words.x), words.y & ~nonfinite_mask<Scalar>(words.y),
-                                words.z & ~nonfinite_mask<Scalar>(words.z), words.w & ~nonfinite_mask<Scalar>(words.w)});
+  ptx::store_shared_16(
+      shared, {words.x & ~nonfinite_mask<Scalar>(words.x), words.y & ~nonfinite_mask<Scalar>(words.y),
+               words.z & ~nonfinite_mask<Scalar>(words.z), words.w & ~nonfinite_mask<Scalar>(words.w)});
 }
 
 }  // namespace kvt

@@ -3,7 +3,7 @@
 
 namespace kvt {
 
-// Packed by kvtoolkit/cuda/attention.py, field by field in this order. Strides count elements. Absent arrays are null.
+// Packed by kvtoolkit/cuda/params.py, field by field in this order. Strides count elements. Absent arrays are null.
 struct AttentionParams {
   const unsigned short* q;
   unsigned short* out;
@@ -20,8 +20,8 @@ struct AttentionParams {
   unsigned* mass_counters;  // [batch, num_kv_heads], all 0 between kernels
   const int4* ranges;       // made by kvt_plan, see plan.cu; null if the schedule is even
   const int2* sequences;
-  float* masses;            // [batch, max_tiles, num_kv_heads], see decode/masses.cuh; lse is given then
-  float* unit_lse;          // [batch, num_kv_heads, slots, unit_rows] log2, see decode/masses.cuh
+  float* masses;    // [batch, max_tiles, num_kv_heads], see decode/masses.cuh; lse is given then
+  float* unit_lse;  // [batch, num_kv_heads, slots, unit_rows] log2, see decode/masses.cuh
   long long q_token, q_head, out_token, out_head;
   long long k_block, k_head, k_slot, v_block, v_head, v_slot;
   long long table_row;

@@ -33,8 +33,8 @@ struct RowBlock {
 
 // The block of rows that begins at row `first_row` of a sequence; seq_len = -1: look the length up.
 template <int kRows>
-__device__ __forceinline__ RowBlock row_block_at(
-    const AttentionParams& p, int sequence, int first_row, int seq_len = -1) {
+__device__ __forceinline__ RowBlock
+row_block_at(const AttentionParams& p, int sequence, int first_row, int seq_len = -1) {
   RowBlock block;
   block.sequence = sequence;
   block.first_token = p.cu_seqlens_q == nullptr ? sequence : p.cu_seqlens_q[sequence];
@@ -46,8 +46,8 @@ __device__ __forceinline__ RowBlock row_block_at(
 }
 
 // The block with number `index` among all blocks of kRows rows. With cu_seqlens_q the blocks of sequence b are numbered
-// from floor(cu[b] * group_size / kRows) + b. That leaves room enough for each, some numbers stay unused, and a block is
-// found without a sum over the batch.
+// from floor(cu[b] * group_size / kRows) + b. That leaves room enough for each, some numbers stay unused, and a block
+// is found without a sum over the batch.
 template <int kRows>
 __device__ __forceinline__ RowBlock find_row_block(const AttentionParams& p, int index) {
   if (p.cu_seqlens_q == nullptr) {
@@ -68,7 +68,8 @@ struct RowPlace {
   int q_head;
 };
 
-__device__ __forceinline__ RowPlace place_of_row(const AttentionParams& p, const RowBlock& block, int kv_head, int row) {
+__device__ __forceinline__ RowPlace
+place_of_row(const AttentionParams& p, const RowBlock& block, int kv_head, int row) {
   const int query = block.query(row, p.group_size);
   const int head = block.first_row + row - query * p.group_size;
   return {block.first_token + query, kv_head * p.group_size + head};

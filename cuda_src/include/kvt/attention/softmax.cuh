@@ -110,8 +110,8 @@ __device__ __forceinline__ NormalizedMerge merge_normalized(float lse_a, float l
   return {weight_a, weight_b, lse};
 }
 
-// The states of the query rows in columns 2t and 2t + 1 of each row tile, where tokens are the rows of a matrix product.
-// They are over the tokens of one warp.
+// The states of the query rows in columns 2t and 2t + 1 of each row tile, where tokens are the rows of a matrix
+// product. They are over the tokens of one warp.
 template <int kRowTiles, int kDimBlocks>
 struct ColumnStates {
   float m[kRowTiles][2];              // the same in all lanes with the same t

@@ -1,4 +1,5 @@
-// 64-bit atomics whose order is in their names, at device scope; on the host those of the compiler, for real threads.
+// 64-bit atomics at device scope, with the memory order in the name. On the host they are the compiler's, for real
+// threads.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -21,7 +22,7 @@ KVT_ATOMIC Word load_relaxed(const Word* from) {
 #endif
 }
 
-// Two words side by side at a multiple of 16 bytes, each on its own.
+// Load two neighbouring words at a multiple of 16 bytes. Each load is atomic, the pair is not.
 KVT_ATOMIC void load_relaxed_pair(const Word* from, Word& low, Word& high) {
 #if defined(__CUDA_ARCH__)
   asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(low), "=l"(high) : "l"(from) : "memory");
@@ -43,7 +44,7 @@ KVT_ATOMIC Word load_acquire(const Word* from) {
 
 KVT_ATOMIC void store_relaxed(Word* to, Word value) {
 #if defined(__CUDA_ARCH__)
-  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" :: "l"(to), "l"(value) : "memory");
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(value) : "memory");
 #else
   __atomic_store_n(to, value, __ATOMIC_RELAXED);
 #endif
@@ -69,12 +70,14 @@ KVT_ATOMIC Word fetch_or_release(Word* at, Word value) {
 #endif
 }
 
-// Sets the word to `value` where it is `expected`; returns what it was.
+// Set the word to `value` if it is `expected`. Returns what it was.
 KVT_ATOMIC Word compare_exchange_acquire(Word* at, Word expected, Word value) {
 #if defined(__CUDA_ARCH__)
   Word old;
   asm volatile("atom.cas.acquire.gpu.global.b64 %0, [%1], %2, %3;"
-               : "=l"(old) : "l"(at), "l"(expected), "l"(value) : "memory");
+               : "=l"(old)
+               : "l"(at), "l"(expected), "l"(value)
+               : "memory");
   return old;
 #else
   __atomic_compare_exchange_n(at, &expected, value, false, __ATOMIC_ACQUIRE, __ATOMIC_ACQUIRE);
@@ -94,13 +97,13 @@ KVT_ATOMIC Word exchange_acq_rel(Word* at, Word value) {
 
 KVT_ATOMIC void add_release(Word* at, Word value) {
 #if defined(__CUDA_ARCH__)
-  asm volatile("red.add.release.gpu.global.u64 [%0], %1;" :: "l"(at), "l"(value) : "memory");
+  asm volatile("red.add.release.gpu.global.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
 #else
   __atomic_fetch_add(at, value, __ATOMIC_RELEASE);
 #endif
 }
 
-// What this thread did before it, relaxed or not, comes before what it does behind it, for whoever sees the latter.
+// Whoever sees an access that this thread makes after the fence also sees those that it made before it, relaxed or not.
 KVT_ATOMIC void fence_acq_rel() {
 #if defined(__CUDA_ARCH__)
   asm volatile("fence.acq_rel.gpu;" ::: "memory");

@@ -5,10 +5,10 @@
 
 namespace kvt {
 
-// Blocks taken ahead for a future that may not come, such as a beam or draft tokens. The journal is a bitmap of granules,
-// all zeros at first (DevicePool.journals). Do not free or retire a block of a lease by hand before the lease has ended,
-// because the journal would still name it. Leases nest: a lease that is committed hands its blocks to the lease around it,
-// if there is one.
+// Blocks taken ahead for a future that may not come, such as a beam or draft tokens. The journal is a bitmap of
+// granules, all zeros at first (DevicePool.journals). Do not free or retire a block of a lease by hand before the lease
+// has ended, because the journal would still name it. Leases nest: a lease that is committed hands its blocks to the
+// lease around it, if there is one.
 template <typename AnyPool>
 struct PoolLease {
   AnyPool pool;
@@ -21,8 +21,8 @@ struct PoolLease {
     return start;
   }
 
-  // Keep the blocks. All `threads` threads of a group call this, each with its `rank`, after a barrier, when none of them
-  // allocates any more. `around` is the journal of the lease around this one, or null.
+  // Keep the blocks. All `threads` threads of a group call this, each with its `rank`, after a barrier, when none of
+  // them allocates any more. `around` is the journal of the lease around this one, or null.
   KVT_ATOMIC void commit(Word* around, int rank, int threads) const {
     for (int w = rank; w < pool.num_words(); w += threads) {
       const Word bits = exchange_acq_rel(journal + w, 0);

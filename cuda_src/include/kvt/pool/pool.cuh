@@ -10,7 +10,7 @@ enum PoolCode : int {
   kExhausted = -2,   // one granule was asked for: at some moment of the call none was free
   kFragmented = -3,  // more were asked for, or a slab: at some moment no such run was free, though others may have been
   kContended = -4,   // undecided, because others kept freeing
-  kInvalid = -5,     // free, retire: outside the pool, not inside one word, or not live; any call: the other layout's pool
+  kInvalid = -5,     // outside the pool, not inside one word, or not live; or the pool has the other layout
 };
 
 constexpr int kHints = 8;
@@ -49,13 +49,13 @@ struct BasicPool {
   // Call this after bits have been set: from now on what was freed may be found.
   KVT_ATOMIC void bump_version(unsigned seed) const {
     add_release(memory + kVersions + seed % kShards * kShardPitch, 1);
-    // Whoever sees what this thread takes next must also see the new version. Otherwise the freed block would seem to have
-    // moved without a free.
+    // Whoever sees what this thread takes next must also see the new version. Otherwise the freed block would seem to
+    // have moved without a free.
     fence_acq_rel();
   }
 
-  // The word at which a thread begins to search. Consecutive seeds begin far apart, so the number of the thread or of the
-  // warp is a good seed.
+  // The word at which a thread begins to search. Consecutive seeds begin far apart, so the number of the thread or of
+  // the warp is a good seed.
   KVT_ATOMIC int home_of(unsigned seed) const {
     // Fibonacci hashing spreads consecutive numbers evenly
     return static_cast<int>(static_cast<Word>(seed * 0x9E3779B1u) * static_cast<Word>(num_words()) >> 32);

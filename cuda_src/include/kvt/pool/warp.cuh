@@ -7,8 +7,8 @@
 
 namespace kvt {
 
-// What lanes of one warp do together. All lanes of `mask` must call; it is 0xFFFFFFFF, or the __ballot_sync of the lanes that
-// take part. Example: PoolWarp(pool, mask).allocate(0, number_of_the_warp);
+// What lanes of one warp do together. All lanes of `mask` must call; it is 0xFFFFFFFF, or the __ballot_sync of the
+// lanes that take part. Example: PoolWarp(pool, mask).allocate(0, number_of_the_warp);
 template <typename AnyPool>
 class PoolWarp {
  public:
@@ -20,8 +20,8 @@ class PoolWarp {
         rank_(count_bits(mask & ((1u << lane_) - 1))),
         wanted_(count_bits(mask)) {}
 
-  // Take a block of 2^order granules for each lane; all lanes give the same order. Returns the first granule of the lane's
-  // block, or a PoolCode.
+  // Take a block of 2^order granules for each lane; all lanes give the same order. Returns the first granule of the
+  // lane's block, or a PoolCode.
   __device__ __forceinline__ int allocate(int order, unsigned seed) {
     if (pool_.num_words() == 0) return kInvalid;
     const int start = allocate_from(order, __shfl_sync(mask_, pool_.first_word(order, seed), leader_));
@@ -144,7 +144,8 @@ class PoolWarp {
     return runs != 0;
   }
 
-  // Each lane looks at one word, `i` + rank words after `home`. Lanes that see runs claim, in turn, what is still wanted.
+  // Each lane looks at one word, `i` + rank words after `home`. Lanes that see runs claim, in turn, what is still
+  // wanted.
   __device__ __forceinline__ void scan(int order, int home, int i) {
     const bool is_word = i + rank_ < pool_.num_words();
     const int w = is_word ? word_at(home, i + rank_) : 0;

@@ -82,8 +82,8 @@ struct Buddy {
   KVT_ATOMIC static Word without(Word word, Word bits, int) { return word & ~bits; }
 };
 
-// The slab layout: bits 0-31 of a word are granules, bits 32-33 the order that the word serves unless all of it is free, and
-// bits 34-36 the number of its superblocks that exist.
+// The slab layout: bits 0-31 of a word are granules, bits 32-33 the order that the word serves unless all of it is
+// free, and bits 34-36 the number of its superblocks that exist.
 struct Slab {
   static constexpr int kShift = 5;
   static constexpr int kSizes = 4;

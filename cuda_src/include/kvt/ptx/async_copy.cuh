@@ -3,7 +3,7 @@
 
 namespace kvt::ptx {
 
-// The address that shared-memory instructions take.
+// The 32-bit address that shared-memory instructions take.
 __device__ __forceinline__ unsigned shared_address(const void* pointer) {
   unsigned address;
   asm("{ .reg .u64 wide; cvta.to.shared.u64 wide, %1; cvt.u32.u64 %0, wide; }" : "=r"(address) : "l"(pointer));
@@ -17,30 +17,26 @@ __device__ __forceinline__ unsigned long long evict_first_policy() {
   return policy;
 }
 
-// cp.async.cg.shared.global, 16 bytes past L1, with an L2 policy, asking for the 128 bytes around it.
+// cp.async.cg.shared.global: 16 bytes past L1 with an L2 policy, prefetching the 128 bytes around them into L2.
 // Both addresses are multiples of 16.
 __device__ __forceinline__ void copy_async_16(unsigned to_shared, const void* from, unsigned long long policy) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;"
-               :: "r"(to_shared), "l"(from), "l"(policy) : "memory");
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(to_shared), "l"(from),
+               "l"(policy)
+               : "memory");
 }
 
-// cp.async.cg.shared.global, 16 bytes past L1.
+// cp.async.cg.shared.global: 16 bytes past L1.
 __device__ __forceinline__ void copy_async_16(unsigned to_shared, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(to_shared), "l"(from) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to_shared), "l"(from) : "memory");
 }
 
-// cp.async.cg.shared.global, 16 bytes past L1, or 16 bytes of 0.
-__device__ __forceinline__ void copy_async_16_or_zero(unsigned to_shared, const void* from, bool copies) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to_shared), "l"(from), "r"(copies ? 16 : 0) : "memory");
-}
-
-// cp.async.commit_group: the copies since the last one are a group.
+// cp.async.commit_group: the copies since the last call become a group.
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// cp.async.wait_group: until at most kPending groups of this thread are under way.
+// cp.async.wait_group: wait until at most kPending groups of this thread are under way.
 template <int kPending>
 __device__ __forceinline__ void wait_for_copies() {
-  asm volatile("cp.async.wait_group %0;" :: "n"(kPending) : "memory");
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 }  // namespace kvt::ptx

@@ -23,11 +23,6 @@ __device__ __forceinline__ void arrive(unsigned barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// cp.async.mbarrier.arrive.noinc: one arrival once this thread's cp.async copies so far are complete.
-__device__ __forceinline__ void arrive_after_copies(unsigned barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
-}
-
 // mbarrier.try_wait.parity: until the phase of this parity is complete.
 __device__ __forceinline__ void wait_for_phase(unsigned barrier, unsigned parity) {
   unsigned is_complete;

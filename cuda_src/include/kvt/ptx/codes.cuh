@@ -1,7 +1,7 @@
 // Quantized codes as 16-bit floats, one instruction per function.
 //
-// A code c in the low bits of 16 is the subnormal half c * 2^-24, which the matrix products take exactly and at full rate:
-// no conversion is needed, only a mask.
+// A code c in the low bits of 16 is the subnormal half c * 2^-24. Matrix products take it exactly and at full rate, so
+// a code needs a mask but no conversion.
 #pragma once
 
 namespace kvt::ptx {
@@ -41,10 +41,12 @@ __device__ __forceinline__ unsigned multiply_halves(unsigned a, unsigned b) {
   return product;
 }
 
-// fma.rn.f16x2: a b - c; where c is a b rounded, what the rounding lost.
+// fma.rn.f16x2: a b - c. If c is a b rounded, this is what the rounding lost.
 __device__ __forceinline__ unsigned multiply_subtract_halves(unsigned a, unsigned b, unsigned c) {
   unsigned rest;
-  asm("{ .reg .b32 minus; neg.f16x2 minus, %3; fma.rn.f16x2 %0, %1, %2, minus; }" : "=r"(rest) : "r"(a), "r"(b), "r"(c));
+  asm("{ .reg .b32 minus; neg.f16x2 minus, %3; fma.rn.f16x2 %0, %1, %2, minus; }"
+      : "=r"(rest)
+      : "r"(a), "r"(b), "r"(c));
   return rest;
 }
 
@@ -55,17 +57,17 @@ __device__ __forceinline__ uint2 load_shared_8(unsigned shared) {
   return words;
 }
 
-// createpolicy.fractional.L2::evict_last: for data that is read again soon. Volatile, so that it is made where it is
-// used, not kept in two registers.
+// createpolicy.fractional.L2::evict_last: for data that is read again soon. It is volatile, so that the policy is made
+// where it is used and not kept in two registers.
 __device__ __forceinline__ unsigned long long evict_last_policy() {
   unsigned long long policy;
   asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
 
-// st.global.L2::cache_hint.f32, with an L2 policy.
+// st.global.L2::cache_hint.f32: store 4 bytes with an L2 policy.
 __device__ __forceinline__ void store_4(float* to, float value, unsigned long long policy) {
-  asm volatile("st.global.L2::cache_hint.f32 [%0], %1, %2;" :: "l"(to), "f"(value), "l"(policy) : "memory");
+  asm volatile("st.global.L2::cache_hint.f32 [%0], %1, %2;" ::"l"(to), "f"(value), "l"(policy) : "memory");
 }
 
 }  // namespace kvt::ptx

@@ -1,6 +1,6 @@
 // Loads and transposes of 8x8 matrices of 16-bit elements, one instruction per function.
 //
-// Fragment of one matrix: lane l holds row l / 4, columns 2 * (l % 4) and the next, packed in 32 bits.
+// In the fragment of a matrix, lane l holds columns 2 * (l % 4) and 2 * (l % 4) + 1 of row l / 4, packed in 32 bits.
 #pragma once
 
 namespace kvt::ptx {
@@ -9,14 +9,16 @@ namespace kvt::ptx {
 __device__ __forceinline__ void load_matrices(unsigned (&fragment)[4], unsigned shared_row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
-               : "r"(shared_row) : "memory");
+               : "r"(shared_row)
+               : "memory");
 }
 
-// ldmatrix.x4.trans: the same, each matrix transposed on the way.
+// ldmatrix.x4.trans: the same, with each matrix transposed.
 __device__ __forceinline__ void load_matrices_transposed(unsigned (&fragment)[4], unsigned shared_row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
-               : "r"(shared_row) : "memory");
+               : "r"(shared_row)
+               : "memory");
 }
 
 // movmatrix.trans: the fragment of the transposed matrix.
@@ -30,7 +32,9 @@ __device__ __forceinline__ unsigned transpose_matrix(unsigned fragment) {
 __device__ __forceinline__ uint4 load_shared_16(unsigned shared) {
   uint4 words;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w) : "r"(shared) : "memory");
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "r"(shared)
+               : "memory");
   return words;
 }
 
@@ -43,13 +47,14 @@ __device__ __forceinline__ unsigned load_shared_4(unsigned shared) {
 
 // st.shared.u32: 4 bytes.
 __device__ __forceinline__ void store_shared_4(unsigned shared, unsigned word) {
-  asm volatile("st.shared.u32 [%0], %1;" :: "r"(shared), "r"(word) : "memory");
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(shared), "r"(word) : "memory");
 }
 
 // st.shared.v4.u32: 16 bytes.
 __device__ __forceinline__ void store_shared_16(unsigned shared, uint4 words) {
-  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
-               :: "r"(shared), "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w) : "memory");
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(words.x), "r"(words.y), "r"(words.z),
+               "r"(words.w)
+               : "memory");
 }
 
 }  // namespace kvt::ptx

@@ -1,6 +1,7 @@
-// The two 16-bit floats as types: conversion and matrix product, one instruction per function.
+// The two 16-bit floats as types: conversions and the matrix product, one instruction per function.
 //
-// m16n8k16, lane l with g = l / 4 and t = l % 4, two elements to a register, the lower column in the lower half:
+// Fragments of m16n8k16 in lane l, with g = l / 4 and t = l % 4. A register holds two elements of a or b; the element
+// with the lower column of a, or the lower row of b, is in the lower half:
 //   a [16 x 16]  a[0] row g, columns 2t, 2t+1 | a[1] row g + 8 | a[2] row g, columns 2t + 8, 2t + 9 | a[3] row g + 8
 //   b [16 x 8]   b[0] rows 2t, 2t+1, column g | b[1] rows 2t + 8, 2t + 9
 //   c [16 x 8]   c[0], c[1] row g, columns 2t, 2t+1 | c[2], c[3] row g + 8; float32
@@ -9,7 +10,7 @@
 namespace kvt::ptx {
 
 struct Half {
-  static constexpr unsigned kExponents = 0x7C007C00u;  // of two numbers; all set in infinities and NaN
+  static constexpr unsigned kExponents = 0x7C007C00u;  // of a pair; all set in infinities and NaN
   static constexpr unsigned kLowestExponentBits = 0x04000400u;
 
   // cvt.rn.f16x2.f32
@@ -34,7 +35,8 @@ struct Half {
       float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
   }
 };
 
@@ -55,7 +57,8 @@ struct BFloat16 {
       float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
   }
 };
 

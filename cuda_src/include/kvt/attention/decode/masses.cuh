@@ -2,9 +2,9 @@
 //
 //   masses  [batch, max_tiles, num_kv_heads] float32: the mean over the queries and the group's heads; 0 = not seen
 //
-// A warp writes the log-sum-exp of each of its units. The CTA that completes the last rows of a sequence and kv head reads
-// these back while they are still in the L2 cache: a unit's share of a row is exp(lse of the unit - lse of the row), and a
-// tile's mass is the sum over its units.
+// A warp writes the log-sum-exp of each of its units. The CTA that completes the last rows of a sequence and kv head
+// reads these back while they are still in the L2 cache: a unit's share of a row is exp(lse of the unit - lse of the
+// row), and a tile's mass is the sum over its units.
 #pragma once
 
 #include <kvt/attention/decode/results.cuh>
@@ -73,8 +73,8 @@ constexpr bool kMayLoadEarly = KVT_SPLIT_ROWS;  // with more than 4 rows there a
 constexpr bool kMayLoadEarly = true;
 #endif
 
-// Writes the masses of a sequence's tiles. A thread loads the units of its first tile early, so that they arrive while the
-// CTA merges states.
+// Writes the masses of a sequence's tiles. A thread loads the units of its first tile early, so that they arrive while
+// the CTA merges states.
 class TileMassWriter {
  public:
   // Find the units of the thread's first tile.
@@ -183,8 +183,8 @@ class TileMassWriter {
   }
 
   // The log-sum-exp of 4 rows over the u-th of a tile's units; -inf if the tile has fewer units.
-  static __device__ __forceinline__ float4 load_unit(
-      const AttentionParams& p, const float* unit_lse, int2 units, int u) {
+  static __device__ __forceinline__ float4
+  load_unit(const AttentionParams& p, const float* unit_lse, int2 units, int u) {
     if (units.x + u >= units.y) return {-kInfinity, -kInfinity, -kInfinity, -kInfinity};
     return ptx::load_l2_16(unit_lse + static_cast<long long>(slot_of_unit(units.x + u)) * p.unit_rows);
   }
@@ -197,8 +197,8 @@ class TileMassWriter {
 
   // The log-sum-exp of 4 rows from `row` on, in units of log2. It is infinite for a row that sees nothing or does not
   // exist, so that such a row adds nothing.
-  static __device__ __forceinline__ float4 totals_of(
-      const AttentionParams& p, const RowBlock& block, int kv_head, int row, int num_rows, const float* row_lse) {
+  static __device__ __forceinline__ float4
+  totals_of(const AttentionParams& p, const RowBlock& block, int kv_head, int row, int num_rows, const float* row_lse) {
     float totals[4];
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
@@ -210,7 +210,8 @@ class TileMassWriter {
   }
 
   // The log-sum-exp of any row of the sequence, which another CTA may have written.
-  static __device__ __forceinline__ float lse_of(const AttentionParams& p, const RowBlock& block, int kv_head, int row) {
+  static __device__ __forceinline__ float lse_of(
+      const AttentionParams& p, const RowBlock& block, int kv_head, int row) {
     const int query = row / p.group_size;
     const long long token = block.first_token + query;
     return ptx::load_l2(p.lse + (token * p.num_kv_heads + kv_head) * p.group_size + row - query * p.group_size);

@@ -8,7 +8,7 @@
 
 namespace kvt {
 
-constexpr int kRowPitch = kHeadDim + 4;            // floats; rows 2t and dims g of a fragment are in 32 different banks
+constexpr int kRowPitch = kHeadDim + 4;  // floats; rows 2t and dims g of a fragment are in 32 different banks
 constexpr int kStateFloats = kRows * (kRowPitch + 2);
 
 __device__ __forceinline__ void add_scaled(float4& sum, float weight, const float4& part) {

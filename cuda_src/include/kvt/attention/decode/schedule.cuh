@@ -36,9 +36,9 @@ struct Piece {
 
 #if KVT_PLANNED
 
-// The pieces of one of the ranges that kvt_plan has cut the batch into. At most two pieces of a range belong to sequences
-// that are cut: the first, if it continues a sequence, has slot 2 * range; the last, if it begins one, has slot
-// 2 * range + 1.
+// The pieces of one of the ranges that kvt_plan has cut the batch into. At most two pieces of a range belong to
+// sequences that are cut: the first, if it continues a sequence, has slot 2 * range; the last, if it begins one, has
+// slot 2 * range + 1.
 class Schedule {
  public:
   __device__ __forceinline__ Schedule(const AttentionParams& p)

@@ -1,6 +1,6 @@
-// Queries for keys that are codes. A code in the low bits of 16 is the subnormal half code * 2^-24, which matrix products
-// take exactly and at full rate, so codes need no conversion; see ptx/codes.cuh. Scales never touch a code: a channel's
-// key scale goes into the query, a token's scale into its score or its weight.
+// Queries for keys that are codes. A code in the low bits of 16 is the subnormal half code * 2^-24, which matrix
+// products take exactly and at full rate, so codes need no conversion; see ptx/codes.cuh. Scales never touch a code: a
+// channel's key scale goes into the query, a token's scale into its score or its weight.
 #pragma once
 
 #include <kvt/attention/tiered/weights.cuh>
@@ -12,8 +12,8 @@ namespace kvt {
 constexpr unsigned kMinus128 = 0x80808080u;  // -128 as codes of int8
 constexpr bool kSplitRows = KVT_SPLIT_ROWS;  // at most 4 query rows; columns 4 to 7 repeat them
 
-// The fragments of a block's queries as halves, and the value that int8 scores start from, which is the query times -128 in
-// every dim.
+// The fragments of a block's queries as halves, and the value that int8 scores start from, which is the query times
+// -128 in every dim.
 struct CodeQueries {
   uint4 q[kRowTiles][kDimPairs];
   float start[kRowTiles][2];

@@ -29,15 +29,16 @@ __device__ __forceinline__ void attend_cold(
   const unsigned key_zeros = key_scales + 2 * kHeadDim;
   const unsigned values = key_zeros + 2 * kHeadDim;
   const unsigned value_scales = values + Sizes::kColdCodes;
-  // A score is q.zero + (q * scale).(code - 8). The scaled query is rounded to halves. What the rounding loses is a second
-  // query: in columns 4 to 7 if there are at most 4 rows, otherwise in further products.
+  // A score is q.zero + (q * scale).(code - 8). The scaled query is rounded to halves. What the rounding loses is a
+  // second query: in columns 4 to 7 if there are at most 4 rows, otherwise in further products.
   float s[kRowTiles][4][4];
   float of_zeros[kRowTiles][4];
   float of_middle[kRowTiles][4];
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) of_zeros[r][i] = of_middle[r][i] = s[r][0][i] = s[r][1][i] = s[r][2][i] = s[r][3][i] = 0.0f;
+    for (int i = 0; i < 4; ++i)
+      of_zeros[r][i] = of_middle[r][i] = s[r][0][i] = s[r][1][i] = s[r][2][i] = s[r][3][i] = 0.0f;
   }
 #pragma unroll
   for (int d = 0; d < kPieces; ++d) {
@@ -53,10 +54,12 @@ __device__ __forceinline__ void attend_cold(
         const uint4 q = queries.q[r][2 * d + half];
         Half::multiply_add(of_zeros[r], zero.x, zero.x, zero.y, zero.y, q.x, q.y);
         Half::multiply_add(of_zeros[r], zero.z, zero.z, zero.w, zero.w, q.z, q.w);
-        uint4 b{ptx::multiply_halves(q.x, scale.x), ptx::multiply_halves(q.y, scale.y),
-                ptx::multiply_halves(q.z, scale.z), ptx::multiply_halves(q.w, scale.w)};
-        const uint4 c{ptx::multiply_subtract_halves(q.x, scale.x, b.x), ptx::multiply_subtract_halves(q.y, scale.y, b.y),
-                      ptx::multiply_subtract_halves(q.z, scale.z, b.z), ptx::multiply_subtract_halves(q.w, scale.w, b.w)};
+        uint4 b{
+            ptx::multiply_halves(q.x, scale.x), ptx::multiply_halves(q.y, scale.y), ptx::multiply_halves(q.z, scale.z),
+            ptx::multiply_halves(q.w, scale.w)};
+        const uint4 c{
+            ptx::multiply_subtract_halves(q.x, scale.x, b.x), ptx::multiply_subtract_halves(q.y, scale.y, b.y),
+            ptx::multiply_subtract_halves(q.z, scale.z, b.z), ptx::multiply_subtract_halves(q.w, scale.w, b.w)};
         if (kSplitRows && g >= 4) b = c;
         scaled[r][half] = b;
         rest[r][half] = c;

@@ -38,8 +38,9 @@ __device__ __forceinline__ void copy_unit(
     const int offset = min(lane & 15, seq_len - 1 - unit.position());
     const long long granule = offset < kGranule ? unit.words.x : unit.words.y;
     const int slot = offset & (kGranule - 1);
-    const unsigned short* const row = lane < 16 ? p.k_cache + kv_head * p.k_head + granule * p.k_block + slot * p.k_slot
-                                                : p.v_cache + kv_head * p.v_head + granule * p.v_block + slot * p.v_slot;
+    const unsigned short* const row = lane < 16
+                                          ? p.k_cache + kv_head * p.k_head + granule * p.k_block + slot * p.k_slot
+                                          : p.v_cache + kv_head * p.v_head + granule * p.v_block + slot * p.v_slot;
 #pragma unroll
     for (int i = 0; i < kStep * kChunks / 32; ++i) {
       const int piece = i * 32 + lane;

@@ -30,22 +30,24 @@ __device__ __forceinline__ void attend_warm(
 #pragma unroll
       for (int r = 0; r < kRowTiles; ++r) {
         const uint4 q = queries.q[r][d];
-        Half::multiply_add(s[r][i], ptx::low_bytes(k.x), ptx::low_bytes(k.z), ptx::high_bytes(k.x), ptx::high_bytes(k.z),
-                           q.x, q.y);
-        Half::multiply_add(s[r][i], ptx::low_bytes(k.y), ptx::low_bytes(k.w), ptx::high_bytes(k.y), ptx::high_bytes(k.w),
-                           q.z, q.w);
+        Half::multiply_add(
+            s[r][i], ptx::low_bytes(k.x), ptx::low_bytes(k.z), ptx::high_bytes(k.x), ptx::high_bytes(k.z), q.x, q.y);
+        Half::multiply_add(
+            s[r][i], ptx::low_bytes(k.y), ptx::low_bytes(k.w), ptx::high_bytes(k.y), ptx::high_bytes(k.w), q.z, q.w);
       }
     }
   }
   const uint2 key_scales = ptx::load_shared_8(stage + Sizes::kWarmCodes + 8 * g);
   const unsigned values = stage + Sizes::kWarmCodes + 2 * kWarmUnit;
-  if (walk.is_partial(first, kWarmUnit)) take_lost_tokens<kWarmUnit, false>(walk, values + Sizes::kWarmCodes, first, states);
+  if (walk.is_partial(first, kWarmUnit))
+    take_lost_tokens<kWarmUnit, false>(walk, values + Sizes::kWarmCodes, first, states);
   const uint2 value_scales = ptx::load_shared_8(values + Sizes::kWarmCodes + 8 * g);
   const float to_log2 = walk.to_log2 * (1.0f / kCode);
-  const float factors[4] = {Half::low(key_scales.x) * to_log2, Half::high(key_scales.x) * to_log2,
-                            Half::low(key_scales.y) * to_log2, Half::high(key_scales.y) * to_log2};
-  const float scales[4] = {Half::low(value_scales.x), Half::high(value_scales.x), Half::low(value_scales.y),
-                           Half::high(value_scales.y)};
+  const float factors[4] = {
+      Half::low(key_scales.x) * to_log2, Half::high(key_scales.x) * to_log2, Half::low(key_scales.y) * to_log2,
+      Half::high(key_scales.y) * to_log2};
+  const float scales[4] = {
+      Half::low(value_scales.x), Half::high(value_scales.x), Half::low(value_scales.y), Half::high(value_scales.y)};
   states.count_in(true);
   uint2 weights[kRowTiles][2];
 #pragma unroll
@@ -73,10 +75,12 @@ __device__ __forceinline__ void attend_warm(
 #pragma unroll
       for (int r = 0; r < kRowTiles; ++r) {
         const uint2 w = weights[r][i];
-        Half::multiply_add(states.o[r][2 * c], ptx::low_bytes(v.x), ptx::low_bytes(v.y), ptx::high_bytes(v.x),
-                           ptx::high_bytes(v.y), w.x, w.y);
-        Half::multiply_add(states.o[r][2 * c + 1], ptx::low_bytes(v.z), ptx::low_bytes(v.w), ptx::high_bytes(v.z),
-                           ptx::high_bytes(v.w), w.x, w.y);
+        Half::multiply_add(
+            states.o[r][2 * c], ptx::low_bytes(v.x), ptx::low_bytes(v.y), ptx::high_bytes(v.x), ptx::high_bytes(v.y),
+            w.x, w.y);
+        Half::multiply_add(
+            states.o[r][2 * c + 1], ptx::low_bytes(v.z), ptx::low_bytes(v.w), ptx::high_bytes(v.z),
+            ptx::high_bytes(v.w), w.x, w.y);
       }
     }
   }

@@ -30,8 +30,8 @@ struct TieredStates : States {
     in_codes = codes;
   }
 
-  // Subtract a unit's zero points before its codes are added. o then stays as small as the values it stands for, so that
-  // a long sequence of codes loses nothing to rounding.
+  // Subtract a unit's zero points before its codes are added. o then stays as small as the values it stands for, so
+  // that a long sequence of codes loses nothing to rounding.
   __device__ __forceinline__ void subtract_points(int r, const float (&points)[4]) {
 #pragma unroll
     for (int d = 0; d < kDimBlocks; ++d) {
@@ -130,19 +130,21 @@ __device__ __forceinline__ void weigh(
   if (kHasMasses) walk.unit_lse.take(r, walk.unit, base, sum);
 }
 
-// The weights of 16 tokens as the operand of a product, rows first. `low` and `high` are the scales of the values of this
-// lane's tokens.
+// The weights of 16 tokens as the operand of a product, rows first. `low` and `high` are the scales of the values of
+// this lane's tokens.
 template <typename Scalar>
 __device__ __forceinline__ uint2 as_operand(const float (&s)[4], float low = 1.0f, float high = 1.0f) {
-  return {ptx::transpose_matrix(Scalar::pack(s[0] * low, s[1] * low)),
-          ptx::transpose_matrix(Scalar::pack(s[2] * high, s[3] * high))};
+  return {
+      ptx::transpose_matrix(Scalar::pack(s[0] * low, s[1] * low)),
+      ptx::transpose_matrix(Scalar::pack(s[2] * high, s[3] * high))};
 }
 
-// Take tokens whose values are NaN out of a unit that some rows see only in part, because a weight of 0 times NaN is NaN.
-// Rows that see such a token become NaN here; for the others its values are set to 0.
+// Take tokens whose values are NaN out of a unit that some rows see only in part, because a weight of 0 times NaN is
+// NaN. Rows that see such a token become NaN here; for the others its values are set to 0.
 //   value_scales  [kTokens] in shared memory, this warp's own; with kHasPoints the zero points follow
 template <int kTokens, bool kHasPoints>
-__device__ __forceinline__ void take_lost_tokens(const Walk& walk, unsigned value_scales, int first, TieredStates& states) {
+__device__ __forceinline__ void take_lost_tokens(
+    const Walk& walk, unsigned value_scales, int first, TieredStates& states) {
   const int lane = lane_id();
   const unsigned scales = value_scales + lane * 4;  // of two tokens
   const unsigned points = scales + 2 * kTokens;

@@ -1,0 +1,170 @@
+"""Run every operation of a cache once, on a small cache of the same kind, so that Numba compiles all it needs.
+
+Compiled functions take arrays and integers of the same types whatever the size of a cache and the shape of its model.
+So a cache of 1024 tokens with one layer compiles, and keeps on disk, what any cache of its allocator and tiers calls.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from kvtoolkit.attention.calls import merge_states
+from kvtoolkit.cache.kv_cache import KVCache
+from kvtoolkit.config.cache import CacheConfig
+
+Part = tuple[str, Callable[[], None]]
+"""What a part of the rehearsal is called, and what runs it."""
+
+_NUM_TOKENS = 1024
+_NUMPY_DTYPES = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}
+
+
+def small_config(config: CacheConfig) -> CacheConfig:
+    """A small cache on the CPU that runs the same compiled host code as ``config``."""
+    tiers, fields = config.tiers, config.to_dict()
+    for name in ("memory", "device", "max_seq_len", "max_entries"):
+        fields.pop(name, None)
+    if config.backend != "cpu" and config.allocator == "lockfree":
+        # that pool is on the GPU, where `load_kernels` is in charge
+        fields |= {"allocator": "buddy", "allocator_options": {}}
+    if tiers is not None:
+        # a sequence of a few hundred tokens reaches the coldest tier, and every tier has room for several
+        kept = {name: value for name, value in tiers.items() if name not in ("hot", "tier_memory")}
+        fields["tiers"] = {**kept, "hot": 64, "warm_tokens": 64, "pinned_tokens": 0}
+    fields |= {"num_layers": 1, "num_tokens": _NUM_TOKENS, "max_seqs": 32, "backend": "cpu"}
+    return CacheConfig.from_dict(fields)
+
+
+def parts_of(config: CacheConfig, num_q_heads: int) -> list[Part]:
+    """The parts of the rehearsal, to be run in this order."""
+    rehearsal = _Rehearsal(small_config(config), num_q_heads, with_kernels=config.backend == "cpu")
+    return [
+        ("pool and tables", rehearsal.make),
+        ("prompts and steps", rehearsal.steps),
+        ("prefix reuse", rehearsal.reuse),
+        ("forks", rehearsal.forks),
+        ("preemption", rehearsal.preemption),
+        ("eviction", rehearsal.eviction),
+        *([("quantized tiers", rehearsal.tiers)] if config.tiers else []),
+        ("maintenance", rehearsal.maintenance),
+    ]
+
+
+class _Rehearsal:
+    """The small cache, and the sequences that each part leaves open or closes."""
+
+    cache: KVCache
+
+    def __init__(self, config: CacheConfig, num_q_heads: int, with_kernels: bool) -> None:
+        self.config = config
+        self.num_q_heads = num_q_heads
+        self.with_kernels = with_kernels
+        self.draw = np.random.default_rng(0)
+
+    def make(self) -> None:
+        self.cache = KVCache(self.config)
+        self.cache.stats()
+
+    def steps(self) -> None:
+        """Two prompts, and decoded tokens until blocks grow and merge."""
+        ids = self.open(self.prompt(70), self.prompt(9))
+        self.feed(ids, [70, 9])
+        for _ in range(66):
+            self.feed(ids, [1, 1])
+        with self.cache.begin_step(ids, 1):
+            pass  # a step that is aborted
+        self.cache.close(ids)
+        if self.with_kernels:
+            states = [np.zeros((1, 1, 64), np.float32), np.zeros((1, 1), np.float32)]
+            merge_states(*states, *states)
+
+    def reuse(self) -> None:
+        """Prompts with a beginning, a salt and an extra key in common; twins; forgetting them."""
+        prompt = self.prompt(40)
+        for options in ({}, {"salt": ["a"], "extra_keys": [[(8, 1)]]}):
+            for _ in range(2):
+                ids, (cached,) = self.cache.open([prompt], **options)
+                self.feed(ids, [len(prompt) - int(cached)], prompt[int(cached) :])
+                self.cache.close(ids)
+        twins = self.open(self.prompt(16), self.prompt(16))
+        self.feed(twins, [16, 16], np.tile(self.prompt(16), 2))
+        self.cache.close(twins)
+        self.cache.clear_prefixes("a")
+        self.cache.clear_prefixes()
+
+    def forks(self) -> None:
+        """Copies of a sequence, cut and exchanged."""
+        ids = self.open(self.prompt(30))
+        self.feed(ids, [30])
+        both = np.concatenate([ids, self.cache.fork(ids, 1).ravel()])
+        self.feed(both, [5, 5])
+        self.cache.reorder(both, [1, 1])
+        self.cache.truncate(both, [20, 13])
+        self.cache.pin(both).abort()
+        self.cache.close(both)
+
+    def preemption(self) -> None:
+        """Sequences that share a beginning go and come back, with their keys and values and without."""
+        ids = self.open(self.prompt(40))
+        self.feed(ids, [40])
+        ids = np.concatenate([ids, self.cache.fork(ids, 1).ravel()])
+        for place in ("host", "drop"):
+            self.cache.preempt(ids, to=place)
+            self.cache.restore(ids, keep_free=8)
+        self.cache.close(ids)
+
+    def eviction(self) -> None:
+        """More than the pool holds, while what finished sequences held stays findable."""
+        size = _NUM_TOKENS // 16
+        for _ in range(20):
+            ids = self.open(self.prompt(size))
+            self.feed(ids, [size])
+            self.cache.close(ids)
+        held = self.open(*(self.prompt(size) for _ in range(20)))
+        for _ in range(2):
+            self.feed(held, [size] * 20)
+        self.cache.close(held)
+
+    def tiers(self) -> None:
+        """Sequences so long that they reach the coldest tier, cut inside a quantized tile."""
+        ids = self.open(self.prompt(64))
+        for _ in range(4):
+            self.feed(ids, [64])
+        for _ in range(80):
+            self.feed(ids, [1])
+        self.cache.preempt(ids, to="host")
+        self.cache.restore(ids)
+        self.cache.truncate(ids, [100])
+        self.cache.close(ids)
+
+    def maintenance(self) -> None:
+        """What keeps a cache in order, and a snapshot that is loaded again."""
+        ids = self.open(*(self.prompt(20) for _ in range(8)))
+        for _ in range(6):
+            self.feed(ids, [20] * 8)
+        self.cache.close(ids[::2])
+        self.cache.compact(512)
+        self.cache.repair()
+        KVCache.from_snapshot(self.config, self.cache.snapshot())
+        self.cache.end_orphans([])
+
+    def prompt(self, length: int) -> Any:
+        return self.draw.integers(0, 1 << 30, length)
+
+    def open(self, *prompts: Any) -> Any:
+        return self.cache.open(list(prompts))[0]
+
+    def feed(self, ids: Any, counts: list[int], tokens: Any = None) -> None:
+        """One step; rows that find no memory are passed over, as an engine does."""
+        cache, heads, head_dim = self.cache, self.config.num_kv_heads, self.config.head_dim
+        total = sum(counts)
+        with cache.begin_step(ids, counts) as step:
+            if self.with_kernels:
+                dtype = _NUMPY_DTYPES[self.config.dtype]
+                new = np.zeros((total, heads, head_dim), dtype)
+                step.append(0, new, new)
+                step.attend(0, np.zeros((total, self.num_q_heads, head_dim), dtype))
+            cache.end_step(step, self.prompt(total) if tokens is None else tokens)
+            if not step.ok.all():
+                step.explain()

@@ -1,0 +1,83 @@
+"""The memory of one kind of layers, with the moves on it that several operations need."""
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from kvtoolkit.arrays.types import Int32Array
+from kvtoolkit.cache.state import block_merging, block_table
+from kvtoolkit.cache.state.block_manager import BlockManager, Counters, Runs
+from kvtoolkit.cache.state.host_copies import HostCopies
+from kvtoolkit.cache.storage.storage import make_storage
+from kvtoolkit.config.cache import CacheConfig
+
+
+class CacheGroup:
+    """Storage, blocks and block table of layers that keep the same tokens.
+
+    A cache has one group: all its layers keep all tokens of a sequence. Layers that keep other tokens, such as those
+    of a sliding window, need a group of their own.
+
+    Attributes:
+        storage: keys and values, all tiers.
+        blocks: the allocators of all tiers, the growth policy, and what is known of each granule.
+        table: a row for each sequence.
+        copies: what is kept in host memory for preempted sequences.
+        compacted: ``[2]`` int64 row and logical granule at which compaction goes on.
+    """
+
+    def __init__(self, config: CacheConfig, counters: Counters) -> None:
+        self.config = config
+        self.counters = counters
+        self.storage = make_storage(config)
+        self.blocks = BlockManager(config, counters, self.storage.device if self.storage.device >= 0 else None)
+        self.collects_mass = config.tier_config is not None and config.tier_config.demote == "mass"
+        num_tiles = -(-config.seq_len_limit // 64) if self.collects_mass else 0
+        self.table = block_table.make_block_table(config.max_seqs, config.entries_limit, num_tiles)
+        self.copies = HostCopies(self.storage, self.blocks.granules)
+        self.compacted = np.zeros(2, np.int64)
+
+    def attach(self, row: int, runs: Runs) -> bool:
+        """Append freshly allocated runs to a row; False, and nothing done, if it has too few entries."""
+        starts = np.array([start for start, _ in runs], np.int32)
+        sizes = np.array([size for _, size in runs], np.int32)
+        return bool(block_table.attach(self.table, self.blocks.granules, row, starts, sizes))
+
+    def copy_granules(self, sources: ArrayLike, targets: ArrayLike, num_tokens: int) -> None:
+        """Copy granules, all layers, and count the tokens in them."""
+        self.storage.copy_granules(sources, targets)
+        self.counters.copied_tokens += num_tokens
+
+    def convert_tiles(self, sources: Int32Array, targets: Int32Array, num_tokens: int) -> None:
+        """Write tiles to another tier, all layers, and count the tokens in them."""
+        self.storage.convert_tiles(sources, targets)
+        self.counters.converted_tokens += num_tokens
+
+    def merge_blocks(self, candidates: Int32Array, ends: Int32Array) -> int:
+        """Copy 8 granules in small blocks into one block of 64 tokens, for as many candidates as there is room.
+
+        Args:
+            candidates: rows.
+            ends: for each of them the logical granule at which the 8 end; `block_merging.mergeable` has found them.
+
+        Returns:
+            How many were merged.
+        """
+        table, blocks = self.table, self.blocks
+        private = int(block_merging.keep_private_merges(table, candidates, ends, blocks.granules))
+        if not private:
+            return 0
+        targets = blocks.take_targets(private)
+        if len(targets):
+            sources = np.empty(8 * len(targets), np.int32)
+            block_merging.list_windows(table, candidates, ends, len(targets), sources)
+            offsets = np.arange(8, dtype=np.int32)
+            self.copy_granules(sources, (targets[:, None] + offsets).ravel(), 64 * len(targets))
+            block_merging.merge_blocks_all(table, candidates, ends, targets, blocks.nodes, blocks.granules)
+            blocks.free_granules(sources)
+        self.counters.num_merges += len(targets)
+        self.counters.num_failed_merges += private - len(targets)
+        return len(targets)
+
+    def update_peak(self) -> None:
+        """Raise the peak if more granules are held than ever before."""
+        self.counters.peak_granules = max(self.counters.peak_granules, self.blocks.num_used)

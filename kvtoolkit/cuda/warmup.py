@@ -1,0 +1,29 @@
+"""Compile and load ahead: every GPU kernel that a cache and its attention need."""
+
+from collections.abc import Callable
+
+from kvtoolkit.config.cache import CacheConfig
+from kvtoolkit.cuda import specs
+from kvtoolkit.cuda.launching import load_spec
+from kvtoolkit.runtime import smem_limit
+from kvtoolkit.runtime.kernels import arch_of, current_device
+
+Progress = Callable[[str, int, int], None]
+"""Called with what comes next, and how many parts of how many are done."""
+
+
+def load_kernels(config: CacheConfig, num_q_heads: int, progress: Progress | None = None) -> None:
+    """Compile and load the kernels of a cache with backend ``"cuda"`` on its device; see `kvtoolkit.warmup`."""
+    device = current_device() if config.device is None else config.device
+    shape = (config.head_dim, config.dtype, num_q_heads, config.num_kv_heads)
+    masses = config.tiers is not None and config.tiers["demote"] == "mass"
+    found = list(
+        specs.of_model(*shape, arch_of(device), smem_limit(device), tiers=config.tiers is not None, masses=masses)
+    )
+    import cupy
+
+    with cupy.cuda.Device(device):
+        for number, spec in enumerate(found):
+            if progress is not None:
+                progress(spec.name, number, len(found))
+            load_spec(spec, device)
