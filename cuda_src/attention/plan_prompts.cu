@@ -15,20 +15,20 @@
 namespace kvt {
 
 constexpr int kPlanThreads = 1024;
-constexpr int kBins = 1024;       // items whose numbers of tiles share a bin are in no order
-constexpr int kMinPart = 4;       // tiles
+constexpr int kBins = 1024;  // items whose numbers of tiles share a bin are in no order
+constexpr int kMinPart = 4;  // tiles
 
 struct PlanPromptsParams {
   const int* seq_lens;
   const int* cu_seqlens_q;
   int* items;
   int* num_items;
-  int half_sizes[5];   // see Halves
+  int half_sizes[5];  // see Halves
   int batch, num_kv_heads;
   int left, right;
-  int num_ctas;        // of the prompt kernel, at once
-  int min_queries;     // sequences with fewer are another kernel's
-  int max_parts;       // of a block; 1 = results do not depend on the rest of the batch
+  int num_ctas;     // of the prompt kernel, at once
+  int min_queries;  // sequences with fewer are another kernel's
+  int max_parts;    // of a block; 1 = results do not depend on the rest of the batch
 };
 
 struct Batch {
@@ -70,7 +70,8 @@ __device__ __forceinline__ int sum_before(int value, int* warp_sums, int& total)
   return (warp > 0 ? before : 0) + inclusive - value;
 }
 
-extern "C" __global__ void __launch_bounds__(kPlanThreads) kvt_plan_prompts(const __grid_constant__ PlanPromptsParams p) {
+extern "C" __global__ void __launch_bounds__(kPlanThreads)
+    kvt_plan_prompts(const __grid_constant__ PlanPromptsParams p) {
   extern __shared__ int ends[];  // [batch] blocks of rows of the sequences up to each, it included
   __shared__ int bins[kBins];
   __shared__ int warp_sums[32];

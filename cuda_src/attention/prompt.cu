@@ -33,11 +33,17 @@ __device__ __forceinline__ int uniform(int x) { return __shfl_sync(kAllLanes, x,
 // What a thread of the computing warpgroups holds, and what it does with it.
 class Consumer {
  public:
-  __device__ __forceinline__ Consumer(
-      const PromptParams& p, unsigned shared, const Item* items, int* is_last, Rings rings, int warp)
-      : p_(p), halves_(p.half_sizes), shared_(shared), items_(items), is_last_(is_last), rings_(rings), group_((warp >> 2) - 1),
-        row_((warp & 3) * 16 + (lane_id() >> 2)), softmax_(KVT_RULES ? 1.0f : p.scale_log2) {
-  }
+  __device__ __forceinline__
+  Consumer(const PromptParams& p, unsigned shared, const Item* items, int* is_last, Rings rings, int warp)
+      : p_(p),
+        halves_(p.half_sizes),
+        shared_(shared),
+        items_(items),
+        is_last_(is_last),
+        rings_(rings),
+        group_((warp >> 2) - 1),
+        row_((warp & 3) * 16 + (lane_id() >> 2)),
+        softmax_(KVT_RULES ? 1.0f : p.scale_log2) {}
 
   __device__ __forceinline__ void run() {
     if (group_ == 1) ptx::pass(kTurn, kConsumers);
@@ -135,7 +141,8 @@ class Consumer {
 
   // S = Q K^T for the tile that comes next.
   __device__ __forceinline__ void issue_scores() {
-    const unsigned queries = shared_ + Layout::kQueries + group_ * kGroupQueryBytes + rings_.queries.stage * kQueryBytes;
+    const unsigned queries =
+        shared_ + Layout::kQueries + group_ * kGroupQueryBytes + rings_.queries.stage * kQueryBytes;
     const unsigned long long q = ptx::swizzled_matrix(queries, 1024);
     const unsigned long long k =
         ptx::swizzled_matrix(shared_ + Layout::kKeyTiles + rings_.keys.stage * kTileBytes, kPieceBytes);
@@ -184,8 +191,7 @@ class Consumer {
         slope_[r] = p_.alibi_slopes == nullptr || !row.exists ? 0.0f : p_.alibi_slopes[row.q_head] * kLog2E;
       }
     }
-    const KeyRange keys =
-        keys_of_item(halves_, p_.left, p_.right, item.seq_len, item.num_queries, item.first_half);
+    const KeyRange keys = keys_of_item(halves_, p_.left, p_.right, item.seq_len, item.num_queries, item.first_half);
     full_begin_ = uniform(keys.full_begin);
     full_end_ = uniform(keys.full_end);
     softmax_.reset(row_of(item, 0).exists, row_of(item, 1).exists);
@@ -345,7 +351,8 @@ class Consumer {
       const unsigned row = values + (k >> 3) * kPieceBytes + (k & 7) * 128;
 #pragma unroll
       for (int d = 0; d < kDims / 8; ++d) {
-        const unsigned pair = ptx::load_shared_4(row + (d >> 3) * 1024 + (((d & 7) ^ (k & 7)) << 4) + (lane_id() & 3) * 4);
+        const unsigned pair =
+            ptx::load_shared_4(row + (d >> 3) * 1024 + (((d & 7) ^ (k & 7)) << 4) + (lane_id() & 3) * 4);
         const unsigned lost = pair & nonfinite_mask<scalar_t>(pair);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -368,7 +375,8 @@ class Consumer {
     const int thread = threadIdx.x & 127;
     const auto place = [&](int part) {
       const long long slot = static_cast<long long>(item.slot + part) * p_.num_kv_heads + item.kv_head;
-      return reinterpret_cast<float4*>(p_.partials + slot * Partial::kFloats) + group_ * 128 * Partial::kVectors + thread;
+      return reinterpret_cast<float4*>(p_.partials + slot * Partial::kFloats) + group_ * 128 * Partial::kVectors +
+             thread;
     };
     if (has_rows) {
       float4* const own = place(item.part());

@@ -30,6 +30,10 @@ class Attention(NamedTuple):
     """What the launches read and nobody else keeps alive."""
 
 
+Prepared = Attention | PromptAttention
+"""A call of `attend` made ready for other layers."""
+
+
 class _Prepared(NamedTuple):
     """What the kernels of a call read besides its arrays, made on the device by launches of their own."""
 
@@ -43,7 +47,7 @@ class _Prepared(NamedTuple):
     unit_lse: UnitLse
 
 
-def attend(call: AttentionCall, hints: Hints = NO_HINTS, *, stream: int = 0) -> Attention | PromptAttention | None:
+def attend(call: AttentionCall, hints: Hints = NO_HINTS, *, stream: int = 0) -> Prepared | None:
     """Attend, writing to ``out`` and ``lse``, asynchronously on ``stream``.
 
     Args:
@@ -146,7 +150,7 @@ def _clear(block_mass: Operand, stream: int) -> None:
 
 
 def attend_prepared(
-    prepared: Attention | PromptAttention, q: int, k_cache: int, v_cache: int, out: int, *, warm: int = 0, cold: int = 0,
+    prepared: Prepared, q: int, k_cache: int, v_cache: int, out: int, *, warm: int = 0, cold: int = 0,
     block_mass: int = 0, stream: int = 0, overlaps: bool = False,
 ) -> None:  # fmt: skip
     """Attend once more where only the addresses of these arrays differ, not their shapes, strides or dtypes.

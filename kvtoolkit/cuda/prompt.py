@@ -161,7 +161,7 @@ def attend(
         words: the maps of the call's arrays.
     """
     num_tokens, num_q_heads, head_dim = call.q.shape
-    num_kv_heads, block_size = call.k_cache.shape[1:3]
+    num_kv_heads = call.k_cache.shape[1]
     batch, max_entries = call.block_table.shape
     device = call.q.device
     sizes = _sizes(num_tokens, num_q_heads, num_kv_heads, head_dim, batch, num_sms(device))

@@ -56,7 +56,9 @@ class LoggedKernel(Kernel):
         )
 
 
-def load(source: str, name: str, defines: Mapping[str, int], device: int, *, smem_nbytes: int = 0, feature: str = "") -> Kernel:
+def load(
+    source: str, name: str, defines: Mapping[str, int], device: int, *, smem_nbytes: int = 0, feature: str = ""
+) -> Kernel:
     """The kernel ``name`` of a source of ``cuda_src`` on a device.
 
     Args:

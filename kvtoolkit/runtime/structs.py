@@ -115,7 +115,7 @@ def _fields(text: str, name: str) -> dict[str, Field]:
 
 
 def _alignment(text: str, name: str) -> int:
-    """Of a struct in memory: 8 bytes, as all have pointers, if it asks for no more."""
+    """The alignment of a struct: 8 bytes, because all have pointers, or more if it asks for more."""
     found = re.search(rf"struct alignas\((\d+)\) {name}\b", text)
     return int(found[1]) if found else 8
 

@@ -290,7 +290,9 @@ def test_blocks_granted_again_are_refused_within_a_call_and_between_calls():
 def test_a_start_after_the_first_refusal_is_refused():
     cache = KVCache(config(allocator=f"{HERE}:Answers", growth="append"))
     seq_ids, _ = cache.open([[], []])
-    cache.allocator.inner.distort = lambda starts, sizes: np.where(np.arange(len(starts)) == 0, -1, starts).astype(np.int32)
+    cache.allocator.inner.distort = lambda starts, sizes: np.where(np.arange(len(starts)) == 0, -1, starts).astype(
+        np.int32
+    )
     with pytest.raises(ConfigError, match="granted after a size that did not fit"):
         cache.begin_step(seq_ids, 64)
 

@@ -14,10 +14,10 @@ constexpr int kHalfRows = 64;
 // How the query rows of a sequence are cut into halves.
 struct Halves {
   int group_size;
-  int heads;         // of a half: all of the group, or kHalfRows
-  int queries;       // of a half
-  int per_query;     // halves of a query, where queries is 1
-  int inverse;       // 2^16 / heads, rounded up
+  int heads;      // of a half: all of the group, or kHalfRows
+  int queries;    // of a half
+  int per_query;  // halves of a query, where queries is 1
+  int inverse;    // 2^16 / heads, rounded up
 
   __device__ __forceinline__ explicit Halves(const int (&sizes)[5])
       : group_size(sizes[0]), heads(sizes[1]), queries(sizes[2]), per_query(sizes[3]), inverse(sizes[4]) {}
@@ -28,16 +28,14 @@ struct Halves {
   __device__ __forceinline__ int first_query(int half) const {
     return per_query > 1 ? half / per_query : half * queries;
   }
-  __device__ __forceinline__ int first_head(int half) const {
-    return per_query > 1 ? half % per_query * kHalfRows : 0;
-  }
+  __device__ __forceinline__ int first_head(int half) const { return per_query > 1 ? half % per_query * kHalfRows : 0; }
   // Of a half's first query, or after it.
   __device__ __forceinline__ int query_of(int row) const { return row * inverse >> 16; }
 };
 
 // Strides in elements. Absent arrays are null.
 struct alignas(64) PromptParams {
-  long long query_map[16];   // tensor maps, each at a multiple of 64 bytes
+  long long query_map[16];  // tensor maps, each at a multiple of 64 bytes
   long long key_map[16];
   long long value_map[16];
   unsigned short* out;
@@ -45,36 +43,36 @@ struct alignas(64) PromptParams {
   const int* block_table;
   const float* alibi_slopes;
   const float* sinks;
-  const int* items;          // [num_items][8], made by kvt_plan_prompts; readable up to the number of CTAs
-  const int* num_items;      // for each kv head
-  unsigned* next_item;       // 0 between kernels
-  unsigned* arrivals;        // [slots, num_kv_heads], all 0 between kernels
-  float* partials;           // [slots, num_kv_heads, Partial::kFloats]
+  const int* items;      // [num_items][8], made by kvt_plan_prompts; readable up to the number of CTAs
+  const int* num_items;  // for each kv head
+  unsigned* next_item;   // 0 between kernels
+  unsigned* arrivals;    // [slots, num_kv_heads], all 0 between kernels
+  float* partials;       // [slots, num_kv_heads, Partial::kFloats]
   long long out_token, out_head;
   long long table_row;
-  int half_sizes[5];         // see Halves
+  int half_sizes[5];  // see Halves
   int num_kv_heads;
   int granules_per_block;
-  int block_shift;           // log2(granules_per_block); -1 where it is no power of two
-  int block_pitch;           // a granule's coordinates are block * block_pitch + its number in the block
-  int coordinate_shift;      // bits of the number: 0 where granules are the map's blocks
+  int block_shift;       // log2(granules_per_block); -1 where it is no power of two
+  int block_pitch;       // a granule's coordinates are block * block_pitch + its number in the block
+  int coordinate_shift;  // bits of the number: 0 where granules are the map's blocks
   int num_map_blocks;
-  int left, right;           // keys seen before and after a query's position; -1 = all
-  float scale_log2;          // softmax_scale * log2(e)
-  float cap_inner;           // softmax_scale / softcap
-  float cap_outer;           // softcap * log2(e); 0 = no cap
+  int left, right;   // keys seen before and after a query's position; -1 = all
+  float scale_log2;  // softmax_scale * log2(e)
+  float cap_inner;   // softmax_scale / softcap
+  float cap_outer;   // softcap * log2(e); 0 = no cap
 };
 
 struct alignas(64) Item {
-  int first_token;   // of the sequence's queries, in q
-  int num_queries;   // of the sequence
+  int first_token;  // of the sequence's queries, in q
+  int num_queries;  // of the sequence
   int first_half;
   int sequence;
   int seq_len;
-  int tiles;         // first | end << 16
-  int parts;         // of the item's keys: which | how many << 16
-  int slot;          // of the results of its first part
-  int kv_head;       // -1: there is no more
+  int tiles;    // first | end << 16
+  int parts;    // of the item's keys: which | how many << 16
+  int slot;     // of the results of its first part
+  int kv_head;  // -1: there is no more
 
   static constexpr int kWords = 9;
 
@@ -97,8 +95,8 @@ struct alignas(64) Item {
 };
 
 // The keys that the rows of an item see.
-__device__ __forceinline__ KeyRange keys_of_item(
-    const Halves& halves, int left, int right, int seq_len, int num_queries, int first_half) {
+__device__ __forceinline__ KeyRange
+keys_of_item(const Halves& halves, int left, int right, int seq_len, int num_queries, int first_half) {
   const int first = halves.first_query(first_half);
   const int last = min(num_queries, halves.first_query(first_half + 1) + halves.queries) - 1;
   const int position = seq_len - num_queries;

@@ -74,8 +74,8 @@ __device__ __forceinline__ void copy_queries(
 // queries. kRole: 0 = warp 0, 1 = values, 2 = warp 2.
 template <int kRole>
 __device__ __forceinline__ void load_items(
-    const PromptParams& p, const ptx::TensorMap& query_map, const ptx::TensorMap& map, unsigned shared,
-    Item* items, Rings rings, int half) {
+    const PromptParams& p, const ptx::TensorMap& query_map, const ptx::TensorMap& map, unsigned shared, Item* items,
+    Rings rings, int half) {
   const bool is_elected = ptx::elect_lane();
   const unsigned long long policy = ptx::evict_last_policy();
   const int lane = lane_id();

@@ -11,10 +11,10 @@ namespace kvt {
 constexpr int kHeadDim = KVT_HEAD_DIM;
 // columns of O: the next size of a product that is made
 constexpr int kDims = kHeadDim <= 64 ? 64 : kHeadDim <= 96 ? 96 : kHeadDim <= 128 ? 128 : kHeadDim <= 192 ? 192 : 256;
-constexpr int kChunks = (kDims + 63) / 64;          // of 128 bytes, in a row of shared memory
-constexpr bool kWholeBoxes = kHeadDim % 64 == 0;    // a tensor copy brings all chunks of a granule
+constexpr int kChunks = (kDims + 63) / 64;                          // of 128 bytes, in a row of shared memory
+constexpr bool kWholeBoxes = kHeadDim % 64 == 0;                    // a tensor copy brings all chunks of a granule
 constexpr int kKeys = kDims <= 128 ? 128 : kDims == 192 ? 96 : 64;  // of a tile
-constexpr int kPieces = kKeys / 8;                  // granules of a tile
+constexpr int kPieces = kKeys / 8;                                  // granules of a tile
 constexpr int kPieceBytes = kChunks * 1024;
 constexpr int kTileBytes = kPieces * kPieceBytes;
 constexpr int kStages = 2;
@@ -27,7 +27,7 @@ constexpr int kConsumerWarps = 8;
 constexpr int kProducerRegisters = 24;
 constexpr int kConsumerRegisters = 240;
 constexpr int kItemSlots = 4;
-constexpr int kAskAhead = 3;                        // tiles before its end at which a CTA asks for its next item
+constexpr int kAskAhead = 3;  // tiles before its end at which a CTA asks for its next item
 
 // Shared memory, in bytes from its beginning.
 struct Layout {
@@ -43,7 +43,7 @@ struct Layout {
 };
 
 // Numbered barriers.
-constexpr int kTurn = 2;    // and the next: whose turn it is to issue products
+constexpr int kTurn = 2;      // and the next: whose turn it is to issue products
 constexpr int kGroupMet = 4;  // and the next: of each warpgroup
 constexpr int kBothMet = 6;
 

@@ -15,12 +15,12 @@ constexpr float kHeadroom = 8.0f;  // log2
 
 template <typename Scalar, int kKeys>
 struct TileSoftmax {
-  float scale;       // from a score to log2
-  float m[2];        // a maximum of the scores so far, up to kHeadroom
-  float l[2];        // sum of the weights of this lane's keys
-  float shrink[2];   // what the accumulators have to be multiplied by, where `raised`
-  bool raised;       // m changed in the last tile
-  float headroom[2]; // log2; without bound for a row that does not exist, so that it changes nothing for the others
+  float scale;        // from a score to log2
+  float m[2];         // a maximum of the scores so far, up to kHeadroom
+  float l[2];         // sum of the weights of this lane's keys
+  float shrink[2];    // what the accumulators have to be multiplied by, where `raised`
+  bool raised;        // m changed in the last tile
+  float headroom[2];  // log2; without bound for a row that does not exist, so that it changes nothing for the others
 
   __device__ __forceinline__ explicit TileSoftmax(float scale) : scale(scale) {}
 
