@@ -10,8 +10,8 @@ A number is ``scale * (code - 128)`` of int8; of int4 a key is ``scale * (code -
 query costs; a value's point, between 0 and 15, lets the rounding of a weight times a scale act on the value itself, not
 on the distance to a zero far from it. Scales, zeros and points are float16; codes are chosen for them as stored.
 
-Bytes are in the order in which a warp's lanes want them for m16n8k16 products (lane = 4 * g + t, g in 0..7, t in 0..3), so that a lane's
-next 16 bytes are a piece, and pieces follow one another, 32 lanes each:
+Bytes are in the order in which a warp's lanes want them for m16n8k16 products (lane = 4 * g + t, g in 0..7, t in
+0..3), so that a lane's next 16 bytes are a piece, and pieces follow one another, 32 lanes each:
 
     int8, twice (32 tokens each):  key codes | key scales [32] | value codes | value scales [32]
         keys     piece (i, j): token 4g + 2i + h, dims 32j + 8t ..+7; bytes h, dim

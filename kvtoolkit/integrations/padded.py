@@ -114,7 +114,7 @@ class PaddedBatch:
         Args:
             batch_size: rows; what earlier forwards had.
             columns: new ones.
-            mask: ``[batch, num_columns + columns]`` bool, False where there is padding; None = no padding among the new.
+            mask: ``[batch, num_columns + columns]`` bool, False at padding; None = no padding among the new.
 
         Raises:
             CacheFullError: a row got no memory; the batch is as it was before.
