@@ -63,8 +63,10 @@ def name_of(config: CacheConfig) -> str:
 def table(engine: Engine, requests: list[Request]) -> list[str]:
     """Waste and entries of several caches, in the run's pool and in a larger one."""
     num_tokens = 8 * engine.cache.config.num_granules
-    lines = [f"{'':<24}{'waste':>7}{'entries':>9}{'tokens':>8}{'merges':>8}{'evicted':>9}{'preempted':>11}"]
-    lines.append(f"{'':<24}{'':>7}{'per sequence':>17}")
+    lines = [
+        f"{'':<24}{'':>7}{'entries per':>13}{'tokens per':>12}{'merges':>8}{'evicted':>9}{'pre-':>7}",
+        f"{'':<24}{'waste':>7}{'sequence':>13}{'entry':>12}{'':>8}{'':>9}{'empted':>7}",
+    ]
     for title, factor in ((f"{num_tokens} slots", 1), (f"{PLENTY * num_tokens} slots", PLENTY)):
         lines.append(title)
         for config in caches(engine.cache.config):
@@ -78,7 +80,7 @@ def table(engine: Engine, requests: list[Request]) -> list[str]:
             entries = sum(average.blocks.values())
             tokens = sum(size * count for size, count in average.blocks.items()) / entries
             lines.append(
-                f"{label}{average.waste:>7.1%}{average.entries_per_seq:>9.1f}{tokens:>8.0f}{stats.num_merges:>8}"
-                f"{stats.num_evicted:>9}{stats.num_preempted:>11}"
+                f"{label}{average.waste:>7.1%}{average.entries_per_seq:>13.1f}{tokens:>12.0f}{stats.num_merges:>8}"
+                f"{stats.num_evicted:>9}{stats.num_preempted:>7}"
             )
     return lines

@@ -30,11 +30,11 @@ PROMPTS = [
 ]
 POOL = {"num_tokens": 704, "allocator": "buddy", "growth": "lazy_merge", "max_seqs": 64}
 """Too small for all requests at once, so that they have to reuse, merge, evict and give way."""
-TIERED_POOL = POOL | {"num_tokens": 2048}
+TIERED_POOL = POOL | {"num_tokens": 3072}
 TIERS = {"hot": 64, "pinned_tokens": 0, "warm": "int8", "warm_tokens": 64, "cold": "int4"}
 EXPLANATION = """\
-Why `adaptive`, the default of a cache, wastes more while memory is plentiful: it
-then gives a sequence blocks of 64 tokens, because attention reads few long
+Why `adaptive`, the default of a cache, wastes more while memory is plentiful:
+it gives a sequence blocks of 64 tokens then, because attention reads few long
 entries faster, and the empty rest of the last block is waste. As memory gets
 short it takes smaller blocks."""
 SYSTEM = (
@@ -50,7 +50,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", help="a TOML file such as examples/cache.toml; the options below win over it")
     parser.add_argument("--allocator", help="paged, buddy (default), slab, lockfree, or package.module:Class")
     parser.add_argument("--growth", help="fixed8 ... fixed64, append, proportional, lazy_merge (default), adaptive")
-    parser.add_argument("--num-tokens", type=int, help="token slots in the pool (default 704, with --tiers 2048)")
+    parser.add_argument("--num-tokens", type=int, help="token slots in the pool (default 704, with --tiers 3072)")
     parser.add_argument(
         "--tiers", action="store_true",
         help="keep 64 tokens as they are, the 64 before them in int8, what is older in int4; 192 new tokens by default",
@@ -105,7 +105,7 @@ def make_engine(options: argparse.Namespace, progress: "Progress") -> tuple[Engi
         warmup(
             config,
             model.config.num_attention_heads,
-            progress=lambda part, done, total: progress.show(f"compiling (once on this machine): {part}", done, total),
+            progress=lambda part, done, total: progress.show(f"compiled code, kept for next time: {part}", done, total),
         )
     return Engine(packed, config, eos_token_id=tokenizer.eos_token_id, max_batch=options.max_batch), tokenizer
 
@@ -181,21 +181,22 @@ class Progress:
 
     def __init__(self) -> None:
         self.bar, self.text = None, ""
-        if sys.stderr.isatty():
+        self.out = sys.stderr  # transformers is kept quiet by redirecting sys.stderr, which must not silence this
+        if self.out.isatty():
             with contextlib.suppress(ImportError):
                 from rich.console import Console
                 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
                 from rich.progress import Progress as Bar
 
                 columns = (BarColumn(16), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-                self.bar = Bar(*columns, console=Console(stderr=True), transient=True)
+                self.bar = Bar(*columns, console=Console(file=self.out), transient=True)
                 self.task = self.bar.add_task("", total=1)
 
     def show(self, text: str, done: int, total: int) -> None:
         if self.bar:
             self.bar.update(self.task, description=text, completed=done, total=total)
         elif text != self.text:
-            print(f"{text} ({done + 1} of {total})", file=sys.stderr, flush=True)
+            print(f"{text} ({done + 1} of {total})", file=self.out, flush=True)
         self.text = text
 
     def __enter__(self) -> "Progress":

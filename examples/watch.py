@@ -63,25 +63,31 @@ class Lines:
         if reused:
             lines.append(f"{reused} prompt tokens were in the cache already and are not computed again")
         if count := stats.num_merges - before.num_merges:
-            lines.append(f"{count} x 8 blocks of 8 tokens became one of 64")
+            lines.append(f"{count} merged: the small blocks of 64 tokens became one block")
         if count := stats.num_evicted - before.num_evicted:
             lines.append(f"{8 * count} cached tokens of finished requests were evicted")
         if count := stats.num_demoted_warm - before.num_demoted_warm:
             lines.append(f"{count} tiles of 64 tokens went to int8")
         if count := stats.num_demoted_cold - before.num_demoted_cold:
             lines.append(f"{count} tiles of 64 tokens went to int4")
+        changed: dict[str, list[int]] = {}
         for index, request in enumerate(self.requests):
             state = state_of(request)
             if state == self.states[index]:
                 continue
-            come_back = " again" if self.states[index] == "in host memory" else ""
-            lines.append(f"request {index + 1} is {state}{come_back}" + self.answer(index, request, state))
+            if state == "finished":
+                lines.append(
+                    f"request {index + 1} is finished\n> {self.prompts[index]}\n{self.decode(request.output)}\n"
+                )
+            else:
+                again = " again" if self.states[index] == "in host memory" else ""
+                changed.setdefault(state + again, []).append(index + 1)
             self.states[index] = state
+        for state, numbers in changed.items():
+            which = f"request {numbers[0]} is" if len(numbers) == 1 else f"requests {', '.join(map(str, numbers))} are"
+            lines.append(f"{which} {state}")
         self.stats = stats
         return lines
-
-    def answer(self, index: int, request: Request, state: str) -> str:
-        return "" if state != "finished" else f"\n> {self.prompts[index]}\n{self.decode(request.output)}\n"
 
 
 def state_of(request: Request) -> str:

@@ -1,5 +1,6 @@
 """What the demo shows: the picture of the pool, lines where nobody watches, and the comparison of caches."""
 
+import contextlib
 import io
 import re
 
@@ -89,7 +90,7 @@ def test_without_a_terminal_lines_say_what_happens(capsys):
     out, stats = capsys.readouterr().out, engine.cache.stats()
     assert "\x1b" not in out
     assert len(re.findall(r"request \d is finished\n> prompt", out)) == 8
-    assert len(re.findall(r"is in host memory", out)) == stats.num_preempted
+    assert len(re.findall(r"request \d is in host memory", out)) == stats.num_preempted
     assert sum(map(int, re.findall(r"(\d+) cached tokens of finished", out))) == 8 * stats.num_evicted
     assert sum(map(int, re.findall(r"(\d+) prompt tokens were in", out))) == stats.reused_tokens
 
@@ -133,9 +134,14 @@ def test_the_comparison_repeats_the_run_on_other_caches():
     assert waste[4] > 2 * waste[5]  # in the larger pool: what the explanation below the table is about
 
 
+def test_what_the_demo_says_below_its_table_fits_80_columns():
+    assert max(map(len, generate.EXPLANATION.splitlines())) <= 80
+
+
 def test_progress_prints_a_line_for_each_part_where_nobody_watches(capsys):
     with generate.Progress() as progress:
         progress.show("compiling: forks", 0, 2)
         progress.show("compiling: forks", 0, 2)
-        progress.show("compiling: steps", 1, 2)
+        with contextlib.redirect_stderr(io.StringIO()):  # as while transformers loads
+            progress.show("compiling: steps", 1, 2)
     assert capsys.readouterr().err == "compiling: forks (1 of 2)\ncompiling: steps (2 of 2)\n"
