@@ -66,7 +66,7 @@ class Consumer {
       const bool has_rows = uniform(item.has_half(halves_, group_));
       if (has_rows) {
         apply_rules<true>(item, first);
-        softmax_.absorb_exactly(s_, weights_);
+        softmax_.absorb_and_raise(s_, weights_);
         int tile = first + 1;
         if (full_begin_ <= first * kKeys) {
           const int full_end = uniform(min(end, full_end_ / kKeys));
@@ -194,7 +194,7 @@ class Consumer {
     const KeyRange keys = keys_of_item(halves_, p_.left, p_.right, item.seq_len, item.num_queries, item.first_half);
     full_begin_ = uniform(keys.full_begin);
     full_end_ = uniform(keys.full_end);
-    softmax_.reset(row_of(item, 0).exists, row_of(item, 1).exists);
+    softmax_.reset();
 #pragma unroll
     for (int i = 0; i < kDims / 2; ++i) o_[i] = 0.0f;
   }

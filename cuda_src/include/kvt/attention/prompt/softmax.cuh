@@ -20,20 +20,18 @@ struct TileSoftmax {
   float l[2];         // sum of the weights of this lane's keys
   float shrink[2];    // what the accumulators have to be multiplied by, where `raised`
   bool raised;        // m changed in the last tile
-  float headroom[2];  // log2; without bound for a row that does not exist, so that it changes nothing for the others
 
   __device__ __forceinline__ explicit TileSoftmax(float scale) : scale(scale) {}
 
-  __device__ __forceinline__ void reset(bool first_exists, bool second_exists) {
-    headroom[0] = first_exists ? kHeadroom : kInfinity;
-    headroom[1] = second_exists ? kHeadroom : kInfinity;
+  __device__ __forceinline__ void reset() {
     m[0] = m[1] = -kInfinity;
     l[0] = l[1] = 0.0f;
     shrink[0] = shrink[1] = 1.0f;
   }
 
-  // Weights against the exact maximum of everything so far.
-  __device__ __forceinline__ void absorb_exactly(const float (&s)[kKeys / 2], unsigned (&weights)[kKeys / 4]) {
+  // Weights with m raised to the exact maximum of everything so far, in rows where a score is too far above it. Other
+  // rows get the bits that `absorb` gives them, so what one row sees changes nothing for the rows beside it.
+  __device__ __forceinline__ void absorb_and_raise(const float (&s)[kKeys / 2], unsigned (&weights)[kKeys / 4]) {
     float high[2] = {m[0], m[1]};
 #pragma unroll
     for (int j = 0; j < kKeys / 8; ++j) {
@@ -44,16 +42,17 @@ struct TileSoftmax {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       high[r] = max_over_columns(high[r]);
-      base[r] = base_of(high[r]) * scale;
+      const float raised_m = is_above(high[r], m[r]) ? high[r] : m[r];
+      base[r] = base_of(raised_m) * scale;
       shrink[r] = ptx::exp2(m[r] * scale - base[r]);
-      m[r] = high[r];
+      m[r] = raised_m;
       l[r] *= shrink[r];
     }
     take_weights(s, weights, base, l);
     raised = true;
   }
 
-  // Weights against the maximum before this tile, or exactly where that is too far below.
+  // Weights against the maximum before this tile, or raised where that is too far below.
   __device__ __forceinline__ void absorb(const float (&s)[kKeys / 2], unsigned (&weights)[kKeys / 4]) {
     float high[2] = {m[0], m[1]};
     float base[2];
@@ -73,10 +72,10 @@ struct TileSoftmax {
         weights[2 * j + r] = Scalar::pack(x, y);
       }
     }
-    const bool above = (high[0] - m[0]) * scale > headroom[0] || (high[1] - m[1]) * scale > headroom[1];
+    const bool above = is_above(high[0], m[0]) || is_above(high[1], m[1]);
     raised = __any_sync(kAllLanes, above);
     if (raised) {
-      absorb_exactly(s, weights);
+      absorb_and_raise(s, weights);
     } else {
       l[0] = sum[0];
       l[1] = sum[1];
@@ -85,6 +84,8 @@ struct TileSoftmax {
   }
 
  private:
+  __device__ __forceinline__ bool is_above(float high, float low) const { return (high - low) * scale > kHeadroom; }
+
   __device__ __forceinline__ void take_weights(
       const float (&s)[kKeys / 2], unsigned (&weights)[kKeys / 4], const float (&base)[2], float (&sum)[2]) const {
 #pragma unroll
