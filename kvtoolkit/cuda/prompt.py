@@ -25,6 +25,7 @@ _HALF_ROWS = 64  # as in prompt/item.cuh
 _MAX_PARTS = 64
 _MAX_TILES = 65535
 _ITEM_NBYTES = 32
+_ANY_STRIDE = 16
 
 PARAMS = ParameterStruct("attention/prompt.cu", "kvt_prompt")
 PLAN_PARAMS = ParameterStruct("attention/plan_prompts.cu", "kvt_plan_prompts")
@@ -108,7 +109,8 @@ def _maps(
     blocks, num_kv_heads, block_size, _ = shape
     per_block = block_size // GRANULE
     _, heads, queries, _, _ = _halves(num_q_heads // num_kv_heads)
-    token, head = 2 * q_strides[0], 2 * q_strides[1]
+    token = 2 * q_strides[0] if num_tokens > 1 else _ANY_STRIDE
+    head = 2 * q_strides[1] if num_q_heads > 1 else _ANY_STRIDE
     query_map = (head_dim, num_q_heads, num_tokens, 1, 1), (head, token, token, token), (64, heads, queries, 1, 1)
     # where granules follow each other from block to block, they are the map's blocks
     are_granules = per_block == 1 or all(one[0] == block_size * one[2] for one in (key, value))
@@ -118,7 +120,10 @@ def _maps(
         blocks, block_size = blocks * per_block, GRANULE
 
     def cache_map(strides: tuple[int, ...]) -> tuple[Any, ...]:
-        block, kv_head, slot = (2 * stride for stride in strides[:3])
+        # the stride of an axis of one may be anything, and the driver does not take anything
+        block, kv_head, slot = (
+            2 * stride if size > 1 else _ANY_STRIDE for stride, size in zip(strides, shape[:3], strict=False)
+        )
         if are_granules and per_block > 1:
             block = GRANULE * slot
         if head_dim % 64 == 0:
@@ -172,10 +177,10 @@ def attend(
     if hints.kept is not None:
         key = ("prompt", width, sizes, call.left, call.right)
         owner = keep(hints.kept, key, step_nbytes, stream)
-    partials, counters, scratch, *_ = workspace(
+    scratch = workspace(
         device, stream, Sizes(sizes.partials_nbytes, sizes.counters_nbytes, 0 if owner is not None else step_nbytes)
     )
-    step = scratch if owner is None else owner.data.ptr
+    step = scratch.step if owner is None else owner.data.ptr
     ids = call.block_table
     if call.block_starts is not None:
         granules = make_granules(step, call.block_table, call.block_starts, call.seq_lens, width)
@@ -183,7 +188,9 @@ def attend(
         ids = granules.table
     num_items, items = step + items_at, step + items_at + 256
     _plan(call, sizes, items, num_items).run(stream)
-    packed = _pack(call, sizes, maps, words, ids, (items, num_items, counters, counters + 4, partials))
+    packed = _pack(
+        call, sizes, maps, words, ids, (items, num_items, scratch.counters, scratch.counters + 4, scratch.partials)
+    )
     spec = specs.prompt(head_dim, call.q.dtype, has_rules=_has_rules(call))
     launch = Launch(load_spec(spec, device), (sizes.ctas,), spec.threads, spec.smem_nbytes, packed)
     launch.run(stream)

@@ -63,7 +63,7 @@ __device__ __forceinline__ void copy_queries(
     const int index = item.first_half + half;
     const int head = item.kv_head * halves.group_size + halves.first_head(index);
     const int token = item.first_token + halves.first_query(index);
-#pragma unroll
+#pragma unroll 1
     for (int c = 0; c < kChunks; ++c) {
       ptx::copy_box(to + half * kGroupQueryBytes + c * 8192, map, barrier, 64 * c, head, token, 0, 0, policy);
     }
