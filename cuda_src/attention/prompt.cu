@@ -122,6 +122,7 @@ class Consumer {
   }
 
   __device__ __forceinline__ void release_item() {
+    __syncwarp();  // all lanes have read it
     if (lane_id() == 0) ptx::arrive(rings_.items.empty + 8 * finished_);
     finished_ = finished_ + 1 & kItemSlots - 1;
   }
@@ -313,11 +314,12 @@ class Consumer {
     const int num_keys = item.seq_len - tile * kKeys;  // behind them may be anything
     if (num_keys < kKeys) {
 #pragma unroll 1
-      for (int at = thread; at < kTileBytes / 16; at += 128) {
+      for (int at = threadIdx.x - (kThreads - kConsumers); at < kTileBytes / 16; at += kConsumers) {
         const int key = at / (kPieceBytes / 16) * 8 + (at >> 3 & 7);
         if (key >= num_keys) ptx::store_shared_16(values + at * 16, {0, 0, 0, 0});
       }
       ptx::fence_async_proxy();
+      ptx::meet(kBothMet, kConsumers);
     }
     unsigned any = 0;
 #pragma unroll 8

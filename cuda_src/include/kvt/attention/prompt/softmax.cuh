@@ -15,11 +15,11 @@ constexpr float kHeadroom = 8.0f;  // log2
 
 template <typename Scalar, int kKeys>
 struct TileSoftmax {
-  float scale;        // from a score to log2
-  float m[2];         // a maximum of the scores so far, up to kHeadroom
-  float l[2];         // sum of the weights of this lane's keys
-  float shrink[2];    // what the accumulators have to be multiplied by, where `raised`
-  bool raised;        // m changed in the last tile
+  float scale;      // from a score to log2
+  float m[2];       // a maximum of the scores so far, up to kHeadroom
+  float l[2];       // sum of the weights of this lane's keys
+  float shrink[2];  // what the accumulators have to be multiplied by, where `raised`
+  bool raised;      // m changed in the last tile
 
   __device__ __forceinline__ explicit TileSoftmax(float scale) : scale(scale) {}
 
@@ -42,9 +42,10 @@ struct TileSoftmax {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       high[r] = max_over_columns(high[r]);
-      const float raised_m = is_above(high[r], m[r]) ? high[r] : m[r];
+      const bool raises = is_above(high[r], m[r]);
+      const float raised_m = raises ? high[r] : m[r];
       base[r] = base_of(raised_m) * scale;
-      shrink[r] = ptx::exp2(m[r] * scale - base[r]);
+      shrink[r] = raises ? ptx::exp2(m[r] * scale - base[r]) : 1.0f;  // a fused product would be off by its rounding
       m[r] = raised_m;
       l[r] *= shrink[r];
     }
