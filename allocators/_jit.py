@@ -50,12 +50,6 @@ def jit(function: F) -> F:
     return _with_cache(dispatcher, function)
 
 
-def jit_fastmath(function: F) -> F:
-    """Like `jit`, but LLVM may reorder float arithmetic. NaN and infinities keep their meaning."""
-    dispatcher = njit(nogil=True, fastmath={"reassoc", "contract", "nsz", "arcp"})(function)
-    return _with_cache(dispatcher, function)
-
-
 def _with_cache(dispatcher: Any, function: F) -> F:
     if cache_folder() is not None:
         # no source to stamp: compile in each process instead
@@ -119,7 +113,7 @@ def _parse(source: bytes) -> list[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             # `from package import module` names a module in the alias, `from module import name` does not
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return [name for name in names if name.split(".")[0] in _OUR_PACKAGES]
+    return [name for name in dict.fromkeys(names) if name.split(".")[0] in _OUR_PACKAGES]
 
 
 @functools.cache
@@ -129,9 +123,10 @@ def _scans() -> dict[str, list[str]]:
     payload = None if folder is None else read_entry(folder / _SCANS)
     try:
         found = json.loads(payload or b"{}")
-        return {digest: [str(name) for name in names] for digest, names in found.items()}
-    except (ValueError, TypeError, AttributeError):
+    except ValueError:
         return {}
+    # an entry is this project's own and undamaged, so what is in each list need not be looked at
+    return found if isinstance(found, dict) else {}
 
 
 @functools.cache
@@ -204,14 +199,20 @@ class _CacheImpl(CompileResultCacheImpl):  # type: ignore[misc]
         py_file = inspect.getfile(py_func)
         self._lineno = py_func.__code__.co_firstlineno
         self._locator = _Locator(py_func, py_file)
-        self._filename_base = self.get_filename_base(f"{Path(py_file).stem}.{py_func.__qualname__}", sys.abiflags)
+        self._filename_base = self.get_filename_base(
+            f"{os.path.basename(py_file).removesuffix('.py')}.{py_func.__qualname__}", sys.abiflags
+        )
 
 
 class _Entries:
     """The overloads of one function, in one entry: a pickled dict from Numba's key to the pickled result."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, folder: str, name: str) -> None:
+        self._place = folder, name
+
+    @property
+    def _path(self) -> Path:
+        return Path(*self._place)
 
     def load(self, key: Any) -> Any:
         data = self._read().get(key)
@@ -240,7 +241,7 @@ class _Cache(FunctionCache):  # type: ignore[misc]
 
     def __init__(self, py_func: Any) -> None:
         super().__init__(py_func)
-        self._cache_file = _Entries(Path(self._cache_path) / f"{self._impl.filename_base}{SUFFIX}")
+        self._cache_file = _Entries(self._cache_path, f"{self._impl.filename_base}{SUFFIX}")
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from allocators import registry
 from kvtoolkit import eviction, growth
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,8 +22,9 @@ ON_GPU = [name for name, blocks in PAGES.items() if any("gpu" in needs for needs
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
     """Registries that forget what a page registers, and a folder for the files that it writes."""
-    for registry in (eviction, growth):
-        monkeypatch.setattr(registry, "_POLICIES", dict(registry._POLICIES))
+    for policies in (eviction, growth):
+        monkeypatch.setattr(policies, "_POLICIES", dict(policies._POLICIES))
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
     monkeypatch.chdir(tmp_path)
 
 

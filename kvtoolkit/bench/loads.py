@@ -207,8 +207,16 @@ def simulate(load: Load, num_tokens: int, choice: dict[str, Any], repeats: int =
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``kvtoolkit bench loads``."""
-    parser.add_argument("--load", nargs="+", choices=list(LOADS), help="only these; with --trace none unless given")
-    parser.add_argument("--choice", nargs="+", choices=list(CHOICES), help="only these")
+    parser.add_argument(
+        "--load",
+        nargs="+",
+        choices=list(LOADS),
+        metavar="LOAD",
+        help=f"only these of {', '.join(LOADS)}; with --trace none unless given",
+    )
+    parser.add_argument(
+        "--choice", nargs="+", choices=list(CHOICES), metavar="CHOICE", help=f"only these of {', '.join(CHOICES)}"
+    )
     parser.add_argument("--trace", nargs="+", default=[], metavar="PATH",
                         help="requests of a trace: Mooncake's JSON lines or Azure's CSV, .gz or not")  # fmt: skip
     parser.add_argument("--requests", type=int, default=400, help="so many requests of each trace")

@@ -1,7 +1,7 @@
 """Run every operation of a cache once, on a small cache of the same kind, so that Numba compiles all it needs.
 
 Compiled functions take arrays and integers of the same types whatever the size of a cache and the shape of its model.
-So a cache of 1024 tokens with one layer compiles, and keeps on disk, what any cache of its allocator and tiers calls.
+So a small cache with one layer compiles, and keeps on disk, what any cache of its allocator and tiers calls.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,9 @@ def small_config(config: CacheConfig) -> CacheConfig:
         # a sequence of a few hundred tokens reaches the coldest tier, and every tier has room for several
         kept = {name: value for name, value in tiers.items() if name not in ("hot", "tier_memory")}
         fields["tiers"] = {**kept, "hot": 64, "warm_tokens": 64, "pinned_tokens": 0}
-    fields |= {"num_layers": 1, "num_tokens": _NUM_TOKENS, "max_seqs": 32, "backend": "cpu"}
+    if config.growth_policy.merges:
+        fields["growth"] = "lazy_merge"  # which merges while there is memory; the code is the same for all that merge
+    fields |= {"num_layers": 1, "num_tokens": _NUM_TOKENS * (4 if tiers else 1), "max_seqs": 32, "backend": "cpu"}
     return CacheConfig.from_dict(fields)
 
 
@@ -46,6 +48,8 @@ def parts_of(config: CacheConfig, num_q_heads: int) -> list[Part]:
         ("forks", rehearsal.forks),
         ("preemption", rehearsal.preemption),
         ("eviction", rehearsal.eviction),
+        ("shortage", rehearsal.shortage),
+        ("compaction", rehearsal.compaction),
         *([("quantized tiers", rehearsal.tiers)] if config.tiers else []),
         ("maintenance", rehearsal.maintenance),
     ]
@@ -111,20 +115,46 @@ class _Rehearsal:
         ids = np.concatenate([ids, self.cache.fork(ids, 1).ravel()])
         for place in ("host", "drop"):
             self.cache.preempt(ids, to=place)
+            self.cache.restore(ids, keep_free=2 * _NUM_TOKENS)  # refused
             self.cache.restore(ids, keep_free=8)
         self.cache.close(ids)
 
     def eviction(self) -> None:
-        """More than the pool holds, while what finished sequences held stays findable."""
-        size = _NUM_TOKENS // 16
-        for _ in range(20):
-            ids = self.open(self.prompt(size))
-            self.feed(ids, [size])
+        """Many prompts one after the other; one comes back again and again, and so is evicted last."""
+        size, often = _NUM_TOKENS // 16, self.prompt(60)
+        for number in range(200):
+            prompt = often if number % 2 else self.prompt(size)
+            ids, (cached,) = self.cache.open([prompt])
+            self.feed(ids, [len(prompt) - int(cached)], prompt[int(cached) :])
             self.cache.close(ids)
-        held = self.open(*(self.prompt(size) for _ in range(20)))
-        for _ in range(2):
-            self.feed(held, [size] * 20)
-        self.cache.close(held)
+
+    def shortage(self) -> None:
+        """A pool that is nearly full: one row finds less than it needs, the rows after it find enough."""
+        ids = self.open(*(self.prompt(9) for _ in range(4)))
+        self.feed(ids, [9] * 4)
+        hot = self.cache.stats().tiers["hot"]
+        self.feed(ids[:1], [hot.free + hot.cached - 40])
+        self.feed(ids[1:], [100, 9, 9])
+        for _ in range(10):
+            self.feed(ids[1:], [8] * 3)
+        self.cache.preempt(ids[1:], to="host")
+        self.feed(ids[:1], [8])
+        self.cache.restore(ids[1:])
+        self.cache.close(ids)
+
+    def compaction(self) -> None:
+        """Rows of 64 and 56 tokens fill the pool side by side; without the short ones blocks are moved, then merged."""
+        self.cache.clear_prefixes()
+        room = self.cache.stats().tiers["hot"].free // 8
+        num_long = room // 16
+        ids = self.open(*(self.prompt(8) for _ in range(num_long + (room - 8 * num_long - 1) // 7)))
+        for _ in range(7):
+            self.feed(ids, [8] * len(ids))
+        self.feed(ids[:num_long], [8] * num_long)
+        self.cache.close(ids[num_long:])
+        self.cache.clear_prefixes()
+        self.cache.compact(_NUM_TOKENS)
+        self.cache.close(ids[:num_long])
 
     def tiers(self) -> None:
         """Sequences so long that they reach the coldest tier, cut inside a quantized tile."""
@@ -140,11 +170,8 @@ class _Rehearsal:
 
     def maintenance(self) -> None:
         """What keeps a cache in order, and a snapshot that is loaded again."""
-        ids = self.open(*(self.prompt(20) for _ in range(8)))
-        for _ in range(6):
-            self.feed(ids, [20] * 8)
-        self.cache.close(ids[::2])
-        self.cache.compact(512)
+        ids = self.open(self.prompt(20))
+        self.feed(ids, [20])
         self.cache.repair()
         KVCache.from_snapshot(self.config, self.cache.snapshot())
         self.cache.end_orphans([])
@@ -164,7 +191,9 @@ class _Rehearsal:
                 dtype = _NUMPY_DTYPES[self.config.dtype]
                 new = np.zeros((total, heads, head_dim), dtype)
                 step.append(0, new, new)
-                step.attend(0, np.zeros((total, self.num_q_heads, head_dim), dtype))
+                queries = np.zeros((total, self.num_q_heads, head_dim), dtype)
+                step.attend(0, queries)
+                step.attend(0, queries, num_splits=2)
             cache.end_step(step, self.prompt(total) if tokens is None else tokens)
             if not step.ok.all():
                 step.explain()

@@ -75,8 +75,8 @@ FAULTS = {
     ),
     "a block is taken before the version is seen": (
         ["move", "shares"],
-        "    fence_acq_rel();\n  }\n\n  // Where a thread begins to look.",
-        "  }\n\n  // Where a thread begins to look.",
+        "    fence_acq_rel();\n  }\n\n  // The word at which a thread begins to search.",
+        "  }\n\n  // The word at which a thread begins to search.",
     ),
     "words are read before the version": (
         ["move", "shares"],

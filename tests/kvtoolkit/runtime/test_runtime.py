@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("cupy")
 
-from kvtoolkit import CacheConfig, CompileError, ConfigError, UnsupportedError, warmup
+from kvtoolkit import CompileError, UnsupportedError
 from kvtoolkit.commands.cli import main
 from kvtoolkit.commands.compile import row_of
 from kvtoolkit.cuda import plan, specs
@@ -252,14 +252,6 @@ def test_the_command_prints_registers_and_spills(capsys, tmp_path):
     ):
         assert main(["compile", *arguments]) == 2
         assert message in capsys.readouterr().err
-
-
-def test_warming_up_what_cannot_be_is_refused():
-    shape = {"num_layers": 1, "num_kv_heads": 2, "head_dim": 64, "num_tokens": 64}
-    with pytest.raises(ConfigError, match="backend: expected 'cuda', got 'cpu'"):
-        warmup(CacheConfig(**shape), 4)
-    with pytest.raises(ConfigError, match="num_q_heads: expected a multiple of num_kv_heads 2, got 3"):
-        warmup(CacheConfig(**shape, backend="cuda"), 3)
 
 
 @pytest.fixture
