@@ -41,13 +41,19 @@ class Line(NamedTuple):
 
 
 def python_prose(source: str) -> Iterator[Line]:
-    """The docstrings and comments of Python source."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
-            first = node.body[0]
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and type(first.value.value) is str:
-                for offset, text in enumerate(first.value.value.split("\n")):
-                    yield Line(first.lineno + offset, text, offset == 0)
+    """The comments of Python source and its docstrings, those of attributes included."""
+    tree = ast.parse(source)
+    docstrings = {
+        node.body[0].value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and type(node.value.value) is str:
+            for offset, text in enumerate(node.value.value.split("\n")):
+                yield Line(node.lineno + offset, text, offset == 0 and node.value in docstrings)
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             yield Line(token.start[0], token.string)

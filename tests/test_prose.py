@@ -14,6 +14,10 @@ def test_python_comments_and_docstrings_are_read_and_code_is_not():
     assert found("a.py", source) == ["1", "3", "5"]
 
 
+def test_docstrings_of_attributes_are_read_too():
+    assert found("a.py", 'class A:\n    """A class."""\n\n    a: int\n    """Where it lies."""\n') == ["5"]
+
+
 def test_a_docstring_that_only_mentions_such_a_word_is_fine():
     assert found("a.py", 'def f():\n    """Return the rows, as given."""\n') == []
 

@@ -34,7 +34,7 @@ class AttentionCall(NamedTuple):
     """``[num_blocks, num_kv_heads, block_size, head_dim]`` by its strides, whatever the layout in memory; last axis
     contiguous; block size 8 where there are ``block_starts``."""
     v_cache: Operand
-    """As ``k_cache``."""
+    """The same for the values."""
     block_table: Operand
     """``[batch, max_entries]`` int32: entries, or block ids where ``block_starts`` is None."""
     block_starts: Operand | None
@@ -52,7 +52,7 @@ class AttentionCall(NamedTuple):
     alibi_slopes: Operand | None
     """``[num_q_heads]`` float32; on the CPU also ``[batch, num_q_heads]``."""
     tiers: QuantizedTiers | None
-    """Where entries may lie besides ``k_cache`` and ``v_cache``; None = all are hot."""
+    """The tiers that entries may be in besides the hot one; None = all entries are hot."""
     block_mass: Operand | None
     """To write: ``[batch, max_tiles, num_kv_heads]`` float32, contiguous: the share of attention of each tile."""
     scale: float

@@ -12,7 +12,7 @@ HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 """What models have; any multiple of 16 up to 256 compiles."""
 
 MAX_PLANNED = 10000
-"""Sequences that a plan may have: their costs lie in 48 KiB of shared memory, beside the ranges."""
+"""Sequences that a plan may have: their costs fit into 48 KiB of shared memory, beside the ranges."""
 
 _RESERVED = 256  # static shared memory
 

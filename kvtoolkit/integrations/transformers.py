@@ -34,7 +34,7 @@ from kvtoolkit.integrations.padded import PaddedBatch
 from kvtoolkit.untraced import untraced
 
 NAME = "kvtoolkit"
-"""What the attention implementation is called in transformers, where SDPA is what it stands in front of."""
+"""What the attention implementation is called in transformers, where it is put over SDPA."""
 
 _OVER = f"{NAME}_over_"  # begins the name of one that is put over another
 _DTYPE_NAMES = {getattr(torch, name): name for name in DTYPES}
