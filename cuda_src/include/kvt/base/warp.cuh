@@ -48,7 +48,7 @@ __device__ __forceinline__ int sum_up_to_lane(int x) {
   return x;
 }
 
-// The last i in [0, count) for which holds(i). It must hold at 0 and, once it fails, fail for every later i.
+// Returns the last i in [0, count) with holds(i). holds(0) must be true, and after the first false all must be false.
 // The whole warp searches together, 32 places a round: 2 rounds for 1024 places.
 template <typename Predicate>
 __device__ __forceinline__ int last_where(int count, Predicate holds) {

@@ -15,7 +15,8 @@ namespace kvt {
 // The first of the units that tile `tile` is cut into; those of the next tile follow. Each kernel defines it.
 __device__ __forceinline__ int first_unit(const AttentionParams& p, int sequence, StepRange steps, int tile);
 
-// Slots of unit_lse: one for every step of 16 positions, rounded up, because four units of a warp are written together.
+// The number of slots in unit_lse. Each step of 16 positions has one. The number is rounded up, because a warp writes
+// four units together.
 __device__ __forceinline__ int num_slots(const AttentionParams& p) {
   return (p.max_tiles + kStride - 1) / kStride * kStride * (kTile / kStep);
 }

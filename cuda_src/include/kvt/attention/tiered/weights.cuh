@@ -30,8 +30,8 @@ struct TieredStates : States {
     in_codes = codes;
   }
 
-  // Subtract a unit's zero points before its codes are added. o then stays as small as the values it stands for, so
-  // that a long sequence of codes loses nothing to rounding.
+  // Subtract a unit's zero points before its codes are added. This keeps o as small as the
+  // dequantized sum, so a long sequence of codes loses nothing to rounding.
   __device__ __forceinline__ void subtract_points(int r, const float (&points)[4]) {
 #pragma unroll
     for (int d = 0; d < kDimBlocks; ++d) {
