@@ -154,7 +154,7 @@ class DeviceStorage:
         self._backend.copy_granules(self._arena, sources, targets)
 
     def convert_tiles(self, sources: Int32Array, targets: Int32Array) -> None:
-        """See `HostStorage.convert_tiles`; asynchronous as `copy_granules`. Tokens that hold an infinity or NaN become NaN."""
+        """See `HostStorage.convert_tiles`; asynchronous. Tokens that hold an infinity or NaN become NaN."""
         warm, cold = self._blocks
         self._backend.convert(self._arena, warm, cold, self.first, sources, targets)
 
