@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from kvtoolkit.errors import ShapeError, UnsupportedError
 BACKENDS = ("cpu", "cuda", "numba")
 LAYOUTS = ("NHD", "HND")
 _MOST = 1 << 31
+_PAST_MEMORY = 1 << 64
 _LARGEST_FLOAT32 = 3.4028234e38  # the kernels compute in float32
 
 
@@ -161,19 +163,22 @@ def check_places(written: Operand, name: str) -> None:
 
 
 def check_apart(
-    written: dict[str, Operand], read: dict[str, Operand | None], in_place: tuple[str, str] | None = None
+    written: Sequence[tuple[str, Operand]],
+    read: Iterable[tuple[str, Operand | None]],
+    in_place: tuple[str, str] | None = None,
 ) -> None:
     """UnsupportedError if arrays to write to share memory with each other or with another argument of the call.
 
     Extents are looked up without a call, because `append` checks five arrays in every layer.
 
     Args:
-        written: where the call writes, by name; in each array every element has a place of its own.
-        read: the other arguments, by name.
+        written: name and array where the call writes; in each array every element has a place of its own.
+        read: name and array of the other arguments.
         in_place: ``(written, read)``, names of two arrays that may be one, with the same shape and strides.
     """
     spans: list[tuple[int, int, str, Operand]] = []
-    for name, array in written.items():
+    lowest, highest = _PAST_MEMORY, 0
+    for name, array in written:
         address, shape, strides, dtype, _, _, _ = array
         _, low, end, repeats = EXTENTS.get((shape, strides)) or extent(shape, strides)
         if repeats:
@@ -184,18 +189,21 @@ def check_apart(
             if begin < past and at < stop:
                 _require_apart(name, array, other_name, other)
         spans.append((begin, stop, name, array))
-    lowest, highest = min([span[0] for span in spans]), max([span[1] for span in spans])
-    for read_name, source in read.items():
+        if begin < lowest:
+            lowest = begin
+        if stop > highest:
+            highest = stop
+    for read_name, source in read:
         if source is None:
             continue
         address, shape, strides, dtype, _, _, _ = source
         _, low, end, _ = EXTENTS.get((shape, strides)) or extent(shape, strides)
         size = ITEMSIZES[dtype]
-        begin, stop = address + size * low, address + size * end
-        if begin >= highest or stop <= lowest:
+        if address + size * low >= highest or address + size * end <= lowest:
             continue
         for at, past, name, array in spans:
-            if begin < past and at < stop and ((name, read_name) != in_place or source[:3] != array[:3]):
+            overlaps = address + size * low < past and at < address + size * end
+            if overlaps and ((name, read_name) != in_place or source[:3] != array[:3]):
                 _require_apart(name, array, read_name, source)
 
 

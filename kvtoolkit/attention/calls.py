@@ -255,18 +255,24 @@ def attend(
         before: called once everything is checked and before anything is read or written.
         memory: where keys and values are, if the caches reach beyond it.
     """
-    backend = BACKENDS[choose_backend(options.backend, is_on_device(q))]
-    describe, out, return_lse = backend.describe, options.out, options.return_lse
-    window = check_options(options.softmax_scale, options.window_size, options.softcap, options.num_splits)
-    if type(options.causal) is not bool or type(return_lse) is not bool:
-        check_flags(causal=options.causal, return_lse=return_lse)
+    (
+        cu_seqlens_q, softmax_scale, causal, window_size, softcap, given_sinks, given_slopes, out, return_lse,
+        num_splits, name,
+    ) = options  # fmt: skip
+    backend = BACKENDS[choose_backend(name, is_on_device(q))]
+    describe = backend.describe
+    window = check_options(softmax_scale, window_size, softcap, num_splits)
+    if type(causal) is not bool or type(return_lse) is not bool:
+        check_flags(causal=causal, return_lse=return_lse)
     queries, keys, values = _describe_tokens(describe, q, k_cache, v_cache, layout)
     table, starts, lengths, bounds = _describe_tables(
-        describe, queries, keys, block_table, block_starts, has_entries, seq_lens, options.cu_seqlens_q
+        describe, queries, keys, block_table, block_starts, has_entries, seq_lens, cu_seqlens_q
     )
     sinks = slopes = None
-    if options.sinks is not None or options.alibi_slopes is not None:
-        sinks, slopes = _describe_per_head(describe, options, queries.shape[1], table.shape[0], backend.name)
+    if given_sinks is not None or given_slopes is not None:
+        sinks, slopes = _describe_per_head(
+            describe, given_sinks, given_slopes, queries.shape[1], table.shape[0], backend.name
+        )
     tiers = None if tier_caches is None else _describe_tiers(tier_caches, describe, keys.shape[1], queries.shape[2])
     masses = None
     if block_mass is not None:
@@ -281,8 +287,8 @@ def attend(
     lse = lse_target = None
     call = attention_call(
         queries, keys, values, table, starts, lengths, out=target, cu_seqlens_q=bounds, sinks=sinks,
-        alibi_slopes=slopes, tiers=tiers, block_mass=masses, softmax_scale=options.softmax_scale,
-        causal=options.causal, window_size=window, softcap=options.softcap, num_splits=options.num_splits,
+        alibi_slopes=slopes, tiers=tiers, block_mass=masses, softmax_scale=softmax_scale, causal=causal,
+        window_size=window, softcap=softcap, num_splits=num_splits,
     )  # fmt: skip
     if not is_own or masses is not None:
         _check_written(call, is_own, memory)
@@ -342,15 +348,15 @@ def _describe_tables(
 
 
 def _describe_per_head(
-    describe: _Describe, options: Options, num_q_heads: int, batch: int, backend: str
+    describe: _Describe, given_sinks: Any, given_slopes: Any, num_q_heads: int, batch: int, backend: str
 ) -> tuple[Operand | None, Operand | None]:
     """``sinks, alibi_slopes``, checked."""
     sinks = slopes = None
-    if options.sinks is not None:
-        sinks = describe(options.sinks, "sinks")
+    if given_sinks is not None:
+        sinks = describe(given_sinks, "sinks")
         check_per_head(sinks, "sinks", num_q_heads, infinite=True)
-    if options.alibi_slopes is not None:
-        slopes = describe(options.alibi_slopes, "alibi_slopes")
+    if given_slopes is not None:
+        slopes = describe(given_slopes, "alibi_slopes")
         check_slopes(slopes, num_q_heads, batch, backend)
     return sinks, slopes
 
@@ -358,16 +364,16 @@ def _describe_per_head(
 def _check_written(call: AttentionCall, is_own: bool, memory: tuple[Operand, Operand] | None) -> None:
     """UnsupportedError if arrays to write share memory with others; an ``out`` that is ours does not."""
     keys, values = memory or (call.k_cache, call.v_cache)
-    read = {
-        "q": call.q, "k_cache": keys, "v_cache": values, "block_table": call.block_table,
-        "block_starts": call.block_starts, "seq_lens": call.seq_lens, "cu_seqlens_q": call.cu_seqlens_q,
-        "sinks": call.sinks, "alibi_slopes": call.alibi_slopes,
-    }  # fmt: skip
+    read = [
+        ("q", call.q), ("k_cache", keys), ("v_cache", values), ("block_table", call.block_table),
+        ("block_starts", call.block_starts), ("seq_lens", call.seq_lens), ("cu_seqlens_q", call.cu_seqlens_q),
+        ("sinks", call.sinks), ("alibi_slopes", call.alibi_slopes),
+    ]  # fmt: skip
     if call.tiers is not None:
-        read |= {"warm": call.tiers.warm, "cold": call.tiers.cold}
-    written = {} if is_own else {"out": call.out}
+        read += [("warm", call.tiers.warm), ("cold", call.tiers.cold)]
+    written = [] if is_own else [("out", call.out)]
     if call.block_mass is not None:
-        written["block_mass"] = call.block_mass
+        written.append(("block_mass", call.block_mass))
     check_apart(written, read, in_place=("out", "q"))
 
 
@@ -464,7 +470,10 @@ def append(
         raise ShapeError("k_cache, v_cache: expected writable arrays, got a read-only one")
     slots = describe(slot_mapping, "slot_mapping")
     check_indices(slots, "slot_mapping", (num_tokens,), "int64")
-    check_apart({"k_cache": keys, "v_cache": values}, {"key": new_keys, "value": new_values, "slot_mapping": slots})
+    check_apart(
+        (("k_cache", keys), ("v_cache", values)),
+        (("key", new_keys), ("value", new_values), ("slot_mapping", slots)),
+    )
     keys, values = heads_first(keys, layout), heads_first(values, layout)
     kernels.append(new_keys, new_values, keys, values, slots, check=True, from_torch=is_torch(key))
     mark_written(k_cache, v_cache)

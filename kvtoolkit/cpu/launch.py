@@ -11,7 +11,7 @@ from kvtoolkit.arrays.host import Operand, address_of
 from kvtoolkit.arrays.types import DTYPE_CODES
 from kvtoolkit.cpu import kernel, plan, threads
 from kvtoolkit.cpu import problem as fields
-from kvtoolkit.findings import Finding, raise_finding
+from kvtoolkit.findings import raise_finding
 
 _WORK_PER_THREAD = 2_500_000  # multiply-adds: some 100 us, several times what waking a thread takes
 _local = threading.local()
@@ -62,7 +62,7 @@ def attend(
     batch, max_entries = call.block_table.shape
     items = np.empty((batch + 1, plan.PLAN_COLUMNS), np.int64)
     code, row, value = plan.plan_items(problem, items, int(check))
-    if code != Finding.OK:
+    if code:
         block_size, num_blocks = problem[fields.BLOCK_SIZE], problem[fields.NUM_BLOCKS]
         num_tokens = call.q.shape[0]
         raise_finding(

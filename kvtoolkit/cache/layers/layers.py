@@ -93,7 +93,7 @@ class LayerCalls:
                 )
             check_rows(new, name, "[num_tokens, num_kv_heads, head_dim]", 3)
             if not apart:
-                check_apart({name: new}, {"k_cache": arenas.keys[layer], "v_cache": arenas.values[layer]})
+                check_apart(((name, new),), (("k_cache", arenas.keys[layer]), ("v_cache", arenas.values[layer])))
         self._appended_keys = arenas.keys[layer].address
         prepared = self._backend.append(keys, values, arenas.keys[layer], arenas.values[layer], self._slots)
         if prepared is not None:

@@ -52,10 +52,12 @@ class Arenas:
     def check_apart(self, layer: int, written: Operand, q: Operand) -> None:
         """UnsupportedError if the output of attention shares memory with what it reads; it may be ``q`` itself."""
         tiers = self.tiers[layer]
-        read: dict[str, Operand | None] = {"q": q, "k_cache": self.keys[layer], "v_cache": self.values[layer]}
+        read: list[tuple[str, Operand | None]] = [
+            ("q", q), ("k_cache", self.keys[layer]), ("v_cache", self.values[layer])
+        ]  # fmt: skip
         if tiers is not None:
-            read |= {"warm": tiers.warm, "cold": tiers.cold}
-        check_apart({"out": written}, read, in_place=("out", "q"))
+            read += [("warm", tiers.warm), ("cold", tiers.cold)]
+        check_apart((("out", written),), read, in_place=("out", "q"))
 
     def contains(self, address: int) -> bool:
         """Whether an address is in the memory of the cache."""
