@@ -129,7 +129,7 @@ class CudaBackend:
     def attend(
         self, call: AttentionCall, hints: Hints = NO_HINTS, *, check: bool = False,
         before: Callable[[], None] | None = None,
-    ) -> "cuda.Attention | None":  # fmt: skip
+    ) -> "cuda.Prepared | None":  # fmt: skip
         """See `Backend.attend`."""
         if check:
             check_head_dim(call.q.shape[2], call.q.dtype)
@@ -147,7 +147,7 @@ class CudaBackend:
             return cuda.attend(call, hints, stream=stream)
 
     def attend_prepared(
-        self, prepared: "cuda.Attention", q: int, k_cache: int, v_cache: int, out: int, *, warm: int = 0, cold: int = 0,
+        self, prepared: "cuda.Prepared", q: int, k_cache: int, v_cache: int, out: int, *, warm: int = 0, cold: int = 0,
         block_mass: int = 0, overlaps: bool = False,
     ) -> None:  # fmt: skip
         """See `Backend.attend_prepared`."""

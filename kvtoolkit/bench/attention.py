@@ -1,4 +1,4 @@
-"""Decode attention on a GPU, ours beside other people's kernels on the same tensors in the same run.
+"""Attention on a GPU, ours beside other people's kernels on the same tensors in the same run.
 
 Every figure is a replay of a CUDA graph with one call for each of many sets of blocks, so that the second-level cache
 is cold. Outputs are compared with float64 before anything is timed. The share is that of the bytes of keys and values,
@@ -10,7 +10,7 @@ import json
 from functools import partial
 from typing import Any
 
-from kvtoolkit.bench.attention_cases import PEER_SHAPES, SHAPES, Case, Contender
+from kvtoolkit.bench.attention_cases import KINDS, SHAPES, Case, Contender
 from kvtoolkit.bench.peers import PEERS, peers_of
 from kvtoolkit.bench.timing import device_line, read_ceiling, require_device, time_graph
 from kvtoolkit.errors import ConfigError
@@ -20,7 +20,8 @@ _MAX_ERROR = 4e-3  # relative L2; bfloat16's rounding alone is 1.7e-3
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``kvtoolkit bench attention``."""
-    parser.add_argument("--shape", nargs="+", default=list(PEER_SHAPES), help="by name, or all")
+    parser.add_argument("--kind", choices=list(KINDS), default="decode", help="of batches, where no shape is named")
+    parser.add_argument("--shape", nargs="+", default=[], help="by name, or all")
     parser.add_argument("--peer", action="append", default=[], help=f"one of {', '.join(PEERS)}; repeat it for several")
     parser.add_argument("--block-size", type=int, default=16, help="tokens to a block")
     parser.add_argument("--layout", choices=["HND", "NHD"], default="HND", help="of the blocks, for all kernels")
@@ -33,14 +34,16 @@ def main(options: argparse.Namespace) -> int:
     import torch
 
     require_device("attention")
-    names = list(SHAPES) if options.shape == ["all"] else options.shape
+    names = list(SHAPES) if options.shape == ["all"] else options.shape or list(KINDS[options.kind])
     for name in names:
         if name not in SHAPES:
             raise ConfigError(f"--shape: expected some of {', '.join(SHAPES)} or all, got {name!r}")
     ceiling = read_ceiling()
     print(device_line())
     print(f"bfloat16, {options.layout} blocks of {options.block_size}; a large read: {ceiling:.0f} GB/s\n")
-    print(f"{'shape':<22}{'kernel':<24}{'us':>9}{'p10':>9}{'p90':>9}{'of read':>9}{'error':>10}{'ratio':>8}")
+    print(
+        f"{'shape':<22}{'kernel':<24}{'us':>9}{'p10':>9}{'p90':>9}{'of read':>9}{'TFLOP/s':>9}{'error':>10}{'ratio':>8}"
+    )
     rows: list[dict[str, Any]] = []
     for name in names:
         rows += _measure(Case(SHAPES[name], options.block_size, options.layout), options, ceiling)
@@ -70,7 +73,7 @@ def _measure(case: Case, options: argparse.Namespace, ceiling: float) -> list[di
         ratio = f"{row['ratio']:>8.3f}" if row["ratio"] else ""
         print(
             f"{row['shape']:<22}{row['kernel']:<24}{row['us']:>9.2f}{row['p10']:>9.2f}{row['p90']:>9.2f}"
-            f"{row['share_of_read']:>8.1%}{row['error']:>11.1e}{ratio}",
+            f"{row['share_of_read']:>9.1%}{row['tflops']:>9.0f}{row['error']:>10.1e}{ratio}",
             flush=True,
         )
     return found
@@ -87,6 +90,7 @@ def ours(case: Case) -> list[Contender]:
     from kvtoolkit.arrays.call import Hints, attention_call
 
     shape = case.shape
+    most = max(shape.new_tokens)
     outs = [torch.empty_like(case.q) for _ in range(case.num_sets)]
     names = ("q", "k_cache", "v_cache", "seq_lens", "cu_seqlens_q")
     q, keys, values, lengths, bounds = (cuda.device_operand(getattr(case, name), name) for name in names)
@@ -94,10 +98,10 @@ def ours(case: Case) -> list[Contender]:
         cuda.attend(
             attention_call(
                 q, keys, values, cuda.device_operand(table, "table"), None, lengths,
-                out=cuda.device_operand(out, "out"), cu_seqlens_q=None if shape.num_queries == 1 else bounds,
+                out=cuda.device_operand(out, "out"), cu_seqlens_q=None if most == 1 else bounds,
                 layout="NHD",
             ),
-            Hints((shape.num_queries, shape.num_queries), kept={}),
+            Hints((min(shape.new_tokens), most), max(shape.lengths), {}),
             stream=torch.cuda.current_stream().cuda_stream,
         )
         for table, out in zip(case.tables, outs, strict=True)
@@ -131,6 +135,7 @@ def _time(case: Case, contender: Contender, replays: int, ceiling: float) -> dic
         "kernel": contender.name,
         **timing._asdict(),
         "gbps": case.shape.kv_nbytes / timing.us / 1e3,
+        "tflops": case.shape.flops / timing.us / 1e6,
         "share_of_read": case.shape.kv_nbytes / timing.us / 1e3 / ceiling,
         "error": error,
     }

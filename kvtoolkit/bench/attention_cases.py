@@ -1,4 +1,4 @@
-"""The decode shapes that attention is measured on, laid out in a paged pool that is larger than the cache."""
+"""The batches that attention is measured on, laid out in a paged pool that is larger than the second-level cache."""
 
 import math
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ _MAX_SETS = 64
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a decode problem."""
+    """The sizes of a batch."""
 
     name: str
     lengths: tuple[int, ...]
@@ -20,11 +20,24 @@ class Shape:
     num_kv_heads: int = 8
     head_dim: int = 128
     num_queries: int = 1
-    """Query tokens of each sequence."""
+    """Query tokens of each sequence, where all have the same number."""
+    new: tuple[int, ...] = ()
+    """Query tokens of each sequence, where they differ or are many."""
 
     @property
     def batch(self) -> int:
         return len(self.lengths)
+
+    @property
+    def new_tokens(self) -> tuple[int, ...]:
+        """Query tokens of each sequence."""
+        return self.new or (self.num_queries,) * self.batch
+
+    @property
+    def flops(self) -> int:
+        """Operations of both products, causal."""
+        pairs = sum(n * length - n * (n - 1) // 2 for n, length in zip(self.new_tokens, self.lengths, strict=True))
+        return 4 * self.num_q_heads * self.head_dim * pairs
 
     @property
     def kv_nbytes(self) -> int:
@@ -76,6 +89,50 @@ SHAPES = {
 PEER_SHAPES = tuple(SHAPES)[:12]
 
 
+def _new(name: str, new: tuple[int, ...], cached: tuple[int, ...], **options: Any) -> Shape:
+    return Shape(name, tuple(map(sum, zip(new, cached, strict=True))), new=new, **options)
+
+
+_DRAWN = np.random.default_rng(11)
+_RAGGED_NEW = tuple(int(n) for n in np.exp(_DRAWN.uniform(math.log(64), math.log(2048), 16)))
+_RAGGED_CACHED = tuple(int(n) if n > 96 else 0 for n in np.exp(_DRAWN.uniform(math.log(32), math.log(16384), 16)))
+
+PREFILL = (
+    _new("512_on_0", (512,), (0,)),
+    _new("512_on_8k", (512,), (8192,)),
+    _new("512_on_32k", (512,), (32768,)),
+    _new("2k_on_0", (2048,), (0,)),
+    _new("2k_on_8k", (2048,), (8192,)),
+    _new("2k_on_32k", (2048,), (32768,)),
+    _new("4x2k_on_2k", (2048,) * 4, (2048,) * 4),
+    _new("16_ragged", _RAGGED_NEW, _RAGGED_CACHED),
+    _new("2k_on_8k_d64", (2048,), (8192,), num_q_heads=9, num_kv_heads=3, head_dim=64),
+    _new("2k_on_8k_d96", (2048,), (8192,), num_kv_heads=32, head_dim=96),
+    _new("2k_on_8k_d256", (2048,), (8192,), head_dim=256),
+)
+SHORT = (
+    _new("12_on_8k", (12,), (8192,)),
+    _new("16_on_32k", (16,), (32768,)),
+    _new("64_on_32k", (64,), (32768,)),
+    _new("16x16_on_4k", (16,) * 16, (4096,) * 16),
+    _new("100_on_16k", (100,), (16384,)),
+    _new("g64", (1,) * 32, (4096,) * 32, num_q_heads=64, num_kv_heads=1),
+    _new("g128", (1,) * 32, (4096,) * 32, num_q_heads=128, num_kv_heads=1),
+)
+MIXED = (
+    _new("63_decode_1k_on_4k", (1,) * 63 + (1024,), (4095,) * 63 + (4096,)),
+    _new("200_decode_4x512", (1,) * 200 + (512,) * 4, (1023,) * 200 + (512,) * 4),
+    _new("63_decode_16_on_4k", (1,) * 63 + (16,), (4095,) * 63 + (4096,)),
+    _new("63_decode_8_on_4k", (1,) * 63 + (8,), (4095,) * 63 + (4096,)),
+    _new("64x8_on_4k", (8,) * 64, (4096,) * 64),
+)
+KINDS = {"decode": PEER_SHAPES} | {
+    kind: tuple(shape.name for shape in shapes)
+    for kind, shapes in (("prefill", PREFILL), ("short", SHORT), ("mixed", MIXED))
+}
+SHAPES |= {shape.name: shape for shape in (*PREFILL, *SHORT, *MIXED)}
+
+
 class Case:
     """A shape in a pool of shuffled blocks, several sets of them: no two share a block.
 
@@ -98,10 +155,10 @@ class Case:
         size = (per_set * self.num_sets, *inner, shape.head_dim)
         self.storage = tuple(torch.randn(size, dtype=torch.bfloat16, device="cuda") for _ in range(2))
         self.k_cache, self.v_cache = (one if layout == "NHD" else one.transpose(1, 2) for one in self.storage)
-        tokens = shape.batch * shape.num_queries
+        tokens = sum(shape.new_tokens)
         self.q = torch.randn(tokens, shape.num_q_heads, shape.head_dim, dtype=torch.bfloat16, device="cuda")
         self.seq_lens = torch.tensor(shape.lengths, dtype=torch.int32, device="cuda")
-        self.cu_seqlens_q = torch.arange(shape.batch + 1, dtype=torch.int32, device="cuda") * shape.num_queries
+        self.cu_seqlens_q = torch.tensor(np.cumsum([0, *shape.new_tokens]), dtype=torch.int32, device="cuda")
         ids = torch.randperm(size[0], device="cuda", dtype=torch.int32)
         self.indices = list(ids.split(per_set))
         width = max(self.counts)
@@ -118,14 +175,16 @@ class Case:
 
         shape = self.shape
         group = shape.num_q_heads // shape.num_kv_heads
+        bounds = self.cu_seqlens_q.tolist()
         longest = int(np.argmax(shape.lengths))
         wrong = total = 0.0
         for row in {0, shape.batch // 3, shape.batch - 1, longest}:
-            n, queries = shape.lengths[row], shape.num_queries
+            n, queries = shape.lengths[row], shape.new_tokens[row]
             blocks = self.tables[which][row, : self.counts[row]].long()
-            found = out[row * queries : (row + 1) * queries].double()
-            q = self.q[row * queries : (row + 1) * queries].double()
-            hidden = torch.ones(queries, n, device="cuda", dtype=torch.bool).triu(n - queries + 1)
+            asked = torch.arange(0, queries, -(-queries // 64), device="cuda")  # some of a prompt's
+            found = out[bounds[row] + asked].double()
+            q = self.q[bounds[row] + asked].double()
+            hidden = torch.arange(n, device="cuda") > n - queries + asked[:, None]
             for head in range(shape.num_kv_heads):
                 keys, values = (
                     cache[blocks, :, head].reshape(-1, shape.head_dim)[:n].double()

@@ -24,10 +24,9 @@ def peers_of(case: Case, peers: Sequence[str]) -> list[Contender]:
         if peer not in PEERS:
             raise ConfigError(f"--peer: expected some of {', '.join(PEERS)}, got {peer!r}")
     made: list[Contender] = []
-    if case.shape.num_queries != 1:
-        return made
+    kernels = _KERNELS if max(case.shape.new_tokens) == 1 else _KERNELS_FOR_MORE
     for peer in peers:
-        for name, make in _KERNELS[peer].items():
+        for name, make in kernels.get(peer, {}).items():
             try:
                 made.append(make(case, name))
             except Exception as error:  # not installed, or no kernel for this shape
@@ -139,6 +138,27 @@ def _fa3(case: Case, name: str) -> Contender:
 
     return Contender(name, [partial(run, which) for which in range(case.num_sets)])
 
+
+def _fa3_more(case: Case, name: str) -> Contender:
+    from flash_attn_interface import flash_attn_with_kvcache
+
+    options = {"pack_gqa": False} if name.endswith("unpacked") else {}
+
+    def run(which: int) -> Any:
+        out = flash_attn_with_kvcache(
+            case.q, case.k_cache, case.v_cache, cache_seqlens=case.seq_lens, page_table=case.tables[which],
+            cu_seqlens_q=case.cu_seqlens_q, max_seqlen_q=max(case.shape.new_tokens),
+            softmax_scale=case.shape.head_dim**-0.5, causal=True, **options,
+        )  # fmt: skip
+        return out[0] if isinstance(out, tuple) else out
+
+    return Contender(name, [partial(run, which) for which in range(case.num_sets)])
+
+
+_KERNELS_FOR_MORE: dict[str, dict[str, Callable[[Case, str], Contender]]] = {
+    "fa3": {"FA3": _fa3_more, "FA3, unpacked": _fa3_more},
+}
+"""For batches with more than one query token in a row."""
 
 _KERNELS: dict[str, dict[str, Callable[[Case, str], Contender]]] = {
     "flashinfer": dict.fromkeys(_FLASHINFER, _flashinfer),

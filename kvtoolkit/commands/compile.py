@@ -104,7 +104,7 @@ def _specs(arch: str, options: argparse.Namespace) -> list[specs.Spec]:
 
 def row_of(spec: specs.Spec, arch: str) -> dict[str, Any]:
     """Compile one kernel. Returns what it needs of an SM."""
-    built = build(spec.source, dict(spec.defines), arch)
+    built = build(spec.source, dict(spec.defines), arch + spec.feature)
     (usage,) = (usage for usage in built.usage if usage.name == spec.name)
     smem = spec.smem_nbytes + usage.smem_nbytes
     by_registers = _SM_REGISTERS // (-(-usage.registers // 8) * 8 * spec.threads)

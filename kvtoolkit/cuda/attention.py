@@ -5,13 +5,14 @@ from typing import Any, NamedTuple
 
 from kvtoolkit.arrays.call import NO_HINTS, AttentionCall, Hints
 from kvtoolkit.arrays.host import Operand
-from kvtoolkit.cuda import specs
+from kvtoolkit.cuda import prompt, specs
 from kvtoolkit.cuda.expand import Granules, make_granules
 from kvtoolkit.cuda.launching import Launch, load_spec
 from kvtoolkit.cuda.masses import UnitLse, place_unit_lse
 from kvtoolkit.cuda.memory import Memory, StepLayout, lay_out_step, take_memory
 from kvtoolkit.cuda.params import PARAMS, TIERED_PARAMS, UNBOUNDED, pack_attention, pack_tiers
 from kvtoolkit.cuda.plan import Plan, make_plan
+from kvtoolkit.cuda.prompt import PromptAttention
 from kvtoolkit.cuda.schedule import Route, Schedule, choose_route, choose_schedule
 from kvtoolkit.cuda.units import Units, make_units
 
@@ -29,6 +30,10 @@ class Attention(NamedTuple):
     """What the launches read and nobody else keeps alive."""
 
 
+Prepared = Attention | PromptAttention
+"""A call of `attend` made ready for other layers."""
+
+
 class _Prepared(NamedTuple):
     """What the kernels of a call read besides its arrays, made on the device by launches of their own."""
 
@@ -42,7 +47,7 @@ class _Prepared(NamedTuple):
     unit_lse: UnitLse
 
 
-def attend(call: AttentionCall, hints: Hints = NO_HINTS, *, stream: int = 0) -> Attention | None:
+def attend(call: AttentionCall, hints: Hints = NO_HINTS, *, stream: int = 0) -> Prepared | None:
     """Attend, writing to ``out`` and ``lse``, asynchronously on ``stream``.
 
     Args:
@@ -59,6 +64,11 @@ def attend(call: AttentionCall, hints: Hints = NO_HINTS, *, stream: int = 0) -> 
             _clear(call.block_mass, stream)
         return Attention(call.q.device, None, None, None, None)
     route = choose_route(call, hints.query_counts)
+    if prompt.suits(call, route.most):
+        maps = prompt.maps_of(call)
+        words = maps.words(call.q.address, call.k_cache.address, call.v_cache.address)
+        if words is not None:
+            return prompt.attend(call, hints, maps, words, stream=stream)
     schedule = choose_schedule(call, route, hints)
     step = lay_out_step(call, route, schedule, hints.max_seq_len)
     memory = take_memory(call, schedule, step, hints.kept, stream)
@@ -140,7 +150,7 @@ def _clear(block_mass: Operand, stream: int) -> None:
 
 
 def attend_prepared(
-    prepared: Attention, q: int, k_cache: int, v_cache: int, out: int, *, warm: int = 0, cold: int = 0,
+    prepared: Prepared, q: int, k_cache: int, v_cache: int, out: int, *, warm: int = 0, cold: int = 0,
     block_mass: int = 0, stream: int = 0, overlaps: bool = False,
 ) -> None:  # fmt: skip
     """Attend once more where only the addresses of these arrays differ, not their shapes, strides or dtypes.
@@ -153,6 +163,9 @@ def attend_prepared(
         overlaps: let the kernel begin while the one before it still runs. Right where the kernel before wrote nothing
             of the caches but the tokens of the present queries, and nothing of the tables: after `append`.
     """
+    if isinstance(prepared, PromptAttention):
+        prompt.attend_prepared(prepared, q, k_cache, v_cache, out, stream=stream)
+        return
     decode = (prepared.decode_early or prepared.decode) if overlaps else prepared.decode
     for launch, is_early in ((decode, overlaps), (prepared.prefill, False)):
         if launch is not None:

@@ -39,4 +39,4 @@ class Launch:
 @functools.cache
 def load_spec(spec: Spec, device: int) -> Kernel:
     """The kernel of a spec on a device, which must be the current one."""
-    return load(spec.source, spec.name, dict(spec.defines), device, smem_nbytes=spec.smem_nbytes)
+    return load(spec.source, spec.name, dict(spec.defines), device, smem_nbytes=spec.smem_nbytes, feature=spec.feature)

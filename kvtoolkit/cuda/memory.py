@@ -56,9 +56,9 @@ def lay_out_step(call: AttentionCall, route: Route, schedule: Schedule | None, m
         list_nbytes = units_nbytes(batch, width)
     elif call.block_starts is not None:
         list_nbytes = 4 * batch * width
-    plan_at = unit_lse_at = _aligned(list_nbytes)
+    plan_at = unit_lse_at = aligned(list_nbytes)
     if schedule is not None and schedule.num_ranges:
-        unit_lse_at += _aligned(plan_nbytes(batch, schedule.num_ranges))
+        unit_lse_at += aligned(plan_nbytes(batch, schedule.num_ranges))
     if call.block_mass is None or schedule is None:
         return StepLayout(width, plan_at, unit_lse_at, None, unit_lse_at)
     num_tokens, num_q_heads, _ = call.q.shape
@@ -84,7 +84,7 @@ def take_memory(
     if kept is not None and step.nbytes:
         num_ranges = schedule.num_ranges if schedule else 0
         key = (step.width, num_ranges, call.left, call.right, step.unit_lse, step.nbytes)
-        owner = _keep(kept, key, step.nbytes, stream)
+        owner = keep(kept, key, step.nbytes, stream)
     partials_nbytes = schedule.partials_nbytes if schedule else 0
     scratch_step = step.nbytes if owner is None else 0
     if not (partials_nbytes or step.unit_lse is not None or scratch_step):
@@ -96,8 +96,8 @@ def take_memory(
     return Memory(scratch.partials, scratch.counters, scratch.counters + counters_nbytes, step_at, owner)
 
 
-def _keep(kept: dict[Any, Any], key: Any, nbytes: int, stream: int) -> Any:
-    """Memory of a step for its plan and list; None if there is none yet and a capture forbids to take some."""
+def keep(kept: dict[Any, Any], key: Any, nbytes: int, stream: int) -> Any:
+    """Memory of a step for its plan and list; None if there is none yet and a capture forbids taking some."""
     import cupy
 
     if key not in kept:
@@ -108,5 +108,6 @@ def _keep(kept: dict[Any, Any], key: Any, nbytes: int, stream: int) -> Any:
     return kept[key]
 
 
-def _aligned(nbytes: int) -> int:
+def aligned(nbytes: int) -> int:
+    """A size that keeps what follows aligned."""
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT

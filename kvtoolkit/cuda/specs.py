@@ -39,6 +39,8 @@ class Spec(NamedTuple):
     """Query rows of a CTA."""
     per_sm: int = 1
     """CTAs that an SM holds."""
+    feature: str = ""
+    """``"a"`` where it needs what only its own architecture has."""
 
     def with_masses(self) -> "Spec":
         """An attention kernel that also tells what share of the attention each tile got."""
@@ -142,6 +144,42 @@ def prefill(head_dim: int, dtype: str) -> Spec:
     return Spec("attention/prefill.cu", "kvt_prefill", defines, 128, 64 * row + 4 * keys * row + 32 * keys, 64)
 
 
+def decode_rows(head_dim: int) -> int:
+    """Query rows of a kv head for which the decode kernel reads keys and values once."""
+    return 16 if head_dim <= 128 else 8
+
+
+def prompt_keys(head_dim: int) -> int:
+    """Keys of a tile of the prompt kernel."""
+    return 128 if head_dim <= 128 else 96 if head_dim <= 192 else 64
+
+
+def _prompt_dims(head_dim: int) -> int:
+    """Columns that its products have."""
+    return next(dims for dims in (64, 96, 128, 192, 256) if head_dim <= dims)
+
+
+def prompt_partial_nbytes(head_dim: int) -> int:
+    """Memory of a part of an item: sums, row_max and row_sum of its rows."""
+    return 4 * 2 * 128 * 4 * (_prompt_dims(head_dim) // 8 + 1)
+
+
+def prompt(head_dim: int, dtype: str, *, has_rules: bool) -> Spec:
+    """The prompt kernel of sm_90; ``has_rules``: softcap, ALiBi or a scale that is not above 0."""
+    buffers = 2 if head_dim <= 128 else 1
+    row = row_bytes(head_dim)
+    smem = (128 * buffers + 4 * prompt_keys(head_dim)) * row + 192 + 4 * 64 + 16
+    defines = (
+        ("KVT_HEAD_DIM", head_dim), ("KVT_BF16", int(dtype == "bfloat16")), ("KVT_RULES", int(has_rules)),
+    )  # fmt: skip
+    return Spec("attention/prompt.cu", "kvt_prompt", defines, 384, smem, 128, feature="a")
+
+
+def plan_prompts(head_dim: int) -> Spec:
+    """The kernel that makes the work list of the prompt kernel."""
+    return Spec("attention/plan_prompts.cu", "kvt_plan_prompts", (("KVT_KEYS", prompt_keys(head_dim)),), 1024)
+
+
 def append(vector: int) -> Spec:
     """The append kernel that moves ``vector`` bytes at a time: 16, 8, 4 or 2."""
     return Spec("cache/append.cu", "kvt_append", (("KVT_VECTOR", vector),), 256)
@@ -188,4 +226,6 @@ def of_model(
         yield from (spec.with_masses() for spec in found)
     if tiers:
         yield from (UNITS, convert(head_dim, dtype))
+    if arch == 90:
+        yield from (prompt(head_dim, dtype, has_rules=False), plan_prompts(head_dim))
     yield from (prefill(head_dim, dtype), plan(1), EXPAND, append(16), MOVE, CHECK, merge_states(dtype))

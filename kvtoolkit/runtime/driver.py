@@ -26,7 +26,7 @@ _dependent_address = address_of(_dependent)
 
 
 @cache
-def _library() -> Any:
+def library() -> Any:
     library = ctypes.CDLL("libcuda.so.1")
     library.cuLaunchKernelEx.argtypes = [ctypes.c_void_p] * 4
     library.cuGetErrorString.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)]
@@ -70,15 +70,15 @@ class PreparedLaunch:
         config = self._config
         config[_STREAM] = stream
         config[_ATTRIBUTES], config[_NUM_ATTRIBUTES] = (_dependent_address, 1) if dependent else (0, 0)
-        status = _library().cuLaunchKernelEx(*self._arguments)
+        status = library().cuLaunchKernelEx(*self._arguments)
         if status == _INVALID_CONTEXT:  # a thread that has not used CUDA yet
             import cupy
 
             cupy.cuda.runtime.setDevice(cupy.cuda.runtime.getDevice())
-            status = _library().cuLaunchKernelEx(*self._arguments)
+            status = library().cuLaunchKernelEx(*self._arguments)
         if status:
             text = ctypes.c_char_p()
-            _library().cuGetErrorString(status, ctypes.byref(text))
+            library().cuGetErrorString(status, ctypes.byref(text))
             said = (text.value or b"unknown").decode()
             x, y, z, threads, _, _, smem_nbytes, *_ = _config.unpack(bytes(config))
             raise DeviceError(

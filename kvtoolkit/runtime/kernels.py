@@ -56,7 +56,9 @@ class LoggedKernel(Kernel):
         )
 
 
-def load(source: str, name: str, defines: Mapping[str, int], device: int, *, smem_nbytes: int = 0) -> Kernel:
+def load(
+    source: str, name: str, defines: Mapping[str, int], device: int, *, smem_nbytes: int = 0, feature: str = ""
+) -> Kernel:
     """The kernel ``name`` of a source of ``cuda_src`` on a device.
 
     Args:
@@ -65,6 +67,7 @@ def load(source: str, name: str, defines: Mapping[str, int], device: int, *, sme
         defines: macros.
         device: CUDA ordinal; it must be the current one.
         smem_nbytes: the largest dynamic shared memory of its launches.
+        feature: ``"a"`` to compile for what only this architecture has.
 
     Raises:
         UnsupportedError: no CuPy, no NVRTC, or no such device here.
@@ -76,7 +79,7 @@ def load(source: str, name: str, defines: Mapping[str, int], device: int, *, sme
         return found
     with _lock:
         if key not in _loaded:
-            built = build(source, defines, _device(device)[0], announce=True)
+            built = build(source, defines, _device(device)[0] + feature, announce=True)
             _loaded[key] = _load(built, source, name, smem_nbytes)
         return _loaded[key]
 

@@ -70,17 +70,19 @@ class ParameterStruct:
             raise AttributeError(attribute)
         source, headers = read_source(self.source)
         text = "\n".join([source, *headers.values()])
-        found = re.search(rf"\b{self.kernel}\(const __grid_constant__ (\w+)", text)
+        found = re.search(rf"\b{self.kernel}\(\s*const __grid_constant__ (\w+)", text)
         if found is None:
             raise LookupError(f"{self.source}: expected a kernel {self.kernel} with one struct of parameters")
         fields = _fields(text, found[1])
         names = list(fields)
         begin = names.index(self._since) if self._since else 0
         end = names.index(self._until) if self._until else len(names)
-        self.format = _format([fields[name] for name in names[begin:end]])
+        until_end = end == len(names)
+        alignment = _alignment(text, found[1])
+        self.format = _format([fields[name] for name in names[begin:end]], alignment if until_end else 8)
         self.pack = struct.Struct(self.format).pack
         self.word = {name: field.offset // 8 for name, field in fields.items()}.__getitem__
-        self.nbytes = struct.calcsize(_format(list(fields.values())))
+        self.nbytes = struct.calcsize(_format(list(fields.values()), alignment))
         self.name, self.fields = found[1], fields
         return getattr(self, attribute)
 
@@ -95,7 +97,7 @@ class ParameterStruct:
 
 def _fields(text: str, name: str) -> dict[str, Field]:
     """The fields of a struct, those of its base first."""
-    found = re.search(rf"struct {name}(?: : (?P<base>\w+))? {{(?P<body>[^}}]*)}};", text)
+    found = re.search(rf"struct (?:alignas\(\d+\) )?{name}(?: : (?P<base>\w+))? {{(?P<body>[^}}]*)}};", text)
     if found is None:
         raise LookupError(f"expected struct {name} among the sources of its kernel")
     fields = _fields(text, found["base"]) if found["base"] else {}
@@ -112,14 +114,20 @@ def _fields(text: str, name: str) -> dict[str, Field]:
     return fields
 
 
-def _format(fields: list[Field]) -> str:
-    """What packs these fields, from the first on; a multiple of 8 bytes, as kernels that take pointers have it."""
+def _alignment(text: str, name: str) -> int:
+    """The alignment of a struct: 8 bytes, because all have pointers, or more if it asks for more."""
+    found = re.search(rf"struct alignas\((\d+)\) {name}\b", text)
+    return int(found[1]) if found else 8
+
+
+def _format(fields: list[Field], alignment: int = 8) -> str:
+    """What packs these fields, from the first on; a multiple of the alignment."""
     end = fields[0].offset if fields else 0
     layout = "="
     for field in fields:
         layout += "x" * (field.offset - end) + field.format
         end = field.offset + struct.calcsize("=" + field.format)
-    return layout + "x" * (-end % 8)
+    return layout + "x" * (-end % alignment)
 
 
 def _number(text: str, product: str) -> int:

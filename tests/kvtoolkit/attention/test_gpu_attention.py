@@ -194,11 +194,18 @@ def test_where_the_tokens_lie_does_not_change_a_bit(dtype):
     case = Case([577, 64, 130, 9, 3000], [1, 5, 40, 9, 1], dtype=dtype)
     out, lse = run(case, case.variable())
     layouts = [(case.variable(lengths), "NHD") for lengths in ((1,), (8,), (2, 5), (1, 2, 3, 4, 5, 6, 7, 8))]
-    layouts += [(case.paged(size, layout), layout) for size in (1, 7, 8, 64) for layout in ("NHD", "HND")]
+    layouts += [(case.paged(size, layout), layout) for size in (8, 16, 24, 64) for layout in ("NHD", "HND")]
     for arrays, layout in layouts:
         other, other_lse = run(case, arrays, layout)
         assert np.array_equal(out.view(np.uint16), other.view(np.uint16))
         assert np.array_equal(lse, other_lse)
+    # blocks that tensor maps cannot describe have a kernel of their own, and bits of their own
+    first, first_lse = run(case, case.paged(1, "NHD"), "NHD")
+    assert np.allclose(first_lse, lse, atol=1e-4)
+    for size, layout in ((1, "HND"), (7, "NHD"), (7, "HND")):
+        other, other_lse = run(case, case.paged(size, layout), layout)
+        assert np.array_equal(first.view(np.uint16), other.view(np.uint16))
+        assert np.array_equal(first_lse, other_lse)
 
 
 @pytest.mark.parametrize("num_splits", [1, 3])

@@ -14,7 +14,7 @@ import pytest
 
 from kvtoolkit.arrays.call import Hints, QuantizedTiers, attention_call
 from kvtoolkit.arrays.host import Operand
-from kvtoolkit.cuda import attention, check, copy, launching, memory, merge, schedule, specs
+from kvtoolkit.cuda import attention, check, copy, launching, memory, merge, prompt, schedule, specs
 from kvtoolkit.runtime import driver, kernels, launch_log
 from kvtoolkit.runtime.compiler import Build
 from kvtoolkit.runtime.structs import ParameterStruct
@@ -58,13 +58,14 @@ class FakeDriver:
 def fake(monkeypatch):
     """A device with the numbers of an H100 that launches nothing."""
     found = FakeDriver()
-    monkeypatch.setattr(driver, "_library", lambda: found)
+    monkeypatch.setattr(driver, "library", lambda: found)
     monkeypatch.setattr(kernels, "_devices", {0: ("90", specs.SMEM_LIMITS["90"], 132)})
     monkeypatch.setattr(kernels, "_loaded", {})
     monkeypatch.setattr(kernels, "build", lambda *_, **__: Build(b"", (), None, 0.0))
     monkeypatch.setattr(kernels, "_load", found.load)
     scratch = SimpleNamespace(partials=0xA0000, counters=0xB0000, step=0xC0000)
-    monkeypatch.setattr(memory, "workspace", lambda device, stream, sizes: scratch)
+    for module in (memory, prompt):
+        monkeypatch.setattr(module, "workspace", lambda device, stream, sizes: scratch)
     monkeypatch.setattr(check, "is_capturing", lambda stream: False)
     launching.load_spec.cache_clear()
     schedule._schedule.cache_clear()
@@ -228,7 +229,7 @@ def test_tiers_and_masses_of_a_further_layer_are_changed(fake):
     call = attention_call(**attention_arrays(), tiers=tiers, block_mass=array(3, 5, 2, dtype="float32"), num_splits=1)
     owner = SimpleNamespace(data=SimpleNamespace(ptr=0xD0000))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "_keep", lambda *_: owner)
+        patch.setattr(memory, "keep", lambda *_: owner)
         prepared = attention.attend(call, Hints(query_counts=(1, 3), kept={}), stream=_STREAM)
     attention.attend_prepared(prepared, 1, 2, 3, 4, warm=5, cold=6, block_mass=7, stream=_STREAM)
     first, second = (taken.parameters for taken in fake.taken[-2:])

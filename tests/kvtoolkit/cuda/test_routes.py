@@ -7,7 +7,7 @@ import pytest
 from kvtoolkit import cuda
 from kvtoolkit.arrays.call import Hints, QuantizedTiers, attention_call
 from kvtoolkit.arrays.host import Operand
-from kvtoolkit.cuda import attention, expand, launching, memory, plan, schedule, units
+from kvtoolkit.cuda import attention, expand, launching, memory, plan, prompt, schedule, units
 from kvtoolkit.cuda.params import PARAMS, TIERED_PARAMS
 from kvtoolkit.cuda.workspace import Workspace
 
@@ -39,6 +39,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(schedule, "smem_limit", lambda device: 232448)
     monkeypatch.setattr(schedule, "num_sms", lambda device: 132)
     monkeypatch.setattr(schedule, "arch_of", lambda device: 90)
+    monkeypatch.setattr(prompt, "arch_of", lambda device: 80)  # its calls have tests of their own
     scratch = Workspace(1 << 30, 2 << 30, 3 << 30, None, ())
     monkeypatch.setattr(memory, "workspace", lambda device, stream, sizes: scratch)
     monkeypatch.setattr(attention, "_clear", lambda masses, stream: launches.append(("clear", stream)))

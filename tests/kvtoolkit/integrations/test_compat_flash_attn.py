@@ -281,7 +281,13 @@ def test_paged_and_packed_keys_give_the_same(place):
     k_cache, v_cache, table = map(place.put, case.paged(16, "NHD"))
     lengths, q = lengths_of(place, case), place.put(case.q)
     paged = flash_attn_varlen_func(q, k_cache, v_cache, *lengths, causal=True, block_table=table)
-    assert torch.equal(flash_attn_varlen_func(q, *packed(place, case), *lengths, causal=True), paged)
+    out = flash_attn_varlen_func(q, *packed(place, case), *lengths, causal=True)
+    if place.device == "cpu":
+        assert torch.equal(out, paged)
+    else:  # packed keys are blocks of one token, which may have another kernel
+        expected = case.expected(case.paged(16, "NHD"))
+        for one in (out, paged):
+            place.check(one, torch.from_numpy(expected[1]), expected)
 
 
 # -- the device ------------------------------------------------------------------------------------------------------

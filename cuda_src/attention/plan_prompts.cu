@@ -1,0 +1,188 @@
+// Plan prompts: cut a batch into items of work for the prompt kernel, once a step, on the device, for all layers.
+//
+//   seq_lens     [batch] int32;   cu_seqlens_q  [batch + 1] int32 or null = one query each
+//   items        [max_items][8] int32, the words of Item but the last
+//   num_items    int32
+//
+// An item is 128 query rows of a sequence (for each kv head) and the tiles of keys that they see. Longest first, since
+// the last ones to begin should be short. Where there are too few items to keep all SMs busy, those that are longer than
+// an SM's share are cut into parts of equal numbers of tiles.
+//
+// Launch:   one CTA of 1024; dynamic shared memory 4 * batch. Any architecture. Macros: KVT_KEYS, of a tile.
+#include <kvt/attention/prompt/item.cuh>
+#include <kvt/ptx/cluster.cuh>
+
+namespace kvt {
+
+constexpr int kPlanThreads = 1024;
+constexpr int kBins = 1024;  // items whose numbers of tiles share a bin are in no order
+constexpr int kMinPart = 4;  // tiles
+
+struct PlanPromptsParams {
+  const int* seq_lens;
+  const int* cu_seqlens_q;
+  int* items;
+  int* num_items;
+  int half_sizes[5];  // see Halves
+  int batch, num_kv_heads;
+  int left, right;
+  int num_ctas;     // of the prompt kernel, at once
+  int min_queries;  // sequences with fewer are another kernel's
+  int max_parts;    // of a block; 1 = results do not depend on the rest of the batch
+};
+
+struct Batch {
+  const PlanPromptsParams& p;
+  Halves halves;
+
+  __device__ __forceinline__ explicit Batch(const PlanPromptsParams& p) : p(p), halves(p.half_sizes) {}
+
+  __device__ __forceinline__ int first_token(int b) const { return p.cu_seqlens_q == nullptr ? b : p.cu_seqlens_q[b]; }
+  __device__ __forceinline__ int num_queries(int b) const {
+    return p.cu_seqlens_q == nullptr ? 1 : p.cu_seqlens_q[b + 1] - p.cu_seqlens_q[b];
+  }
+  __device__ __forceinline__ int num_blocks(int b) const {
+    const int queries = num_queries(b);
+    return queries < p.min_queries ? 0 : (halves.count(queries) + 1) / 2;
+  }
+};
+
+// The sum over the threads before this one; `total` that over all.
+__device__ __forceinline__ int sum_before(int value, int* warp_sums, int& total) {
+  int inclusive = value;
+#pragma unroll
+  for (int d = 1; d < 32; d <<= 1) {
+    const int below = __shfl_up_sync(kAllLanes, inclusive, d);
+    if (lane_id() >= d) inclusive += below;
+  }
+  __syncthreads();
+  if (lane_id() == 31) warp_sums[threadIdx.x >> 5] = inclusive;
+  __syncthreads();
+  int of_warps = warp_sums[lane_id()];
+#pragma unroll
+  for (int d = 1; d < 32; d <<= 1) {
+    const int below = __shfl_up_sync(kAllLanes, of_warps, d);
+    if (lane_id() >= d) of_warps += below;
+  }
+  total = __shfl_sync(kAllLanes, of_warps, 31);
+  const int warp = threadIdx.x >> 5;
+  const int before = __shfl_sync(kAllLanes, of_warps, max(0, warp - 1));
+  return (warp > 0 ? before : 0) + inclusive - value;
+}
+
+extern "C" __global__ void __launch_bounds__(kPlanThreads)
+    kvt_plan_prompts(const __grid_constant__ PlanPromptsParams p) {
+  extern __shared__ int ends[];  // [batch] blocks of rows of the sequences up to each, it included
+  __shared__ int bins[kBins];
+  __shared__ int warp_sums[32];
+  __shared__ unsigned long long sum_of_tiles;
+  __shared__ int longest_item, used_slots;
+  ptx::wait_for_dependencies();
+  ptx::launch_dependents();
+  const Batch batch(p);
+  if (threadIdx.x == 0) {
+    sum_of_tiles = 0;
+    longest_item = 1;
+    used_slots = 0;
+  }
+  for (int i = threadIdx.x; i < kBins; i += kPlanThreads) bins[i] = 0;
+  const int each = (p.batch + kPlanThreads - 1) / kPlanThreads;
+  const int first = min(p.batch, static_cast<int>(threadIdx.x) * each);
+  const int last = min(p.batch, first + each);
+  int sum = 0;
+  for (int b = first; b < last; ++b) {
+    sum += batch.num_blocks(b);
+    ends[b] = sum;
+  }
+  int num_blocks;
+  const int before = sum_before(sum, warp_sums, num_blocks);
+  for (int b = first; b < last; ++b) ends[b] += before;
+  __syncthreads();
+  if (num_blocks == 0) {
+    if (threadIdx.x == 0) *p.num_items = 0;
+    return;
+  }
+
+  struct Block {
+    int sequence, first_half, queries, length, first_tile, num_tiles;
+  };
+  const auto block_at = [&](int index) {
+    int low = 0;
+    int high = p.batch - 1;
+    while (low < high) {  // the first sequence that ends above it
+      const int middle = (low + high) >> 1;
+      if (ends[middle] > index) {
+        high = middle;
+      } else {
+        low = middle + 1;
+      }
+    }
+    Block block;
+    block.sequence = low;
+    block.first_half = (index - (low > 0 ? ends[low - 1] : 0)) * 2;
+    block.queries = batch.num_queries(low);
+    block.length = p.seq_lens[low];
+    const KeyRange keys = keys_of_item(batch.halves, p.left, p.right, block.length, block.queries, block.first_half);
+    block.first_tile = keys.begin / KVT_KEYS;
+    // one that sees nothing has a tile nevertheless, and writes zeros
+    const int end = max(block.first_tile + 1, (keys.end + KVT_KEYS - 1) / KVT_KEYS);
+    block.num_tiles = end - block.first_tile;
+    return block;
+  };
+
+  // each thread's first block is looked up once
+  const Block own = block_at(min(static_cast<int>(threadIdx.x), num_blocks - 1));
+  const auto block_of = [&](int index) { return index < kPlanThreads ? own : block_at(index); };
+  int tiles = 0;
+  int longest = 0;
+  for (int i = threadIdx.x; i < num_blocks; i += kPlanThreads) {
+    const int of_block = block_of(i).num_tiles;
+    tiles += of_block;
+    longest = max(longest, of_block);
+  }
+  tiles = __reduce_add_sync(kAllLanes, tiles);
+  longest = __reduce_max_sync(kAllLanes, longest);
+  if (lane_id() == 0 && tiles > 0) {
+    atomicAdd(&sum_of_tiles, static_cast<unsigned long long>(tiles));
+    atomicMax(&longest_item, longest);
+  }
+  __syncthreads();
+  const long long total = static_cast<long long>(sum_of_tiles) * p.num_kv_heads;
+  longest = longest_item;
+  // a CTA's share; items above 1.25 of it are cut, if any is
+  const int share = max(kMinPart, static_cast<int>((total + p.num_ctas - 1) / p.num_ctas));
+  const auto parts_of = [&](int num_tiles) {
+    return 4 * num_tiles <= 5 * share ? 1 : min(p.max_parts, (2 * num_tiles + share) / (2 * share));
+  };
+  // the longest have the first bins
+  const auto bin_of = [&](int num_tiles) {
+    return static_cast<int>(static_cast<long long>(longest - num_tiles) * (kBins - 1) / longest);
+  };
+  for (int i = threadIdx.x; i < num_blocks; i += kPlanThreads) {
+    const Block block = block_of(i);
+    const int parts = parts_of(block.num_tiles);
+    atomicAdd(&bins[bin_of(block.num_tiles / parts)], parts);
+  }
+  __syncthreads();
+  const int in_bin = bins[threadIdx.x];
+  int num_items;
+  const int before_bin = sum_before(in_bin, warp_sums, num_items);
+  bins[threadIdx.x] = before_bin;
+  if (threadIdx.x == 0) *p.num_items = num_items;
+  __syncthreads();
+  for (int i = threadIdx.x; i < num_blocks; i += kPlanThreads) {
+    const Block block = block_of(i);
+    const int parts = parts_of(block.num_tiles);
+    const int slot = parts > 1 ? atomicAdd(&used_slots, parts) : 0;
+    const int at = atomicAdd(&bins[bin_of(block.num_tiles / parts)], parts);
+    for (int part = 0; part < parts; ++part) {
+      const int begin = block.first_tile + static_cast<int>(static_cast<long long>(block.num_tiles) * part / parts);
+      const int end = block.first_tile + static_cast<int>(static_cast<long long>(block.num_tiles) * (part + 1) / parts);
+      int4* const to = reinterpret_cast<int4*>(p.items) + 2 * (at + part);
+      to[0] = {batch.first_token(block.sequence), block.queries, block.first_half, block.sequence};
+      to[1] = {block.length, begin | end << 16, part | parts << 16, slot};
+    }
+  }
+}
+
+}  // namespace kvt

@@ -1,0 +1,106 @@
+// Items of work of the prompt kernel: 128 query rows of a sequence and kv head, and a range of tiles of its keys.
+//
+// A warpgroup has 64 rows, a half of an item: as many whole queries as fit with all heads of the group, or 64 heads of
+// one query where the group has more. So a tensor copy brings a half, whatever the group is.
+#pragma once
+
+#include <kvt/attention/keys.cuh>
+#include <kvt/base/warp.cuh>
+
+namespace kvt {
+
+constexpr int kHalfRows = 64;
+
+// How the query rows of a sequence are cut into halves.
+struct Halves {
+  int group_size;
+  int heads;      // of a half: all of the group, or kHalfRows
+  int queries;    // of a half
+  int per_query;  // halves of a query, where queries is 1
+  int inverse;    // 2^16 / heads, rounded up
+
+  __device__ __forceinline__ explicit Halves(const int (&sizes)[5])
+      : group_size(sizes[0]), heads(sizes[1]), queries(sizes[2]), per_query(sizes[3]), inverse(sizes[4]) {}
+
+  __device__ __forceinline__ int count(int num_queries) const {
+    return per_query > 1 ? num_queries * per_query : (num_queries + queries - 1) / queries;
+  }
+  __device__ __forceinline__ int first_query(int half) const {
+    return per_query > 1 ? half / per_query : half * queries;
+  }
+  __device__ __forceinline__ int first_head(int half) const { return per_query > 1 ? half % per_query * kHalfRows : 0; }
+  // Of a half's first query, or after it.
+  __device__ __forceinline__ int query_of(int row) const { return row * inverse >> 16; }
+};
+
+// Strides in elements. Absent arrays are null.
+struct alignas(64) PromptParams {
+  long long query_map[16];  // tensor maps, each at a multiple of 64 bytes
+  long long key_map[16];
+  long long value_map[16];
+  unsigned short* out;
+  float* lse;
+  const int* block_table;
+  const float* alibi_slopes;
+  const float* sinks;
+  const int* items;      // [num_items][8], made by kvt_plan_prompts; readable up to the number of CTAs
+  const int* num_items;  // for each kv head
+  unsigned* next_item;   // 0 between kernels
+  unsigned* arrivals;    // [slots, num_kv_heads], all 0 between kernels
+  float* partials;       // [slots, num_kv_heads, Partial::kFloats]
+  long long out_token, out_head;
+  long long table_row;
+  int half_sizes[5];  // see Halves
+  int num_kv_heads;
+  int granules_per_block;
+  int block_shift;       // log2(granules_per_block); -1 where it is no power of two
+  int block_pitch;       // a granule's coordinates are block * block_pitch + its number in the block
+  int coordinate_shift;  // bits of the number: 0 where granules are the map's blocks
+  int num_map_blocks;
+  int left, right;   // keys seen before and after a query's position; -1 = all
+  float scale_log2;  // softmax_scale * log2(e)
+  float cap_inner;   // softmax_scale / softcap
+  float cap_outer;   // softcap * log2(e); 0 = no cap
+};
+
+struct alignas(64) Item {
+  int first_token;  // of the sequence's queries, in q
+  int num_queries;  // of the sequence
+  int first_half;
+  int sequence;
+  int seq_len;
+  int tiles;    // first | end << 16
+  int parts;    // of the item's keys: which | how many << 16
+  int slot;     // of the results of its first part
+  int kv_head;  // -1: there is no more
+
+  static constexpr int kWords = 9;
+
+  // From the lanes of a warp; the compiler knows then that it is the same in all of them.
+  __device__ __forceinline__ static Item from_lanes(int word) {
+    const auto at = [&](int lane) { return __shfl_sync(kAllLanes, word, lane); };
+    return {at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8)};
+  }
+
+  __device__ __forceinline__ bool exists() const { return kv_head >= 0; }
+  __device__ __forceinline__ int first_tile() const { return tiles & 0xFFFF; }
+  __device__ __forceinline__ int end_tile() const { return static_cast<unsigned>(tiles) >> 16; }
+  __device__ __forceinline__ int part() const { return parts & 0xFFFF; }
+  __device__ __forceinline__ int num_parts() const { return parts >> 16; }
+  __device__ __forceinline__ bool has_half(const Halves& halves, int half) const {
+    return halves.first_query(first_half + half) < num_queries;
+  }
+  // Position of the sequence's query number `query`.
+  __device__ __forceinline__ int position(int query) const { return seq_len - num_queries + query; }
+};
+
+// The keys that the rows of an item see.
+__device__ __forceinline__ KeyRange
+keys_of_item(const Halves& halves, int left, int right, int seq_len, int num_queries, int first_half) {
+  const int first = halves.first_query(first_half);
+  const int last = min(num_queries, halves.first_query(first_half + 1) + halves.queries) - 1;
+  const int position = seq_len - num_queries;
+  return visible_keys(left, right, seq_len, position + first, position + last);
+}
+
+}  // namespace kvt

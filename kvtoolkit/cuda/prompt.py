@@ -1,0 +1,240 @@
+"""The prompt kernel of sm_90: any batch whose rows have many query rows for each kv head, with its work list.
+
+It reads keys, values and queries through tensor maps, so it takes caches that these can describe: blocks of a multiple
+of 8 tokens. Other calls, and other architectures, have the kernels that `kvtoolkit.cuda.schedule` chooses.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+from kvtoolkit.arrays.call import AttentionCall, Hints
+from kvtoolkit.arrays.host import Operand
+from kvtoolkit.cuda import specs
+from kvtoolkit.cuda.expand import list_width, make_granules
+from kvtoolkit.cuda.launching import Launch, load_spec
+from kvtoolkit.cuda.memory import aligned, keep
+from kvtoolkit.cuda.workspace import Sizes, workspace
+from kvtoolkit.formats.entry import GRANULE
+from kvtoolkit.runtime.kernels import arch_of, num_sms
+from kvtoolkit.runtime.structs import ParameterStruct
+from kvtoolkit.runtime.tensor_map import tensor_map
+
+_LOG2E = 1.4426950408889634
+_UNBOUNDED = 1 << 30
+_HALF_ROWS = 64  # as in prompt/item.cuh
+_MAX_PARTS = 64
+_MAX_TILES = 65535
+_ITEM_NBYTES = 32
+_ANY_STRIDE = 16
+
+PARAMS = ParameterStruct("attention/prompt.cu", "kvt_prompt")
+PLAN_PARAMS = ParameterStruct("attention/plan_prompts.cu", "kvt_plan_prompts")
+
+
+class Maps(NamedTuple):
+    """How the tensor maps of a call's arrays are made, whatever their addresses."""
+
+    query: tuple[Any, ...]
+    """Sizes, strides and box of `tensor_map`."""
+    key: tuple[Any, ...]
+    value: tuple[Any, ...]
+    block_pitch: int
+    """Coordinates of a granule are block * block_pitch + its number in the block."""
+    coordinate_shift: int
+    num_blocks: int
+
+    def words(self, q: int, k_cache: int, v_cache: int) -> tuple[int, ...] | None:
+        """The three maps for arrays at these addresses; None if the driver cannot describe one of them."""
+        found = [tensor_map(q, *self.query), tensor_map(k_cache, *self.key), tensor_map(v_cache, *self.value)]
+        return None if None in found else tuple(word for one in found if one is not None for word in one)
+
+
+class PromptAttention(NamedTuple):
+    """A call of `attend` made ready for other layers."""
+
+    device: int
+    launch: Launch
+    maps: Maps
+    memory: Any
+    """What the launch reads and nobody else keeps alive."""
+
+
+class _Sizes(NamedTuple):
+    """What follows from the shapes of a call."""
+
+    halves: tuple[int, int, int, int, int]
+    """``Halves`` of prompt/item.cuh."""
+    ctas: int
+    max_items: int
+    slots: int
+    """Parts of items, at most, for each kv head."""
+    partials_nbytes: int
+    counters_nbytes: int
+
+
+def suits(call: AttentionCall, most_queries: int) -> bool:
+    """Whether the prompt kernel takes a call: by its shapes and options alone.
+
+    Args:
+        most_queries: most query tokens of a row, as far as the host knows.
+    """
+    _, num_q_heads, head_dim = call.q.shape
+    blocks, num_kv_heads, block_size, _ = call.k_cache.shape
+    batch, max_entries = call.block_table.shape
+    length = max_entries * (block_size if call.block_starts is None else 8 * GRANULE)
+    return (
+        call.tiers is None
+        and call.block_mass is None
+        and call.num_splits == 0
+        and block_size % GRANULE == 0
+        and most_queries * (num_q_heads // num_kv_heads) > specs.decode_rows(head_dim)
+        and batch <= specs.MAX_PLANNED
+        and blocks * block_size < 1 << 31
+        and length <= _MAX_TILES * specs.prompt_keys(head_dim)
+        and arch_of(call.q.device) == 90
+    )
+
+
+def maps_of(call: AttentionCall) -> Maps:
+    """How the tensor maps of a call are made."""
+    return _maps(call.q.shape, call.q.strides, call.k_cache.shape, call.k_cache.strides, call.v_cache.strides)
+
+
+@functools.lru_cache(1024)
+def _maps(
+    q_shape: tuple[int, ...], q_strides: tuple[int, ...], shape: tuple[int, ...], key: tuple[int, ...],
+    value: tuple[int, ...],
+) -> Maps:  # fmt: skip
+    num_tokens, num_q_heads, head_dim = q_shape
+    blocks, num_kv_heads, block_size, _ = shape
+    per_block = block_size // GRANULE
+    _, heads, queries, _, _ = _halves(num_q_heads // num_kv_heads)
+    token = 2 * q_strides[0] if num_tokens > 1 else _ANY_STRIDE
+    head = 2 * q_strides[1] if num_q_heads > 1 else _ANY_STRIDE
+    query_map = (head_dim, num_q_heads, num_tokens, 1, 1), (head, token, token, token), (64, heads, queries, 1, 1)
+    # where granules follow each other from block to block, they are the map's blocks
+    are_granules = per_block == 1 or all(one[0] == block_size * one[2] for one in (key, value))
+    shift = 0 if are_granules else (per_block - 1).bit_length()
+    pitch = per_block if are_granules else 1 << shift
+    if are_granules:
+        blocks, block_size = blocks * per_block, GRANULE
+
+    def cache_map(strides: tuple[int, ...]) -> tuple[Any, ...]:
+        # the stride of an axis of one may be anything, and the driver does not take anything
+        block, kv_head, slot = (
+            2 * stride if size > 1 else _ANY_STRIDE for stride, size in zip(strides, shape[:3], strict=False)
+        )
+        if are_granules and per_block > 1:
+            block = GRANULE * slot
+        if head_dim % 64 == 0:
+            chunks = head_dim // 64
+            sizes = 64, block_size, chunks, num_kv_heads, blocks
+            return sizes, (slot, 128, kv_head, block), (64, GRANULE, chunks, 1, 1)
+        return (head_dim, block_size, 1, num_kv_heads, blocks), (slot, slot, kv_head, block), (64, GRANULE, 1, 1, 1)
+
+    return Maps(query_map, cache_map(key), cache_map(value), pitch, shift, blocks)
+
+
+def _halves(group_size: int) -> tuple[int, int, int, int, int]:
+    if group_size <= _HALF_ROWS:
+        heads, queries, per_query = group_size, _HALF_ROWS // group_size, 1
+    else:
+        heads, queries, per_query = _HALF_ROWS, 1, -(-group_size // _HALF_ROWS)
+    return group_size, heads, queries, per_query, -(-(1 << 16) // heads)
+
+
+@functools.lru_cache(4096)
+def _sizes(num_tokens: int, num_q_heads: int, num_kv_heads: int, head_dim: int, batch: int, sms: int) -> _Sizes:
+    halves = _halves(num_q_heads // num_kv_heads)
+    _, _, queries, per_query, _ = halves
+    # a sequence's last item may have one half, and its last half some of the queries
+    blocks = num_tokens * per_query // (2 * queries) + batch
+    # an item is cut if it is longer than 1.25 shares of a CTA, into at most 0.5 more parts than shares
+    slots = -(-14 * sms // (10 * num_kv_heads)) + 1
+    max_items = max(blocks + slots, -(-sms // num_kv_heads) + 1)
+    ctas = min(sms, max_items * num_kv_heads)
+    partials = slots * num_kv_heads * specs.prompt_partial_nbytes(head_dim)
+    return _Sizes(halves, ctas, max_items, slots, partials, 4 * (1 + slots * num_kv_heads))
+
+
+def attend(
+    call: AttentionCall, hints: Hints, maps: Maps, words: tuple[int, ...], *, stream: int
+) -> PromptAttention | None:
+    """Attend, as `kvtoolkit.cuda.attention.attend`.
+
+    Args:
+        words: the maps of the call's arrays.
+    """
+    num_tokens, num_q_heads, head_dim = call.q.shape
+    num_kv_heads = call.k_cache.shape[1]
+    batch, max_entries = call.block_table.shape
+    device = call.q.device
+    sizes = _sizes(num_tokens, num_q_heads, num_kv_heads, head_dim, batch, num_sms(device))
+    width = list_width(max_entries, hints.max_seq_len)
+    items_at = 0 if call.block_starts is None else aligned(4 * batch * width)
+    step_nbytes = items_at + 256 + _ITEM_NBYTES * sizes.max_items
+    owner = None
+    if hints.kept is not None:
+        key = ("prompt", width, sizes, call.left, call.right)
+        owner = keep(hints.kept, key, step_nbytes, stream)
+    scratch = workspace(
+        device, stream, Sizes(sizes.partials_nbytes, sizes.counters_nbytes, 0 if owner is not None else step_nbytes)
+    )
+    step = scratch.step if owner is None else owner.data.ptr
+    ids = call.block_table
+    if call.block_starts is not None:
+        granules = make_granules(step, call.block_table, call.block_starts, call.seq_lens, width)
+        granules.launch.run(stream)
+        ids = granules.table
+    num_items, items = step + items_at, step + items_at + 256
+    _plan(call, sizes, items, num_items).run(stream)
+    packed = _pack(
+        call, sizes, maps, words, ids, (items, num_items, scratch.counters, scratch.counters + 4, scratch.partials)
+    )
+    spec = specs.prompt(head_dim, call.q.dtype, has_rules=_has_rules(call))
+    launch = Launch(load_spec(spec, device), (sizes.ctas,), spec.threads, spec.smem_nbytes, packed)
+    launch.run(stream)
+    return None if owner is None else PromptAttention(device, launch, maps, owner)
+
+
+def attend_prepared(prepared: PromptAttention, q: int, k_cache: int, v_cache: int, out: int, *, stream: int) -> None:
+    """Attend once more where only these addresses differ; see `kvtoolkit.cuda.attention.attend_prepared`."""
+    words = prepared.maps.words(q, k_cache, v_cache)
+    assert words is not None  # arrays that differ in their addresses alone are described as well
+    prepared.launch.set_addresses(PARAMS.word("query_map"), *words, out)
+    prepared.launch.run(stream)
+
+
+def _has_rules(call: AttentionCall) -> bool:
+    return bool(call.softcap) or call.alibi_slopes is not None or call.scale <= 0
+
+
+def _plan(call: AttentionCall, sizes: _Sizes, items: int, num_items: int) -> Launch:
+    """The launch that makes the work list."""
+    head_dim = call.q.shape[2]
+    parameters = PLAN_PARAMS.pack(
+        call.seq_lens.address, call.cu_seqlens_q.address if call.cu_seqlens_q else 0, items, num_items,
+        *sizes.halves, call.block_table.shape[0], call.k_cache.shape[1],
+        min(call.left, _UNBOUNDED), min(call.right, _UNBOUNDED), sizes.ctas, 1, _MAX_PARTS,
+    )  # fmt: skip
+    spec = specs.plan_prompts(head_dim)
+    kernel = load_spec(spec, call.q.device)
+    return Launch(kernel, (1,), spec.threads, 4 * call.block_table.shape[0], parameters)
+
+
+def _pack(
+    call: AttentionCall, sizes: _Sizes, maps: Maps, words: tuple[int, ...], ids: Operand, addresses: tuple[int, ...]
+) -> bytes:
+    """``PromptParams``; ``addresses`` of items, their number, the next item, arrivals and partial results."""
+    slopes, sinks, scale, softcap = call.alibi_slopes, call.sinks, call.scale, call.softcap
+    num_kv_heads, block_size = call.k_cache.shape[1:3]
+    per_block = block_size // GRANULE
+    shift = per_block.bit_length() - 1 if per_block & (per_block - 1) == 0 else -1
+    return PARAMS.pack(
+        *words, call.out.address, call.lse.address if call.lse else 0, ids.address,
+        slopes.address if slopes else 0, sinks.address if sinks else 0, *addresses,
+        *call.out.strides[:2], ids.strides[0], *sizes.halves, num_kv_heads, per_block, shift,
+        maps.block_pitch, maps.coordinate_shift, maps.num_blocks,
+        min(call.left, _UNBOUNDED), min(call.right, _UNBOUNDED),
+        scale * _LOG2E, scale / softcap if softcap else 0.0, softcap * _LOG2E,
+    )  # fmt: skip
