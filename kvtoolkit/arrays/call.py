@@ -67,6 +67,16 @@ class AttentionCall(NamedTuple):
     """Splits of each sequence; 0 = automatic."""
 
 
+class Sharing(NamedTuple):
+    """That rows of a call begin with the same blocks, often enough to read these once for all of them.
+
+    It says where to look. What rows have in common is found on the device, in the tables.
+    """
+
+    order: Operand | None = None
+    """``[batch]`` int32: the rows in an order that has those with a common beginning side by side; None: they are."""
+
+
 class Hints(NamedTuple):
     """What the host knows about an `AttentionCall` that its arrays, which may be on a device, do not tell it.
 
@@ -79,6 +89,8 @@ class Hints(NamedTuple):
     """No row is longer than that, now or in a replay of a captured graph."""
     kept: dict[Any, Any] | None = None
     """Where the plan and the list of granules of a step are kept for its other layers; None = in scratch memory."""
+    sharing: Sharing | None = None
+    """That rows have blocks in common; None = they are not looked for."""
     from_torch: bool | None = None
     """Whose current stream the call runs on, torch's or CuPy's; None = torch's if the program uses torch on the GPU."""
 
