@@ -1,6 +1,7 @@
 // Plan prompts: cut a batch into items of work for the prompt kernel, once a step, on the device, for all layers.
 //
 //   seq_lens     [batch] int32;   cu_seqlens_q  [batch + 1] int32 or null = one query each
+//   units        instead of both: see shared.cu; they are sequences whose number is on the device, too
 //   items        [max_items][8] int32, the words of Item but the last
 //   num_items    int32
 //
@@ -21,10 +22,12 @@ constexpr int kMinPart = 4;  // tiles
 struct PlanPromptsParams {
   const int* seq_lens;
   const int* cu_seqlens_q;
+  const int* units;  // [*num_units][4], or null
+  const int* num_units;
   int* items;
   int* num_items;
-  int half_sizes[5];  // see Halves
-  int batch, num_kv_heads;
+  int half_sizes[5];        // see Halves
+  int batch, num_kv_heads;  // at most so many sequences
   int left, right;
   int num_ctas;     // of the prompt kernel, at once
   int min_queries;  // sequences with fewer are another kernel's
@@ -34,13 +37,21 @@ struct PlanPromptsParams {
 struct Batch {
   const PlanPromptsParams& p;
   Halves halves;
+  int size;
 
-  __device__ __forceinline__ explicit Batch(const PlanPromptsParams& p) : p(p), halves(p.half_sizes) {}
+  __device__ __forceinline__ explicit Batch(const PlanPromptsParams& p)
+      : p(p), halves(p.half_sizes), size(p.units == nullptr ? p.batch : *p.num_units) {}
 
-  __device__ __forceinline__ int first_token(int b) const { return p.cu_seqlens_q == nullptr ? b : p.cu_seqlens_q[b]; }
+  __device__ __forceinline__ int first_query(int b) const {
+    return p.units != nullptr ? p.units[4 * b] : p.cu_seqlens_q == nullptr ? b : p.cu_seqlens_q[b];
+  }
   __device__ __forceinline__ int num_queries(int b) const {
+    if (p.units != nullptr) return p.units[4 * b + 1];
     return p.cu_seqlens_q == nullptr ? 1 : p.cu_seqlens_q[b + 1] - p.cu_seqlens_q[b];
   }
+  __device__ __forceinline__ int length(int b) const { return p.units != nullptr ? p.units[4 * b + 2] : p.seq_lens[b]; }
+  // What Item::sequence is; a unit's blocks begin anywhere in the table, whose rows are of one block then.
+  __device__ __forceinline__ int table_row(int b) const { return p.units != nullptr ? p.units[4 * b + 3] : b; }
   __device__ __forceinline__ int num_blocks(int b) const {
     const int queries = num_queries(b);
     return queries < p.min_queries ? 0 : (halves.count(queries) + 1) / 2;
@@ -86,9 +97,9 @@ extern "C" __global__ void __launch_bounds__(kPlanThreads)
     used_slots = 0;
   }
   for (int i = threadIdx.x; i < kBins; i += kPlanThreads) bins[i] = 0;
-  const int each = (p.batch + kPlanThreads - 1) / kPlanThreads;
-  const int first = min(p.batch, static_cast<int>(threadIdx.x) * each);
-  const int last = min(p.batch, first + each);
+  const int each = (batch.size + kPlanThreads - 1) / kPlanThreads;
+  const int first = min(batch.size, static_cast<int>(threadIdx.x) * each);
+  const int last = min(batch.size, first + each);
   int sum = 0;
   for (int b = first; b < last; ++b) {
     sum += batch.num_blocks(b);
@@ -108,7 +119,7 @@ extern "C" __global__ void __launch_bounds__(kPlanThreads)
   };
   const auto block_at = [&](int index) {
     int low = 0;
-    int high = p.batch - 1;
+    int high = batch.size - 1;
     while (low < high) {  // the first sequence that ends above it
       const int middle = (low + high) >> 1;
       if (ends[middle] > index) {
@@ -121,7 +132,7 @@ extern "C" __global__ void __launch_bounds__(kPlanThreads)
     block.sequence = low;
     block.first_half = (index - (low > 0 ? ends[low - 1] : 0)) * 2;
     block.queries = batch.num_queries(low);
-    block.length = p.seq_lens[low];
+    block.length = batch.length(low);
     const KeyRange keys = keys_of_item(batch.halves, p.left, p.right, block.length, block.queries, block.first_half);
     block.first_tile = keys.begin / KVT_KEYS;
     // one that sees nothing has a tile nevertheless, and writes zeros
@@ -179,7 +190,7 @@ extern "C" __global__ void __launch_bounds__(kPlanThreads)
       const int begin = block.first_tile + static_cast<int>(static_cast<long long>(block.num_tiles) * part / parts);
       const int end = block.first_tile + static_cast<int>(static_cast<long long>(block.num_tiles) * (part + 1) / parts);
       int4* const to = reinterpret_cast<int4*>(p.items) + 2 * (at + part);
-      to[0] = {batch.first_token(block.sequence), block.queries, block.first_half, block.sequence};
+      to[0] = {batch.first_query(block.sequence), block.queries, block.first_half, batch.table_row(block.sequence)};
       to[1] = {block.length, begin | end << 16, part | parts << 16, slot};
     }
   }

@@ -444,7 +444,7 @@ class Consumer {
       float factor = 1.0f;
       if (p_.sinks != nullptr && exists && item.seq_len > 0) rows[r].absorb_sink(p_.sinks[q_head] * kLog2E, factor);
       factor = rows[r].normalizer(factor);
-      const long long token = item.first_token + query;
+      const long long token = item.first_token() + query + static_cast<long long>(item.level()) * p_.level_tokens;
       unsigned short* const to = p_.out + token * p_.out_token + q_head * p_.out_head + 8 * t;
 #pragma unroll
       for (int b = 0; b < kDims / 32; ++b) {

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from kvtoolkit.arrays.call import NO_HINTS, AttentionCall, Hints
 from kvtoolkit.arrays.host import Operand
-from kvtoolkit.cuda import prompt, specs
+from kvtoolkit.cuda import prompt, shared, specs
 from kvtoolkit.cuda.expand import Granules, make_granules
 from kvtoolkit.cuda.launching import Launch, load_spec
 from kvtoolkit.cuda.masses import UnitLse, place_unit_lse
@@ -14,6 +14,7 @@ from kvtoolkit.cuda.params import PARAMS, TIERED_PARAMS, UNBOUNDED, pack_attenti
 from kvtoolkit.cuda.plan import Plan, make_plan
 from kvtoolkit.cuda.prompt import PromptAttention
 from kvtoolkit.cuda.schedule import Route, Schedule, choose_route, choose_schedule
+from kvtoolkit.cuda.shared import SharedAttention
 from kvtoolkit.cuda.units import Units, make_units
 
 
@@ -30,7 +31,7 @@ class Attention(NamedTuple):
     """What the launches read and nobody else keeps alive."""
 
 
-Prepared = Attention | PromptAttention
+Prepared = Attention | PromptAttention | SharedAttention
 """A call of `attend` made ready for other layers."""
 
 
@@ -64,6 +65,12 @@ def attend(call: AttentionCall, hints: Hints = NO_HINTS, *, stream: int = 0) -> 
             _clear(call.block_mass, stream)
         return Attention(call.q.device, None, None, None, None)
     route = choose_route(call, hints.query_counts)
+    if shared.suits(call, hints):
+        words = prompt.maps_of(call).words(call.q.address, call.k_cache.address, call.v_cache.address)
+        if words is not None:
+            is_done, sharing = shared.attend(call, hints, words, attend, stream=stream)
+            if is_done:
+                return sharing
     if prompt.suits(call, route.most):
         maps = prompt.maps_of(call)
         words = maps.words(call.q.address, call.k_cache.address, call.v_cache.address)
@@ -165,6 +172,9 @@ def attend_prepared(
     """
     if isinstance(prepared, PromptAttention):
         prompt.attend_prepared(prepared, q, k_cache, v_cache, out, stream=stream)
+        return
+    if isinstance(prepared, SharedAttention):
+        shared.attend_prepared(prepared, q, k_cache, v_cache, out, attend_prepared, stream=stream)
         return
     decode = (prepared.decode_early or prepared.decode) if overlaps else prepared.decode
     for launch, is_early in ((decode, overlaps), (prepared.prefill, False)):

@@ -13,7 +13,7 @@ from kvtoolkit.cuda import specs
 from kvtoolkit.cuda.expand import list_width, make_granules
 from kvtoolkit.cuda.launching import Launch, load_spec
 from kvtoolkit.cuda.memory import aligned, keep
-from kvtoolkit.cuda.workspace import Sizes, workspace
+from kvtoolkit.cuda.workspace import Sizes, Workspace, workspace
 from kvtoolkit.formats.entry import GRANULE
 from kvtoolkit.runtime.kernels import arch_of, num_sms
 from kvtoolkit.runtime.structs import ParameterStruct
@@ -26,6 +26,8 @@ _MAX_PARTS = 64
 _MAX_TILES = 65535
 _ITEM_NBYTES = 32
 _ANY_STRIDE = 16
+_LIST_AT = 256  # of the items, behind their number
+_MAX_TOKENS = 1 << 24  # kLevelShift of prompt/item.cuh
 
 PARAMS = ParameterStruct("attention/prompt.cu", "kvt_prompt")
 PLAN_PARAMS = ParameterStruct("attention/plan_prompts.cu", "kvt_plan_prompts")
@@ -59,7 +61,7 @@ class PromptAttention(NamedTuple):
     """What the launch reads and nobody else keeps alive."""
 
 
-class _Sizes(NamedTuple):
+class PromptSizes(NamedTuple):
     """What follows from the shapes of a call."""
 
     halves: tuple[int, int, int, int, int]
@@ -70,6 +72,24 @@ class _Sizes(NamedTuple):
     """Parts of items, at most, for each kv head."""
     partials_nbytes: int
     counters_nbytes: int
+
+    @property
+    def list_nbytes(self) -> int:
+        """Memory of a `WorkList`."""
+        return _LIST_AT + _ITEM_NBYTES * self.max_items
+
+
+class WorkList(NamedTuple):
+    """Where the items of a call are, and which sequences they are made of."""
+
+    address: int
+    """Of `PromptSizes.list_nbytes`: the number of items, then the items."""
+    units: int = 0
+    """Address of ``[batch, 4]`` int32, see shared.cu: they are the sequences; 0 = the rows of the call are."""
+    num_units: int = 0
+    """Address of their number."""
+    level_tokens: int = 0
+    """From one level of units to the next in ``out`` and ``lse``."""
 
 
 def suits(call: AttentionCall, most_queries: int) -> bool:
@@ -89,6 +109,7 @@ def suits(call: AttentionCall, most_queries: int) -> bool:
         and block_size % GRANULE == 0
         and most_queries * (num_q_heads // num_kv_heads) > specs.decode_rows(head_dim)
         and batch <= specs.MAX_PLANNED
+        and call.q.shape[0] < _MAX_TOKENS
         and blocks * block_size < 1 << 31
         and length <= _MAX_TILES * specs.prompt_keys(head_dim)
         and arch_of(call.q.device) == 90
@@ -144,7 +165,8 @@ def _halves(group_size: int) -> tuple[int, int, int, int, int]:
 
 
 @functools.lru_cache(4096)
-def _sizes(num_tokens: int, num_q_heads: int, num_kv_heads: int, head_dim: int, batch: int, sms: int) -> _Sizes:
+def sizes_of(num_tokens: int, num_q_heads: int, num_kv_heads: int, head_dim: int, batch: int, sms: int) -> PromptSizes:
+    """The sizes for ``batch`` sequences that have ``num_tokens`` query tokens."""
     halves = _halves(num_q_heads // num_kv_heads)
     _, _, queries, per_query, _ = halves
     # a sequence's last item may have one half, and its last half some of the queries
@@ -154,7 +176,7 @@ def _sizes(num_tokens: int, num_q_heads: int, num_kv_heads: int, head_dim: int, 
     max_items = max(blocks + slots, -(-sms // num_kv_heads) + 1)
     ctas = min(sms, max_items * num_kv_heads)
     partials = slots * num_kv_heads * specs.prompt_partial_nbytes(head_dim)
-    return _Sizes(halves, ctas, max_items, slots, partials, 4 * (1 + slots * num_kv_heads))
+    return PromptSizes(halves, ctas, max_items, slots, partials, 4 * (1 + slots * num_kv_heads))
 
 
 def attend(
@@ -169,10 +191,10 @@ def attend(
     num_kv_heads = call.k_cache.shape[1]
     batch, max_entries = call.block_table.shape
     device = call.q.device
-    sizes = _sizes(num_tokens, num_q_heads, num_kv_heads, head_dim, batch, num_sms(device))
+    sizes = sizes_of(num_tokens, num_q_heads, num_kv_heads, head_dim, batch, num_sms(device))
     width = list_width(max_entries, hints.max_seq_len)
-    items_at = 0 if call.block_starts is None else aligned(4 * batch * width)
-    step_nbytes = items_at + 256 + _ITEM_NBYTES * sizes.max_items
+    list_at = 0 if call.block_starts is None else aligned(4 * batch * width)
+    step_nbytes = list_at + sizes.list_nbytes
     owner = None
     if hints.kept is not None:
         key = ("prompt", width, sizes, call.left, call.right)
@@ -186,13 +208,9 @@ def attend(
         granules = make_granules(step, call.block_table, call.block_starts, call.seq_lens, width)
         granules.launch.run(stream)
         ids = granules.table
-    num_items, items = step + items_at, step + items_at + 256
-    _plan(call, sizes, items, num_items).run(stream)
-    packed = _pack(
-        call, sizes, maps, words, ids, (items, num_items, scratch.counters, scratch.counters + 4, scratch.partials)
-    )
-    spec = specs.prompt(head_dim, call.q.dtype, has_rules=_has_rules(call))
-    launch = Launch(load_spec(spec, device), (sizes.ctas,), spec.threads, spec.smem_nbytes, packed)
+    work = WorkList(step + list_at)
+    plan_launch(call, sizes, work).run(stream)
+    launch = attention_launch(call, sizes, maps, words, ids, work, scratch)
     launch.run(stream)
     return None if owner is None else PromptAttention(device, launch, maps, owner)
 
@@ -209,32 +227,40 @@ def _has_rules(call: AttentionCall) -> bool:
     return bool(call.softcap) or call.alibi_slopes is not None or call.scale <= 0
 
 
-def _plan(call: AttentionCall, sizes: _Sizes, items: int, num_items: int) -> Launch:
-    """The launch that makes the work list."""
-    head_dim = call.q.shape[2]
+def plan_launch(call: AttentionCall, sizes: PromptSizes, work: WorkList) -> Launch:
+    """The launch that makes the work list; nothing is launched yet."""
+    batch = call.block_table.shape[0]
     parameters = PLAN_PARAMS.pack(
-        call.seq_lens.address, call.cu_seqlens_q.address if call.cu_seqlens_q else 0, items, num_items,
-        *sizes.halves, call.block_table.shape[0], call.k_cache.shape[1],
+        call.seq_lens.address, call.cu_seqlens_q.address if call.cu_seqlens_q else 0, work.units, work.num_units,
+        work.address + _LIST_AT, work.address, *sizes.halves, batch, call.k_cache.shape[1],
         min(call.left, _UNBOUNDED), min(call.right, _UNBOUNDED), sizes.ctas, 1, _MAX_PARTS,
     )  # fmt: skip
-    spec = specs.plan_prompts(head_dim)
-    kernel = load_spec(spec, call.q.device)
-    return Launch(kernel, (1,), spec.threads, 4 * call.block_table.shape[0], parameters)
+    spec = specs.plan_prompts(call.q.shape[2])
+    return Launch(load_spec(spec, call.q.device), (1,), spec.threads, 4 * batch, parameters)
 
 
-def _pack(
-    call: AttentionCall, sizes: _Sizes, maps: Maps, words: tuple[int, ...], ids: Operand, addresses: tuple[int, ...]
-) -> bytes:
-    """``PromptParams``; ``addresses`` of items, their number, the next item, arrivals and partial results."""
+def attention_launch(
+    call: AttentionCall, sizes: PromptSizes, maps: Maps, words: tuple[int, ...], ids: Operand, work: WorkList,
+    scratch: Workspace,
+) -> Launch:  # fmt: skip
+    """The launch that attends; nothing is launched yet.
+
+    Args:
+        ids: the blocks of each row.
+    """
     slopes, sinks, scale, softcap = call.alibi_slopes, call.sinks, call.scale, call.softcap
     num_kv_heads, block_size = call.k_cache.shape[1:3]
     per_block = block_size // GRANULE
     shift = per_block.bit_length() - 1 if per_block & (per_block - 1) == 0 else -1
-    return PARAMS.pack(
+    parameters = PARAMS.pack(
         *words, call.out.address, call.lse.address if call.lse else 0, ids.address,
-        slopes.address if slopes else 0, sinks.address if sinks else 0, *addresses,
+        slopes.address if slopes else 0, sinks.address if sinks else 0,
+        work.address + _LIST_AT, work.address, scratch.counters, scratch.counters + 4, scratch.partials,
         *call.out.strides[:2], ids.strides[0], *sizes.halves, num_kv_heads, per_block, shift,
-        maps.block_pitch, maps.coordinate_shift, maps.num_blocks,
+        maps.block_pitch, maps.coordinate_shift, maps.num_blocks, work.level_tokens,
         min(call.left, _UNBOUNDED), min(call.right, _UNBOUNDED),
         scale * _LOG2E, scale / softcap if softcap else 0.0, softcap * _LOG2E,
     )  # fmt: skip
+    has_rules = bool(softcap) or slopes is not None or scale <= 0
+    spec = specs.prompt(call.q.shape[2], call.q.dtype, has_rules=has_rules)
+    return Launch(load_spec(spec, call.q.device), (sizes.ctas,), spec.threads, spec.smem_nbytes, parameters)

@@ -185,6 +185,15 @@ def append(vector: int) -> Spec:
     return Spec("cache/append.cu", "kvt_append", (("KVT_VECTOR", vector),), 256)
 
 
+def merge_shared(dtype: str) -> Spec:
+    """The kernel that merges attention to what rows share with attention to the rest of them."""
+    return Spec("attention/merge_shared.cu", "kvt_merge_shared", (("KVT_BF16", int(dtype == "bfloat16")),), 256)
+
+
+FIND_SHARED = Spec("attention/shared.cu", "kvt_find_shared", (), 128)
+PLAN_SHARED = Spec("attention/shared.cu", "kvt_plan_shared", (), 1024)
+REST = Spec("attention/shared.cu", "kvt_rest", (), 256)
+GATHER = Spec("attention/shared.cu", "kvt_gather", (), 256)
 EXPAND = Spec("attention/expand.cu", "kvt_expand", (), 256)
 UNITS = Spec("attention/units.cu", "kvt_units", (), 256)
 MOVE = Spec("cache/move.cu", "kvt_move", (), 256)
@@ -227,5 +236,6 @@ def of_model(
     if tiers:
         yield from (UNITS, convert(head_dim, dtype))
     if arch == 90:
-        yield from (prompt(head_dim, dtype, has_rules=False), plan_prompts(head_dim))
+        yield from (prompt(head_dim, dtype, has_rules=False), plan_prompts(head_dim), merge_shared(dtype))
+        yield from (FIND_SHARED, PLAN_SHARED, REST, GATHER)
     yield from (prefill(head_dim, dtype), plan(1), EXPAND, append(16), MOVE, CHECK, merge_states(dtype))

@@ -101,7 +101,7 @@ def test_lists_have_room_for_every_batch():
         new[0] = max(1, new[0])
         lengths = new + rng.integers(0, rng.choice([10, 5000, 200000]), batch)
         head_dim = int(rng.choice([64, 128, 256]))
-        sizes = prompt._sizes(int(new.sum()), heads * group_size, heads, head_dim, batch, sms)
+        sizes = prompt.sizes_of(int(new.sum()), heads * group_size, heads, head_dim, batch, sms)
         items, parts = cut(new, lengths, sizes.halves, heads, sizes.ctas, specs.prompt_keys(head_dim))
         assert items <= sizes.max_items
         assert parts <= sizes.slots

@@ -10,6 +10,7 @@
 namespace kvt {
 
 constexpr int kHalfRows = 64;
+constexpr int kLevelShift = 24;  // of a level, in the word that has an item's first query
 
 // How the query rows of a sequence are cut into halves.
 struct Halves {
@@ -57,6 +58,7 @@ struct alignas(64) PromptParams {
   int block_pitch;       // a granule's coordinates are block * block_pitch + its number in the block
   int coordinate_shift;  // bits of the number: 0 where granules are the map's blocks
   int num_map_blocks;
+  int level_tokens;  // from level to level of out and lse
   int left, right;   // keys seen before and after a query's position; -1 = all
   float scale_log2;  // softmax_scale * log2(e)
   float cap_inner;   // softmax_scale / softcap
@@ -64,10 +66,10 @@ struct alignas(64) PromptParams {
 };
 
 struct alignas(64) Item {
-  int first_token;  // of the sequence's queries, in q
+  int first_query;  // of the sequence, in q | level << kLevelShift
   int num_queries;  // of the sequence
   int first_half;
-  int sequence;
+  int sequence;  // row of the table
   int seq_len;
   int tiles;    // first | end << 16
   int parts;    // of the item's keys: which | how many << 16
@@ -83,6 +85,9 @@ struct alignas(64) Item {
   }
 
   __device__ __forceinline__ bool exists() const { return kv_head >= 0; }
+  // In q, and in out, which has a place for each level.
+  __device__ __forceinline__ int first_token() const { return first_query & (1 << kLevelShift) - 1; }
+  __device__ __forceinline__ int level() const { return first_query >> kLevelShift; }
   __device__ __forceinline__ int first_tile() const { return tiles & 0xFFFF; }
   __device__ __forceinline__ int end_tile() const { return static_cast<unsigned>(tiles) >> 16; }
   __device__ __forceinline__ int part() const { return parts & 0xFFFF; }

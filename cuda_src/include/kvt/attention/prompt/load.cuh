@@ -62,7 +62,7 @@ __device__ __forceinline__ void copy_queries(
   for (int half = 0; half < count; ++half) {
     const int index = item.first_half + half;
     const int head = item.kv_head * halves.group_size + halves.first_head(index);
-    const int token = item.first_token + halves.first_query(index);
+    const int token = item.first_token() + halves.first_query(index);
 #pragma unroll 1
     for (int c = 0; c < kChunks; ++c) {
       ptx::copy_box(to + half * kGroupQueryBytes + c * 8192, map, barrier, 64 * c, head, token, 0, 0, policy);
@@ -102,9 +102,10 @@ __device__ __forceinline__ void load_items(
   while (true) {
     if (kRole == 0) {
       rings.items.wait_empty();
-      if (lane < Item::kWords) reinterpret_cast<int*>(items + rings.items.stage)[lane] = words;
-      __syncwarp();
-      if (is_elected) ptx::arrive(rings.items.full + 8 * rings.items.stage);
+      if (lane < Item::kWords) {
+        reinterpret_cast<int*>(items + rings.items.stage)[lane] = words;
+        ptx::arrive(rings.items.full + 8 * rings.items.stage);
+      }
     } else {
       rings.items.wait_full();
       words = reinterpret_cast<const int*>(items + rings.items.stage)[min(lane, Item::kWords - 1)];

@@ -93,7 +93,7 @@ struct Rings {
     all(keys, kStages, 1, kConsumerWarps);
     all(values, kStages, 1, kConsumerWarps);
     all(queries, kQueryBuffers, 1, kConsumerWarps);
-    all(items, kItemSlots, 1, kConsumerWarps + 3);  // all but the warp that fills it
+    all(items, kItemSlots, Item::kWords, kConsumerWarps + 3);  // all but the warp that fills it
     ptx::fence_barrier_init();
   }
 };
