@@ -1,10 +1,11 @@
-// Merge the attention to what a row shares with others and to the rest of it, by their log-sum-exp, in place.
+// Merge the attention to what a row shares with others and to the rest of it, by their log-sum-exp.
 //
-//   out           [num_tokens, num_q_heads, head_dim] scalar_t, by strides: the rest's, becomes that of all keys
-//   rest_lse      [num_tokens, num_q_heads] float32, natural log;   lse the same or null, may be rest_lse
+//   rest_out      [num_tokens, num_q_heads, head_dim] scalar_t, by strides;   rest_lse  float32, natural log, without them
 //   unit_out      [levels, num_tokens, num_q_heads, head_dim] scalar_t, contiguous;   unit_lse  without head_dim
 //   token_levels  [num_tokens] int32, of a row's units; -1 for a padding row
-//   places        [num_tokens] int32 or null: where a query is in unit_out
+//   places        [num_tokens] int32: where a query is in all of these; null: in its place
+//   out           [num_tokens, num_q_heads, head_dim] scalar_t, by strides, may be rest_out where there are no places
+//   lse           [num_tokens, num_q_heads] float32 or null, may be rest_lse, too
 //
 // Launch:   one warp per query and head, CTA 256. sm_80 and later. Macros: KVT_BF16.
 // Numerics: float32. Sinks are counted here, once.
@@ -22,13 +23,14 @@ constexpr int kMostLevels = 3;  // as in shared.cu
 struct MergeSharedParams {
   unsigned short* out;
   float* lse;
+  const unsigned short* rest_out;
   const float* rest_lse;
   const unsigned short* unit_out;
   const float* unit_lse;
   const int* token_levels;
   const int* places;
   const float* sinks;
-  long long out_token, out_head;
+  long long out_token, out_head, rest_token, rest_head;
   int num_tokens, num_q_heads, head_dim;
 };
 
@@ -40,9 +42,11 @@ extern "C" __global__ void __launch_bounds__(256) kvt_merge_shared(const __grid_
   if (token >= p.num_tokens) return;
   const int head = row - token * p.num_q_heads;
   const int levels = p.token_levels[token];
-  const float rest_lse = p.rest_lse[row];
-  if (levels < 0 || (levels == 0 && p.sinks == nullptr)) return;  // a padding row's are right, too
-  const long long place = p.places == nullptr || levels == 0 ? token : p.places[token];
+  const bool is_padding = levels < 0;
+  const bool is_done = p.rest_out == p.out && (p.sinks == nullptr || is_padding);  // but for what is in units
+  if (levels <= 0 && is_done) return;
+  const long long place = p.places == nullptr ? token : p.places[token];
+  const float rest_lse = p.rest_lse[place * p.num_q_heads + head];
   float lses[kMostLevels + 1];
   float highest = rest_lse;
 #pragma unroll
@@ -52,7 +56,7 @@ extern "C" __global__ void __launch_bounds__(256) kvt_merge_shared(const __grid_
     highest = fmaxf(highest, lses[i]);
   }
   lses[kMostLevels] = rest_lse;
-  const float sink = p.sinks == nullptr ? -kInfinity : p.sinks[head];
+  const float sink = p.sinks == nullptr || is_padding ? -kInfinity : p.sinks[head];
   highest = fmaxf(highest, sink);
   const float base = base_of(highest);
   float weights[kMostLevels + 1];
@@ -66,8 +70,8 @@ extern "C" __global__ void __launch_bounds__(256) kvt_merge_shared(const __grid_
   __syncwarp();  // all lanes have read what may be overwritten
   if (p.lse != nullptr && lane_id() == 0) p.lse[row] = sum == 0.0f ? -kInfinity : logf(sum) + base;
   unsigned short* const out = p.out + token * p.out_token + head * p.out_head;
+  const unsigned short* const rest = p.rest_out + place * p.rest_token + head * p.rest_head;
   for (int dim = 2 * lane_id(); dim < p.head_dim; dim += 64) {
-    unsigned* const to = reinterpret_cast<unsigned*>(out + dim);
     float2 merged{0.0f, 0.0f};
     const auto add = [&](unsigned packed, float weight) {
       merged.x += weight * scalar_t::low(packed);
@@ -79,8 +83,8 @@ extern "C" __global__ void __launch_bounds__(256) kvt_merge_shared(const __grid_
       const long long at = (i * static_cast<long long>(p.num_tokens) + place) * p.num_q_heads + head;
       add(*reinterpret_cast<const unsigned*>(p.unit_out + at * p.head_dim + dim), weights[i]);
     }
-    if (weights[kMostLevels] != 0.0f) add(*to, weights[kMostLevels]);
-    *to = scalar_t::pack(merged.x * factor, merged.y * factor);
+    if (weights[kMostLevels] != 0.0f) add(*reinterpret_cast<const unsigned*>(rest + dim), weights[kMostLevels]);
+    *reinterpret_cast<unsigned*>(out + dim) = scalar_t::pack(merged.x * factor, merged.y * factor);
   }
 }
 

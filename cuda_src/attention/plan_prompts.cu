@@ -1,7 +1,7 @@
 // Plan prompts: cut a batch into items of work for the prompt kernel, once a step, on the device, for all layers.
 //
 //   seq_lens     [batch] int32;   cu_seqlens_q  [batch + 1] int32 or null = one query each
-//   units        instead of both: see shared.cu; they are sequences whose number is on the device, too
+//   units        sequences besides the rows, or null; see shared.cu, also for `begins` and `places`
 //   items        [max_items][8] int32, the words of Item but the last
 //   num_items    int32
 //
@@ -9,7 +9,7 @@
 // the last ones to begin should be short. Where there are too few items to keep all SMs busy, those that are longer than
 // an SM's share are cut into parts of equal numbers of tiles.
 //
-// Launch:   one CTA of 1024; dynamic shared memory 4 * batch. Any architecture. Macros: KVT_KEYS, of a tile.
+// Launch:   one CTA of 1024; dynamic shared memory 4 * batch, with units 8 * batch. Any architecture. Macros: KVT_KEYS, of a tile.
 #include <kvt/attention/prompt/item.cuh>
 #include <kvt/ptx/cluster.cuh>
 
@@ -24,34 +24,53 @@ struct PlanPromptsParams {
   const int* cu_seqlens_q;
   const int* units;  // [*num_units][4], or null
   const int* num_units;
+  const int* begins;  // [batch] blocks of each row that are in units
+  const int* places;  // [num_tokens] where each query is in q; null: in its place
   int* items;
   int* num_items;
-  int half_sizes[5];        // see Halves
-  int batch, num_kv_heads;  // at most so many sequences
+  long long ids_row;  // of the table, from row to row, where there are units
+  int block_size;
+  int half_sizes[5];  // see Halves
+  int batch, num_kv_heads;
   int left, right;
   int num_ctas;     // of the prompt kernel, at once
   int min_queries;  // sequences with fewer are another kernel's
   int max_parts;    // of a block; 1 = results do not depend on the rest of the batch
 };
 
+// Units, if there are any, then rows, or what units leave of them.
 struct Batch {
   const PlanPromptsParams& p;
   Halves halves;
+  int num_units;
   int size;
 
   __device__ __forceinline__ explicit Batch(const PlanPromptsParams& p)
-      : p(p), halves(p.half_sizes), size(p.units == nullptr ? p.batch : *p.num_units) {}
+      : p(p), halves(p.half_sizes), num_units(p.units == nullptr ? 0 : *p.num_units), size(num_units + p.batch) {}
 
+  __device__ __forceinline__ int first_of_row(int row) const {
+    return p.cu_seqlens_q == nullptr ? row : p.cu_seqlens_q[row];
+  }
   __device__ __forceinline__ int first_query(int b) const {
-    return p.units != nullptr ? p.units[4 * b] : p.cu_seqlens_q == nullptr ? b : p.cu_seqlens_q[b];
+    if (b < num_units) return p.units[4 * b];
+    const int query = first_of_row(b - num_units);
+    return p.places == nullptr ? query : p.places[query];
   }
   __device__ __forceinline__ int num_queries(int b) const {
-    if (p.units != nullptr) return p.units[4 * b + 1];
-    return p.cu_seqlens_q == nullptr ? 1 : p.cu_seqlens_q[b + 1] - p.cu_seqlens_q[b];
+    if (b < num_units) return p.units[4 * b + 1];
+    return p.cu_seqlens_q == nullptr ? 1 : p.cu_seqlens_q[b - num_units + 1] - p.cu_seqlens_q[b - num_units];
   }
-  __device__ __forceinline__ int length(int b) const { return p.units != nullptr ? p.units[4 * b + 2] : p.seq_lens[b]; }
-  // What Item::sequence is; a unit's blocks begin anywhere in the table, whose rows are of one block then.
-  __device__ __forceinline__ int table_row(int b) const { return p.units != nullptr ? p.units[4 * b + 3] : b; }
+  __device__ __forceinline__ int length(int b) const {
+    if (b < num_units) return p.units[4 * b + 2];
+    const int length = p.seq_lens[b - num_units];
+    return p.units == nullptr ? length : length - p.begins[b - num_units] * p.block_size;
+  }
+  // What Item::sequence is: where there are units, blocks begin anywhere in the table, whose rows are of one block then.
+  __device__ __forceinline__ int table_row(int b) const {
+    if (b < num_units) return p.units[4 * b + 3];
+    const int row = b - num_units;
+    return p.units == nullptr ? row : static_cast<int>(row * p.ids_row + p.begins[row]);
+  }
   __device__ __forceinline__ int num_blocks(int b) const {
     const int queries = num_queries(b);
     return queries < p.min_queries ? 0 : (halves.count(queries) + 1) / 2;
@@ -133,7 +152,8 @@ extern "C" __global__ void __launch_bounds__(kPlanThreads)
     block.first_half = (index - (low > 0 ? ends[low - 1] : 0)) * 2;
     block.queries = batch.num_queries(low);
     block.length = batch.length(low);
-    const KeyRange keys = keys_of_item(batch.halves, p.left, p.right, block.length, block.queries, block.first_half);
+    const KeyRange keys = keys_of_item(
+        batch.halves, p.left, low < batch.num_units ? -1 : p.right, block.length, block.queries, block.first_half);
     block.first_tile = keys.begin / KVT_KEYS;
     // one that sees nothing has a tile nevertheless, and writes zeros
     const int end = max(block.first_tile + 1, (keys.end + KVT_KEYS - 1) / KVT_KEYS);

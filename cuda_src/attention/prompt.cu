@@ -192,7 +192,8 @@ class Consumer {
         slope_[r] = p_.alibi_slopes == nullptr || !row.exists ? 0.0f : p_.alibi_slopes[row.q_head] * kLog2E;
       }
     }
-    const KeyRange keys = keys_of_item(halves_, p_.left, p_.right, item.seq_len, item.num_queries, item.first_half);
+    const KeyRange keys = keys_of_item(
+        halves_, p_.left, item.level() > 0 ? -1 : p_.right, item.seq_len, item.num_queries, item.first_half);
     full_begin_ = uniform(keys.full_begin);
     full_end_ = uniform(keys.full_end);
     softmax_.reset();
@@ -444,8 +445,16 @@ class Consumer {
       float factor = 1.0f;
       if (p_.sinks != nullptr && exists && item.seq_len > 0) rows[r].absorb_sink(p_.sinks[q_head] * kLog2E, factor);
       factor = rows[r].normalizer(factor);
-      const long long token = item.first_token() + query + static_cast<long long>(item.level()) * p_.level_tokens;
-      unsigned short* const to = p_.out + token * p_.out_token + q_head * p_.out_head + 8 * t;
+      const long long token = item.first_token() + query;
+      const int num_q_heads = p_.num_kv_heads * halves_.group_size;
+      const long long row = token * num_q_heads + q_head;
+      unsigned short* to = p_.out + token * p_.out_token + q_head * p_.out_head + 8 * t;
+      float* lse = p_.lse == nullptr ? nullptr : p_.lse + row;
+      if (item.level() > 0) {
+        const long long in_units = (item.level() - 1) * static_cast<long long>(p_.level_tokens) * num_q_heads + row;
+        to = p_.unit_out + in_units * kHeadDim + 8 * t;
+        lse = p_.unit_lse + in_units;
+      }
 #pragma unroll
       for (int b = 0; b < kDims / 32; ++b) {
         // lane t of 4 has dims 8d + 2t of 4 blocks of 8; it stores the whole block t
@@ -459,9 +468,7 @@ class Consumer {
           *reinterpret_cast<uint4*>(to + 32 * b) = make_uint4(x[0], x[1], x[2], x[3]);
         }
       }
-      if (p_.lse != nullptr && exists && t == 0) {
-        p_.lse[token * p_.num_kv_heads * halves_.group_size + q_head] = rows[r].lse();
-      }
+      if (lse != nullptr && exists && t == 0) *lse = rows[r].lse();
     }
   }
 

@@ -2,11 +2,11 @@
 //
 // Rows with a common beginning are side by side in `order`. Where several have the same blocks, these are a *unit*: a
 // sequence of its own whose queries are those of all its rows. Units form a tree, since longer beginnings lie within
-// shorter ones. What is left of a row is its *rest*. Attention to units and to rests is merged by merge_shared.cu.
+// shorter ones. What is left of a row is its *rest*. The prompt kernel attends to units and rests at once, and
+// merge_shared.cu merges what it finds.
 //
 //   kvt_find_shared   how many blocks each row has in common with the one before it; compared one by one
 //   kvt_plan_shared   the units that pay, and where each row's rest begins
-//   kvt_rest          tables and lengths of the rests
 //   kvt_gather        the queries in this order, where it is another than that of the rows
 //
 // Rows with more than kMostQueries queries, and padding rows, share nothing.
@@ -110,7 +110,7 @@ extern "C" __global__ void __launch_bounds__(kMostRows) kvt_plan_shared(const __
       kept_blocks[kMostRows + 1];  // of the nodes that are kept, from the root to this one; -1: not known yet
   __shared__ int kept_levels[kMostRows + 1];
   __shared__ int first_place[kMostRows + 1];
-  __shared__ int begins[kMostRows], levels[kMostRows];  // by row
+  __shared__ int begins[kMostRows], levels[kMostRows], places[kMostRows];  // by row
   __shared__ int warp_sums[32];
   __shared__ int num_units;
   ptx::wait_for_dependencies();
@@ -190,7 +190,7 @@ extern "C" __global__ void __launch_bounds__(kMostRows) kvt_plan_shared(const __
   }
   if (is_kept) {
     int* const unit = p.units + 4 * atomicAdd(&num_units, 1);
-    unit[0] = first_place[begin] | level << kLevelShift;
+    unit[0] = first_place[begin] | (level + 1) << kLevelShift;
     unit[1] = first_place[end] - first_place[begin];
     unit[2] = (own - first_block) * p.block_size;
     unit[3] = static_cast<int>(rows.row(begin) * p.ids_row + first_block);
@@ -202,9 +202,7 @@ extern "C" __global__ void __launch_bounds__(kMostRows) kvt_plan_shared(const __
     begins[row] = deepest == 0 ? 0 : kept_blocks[of_row];
     levels[row] = p.seq_lens[row] == 0 ? -1 : deepest == 0 ? 0 : kept_levels[of_row];
     p.begins[row] = begins[row];
-    if (p.order != nullptr) {
-      for (int i = 0; i < min(queries, kMostQueries); ++i) p.places[rows.first_query(row) + i] = first_place[at] + i;
-    }
+    places[row] = first_place[at];
   }
   __syncthreads();
   if (at == 0) *p.num_units = num_units;
@@ -223,37 +221,13 @@ extern "C" __global__ void __launch_bounds__(kMostRows) kvt_plan_shared(const __
       }
     }
     p.token_levels[token] = levels[low];
-  }
-}
-
-struct RestParams {
-  const int* seq_lens;
-  const int* begins;
-  const int* ids;  // [batch, ids_row]
-  int* rests;      // [batch, rests_row]
-  int* rest_lens;  // [batch]
-  long long ids_row, rests_row;
-  int block_size;
-};
-
-// Launch: grid = (batch, CTAs of a row), CTA 256.
-extern "C" __global__ void __launch_bounds__(256) kvt_rest(const __grid_constant__ RestParams p) {
-  ptx::wait_for_dependencies();
-  ptx::launch_dependents();
-  const int row = blockIdx.x;
-  const int begin = p.begins[row];
-  const int length = p.seq_lens[row] - begin * p.block_size;
-  if (blockIdx.y == 0 && threadIdx.x == 0) p.rest_lens[row] = length;
-  const int used = (length + p.block_size - 1) / p.block_size;
-  for (int i = blockIdx.y * 256 + threadIdx.x; i < used; i += gridDim.y * 256) {
-    p.rests[row * p.rests_row + i] = p.ids[row * p.ids_row + begin + i];
+    if (p.order != nullptr) p.places[token] = places[low] + token - rows.first_query(low);
   }
 }
 
 struct GatherParams {
   const unsigned short* q;  // [num_tokens, num_q_heads, head_dim], by strides
   unsigned short* to;       // contiguous
-  const int* token_levels;
   const int* places;
   long long q_token, q_head;
   int num_q_heads, head_dim;
@@ -264,7 +238,6 @@ extern "C" __global__ void __launch_bounds__(256) kvt_gather(const __grid_consta
   ptx::wait_for_dependencies();
   ptx::launch_dependents();
   const int token = blockIdx.x;
-  if (p.token_levels[token] <= 0) return;
   const int vectors = p.head_dim / 8;
   const long long place = static_cast<long long>(p.places[token]) * p.num_q_heads * p.head_dim;
   for (int i = threadIdx.x; i < p.num_q_heads * vectors; i += 256) {

@@ -67,10 +67,9 @@ def attend(call: AttentionCall, hints: Hints = NO_HINTS, *, stream: int = 0) -> 
     route = choose_route(call, hints.query_counts)
     if shared.suits(call, hints):
         words = prompt.maps_of(call).words(call.q.address, call.k_cache.address, call.v_cache.address)
-        if words is not None:
-            is_done, sharing = shared.attend(call, hints, words, attend, stream=stream)
-            if is_done:
-                return sharing
+        sharing = None if words is None else shared.attend(call, hints, words, stream=stream)
+        if sharing is not None:
+            return sharing
     if prompt.suits(call, route.most):
         maps = prompt.maps_of(call)
         words = maps.words(call.q.address, call.k_cache.address, call.v_cache.address)
@@ -174,7 +173,7 @@ def attend_prepared(
         prompt.attend_prepared(prepared, q, k_cache, v_cache, out, stream=stream)
         return
     if isinstance(prepared, SharedAttention):
-        shared.attend_prepared(prepared, q, k_cache, v_cache, out, attend_prepared, stream=stream)
+        shared.attend_prepared(prepared, q, k_cache, v_cache, out, stream=stream)
         return
     decode = (prepared.decode_early or prepared.decode) if overlaps else prepared.decode
     for launch, is_early in ((decode, overlaps), (prepared.prefill, False)):

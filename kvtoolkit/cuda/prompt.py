@@ -75,21 +75,25 @@ class PromptSizes(NamedTuple):
 
     @property
     def list_nbytes(self) -> int:
-        """Memory of a `WorkList`."""
+        """Memory of the work list."""
         return _LIST_AT + _ITEM_NBYTES * self.max_items
 
 
-class WorkList(NamedTuple):
-    """Where the items of a call are, and which sequences they are made of."""
+class UnitLists(NamedTuple):
+    """Sequences besides the rows of a call, see shared.cu: addresses of what it makes."""
 
-    address: int
-    """Of `PromptSizes.list_nbytes`: the number of items, then the items."""
-    units: int = 0
-    """Address of ``[batch, 4]`` int32, see shared.cu: they are the sequences; 0 = the rows of the call are."""
-    num_units: int = 0
-    """Address of their number."""
-    level_tokens: int = 0
-    """From one level of units to the next in ``out`` and ``lse``."""
+    units: int
+    num_units: int
+    begins: int
+    places: int
+    """0 = queries are where the rows have them."""
+    ids_row: int
+    """Of the table, from row to row."""
+    out: int
+    lse: int
+
+
+_NO_UNITS = UnitLists(0, 0, 0, 0, 0, 0, 0)
 
 
 def suits(call: AttentionCall, most_queries: int) -> bool:
@@ -208,9 +212,8 @@ def attend(
         granules = make_granules(step, call.block_table, call.block_starts, call.seq_lens, width)
         granules.launch.run(stream)
         ids = granules.table
-    work = WorkList(step + list_at)
-    plan_launch(call, sizes, work).run(stream)
-    launch = attention_launch(call, sizes, maps, words, ids, work, scratch)
+    plan_launch(call, sizes, step + list_at).run(stream)
+    launch = attention_launch(call, sizes, maps, words, ids, step + list_at, scratch)
     launch.run(stream)
     return None if owner is None else PromptAttention(device, launch, maps, owner)
 
@@ -227,37 +230,41 @@ def _has_rules(call: AttentionCall) -> bool:
     return bool(call.softcap) or call.alibi_slopes is not None or call.scale <= 0
 
 
-def plan_launch(call: AttentionCall, sizes: PromptSizes, work: WorkList) -> Launch:
-    """The launch that makes the work list; nothing is launched yet."""
+def plan_launch(call: AttentionCall, sizes: PromptSizes, work: int, units: UnitLists = _NO_UNITS) -> Launch:
+    """The launch that makes the work list at the address ``work``; nothing is launched yet."""
     batch = call.block_table.shape[0]
+    num_kv_heads, block_size = call.k_cache.shape[1:3]
     parameters = PLAN_PARAMS.pack(
-        call.seq_lens.address, call.cu_seqlens_q.address if call.cu_seqlens_q else 0, work.units, work.num_units,
-        work.address + _LIST_AT, work.address, *sizes.halves, batch, call.k_cache.shape[1],
+        call.seq_lens.address, call.cu_seqlens_q.address if call.cu_seqlens_q else 0, *units[:4],
+        work + _LIST_AT, work, units.ids_row, block_size, *sizes.halves, batch, num_kv_heads,
         min(call.left, _UNBOUNDED), min(call.right, _UNBOUNDED), sizes.ctas, 1, _MAX_PARTS,
     )  # fmt: skip
     spec = specs.plan_prompts(call.q.shape[2])
-    return Launch(load_spec(spec, call.q.device), (1,), spec.threads, 4 * batch, parameters)
+    smem_nbytes = 8 * batch if units.units else 4 * batch
+    return Launch(load_spec(spec, call.q.device), (1,), spec.threads, smem_nbytes, parameters)
 
 
 def attention_launch(
-    call: AttentionCall, sizes: PromptSizes, maps: Maps, words: tuple[int, ...], ids: Operand, work: WorkList,
-    scratch: Workspace,
+    call: AttentionCall, sizes: PromptSizes, maps: Maps, words: tuple[int, ...], ids: Operand, work: int,
+    scratch: Workspace, units: UnitLists = _NO_UNITS,
 ) -> Launch:  # fmt: skip
     """The launch that attends; nothing is launched yet.
 
     Args:
+        words: the maps of the call's arrays, see `Maps.words`.
         ids: the blocks of each row.
+        work: address of the work list.
     """
     slopes, sinks, scale, softcap = call.alibi_slopes, call.sinks, call.scale, call.softcap
     num_kv_heads, block_size = call.k_cache.shape[1:3]
     per_block = block_size // GRANULE
     shift = per_block.bit_length() - 1 if per_block & (per_block - 1) == 0 else -1
     parameters = PARAMS.pack(
-        *words, call.out.address, call.lse.address if call.lse else 0, ids.address,
+        *words, call.out.address, call.lse.address if call.lse else 0, units.out, units.lse, ids.address,
         slopes.address if slopes else 0, sinks.address if sinks else 0,
-        work.address + _LIST_AT, work.address, scratch.counters, scratch.counters + 4, scratch.partials,
-        *call.out.strides[:2], ids.strides[0], *sizes.halves, num_kv_heads, per_block, shift,
-        maps.block_pitch, maps.coordinate_shift, maps.num_blocks, work.level_tokens,
+        work + _LIST_AT, work, scratch.counters, scratch.counters + 4, scratch.partials,
+        *call.out.strides[:2], 1 if units.units else ids.strides[0], *sizes.halves, num_kv_heads, per_block, shift,
+        maps.block_pitch, maps.coordinate_shift, maps.num_blocks, call.q.shape[0],
         min(call.left, _UNBOUNDED), min(call.right, _UNBOUNDED),
         scale * _LOG2E, scale / softcap if softcap else 0.0, softcap * _LOG2E,
     )  # fmt: skip

@@ -192,7 +192,6 @@ def merge_shared(dtype: str) -> Spec:
 
 FIND_SHARED = Spec("attention/shared.cu", "kvt_find_shared", (), 128)
 PLAN_SHARED = Spec("attention/shared.cu", "kvt_plan_shared", (), 1024)
-REST = Spec("attention/shared.cu", "kvt_rest", (), 256)
 GATHER = Spec("attention/shared.cu", "kvt_gather", (), 256)
 EXPAND = Spec("attention/expand.cu", "kvt_expand", (), 256)
 UNITS = Spec("attention/units.cu", "kvt_units", (), 256)
@@ -237,5 +236,5 @@ def of_model(
         yield from (UNITS, convert(head_dim, dtype))
     if arch == 90:
         yield from (prompt(head_dim, dtype, has_rules=False), plan_prompts(head_dim), merge_shared(dtype))
-        yield from (FIND_SHARED, PLAN_SHARED, REST, GATHER)
+        yield from (FIND_SHARED, PLAN_SHARED, GATHER)
     yield from (prefill(head_dim, dtype), plan(1), EXPAND, append(16), MOVE, CHECK, merge_states(dtype))

@@ -22,6 +22,7 @@ from tests.kvtoolkit.attention.tiered_cases import TieredCase
 from tests.kvtoolkit.cache.test_gpu_cache import drive, make, tensor
 from tests.kvtoolkit.cache.test_gpu_tiers_cache import test_steps_attend_to_all_tiers
 from tests.kvtoolkit.cuda.test_gpu_pool import SOURCE, launch
+from tests.kvtoolkit.cuda.test_shared import Batch
 
 OPTIONS = {"window_size": (60, 2), "causal": False, "softcap": 30.0, "sinks": SINKS, "alibi_slopes": SLOPES}
 
@@ -65,8 +66,17 @@ def tiers() -> None:
     test_steps_attend_to_all_tiers("cuda")
 
 
+def shared_reads() -> None:
+    """Rows that begin with the same blocks, in order and not."""
+    for head_dim, is_mixed in ((128, False), (64, True)):
+        batch = Batch(6, has_entries=True, has_bounds=True, is_mixed=is_mixed, head_dim=head_dim)
+        ((out, _),), _, _, _ = batch.attend(True)
+        assert np.isfinite(out).all()
+
+
 def main() -> None:
     tiers()
+    shared_reads()
     pool("buddy")
     pool("slab")
     for head_dim in (64, 80, 128, 256):

@@ -8,7 +8,6 @@ import pytest
 from kvtoolkit import cuda, reference
 from kvtoolkit.arrays.call import Hints, Sharing, attention_call
 from kvtoolkit.cuda import attention, prompt, shared
-from kvtoolkit.formats.entry import pack_entry
 from tests.kvtoolkit.cuda.test_launches import array, fake
 
 __all__ = ["fake"]  # a fixture
@@ -94,7 +93,6 @@ class Batch:
         self.starts = None
         if has_entries:
             self.starts = np.tile(np.arange(width, dtype=np.int32), (batch, 1))
-            table = pack_entry(table, 1, 0).astype(np.int32)
             for i, row in enumerate(rows):
                 table[i, len(row) :] = self.starts[i, len(row) :] = -1
         self.table, self.lengths = table, lengths.astype(np.int32)
@@ -153,11 +151,11 @@ class Batch:
         cupy = self.cupy
         width = call.block_table.shape[1] * (1 if self.starts is None else 8)
         sizes = prompt.sizes_of(
-            3 * call.q.shape[0], call.q.shape[1], call.k_cache.shape[1], call.q.shape[2], len(self.order),
+            4 * call.q.shape[0], call.q.shape[1], call.k_cache.shape[1], call.q.shape[2], 2 * len(self.order),
             cupy.cuda.runtime.getDeviceProperties(0)["multiProcessorCount"],
         )  # fmt: skip
-        is_ordered = prepared.gather is None
-        at = shared._place(prepared.memory.data.ptr, shared._parts(call, width, sizes, is_ordered))
+        is_gathered = prepared.gather is not None
+        at = shared._place(prepared.memory.data.ptr, shared._parts(call, width, sizes, is_gathered))
 
         def read(address, count):
             memory = cupy.cuda.MemoryPointer(cupy.cuda.UnownedMemory(address, 4 * count, prepared.memory), 0)
@@ -187,7 +185,9 @@ KINDS = [
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(name for name, on in kind.items() if on) or "plain")
-def test_units_are_those_of_the_tree_and_attention_is_right(kind):
+def test_units_are_those_of_the_tree_and_attention_is_right(kind, monkeypatch):
+    monkeypatch.setattr(shared, "_LEAST_TOKENS", 16)
+    monkeypatch.setattr(shared, "_LEAST_SAVED", 16)
     if not _is_hopper():
         pytest.skip("units are attended to by the prompt kernel of sm_90")
     seen = 0
@@ -252,28 +252,40 @@ def kept(monkeypatch):
 
 @pytest.mark.parametrize("is_ordered", [True, False])
 def test_what_is_launched(fake, kept, is_ordered):
-    call = shared_call()
+    sinks = array(8, dtype="float32")
+    call = shared_call(sinks=sinks)
     hints = Hints((1, 1), 40, {}, Sharing(None if is_ordered else array(3)))
     prepared = attention.attend(call, hints, stream=_STREAM)
     gather = [] if is_ordered else ["kvt_gather"]
-    plan = ["kvt_expand", "kvt_find_shared", "kvt_plan_shared", "kvt_rest"]
-    layer = [*gather, "kvt_prompt", "kvt_decode", "kvt_merge_shared"]
+    plan = ["kvt_expand", "kvt_find_shared", "kvt_plan_shared"]
     names = [taken.kernel for taken in fake.taken]
-    assert names == [*plan, *gather, "kvt_plan_prompts", "kvt_prompt", "kvt_plan", "kvt_decode", "kvt_merge_shared"]
+    assert names == [*plan, *gather, "kvt_plan_prompts", "kvt_prompt", "kvt_merge_shared"]
     first = {taken.kernel: taken.parameters for taken in fake.taken}
-    assert first["kvt_prompt"]["query_map"][0] == (call.q.address if is_ordered else first["kvt_gather"]["to"])
-    assert first["kvt_prompt"]["out"] == first["kvt_merge_shared"]["unit_out"]
-    assert first["kvt_decode"]["block_table"] == first["kvt_rest"]["rests"]
-    assert first["kvt_decode"]["seq_lens"] == first["kvt_rest"]["rest_lens"]
-    assert first["kvt_decode"]["lse"] == first["kvt_merge_shared"]["rest_lse"]
-    assert first["kvt_plan_prompts"]["units"] == first["kvt_plan_shared"]["units"]
+    units, items, attends, merges = (
+        first[name] for name in ("kvt_plan_shared", "kvt_plan_prompts", "kvt_prompt", "kvt_merge_shared")
+    )
+    gathered = call.q.address if is_ordered else first["kvt_gather"]["to"]
+    assert attends["query_map"][0] == gathered
+    assert (attends["out"] == call.out.address) is is_ordered
+    assert (merges["rest_out"], merges["rest_lse"]) == (attends["out"], attends["lse"])
+    assert (merges["unit_out"], merges["unit_lse"]) == (attends["unit_out"], attends["unit_lse"])
+    assert (merges["out"], merges["sinks"], attends["sinks"]) == (call.out.address, sinks.address, 0)
+    assert merges["token_levels"] == units["token_levels"]
+    assert {items[name] for name in ("units", "num_units", "begins")} == {
+        units[name] for name in ("units", "num_units", "begins")
+    }
+    assert merges["places"] == items["places"] == (0 if is_ordered else units["places"])
+    assert attends["block_table"] == first["kvt_find_shared"]["ids"]
+    assert attends["table_row"] == 1
     attention.attend_prepared(prepared, 16, 32, 48, 64, stream=_STREAM)
     again = fake.taken[len(names) :]
-    assert [taken.kernel for taken in again] == layer
+    assert [taken.kernel for taken in again] == [*gather, "kvt_prompt", "kvt_merge_shared"]
     second = {taken.kernel: taken.parameters for taken in again}
-    assert second["kvt_prompt"]["query_map"][0] == (16 if is_ordered else first["kvt_gather"]["to"])
-    assert (second["kvt_prompt"]["key_map"][0], second["kvt_prompt"]["value_map"][0]) == (32, 48)
-    assert (second["kvt_decode"]["q"], second["kvt_decode"]["out"], second["kvt_merge_shared"]["out"]) == (16, 64, 64)
+    attends, merges = second["kvt_prompt"], second["kvt_merge_shared"]
+    assert attends["query_map"][0] == (16 if is_ordered else gathered)
+    assert (attends["key_map"][0], attends["value_map"][0]) == (32, 48)
+    assert merges["out"] == 64
+    assert merges["rest_out"] == attends["out"] == (64 if is_ordered else first["kvt_prompt"]["out"])
     if not is_ordered:
         assert second["kvt_gather"]["q"] == 16
 

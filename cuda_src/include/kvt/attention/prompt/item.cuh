@@ -41,6 +41,8 @@ struct alignas(64) PromptParams {
   long long value_map[16];
   unsigned short* out;
   float* lse;
+  unsigned short* unit_out;  // [levels, level_tokens, num_q_heads, head_dim]
+  float* unit_lse;           // [levels, level_tokens, num_q_heads]
   const int* block_table;
   const float* alibi_slopes;
   const float* sinks;
@@ -58,7 +60,7 @@ struct alignas(64) PromptParams {
   int block_pitch;       // a granule's coordinates are block * block_pitch + its number in the block
   int coordinate_shift;  // bits of the number: 0 where granules are the map's blocks
   int num_map_blocks;
-  int level_tokens;  // from level to level of out and lse
+  int level_tokens;  // of unit_out, from level to level
   int left, right;   // keys seen before and after a query's position; -1 = all
   float scale_log2;  // softmax_scale * log2(e)
   float cap_inner;   // softmax_scale / softcap
@@ -66,7 +68,7 @@ struct alignas(64) PromptParams {
 };
 
 struct alignas(64) Item {
-  int first_query;  // of the sequence, in q | level << kLevelShift
+  int first_query;  // of the sequence, in q | level << kLevelShift: 0 for rows, from 1 on for units, see shared.cu
   int num_queries;  // of the sequence
   int first_half;
   int sequence;  // row of the table
@@ -85,7 +87,7 @@ struct alignas(64) Item {
   }
 
   __device__ __forceinline__ bool exists() const { return kv_head >= 0; }
-  // In q, and in out, which has a place for each level.
+  // In q, and in the results of the item's level.
   __device__ __forceinline__ int first_token() const { return first_query & (1 << kLevelShift) - 1; }
   __device__ __forceinline__ int level() const { return first_query >> kLevelShift; }
   __device__ __forceinline__ int first_tile() const { return tiles & 0xFFFF; }
@@ -95,8 +97,10 @@ struct alignas(64) Item {
   __device__ __forceinline__ bool has_half(const Halves& halves, int half) const {
     return halves.first_query(first_half + half) < num_queries;
   }
-  // Position of the sequence's query number `query`.
-  __device__ __forceinline__ int position(int query) const { return seq_len - num_queries + query; }
+  // Position of the sequence's query number `query`; those of a unit are somewhere behind it.
+  __device__ __forceinline__ int position(int query) const {
+    return level() > 0 ? seq_len : seq_len - num_queries + query;
+  }
 };
 
 // The keys that the rows of an item see.
