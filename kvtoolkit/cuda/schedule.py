@@ -16,6 +16,9 @@ from kvtoolkit.runtime.kernels import arch_of, num_sms
 MAX_DECODE_QUERIES = 8  # as in kvt/attention/rows.cuh
 MAX_SPLITS = 128
 _MAX_ROW_BLOCKS = 65535  # CTAs along the second axis of a grid
+# in tokens, both by measurement
+_MAX_CLUSTERED = 12288  # longer sequences need more CTAs than clusters have
+_MAX_SHORT = 320  # up to here two CTAs share an SM, since beginning and ending a sequence takes as long as reading it
 
 
 class Route(NamedTuple):
@@ -81,22 +84,23 @@ def choose_schedule(call: AttentionCall, route: Route, hints: Hints) -> Schedule
     return _schedule(
         q.shape, q.dtype, q.device, num_kv_heads, batch, call.cu_seqlens_q is not None,
         q.shape[1] // num_kv_heads * most, call.num_splits, call.tiers is not None, most_late(batch, longest),
+        longest <= _MAX_SHORT, longest <= _MAX_CLUSTERED,
     )  # fmt: skip
 
 
 @functools.lru_cache(4096)
 def _schedule(
     shape: tuple[int, int, int], dtype: str, device: int, num_kv_heads: int, batch: int, has_bounds: bool,
-    most_rows: int, num_splits: int, is_tiered: bool, most_late: int,
+    most_rows: int, num_splits: int, is_tiered: bool, most_late: int, are_short: bool, may_cluster: bool,
 ) -> Schedule:  # fmt: skip
     if num_splits == 0 and (batch > 1 or is_tiered) and batch <= specs.MAX_PLANNED:
-        return _planned(shape, dtype, device, num_kv_heads, batch, most_rows, is_tiered, most_late)
-    return _even(shape, dtype, device, num_kv_heads, batch, has_bounds, most_rows, num_splits, is_tiered)
+        return _planned(shape, dtype, device, num_kv_heads, batch, most_rows, is_tiered, most_late, are_short)
+    return _even(shape, dtype, device, num_kv_heads, batch, has_bounds, most_rows, num_splits, is_tiered, may_cluster)
 
 
 def _planned(
     shape: tuple[int, int, int], dtype: str, device: int, num_kv_heads: int, batch: int, most_rows: int,
-    is_tiered: bool, most_late: int,
+    is_tiered: bool, most_late: int, are_short: bool,
 ) -> Schedule:  # fmt: skip
     """Ranges of about equal cost, which a plan made on the device cuts; see `kvtoolkit.cuda.plan`."""
     head_dim, limit = shape[2], smem_limit(device)
@@ -105,7 +109,8 @@ def _planned(
         # whether there is a whole sequence for nearly every CTA of two to an SM
         spec = specs.tiered(head_dim, dtype, most_rows, limit, shares_sm=10 * pairs >= 18 * num_sms(device))
     else:
-        spec = specs.decode(head_dim, dtype, most_rows, limit)
+        shares_sm = are_short and head_dim > 64 and batch * num_kv_heads >= 2 * num_sms(device)
+        spec = specs.decode(head_dim, dtype, most_rows, limit, shares_sm=shares_sm)
     row_blocks = -(-most_rows // spec.rows)
     if row_blocks > _MAX_ROW_BLOCKS:
         raise UnsupportedError(
@@ -127,7 +132,7 @@ def _planned(
 
 def _even(
     shape: tuple[int, int, int], dtype: str, device: int, num_kv_heads: int, batch: int, has_bounds: bool,
-    most_rows: int, num_splits: int, is_tiered: bool,
+    most_rows: int, num_splits: int, is_tiered: bool, may_cluster: bool,
 ) -> Schedule:  # fmt: skip
     """Every sequence in the same number of splits; a CTA finds its block of query rows by number."""
     num_tokens, num_q_heads, head_dim = shape
@@ -138,7 +143,7 @@ def _even(
     num_blocks = num_tokens * group_size // rows + batch if has_bounds else batch * -(-group_size // rows)
     cluster, splits = 1, min(num_splits, MAX_SPLITS)
     if num_splits == 0:
-        alone = batch == 1 and not is_tiered
+        alone = batch == 1 and not is_tiered and may_cluster
         cluster = specs.cluster_size(arch_of(device), row_blocks * num_kv_heads) if alone else 1
         splits = cluster
         if cluster == 1:

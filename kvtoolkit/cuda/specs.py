@@ -15,6 +15,7 @@ MAX_PLANNED = 10000
 """Sequences that a plan may have: their costs fit into 48 KiB of shared memory, beside the ranges."""
 
 _RESERVED = 256  # static shared memory
+_SHORT_SHAPE = (4, 2)  # warps and stages of the decode kernel for many short sequences
 
 TIERED_SHAPES = ((8, 2, 1), (4, 1, 2), (4, 2, 1), (2, 2, 1), (2, 1, 1))
 """Warps, stages and CTAs of an SM for the tiered kernel; the first that fits."""
@@ -66,9 +67,15 @@ def _share_of_sm(smem_limit: int, per_sm: int) -> int:
 
 
 def decode(
-    head_dim: int, dtype: str, most_rows: int, smem_limit: int, *, planned: bool = True, cluster: int = 1
-) -> Spec:
-    """The decode kernel for blocks of up to ``most_rows`` query rows."""
+    head_dim: int, dtype: str, most_rows: int, smem_limit: int, *, planned: bool = True, cluster: int = 1,
+    shares_sm: bool = False,
+) -> Spec:  # fmt: skip
+    """The decode kernel for blocks of up to ``most_rows`` query rows.
+
+    Args:
+        shares_sm: many short sequences: while one CTA begins or ends a sequence, the other of its SM keeps the memory
+            busy.
+    """
     row_tiles = 2 if most_rows > 8 and head_dim <= 128 else 1
     step = 2 * 16 * row_bytes(head_dim)
     shapes = {
@@ -85,6 +92,8 @@ def decode(
 
     # the first that fits; more bytes under way than 64 KiB of an SM gain nothing, and cost at a sequence's end
     widths = next(shapes[most] for most in shapes if head_dim <= most)
+    if shares_sm:
+        widths = (_SHORT_SHAPE, *widths)
     # by the most rows there may be, so that a sequence's bits do not depend on who has how many beside it
     widest = 2 if head_dim <= 128 else 1
     shape = next((shape for shape in widths if nbytes(shape, widest) + _RESERVED <= smem_limit), None)

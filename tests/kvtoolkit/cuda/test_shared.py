@@ -211,10 +211,12 @@ def test_units_are_those_of_the_tree_and_attention_is_right(kind, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("is_mixed", [False, True])
-def test_further_layers_share_what_was_found(is_mixed):
+def test_further_layers_share_what_was_found(is_mixed, monkeypatch):
+    monkeypatch.setattr(shared, "_LEAST_TOKENS", 16)
+    monkeypatch.setattr(shared, "_LEAST_SAVED", 16)
     if not _is_hopper():
         pytest.skip("units are attended to by the prompt kernel of sm_90")
-    batch = Batch(3, has_entries=True, has_bounds=True, is_mixed=is_mixed)
+    batch = Batch(11, has_entries=True, has_bounds=True, is_mixed=is_mixed)
     assert model_units(batch.seen, batch.block_size)
     results, _, prepared, _ = batch.attend(True, layers=3)
     assert isinstance(prepared, shared.SharedAttention)
