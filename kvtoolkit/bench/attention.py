@@ -26,6 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block-size", type=int, default=16, help="tokens to a block")
     parser.add_argument("--layout", choices=["HND", "NHD"], default="HND", help="of the blocks, for all kernels")
     parser.add_argument("--replays", type=int, default=40)
+    parser.add_argument(
+        "--sustained",
+        type=float,
+        default=0.05,
+        metavar="SECONDS",
+        help="of load before a kernel is timed; default 0.05",
+    )
     parser.add_argument("--json", metavar="PATH", help="also write the figures there")
 
 
@@ -42,7 +49,8 @@ def main(options: argparse.Namespace) -> int:
     print(device_line())
     print(f"bfloat16, {options.layout} blocks of {options.block_size}; a large read: {ceiling:.0f} GB/s\n")
     print(
-        f"{'shape':<22}{'kernel':<24}{'us':>9}{'p10':>9}{'p90':>9}{'of read':>9}{'TFLOP/s':>9}{'error':>10}{'ratio':>8}"
+        f"{'shape':<22}{'kernel':<24}{'us':>9}{'p10':>9}{'p90':>9}{'of read':>9}{'TFLOP/s':>9}{'error':>10}"
+        f"{'MHz':>6}{'W':>5}{'ratio':>8}"
     )
     rows: list[dict[str, Any]] = []
     for name in names:
@@ -59,7 +67,7 @@ def _measure(case: Case, options: argparse.Namespace, ceiling: float) -> list[di
     best = None
     for contender in [*peers_of(case, options.peer), *ours(case)]:
         try:
-            row = _time(case, contender, options.replays, ceiling)
+            row = _time(case, contender, options, ceiling)
         except Exception as error:  # a peer without a kernel for this shape
             if contender.name.startswith("kvtoolkit"):
                 raise
@@ -73,7 +81,8 @@ def _measure(case: Case, options: argparse.Namespace, ceiling: float) -> list[di
         ratio = f"{row['ratio']:>8.3f}" if row["ratio"] else ""
         print(
             f"{row['shape']:<22}{row['kernel']:<24}{row['us']:>9.2f}{row['p10']:>9.2f}{row['p90']:>9.2f}"
-            f"{row['share_of_read']:>9.1%}{row['tflops']:>9.0f}{row['error']:>10.1e}{ratio}",
+            f"{row['share_of_read']:>9.1%}{row['tflops']:>9.0f}{row['error']:>10.1e}{row['mhz']:>6}{row['watts']:>5.0f}{ratio}"
+            f"{'  clock moved' if row['clock_moved'] else ''}",
             flush=True,
         )
     return found
@@ -82,45 +91,52 @@ def _measure(case: Case, options: argparse.Namespace, ceiling: float) -> list[di
 def ours(case: Case) -> list[Contender]:
     """kvtoolkit on the peers' tensors, as the layers of a step run it: the plan is made once and shared.
 
-    ``dependent`` lets a kernel begin while the one before it still runs, as a step does on sm_90.
+    ``dependent`` lets a kernel begin while the one before it still runs, as a step does on sm_90. ``shared reads`` reads
+    what sequences have in common once.
     """
     import torch
 
     from kvtoolkit import cuda
-    from kvtoolkit.arrays.call import Hints, attention_call
+    from kvtoolkit.arrays.call import Hints, Sharing, attention_call
 
     shape = case.shape
     most = max(shape.new_tokens)
     outs = [torch.empty_like(case.q) for _ in range(case.num_sets)]
     names = ("q", "k_cache", "v_cache", "seq_lens", "cu_seqlens_q")
     q, keys, values, lengths, bounds = (cuda.device_operand(getattr(case, name), name) for name in names)
-    prepared: list[Any] = [
-        cuda.attend(
-            attention_call(
-                q, keys, values, cuda.device_operand(table, "table"), None, lengths,
-                out=cuda.device_operand(out, "out"), cu_seqlens_q=None if most == 1 else bounds,
-                layout="NHD",
-            ),
-            Hints((min(shape.new_tokens), most), max(shape.lengths), {}),
-            stream=torch.cuda.current_stream().cuda_stream,
-        )
-        for table, out in zip(case.tables, outs, strict=True)
-    ]  # fmt: skip
 
-    def call(which: int, dependent: bool) -> Any:
+    def prepare(sharing: Sharing | None) -> list[Any]:
+        return [
+            cuda.attend(
+                attention_call(
+                    q, keys, values, cuda.device_operand(table, "table"), None, lengths,
+                    out=cuda.device_operand(out, "out"), cu_seqlens_q=None if most == 1 else bounds,
+                    layout="NHD",
+                ),
+                Hints((min(shape.new_tokens), most), max(shape.lengths), {}, sharing),
+                stream=torch.cuda.current_stream().cuda_stream,
+            )
+            for table, out in zip(case.tables, outs, strict=True)
+        ]  # fmt: skip
+
+    def call(prepared: list[Any], which: int, dependent: bool) -> Any:
         stream = torch.cuda.current_stream().cuda_stream
         addresses = (q.address, keys.address, values.address, outs[which].data_ptr())
         cuda.attend_prepared(prepared[which], *addresses, stream=stream, overlaps=dependent)
         return outs[which]
 
+    plain = prepare(None)
+    kinds = [("kvtoolkit", plain, False), ("kvtoolkit, dependent", plain, True)]
+    if shape.beginnings:
+        kinds[1] = ("kvtoolkit, shared reads", prepare(Sharing()), False)
     sets = range(case.num_sets)
     return [
-        Contender("kvtoolkit", [partial(call, which, False) for which in sets]),
-        Contender("kvtoolkit, dependent", [partial(call, which, True) for which in sets]),
+        Contender(name, [partial(call, prepared, which, dependent) for which in sets])
+        for name, prepared, dependent in kinds
     ]
 
 
-def _time(case: Case, contender: Contender, replays: int, ceiling: float) -> dict[str, Any]:
+def _time(case: Case, contender: Contender, options: argparse.Namespace, ceiling: float) -> dict[str, Any]:
     import torch
 
     error = 0.0
@@ -129,7 +145,7 @@ def _time(case: Case, contender: Contender, replays: int, ceiling: float) -> dic
     if contender.name.startswith("kvtoolkit") and not error <= _MAX_ERROR:
         raise AssertionError(f"{case.shape.name}: kvtoolkit is off by {error:.1e}")
     torch.cuda.synchronize()
-    timing = time_graph(contender.calls, replays)
+    timing = time_graph(contender.calls, options.replays, options.sustained)
     return {
         "shape": case.shape.name,
         "kernel": contender.name,

@@ -1,5 +1,6 @@
 """The batches that attention is measured on, laid out in a paged pool that is larger than the second-level cache."""
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,6 +24,9 @@ class Shape:
     """Query tokens of each sequence, where all have the same number."""
     new: tuple[int, ...] = ()
     """Query tokens of each sequence, where they differ or are many."""
+    beginnings: tuple[tuple[int, int], ...] = ()
+    """``(rows, tokens)`` of each level: every so many rows have so many tokens in common, behind those of the level
+    above."""
 
     @property
     def batch(self) -> int:
@@ -42,7 +46,25 @@ class Shape:
     @property
     def kv_nbytes(self) -> int:
         """Bytes of the 16-bit keys and values, each read once."""
-        return sum(self.lengths) * self.num_kv_heads * self.head_dim * 4
+        own = sum(self.lengths) - self.batch * sum(tokens for _, tokens in self.beginnings)
+        in_common = sum(-(-self.batch // rows) * tokens for rows, tokens in self.beginnings)
+        return (own + in_common) * self.num_kv_heads * self.head_dim * 4
+
+    def places(self, block_size: int) -> list[list[int]]:
+        """The blocks of each sequence, numbered from 0 in the order in which they are met."""
+        next_place = itertools.count()
+        levels: list[dict[int, list[int]]] = [{} for _ in self.beginnings]
+        found = []
+        for row, length in enumerate(self.lengths):
+            of_row: list[int] = []
+            for (rows, tokens), groups in zip(self.beginnings, levels, strict=True):
+                group = row // rows
+                if group not in groups:
+                    groups[group] = list(itertools.islice(next_place, tokens // block_size))
+                of_row += groups[group]
+            own = -(-length // block_size) - len(of_row)
+            found.append(of_row + list(itertools.islice(next_place, own)))
+        return found
 
 
 def _even(name: str, batch: int, length: int, **options: Any) -> Shape:
@@ -78,10 +100,6 @@ SHAPES = {
         _even("g16", 64, 4096, num_q_heads=128),
         _even("d64", 64, 4096, head_dim=64),
         _even("d256", 32, 4096, num_q_heads=16, head_dim=256),
-        _even("q1", 8, 4096),
-        _even("q2", 8, 4096, num_queries=2),
-        _even("q4", 8, 4096, num_queries=4),
-        _even("q8", 8, 4096, num_queries=8),
         Shape("skew_128k", (131072,) + (4096,) * 31),
         Shape("skew_128", (128,) * 32 + (4096,) * 32),
     )
@@ -126,11 +144,46 @@ MIXED = (
     _new("63_decode_8_on_4k", (1,) * 63 + (8,), (4095,) * 63 + (4096,)),
     _new("64x8_on_4k", (8,) * 64, (4096,) * 64),
 )
+VERIFY = (
+    _even("q1", 8, 4096),
+    _even("q2", 8, 4096, num_queries=2),
+    _even("q4", 8, 4096, num_queries=4),
+    _even("q8", 8, 4096, num_queries=8),
+    _even("b64_q1", 64, 4096),
+    _even("b64_q8", 64, 4096, num_queries=8),
+)
+SHARED = (
+    _even("64_on_16k", 64, 16640, beginnings=((64, 16384),)),
+    _even("two_levels", 64, 7168, beginnings=((64, 4096), (8, 2048))),
+    _even("8x16_samples", 128, 1152, beginnings=((16, 1024),)),
+    _even("8_beams", 8, 4160, beginnings=((8, 4096),)),
+    _even("64_beams", 64, 2112, beginnings=((64, 2048),)),
+    _even("4_with_128", 4, 4224, beginnings=((4, 128),)),
+)
+CLIFFS = (
+    _even("b384_256", 384, 256),
+    _even("b256_64", 256, 64),
+    _even("b512_300", 512, 300),
+    _even("b64_256", 64, 256),
+    _even("b1_16k", 1, 16384),
+    _even("b1_128k", 1, 131072),
+    _even("b1_128k_d64", 1, 131072, head_dim=64),
+    _even("b1_8k_h9_3_64", 1, 8192, num_q_heads=9, num_kv_heads=3, head_dim=64),
+    _even("b1_8k_h8_1", 1, 8192, num_q_heads=8, num_kv_heads=1),
+    _even("b1_8k_h8_1_256", 1, 8192, num_q_heads=8, num_kv_heads=1, head_dim=256),
+)
 KINDS = {"decode": PEER_SHAPES} | {
     kind: tuple(shape.name for shape in shapes)
-    for kind, shapes in (("prefill", PREFILL), ("short", SHORT), ("mixed", MIXED))
+    for kind, shapes in (
+        ("prefill", PREFILL),
+        ("short", SHORT),
+        ("mixed", MIXED),
+        ("verify", VERIFY),
+        ("shared", SHARED),
+        ("cliffs", CLIFFS),
+    )
 }
-SHAPES |= {shape.name: shape for shape in (*PREFILL, *SHORT, *MIXED)}
+SHAPES |= {shape.name: shape for shape in (*PREFILL, *SHORT, *MIXED, *VERIFY, *SHARED, *CLIFFS)}
 
 
 class Case:
@@ -139,7 +192,7 @@ class Case:
     Attributes:
         storage: keys and values, contiguous in ``layout``.
         k_cache: ``[num_blocks, block_size, num_kv_heads, head_dim]`` bfloat16, a view of them; ``v_cache`` too.
-        tables: ``[batch, max_blocks]`` int32 of each set.
+        tables: ``[batch, max_blocks]`` int32 of each set; ``indices`` the same row after row, without what is unused.
         q: ``[num_tokens, num_q_heads, head_dim]``; seq_lens: ``[batch]`` int32.
     """
 
@@ -147,8 +200,9 @@ class Case:
         import torch
 
         self.shape, self.block_size, self.layout = shape, block_size, layout
-        self.counts = [-(-n // block_size) for n in shape.lengths]
-        per_set = sum(self.counts)
+        rows = shape.places(block_size)
+        self.counts = [len(row) for row in rows]
+        per_set = 1 + max(map(max, rows))
         self.num_sets = max(1, min(_MAX_SETS, -(-_POOL_NBYTES // shape.kv_nbytes)))
         torch.manual_seed(1)
         inner = (block_size, shape.num_kv_heads) if layout == "NHD" else (shape.num_kv_heads, block_size)
@@ -159,15 +213,12 @@ class Case:
         self.q = torch.randn(tokens, shape.num_q_heads, shape.head_dim, dtype=torch.bfloat16, device="cuda")
         self.seq_lens = torch.tensor(shape.lengths, dtype=torch.int32, device="cuda")
         self.cu_seqlens_q = torch.tensor(np.cumsum([0, *shape.new_tokens]), dtype=torch.int32, device="cuda")
-        ids = torch.randperm(size[0], device="cuda", dtype=torch.int32)
-        self.indices = list(ids.split(per_set))
-        width = max(self.counts)
-        places = torch.tensor(np.cumsum([0, *self.counts])[:-1], device="cuda")[:, None] + torch.arange(
-            width, device="cuda"
-        )
-        inside = torch.arange(width, device="cuda") < torch.tensor(self.counts, device="cuda")[:, None]
-        places = places.clamp(max=per_set - 1)
-        self.tables = [torch.where(inside, one[places], 0).int().contiguous() for one in self.indices]
+        sets = torch.randperm(size[0], device="cuda", dtype=torch.int32).split(per_set)
+        flat = torch.tensor([place for row in rows for place in row], device="cuda")
+        self.indices = [ids[flat] for ids in sets]
+        self.tables = [
+            torch.nn.utils.rnn.pad_sequence(list(ids.split(self.counts)), batch_first=True) for ids in self.indices
+        ]
 
     def error(self, which: int, out: Any) -> float:
         """Relative L2 error of a set's output, over a few of its sequences, against float64."""

@@ -4,6 +4,8 @@ Many data sets make the second-level cache cold; the graph leaves out what the h
 reaches is of what this GPU does in the same run: reading for kernels that read, copying for those that copy.
 """
 
+import ctypes
+import functools
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,14 +21,22 @@ from kvtoolkit.runtime.structs import ParameterStruct
 
 Call = Callable[[], Any]
 
+_SM_CLOCK = 1  # NVML_CLOCK_SM
+_STILL_BUSY_US = 5000
+
 
 class Timing(NamedTuple):
-    """Microseconds of one call."""
+    """Microseconds of one call, and the state of the GPU."""
 
     us: float
     """Median."""
     p10: float
     p90: float
+    mhz: int
+    """SM clock right after."""
+    watts: float
+    clock_moved: bool
+    """Whether it was more than 2 % apart before and after: the median is of no one clock then."""
 
 
 def require_device(what: str) -> None:
@@ -37,8 +47,13 @@ def require_device(what: str) -> None:
         raise UnsupportedError(f"bench {what}: expected a CUDA device, found none; `kvtoolkit doctor` says more")
 
 
-def time_graph(calls: Sequence[Call], replays: int = 40) -> Timing:
-    """Time calls by replaying a graph of all of them. Each runs once before the graph is captured."""
+def time_graph(calls: Sequence[Call], replays: int = 40, warm_up: float = 0.05) -> Timing:
+    """Time calls by replaying a graph of all of them. Each runs once before the graph is captured.
+
+    Args:
+        warm_up: seconds of replays before those that are timed; after some seconds of load the clock falls to what the
+            GPU's power allows.
+    """
     import torch
 
     stream = torch.cuda.Stream()
@@ -51,10 +66,22 @@ def time_graph(calls: Sequence[Call], replays: int = 40) -> Timing:
     with torch.cuda.graph(graph, stream=stream):
         for call in calls:
             call()
-    for _ in range(3):
-        graph.replay()
+    until = time.monotonic() + warm_up
+    while True:
+        for _ in range(3):
+            graph.replay()
+        torch.cuda.synchronize()
+        if time.monotonic() > until:
+            break
+    before = gpu_state()
+    times = event_times(graph.replay, replays)
+    for _ in range(max(1, int(_STILL_BUSY_US / max(times)))):
+        graph.replay()  # so that it is busy while it is asked
+    after = gpu_state()
     torch.cuda.synchronize()
-    return _timing(event_times(graph.replay, replays), len(calls))
+    p10, median, p90 = np.percentile(times, [10, 50, 90]) / len(calls)
+    moved = abs(after.mhz - before.mhz) > 0.02 * before.mhz
+    return Timing(float(median), float(p10), float(p90), after.mhz, after.watts, moved)
 
 
 def event_times(call: Call, count: int) -> list[float]:
@@ -86,9 +113,32 @@ def host_us(call: Call, count: int = 50) -> float:
     return best
 
 
-def _timing(times: list[float], calls: int) -> Timing:
-    p10, median, p90 = np.percentile(times, [10, 50, 90]) / calls
-    return Timing(float(median), float(p10), float(p90))
+class GpuState(NamedTuple):
+    """What the driver says of a GPU; zeros where it does not say."""
+
+    mhz: int
+    """SM clock."""
+    watts: float
+
+
+def gpu_state(device: int = 0) -> GpuState:
+    """Ask the driver's management library, which comes with every driver."""
+    library = _management()
+    handle, mhz, milliwatts = ctypes.c_void_p(), ctypes.c_uint(), ctypes.c_uint()
+    if library is None or library.nvmlDeviceGetHandleByIndex_v2(device, ctypes.byref(handle)):
+        return GpuState(0, 0.0)
+    library.nvmlDeviceGetClockInfo(handle, _SM_CLOCK, ctypes.byref(mhz))
+    library.nvmlDeviceGetPowerUsage(handle, ctypes.byref(milliwatts))
+    return GpuState(mhz.value, milliwatts.value / 1e3)
+
+
+@functools.cache
+def _management() -> Any:
+    try:
+        library = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    return None if library.nvmlInit_v2() else library
 
 
 def copy_ceiling(nbytes: int = 1 << 30) -> float:
