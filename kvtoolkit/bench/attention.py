@@ -91,8 +91,8 @@ def _measure(case: Case, options: argparse.Namespace, ceiling: float) -> list[di
 def ours(case: Case) -> list[Contender]:
     """kvtoolkit on the peers' tensors, as the layers of a step run it: the plan is made once and shared.
 
-    ``dependent`` lets a kernel begin while the one before it still runs, as a step does on sm_90. ``shared reads`` reads
-    what sequences have in common once.
+    ``dependent`` lets a kernel begin while the one before it still runs, as a step does on sm_90. ``shared reads``
+    reads what sequences have in common once.
     """
     import torch
 
