@@ -366,6 +366,8 @@ class Consumer {
     }
   }
 
+  static constexpr int kMergedAtOnce = 4;
+
   // A part of an item leaves its sums in memory; the CTA that is the last to do so merges them, in order. A half's sums
   // are as its threads hold them, 4 numbers of each thread side by side.
   struct Partial {
@@ -373,16 +375,32 @@ class Consumer {
     static constexpr int kFloats = 2 * 128 * 4 * kVectors;
   };
 
-  // -> whether this CTA has the sums of all parts now
-  __device__ __forceinline__ bool merge_parts(const Item& item, bool has_rows, SoftmaxRow (&rows)[2]) {
+  __device__ __forceinline__ float4* place_of(const Item& item, int part) const {
+    const long long slot = static_cast<long long>(item.slot + part) * p_.num_kv_heads + item.kv_head;
     const int thread = threadIdx.x & 127;
-    const auto place = [&](int part) {
-      const long long slot = static_cast<long long>(item.slot + part) * p_.num_kv_heads + item.kv_head;
-      return reinterpret_cast<float4*>(p_.partials + slot * Partial::kFloats) + group_ * 128 * Partial::kVectors +
-             thread;
-    };
+    return reinterpret_cast<float4*>(p_.partials + slot * Partial::kFloats) + group_ * 128 * Partial::kVectors + thread;
+  }
+
+  // -> whether this CTA has the sums of all parts now. Many are merged in groups first, since one CTA that merges them
+  // all is what everything waits for.
+  __device__ __forceinline__ bool merge_parts(const Item& item, bool has_rows, SoftmaxRow (&rows)[2]) {
+    const int parts = item.num_parts();
+    int in_group = kMergedAtOnce;
+    while (in_group * in_group < parts) ++in_group;
+    if (parts <= kMergedAtOnce) in_group = parts;
+    const int first = item.part() / in_group * in_group;
+    const int groups = (parts + in_group - 1) / in_group;
+    const int counter = groups > 1 ? item.slot + 1 + first / in_group : item.slot;
+    if (!merge_some(item, has_rows, rows, item.part(), first, 1, min(in_group, parts - first), counter)) return false;
+    return groups == 1 || merge_some(item, has_rows, rows, first, 0, in_group, groups, item.slot);
+  }
+
+  // Leave this CTA's sums at `part`; the last to do so merges `count` from `first` on.
+  __device__ __forceinline__ bool merge_some(
+      const Item& item, bool has_rows, SoftmaxRow (&rows)[2], int part, int first, int stride, int count, int counter) {
+    if (count == 1) return true;
     if (has_rows) {
-      float4* const own = place(item.part());
+      float4* const own = place_of(item, part);
 #pragma unroll
       for (int i = 0; i < kDims / 8; ++i) {
         own[i * 128] = make_float4(o_[4 * i], o_[4 * i + 1], o_[4 * i + 2], o_[4 * i + 3]);
@@ -392,27 +410,27 @@ class Consumer {
     }
     ptx::meet(kBothMet, kConsumers);
     if (threadIdx.x == kThreads - 1) {
-      unsigned* const arrivals = p_.arrivals + item.slot * p_.num_kv_heads + item.kv_head;
-      const bool last = atomicAdd(arrivals, 1) == item.num_parts() - 1;
+      unsigned* const arrivals = p_.arrivals + counter * p_.num_kv_heads + item.kv_head;
+      const bool last = atomicAdd(arrivals, 1) == count - 1;
       if (last) *arrivals = 0;
       *is_last_ = last;
       __threadfence();
     }
     ptx::meet(kBothMet, kConsumers);
-    if (*is_last_ == 0 || !has_rows) return false;
-    const int parts = item.num_parts();
+    if (*is_last_ == 0) return false;
+    if (!has_rows) return true;
     rows[0] = rows[1] = SoftmaxRow();
-#pragma unroll 8
-    for (int part = 0; part < parts; ++part) {
-      const float4 state = __ldcg(place(part) + kDims / 8 * 128);
+#pragma unroll 4
+    for (int i = 0; i < count; ++i) {
+      const float4 state = __ldcg(place_of(item, first + i * stride) + kDims / 8 * 128);
       rows[0].m = fmaxf(rows[0].m, state.x);
       rows[1].m = fmaxf(rows[1].m, state.y);
     }
 #pragma unroll
     for (int i = 0; i < kDims / 2; ++i) o_[i] = 0.0f;
 #pragma unroll 1
-    for (int part = 0; part < parts; ++part) {
-      const float4* const from = place(part);
+    for (int at = 0; at < count; ++at) {
+      const float4* const from = place_of(item, first + at * stride);
       const float4 state = __ldcg(from + kDims / 8 * 128);
       const float factor[2] = {ptx::exp2(state.x - base_of(rows[0].m)), ptx::exp2(state.y - base_of(rows[1].m))};
       rows[0].l += factor[0] * state.z;
