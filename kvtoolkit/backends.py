@@ -100,10 +100,11 @@ def _device_of_states(
     return check_devices({"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b, "out": out, "lse": lse})
 
 
-def _check_tables(call: AttentionCall, stream: int) -> None:
-    """Check tables and lengths on the device, if ``KVTOOLKIT_CHECK`` is set."""
+def _check_tables(call: AttentionCall, hints: Hints, stream: int) -> None:
+    """Check tables, lengths and what hints say of them on the device, if ``KVTOOLKIT_CHECK`` is set."""
     if device_check.ENABLED:
         device_check.check_tables(call, stream)
+        device_check.check_hints_on_device(call, hints, stream)
 
 
 def _check_slots(slot_mapping: Operand, k_cache: Operand, stream: int) -> None:
@@ -141,7 +142,7 @@ class CudaBackend:
         with using(device):
             stream = current_stream(device, hints.from_torch)
             if check:
-                _check_tables(call, stream)
+                _check_tables(call, hints, stream)
             if before is not None:
                 before()
             return cuda.attend(call, hints, stream=stream)
@@ -224,7 +225,7 @@ class NumbaBackend:
         with using(device):
             stream = current_stream(device, hints.from_torch)
             if check:
-                _check_tables(call, stream)
+                _check_tables(call, hints, stream)
             if before is not None:
                 before()
             numba_kernels.attend(call, stream=stream)

@@ -45,6 +45,7 @@ from kvtoolkit.attention.arguments import (
     check_rows,
     check_slopes,
     choose_backend,
+    count_queries,
 )
 from kvtoolkit.attention.options import Options, make_options
 from kvtoolkit.backends import BACKENDS
@@ -72,6 +73,7 @@ def paged_attention(
     out: Array | None = None,
     return_lse: bool = False,
     num_splits: int = 0,
+    max_seqlen_q: int | None = None,
     backend: str | None = None,
 ) -> Any:
     """Attend the newest tokens of each sequence to its cached keys and values: decode, verify, chunked or full prefill.
@@ -102,6 +104,10 @@ def paged_attention(
         num_splits: splits of each sequence, merged by their log-sum-exp, so that a row's result does not depend on the
             batch around it; 0 = automatic: on the CPU also by the row alone, on a GPU by what keeps it busy. Prefill
             on a GPU is never split; more than 128 are taken as 128 there.
+        max_seqlen_q: most query tokens of a row, flash-attn's name; None = unknown. It saves work on a GPU where
+            ``cu_seqlens_q`` is given: without it any row may have all tokens, and with it a decode batch is launched
+            as one. Checked on the CPU and with ``KVTOOLKIT_CHECK=1``, else trusted on a GPU: the results of a row that
+            has more, now or when a graph is replayed, are wrong.
         backend: ``"cpu"``, ``"cuda"``, ``"numba"`` (the readable GPU kernels), or None to choose by where the arrays
             are.
 
@@ -119,7 +125,7 @@ def paged_attention(
     options = make_options(
         (
             cu_seqlens_q, softmax_scale, causal, window_size, softcap, sinks, alibi_slopes, out, return_lse, num_splits,
-            backend,
+            backend, max_seqlen_q,
         )
     )  # fmt: skip
     return attend(q, k_cache, v_cache, block_table, None, seq_lens, options, has_entries=False, layout=layout)
@@ -144,6 +150,7 @@ def variable_block_attention(
     out: Array | None = None,
     return_lse: bool = False,
     num_splits: int = 0,
+    max_seqlen_q: int | None = None,
     backend: str | None = None,
 ) -> Any:
     """Attend as `paged_attention`, to blocks of 1-8 granules of 8 tokens, all lengths mixed within one sequence.
@@ -169,7 +176,7 @@ def variable_block_attention(
     options = make_options(
         (
             cu_seqlens_q, softmax_scale, causal, window_size, softcap, sinks, alibi_slopes, out, return_lse, num_splits,
-            backend,
+            backend, max_seqlen_q,
         )
     )  # fmt: skip
     return attend(
@@ -195,6 +202,7 @@ def tiered_attention(
     out: Array | None = None,
     return_lse: bool = False,
     num_splits: int = 0,
+    max_seqlen_q: int | None = None,
     backend: str | None = None,
 ) -> Any:
     """Attend as `variable_block_attention` to tokens of which some are stored as int8 and some as int4, in one softmax.
@@ -232,7 +240,7 @@ def tiered_attention(
     options = make_options(
         (
             cu_seqlens_q, softmax_scale, causal, window_size, softcap, sinks, alibi_slopes, out, return_lse, num_splits,
-            backend,
+            backend, max_seqlen_q,
         )
     )  # fmt: skip
     return attend(
@@ -257,7 +265,7 @@ def attend(
     """
     (
         cu_seqlens_q, softmax_scale, causal, window_size, softcap, given_sinks, given_slopes, out, return_lse,
-        num_splits, name,
+        num_splits, name, max_seqlen_q,
     ) = options  # fmt: skip
     backend = BACKENDS[choose_backend(name, is_on_device(q))]
     describe = backend.describe
@@ -268,6 +276,8 @@ def attend(
     table, starts, lengths, bounds = _describe_tables(
         describe, queries, keys, block_table, block_starts, has_entries, seq_lens, cu_seqlens_q
     )
+    if max_seqlen_q is not None:
+        hints = hints._replace(query_counts=count_queries(max_seqlen_q, queries.shape[0], lengths, bounds))
     sinks = slopes = None
     if given_sinks is not None or given_slopes is not None:
         sinks, slopes = _describe_per_head(

@@ -63,6 +63,8 @@ def attend(call: AttentionCall, hints: Hints = NO_HINTS, *, stream: int = 0) -> 
         if call.block_mass is not None:
             _clear(call.block_mass, stream)
         return Attention(call.q.device, None, None, None, None)
+    if hints.query_counts == (1, 1) and call.cu_seqlens_q is not None:
+        call = call._replace(cu_seqlens_q=None)  # row b asks q[b]
     route = choose_route(call, hints.query_counts)
     if prompt.suits(call, route.most):
         maps = prompt.maps_of(call)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from kvtoolkit.attention.arguments import count
 from kvtoolkit.attention.calls import append
 from kvtoolkit.attention.options import Options
 from kvtoolkit.errors import ShapeError, UnsupportedError
@@ -14,7 +15,6 @@ from kvtoolkit.integrations.flash_attn.arguments import (
     are_readable,
     check_range,
     check_tensor,
-    count,
     indices,
     is_local,
     one_of,

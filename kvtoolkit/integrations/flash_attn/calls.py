@@ -23,14 +23,13 @@ from typing import Any
 
 import torch
 
-from kvtoolkit.attention.arguments import check_flags
+from kvtoolkit.attention.arguments import check_flags, count
 from kvtoolkit.errors import ShapeError
 from kvtoolkit.integrations.flash_attn.arguments import (
     are_readable,
     check_cumulative,
     check_range,
     check_tensor,
-    count,
     indices,
     none_if_zero,
     one_of,

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from kvtoolkit.arrays.call import Hints
+from kvtoolkit.attention.arguments import count
 from kvtoolkit.attention.calls import attend
 from kvtoolkit.attention.options import Options
 from kvtoolkit.errors import ShapeError, UnsupportedError
@@ -13,7 +14,6 @@ from kvtoolkit.integrations.flash_attn.arguments import (
     are_readable,
     check_cumulative,
     check_tensor,
-    count,
     indices,
     rows_of,
     sinks,

@@ -38,7 +38,8 @@ def _options(case: Case) -> Arguments:
     return {
         "seq_lens": case.lengths, "cu_seqlens_q": case.cu_seqlens_q, "softmax_scale": 0.5, "causal": True,
         "window_size": (30, 0), "softcap": 5.0, "sinks": heads, "alibi_slopes": heads, "out": np.zeros_like(case.q),
-        "return_lse": True, "num_splits": 2, "backend": "cpu",
+        "return_lse": True, "num_splits": 2, "max_seqlen_q": 4,
+        "backend": "cpu",
     }  # fmt: skip
 
 
