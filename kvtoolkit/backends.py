@@ -149,14 +149,14 @@ class CudaBackend:
 
     def attend_prepared(
         self, prepared: "cuda.Prepared", q: int, k_cache: int, v_cache: int, out: int, *, warm: int = 0, cold: int = 0,
-        block_mass: int = 0, overlaps: bool = False,
+        block_mass: int = 0, overlaps: bool = False, from_torch: Any = None,
     ) -> None:  # fmt: skip
         """See `Backend.attend_prepared`."""
         device = prepared.device
         with using(device):
             cuda.attend_prepared(
                 prepared, q, k_cache, v_cache, out, warm=warm, cold=cold, block_mass=block_mass,
-                stream=current_stream(device), overlaps=overlaps,
+                stream=current_stream(device, from_torch), overlaps=overlaps,
             )  # fmt: skip
 
     def append(
@@ -233,7 +233,7 @@ class NumbaBackend:
 
     def attend_prepared(
         self, prepared: AttentionCall, q: int, k_cache: int, v_cache: int, out: int, *, warm: int = 0, cold: int = 0,
-        block_mass: int = 0, overlaps: bool = False,
+        block_mass: int = 0, overlaps: bool = False, from_torch: Any = None,
     ) -> None:  # fmt: skip
         """See `Backend.attend_prepared`; ``overlaps`` is ignored."""
         tiers, masses = prepared.tiers, prepared.block_mass
@@ -246,7 +246,7 @@ class NumbaBackend:
             block_mass=_moved(masses, block_mass) if block_mass else None,
         )  # fmt: skip
         with using(device):
-            numba_kernels.attend(call, stream=current_stream(device))
+            numba_kernels.attend(call, stream=current_stream(device, from_torch))
 
     def append(
         self, key: Operand, value: Operand, k_cache: Operand, v_cache: Operand, slot_mapping: Operand, *,

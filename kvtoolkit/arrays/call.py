@@ -161,13 +161,14 @@ class Backend(Protocol):
 
     def attend_prepared(
         self, prepared: Any, q: int, k_cache: int, v_cache: int, out: int, *, warm: int = 0, cold: int = 0,
-        block_mass: int = 0, overlaps: bool = False,
+        block_mass: int = 0, overlaps: bool = False, from_torch: Any = None,
     ) -> None:  # fmt: skip
         """Attend once more with arrays at other addresses; 0 where the prepared call had none.
 
         Args:
             overlaps: let the kernel begin while the one before it still runs. Right only where that one wrote nothing
                 but the present tokens' keys and values, as `append` does.
+            from_torch: as in `Hints`.
         """
 
     def append(

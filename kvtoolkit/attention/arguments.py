@@ -3,7 +3,7 @@
 import math
 import operator
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -153,6 +153,25 @@ def check_output(out: Operand, name: str, shape: tuple[int, ...], dtype: str) ->
     if out.strides[-1] != 1 and _is_scattered(out):
         raise ShapeError(f"{name}: expected the last axis contiguous, got strides {out.strides} (elements)")
     check_places(out, name)
+
+
+def describe_per_head(
+    describe: Callable[[Any, str], Operand],
+    given_sinks: Any,
+    given_slopes: Any,
+    num_q_heads: int,
+    batch: int,
+    backend: str,
+) -> tuple[Operand | None, Operand | None]:
+    """``sinks, alibi_slopes``, checked."""
+    sinks = slopes = None
+    if given_sinks is not None:
+        sinks = describe(given_sinks, "sinks")
+        check_per_head(sinks, "sinks", num_q_heads, infinite=True)
+    if given_slopes is not None:
+        slopes = describe(given_slopes, "alibi_slopes")
+        check_slopes(slopes, num_q_heads, batch, backend)
+    return sinks, slopes
 
 
 def check_places(written: Operand, name: str) -> None:
