@@ -241,7 +241,8 @@ def _form_of(
     first = None if caches is None else caches.first_granules
     form = _Form(
         (
-            backend, hints.query_counts, window, bool(options.causal), int(options.num_splits), first, layout, scale,
+            backend, hints.query_counts, hints.max_seq_len, window, bool(options.causal), int(options.num_splits),
+            first, layout, scale,
             float(options.softcap), sinks and (sinks[:4], sinks.device), slopes and (slopes[:4], slopes.device),
         ),
         (
@@ -260,7 +261,7 @@ def _form_of(
 def _plan_key(form: _Form) -> tuple[Any, ...]:
     """What decides how work is planned: calls with the same key can share the memory of their plans."""
     queries, keys, *_ = form.arrays
-    return *form.options[:7], queries[0], queries[2], keys[0][1:]
+    return *form.options[:8], queries[0], queries[2], keys[0][1:]
 
 
 def _are_aligned(described: _Described, device: int) -> bool:
