@@ -4,13 +4,14 @@ import contextlib
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from kvtoolkit import ArgumentError, backends, plan_attention
+from kvtoolkit import ArgumentError, ShapeError, backends, plan_attention
 from kvtoolkit.attention import calls, plan
 from kvtoolkit.attention.calls import paged_attention, variable_block_attention
 from kvtoolkit.backends import BACKENDS
-from kvtoolkit.cuda import memory, prompt
+from kvtoolkit.cuda import check, memory, prompt
 from tests.kvtoolkit.cuda.test_launches import array, fake
 
 __all__ = ["fake"]  # a fixture
@@ -173,3 +174,22 @@ def test_misaligned_layers_are_refused(fake, stream):
     good = array(16, 8, 128, dtype="float16")
     with pytest.raises(ValueError, match="q: expected rows that begin at multiples of 16 bytes"):
         layers.attend(q=good._replace(address=good.address + 8))
+
+
+def test_with_the_variable_what_the_host_is_told_is_checked_on_the_device(fake, stream, monkeypatch):
+    layers = Layers(fake, max_seqlen_q=1, max_seqlen_k=50)
+    held = {layers.lengths.address: np.full(16, 50, np.int32), layers.bounds.address: np.arange(17, dtype=np.int32)}
+    monkeypatch.setattr(check, "ENABLED", True)
+    monkeypatch.setattr(check, "check_tables", lambda call, stream: None)
+    monkeypatch.setattr(check, "_to_host", lambda array, stream: held[array.address])
+    assert layers.attend() == PLANNED
+    layers.plan.renew()
+    held[layers.bounds.address][1] = 2
+    with pytest.raises(ShapeError, match="max_seqlen_q: expected at least 2, the longest row by cu_seqlens_q, got 1"):
+        layers.attend()
+    held[layers.bounds.address][1] = 1
+    held[layers.lengths.address][3] = 51
+    with pytest.raises(ShapeError, match="max_seqlen_k: expected at least 51, the longest of seq_lens, got 50"):
+        layers.attend()
+    monkeypatch.setattr(check, "is_capturing", lambda stream: True)
+    assert layers.attend() == PLANNED
