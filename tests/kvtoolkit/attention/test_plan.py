@@ -111,6 +111,16 @@ def test_each_form_is_planned_once(counted: Any, batch: Batch) -> None:
     assert counted == {"in full": 3 * len(forms), "again": len(forms) + 1}
 
 
+def test_the_layout_is_part_of_the_form() -> None:
+    case = Case([7, 3])
+    k_cache, v_cache, table = case.paged(2, "NHD")  # as many slots as kv heads
+    plan = plan_attention(table, case.lengths)
+    for layout in ("NHD", "HND"):
+        arguments = (case.q, np.nan_to_num(k_cache), np.nan_to_num(v_cache), table, case.lengths)
+        planned = paged_attention(*arguments, layout=layout, plan=plan)
+        assert np.array_equal(planned, paged_attention(*arguments, layout=layout))
+
+
 def test_calls_that_cannot_share_are_right(counted: Any, batch: Batch) -> None:
     for _ in range(2):
         (out, lse), (good, good_lse) = batch.attend(return_lse=True), batch.attend(return_lse=True, plan=None)

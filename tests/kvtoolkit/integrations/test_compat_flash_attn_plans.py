@@ -132,6 +132,18 @@ def test_lengths_that_change_are_seen_without_a_plan_and_after_a_renewal():
         assert torch.equal(batch.with_kvcache(0), batch.with_kvcache(0, scheduler_metadata=StepPlan()))
 
 
+def test_what_follows_from_the_callers_tensors_is_renewed_too():
+    batch = Batch()
+    options = {"seqused_k": None, "cu_seqlens_k": int32(0, 90, 99, 164)}
+    with plan_for_step() as plan:
+        first = batch.varlen(0, **options)
+    options["cu_seqlens_k"][1:] -= 7
+    good = batch.varlen(0, **options)
+    assert not torch.equal(good, first)
+    with plan_for_step(plan):
+        assert torch.equal(batch.varlen(0, **options), good)
+
+
 def test_other_tensors_have_plans_of_their_own(counted):
     batch, other = Batch(), Batch()
     other.lengths = int32(50, 60, 70)
