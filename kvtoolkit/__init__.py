@@ -3,6 +3,7 @@
 from allocators import BlockAllocator, create, register
 from kvtoolkit._version import __version__
 from kvtoolkit.attention.calls import append, merge_states, paged_attention, tiered_attention, variable_block_attention
+from kvtoolkit.attention.plan import AttentionPlan, plan_attention
 from kvtoolkit.cache.graph import GraphStep
 from kvtoolkit.cache.kv_cache import KVCache
 from kvtoolkit.cache.lease import Lease
@@ -31,6 +32,7 @@ from kvtoolkit.untraced import untraced
 
 __all__ = [
     "ArgumentError",
+    "AttentionPlan",
     "BlockAllocator",
     "BusyError",
     "CacheConfig",
@@ -58,6 +60,7 @@ __all__ = [
     "growth",
     "merge_states",
     "paged_attention",
+    "plan_attention",
     "tiered_attention",
     "variable_block_attention",
     "warmup",
@@ -65,7 +68,9 @@ __all__ = [
 
 register("lockfree", lockfree, replace=True)  # makes pools on a GPU, too
 
-for _call in (append, merge_states, paged_attention, tiered_attention, variable_block_attention, warmup):
+for _call in (
+    append, merge_states, paged_attention, plan_attention, tiered_attention, variable_block_attention, warmup,
+):  # fmt: skip
     untraced(_call)
-for _class in (DevicePool, GraphStep, KVCache, Lease, Step):
+for _class in (AttentionPlan, DevicePool, GraphStep, KVCache, Lease, Step):
     untraced(_class)

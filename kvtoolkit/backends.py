@@ -100,10 +100,11 @@ def _device_of_states(
     return check_devices({"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b, "out": out, "lse": lse})
 
 
-def _check_tables(call: AttentionCall, stream: int) -> None:
-    """Check tables and lengths on the device, if ``KVTOOLKIT_CHECK`` is set."""
+def _check_tables(call: AttentionCall, hints: Hints, stream: int) -> None:
+    """Check tables, lengths and what hints say of them on the device, if ``KVTOOLKIT_CHECK`` is set."""
     if device_check.ENABLED:
         device_check.check_tables(call, stream)
+        device_check.check_hints_on_device(call, hints, stream)
 
 
 def _check_slots(slot_mapping: Operand, k_cache: Operand, stream: int) -> None:
@@ -141,21 +142,21 @@ class CudaBackend:
         with using(device):
             stream = current_stream(device, hints.from_torch)
             if check:
-                _check_tables(call, stream)
+                _check_tables(call, hints, stream)
             if before is not None:
                 before()
             return cuda.attend(call, hints, stream=stream)
 
     def attend_prepared(
         self, prepared: "cuda.Prepared", q: int, k_cache: int, v_cache: int, out: int, *, warm: int = 0, cold: int = 0,
-        block_mass: int = 0, overlaps: bool = False,
+        block_mass: int = 0, overlaps: bool = False, from_torch: Any = None,
     ) -> None:  # fmt: skip
         """See `Backend.attend_prepared`."""
         device = prepared.device
         with using(device):
             cuda.attend_prepared(
                 prepared, q, k_cache, v_cache, out, warm=warm, cold=cold, block_mass=block_mass,
-                stream=current_stream(device), overlaps=overlaps,
+                stream=current_stream(device, from_torch), overlaps=overlaps,
             )  # fmt: skip
 
     def append(
@@ -224,7 +225,7 @@ class NumbaBackend:
         with using(device):
             stream = current_stream(device, hints.from_torch)
             if check:
-                _check_tables(call, stream)
+                _check_tables(call, hints, stream)
             if before is not None:
                 before()
             numba_kernels.attend(call, stream=stream)
@@ -232,7 +233,7 @@ class NumbaBackend:
 
     def attend_prepared(
         self, prepared: AttentionCall, q: int, k_cache: int, v_cache: int, out: int, *, warm: int = 0, cold: int = 0,
-        block_mass: int = 0, overlaps: bool = False,
+        block_mass: int = 0, overlaps: bool = False, from_torch: Any = None,
     ) -> None:  # fmt: skip
         """See `Backend.attend_prepared`; ``overlaps`` is ignored."""
         tiers, masses = prepared.tiers, prepared.block_mass
@@ -245,7 +246,7 @@ class NumbaBackend:
             block_mass=_moved(masses, block_mass) if block_mass else None,
         )  # fmt: skip
         with using(device):
-            numba_kernels.attend(call, stream=current_stream(device))
+            numba_kernels.attend(call, stream=current_stream(device, from_torch))
 
     def append(
         self, key: Operand, value: Operand, k_cache: Operand, v_cache: Operand, slot_mapping: Operand, *,

@@ -143,6 +143,8 @@ def _attend(
     out: Any = None,
     return_lse: bool = True,
     num_splits: int = 0,
+    max_seqlen_q: int | None = None,
+    plan: Any = None,
     backend: str | None = None,
     block_mass: Floats | None = None,
 ) -> tuple[Floats, Floats]:

@@ -9,7 +9,11 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+
 from kvtoolkit.arrays.host import Operand, make_operand
+from kvtoolkit.arrays.types import Int32Array
+from kvtoolkit.errors import ShapeError
 
 
 class QuantizedTiers(NamedTuple):
@@ -98,6 +102,27 @@ class Hints(NamedTuple):
 NO_HINTS = Hints()
 
 
+def check_hints(hints: Hints, seq_lens: Int32Array, cu_seqlens_q: Int32Array | None) -> None:
+    """ShapeError if a row has more query tokens, or more tokens in the cache, than the hints say.
+
+    Args:
+        hints: ``query_counts`` and ``max_seq_len`` are looked at.
+        seq_lens: ``[batch]`` on the host.
+        cu_seqlens_q: ``[batch + 1]`` on the host; whether it ascends is checked elsewhere.
+    """
+    if hints.query_counts is not None and cu_seqlens_q is not None:
+        counts = np.diff(cu_seqlens_q.astype(np.int64))
+        found, most = int(counts.max(initial=0)), hints.query_counts[1]
+        if found > most and counts.min() >= 0:
+            raise ShapeError(f"max_seqlen_q: expected at least {found}, the longest row by cu_seqlens_q, got {most}")
+    if hints.max_seq_len is not None:
+        found = int(seq_lens.max(initial=0))
+        if found > hints.max_seq_len:
+            raise ShapeError(
+                f"max_seqlen_k: expected at least {found}, the longest of seq_lens, got {hints.max_seq_len}"
+            )
+
+
 class Backend(Protocol):
     """The kernels of one kind, and the arrays they work on; `kvtoolkit.backends` has the members.
 
@@ -136,13 +161,14 @@ class Backend(Protocol):
 
     def attend_prepared(
         self, prepared: Any, q: int, k_cache: int, v_cache: int, out: int, *, warm: int = 0, cold: int = 0,
-        block_mass: int = 0, overlaps: bool = False,
+        block_mass: int = 0, overlaps: bool = False, from_torch: Any = None,
     ) -> None:  # fmt: skip
         """Attend once more with arrays at other addresses; 0 where the prepared call had none.
 
         Args:
             overlaps: let the kernel begin while the one before it still runs. Right only where that one wrote nothing
                 but the present tokens' keys and values, as `append` does.
+            from_torch: as in `Hints`.
         """
 
     def append(

@@ -114,6 +114,11 @@ def operand(array: Any, name: str, dtype: str | None = None) -> Operand:
     return _numpy_operand(as_numpy_view(array, name), name, dtype)
 
 
+def int32_view(array: Operand) -> np.ndarray:
+    """The elements of a contiguous int32 vector in host memory, where they are."""
+    return np.ctypeslib.as_array((ctypes.c_int32 * array.shape[0]).from_address(array.address))
+
+
 def mark_written(*arrays: Any) -> None:
     """Tell autograd that tensors were changed in place: a backward pass that needs what they held then raises."""
     torch = sys.modules.get("torch")

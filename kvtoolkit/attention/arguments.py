@@ -1,14 +1,16 @@
 """Checks of the arguments of attention calls, made before anything is written; errors say name, expected, got."""
 
 import math
+import operator
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from kvtoolkit.arrays.call import Hints, check_hints
 from kvtoolkit.arrays.extents import EXTENTS, extent, share_bytes
-from kvtoolkit.arrays.host import Operand, as_numpy_view
+from kvtoolkit.arrays.host import Operand, as_numpy_view, int32_view
 from kvtoolkit.arrays.types import DTYPE_CODES, ITEMSIZES
 from kvtoolkit.errors import ShapeError, UnsupportedError
 
@@ -153,6 +155,25 @@ def check_output(out: Operand, name: str, shape: tuple[int, ...], dtype: str) ->
     check_places(out, name)
 
 
+def describe_per_head(
+    describe: Callable[[Any, str], Operand],
+    given_sinks: Any,
+    given_slopes: Any,
+    num_q_heads: int,
+    batch: int,
+    backend: str,
+) -> tuple[Operand | None, Operand | None]:
+    """``sinks, alibi_slopes``, checked."""
+    sinks = slopes = None
+    if given_sinks is not None:
+        sinks = describe(given_sinks, "sinks")
+        check_per_head(sinks, "sinks", num_q_heads, infinite=True)
+    if given_slopes is not None:
+        slopes = describe(given_slopes, "alibi_slopes")
+        check_slopes(slopes, num_q_heads, batch, backend)
+    return sinks, slopes
+
+
 def check_places(written: Operand, name: str) -> None:
     """UnsupportedError for an array to write to in which two elements share a place, as after a broadcast."""
     if extent(written.shape, written.strides).repeats:
@@ -232,6 +253,39 @@ def check_options(
     if not isinstance(num_splits, int) or not 0 <= num_splits < _MOST:
         raise ShapeError(f"num_splits: expected an integer from 0 (automatic) to {_MOST - 1}, got {num_splits!r}")
     return window
+
+
+def count_queries(
+    max_seqlen_q: int, num_tokens: int, seq_lens: Operand, cu_seqlens_q: Operand | None
+) -> tuple[int, int]:
+    """The fewest and the most query tokens of a row, where none has more than ``max_seqlen_q``.
+
+    Raises:
+        ShapeError: the rows cannot hold all tokens then, or, in host memory, a row has more.
+    """
+    (batch,) = seq_lens.shape
+    given = count("max_seqlen_q", max_seqlen_q)
+    if num_tokens > batch * given:
+        raise ShapeError(
+            f"max_seqlen_q: expected at least {-(-num_tokens // batch)}, because {batch} rows have {num_tokens} query "
+            f"tokens, got {given}"
+        )
+    most = min(given, num_tokens)
+    counts = max(0, num_tokens - (batch - 1) * most), most  # what the other rows cannot hold is a row's
+    if cu_seqlens_q is not None and cu_seqlens_q.device < 0:
+        check_hints(Hints((0, given)), int32_view(seq_lens), int32_view(cu_seqlens_q))
+    return counts
+
+
+def count(name: str, value: Any) -> int:
+    """A number of tokens as an int; ShapeError if it is none."""
+    try:
+        number = operator.index(value)
+    except (TypeError, ValueError, RuntimeError):
+        number = -1
+    if not 0 <= number < _MOST:
+        raise ShapeError(f"{name}: expected a number of tokens, got {value!r:.80}")
+    return number
 
 
 def check_flags(**flags: Any) -> None:

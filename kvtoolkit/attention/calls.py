@@ -41,14 +41,15 @@ from kvtoolkit.attention.arguments import (
     check_layout,
     check_options,
     check_output,
-    check_per_head,
     check_rows,
-    check_slopes,
     choose_backend,
+    count_queries,
+    describe_per_head,
 )
 from kvtoolkit.attention.options import Options, make_options
+from kvtoolkit.attention.plan import AttentionPlan
 from kvtoolkit.backends import BACKENDS
-from kvtoolkit.errors import ShapeError
+from kvtoolkit.errors import ArgumentError, ShapeError
 from kvtoolkit.formats.entry import GRANULE, MAX_BLOCK_GRANULES, MAX_GRANULES
 from kvtoolkit.formats.quantized import INT4, INT8
 from kvtoolkit.formats.tier_caches import TierCaches
@@ -72,6 +73,8 @@ def paged_attention(
     out: Array | None = None,
     return_lse: bool = False,
     num_splits: int = 0,
+    max_seqlen_q: int | None = None,
+    plan: AttentionPlan | None = None,
     backend: str | None = None,
 ) -> Any:
     """Attend the newest tokens of each sequence to its cached keys and values: decode, verify, chunked or full prefill.
@@ -102,6 +105,12 @@ def paged_attention(
         num_splits: splits of each sequence, merged by their log-sum-exp, so that a row's result does not depend on the
             batch around it; 0 = automatic: on the CPU also by the row alone, on a GPU by what keeps it busy. Prefill
             on a GPU is never split; more than 128 are taken as 128 there.
+        max_seqlen_q: most query tokens of a row, flash-attn's name; None = unknown. It saves work on a GPU where
+            ``cu_seqlens_q`` is given: without it any row may have all tokens, and with it a decode batch is launched
+            as one. Checked on the CPU and with ``KVTOOLKIT_CHECK=1``, else trusted on a GPU: the results of a row that
+            has more, now or when a graph is replayed, are wrong.
+        plan: what `kvtoolkit.plan_attention` made of these ``block_table``, ``seq_lens`` and ``cu_seqlens_q``, for all
+            layers of a step.
         backend: ``"cpu"``, ``"cuda"``, ``"numba"`` (the readable GPU kernels), or None to choose by where the arrays
             are.
 
@@ -112,6 +121,7 @@ def paged_attention(
         ShapeError: a shape, dtype, stride or value is not as above, or a row is longer than its table; nothing was
             written.
         UnsupportedError: no kernel for this head_dim or backend.
+        ArgumentError: ``plan`` is no plan, or one for other arrays.
 
     Source: block tables, Kwon et al. 2023 (arXiv:2309.06180), sec. 4.
     """
@@ -119,7 +129,7 @@ def paged_attention(
     options = make_options(
         (
             cu_seqlens_q, softmax_scale, causal, window_size, softcap, sinks, alibi_slopes, out, return_lse, num_splits,
-            backend,
+            backend, max_seqlen_q, plan,
         )
     )  # fmt: skip
     return attend(q, k_cache, v_cache, block_table, None, seq_lens, options, has_entries=False, layout=layout)
@@ -144,6 +154,8 @@ def variable_block_attention(
     out: Array | None = None,
     return_lse: bool = False,
     num_splits: int = 0,
+    max_seqlen_q: int | None = None,
+    plan: AttentionPlan | None = None,
     backend: str | None = None,
 ) -> Any:
     """Attend as `paged_attention`, to blocks of 1-8 granules of 8 tokens, all lengths mixed within one sequence.
@@ -169,7 +181,7 @@ def variable_block_attention(
     options = make_options(
         (
             cu_seqlens_q, softmax_scale, causal, window_size, softcap, sinks, alibi_slopes, out, return_lse, num_splits,
-            backend,
+            backend, max_seqlen_q, plan,
         )
     )  # fmt: skip
     return attend(
@@ -195,6 +207,8 @@ def tiered_attention(
     out: Array | None = None,
     return_lse: bool = False,
     num_splits: int = 0,
+    max_seqlen_q: int | None = None,
+    plan: AttentionPlan | None = None,
     backend: str | None = None,
 ) -> Any:
     """Attend as `variable_block_attention` to tokens of which some are stored as int8 and some as int4, in one softmax.
@@ -232,7 +246,7 @@ def tiered_attention(
     options = make_options(
         (
             cu_seqlens_q, softmax_scale, causal, window_size, softcap, sinks, alibi_slopes, out, return_lse, num_splits,
-            backend,
+            backend, max_seqlen_q, plan,
         )
     )  # fmt: skip
     return attend(
@@ -245,6 +259,7 @@ def attend(
     q: Any, k_cache: Any, v_cache: Any, block_table: Any, block_starts: Any, seq_lens: Any, options: Options, *,
     has_entries: bool, layout: str = "HND", block_mass: Any = None, tier_caches: TierCaches | None = None,
     hints: Hints = NO_HINTS, before: Callable[[], None] | None = None, memory: tuple[Operand, Operand] | None = None,
+    keep: Callable[[Any], None] | None = None,
 ) -> Any:  # fmt: skip
     """Check the arguments of any attention call, choose a backend and launch; the public calls all come here.
 
@@ -254,11 +269,20 @@ def attend(
         hints: what the host knows.
         before: called once everything is checked and before anything is read or written.
         memory: where keys and values are, if the caches reach beyond it.
+        keep: called with what `Backend.attend` returns.
     """
     (
         cu_seqlens_q, softmax_scale, causal, window_size, softcap, given_sinks, given_slopes, out, return_lse,
-        num_splits, name,
+        num_splits, name, max_seqlen_q, plan,
     ) = options  # fmt: skip
+    if plan is not None:
+        if type(plan) is not AttentionPlan:
+            raise ArgumentError(f"plan: expected one of plan_attention, got {type(plan).__name__}")
+        return plan._attend(
+            attend, q, k_cache, v_cache, (block_table, block_starts, seq_lens, cu_seqlens_q), options,
+            has_entries=has_entries, layout=layout, block_mass=block_mass, tier_caches=tier_caches, hints=hints,
+            before=before, memory=memory,
+        )  # fmt: skip
     backend = BACKENDS[choose_backend(name, is_on_device(q))]
     describe = backend.describe
     window = check_options(softmax_scale, window_size, softcap, num_splits)
@@ -268,9 +292,11 @@ def attend(
     table, starts, lengths, bounds = _describe_tables(
         describe, queries, keys, block_table, block_starts, has_entries, seq_lens, cu_seqlens_q
     )
+    if max_seqlen_q is not None:
+        hints = hints._replace(query_counts=count_queries(max_seqlen_q, queries.shape[0], lengths, bounds))
     sinks = slopes = None
     if given_sinks is not None or given_slopes is not None:
-        sinks, slopes = _describe_per_head(
+        sinks, slopes = describe_per_head(
             describe, given_sinks, given_slopes, queries.shape[1], table.shape[0], backend.name
         )
     tiers = None if tier_caches is None else _describe_tiers(tier_caches, describe, keys.shape[1], queries.shape[2])
@@ -297,7 +323,9 @@ def attend(
         call = call._replace(lse=lse_target)
     if queries.device >= 0:
         hints = hints._replace(from_torch=is_torch(q))
-    backend.attend(call, hints, check=True, before=before)
+    prepared = backend.attend(call, hints, check=True, before=before)
+    if keep is not None:
+        keep(prepared)
     if not is_own or masses is not None:
         mark_written(None if is_own else out, block_mass)
     return (out, lse) if return_lse else out
@@ -345,20 +373,6 @@ def _describe_tables(
     elif num_tokens != batch:
         raise ShapeError(f"q: expected one token per row, {batch}, where cu_seqlens_q is None, got {num_tokens}")
     return table, starts, lengths, bounds
-
-
-def _describe_per_head(
-    describe: _Describe, given_sinks: Any, given_slopes: Any, num_q_heads: int, batch: int, backend: str
-) -> tuple[Operand | None, Operand | None]:
-    """``sinks, alibi_slopes``, checked."""
-    sinks = slopes = None
-    if given_sinks is not None:
-        sinks = describe(given_sinks, "sinks")
-        check_per_head(sinks, "sinks", num_q_heads, infinite=True)
-    if given_slopes is not None:
-        slopes = describe(given_slopes, "alibi_slopes")
-        check_slopes(slopes, num_q_heads, batch, backend)
-    return sinks, slopes
 
 
 def _check_written(call: AttentionCall, is_own: bool, memory: tuple[Operand, Operand] | None) -> None:

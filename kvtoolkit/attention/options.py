@@ -21,6 +21,8 @@ class Options(NamedTuple):
     return_lse: Any = False
     num_splits: int = 0
     backend: str | None = None
+    max_seqlen_q: int | None = None
+    plan: Any = None
 
 
 make_options: Callable[[tuple[Any, ...]], Options] = functools.partial(tuple.__new__, Options)

@@ -1,5 +1,19 @@
 """The former place of `kvtoolkit.integrations.flash_attn`."""
 
-from kvtoolkit.integrations.flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from kvtoolkit.integrations.flash_attn import (
+    StepPlan,
+    flash_attn_func,
+    flash_attn_varlen_func,
+    flash_attn_with_kvcache,
+    get_scheduler_metadata,
+    plan_for_step,
+)
 
-__all__ = ["flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache"]
+__all__ = [
+    "StepPlan",
+    "flash_attn_func",
+    "flash_attn_varlen_func",
+    "flash_attn_with_kvcache",
+    "get_scheduler_metadata",
+    "plan_for_step",
+]

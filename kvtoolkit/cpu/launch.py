@@ -130,7 +130,7 @@ def _tier_fields(tiers: QuantizedTiers) -> tuple[int, ...]:
 
 def attend_prepared(
     prepared: Attention, q: int, k_cache: int, v_cache: int, out: int, *, warm: int = 0, cold: int = 0,
-    block_mass: int = 0, overlaps: bool = False,
+    block_mass: int = 0, overlaps: bool = False, from_torch: Any = None,
 ) -> None:  # fmt: skip
     """Attend once more where only the addresses of these arrays differ, not their shapes, strides or dtypes.
 
@@ -139,7 +139,7 @@ def attend_prepared(
             these in common. The arrays that `attend` was given must still be alive.
         warm: 0 where it had no such tier; ``cold`` too.
         block_mass: 0 where it had none or where it is not wanted now.
-        overlaps: ignored.
+        overlaps: ignored; ``from_torch`` too.
     """
     problem = prepared.problem.copy()  # a thread that woke late may still look at the one before
     problem[fields.Q] = q

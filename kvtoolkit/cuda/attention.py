@@ -64,6 +64,8 @@ def attend(call: AttentionCall, hints: Hints = NO_HINTS, *, stream: int = 0) -> 
         if call.block_mass is not None:
             _clear(call.block_mass, stream)
         return Attention(call.q.device, None, None, None, None)
+    if hints.query_counts == (1, 1) and call.cu_seqlens_q is not None:
+        call = call._replace(cu_seqlens_q=None)  # row b asks q[b]
     route = choose_route(call, hints.query_counts)
     if shared.suits(call, hints):
         words = prompt.maps_of(call).words(call.q.address, call.k_cache.address, call.v_cache.address)

@@ -4,8 +4,9 @@ import os
 
 import numpy as np
 
-from kvtoolkit.arrays.call import AttentionCall, QuantizedTiers
+from kvtoolkit.arrays.call import AttentionCall, Hints, QuantizedTiers, check_hints
 from kvtoolkit.arrays.host import Operand
+from kvtoolkit.arrays.types import Int32Array
 from kvtoolkit.cuda import specs
 from kvtoolkit.cuda.launching import Launch, load_spec
 from kvtoolkit.findings import Finding, raise_finding
@@ -41,6 +42,26 @@ def check_tables(call: AttentionCall, stream: int) -> None:
             num_blocks=num_blocks,
             max_entries=max_entries,
         )
+
+
+def check_hints_on_device(call: AttentionCall, hints: Hints, stream: int) -> None:
+    """ShapeError if a row is longer than the hints say; synchronizes. Does nothing during a capture."""
+    if (hints.query_counts is None and hints.max_seq_len is None) or is_capturing(stream):
+        return
+    bounds = call.cu_seqlens_q
+    check_hints(hints, _to_host(call.seq_lens, stream), None if bounds is None else _to_host(bounds, stream))
+
+
+def _to_host(array: Operand, stream: int) -> Int32Array:
+    """A copy of a contiguous int32 vector."""
+    import cupy
+
+    copy = np.empty(array.shape, np.int32)
+    if copy.size:
+        runtime = cupy.cuda.runtime
+        runtime.memcpyAsync(copy.ctypes.data, array.address, copy.nbytes, runtime.memcpyDeviceToHost, stream)
+        runtime.streamSynchronize(stream)
+    return copy
 
 
 def check_slots(slot_mapping: Operand, block_size: int, num_blocks: int, stream: int) -> None:

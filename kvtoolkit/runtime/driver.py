@@ -29,6 +29,7 @@ _dependent_address = address_of(_dependent)
 def library() -> Any:
     library = ctypes.CDLL("libcuda.so.1")
     library.cuLaunchKernelEx.argtypes = [ctypes.c_void_p] * 4
+    library.cuStreamGetCaptureInfo_v2.argtypes = [ctypes.c_void_p] * 6
     library.cuGetErrorString.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)]
     return library
 

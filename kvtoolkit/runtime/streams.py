@@ -1,10 +1,14 @@
 """The stream that a call runs on: the caller's current one, read at every call because graph capture changes it."""
 
 import contextlib
+import ctypes
 import functools
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from kvtoolkit.errors import DeviceError
+from kvtoolkit.runtime.driver import library
 
 
 def current_stream(device: int, from_torch: bool | None = None) -> int:
@@ -42,6 +46,17 @@ def is_capturing(stream: int) -> bool:
 
     status: Any = cupy.cuda.runtime.streamIsCapturing(stream)
     return bool(status)
+
+
+def capture_id(stream: int) -> int:
+    """A number of the capture that a stream is in, another one for every capture; 0 = none."""
+    if stream == 0:
+        return 0
+    status, number = ctypes.c_int(), ctypes.c_uint64()
+    failure = library().cuStreamGetCaptureInfo_v2(stream, ctypes.byref(status), ctypes.byref(number), None, None, None)
+    if failure:
+        raise DeviceError(f"cuStreamGetCaptureInfo: expected the state of stream {stream:#x}, got error {failure}")
+    return number.value if status.value else 0
 
 
 class _Foreign:

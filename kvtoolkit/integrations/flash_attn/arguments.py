@@ -1,7 +1,6 @@
 """What callers of flash-attn pass: checked before anything is launched, and refused under the caller's own names."""
 
 import contextlib
-import operator
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -84,17 +83,6 @@ def indices(name: str, tensor: Any, shape: tuple[int | None, ...], device: torch
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ShapeError(f"{name}: expected [{wanted}] int32, got {tuple(tensor.shape)} {tensor.dtype}")
     return rows_of(tensor)
-
-
-def count(name: str, value: Any) -> int:
-    """A number of tokens as an int."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = -1
-    if not 0 <= number < 1 << 31:
-        raise ShapeError(f"{name}: expected a number of tokens, got {value!r}")
-    return number
 
 
 def refuse_dropout(dropout_p: Any) -> None:

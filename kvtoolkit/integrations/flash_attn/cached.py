@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from kvtoolkit.attention.arguments import count
 from kvtoolkit.attention.calls import append
 from kvtoolkit.attention.options import Options
 from kvtoolkit.errors import ShapeError, UnsupportedError
@@ -14,7 +15,6 @@ from kvtoolkit.integrations.flash_attn.arguments import (
     are_readable,
     check_range,
     check_tensor,
-    count,
     indices,
     is_local,
     one_of,
@@ -22,7 +22,8 @@ from kvtoolkit.integrations.flash_attn.arguments import (
     rows_of,
 )
 from kvtoolkit.integrations.flash_attn.caches import Blocks, after_padding, cache_blocks, new_slots
-from kvtoolkit.integrations.flash_attn.run import check_width, flat, packed_queries, run, shaped
+from kvtoolkit.integrations.flash_attn.run import check_width, flat, packed_queries, run, shaped, worked_out
+from kvtoolkit.integrations.flash_attn.step_plan import StepPlan
 
 
 class CacheArguments(NamedTuple):
@@ -48,23 +49,26 @@ class RotationArguments(NamedTuple):
 
 def attend_to_cache(
     q: Any, k: Any, v: Any, cache: CacheArguments, rotation: RotationArguments, cu_seqlens_q: Any, max_seqlen_q: Any,
-    make_options: Callable[[int, torch.device], Options], out: Any,
+    make_options: Callable[[int, torch.device], Options], out: Any, step: StepPlan | None,
 ) -> Any:  # fmt: skip
     """Append ``k`` and ``v``, if there are any, and attend; arguments as in `flash_attn_with_kvcache`.
 
     Args:
         make_options: gives the options for a batch size and a device.
+        step: what the calls of a step share.
     """
     check_tensor("q", q, 4 if cu_seqlens_q is None else 3)
     device = q.device
     for name, states in (("k_cache", cache.k_cache), ("v_cache", cache.v_cache)):
         check_tensor(name, states, 4, device)
     check_width("v_cache", cache.v_cache, cache.k_cache)
-    batch, bounds, query_counts = _rows_of_queries(q, cu_seqlens_q, max_seqlen_q)
+    if cache.cache_leftpad is not None:
+        step = None  # tables are worked out of the caches' strides
+    batch, bounds, query_counts = _rows_of_queries(q, cu_seqlens_q, max_seqlen_q, step)
     table_name, table = one_of(("block_table", cache.block_table), ("page_table", cache.page_table))
-    blocks = cache_blocks(batch, cache.k_cache, cache.v_cache, table_name, table, cache.cache_batch_idx)
+    blocks = cache_blocks(batch, cache.k_cache, cache.v_cache, table_name, table, cache.cache_batch_idx, step)
     num_new = _check_new(k, v, cache.cache_seqlens, blocks, batch, q)
-    held = _held_lengths(cache.cache_seqlens, blocks, num_new, batch, device)
+    held = _held_lengths(cache.cache_seqlens, blocks, num_new, batch, device, step)
     if cache.cache_batch_idx is not None and are_readable(blocks.table):
         in_use = torch.where(held + num_new > 0, blocks.table[:, 0], 0)  # of a padding row nothing is read
         check_range("cache_batch_idx", in_use, 0, len(cache.k_cache) - 1, "the sequences of k_cache")
@@ -80,10 +84,10 @@ def attend_to_cache(
             places = _Places(held, bounds, query_counts[1], is_spread)
             queries, k = _rotate(queries, k, rotation, places, blocks.capacity)
         write = None if k is None else _writer(k, v, cache, blocks, _positions(held, num_new), table_name)
-        lengths = held + num_new if num_new else held
+        lengths = worked_out(step, ("add", num_new), (held,), device, lambda: held + num_new) if num_new else held
         if cache.cache_leftpad is not None:
             blocks, lengths = _skip_padding(cache.cache_leftpad, blocks, lengths, table_name, table is not None)
-        result, lse = run(queries, blocks, lengths, bounds, query_counts, flat(out, q), options, write)
+        result, lse = run(queries, blocks, lengths, bounds, query_counts, flat(out, q), options, write, step=step)
     result = shaped(result, q, out)
     if not options.return_lse:
         return result
@@ -91,16 +95,21 @@ def attend_to_cache(
 
 
 def _rows_of_queries(
-    q: torch.Tensor, cu_seqlens_q: Any, max_seqlen_q: Any
+    q: torch.Tensor, cu_seqlens_q: Any, max_seqlen_q: Any, step: StepPlan | None
 ) -> tuple[int, torch.Tensor | None, tuple[int, int]]:
     """The batch size, ``cu_seqlens_q`` (None = one query per row), and the fewest and most queries of a row."""
     if cu_seqlens_q is not None:
-        bounds, query_counts = packed_queries(q, cu_seqlens_q, max_seqlen_q)
-        return len(bounds) - 1, bounds, query_counts
+        given, query_counts = packed_queries(q, cu_seqlens_q, max_seqlen_q)
+        return len(given) - 1, given, query_counts
     batch, seqlen_q = q.shape[:2]
     if seqlen_q == 1:
         return batch, None, (1, 1)
-    return batch, torch.arange(batch + 1, dtype=torch.int32, device=q.device) * seqlen_q, (seqlen_q, seqlen_q)
+
+    def bounds() -> torch.Tensor:
+        return torch.arange(batch + 1, dtype=torch.int32, device=q.device) * seqlen_q
+
+    what = ("bounds", batch, seqlen_q)
+    return batch, worked_out(step, what, (), q.device, bounds), (seqlen_q, seqlen_q)
 
 
 def _writer(
@@ -147,7 +156,9 @@ def _check_new(k: Any, v: Any, cache_seqlens: Any, blocks: Blocks, batch: int, q
     return int(k.shape[1])
 
 
-def _held_lengths(cache_seqlens: Any, blocks: Blocks, num_new: int, batch: int, device: torch.device) -> torch.Tensor:
+def _held_lengths(
+    cache_seqlens: Any, blocks: Blocks, num_new: int, batch: int, device: torch.device, step: StepPlan | None
+) -> torch.Tensor:
     """``[batch]`` int32 tokens that the cache holds."""
     room, reason = blocks.capacity - num_new, "the room that a row has"
     if num_new:
@@ -159,7 +170,11 @@ def _held_lengths(cache_seqlens: Any, blocks: Blocks, num_new: int, batch: int, 
     length = blocks.capacity if cache_seqlens is None else count("cache_seqlens", cache_seqlens)
     if length > room:
         raise ShapeError(f"cache_seqlens: expected up to {room}, {reason}, got {length}")
-    return torch.full((batch,), length, dtype=torch.int32, device=device)
+
+    def full() -> torch.Tensor:
+        return torch.full((batch,), length, dtype=torch.int32, device=device)
+
+    return worked_out(step, ("full", batch, length), (), device, full)
 
 
 class _Places(NamedTuple):

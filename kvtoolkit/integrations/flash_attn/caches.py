@@ -9,6 +9,7 @@ from kvtoolkit.cpu import Operand, operand
 from kvtoolkit.cuda import device_operand
 from kvtoolkit.errors import ShapeError, UnsupportedError
 from kvtoolkit.integrations.flash_attn.arguments import indices
+from kvtoolkit.integrations.flash_attn.step_plan import StepPlan
 
 _MOST_BLOCKS = 2**31 - 1  # block ids are int32
 
@@ -27,8 +28,9 @@ class Blocks(NamedTuple):
 
 
 def cache_blocks(
-    batch: int, k_cache: torch.Tensor, v_cache: torch.Tensor, name: str, block_table: Any, cache_batch_idx: Any
-) -> Blocks:
+    batch: int, k_cache: torch.Tensor, v_cache: torch.Tensor, name: str, block_table: Any, cache_batch_idx: Any,
+    step: StepPlan | None,
+) -> Blocks:  # fmt: skip
     """The blocks of a cache; without a table, every sequence of the cache is a block. ``name`` is the table's."""
     if block_table is not None:
         if cache_batch_idx is not None:
@@ -39,7 +41,11 @@ def cache_blocks(
     else:
         if batch > k_cache.shape[0]:
             raise ShapeError(f"q: expected a batch of up to {k_cache.shape[0]}, the sequences of k_cache, got {batch}")
-        table = torch.arange(batch, dtype=torch.int32, device=k_cache.device).unsqueeze(1)
+
+        def rows() -> torch.Tensor:
+            return torch.arange(batch, dtype=torch.int32, device=k_cache.device).unsqueeze(1)
+
+        table = rows() if step is None else step.once(("rows", batch), (), k_cache.device, rows)
     return Blocks(k_cache, v_cache, table, table.shape[1] * k_cache.shape[1])
 
 

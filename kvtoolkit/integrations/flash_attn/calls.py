@@ -10,6 +10,9 @@ captured in a CUDA graph once they have run on its stream.
 The last axis of caches must be contiguous. Everything else is copied where its last axis is not: ``q``, new or packed
 ``k`` and ``v``, and index arrays, which are small beside a cache.
 
+A call plans its work on the device, in a kernel or two of its own, because it cannot know that the lengths are those of
+the call before. Callers who know that share plans: `plan_for_step`, or `get_scheduler_metadata` of FlashAttention-3.
+
 Differences from flash-attn: a query that sees no key has log-sum-exp -inf, not +inf; no gradient is recorded; dropout,
 FP8 scales, ``qv``, chunked attention, values of another width than keys, and, on a GPU, ALiBi slopes of every row's own
 raise UnsupportedError. On a GPU nobody looks at what index tensors hold, unless ``KVTOOLKIT_CHECK=1`` is set.
@@ -23,14 +26,13 @@ from typing import Any
 
 import torch
 
-from kvtoolkit.attention.arguments import check_flags
+from kvtoolkit.attention.arguments import check_flags, count
 from kvtoolkit.errors import ShapeError
 from kvtoolkit.integrations.flash_attn.arguments import (
     are_readable,
     check_cumulative,
     check_range,
     check_tensor,
-    count,
     indices,
     none_if_zero,
     one_of,
@@ -41,10 +43,31 @@ from kvtoolkit.integrations.flash_attn.arguments import (
 )
 from kvtoolkit.integrations.flash_attn.cached import CacheArguments, RotationArguments, attend_to_cache
 from kvtoolkit.integrations.flash_attn.caches import Blocks, batched_blocks, packed_blocks
-from kvtoolkit.integrations.flash_attn.run import check_width, common_options, flat, packed_queries, run, shaped
+from kvtoolkit.integrations.flash_attn.run import (
+    check_width,
+    common_options,
+    flat,
+    packed_queries,
+    run,
+    shaped,
+    worked_out,
+)
+from kvtoolkit.integrations.flash_attn.step_plan import (
+    StepPlan,
+    get_scheduler_metadata,
+    plan_for_step,
+    step_plan_of,
+)
 from kvtoolkit.untraced import untraced
 
-__all__ = ["flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache"]
+__all__ = [
+    "StepPlan",
+    "flash_attn_func",
+    "flash_attn_varlen_func",
+    "flash_attn_with_kvcache",
+    "get_scheduler_metadata",
+    "plan_for_step",
+]
 
 _NO_FP8 = "FP8 keys and values are not supported"
 _NO_QV = "queries on values (MLA) need a kernel of their own"
@@ -103,7 +126,9 @@ def flash_attn_with_kvcache(
         rotary_seqlens: ``[batch]`` int32, the position of the first new token for the rotation, instead of
             ``cache_seqlens``.
         cu_seqlens_k_new, qv, q_descale, k_descale, v_descale, attention_chunk: not supported.
-        scheduler_metadata, pack_gqa, sm_margin, fa_version: hints to other kernels, ignored.
+        scheduler_metadata: what `get_scheduler_metadata` returned, or a `StepPlan`, to share its plan; anything else is
+            ignored.
+        pack_gqa, sm_margin, fa_version: hints to other kernels, ignored.
 
     Returns:
         ``out`` shaped and typed as ``q``; with ``return_softmax_lse`` also ``lse`` float32, natural log:
@@ -113,6 +138,7 @@ def flash_attn_with_kvcache(
         ShapeError: a shape, dtype, device or stride is not as above; on the CPU also a length or a block id. Nothing
             was written.
         UnsupportedError: an argument that is not supported, or no kernel for this head_dim, dtype or device.
+        ArgumentError: ``scheduler_metadata`` is for other tensors.
     """
     refuse(_NO_QV, qv=qv)
     refuse(_NO_FP8, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
@@ -126,7 +152,8 @@ def flash_attn_with_kvcache(
         k_cache, v_cache, block_table, page_table, cache_batch_idx, cache_leftpad, cache_seqlens
     )  # fmt: skip
     rotation = RotationArguments(rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved)
-    return attend_to_cache(q, k, v, cache, rotation, cu_seqlens_q, max_seqlen_q, options, out)
+    step = step_plan_of(scheduler_metadata, ("cache_seqlens", cache_seqlens), cu_seqlens_q)
+    return attend_to_cache(q, k, v, cache, rotation, cu_seqlens_q, max_seqlen_q, options, out, step)
 
 
 @untraced
@@ -155,7 +182,7 @@ def flash_attn_varlen_func(
         cu_seqlens_k: ``[batch + 1]`` int32, sums of the sequences' lengths; with a block table ``seqused_k`` may be
             given instead.
         max_seqlen_q: most query tokens of a row.
-        max_seqlen_k: most keys of a row; with a block table it may be None.
+        max_seqlen_k: most keys of a row; with a block table it may be None. On a GPU both save work, and are trusted.
         dropout_p: 0.
         deterministic: ignored; no gradient is recorded.
         return_attn_probs: return what flash-attn returns without dropout: the log-sum-exp, and no probabilities.
@@ -186,8 +213,10 @@ def flash_attn_varlen_func(
         raise ShapeError("cu_seqlens_q, cu_seqlens_k: expected both of them, or seqused_k for the latter, got None")
     bounds, query_counts = packed_queries(q, cu_seqlens_q, max_seqlen_q)
     name, table = one_of(("block_table", block_table), ("page_table", page_table))
+    step = step_plan_of(scheduler_metadata, ("seqused_k", seqused_k), cu_seqlens_q)
+    longest = None if max_seqlen_k is None else count("max_seqlen_k", max_seqlen_k)
     blocks, lengths, length_name = _rows_of_keys(
-        k, v, len(bounds) - 1, q.device, (name, table), cu_seqlens_k, seqused_k, max_seqlen_k
+        k, v, len(bounds) - 1, q.device, (name, table), cu_seqlens_k, seqused_k, longest, step
     )
     names = {"seq_lens": length_name, "k_cache": "k", "v_cache": "v", "sinks": "s_aux", "block_table": name}
     with renamed(names):
@@ -195,7 +224,9 @@ def flash_attn_varlen_func(
             softmax_scale, causal, window_size, softcap, num_splits, alibi_slopes, s_aux,
             return_attn_probs or return_softmax_lse, len(bounds) - 1, q.device,
         )  # fmt: skip
-        result, lse = run(q, blocks, lengths, bounds, query_counts, out, options)
+        result, lse = run(
+            q, blocks, lengths, bounds, query_counts, out, options, max_seqlen_k=longest, step=step
+        )  # fmt: skip
     if return_attn_probs:
         return result, lse.t().contiguous(), q.new_empty(0)
     return (result, lse.t().contiguous()) if return_softmax_lse else result
@@ -203,7 +234,7 @@ def flash_attn_varlen_func(
 
 def _rows_of_keys(
     k: Any, v: Any, batch: int, device: torch.device, named_table: tuple[str, Any], cu_seqlens_k: Any, seqused_k: Any,
-    max_seqlen_k: Any,
+    longest: int | None, step: StepPlan | None,
 ) -> tuple[Blocks, torch.Tensor, str]:  # fmt: skip
     """The keys and values of packed or paged rows, how many of them each row uses, and the parameter that says so."""
     name, table = named_table
@@ -218,7 +249,7 @@ def _rows_of_keys(
     else:
         if begins is None:
             raise ShapeError("cu_seqlens_k: expected where each row's keys begin, since k is packed, got None")
-        longest = count("max_seqlen_k", max_seqlen_k)
+        longest = count("max_seqlen_k", longest)
         check_cumulative("cu_seqlens_k", begins, k.shape[0], longest, "max_seqlen_k")
         blocks = packed_blocks(rows_of(k), rows_of(v), begins[:-1], longest)
         if used is not None and are_readable(used):
@@ -226,9 +257,11 @@ def _rows_of_keys(
     length_name, lengths = "seqused_k", used
     if lengths is None:
         assert begins is not None
-        length_name, lengths = "cu_seqlens_k", begins.diff()
+        length_name, lengths = "cu_seqlens_k", worked_out(step, ("diff",), (begins,), device, begins.diff)
     if table is not None:
         check_range(length_name, lengths, 0, blocks.capacity, f"the keys that {name} has room for")
+        if longest is not None:
+            check_range(length_name, lengths, 0, longest, "max_seqlen_k")
     return blocks, lengths, length_name
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from kvtoolkit.arrays.call import Hints
+from kvtoolkit.attention.arguments import count
 from kvtoolkit.attention.calls import attend
 from kvtoolkit.attention.options import Options
 from kvtoolkit.errors import ShapeError, UnsupportedError
@@ -13,7 +14,6 @@ from kvtoolkit.integrations.flash_attn.arguments import (
     are_readable,
     check_cumulative,
     check_tensor,
-    count,
     indices,
     rows_of,
     sinks,
@@ -21,6 +21,7 @@ from kvtoolkit.integrations.flash_attn.arguments import (
     window_of,
 )
 from kvtoolkit.integrations.flash_attn.caches import Blocks
+from kvtoolkit.integrations.flash_attn.step_plan import StepPlan
 
 
 def common_options(
@@ -38,7 +39,7 @@ def common_options(
 def run(
     q: torch.Tensor, blocks: Blocks, lengths: torch.Tensor, bounds: torch.Tensor | None,
     query_counts: tuple[int, int], out: torch.Tensor | None, options: Options,
-    write: Callable[[], None] | None = None,
+    write: Callable[[], None] | None = None, *, max_seqlen_k: int | None = None, step: StepPlan | None = None,
 ) -> tuple[Any, Any]:  # fmt: skip
     """Attend to blocks; returns ``(out, lse)``, lse None if it is not wanted.
 
@@ -47,6 +48,8 @@ def run(
             ignore the rest; where the host can read ``bounds``, it is cut off.
         options: with neither ``cu_seqlens_q`` nor ``out``.
         write: called after all checks and before attention.
+        max_seqlen_k: no row has more keys, as far as the caller knows.
+        step: what the calls of a step share; None = this call is planned by itself.
     """
     q, total = rows_of(q), q.shape[0]
     used = total
@@ -58,9 +61,11 @@ def run(
             raise ShapeError(f"out: expected as q, {tuple(q.shape)} {q.dtype}, got {tuple(out.shape)} {out.dtype}")
         out = torch.zeros_like(q) if out is None else out
         q, target = q[:used], out[:used]
+    if step is not None:
+        options = options._replace(plan=step.plan(blocks.table, lengths, bounds))
     result = attend(
         q, blocks.keys, blocks.values, blocks.table, None, lengths, options._replace(cu_seqlens_q=bounds, out=target),
-        has_entries=False, layout="NHD", hints=Hints(query_counts), before=write, memory=blocks.memory,
+        has_entries=False, layout="NHD", hints=Hints(query_counts, max_seqlen_k), before=write, memory=blocks.memory,
     )  # fmt: skip
     result, lse = result if options.return_lse else (result, None)
     if used == total:
@@ -68,6 +73,15 @@ def run(
     if lse is not None:
         lse = torch.cat((lse, lse.new_full((total - used, lse.shape[1]), -torch.inf)))
     return out, lse
+
+
+def worked_out(
+    step: StepPlan | None, what: tuple[Any, ...], sources: tuple[torch.Tensor, ...], device: torch.device,
+    make: Callable[[], torch.Tensor],
+) -> torch.Tensor:  # fmt: skip
+    """An index tensor that follows from others, ``sources``: made once a step if there is one, because plans need it
+    at one address."""
+    return make() if step is None else step.once(what, sources, device, make)
 
 
 def packed_queries(q: torch.Tensor, cu_seqlens_q: Any, max_seqlen_q: Any) -> tuple[torch.Tensor, tuple[int, int]]:

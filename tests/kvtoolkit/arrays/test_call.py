@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
-from kvtoolkit.arrays.call import AttentionCall, attention_call, heads_first
-from kvtoolkit.arrays.host import operand
+from kvtoolkit.arrays.call import AttentionCall, Hints, attention_call, check_hints, heads_first
+from kvtoolkit.arrays.host import Operand, operand
+from kvtoolkit.attention.arguments import count_queries
+from kvtoolkit.errors import ShapeError
 
 Q = operand(np.zeros((3, 8, 64), np.float32), "q")
 HND = operand(np.zeros((5, 2, 16, 64), np.float32), "cache")
@@ -48,3 +50,22 @@ def test_every_field_has_its_own_place():
         assert getattr(call, name) is array
     assert (call.q, call.k_cache, call.v_cache, call.block_table) == (Q, HND, NHD, TABLE)
     assert (call.block_starts, call.seq_lens, call.softcap, call.num_splits) == (LENGTHS, Q, 3.0, 5)
+
+
+@pytest.mark.parametrize(
+    ("most", "num_tokens", "batch", "counts"),
+    [(1, 4, 4, (1, 1)), (3, 9, 3, (3, 3)), (3, 11, 4, (2, 3)), (4, 4, 4, (0, 4)), (9, 5, 1, (5, 5)), (2, 0, 3, (0, 0))],
+)
+def test_the_fewest_queries_of_a_row_are_what_the_others_cannot_hold(most, num_tokens, batch, counts):
+    lengths = Operand(64, (batch,), (1,), "int32", None, True, 0)
+    assert count_queries(most, num_tokens, lengths, None) == counts
+
+
+def test_hints_that_rows_contradict_are_refused():
+    lengths, bounds = np.array([5, 9], np.int32), np.array([0, 1, 5], np.int32)
+    check_hints(Hints((0, 4), 9), lengths, bounds)
+    check_hints(Hints((0, 3)), lengths, None)
+    with pytest.raises(ShapeError, match="max_seqlen_q: expected at least 4, the longest row by cu_seqlens_q, got 3"):
+        check_hints(Hints((0, 3)), lengths, bounds)
+    with pytest.raises(ShapeError, match="max_seqlen_k: expected at least 9, the longest of seq_lens, got 8"):
+        check_hints(Hints(None, 8), lengths, bounds)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from kvtoolkit import CacheConfig, KVCache, TierCaches
+from kvtoolkit import CacheConfig, KVCache, TierCaches, plan_attention
 from kvtoolkit.attention.calls import append, merge_states, paged_attention, tiered_attention, variable_block_attention
 from kvtoolkit.cpu import copy_granules
 from kvtoolkit.formats.quantized import INT4, INT8
@@ -38,7 +38,8 @@ def _options(case: Case) -> Arguments:
     return {
         "seq_lens": case.lengths, "cu_seqlens_q": case.cu_seqlens_q, "softmax_scale": 0.5, "causal": True,
         "window_size": (30, 0), "softcap": 5.0, "sinks": heads, "alibi_slopes": heads, "out": np.zeros_like(case.q),
-        "return_lse": True, "num_splits": 2, "backend": "cpu",
+        "return_lse": True, "num_splits": 2, "max_seqlen_q": 4,
+        "backend": "cpu",
     }  # fmt: skip
 
 
@@ -47,6 +48,22 @@ def _paged() -> tuple[Arguments, Callable[..., Any]]:
     k_cache, v_cache, block_table = case.paged(8, "NHD")
     arrays = {"q": case.q, "k_cache": k_cache, "v_cache": v_cache, "block_table": block_table}
     return arrays | _options(case) | {"layout": "NHD"}, paged_attention
+
+
+def _planned() -> tuple[Arguments, Callable[..., Any]]:
+    """A layer whose plan is that of the layer before, which was right."""
+    case = Case([20, 9, 0])
+    k_cache, v_cache, block_table = map(np.nan_to_num, case.paged(8, "NHD"))
+
+    def call(block_table: Any, seq_lens: Any, **layer: Any) -> Any:
+        plan = plan_attention(block_table, seq_lens)
+        for one in ({"q": case.q, "k_cache": k_cache, "v_cache": v_cache}, layer):
+            out = paged_attention(block_table=block_table, seq_lens=seq_lens, plan=plan, **one)
+        return out
+
+    arrays = {"q": case.q, "k_cache": k_cache, "v_cache": v_cache, "block_table": block_table, "seq_lens": case.lengths}
+    options = {"window_size": (-1, -1), "softcap": 0.0, "softmax_scale": None, "num_splits": 0, "max_seqlen_q": None}
+    return arrays | options | {"layout": "NHD", "out": np.zeros_like(case.q)}, call
 
 
 def _variable() -> tuple[Arguments, Callable[..., Any]]:
@@ -214,6 +231,7 @@ CALLS = (
     Call("Format.encode, Format.decode", _format),
     Call("KVCache: lives of sequences", _sequences),
     Call("KVCache: ids", _ids),
+    Call("paged_attention with a plan", _planned, ("out",)),
 )
 
 

@@ -84,6 +84,18 @@ def test_ragged_batches(seq_lens: list[int], new: list[int]) -> None:
         case.check(case.variable(), **options)
 
 
+@pytest.mark.parametrize("new", [[4, 0, 8, 1], [1, 1, 1, 1], [5, 5, 5, 5]])
+def test_the_most_queries_of_a_row_change_no_bit(new: list[int]) -> None:
+    case = Case([40, 9, 200, 9], new)
+    arrays = case.variable()
+    good, good_lse = case.run(arrays)
+    for most in (max(new), max(new) + 1, 1000):
+        out, lse = case.run(arrays, max_seqlen_q=most)
+        assert np.array_equal(out, good)
+        assert np.array_equal(lse, good_lse)
+    assert_close(*case.run(arrays, max_seqlen_q=max(new)), *case.expected(arrays), case.dtype)
+
+
 def test_an_empty_batch_gives_an_empty_result() -> None:
     case = Case([])
     out, lse = case.run((*case.paged(8, "HND")[:2], np.zeros((0, 3), np.int32)), "HND")

@@ -99,6 +99,18 @@ def test_a_call_takes_the_kernels_that_its_rows_need(log, call, hints, kernels):
     assert {launch[1] for launch in log} == {7}
 
 
+@pytest.mark.parametrize("counts", [None, (0, 1), (1, 1)])
+def test_bounds_of_a_decode_batch_cost_nothing_where_the_host_knows(log, counts):
+    call = make(batch=16)
+    cuda.attend(call)
+    plain = log[:]
+    log.clear()
+    cuda.attend(call._replace(cu_seqlens_q=array(17, dtype="int32")), Hints(counts))
+    decode = ["kvt_expand", "kvt_plan", "kvt_decode"]
+    assert names(log) == (decode if counts else [*decode, "kvt_prefill"])
+    assert (log == plain) == (counts == (1, 1))
+
+
 def test_masses_are_cleared_where_a_row_may_have_no_query(log):
     call = make(num_queries=2, tiers=True, block_mass=array(4, 16, 2, dtype="float32"))
     cuda.attend(call, Hints((2, 2)))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,8 +19,9 @@ from kvtoolkit.commands.cli import main
 from kvtoolkit.commands.compile import row_of
 from kvtoolkit.cuda import plan, specs
 from kvtoolkit.cuda import schedule as scheduling
+from kvtoolkit.errors import DeviceError
 from kvtoolkit.formats import quantized
-from kvtoolkit.runtime import build, compiler, sources, toolchain
+from kvtoolkit.runtime import build, compiler, sources, streams, toolchain
 
 ROOT = Path(__file__).parents[3]
 
@@ -322,3 +324,18 @@ def test_memory_for_pieces_does_not_depend_on_the_longest_length(is_tiered):
 def test_more_query_rows_than_a_grid_holds_are_refused():
     with pytest.raises(UnsupportedError, match="expected at most 524280 query rows of a kv head .*, got 581632; feed"):
         schedule(1, 71 * 8192, num_heads=71, num_kv_heads=1, tokens=8192)
+
+
+@pytest.mark.parametrize(("status", "expected"), [(0, 0), (1, 41), (2, 41)])
+def test_the_number_of_a_capture_is_what_the_driver_says(monkeypatch, status, expected):
+    def answer(stream, state, number, *others):
+        assert (stream, others) == (0x70000000000, (None, None, None))
+        state._obj.value, number._obj.value = status, 41
+        return 0
+
+    monkeypatch.setattr(streams, "library", lambda: SimpleNamespace(cuStreamGetCaptureInfo_v2=answer))
+    assert streams.capture_id(0x70000000000) == expected
+    assert streams.capture_id(0) == 0, "the legacy stream cannot be captured"
+    monkeypatch.setattr(streams, "library", lambda: SimpleNamespace(cuStreamGetCaptureInfo_v2=lambda *_: 901))
+    with pytest.raises(DeviceError, match="got error 901"):
+        streams.capture_id(0x70000000000)
