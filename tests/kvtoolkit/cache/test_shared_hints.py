@@ -136,8 +136,10 @@ def test_an_order_is_uploaded_once_on_every_stream(device):
     assert {order.address for order in orders} == {orders[0].address}
     device.stream = 2  # which does not wait for the other one
     second = sharing_of(cache, ids).order
-    assert len(cache._upload.orders) == 2
     assert second.address != orders[0].address
+    for device.stream, first in ((1, orders[0]), (2, second)):
+        assert sharing_of(cache, ids).order.address == first.address
+    assert len(cache._upload.orders) == 2
     cache.reorder(ids, np.r_[2, 1:16])
     assert sharing_of(cache, ids).order.address not in (orders[0].address, second.address)
 
