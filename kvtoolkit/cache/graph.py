@@ -5,11 +5,12 @@ from typing import Any, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtoolkit.arrays.call import Hints
+from kvtoolkit.arrays.call import Hints, Sharing
 from kvtoolkit.arrays.types import Array
 from kvtoolkit.attention.options import AttendOptions
 from kvtoolkit.cache.kv_cache import KVCache
 from kvtoolkit.cache.layers.layers import LayerCalls
+from kvtoolkit.cache.state.shared_reads import MAX_ROWS, CommonBeginnings
 from kvtoolkit.cache.step import Step
 from kvtoolkit.cache.storage.upload import DeviceTables, PinnedRing
 from kvtoolkit.errors import StepError, UnsupportedError
@@ -38,6 +39,12 @@ class GraphStep:
         cache: with backend ``"cuda"``.
         batch: number of rows; a step that is loaded may have fewer.
         max_seq_len: tokens of the longest sequence that will be loaded. Default: the cache's limit.
+        shared_reads: whether captured runs look, in every replay, for beginnings that rows have in common, and read
+            them once for all of these rows; `CacheConfig.shared_reads` says what that changes. A graph holds the
+            launches that it was captured with, so the choice is made here, once. It costs some launches a replay, about
+            5 us, whether or not the rows have something in common, and `load` looks for a good order of the rows. So
+            choose it where rows do share a lot: forks, beams, groups of samples of one prompt, a long system prompt.
+            It has no effect with more than 1024 rows, with ``tiers``, and where the cache's configuration says False.
 
     Not thread-safe; use one stream for `load` and the replays.
 
@@ -45,7 +52,9 @@ class GraphStep:
         UnsupportedError: the cache is not on a GPU.
     """
 
-    def __init__(self, cache: KVCache, batch: int, *, max_seq_len: int | None = None) -> None:
+    def __init__(
+        self, cache: KVCache, batch: int, *, max_seq_len: int | None = None, shared_reads: bool = False
+    ) -> None:
         if cache.config.backend != "cuda":
             raise UnsupportedError(f"cache: expected one with backend 'cuda', got {cache.config.backend!r}")
         limit = cache.config.seq_len_limit
@@ -55,6 +64,7 @@ class GraphStep:
             raise StepError(f"batch, max_seq_len: expected at least 1, got {batch} and {max_seq_len}")
         from kvtoolkit.runtime.streams import cupy_on_current_stream
 
+        self._reads = cache._group.shared_reads if shared_reads and batch <= MAX_ROWS else None
         width = min(cache.config.entries_limit, -(-self._max_seq_len // 8))
         with cupy_on_current_stream(cache._arenas.device) as cupy:
             self.tables = DeviceTables(
@@ -64,6 +74,8 @@ class GraphStep:
                 cupy.arange(batch + 1, dtype=np.int32),
                 cupy.full(batch, -1, np.int64),
             )
+            self._order = None if self._reads is None else cupy.arange(batch, dtype=np.int32)
+        self._found: CommonBeginnings | None = None  # whose order is in `_order`
         self._ring = PinnedRing()
         self._width = 0  # of the widest table loaded so far; columns beyond it are empty
         self._run: GraphRun | None = None  # the one that was begun last
@@ -101,14 +113,21 @@ class GraphStep:
         seq_lens[:rows], slots[:rows] = step.seq_lens, step.slot_mapping
         tables = np.full((2, rows, self._width), -1, np.int32)
         tables[0, :, :used], tables[1, :, :used] = step.block_table[:, :used], step.block_starts[:, :used]
+        moves = [
+            (slots, self.tables.slot_mapping), (seq_lens, self.tables.seq_lens),
+            (tables[0], self.tables.block_table), (tables[1], self.tables.block_starts),
+        ]  # fmt: skip
+        found = None if self._reads is None else self._reads.find(step.seq_ids, step._arrays)
+        if found is not None and found is not self._found:
+            order = np.arange(self._batch, dtype=np.int32)
+            order[:rows] = found.order
+            moves.append((order, self._order))
+            self._found = None
         from kvtoolkit.runtime.streams import cupy_on_current_stream
 
         with cupy_on_current_stream(self._cache._arenas.device) as cupy:
-            self._ring.copy(
-                cupy,
-                [(slots, self.tables.slot_mapping), (seq_lens, self.tables.seq_lens),
-                 (tables[0], self.tables.block_table), (tables[1], self.tables.block_starts)],
-            )  # fmt: skip
+            self._ring.copy(cupy, moves)
+        self._found = found
         step._graph_step = self
 
     def begin(self) -> "GraphRun":
@@ -117,7 +136,8 @@ class GraphStep:
         The first layer of the run launches kernels that plan the work of all layers, so these kernels are part of the
         graph in which the run is captured. Earlier runs end.
         """
-        hints = Hints((1, 1), self._max_seq_len, self._kept)
+        sharing = None if self._order is None else Sharing(self._cache._arenas.backend.describe(self._order, "order"))
+        hints = Hints((1, 1), self._max_seq_len, self._kept, sharing)
         calls = LayerCalls(self._cache._arenas, self.tables, hints, is_fixed=True)
         self._run = GraphRun(self, calls, self._batch)
         return self._run

@@ -11,6 +11,7 @@ import numpy as np
 
 from kvtoolkit.attention.calls import merge_states
 from kvtoolkit.cache.kv_cache import KVCache
+from kvtoolkit.cache.state.shared_reads import SharedReads
 from kvtoolkit.config.cache import CacheConfig
 
 Part = tuple[str, Callable[[], None]]
@@ -103,6 +104,9 @@ class _Rehearsal:
         self.feed(ids, [30])
         both = np.concatenate([ids, self.cache.fork(ids, 1).ravel()])
         self.feed(both, [5, 5])
+        if not self.with_kernels:  # on a GPU
+            with self.cache.begin_step(both, 1) as step:
+                SharedReads(self.cache._group.table, 1).find(step.seq_ids, step._arrays)
         self.cache.reorder(both, [1, 1])
         self.cache.truncate(both, [20, 13])
         self.cache.pin(both).abort()

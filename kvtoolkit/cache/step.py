@@ -5,19 +5,23 @@ from typing import TYPE_CHECKING, Any, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtoolkit.arrays.call import Hints
+from kvtoolkit.arrays.call import Hints, Sharing
 from kvtoolkit.arrays.types import Array, Int32Array, Int64Array
 from kvtoolkit.attention.options import AttendOptions
 from kvtoolkit.cache.layers.layers import LayerCalls
 from kvtoolkit.cache.layers.masses import MassSum
+from kvtoolkit.cache.state.shared_reads import MAX_ROWS
 from kvtoolkit.cache.state.step_passes import OK, OUT_OF_BLOCKS, STATUS_NAMES, StepArrays
 from kvtoolkit.cache.storage.upload import DeviceTables
 from kvtoolkit.cache.tiering.rules import DEVICE_PERIOD, MOST_QUERIES
 from kvtoolkit.errors import StepError, UnsupportedError
+from kvtoolkit.runtime import current_stream, is_capturing
 
 if TYPE_CHECKING:
     from kvtoolkit.cache.graph import GraphStep
     from kvtoolkit.cache.kv_cache import KVCache
+
+_IN_PLACE = Sharing()
 
 
 class Step:
@@ -176,9 +180,28 @@ class Step:
             return self._calls
         counts = self.num_new_tokens
         query_counts = (int(counts.min()), int(counts.max())) if len(counts) else (1, 1)
-        hints = Hints(query_counts, int(self.seq_lens.max(initial=0)), {})
+        hints = Hints(query_counts, int(self.seq_lens.max(initial=0)), {}, self._find_sharing())
         self._calls = LayerCalls(arenas, self.on_device, hints, mass=self._mass)
         return self._calls
+
+    def _find_sharing(self) -> Sharing | None:
+        """That rows have enough in common to read it once for all of them; None if they have not."""
+        cache, reads = self._cache, self._cache._group.shared_reads
+        if reads is None or not 1 < len(self.seq_ids) <= MAX_ROWS:
+            return None
+        found = reads.find(self.seq_ids, self._arrays)
+        if not found.pays or found.is_in_place:
+            return _IN_PLACE if found.pays else None
+        # other streams neither wait for this copy nor keep its memory from being used again
+        stream = current_stream(cache._arenas.device)
+        order = found.uploaded.get(stream)
+        if order is None:
+            if is_capturing(stream):
+                return None
+            assert cache._upload is not None
+            order = cache._arenas.backend.describe(cache._upload.one(found.order), "order")
+            found.uploaded[stream] = order
+        return Sharing(order)
 
     def _make_mass(self) -> MassSum | None:
         """Where the masses of this step are summed up; None if it collects none."""

@@ -60,6 +60,12 @@ class CacheConfig:
             twice a sequence's share of the pool, and for ``max_seq_len`` if that is given, in blocks of 64 tokens.
         migrate_budget: most merges in one step, and most tiles of 64 tokens that change their tier in one step while
             memory is not short.
+        shared_reads: whether a decode step on ``backend="cuda"`` may read a beginning that several of its sequences
+            share once for all of them: forks, beams, samples of one prompt, prompts with a cached beginning. It is done
+            only where it saves more memory traffic than it costs. A row's results then may differ in the last place
+            from those of a step in which it shares nothing, because parts of its softmax are merged in 16 bit. False:
+            every row reads its own tokens in every step, and its results do not depend on the other rows. Captured
+            steps choose by themselves, see `GraphStep`. Has no effect with ``tiers`` and on other backends.
         tiers: quantized tiers for older tokens: a table with the fields of `kvtoolkit.config.tiers.TierConfig`.
             Default: all tokens are hot.
         backend: ``cpu``; ``cuda``: memory and kernels on a GPU; ``numba``: memory on a GPU, and the readable kernels.
@@ -82,6 +88,7 @@ class CacheConfig:
     max_seq_len: int | None = None
     max_entries: int | None = None
     migrate_budget: int = 64
+    shared_reads: bool = True
     tiers: Mapping[str, Any] | None = field(default=None, hash=False)
     backend: str = "cpu"
     device: int | None = None
@@ -100,8 +107,9 @@ class CacheConfig:
             raise ConfigError(f"head_dim: expected a multiple of 8, got {self.head_dim}")
         require_one_of("dtype", self.dtype, tuple(DTYPES))
         require_one_of("backend", self.backend, _BACKENDS)
-        if not isinstance(self.prefix_caching, bool):
-            raise ConfigError(f"prefix_caching: expected true or false, got {self.prefix_caching!r}")
+        for name in ("prefix_caching", "shared_reads"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}: expected true or false, got {getattr(self, name)!r}")
         options = self.allocator_options
         if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
             raise ConfigError(f"allocator_options: expected a table with names as keys, got {options!r}")

@@ -201,7 +201,8 @@ class LayerCalls:
         """The hints, without those that a graph which is being captured will outlive."""
         hints, device = self._hints, self._arenas.device
         if device >= 0 and not self._is_fixed and is_capturing(current_stream(device)):
-            return hints._replace(max_seq_len=None)  # the graph will meet longer sequences than now
+            # the graph will meet longer sequences than now, and others that have nothing in common
+            return hints._replace(max_seq_len=None, sharing=None)
         return hints
 
     def _describe_per_head(

@@ -4,7 +4,7 @@ from typing import Any
 
 from allocators._jit import jit
 from kvtoolkit.arrays.types import Int32Array
-from kvtoolkit.cache.state.block_table import NUM_ENTRIES, BlockTable, granule_at, touch
+from kvtoolkit.cache.state.block_table import NUM_ENTRIES, BlockTable, granule_at, touch_private
 from kvtoolkit.cache.state.prefix_index import GranuleState, Nodes, move_granule
 from kvtoolkit.formats.entry import entry_granule, entry_length, pack_entry
 
@@ -66,7 +66,7 @@ def merge_blocks(table: BlockTable, row: int, end: int, target: int, nodes: Node
         table.entries[row, e] = -1
         table.starts[row, e] = -1
     table.info[row, NUM_ENTRIES] = count - removed
-    touch(table, row)
+    touch_private(table, row)
 
 
 @jit
@@ -101,4 +101,4 @@ def relocate(table: BlockTable, row: int, e: int, target: int, nodes: Nodes, gra
     for i in range(entry_length(entry)):
         move_granule(nodes, granules, entry_granule(entry) + i, target + i)
     table.entries[row, e] = pack_entry(target, entry_length(entry), 0)
-    touch(table, row)
+    touch_private(table, row)

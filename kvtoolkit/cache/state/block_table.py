@@ -36,6 +36,8 @@ GENERATION, STATE, LENGTH, CAPACITY, NUM_ENTRIES, STAMP, TAIL_BASE, TAIL_FIRST =
 NAMED, OWNER = range(2)
 # columns of `origin`
 CHAIN_UID, ROOT_OF, FIRST_EXTRA, END_EXTRA = range(4)
+# columns of `clock`
+LAST_STAMP, LAST_MARK, VERSION = range(3)
 # values of STATE
 CLOSED, OPEN, IN_STEP, PREEMPTED, PINNED = range(5)
 STATE_NAMES = ("closed", "open", "in a step", "preempted", "pinned")
@@ -68,7 +70,8 @@ class BlockTable(NamedTuple):
     pending: Int64Array
     """``[max_seqs, 8]`` tokens of the last, partly filled granule."""
     clock: Int64Array
-    """``[2]`` the last stamp given to a changed row; the last mark given to a call."""
+    """``[3]``, columns above: the last stamp given to a changed row; the last mark given to a call; the version of what
+    rows have in common, see `touch`."""
     scanned: Int32Array
     """``[max_seqs]`` full tiles of the row when all its tiles were last found in the right tier; -1 = never."""
     masses: NDArray[np.float32]
@@ -87,7 +90,7 @@ def make_block_table(max_seqs: int, max_entries: int, num_tiles: int = 0) -> Blo
         chain=np.full(max_seqs, ROOT, np.int32),
         origin=np.zeros((max_seqs, 4), np.int64),
         pending=np.zeros((max_seqs, 8), np.int64),
-        clock=np.zeros(2, np.int64),
+        clock=np.zeros(3, np.int64),
         scanned=np.full(max_seqs, -1, np.int32),
         masses=np.zeros((max_seqs, num_tiles), np.float32),
         bar=np.zeros((max_seqs, 2), np.float64),
@@ -100,8 +103,8 @@ def check_ids(table: BlockTable, ids: Int64Array, states: int, out: Int32Array) 
 
     Bit ``s`` of ``states`` says whether rows in state ``s`` are accepted.
     """
-    table.clock[1] += 1
-    mark = table.clock[1]
+    table.clock[LAST_MARK] += 1
+    mark = table.clock[LAST_MARK]
     for i in range(len(ids)):
         row = ids[i] & ((1 << ID_BITS) - 1)
         if ids[i] < 0 or row >= len(table.info) or table.info[row, GENERATION] != ids[i] >> ID_BITS:
@@ -130,7 +133,7 @@ def attach(table: BlockTable, granules: GranuleState, row: int, starts: Int32Arr
         count = _append_run(table, row, count, capacity, starts[k], sizes[k], tier)
         capacity += sizes[k]
     table.info[row, NUM_ENTRIES], table.info[row, CAPACITY] = count, capacity
-    touch(table, row)
+    touch_private(table, row)
     return True
 
 
@@ -169,9 +172,20 @@ def _append_run(table: BlockTable, row: int, count: int, capacity: int, start: i
 
 @jit
 def touch(table: BlockTable, row: int) -> None:
-    """Give a row whose entries have changed a new stamp, and update its tail."""
-    table.clock[0] += 1
-    table.info[row, STAMP] = table.clock[0]
+    """Give a row whose entries have changed a new stamp, update its tail, and advance the version.
+
+    While the version stays, the same rows have the same beginnings in common; `kvtoolkit.cache.state.shared_reads`
+    relies on it.
+    """
+    table.clock[VERSION] += 1
+    touch_private(table, row)
+
+
+@jit
+def touch_private(table: BlockTable, row: int) -> None:
+    """`touch` where only granules were added, moved or let go that no other row holds: the version stays."""
+    table.clock[LAST_STAMP] += 1
+    table.info[row, STAMP] = table.clock[LAST_STAMP]
     last = table.info[row, NUM_ENTRIES] - 1
     if last < 0:
         table.info[row, TAIL_FIRST] = table.info[row, TAIL_BASE] = 0
@@ -266,12 +280,13 @@ def attach_prefix(
 @jit
 def shrink(table: BlockTable, row: int, keep: int, holdings: Holdings, num_freed: int) -> Any:
     """Let go of a row's granules from ``keep`` on, last first; returns the new length of ``freed``."""
-    count = table.info[row, NUM_ENTRIES]
+    count, was_shared = table.info[row, NUM_ENTRIES], False
     while count > 0 and table.info[row, CAPACITY] > keep:
         entry, first = table.entries[row, count - 1], table.starts[row, count - 1]
         stay = max(0, keep - first)
         for i in range(entry_length(entry) - 1, stay - 1, -1):
             num_freed = decref(holdings, entry_granule(entry) + i, num_freed)
+            was_shared = was_shared or holdings.granules.refs[entry_granule(entry) + i] > 0
         if stay > 0:
             table.entries[row, count - 1] = pack_entry(entry_granule(entry), stay, entry_tier(entry))
             table.info[row, CAPACITY] = first + stay
@@ -281,7 +296,10 @@ def shrink(table: BlockTable, row: int, keep: int, holdings: Holdings, num_freed
             table.starts[row, count] = -1
             table.info[row, CAPACITY] = first
     table.info[row, NUM_ENTRIES] = count
-    touch(table, row)
+    if was_shared:
+        touch(table, row)
+    else:
+        touch_private(table, row)
     return num_freed
 
 
@@ -326,8 +344,8 @@ def preempt_rows(table: BlockTable, batch: Int32Array, forgets: bool, holdings: 
 @jit
 def pin(table: BlockTable, which: Int32Array) -> Any:
     """Let a lease hold rows; returns the mark of the lease."""
-    table.clock[1] += 1
+    table.clock[LAST_MARK] += 1
     for row in which:
         table.info[row, STATE] = PINNED
-        table.marks[row, OWNER] = table.clock[1]
-    return table.clock[1]
+        table.marks[row, OWNER] = table.clock[LAST_MARK]
+    return table.clock[LAST_MARK]

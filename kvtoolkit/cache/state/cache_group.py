@@ -7,6 +7,7 @@ from kvtoolkit.arrays.types import Int32Array
 from kvtoolkit.cache.state import block_merging, block_table
 from kvtoolkit.cache.state.block_manager import BlockManager, Counters, Runs
 from kvtoolkit.cache.state.host_copies import HostCopies
+from kvtoolkit.cache.state.shared_reads import make_shared_reads
 from kvtoolkit.cache.storage.storage import make_storage
 from kvtoolkit.config.cache import CacheConfig
 
@@ -22,6 +23,7 @@ class CacheGroup:
         blocks: the allocators of all tiers, the growth policy, and what is known of each granule.
         table: a row for each sequence.
         copies: what is kept in host memory for preempted sequences.
+        shared_reads: finds what the rows of a step have in common; None if that is never used.
         compacted: ``[2]`` int64 row and logical granule at which compaction goes on.
     """
 
@@ -33,6 +35,7 @@ class CacheGroup:
         self.collects_mass = config.tier_config is not None and config.tier_config.demote == "mass"
         num_tiles = -(-config.seq_len_limit // 64) if self.collects_mass else 0
         self.table = block_table.make_block_table(config.max_seqs, config.entries_limit, num_tiles)
+        self.shared_reads = make_shared_reads(config, self.table)
         self.copies = HostCopies(self.storage, self.blocks.granules)
         self.compacted = np.zeros(2, np.int64)
 

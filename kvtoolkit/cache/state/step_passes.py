@@ -22,6 +22,7 @@ from kvtoolkit.cache.state.block_table import (
     GENERATION,
     ID_BITS,
     IN_STEP,
+    LAST_MARK,
     LENGTH,
     NAMED,
     NUM_ENTRIES,
@@ -82,8 +83,8 @@ def begin(table: BlockTable, step: StepArrays, ids: Int64Array, max_len: int, me
         of rows in either half of ``step.work``, the entries of the widest row, and the mark of the rows that the step
         holds. If something is wrong, nothing has changed.
     """
-    table.clock[1] += 1
-    mark = table.clock[1]
+    table.clock[LAST_MARK] += 1
+    mark = table.clock[LAST_MARK]
     num_need, num_merge, total, width = 0, 0, 0, 0
     num_rows = len(table.info)
     step.cu_seqlens_q[0] = 0
@@ -135,7 +136,7 @@ def begin(table: BlockTable, step: StepArrays, ids: Int64Array, max_len: int, me
 def _take(table: BlockTable, row: int) -> None:
     """Let the step that begins hold a row."""
     table.info[row, STATE] = IN_STEP
-    table.marks[row, OWNER] = table.clock[1]
+    table.marks[row, OWNER] = table.clock[LAST_MARK]
 
 
 @jit

@@ -1,7 +1,7 @@
 """Uploads the arrays of a step to the device, by one asynchronous copy."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -133,7 +133,14 @@ class Upload:
         with self._lock, cupy_on_current_stream(self._device) as cupy:
             return DeviceTables(*self._ring.upload(cupy, arrays))
 
+    def one(self, array: NDArray[Any]) -> Any:
+        """One array, on the device."""
+        from kvtoolkit.runtime.streams import cupy_on_current_stream
 
-def make_upload(backend: str, device: int) -> Callable[..., DeviceTables] | None:
+        with self._lock, cupy_on_current_stream(self._device) as cupy:
+            return self._ring.upload(cupy, [array])[0]
+
+
+def make_upload(backend: str, device: int) -> Upload | None:
     """The `Upload` of a backend; None on the CPU."""
     return None if backend == "cpu" else Upload(device)

@@ -12,6 +12,7 @@ from kvtoolkit.cache.state.block_table import (
     CAPACITY,
     CLOSED,
     IN_STEP,
+    LAST_MARK,
     LENGTH,
     NUM_ENTRIES,
     OPEN,
@@ -67,7 +68,7 @@ def count_missing(table: BlockTable, step: StepArrays, num_need: int) -> Any:
 def _may_change(table: BlockTable, row: int) -> Any:
     """Whether a row is open, or in the step that begins just now, whose table nobody has read yet."""
     state = table.info[row, STATE]
-    return state == OPEN or (state == IN_STEP and table.marks[row, OWNER] == table.clock[1])
+    return state == OPEN or (state == IN_STEP and table.marks[row, OWNER] == table.clock[LAST_MARK])
 
 
 @jit

@@ -16,8 +16,10 @@ from hypothesis.stateful import (
 )
 
 from kvtoolkit import CacheConfig, CacheFullError, KVCache
+from kvtoolkit.cache.state.shared_reads import SharedReads
 from kvtoolkit.formats.entry import unpack_entries
 from kvtoolkit.formats.quantized import INT4, INT8
+from tests.kvtoolkit.cache.test_shared_reads import check as check_shared
 
 NUM_LAYERS, NUM_HEADS = 2, 2
 
@@ -110,6 +112,7 @@ class CacheMachine(RuleBasedStateMachine):
             **self.config,
         )
         self.cache = KVCache(config)
+        self.reads = SharedReads(self.cache._group.table, 1)
         self.tokens: dict[int, list[int]] = {}
         self.preempted: dict[int, tuple[str, list[int]]] = {}
         self.leases: list[tuple] = []
@@ -309,6 +312,7 @@ class CacheMachine(RuleBasedStateMachine):
     @rule()
     def snapshot(self):
         self.cache = KVCache.from_snapshot(self.cache.config, self.cache.snapshot())
+        self.reads = SharedReads(self.cache._group.table, 1)
 
     @invariant()
     def reads_are_right(self):
@@ -321,6 +325,7 @@ class CacheMachine(RuleBasedStateMachine):
         if not ids:
             return
         with self.cache.begin_step(ids, 0) as step:
+            check_shared(self.reads, step)
             for b, seq in enumerate(ids):
                 tokens = self.tokens[seq]
                 assert step.ok[b]

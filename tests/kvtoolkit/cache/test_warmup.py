@@ -112,6 +112,14 @@ def test_a_cache_on_a_gpu_rehearses_the_hosts_code_alone():
     assert not rehearsal.parts_of(config, 4)[0][1].__self__.with_kernels
 
 
+def test_a_cache_on_a_gpu_rehearses_the_search_for_common_beginnings(monkeypatch):
+    parts, searched = dict(rehearsal.parts_of(CacheConfig(**SHAPE, backend="cuda"), 4)), []
+    parts["pool and tables"]()
+    monkeypatch.setattr(rehearsal.SharedReads, "find", lambda self, ids, arrays: searched.append(len(ids)))
+    parts["forks"]()
+    assert searched == [2]
+
+
 def test_wrong_arguments_are_named():
     with pytest.raises(ConfigError, match="backend: expected 'cpu' or 'cuda', got 'numba'"):
         warmup(CacheConfig(**SHAPE, backend="numba"), 4)

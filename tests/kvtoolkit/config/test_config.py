@@ -59,6 +59,7 @@ def test_block_sizes_and_growth_follow_from_each_other(fields, sizes, growth):
         ({"block_sizes": (24,)}, "block_sizes: expected some of 8, 16, 32, 64, got \\(24,\\)"),
         ({"block_sizes": (8, 16), "allocator": "paged"}, "expected one size for the paged allocator"),
         ({"prefix_caching": 1}, "prefix_caching: expected true or false, got 1"),
+        ({"shared_reads": "no"}, "shared_reads: expected true or false, got 'no'"),
         ({"max_seqs": 1 << 30}, "max_seqs: expected an int from 1 to 1048576"),
         ({"migrate_budget": -1}, "migrate_budget: expected an int of at least 0"),
         ({"allocator_options": 3}, "allocator_options: expected a table with names as keys, got 3"),
