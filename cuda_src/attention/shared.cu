@@ -1,9 +1,9 @@
 // Shared reads: find the blocks that rows of a batch have in common at their beginning, once a step, on the device.
 //
-// Rows with a common beginning are side by side in `order`. Where several have the same blocks, these are a *unit*: a
-// sequence of its own whose queries are those of all its rows. Units form a tree, since longer beginnings lie within
-// shorter ones. What is left of a row is its *rest*. The prompt kernel attends to units and rests at once, and
-// merge_shared.cu merges what it finds.
+// Rows with a common beginning are side by side in `order`. Blocks that several have are a *unit*: a sequence of its own
+// whose queries are those of all its rows. Units form a tree, since longer beginnings contain shorter ones. What units
+// leave of a row is its *rest*. The prompt kernel attends to units and rests at once, and merge_shared.cu merges what it
+// finds.
 //
 //   kvt_find_shared   how many blocks each row has in common with the one before it; compared one by one
 //   kvt_plan_shared   the units that pay, and where each row's rest begins
@@ -206,7 +206,13 @@ extern "C" __global__ void __launch_bounds__(kMostRows) kvt_plan_shared(const __
   }
   __syncthreads();
   if (at == 0) *p.num_units = num_units;
+  const int used = p.cu_seqlens_q == nullptr ? p.num_tokens : p.cu_seqlens_q[p.batch];
   for (int token = at; token < p.num_tokens; token += kMostRows) {
+    if (token >= used) {  // of no row
+      p.token_levels[token] = -1;
+      if (p.order != nullptr) p.places[token] = token;
+      continue;
+    }
     int low = token;
     if (p.cu_seqlens_q != nullptr) {  // the last row that begins at or before it
       low = 0;

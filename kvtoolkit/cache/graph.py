@@ -1,9 +1,8 @@
-"""The tables of decode steps at fixed addresses, so that one captured CUDA graph serves every later step."""
+"""The tables of steps at fixed addresses, so that one captured CUDA graph serves every later step."""
 
 from typing import Any, Unpack
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvtoolkit.arrays.call import Hints, Sharing
 from kvtoolkit.arrays.types import Array
@@ -17,7 +16,7 @@ from kvtoolkit.errors import StepError, UnsupportedError
 
 
 class GraphStep:
-    """Tables of decode steps at fixed addresses. `begin` returns the replacement of a `Step` in a captured CUDA graph.
+    """Tables of steps at fixed addresses. `begin` returns the replacement of a `Step` in a captured CUDA graph.
 
         fixed = GraphStep(cache, batch=8)
         fixed.load(cache.begin_step(seq_ids, 1))
@@ -31,13 +30,20 @@ class GraphStep:
         cache.end_step(step, tokens)
 
     Lengths, tables and the sequences themselves may change between replays, because work is planned on the device.
-    Rows beyond those of the step loaded last are padding: they cost next to nothing, and give zeros.
+    Rows beyond those of the step loaded last are padding: they cost next to nothing, and give zeros. Where rows may
+    have several new tokens, the arrays of the model have ``max_tokens`` tokens: first those of the step, row after row
+    as ``cu_seqlens_q`` of the run says, then some that nothing is stored for and whose results are undefined.
     `KVCache.end_step` of a loaded step counts a layer as appended to if the run that was begun last has appended to it,
     because that is the run whose replays append.
 
     Args:
         cache: with backend ``"cuda"``.
         batch: number of rows; a step that is loaded may have fewer.
+        max_new_tokens: new tokens of a row, at most. At 1, each row has one, and the graph holds the decode kernel.
+            With more, rows have 0 to so many, in any mixture; where that is more query rows than the decode kernel
+            takes at once, the graph holds the prompt kernel, and rows that decode go through it, too.
+        max_tokens: new tokens of all rows, at most; default ``batch * max_new_tokens``. Kernels of the model run over
+            so many in every replay.
         max_seq_len: tokens of the longest sequence that will be loaded. Default: the cache's limit.
         shared_reads: whether captured runs look, in every replay, for beginnings that rows have in common, and read
             them once for all of these rows; `CacheConfig.shared_reads` says what that changes. A graph holds the
@@ -53,8 +59,9 @@ class GraphStep:
     """
 
     def __init__(
-        self, cache: KVCache, batch: int, *, max_seq_len: int | None = None, shared_reads: bool = False
-    ) -> None:
+        self, cache: KVCache, batch: int, max_new_tokens: int = 1, max_tokens: int | None = None, *,
+        max_seq_len: int | None = None, shared_reads: bool = False,
+    ) -> None:  # fmt: skip
         if cache.config.backend != "cuda":
             raise UnsupportedError(f"cache: expected one with backend 'cuda', got {cache.config.backend!r}")
         limit = cache.config.seq_len_limit
@@ -62,6 +69,13 @@ class GraphStep:
         self._max_seq_len = limit if max_seq_len is None else min(max_seq_len, limit)
         if batch < 1 or self._max_seq_len < 1:
             raise StepError(f"batch, max_seq_len: expected at least 1, got {batch} and {max_seq_len}")
+        tokens = batch * max_new_tokens if max_tokens is None else max_tokens
+        if max_new_tokens < 1 or tokens < 1 or (max_new_tokens == 1 and tokens != batch):
+            raise StepError(
+                f"max_new_tokens, max_tokens: expected at least 1, and one token a row where max_new_tokens is 1, "
+                f"got {max_new_tokens} and {max_tokens}"
+            )
+        self._max_new_tokens = max_new_tokens
         from kvtoolkit.runtime.streams import cupy_on_current_stream
 
         self._reads = cache._group.shared_reads if shared_reads and batch <= MAX_ROWS else None
@@ -71,8 +85,8 @@ class GraphStep:
                 cupy.full((batch, width), -1, np.int32),
                 cupy.full((batch, width), -1, np.int32),
                 cupy.zeros(batch, np.int32),
-                cupy.arange(batch + 1, dtype=np.int32),
-                cupy.full(batch, -1, np.int64),
+                cupy.arange(batch + 1, dtype=np.int32) if max_new_tokens == 1 else cupy.zeros(batch + 1, np.int32),
+                cupy.full(tokens, -1, np.int64),
             )
             self._order = None if self._reads is None else cupy.arange(batch, dtype=np.int32)
         self._found: CommonBeginnings | None = None  # whose order is in `_order`
@@ -90,7 +104,7 @@ class GraphStep:
         """Bring the tables of a step to the fixed places, asynchronously on the current stream.
 
         Args:
-            step: of this cache, open, one new token a row, at most ``batch`` rows.
+            step: of this cache, open, at most ``batch`` rows, each with as many new tokens as this was made for.
 
         Raises:
             StepError: it is not such a step, or a sequence is longer than ``max_seq_len``; nothing was changed.
@@ -98,25 +112,32 @@ class GraphStep:
         if step._cache is not self._cache:
             raise StepError("step: expected one of the cache that this was made for")
         step._require_open()
-        rows = len(step.seq_ids)
-        if rows > self._batch or len(step.slot_mapping) != rows or not (step.num_new_tokens == 1).all():
+        rows, counts, num_tokens = len(step.seq_ids), step.num_new_tokens, len(step.slot_mapping)
+        most, tokens = self._max_new_tokens, len(self.tables.slot_mapping)
+        fits = rows <= self._batch and num_tokens <= tokens and int(counts.max(initial=0)) <= most
+        if not fits or (most == 1 and num_tokens != rows):
+            each = "one new token" if most == 1 else f"up to {most} new tokens, {tokens} in all"
             raise StepError(
-                f"step: expected up to {self._batch} rows of one new token, got {rows} rows and "
-                f"{len(step.slot_mapping)} tokens"
+                f"step: expected up to {self._batch} rows of {each}, got {rows} rows and {num_tokens} tokens, "
+                f"{int(counts.max(initial=0))} in one row"
             )
         longest = int(step.seq_lens.max(initial=0))
         if longest > self._max_seq_len:
             raise StepError(f"step: expected sequences of up to {self._max_seq_len} tokens, got {longest}")
         used = min(step.block_table.shape[1], self.tables.block_table.shape[1])
         self._width = max(self._width, used)
-        seq_lens, slots = np.zeros(self._batch, np.int32), np.full(self._batch, -1, np.int64)
-        seq_lens[:rows], slots[:rows] = step.seq_lens, step.slot_mapping
+        seq_lens, slots = np.zeros(self._batch, np.int32), np.full(tokens, -1, np.int64)
+        seq_lens[:rows], slots[:num_tokens] = step.seq_lens, step.slot_mapping
         tables = np.full((2, rows, self._width), -1, np.int32)
         tables[0, :, :used], tables[1, :, :used] = step.block_table[:, :used], step.block_starts[:, :used]
         moves = [
             (slots, self.tables.slot_mapping), (seq_lens, self.tables.seq_lens),
             (tables[0], self.tables.block_table), (tables[1], self.tables.block_starts),
         ]  # fmt: skip
+        if most > 1:
+            bounds = np.full(self._batch + 1, num_tokens, np.int32)
+            bounds[: rows + 1] = step.cu_seqlens_q
+            moves.append((bounds, self.tables.cu_seqlens_q))
         found = None if self._reads is None else self._reads.find(step.seq_ids, step._arrays)
         if found is not None and found is not self._found:
             order = np.arange(self._batch, dtype=np.int32)
@@ -137,9 +158,10 @@ class GraphStep:
         graph in which the run is captured. Earlier runs end.
         """
         sharing = None if self._order is None else Sharing(self._cache._arenas.backend.describe(self._order, "order"))
-        hints = Hints((1, 1), self._max_seq_len, self._kept, sharing)
+        counts = (1, 1) if self._max_new_tokens == 1 else (0, self._max_new_tokens)
+        hints = Hints(counts, self._max_seq_len, self._kept, sharing)
         calls = LayerCalls(self._cache._arenas, self.tables, hints, is_fixed=True)
-        self._run = GraphRun(self, calls, self._batch)
+        self._run = GraphRun(self, calls)
         return self._run
 
 
@@ -147,12 +169,15 @@ class GraphRun:
     """One run of a model over the tables of a `GraphStep`, used like a `Step`; made by `GraphStep.begin`.
 
     Attributes:
-        cu_seqlens_q: ``[batch + 1]`` int32 on the host; every row has one query.
+        cu_seqlens_q: ``[batch + 1]`` int32, where the new tokens of each row begin: on the host where every row has
+            one, else on the device, of the step that is loaded.
     """
 
-    def __init__(self, graph_step: GraphStep, calls: LayerCalls, batch: int) -> None:
+    def __init__(self, graph_step: GraphStep, calls: LayerCalls) -> None:
         self._graph_step, self._calls = graph_step, calls
-        self.cu_seqlens_q: NDArray[np.int32] = np.arange(batch + 1, dtype=np.int32)
+        self.cu_seqlens_q: Any = graph_step.tables.cu_seqlens_q
+        if graph_step._max_new_tokens == 1:
+            self.cu_seqlens_q = np.arange(graph_step._batch + 1, dtype=np.int32)
 
     def append(self, layer: int, key: Array, value: Array) -> None:
         """Store keys and values as `Step.append` does; rows beyond those of the step are skipped.

@@ -171,6 +171,86 @@ def test_every_run_of_the_model_makes_its_own_plan(num_kv_heads, order, monkeypa
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("most", [3, 40])
+@pytest.mark.parametrize("shared_reads", [False, True])
+def test_one_graph_serves_every_mixture_of_new_tokens(most, shared_reads):
+    """3 new tokens are the decode kernel's work, 40 the prompt kernel's."""
+    import torch
+
+    cache = make(growth="lazy_merge")
+    torch.manual_seed(1)
+    rng = np.random.default_rng(most)
+    batch, tokens = 6, 90
+    key, value = torch.zeros(2, 2, tokens, 2, 64, device="cuda").half()
+    q, out = torch.zeros(2, 2, tokens, 8, 64, device="cuda").half()
+    fixed = GraphStep(cache, batch, most, tokens, shared_reads=shared_reads)
+
+    def layers(step, used=None):
+        for layer in range(2):
+            step.append(layer, key[layer, :used], value[layer, :used])
+            out[layer, :used] = step.attend(layer, q[layer, :used])
+
+    ids, _ = cache.open([[]])
+    with cache.begin_step(ids, 80) as step:  # what all of them begin with
+        for layer in range(2):
+            new = torch.randn(80, 2, 64, device="cuda").half()
+            step.append(layer, new, new)
+        cache.end_step(step)
+    ids = np.concatenate([ids, cache.fork(ids, 4).reshape(-1)])
+    with cache.begin_step(ids[:1], 1) as step:
+        fixed.load(step)
+        layers(fixed.begin())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        layers(fixed.begin())
+    for _ in range(30):
+        chosen = rng.permutation(5)[: rng.integers(1, 6)]
+        counts = rng.integers(0, rng.choice([2, most + 1]), len(chosen))
+        while counts.sum() > tokens or cache.lengths(ids[chosen]).max() + most > 700:
+            cache.truncate(ids, np.minimum(cache.lengths(ids), 90))
+            counts //= 2
+        used = int(counts.sum())
+        for tensor in (key, value, q):
+            tensor.normal_()
+        found = []
+        for how in ("eager step", "eager run", "replay"):
+            out.fill_(float("nan"))
+            with cache.begin_step(ids[chosen], counts) as step:
+                assert step.ok.all()
+                if how == "eager step":
+                    layers(step, used)
+                else:
+                    fixed.load(step)
+                    if how == "replay":
+                        graph.replay()
+                    else:
+                        layers(fixed.begin())
+                if how == "replay":
+                    cache.end_step(step)
+                else:
+                    torch.cuda.synchronize()
+            found.append(out[:, :used].clone())
+        assert torch.equal(found[1], found[2])
+        torch.testing.assert_close(found[0].float(), found[2].float(), rtol=2e-3, atol=4e-3)
+    cache.check_integrity()
+
+
+@pytest.mark.gpu
+def test_a_step_that_a_graph_was_not_made_for_is_refused():
+    cache = make()
+    ids, _ = cache.open([[]] * 3)
+    fixed = GraphStep(cache, 2, 4, 6)
+    for rows, counts, expected in ((3, 1, "up to 2 rows"), (2, 5, "up to 4 new tokens"), (2, 4, "6 in all")):
+        with cache.begin_step(ids[:rows], counts) as step, pytest.raises(StepError, match=expected):
+            fixed.load(step)
+    with cache.begin_step(ids[:2], [4, 2]) as step:
+        fixed.load(step)
+    for arguments in ((0, None), (1, 3), (2, 0)):
+        with pytest.raises(StepError, match="max_new_tokens"):
+            GraphStep(cache, 2, *arguments)
+
+
+@pytest.mark.gpu
 def test_a_graph_that_leaves_a_layer_out_is_noticed_at_the_end_of_each_step():
     import torch
 
