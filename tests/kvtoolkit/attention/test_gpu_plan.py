@@ -174,6 +174,7 @@ def test_tables_that_are_others_are_refused():
             layers.lengths = other
         with pytest.raises(ArgumentError, match=f"{name}: expected the array that the plan was made for"):
             layers.attend()
+    layers.tables, layers.lengths = [table], lengths
     with pytest.raises(ArgumentError, match="cu_seqlens_q: expected None"):
         layers.attend(cu_seqlens_q=to_device(np.arange(3, dtype=np.int32), ""))
 
