@@ -7,7 +7,7 @@
 //
 // An item is 128 query rows of a sequence (for each kv head) and the tiles of keys that they see. Longest first, since
 // the last ones to begin should be short. Where there are too few items to keep all SMs busy, those that are longer than
-// an SM's share are cut into parts of equal numbers of tiles.
+// an SM's share are cut into parts of equal numbers of tiles; and so are those that would be a last wave of few.
 //
 // Launch:   one CTA of 1024; dynamic shared memory 4 * batch, with units 8 * batch. Any architecture. Macros: KVT_KEYS, of a tile.
 #include <kvt/attention/prompt/item.cuh>
@@ -16,8 +16,9 @@
 namespace kvt {
 
 constexpr int kPlanThreads = 1024;
-constexpr int kBins = 1024;  // items whose numbers of tiles share a bin are in no order
-constexpr int kMinPart = 4;  // tiles
+constexpr int kBins = 1024;        // items whose numbers of tiles share a bin are in no order
+constexpr int kMinPart = 4;        // tiles
+constexpr int kMostLateItems = 4;  // of the last wave, once it is cut, for each CTA
 
 struct PlanPromptsParams {
   const int* seq_lens;
@@ -107,6 +108,7 @@ extern "C" __global__ void __launch_bounds__(kPlanThreads)
   __shared__ int warp_sums[32];
   __shared__ unsigned long long sum_of_tiles;
   __shared__ int longest_item, used_slots;
+  __shared__ int late_blocks, late_parts;
   ptx::wait_for_dependencies();
   ptx::launch_dependents();
   const Batch batch(p);
@@ -182,7 +184,29 @@ extern "C" __global__ void __launch_bounds__(kPlanThreads)
   longest = longest_item;
   // a CTA's share; items above 1.25 of it are cut, if any is
   const int share = max(kMinPart, static_cast<int>((total + p.num_ctas - 1) / p.num_ctas));
-  const auto parts_of = [&](int num_tiles) {
+  // Where all are about as long, CTAs take them in waves: those of the last, which does not fill the GPU, are cut.
+  const bool are_even = 4LL * longest * num_blocks <= 5LL * static_cast<long long>(sum_of_tiles);
+  if (are_even && threadIdx.x < 32) {
+    const int in_last = num_blocks * p.num_kv_heads % p.num_ctas;
+    const int blocks = (in_last + p.num_kv_heads - 1) / p.num_kv_heads;
+    unsigned best = 0xFFFFFFFFu;  // cost in eighths of a tile, then parts
+    for (int parts = lane_id() + 1; parts <= p.max_parts; parts += 32) {
+      const int items = blocks * p.num_kv_heads * parts;
+      const int of_part = (longest + parts - 1) / parts;
+      if (parts > 1 && (of_part < kMinPart || items > kMostLateItems * p.num_ctas)) break;
+      const int waves = (items + p.num_ctas - 1) / p.num_ctas;
+      const int merging = parts == 1 ? 0 : 16 + parts;
+      best = min(best, static_cast<unsigned>(8 * waves * of_part + merging) << 8 | parts);
+    }
+    best = __reduce_min_sync(kAllLanes, best);
+    if (lane_id() == 0) {
+      late_blocks = blocks;
+      late_parts = best & 0xFF;
+    }
+  }
+  __syncthreads();
+  const auto parts_of = [&](int index, int num_tiles) {
+    if (are_even) return index >= late_blocks ? 1 : max(1, min(late_parts, num_tiles / kMinPart));
     return 4 * num_tiles <= 5 * share ? 1 : min(p.max_parts, (2 * num_tiles + share) / (2 * share));
   };
   // the longest have the first bins
@@ -191,7 +215,7 @@ extern "C" __global__ void __launch_bounds__(kPlanThreads)
   };
   for (int i = threadIdx.x; i < num_blocks; i += kPlanThreads) {
     const Block block = block_of(i);
-    const int parts = parts_of(block.num_tiles);
+    const int parts = parts_of(i, block.num_tiles);
     atomicAdd(&bins[bin_of(block.num_tiles / parts)], parts);
   }
   __syncthreads();
@@ -203,7 +227,7 @@ extern "C" __global__ void __launch_bounds__(kPlanThreads)
   __syncthreads();
   for (int i = threadIdx.x; i < num_blocks; i += kPlanThreads) {
     const Block block = block_of(i);
-    const int parts = parts_of(block.num_tiles);
+    const int parts = parts_of(i, block.num_tiles);
     const int slot = parts > 1 ? atomicAdd(&used_slots, parts) : 0;
     const int at = atomicAdd(&bins[bin_of(block.num_tiles / parts)], parts);
     for (int part = 0; part < parts; ++part) {

@@ -23,6 +23,7 @@ _LOG2E = 1.4426950408889634
 _UNBOUNDED = 1 << 30
 _HALF_ROWS = 64  # as in prompt/item.cuh
 _MAX_PARTS = 64
+_MOST_LATE_ITEMS = 4  # of a CTA, as in plan_prompts.cu
 _MAX_TILES = 65535
 _ITEM_NBYTES = 32
 _ANY_STRIDE = 16
@@ -175,8 +176,9 @@ def sizes_of(num_tokens: int, num_q_heads: int, num_kv_heads: int, head_dim: int
     _, _, queries, per_query, _ = halves
     # a sequence's last item may have one half, and its last half some of the queries
     blocks = num_tokens * per_query // (2 * queries) + batch
-    # an item is cut if it is longer than 1.25 shares of a CTA, into at most 0.5 more parts than shares
-    slots = -(-14 * sms // (10 * num_kv_heads)) + 1
+    # an item is cut if it is longer than 1.25 shares of a CTA, into at most 0.5 more parts than shares; or those of a
+    # last wave are, into at most so many parts
+    slots = -(-_MOST_LATE_ITEMS * sms // num_kv_heads) + 1
     max_items = max(blocks + slots, -(-sms // num_kv_heads) + 1)
     ctas = min(sms, max_items * num_kv_heads)
     partials = slots * num_kv_heads * specs.prompt_partial_nbytes(head_dim)

@@ -87,8 +87,19 @@ def cut(new, lengths, halves, num_kv_heads, ctas, keys):
         for block in range(-(-num_halves // 2)):
             last = min(count, 2 * (block + 1) * queries) if per_query == 1 else min(count, block + 1)
             tiles.append(max(1, -(-(length - count + last) // keys)))
-    share = max(4, -(-sum(tiles) * num_kv_heads // ctas))
-    parts = [1 if 4 * n <= 5 * share else min(64, (2 * n + share) // (2 * share)) for n in tiles]
+    longest = max(tiles, default=1)
+    if 4 * longest * len(tiles) <= 5 * sum(tiles):
+        blocks = -(-(len(tiles) * num_kv_heads % ctas) // num_kv_heads)
+        costs = {1: 8 * longest if blocks else 0}
+        for count in range(2, 65):
+            items, of_part = blocks * num_kv_heads * count, -(-longest // count)
+            if of_part >= 4 and items <= 4 * ctas:
+                costs[count] = 8 * -(-items // ctas) * of_part + 16 + count
+        late = min(costs, key=costs.get)
+        parts = [max(1, min(late, n // 4)) if i < blocks else 1 for i, n in enumerate(tiles)]
+    else:
+        share = max(4, -(-sum(tiles) * num_kv_heads // ctas))
+        parts = [1 if 4 * n <= 5 * share else min(64, (2 * n + share) // (2 * share)) for n in tiles]
     return sum(parts), sum(part for part in parts if part > 1)
 
 
