@@ -103,8 +103,8 @@ def paged_attention(
         alibi_slopes: ``[num_q_heads]`` float32; on the CPU also ``[batch, num_q_heads]``, last axis contiguous.
         out: array or tensor to write, shaped and typed as ``q``, last axis contiguous; it may be ``q`` itself.
         num_splits: splits of each sequence, merged by their log-sum-exp, so that a row's result does not depend on the
-            batch around it; 0 = automatic: on the CPU also by the row alone, on a GPU by what keeps it busy. Prefill
-            on a GPU is never split; more than 128 are taken as 128 there.
+            batch around it; 0 = automatic: on the CPU also by the row alone, on a GPU by what keeps it busy. There, more
+            than 128 are taken as 128, and rows of more than 8 new tokens are not split.
         max_seqlen_q: most query tokens of a row, flash-attn's name; None = unknown. It saves work on a GPU where
             ``cu_seqlens_q`` is given: without it any row may have all tokens, and with it a decode batch is launched
             as one. Checked on the CPU and with ``KVTOOLKIT_CHECK=1``, else trusted on a GPU: the results of a row that
@@ -160,8 +160,8 @@ def variable_block_attention(
 ) -> Any:
     """Attend as `paged_attention`, to blocks of 1-8 granules of 8 tokens, all lengths mixed within one sequence.
 
-    The place of the tokens does not matter: every partition into blocks, and `paged_attention` on the same tokens,
-    gives the same bits.
+    The place of the tokens does not matter: every partition into blocks gives the same bits, and so does
+    `paged_attention` on the same tokens in blocks of a multiple of 8 (on the CPU, of any size).
 
     Args:
         k_cache: ``[num_granules, num_kv_heads, 8, head_dim]``, dtype of ``q``, last axis contiguous; ``v_cache`` too.

@@ -116,6 +116,7 @@ def test_lists_have_room_for_every_batch():
         items, parts = cut(new, lengths, sizes.halves, heads, sizes.ctas, specs.prompt_keys(head_dim))
         assert items <= sizes.max_items
         assert parts <= sizes.slots
+        assert sizes.partials_nbytes <= (4 * sms + 2 * heads) * specs.prompt_partial_nbytes(head_dim)  # as docs say
         assert sizes.max_items * heads >= sizes.ctas  # each CTA reads the words of an item before it knows how many are
 
 
