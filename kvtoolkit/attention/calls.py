@@ -103,8 +103,8 @@ def paged_attention(
         alibi_slopes: ``[num_q_heads]`` float32; on the CPU also ``[batch, num_q_heads]``, last axis contiguous.
         out: array or tensor to write, shaped and typed as ``q``, last axis contiguous; it may be ``q`` itself.
         num_splits: splits of each sequence, merged by their log-sum-exp, so that a row's result does not depend on the
-            batch around it; 0 = automatic: on the CPU also by the row alone, on a GPU by what keeps it busy. There, more
-            than 128 are taken as 128, and rows of more than 8 new tokens are not split.
+            batch around it; 0 = automatic: on the CPU also by the row alone, on a GPU by what keeps it busy. There,
+            more than 128 are taken as 128, and rows of more than 8 new tokens are not split.
         max_seqlen_q: most query tokens of a row, flash-attn's name; None = unknown. It saves work on a GPU where
             ``cu_seqlens_q`` is given: without it any row may have all tokens, and with it a decode batch is launched
             as one. Checked on the CPU and with ``KVTOOLKIT_CHECK=1``, else trusted on a GPU: the results of a row that
