@@ -24,6 +24,9 @@ _TEMPORARY = ".tmp"
 _STALE_S = 3600.0
 """Age in seconds at which a temporary file is taken to be abandoned."""
 
+_has_complained = False
+"""Whether this process has said that a folder is not used."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -39,26 +42,40 @@ class Place:
 
 @functools.cache
 def find_place(kind: str) -> Place:
-    """The folder of a kind of entries, made if need be: ``$KVTOOLKIT_CACHE_DIR/kind``, or in the user's own cache."""
-    chosen = os.environ.get("KVTOOLKIT_CACHE_DIR", "")
+    """The folder of a kind of entries, made if need be: ``$KVTOOLKIT_CACHE_DIR/kind``, or in the user's own cache.
+
+    If none can be used, standard error says so, once in a process, unless ``KVTOOLKIT_QUIET`` is set.
+    """
+    chosen = os.environ.get("KVTOOLKIT_CACHE_DIR", "").strip()
     if chosen.lower() == "off":
         return Place(None, "switched off by KVTOOLKIT_CACHE_DIR")
-    base = Path(chosen).absolute() if chosen else _default_base()
+    try:
+        base = Path(chosen).expanduser().absolute() if chosen else _default_base()
+    except RuntimeError as error:  # "~" where there is no home folder, or "~somebody" where there is no such user
+        return _unusable(Path(chosen), f"KVTOOLKIT_CACHE_DIR: {error}")
     if base is None:
-        return Place(None, "there is no home folder")
+        return _unusable(Path("~/.cache/kvtoolkit"), "there is no home folder")
     folder = base / kind
     try:
         base.parent.mkdir(parents=True, exist_ok=True)
         for made in (base, folder):
             made.mkdir(mode=0o700, exist_ok=True)
         if problem := foreign_writer(folder):
-            if not os.environ.get("KVTOOLKIT_QUIET"):
-                print(f"kvtoolkit: {problem}, so {folder} is not used; see `kvtoolkit doctor`", file=sys.stderr)
-            return Place(None, problem, is_foreign=True)
+            return _unusable(folder, problem, is_foreign=True)
         with tempfile.TemporaryFile(dir=folder):
             return Place(folder)
+    except FileExistsError as error:
+        return _unusable(folder, f"{error.filename} is no folder")
     except OSError as error:
-        return Place(None, f"{folder} is not writable: {error.strerror or error}")
+        return _unusable(folder, f"{folder} is not writable: {error.strerror or error}")
+
+
+def _unusable(folder: Path, problem: str, *, is_foreign: bool = False) -> Place:
+    global _has_complained
+    if not _has_complained and not os.environ.get("KVTOOLKIT_QUIET"):
+        _has_complained = True
+        print(f"kvtoolkit: {problem}, so {folder} is not used; see `kvtoolkit doctor`", file=sys.stderr)
+    return Place(None, problem, is_foreign)
 
 
 def _default_base() -> Path | None:

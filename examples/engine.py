@@ -1,4 +1,4 @@
-"""An inference engine in 230 lines: continuous batching, chunked prefill, prefix reuse, preemption.
+"""An inference engine in 240 lines: continuous batching, chunked prefill, prefix reuse, preemption.
 
 What it leaves to kvtoolkit is everything about memory. What it decides is who runs: requests are admitted in order
 while there is room, every step feeds each running request its next tokens (a part of its prompt, or the token it just
@@ -84,6 +84,9 @@ class Engine:
         max_batch: int = 16,
         max_step_tokens: int = 512,
     ) -> None:
+        for name, value in (("max_batch", max_batch), ("max_step_tokens", max_step_tokens)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
         self.model = model
         self.cache = KVCache(config)
         self.eos_token_id = eos_token_id
@@ -107,6 +110,8 @@ class Engine:
         """Queue a request."""
         if not request.prompt:
             raise ValueError("prompt: expected at least one token, got none")
+        if request.max_new_tokens < 1 or not 0 <= request.temperature < float("inf"):
+            raise ValueError(f"expected max_new_tokens from 1 and a finite temperature from 0 on, got {request!r:.300}")
         limit = self.cache.config.seq_len_limit
         if len(request.prompt) + request.max_new_tokens > limit:
             raise ValueError(
@@ -205,7 +210,8 @@ class Engine:
         """The next token: the likeliest, or drawn. A draw depends only on the request, not on the rest of the batch."""
         if not request.temperature:
             return int(logits.argmax())
-        chances = torch.softmax(logits.double() / request.temperature, dim=-1).cumsum(-1).numpy()
+        scores = logits.double() - logits.max()  # at most 0, so that a tiny temperature makes none of them infinite
+        chances = torch.softmax(scores / request.temperature, dim=-1).cumsum(-1).numpy()
         draw = np.random.default_rng([request.seed, len(request.output)]).random() * chances[-1]
         return int(np.searchsorted(chances, draw, side="right"))
 

@@ -6,17 +6,23 @@ import itertools
 import sys
 import time
 
-try:
-    import torch
-except ModuleNotFoundError:
-    sys.exit("generate: this needs torch: pip install 'kvtoolkit[demo]'")
+NEEDS = "generate: this needs {}: pip install 'kvtoolkit[demo]'"
 
-from examples.compare import table
-from examples.engine import Engine, Request
-from examples.llama import PackedLlama
-from examples.watch import watcher
-from kvtoolkit import CacheConfig, KVToolkitError, UnsupportedError, warmup
-from kvtoolkit.integrations.smollm2 import load_smollm2
+try:  # they take seconds, in which somebody may press Ctrl-C
+    import torch
+
+    from allocators._command_line import Parser, integer, number, quietly
+    from examples.compare import table
+    from examples.engine import Engine, Request
+    from examples.llama import PackedLlama
+    from examples.watch import watcher
+    from kvtoolkit import ArgumentError, CacheConfig, KVToolkitError, UnsupportedError, warmup
+    from kvtoolkit.integrations.smollm2 import load_smollm2
+except ModuleNotFoundError as error:
+    print(NEEDS.format(error.name), file=sys.stderr)
+    sys.exit(2)
+except KeyboardInterrupt:
+    sys.exit(130)
 
 PROMPTS = [
     "What is Paris known for, and what should we see there first?",
@@ -45,22 +51,24 @@ SYSTEM = (
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m examples.generate", description=__doc__)
+    parser = Parser(prog="python -m examples.generate", description=__doc__)
     parser.add_argument("prompts", nargs="*", default=PROMPTS, metavar="PROMPT", help="default: eight of our own")
     parser.add_argument("--config", help="a TOML file such as examples/cache.toml; the options below win over it")
     parser.add_argument("--allocator", help="paged, buddy (default), slab, lockfree, or package.module:Class")
     parser.add_argument("--growth", help="fixed8 ... fixed64, append, proportional, lazy_merge (default), adaptive")
-    parser.add_argument("--num-tokens", type=int, help="token slots in the pool (default 704, with --tiers 3072)")
+    parser.add_argument(
+        "--num-tokens", type=integer(1), help="token slots in the pool (default 704, with --tiers 3072)"
+    )
     parser.add_argument(
         "--tiers", action="store_true",
         help="keep 64 tokens as they are, the 64 before them in int8, what is older in int4; 192 new tokens by default",
     )  # fmt: skip
     parser.add_argument("--backend", choices=["cpu", "cuda", "numba"], help="cuda, numba: all on a GPU (default cpu)")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="default float32, on a GPU float16")
-    parser.add_argument("--max-new-tokens", type=int, help="default 128, with --tiers 192")
-    parser.add_argument("--max-batch", type=int, default=16, help="requests that run at once")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-new-tokens", type=integer(1), help="default 128, with --tiers 192")
+    parser.add_argument("--max-batch", type=integer(1), default=16, help="requests that run at once")
+    parser.add_argument("--temperature", type=number(0), default=0.0, help="0 takes the likeliest token")
+    parser.add_argument("--seed", type=integer(0), default=0)
     options = parser.parse_args(arguments)
     if options.max_new_tokens is None:
         options.max_new_tokens = 192 if options.tiers else 128  # tiers are for what is older than 64 tokens
@@ -70,6 +78,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
+        check(options)
         with Progress() as progress:
             engine, tokenizer = make_engine(options, progress)
         requests = [
@@ -82,9 +91,31 @@ def main(arguments: list[str] | None = None) -> int:
     except (KVToolkitError, ValueError) as error:
         print(f"generate: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        print(NEEDS.format(error.name), file=sys.stderr)
+        return 2
     report(engine, seconds)
     compare(engine, requests)
     return 0
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raise for what no cache can be made of, before the model is loaded."""
+    backend = backend_of(options)
+    dtype = options.dtype or dtype_of(backend)
+    config = configure(options, backend=backend, dtype=dtype)
+    limit = config.seq_len_limit - 1  # a prompt has a token or more
+    if options.max_new_tokens > limit:
+        raise ArgumentError(
+            f"--max-new-tokens: expected at most {limit}, for sequences of this cache have at most {limit + 1} tokens, "
+            f"got {options.max_new_tokens}"
+        )
+
+
+def configure(options: argparse.Namespace, **fields: object) -> CacheConfig:
+    """The configuration of a cache for SmolLM2-135M."""
+    fields = {"num_layers": 30, "num_kv_heads": 3, "head_dim": 64} | cache_options(options) | fields
+    return CacheConfig.load(options.config, **fields) if options.config else CacheConfig(**fields)
 
 
 def make_engine(options: argparse.Namespace, progress: "Progress") -> tuple[Engine, object]:
@@ -96,7 +127,7 @@ def make_engine(options: argparse.Namespace, progress: "Progress") -> tuple[Engi
         raise UnsupportedError(f"backend: {backend!r} needs a CUDA device that torch can use, found none{built}")
     stages = itertools.count()
     model, tokenizer = load_smollm2(
-        options.dtype or {"cpu": "float32", "cuda": "float16"}[device],
+        options.dtype or dtype_of(backend),
         progress=lambda text: progress.show(f"SmolLM2: {text}", next(stages), 5),
     )
     packed = PackedLlama(model.to(device))
@@ -114,8 +145,11 @@ def backend_of(options: argparse.Namespace) -> str:
     """The backend that the command line names, else the file, else the CPU."""
     if options.backend or not options.config:
         return options.backend or "cpu"
-    shape = {"num_layers": 1, "num_kv_heads": 1, "head_dim": 64}  # any: only the backend is asked for
-    return CacheConfig.load(options.config, **shape, **cache_options(options)).backend
+    return configure(options).backend
+
+
+def dtype_of(backend: str) -> str:
+    return "float32" if backend == "cpu" else "float16"
 
 
 def cache_options(options: argparse.Namespace) -> dict[str, object]:
@@ -210,4 +244,4 @@ class Progress:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(quietly(main))

@@ -151,8 +151,8 @@ def _attend(
     num_tokens, num_q_heads, head_dim = q.shape
     group_size = num_q_heads // num_kv_heads
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-    left, right = window_size
-    bounds = np.arange(num_tokens + 1) if cu_seqlens_q is None else np.asarray(cu_seqlens_q)
+    left, right = map(int, window_size)  # Python's, as all positions below: sums of NumPy's may wrap around
+    bounds = list(range(num_tokens + 1)) if cu_seqlens_q is None else np.asarray(cu_seqlens_q).tolist()
     sink_logits = None if sinks is None else to_float64(sinks)
     slopes = None if alibi_slopes is None else to_float64(alibi_slopes)
     result = np.zeros((num_tokens, num_q_heads, head_dim))

@@ -20,13 +20,14 @@ MAX_FUNCTION = 80
 CODE = (".cu", ".cuh", ".cpp", ".h")
 
 # phrase -> what to write instead
+# a space stands for any white space, for a phrase may be broken over the end of a line
 PHRASES = {
     r"\balike\b": "say what is the same",
     r"\bfor ever\b": "forever, or until when",
     r"\blikewise\b": "say it, or refer to where it is said",
     r"\blies?\b|\blying\b": "is, or where it is",
-    r"\bstands?\b(?! for| beside| alone|-in)": "is",
-    r"\bwhat [\w ]{1,40} is so\b": "name the thing",
+    r"\bstands?\b(?! for\b| beside\b| alone\b|-in)": "is",
+    r"\bwhat [\w\s]{1,40} is so\b": "name the thing",
     r"\bmay be had\b": "say who can get it, and how",
 }
 FIRST_WORDS = re.compile(r"\s*(Of|As|Likewise)\b")
@@ -68,11 +69,12 @@ def device_prose(source: str) -> Iterator[Line]:
 
 def page_prose(source: str) -> Iterator[Line]:
     """The text of a Markdown page outside its code blocks."""
-    in_code = False
+    fence = ""
     for number, text in enumerate(source.split("\n"), 1):
-        if text.lstrip().startswith("```"):
-            in_code = not in_code
-        elif not in_code:
+        found = re.match(r"[\s>]*(```+|~~~+)", text)
+        if found and (not fence or found[1].startswith(fence)):
+            fence = "" if fence else found[1]
+        elif not fence:
             yield Line(number, re.sub(r"`[^`]*`", "", text))
 
 
@@ -82,14 +84,30 @@ def prose_of(path: Path, source: str) -> Iterator[Line]:
     return device_prose(source) if path.suffix in CODE else page_prose(source)
 
 
+def passages(lines: list[Line]) -> Iterator[tuple[int, str]]:
+    """The number of the first of each run of consecutive lines, and their text without the signs of comments."""
+    run: list[str] = []
+    begin = 0
+    for line in lines:
+        if run and (line.is_first or line.number != begin + len(run) or not line.text.strip()):
+            yield begin, "\n".join(run)
+            run = []
+        begin = begin if run else line.number
+        run.append(re.sub(r"^\s*(#|//|>)+", "", line.text))
+    yield begin, "\n".join(run)
+
+
 def phrases(path: Path, source: str) -> Iterator[str]:
     """Each phrase of the list that a file contains."""
-    for line in prose_of(path, source):
-        for pattern, instead in PHRASES.items():
-            if found := re.search(pattern, line.text, re.IGNORECASE):
-                yield f"{path}:{line.number}: {found[0]!r}: {instead}"
+    lines = list(prose_of(path, source))
+    for line in lines:
         if line.is_first and (found := FIRST_WORDS.match(line.text)):
             yield f"{path}:{line.number}: a docstring that begins with {found[1]!r}: say what it does, or is"
+    for begin, text in passages(lines):
+        for pattern, instead in PHRASES.items():
+            for found in re.finditer(pattern.replace(" ", r"\s+"), text, re.IGNORECASE):
+                number = begin + text.count("\n", 0, found.start())
+                yield f"{path}:{number}: {' '.join(found[0].split())!r}: {instead}"
 
 
 def sizes(path: Path, source: str) -> Iterator[str]:

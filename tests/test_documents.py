@@ -1,10 +1,14 @@
 """What documents, docstrings and comments name exists: modules, what is in them, and files."""
 
 import importlib
+import inspect
 import re
 from pathlib import Path
 
 import pytest
+
+import allocators
+import kvtoolkit
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("allocators", "kvtoolkit", "cuda_src", "docs", "examples", "fuzz", "tests")
@@ -14,8 +18,12 @@ SOURCES = sorted(
     if path.suffix in (".py", ".md", ".cu", ".cuh", ".cpp", ".h") and "results" not in path.parts
 )
 GROUP = "kvtoolkit.allocators"  # of entry points, and no module
+PUBLIC = {name: getattr(module, name) for module in (allocators, kvtoolkit) for name in module.__all__}
+CLASSES = {name: found for name, found in PUBLIC.items() if isinstance(found, type)}
+MEMBERS = re.compile(rf"`((?:{'|'.join(CLASSES)})\.[a-z_]\w*)")
+LINKS = re.compile(r"\]\((?!\w+:|#)([^)\s#]+)[^)]*\)")
 NAMES = re.compile(r"`((?:kvtoolkit|allocators)(?:\.\w+)+)")
-FILES = re.compile(r"(?<![\w./*-])((?:[\w-]+/)+[\w-]+\.(?:py|md|cuh?|toml))\b|`([\w-]+\.(?:py|md|cuh?))`")
+FILES = re.compile(r"(?<![\w./*-])((?:[\w-]+/)+[\w-]+\.(?:py|md|cuh?|toml))\b|`([\w-]+\.(?:py|md|cuh?|toml))`")
 
 
 def found_in(pattern):
@@ -50,6 +58,36 @@ def exists(name):
 def test_every_name_of_ours_exists():
     missing = {name: place for name, place in found_in(NAMES).items() if name != GROUP and not exists(name)}
     assert not missing
+
+
+def has(cls, member):
+    """Whether instances of a class have a member, as far as its sources tell."""
+    fields = {name for base in cls.__mro__ for name in getattr(base, "__annotations__", ())}
+    if hasattr(cls, member) or member in fields:
+        return True
+    ours = [base for base in cls.__mro__ if base.__module__.split(".")[0] in ("kvtoolkit", "allocators")]
+    return any(re.search(rf"self\.{member}\b", inspect.getsource(base)) for base in ours)
+
+
+def test_every_member_of_a_public_class_exists():
+    found = {name: place for name, place in found_in(MEMBERS).items() if "test_documents" not in place}
+    missing = {name: place for name, place in found.items() if not has(CLASSES[name.split(".")[0]], name.split(".")[1])}
+    assert len(found) > 30
+    assert not missing
+
+
+def test_a_member_that_is_not_there_is_missed():
+    assert MEMBERS.findall("`KVCache.nope` and `KVCache.nope()`") == ["KVCache.nope"] * 2
+    assert not has(kvtoolkit.KVCache, "nope")
+    assert has(kvtoolkit.KVCache, "config")
+
+
+def test_every_relative_link_of_a_page_leads_somewhere():
+    assert LINKS.findall("[a](b.md) [c](d/e#f) [g](https://h) [i](#j)") == ["b.md", "d/e"]
+    pages = [path for path in SOURCES if path.suffix == ".md"]
+    links = [(page, link) for page in pages for link in LINKS.findall(page.read_text())]
+    assert links
+    assert not [f"{page.relative_to(ROOT)}: {link}" for page, link in links if not (page.parent / link).exists()]
 
 
 def test_every_file_that_is_named_exists():

@@ -30,6 +30,18 @@ def test_pages_are_read_outside_their_code():
     assert found("a.md", "likewise\n```\nalike\n```\n`alike`\nstands for x\nit stands here\n") == ["1", "7"]
 
 
+def test_a_phrase_may_be_broken_over_the_end_of_a_line():
+    assert found("a.py", '"""A thing for\n    ever, and what a row\n    holds is so."""\n') == ["1", "2"]
+    assert found("a.py", "# for\n# ever\nx = 1  # for\n") == ["1"]
+    assert found("a.cuh", "// one for\n// ever\nint a;  // for\nint b;\n// ever\n") == ["1"]
+    assert found("a.md", "it is\nfor\n ever\n\n> for\n> ever\n\nx stands\nfor y\n") == ["2", "5"]
+    assert found("a.md", "for\n\never") == []
+
+
+def test_fences_of_either_kind_hold_code():
+    assert found("a.md", "~~~python\nalike\n```\nalike\n~~~\nalike\n````\n```\nalike\n````\n") == ["6"]
+
+
 def test_long_files_and_functions_are_found():
     body = "    pass\n"
     fits, too_long = f"def f():\n{body * (MAX_FUNCTION - 1)}", f"def f():\n{body * MAX_FUNCTION}"

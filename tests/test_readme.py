@@ -16,6 +16,8 @@ PAGES = {
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
     if (found := BLOCK.findall(path.read_text()))
 }
+FENCE = re.compile(r"^[\s>*+\-\d.]*(?:```+|~~~+)[ \t]*(?:\{[^}\n]*\.|\{[ \t]*)?py", re.MULTILINE | re.IGNORECASE)
+"""The opening of a block of Python in whatever form Markdown has."""
 ON_GPU = [name for name, blocks in PAGES.items() if any("gpu" in needs for needs, _ in blocks)]
 
 
@@ -73,5 +75,14 @@ def test_blocks_for_a_gpu_parse_and_import_what_exists(page):
 def test_no_block_is_left_out():
     """A fence in another form would be shown, and never run."""
     for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
-        fences = len(re.findall(r"^\s*```\s*\{?\s*\.?py", page.read_text(), re.MULTILINE))
-        assert fences == len(PAGES.get(str(page.relative_to(ROOT)), [])), page
+        assert len(FENCE.findall(page.read_text())) == len(PAGES.get(str(page.relative_to(ROOT)), [])), page
+
+
+@pytest.mark.parametrize(
+    "opening",
+    ["```python", "~~~python", "~~~~ py", "````python", "  ```python", "``` {.python}", "> ```python", "- ~~~Python",
+     "1. ```pycon", '``` { .no-copy .py title="a" }'],
+)  # fmt: skip
+def test_every_form_of_a_fence_is_known(opening):
+    assert FENCE.search(f"text\n\n{opening}\nx = 1\n")
+    assert not FENCE.search("```\npython\n```\n```sh\npython -m x\n```\n")

@@ -11,11 +11,12 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
+from allocators._command_line import Parser, quietly
 from allocators._fuzz_arguments import add_arguments
 from allocators.epochs import EpochPool
-from allocators.errors import AllocatorError, UnknownAllocatorError
+from allocators.errors import AllocatorError
 from allocators.protocol import BlockAllocator
-from allocators.registry import create, find
+from allocators.registry import create
 from allocators.testing.conformance import run_conformance
 from allocators.testing.machine import Make
 from allocators.testing.threads import run_threads
@@ -105,14 +106,12 @@ def replay_command(spec: str, seed: int, num_granules: int | None, options: Mapp
 
 
 def main(args: argparse.Namespace, more: Mapping[str, Round] | None = None) -> int:
-    """Run `fuzz` with parsed arguments; returns the exit status."""
+    """Run `fuzz` with parsed arguments; returns the exit status: that of `fuzz`, or 2 for wrong arguments."""
     look_in_current_folder()
     try:
         options = parse_options(args.option)
-        find(args.allocator)
-        if not args.seconds >= 0:
-            raise ValueError(f"--seconds: expected 0 or more, got {args.seconds}")
-    except (ValueError, UnknownAllocatorError) as error:
+        create(args.allocator, args.num_granules or _POOL_SIZES[0], **options)
+    except (ValueError, AllocatorError) as error:
         print(f"fuzz: {error}", file=sys.stderr)
         return 2
     return fuzz(
@@ -137,7 +136,7 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key:
-            raise ValueError(f"option: expected KEY=VALUE, got {pair!r}")
+            raise ValueError(f"--option: expected KEY=VALUE, got {pair!r}")
         try:
             options[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
@@ -231,6 +230,6 @@ class _Progress:
 
 
 if __name__ == "__main__":
-    _parser = argparse.ArgumentParser("python -m allocators.testing.fuzz", description=__doc__)
+    _parser = Parser("python -m allocators.testing.fuzz", description=__doc__)
     add_arguments(_parser)
-    sys.exit(main(_parser.parse_args()))
+    sys.exit(quietly(lambda: main(_parser.parse_args())))

@@ -226,6 +226,8 @@ def attention_call(
     if layout != "HND":
         k_cache, v_cache = heads_first(k_cache, layout), heads_first(v_cache, layout)
     left, right = window_size
+    if type(num_splits) is not int:
+        num_splits = int(num_splits)
     scale = q[1][2] ** -0.5 if softmax_scale is None else softmax_scale
     return _make(
         (

@@ -12,7 +12,7 @@ from kvtoolkit.arrays.host import (
     make_operand,
     tensor_operand,
 )
-from kvtoolkit.errors import ShapeError, UnsupportedError
+from kvtoolkit.errors import KVToolkitError, ShapeError, UnsupportedError
 
 _BITS = {"int16": "bfloat16", "uint16": "bfloat16"}
 
@@ -28,7 +28,7 @@ def device_operand(array: Any, name: str, dtype: str | None = None) -> Operand:
 
     Raises:
         ShapeError: it is no array.
-        UnsupportedError: it is not in the memory of a CUDA device.
+        UnsupportedError: it is not in the memory of a CUDA device, or does not describe itself as its protocol demands.
     """
     kind = type(array)
     if kind is Operand:
@@ -39,14 +39,21 @@ def device_operand(array: Any, name: str, dtype: str | None = None) -> Operand:
     module: Any = sys.modules.get("cupy")
     if module is not None and isinstance(array, module.ndarray):
         return _of_cupy(array, array, dtype)
-    if hasattr(array, "__cuda_array_interface__"):
-        return _of_interface(array, name, dtype)
-    if not is_on_device(array):
+    if not is_on_device(array, name):
         raise UnsupportedError(f"{name}: expected an array on a CUDA device, got a {kind.__name__} in host memory")
-    if hasattr(array, "__dlpack__"):
-        import cupy
+    try:
+        if hasattr(array, "__cuda_array_interface__"):
+            return _of_interface(array, name, dtype)
+        if hasattr(array, "__dlpack__"):
+            import cupy
 
-        return _of_cupy(cupy.from_dlpack(array), array, dtype)
+            return _of_cupy(cupy.from_dlpack(array), array, dtype)
+    except (KVToolkitError, ImportError):
+        raise
+    except Exception as error:  # of a foreign class, of CuPy, or of a driver that is not there
+        raise UnsupportedError(
+            f"{name}: expected an array on a CUDA device, got {kind.__name__}, which cannot be read: {error}"
+        ) from error
     raise ShapeError(f"{name}: expected an array on a CUDA device, got {type(array).__name__}")
 
 

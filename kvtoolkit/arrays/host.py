@@ -9,6 +9,7 @@ never imported here: a torch tensor can only come from a program that has import
 
 import ctypes
 import functools
+import operator
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -75,8 +76,8 @@ def is_torch(array: Any) -> bool:
     return torch is not None and isinstance(array, torch.Tensor)
 
 
-def is_on_device(array: Any) -> bool:
-    """Whether ``array`` is in the memory of a GPU."""
+def is_on_device(array: Any, name: str = "q") -> bool:
+    """Whether an array is in the memory of a GPU; UnsupportedError, with its name, if it does not say where it is."""
     kind = type(array)
     if kind in DENSE_TYPES:
         return not array.is_cpu
@@ -84,11 +85,18 @@ def is_on_device(array: Any) -> bool:
         return False
     if is_torch(array):
         return _is_dense_type(kind) and not array.is_cpu  # any other is refused when it is described
-    if hasattr(array, "__cuda_array_interface__"):
-        return True
-    if hasattr(array, "__dlpack_device__"):
-        return bool(array.__dlpack_device__()[0] not in (1, 3, 11))  # kDLCPU, kDLCUDAHost, kDLROCMHost
-    return False
+    try:
+        if hasattr(array, "__cuda_array_interface__"):
+            return True
+        if not hasattr(array, "__dlpack_device__"):
+            return False
+        place, number = array.__dlpack_device__()
+        operator.index(number)
+        return operator.index(place) not in (1, 3, 11)  # kDLCPU, kDLCUDAHost, kDLROCMHost
+    except Exception as error:  # of a foreign class
+        raise UnsupportedError(
+            f"{name}: expected an array whose __dlpack_device__ gives two integers, got {kind.__name__}: {error}"
+        ) from error
 
 
 def operand(array: Any, name: str, dtype: str | None = None) -> Operand:
@@ -163,7 +171,7 @@ def as_numpy_view(array: Any, name: str) -> np.ndarray:
     """A NumPy view of ``array``; bfloat16 becomes uint16."""
     if isinstance(array, np.ndarray):
         return array
-    if is_on_device(array):
+    if is_on_device(array, name):
         raise UnsupportedError(f"{name}: expected an array in host memory, got one on a device")
     if is_torch(array):
         torch = sys.modules["torch"]
@@ -237,11 +245,11 @@ def tensor_operand(tensor: Any, name: str, on_device: bool) -> Operand:
             raise UnsupportedError(f"{name}: expected a tensor with memory of its own, got a {type(tensor).__name__}")
         if on_device:
             if not tensor.is_cuda:
-                raise UnsupportedError(f"{name}: expected a tensor on a CUDA device, got one on {tensor.device}")
+                raise _elsewhere(tensor, name, "on a CUDA device")
             device = tensor.get_device()
         else:
             if not tensor.is_cpu:
-                raise UnsupportedError(f"{name}: expected a tensor in host memory, got one on {tensor.device}")
+                raise _elsewhere(tensor, name, "in host memory")
             device = -1
         dtype, itemsize = _TORCH_DTYPES.get(tensor.dtype) or _learn_dtype(tensor.dtype)
         shape, strides = tensor.shape, tensor.stride()
@@ -264,6 +272,13 @@ def tensor_operand(tensor: Any, name: str, on_device: bool) -> Operand:
         raise
     except (RuntimeError, TypeError, ValueError) as error:  # sparse, nested, inside a transform such as vmap
         raise UnsupportedError(f"{name}: expected a dense tensor, got another: {error}") from error
+
+
+def _elsewhere(tensor: Any, name: str, place: str) -> UnsupportedError:
+    """The error for a tensor on another device."""
+    if tensor.is_meta:
+        place = "with memory of its own"
+    return UnsupportedError(f"{name}: expected a tensor {place}, got one on {tensor.device}")
 
 
 def _is_dense_type(kind: type) -> bool:

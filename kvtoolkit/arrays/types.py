@@ -1,5 +1,6 @@
-"""Names of dtypes and of array types."""
+"""Names of dtypes and of array types, and what counts as an integer."""
 
+import operator
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -16,6 +17,18 @@ ITEMSIZES = {
 Int32Array = NDArray[np.int32]
 Int64Array = NDArray[np.int64]
 Uint64Array = NDArray[np.uint64]
+
+
+def as_int(value: Any) -> int | None:
+    """An integer of Python, NumPy or any other kind as an ``int``; None for a bool and for what is no integer."""
+    if type(value) is int:
+        return value
+    try:
+        is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")  # True is 1 for torch
+        return None if is_bool else int(operator.index(value))
+    except Exception:  # whatever a foreign number raises, as a tensor without memory
+        return None
+
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike as ArrayLike

@@ -1,7 +1,6 @@
 """Checks of the arguments of attention calls, made before anything is written; errors say name, expected, got."""
 
 import math
-import operator
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 from kvtoolkit.arrays.call import Hints, check_hints
 from kvtoolkit.arrays.extents import EXTENTS, extent, share_bytes
 from kvtoolkit.arrays.host import Operand, as_numpy_view, int32_view
-from kvtoolkit.arrays.types import DTYPE_CODES, ITEMSIZES
+from kvtoolkit.arrays.types import DTYPE_CODES, ITEMSIZES, as_int
 from kvtoolkit.errors import ShapeError, UnsupportedError
 
 BACKENDS = ("cpu", "cuda", "numba")
@@ -86,11 +85,14 @@ def autocast_note() -> str:
     return "; torch.autocast is on, under which layers change dtypes: cast to one first"
 
 
-def check_heads(num_q_heads: int, num_kv_heads: int, head_dim: int) -> None:
+def check_heads(num_q_heads: int, num_kv_heads: int, head_dim: int, name: str = "q") -> None:
+    """Raise unless the heads of the array called ``name`` can be computed."""
     if num_q_heads < 1 or num_q_heads % num_kv_heads:
-        raise ShapeError(f"q: expected num_q_heads to be a multiple of num_kv_heads {num_kv_heads}, got {num_q_heads}")
+        raise ShapeError(
+            f"{name}: expected num_q_heads to be a multiple of num_kv_heads {num_kv_heads}, got {num_q_heads}"
+        )
     if head_dim < 8 or head_dim % 8:
-        raise UnsupportedError(f"q: no kernel for head_dim {head_dim}; it must be a multiple of 8")
+        raise UnsupportedError(f"{name}: no kernel for head_dim {head_dim}; it must be a multiple of 8")
 
 
 def check_indices(array: Operand, name: str, shape: tuple[int | str, ...], dtype: str = "int32") -> None:
@@ -245,14 +247,25 @@ def check_options(
         raise ShapeError(f"softcap: expected a finite number from 0 (off) on, got {softcap!r}")
     try:
         left, right = window_size
-        window = left.__index__(), right.__index__()
-    except (TypeError, ValueError, AttributeError):
+    except (TypeError, ValueError):
         raise ShapeError(f"window_size: expected (left, right), two integers, got {window_size!r}") from None
-    if min(window) < -1 or max(window) >= _MOST:
+    if type(left) is not int or type(right) is not int:
+        left, right = as_integers("window_size", "(left, right), two integers", window_size)
+    if min(left, right) < -1 or max(left, right) >= _MOST:
         raise ShapeError(f"window_size: expected integers from -1 (unbounded) to {_MOST - 1}, got {window_size!r}")
-    if not isinstance(num_splits, int) or not 0 <= num_splits < _MOST:
+    splits = num_splits if type(num_splits) is int else as_int(num_splits)
+    if splits is None or not 0 <= splits < _MOST:
         raise ShapeError(f"num_splits: expected an integer from 0 (automatic) to {_MOST - 1}, got {num_splits!r}")
-    return window
+    return left, right
+
+
+def as_integers(name: str, expected: str, values: Iterable[Any]) -> list[int]:
+    """Values as ints; ShapeError, with what was expected in words, unless all are integers."""
+    found = [as_int(value) for value in values]
+    integers = [value for value in found if value is not None]
+    if len(integers) != len(found):
+        raise ShapeError(f"{name}: expected {expected}, got {values!r}")
+    return integers
 
 
 def count_queries(
@@ -279,11 +292,8 @@ def count_queries(
 
 def count(name: str, value: Any) -> int:
     """A number of tokens as an int; ShapeError if it is none."""
-    try:
-        number = operator.index(value)
-    except (TypeError, ValueError, RuntimeError):
-        number = -1
-    if not 0 <= number < _MOST:
+    number = as_int(value)
+    if number is None or not 0 <= number < _MOST:
         raise ShapeError(f"{name}: expected a number of tokens, got {value!r:.80}")
     return number
 

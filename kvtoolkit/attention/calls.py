@@ -33,6 +33,7 @@ from kvtoolkit.arrays.call import (
 from kvtoolkit.arrays.host import Operand, is_on_device, is_torch, mark_written
 from kvtoolkit.arrays.types import Array
 from kvtoolkit.attention.arguments import (
+    as_integers,
     check_apart,
     check_caches,
     check_flags,
@@ -408,8 +409,8 @@ def _describe_tiers(caches: TierCaches, describe: Any, num_kv_heads: int, head_d
         _check_contiguous(tier, name)
         described.append(tier)
     try:
-        hot, warm, cold = (first.__index__() for first in caches.first_granules)
-    except (TypeError, ValueError, AttributeError):
+        hot, warm, cold = as_integers("first_granules", "three integers", caches.first_granules)
+    except (TypeError, ValueError):
         raise ShapeError(f"first_granules: expected three integers, got {caches.first_granules!r}") from None
     for first in (hot, warm, cold):
         if first % MAX_BLOCK_GRANULES or not 0 <= first <= MAX_GRANULES:
@@ -468,7 +469,7 @@ def append(
     May be called from several threads at once, for different slots.
     """
     check_layout(layout)
-    kernels = BACKENDS[choose_backend(backend, is_on_device(key))]
+    kernels = BACKENDS[choose_backend(backend, is_on_device(key, "key"))]
     describe = kernels.describe
     new_keys, new_values = describe(key, "key"), describe(value, "value")
     keys, values = describe(k_cache, "k_cache"), describe(v_cache, "v_cache")
@@ -512,14 +513,14 @@ def merge_states(
 
     Source: Ye et al. 2025 (FlashInfer, arXiv:2501.01005), composition of attention states.
     """
-    kernels = BACKENDS[choose_backend(backend, is_on_device(out_a))]
+    kernels = BACKENDS[choose_backend(backend, is_on_device(out_a, "out_a"))]
     describe = kernels.describe
     a, b = describe(out_a, "out_a"), describe(out_b, "out_b")
     check_rows(a, "out_a", "[num_tokens, num_q_heads, head_dim]", 3)
     check_rows(b, "out_b", "[num_tokens, num_q_heads, head_dim]", 3)
     if b.shape != a.shape or b.dtype != a.dtype:
         raise ShapeError(f"out_b: expected as out_a, {a.shape} {a.dtype}, got {b.shape} {b.dtype}")
-    check_heads(a.shape[1], 1, a.shape[2])
+    check_heads(a.shape[1], 1, a.shape[2], "out_a")
     sides = []
     for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):
         side = describe(lse, name)

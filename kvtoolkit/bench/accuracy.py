@@ -16,7 +16,6 @@ is forked for eight questions, and the digits are decoded greedily, one token a 
 
 import argparse
 import importlib
-import json
 import math
 import platform
 import time
@@ -29,8 +28,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from allocators._command_line import integer
 from kvtoolkit._version import __version__
-from kvtoolkit.errors import ConfigError
+from kvtoolkit.commands.json_file import add_json, write_json
+from kvtoolkit.errors import ArgumentError, ConfigError
 from kvtoolkit.integrations.smollm2 import load_smollm2
 
 Tiers = Mapping[str, Any] | None
@@ -76,22 +77,28 @@ class Figures:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``kvtoolkit bench accuracy``."""
-    parser.add_argument("--tokens", type=int, default=4096, help="of the text; default 4096, at most 8192")
-    parser.add_argument("--skip", type=int, help="positions at the beginning that are not evaluated; default: half")
-    parser.add_argument("--chunk", type=int, default=32, help="tokens fed in one step; default 32")
+    parser.add_argument("--tokens", type=integer(2, 8192), default=4096, help="of the text; default 4096, at most 8192")
+    parser.add_argument(
+        "--skip", type=integer(0), help="positions at the beginning that are not evaluated; default: half"
+    )
+    parser.add_argument("--chunk", type=integer(1), default=32, help="tokens fed in one step; default 32")
     parser.add_argument("--text", metavar="FILE", help="plain text; default: pydoc_data.topics of Python itself")
     parser.add_argument(
         "--settings", nargs="+", default=list(SETTINGS), metavar="NAME",
         help=f"{', '.join(SETTINGS)}, or fields of tiers such as hot=128,cold=int4; the reference is always run",
     )  # fmt: skip
-    parser.add_argument("--passkey", type=int, default=3072, help="tokens of a prompt that hides keys; 0: none")
-    parser.add_argument("--prompts", type=int, default=1, help="prompts that hide eight keys each; default 1")
+    parser.add_argument(
+        "--passkey", type=integer(0, 8000), default=3072, help="tokens of a prompt that hides keys; 0: none"
+    )
+    parser.add_argument(
+        "--prompts", type=integer(1, 64), default=1, help="prompts that hide eight keys each; default 1"
+    )
     parser.add_argument("--device", default="cpu", help="of the model and its caches: cpu (default) or such as cuda:0")
     parser.add_argument(
         "--dtype", choices=["float32", "float16", "bfloat16"],
         help="of the model and its caches; default: float32 on the CPU, float16 elsewhere",
     )  # fmt: skip
-    parser.add_argument("--json", metavar="PATH", help="also write the figures there")
+    add_json(parser)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -108,7 +115,7 @@ def main(options: argparse.Namespace) -> int:
     try:
         model.to(options.device)
     except (RuntimeError, AssertionError) as error:  # what torch raises where there is no such device
-        raise SystemExit(f"--device: {options.device} cannot be used: {error}") from error
+        raise ArgumentError(f"--device: {options.device} cannot be used: {error}") from error
     use_kvtoolkit(model)
     ids = _encode(tokenizer, text, max(options.tokens + 1, options.passkey * options.prompts))
     where = f"{platform.machine()}, {torch.get_num_threads()} threads"
@@ -131,12 +138,11 @@ def main(options: argparse.Namespace) -> int:
             found[name] = sum(answer.startswith(number) for answer, number in zip(answers, numbers, strict=True))
     ok = _print_table(figures, found, len(_NAMES) * options.prompts)
     print(f"{time.perf_counter() - start:.0f} s")
-    if options.json:
-        rows = {name: asdict(row) | {"keys": found.get(name)} for name, row in figures.items()}
-        record = {"version": __version__, "text": options.text, "tokens": options.tokens, "skip": options.skip}
-        record |= {"chunk": options.chunk, "passkey": options.passkey, "prompts": options.prompts}
-        record |= {"device": options.device, "dtype": options.dtype, "settings": settings, "rows": rows}
-        Path(options.json).write_text(json.dumps(record, indent=1), encoding="utf-8")
+    rows = {name: asdict(row) | {"keys": found.get(name)} for name, row in figures.items()}
+    record = {"version": __version__, "text": options.text, "tokens": options.tokens, "skip": options.skip}
+    record |= {"chunk": options.chunk, "passkey": options.passkey, "prompts": options.prompts}
+    record |= {"device": options.device, "dtype": options.dtype, "settings": settings, "rows": rows}
+    write_json(options.json, record)
     return 0 if ok else 1
 
 
@@ -145,18 +151,12 @@ def main(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> dict[str, Tiers]:
     """The settings to run, the reference first. Fills in `skip`."""
-    if not 2 <= options.tokens <= 8192:
-        raise SystemExit(f"--tokens: expected 2 to 8192, got {options.tokens}")
     if options.skip is None:
         options.skip = options.tokens // 2
-    if not 0 <= options.skip < options.tokens:
-        raise SystemExit(f"--skip: expected 0 to {options.tokens - 1}, got {options.skip}")
-    if options.chunk < 1:
-        raise SystemExit(f"--chunk: expected at least 1, got {options.chunk}")
-    if options.passkey and not 512 <= options.passkey <= 8000:
-        raise SystemExit(f"--passkey: expected 0, or 512 to 8000, got {options.passkey}")
-    if not 1 <= options.prompts <= 64:
-        raise SystemExit(f"--prompts: expected 1 to 64, got {options.prompts}")
+    if options.skip >= options.tokens:
+        raise ArgumentError(f"--skip: expected 0 to {options.tokens - 1}, got {options.skip}")
+    if 0 < options.passkey < 512:
+        raise ArgumentError(f"--passkey: expected 0, or 512 to 8000, got {options.passkey}")
     if options.dtype is None:
         options.dtype = "float32" if options.device == "cpu" else "float16"
     return {REFERENCE: None} | {name: parse_setting(name) for name in options.settings}
@@ -169,13 +169,13 @@ def parse_setting(name: str) -> Tiers:
     if name in SETTINGS:
         return SETTINGS[name]
     if "=" not in name:
-        raise SystemExit(f"--settings: expected some of {', '.join(SETTINGS)}, or field=value,..., got {name!r}")
+        raise ArgumentError(f"--settings: expected some of {', '.join(SETTINGS)}, or field=value,..., got {name!r}")
     pairs = (pair.partition("=") for pair in name.split(","))
     tiers = {field: int(value) if value.isdecimal() else value for field, _, value in pairs}
     try:
         TierConfig.from_dict(tiers)
     except ConfigError as error:
-        raise SystemExit(f"--settings: {error}") from error
+        raise ArgumentError(f"--settings: {error}") from error
     return tiers
 
 
@@ -186,14 +186,14 @@ def _read_text(path: str | None) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise SystemExit(f"--text: {path} cannot be read: {error}") from error
+        raise ArgumentError(f"--text: {path} cannot be read: {error}") from error
 
 
 def _encode(tokenizer: Any, text: str, count: int) -> list[int]:
     """The first ``count`` tokens of a text."""
     ids: list[int] = tokenizer(text[: 16 * count])["input_ids"]
     if len(ids) < count:
-        raise SystemExit(f"--text: expected a text of at least {count} tokens, got {len(ids)}")
+        raise ArgumentError(f"--text: expected a text of at least {count} tokens, got {len(ids)}")
     return ids[:count]
 
 

@@ -1,15 +1,16 @@
 """What a `kvtoolkit.DevicePool` costs inside kernels: single granules, taken and given back by whole warps."""
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from allocators._command_line import integer
 from kvtoolkit.bench.timing import device_line, event_times, require_device
 from kvtoolkit.cache.kv_cache import KVCache
+from kvtoolkit.commands.json_file import add_json, write_json
 from kvtoolkit.config.cache import CacheConfig
 from kvtoolkit.cuda.launching import Launch
 from kvtoolkit.cuda.pool import DevicePool
@@ -24,11 +25,11 @@ _params = ParameterStruct("bench/alloc.cu", "kvt_take")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``kvtoolkit bench alloc``."""
-    parser.add_argument("--threads", type=int, nargs="+", default=[1 << 10, 1 << 15, 1 << 20])
-    parser.add_argument("--granules", type=int, default=1 << 21, help="size of the pool")
+    parser.add_argument("--threads", type=integer(1), nargs="+", default=[1 << 10, 1 << 15, 1 << 20])
+    parser.add_argument("--granules", type=integer(1), default=1 << 21, help="size of the pool")
     parser.add_argument("--layout", choices=("buddy", "slab"), default="buddy")
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--json", metavar="PATH", help="also write the figures there")
+    parser.add_argument("--repeats", type=integer(1), default=20)
+    add_json(parser)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -68,9 +69,7 @@ def main(options: argparse.Namespace) -> int:
         )
     registers = {name: _kernel(name, layout).usage for name in ("kvt_none", "kvt_take", "kvt_give", "kvt_take_alone")}
     print("registers: " + ", ".join(f"{name} {usage.registers}" for name, usage in registers.items() if usage))
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump({"rows": rows, "alone": alone}, file, indent=1)
+    write_json(options.json, {"rows": rows, "alone": alone})
     return 0
 
 

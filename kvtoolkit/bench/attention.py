@@ -6,13 +6,14 @@ read once, over a streaming read of the same run.
 """
 
 import argparse
-import json
 from functools import partial
 from typing import Any
 
+from allocators._command_line import integer, number
 from kvtoolkit.bench.attention_cases import KINDS, SHAPES, Case, Contender
 from kvtoolkit.bench.peers import PEERS, peers_of
 from kvtoolkit.bench.timing import device_line, read_ceiling, require_device, time_graph
+from kvtoolkit.commands.json_file import add_json, write_json
 from kvtoolkit.errors import ConfigError
 
 _MAX_ERROR = 4e-3  # relative L2; bfloat16's rounding alone is 1.7e-3
@@ -23,17 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kind", choices=list(KINDS), default="decode", help="of batches, where no shape is named")
     parser.add_argument("--shape", nargs="+", default=[], help="by name, or all")
     parser.add_argument("--peer", action="append", default=[], help=f"one of {', '.join(PEERS)}; repeat it for several")
-    parser.add_argument("--block-size", type=int, default=16, help="tokens to a block")
+    parser.add_argument("--block-size", type=integer(1), default=16, help="tokens to a block")
     parser.add_argument("--layout", choices=["HND", "NHD"], default="HND", help="of the blocks, for all kernels")
-    parser.add_argument("--replays", type=int, default=40)
+    parser.add_argument("--replays", type=integer(1), default=40)
     parser.add_argument(
-        "--sustained",
-        type=float,
-        default=0.05,
-        metavar="SECONDS",
+        "--sustained", type=number(0), default=0.05, metavar="SECONDS",
         help="of load before a kernel is timed; default 0.05",
-    )
-    parser.add_argument("--json", metavar="PATH", help="also write the figures there")
+    )  # fmt: skip
+    add_json(parser)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -56,9 +54,7 @@ def main(options: argparse.Namespace) -> int:
     for name in names:
         rows += _measure(Case(SHAPES[name], options.block_size, options.layout), options, ceiling)
         torch.cuda.empty_cache()
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump({"read_gbps": ceiling, "rows": rows}, file, indent=1)
+    write_json(options.json, {"read_gbps": ceiling, "rows": rows})
     return 0
 
 

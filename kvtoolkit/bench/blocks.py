@@ -6,17 +6,18 @@ layers - the plan, the list of granules - are timed apart, as is what calls cost
 """
 
 import argparse
-import json
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from allocators._command_line import integer
 from kvtoolkit import cuda
 from kvtoolkit.arrays.call import Hints, attention_call
 from kvtoolkit.bench.attention_cases import Case, Shape
 from kvtoolkit.bench.timing import device_line, host_us, read_ceiling, require_device, time_graph
 from kvtoolkit.cache.kv_cache import KVCache
+from kvtoolkit.commands.json_file import add_json, write_json
 from kvtoolkit.config.cache import CacheConfig
 from kvtoolkit.cuda.expand import make_granules
 from kvtoolkit.cuda.plan import make_plan, plan_nbytes
@@ -33,9 +34,11 @@ _PATTERNS: dict[str, list[tuple[int, ...]]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``kvtoolkit bench blocks``."""
-    parser.add_argument("--batch", type=int, nargs="+", default=[64, 256, 1024, 4096], help="sequences to plan for")
-    parser.add_argument("--replays", type=int, default=40)
-    parser.add_argument("--json", metavar="PATH", help="also write the figures there")
+    parser.add_argument(
+        "--batch", type=integer(1), nargs="+", default=[64, 256, 1024, 4096], help="sequences to plan for"
+    )
+    parser.add_argument("--replays", type=integer(1), default=40)
+    add_json(parser)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -54,9 +57,7 @@ def main(options: argparse.Namespace) -> int:
     planning = _planning(options.batch)
     print()
     host = _host()
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump({"read_gbps": ceiling, "blocks": rows, "planning": planning, "host": host}, file, indent=1)
+    write_json(options.json, {"read_gbps": ceiling, "blocks": rows, "planning": planning, "host": host})
     return 0
 
 

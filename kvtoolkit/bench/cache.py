@@ -5,24 +5,27 @@ are timed.
 """
 
 import argparse
-import json
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from allocators._command_line import integer
 from kvtoolkit.arrays.host import Operand
 from kvtoolkit.bench.timing import Timing, copy_ceiling, device_line, require_device, time_graph
+from kvtoolkit.commands.json_file import add_json, write_json
 
 _HEADS, _HEAD_DIM = 8, 128
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``kvtoolkit bench cache``."""
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 256, 4096, 32768], help="tokens of an append")
-    parser.add_argument("--granules", type=int, nargs="+", default=[8, 256, 2048], help="granules of a move")
-    parser.add_argument("--layers", type=int, default=8, help="layers of the arena that granules move in")
-    parser.add_argument("--json", metavar="PATH", help="also write the figures there")
+    parser.add_argument(
+        "--tokens", type=integer(1), nargs="+", default=[1, 256, 4096, 32768], help="tokens of an append"
+    )
+    parser.add_argument("--granules", type=integer(1), nargs="+", default=[8, 256, 2048], help="granules of a move")
+    parser.add_argument("--layers", type=integer(1), default=8, help="layers of the arena that granules move in")
+    add_json(parser)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -34,9 +37,7 @@ def main(options: argparse.Namespace) -> int:
     rows = [_append(tokens, ceiling) for tokens in options.tokens]
     for granules in options.granules:
         rows += [_move("fork", granules, options.layers, ceiling), _move("merge", granules, options.layers, ceiling)]
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump({"copy_gbps": ceiling, "rows": rows}, file, indent=1)
+    write_json(options.json, {"copy_gbps": ceiling, "rows": rows})
     return 0
 
 

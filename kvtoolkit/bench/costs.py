@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from allocators._command_line import integer
 from kvtoolkit._version import __version__
 from kvtoolkit.arrays.types import Int64Array
 from kvtoolkit.cache.kv_cache import KVCache
@@ -23,16 +24,14 @@ _MOST_TOKENS = 1 << 17
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``kvtoolkit bench costs``."""
-    parser.add_argument("--granules", type=int, nargs="+", default=[1 << 16, 1 << 20], help="sizes of the pools")
-    parser.add_argument("--repeats", type=int, default=20, help="best of so many runs")
+    parser.add_argument(
+        "--granules", type=integer(1 << 12), nargs="+", default=[1 << 16, 1 << 20], help="sizes of the pools"
+    )
+    parser.add_argument("--repeats", type=integer(1), default=20, help="best of so many runs")
 
 
 def main(options: argparse.Namespace) -> int:
     """Measure and print."""
-    if options.repeats < 1:
-        raise SystemExit(f"--repeats: expected at least 1, got {options.repeats}")
-    if min(options.granules) < 1 << 12:
-        raise SystemExit(f"--granules: expected at least {1 << 12}, got {min(options.granules)}")
     print(f"kvtoolkit {__version__}, Python {platform.python_version()}, {platform.processor() or platform.machine()}")
     sizes = "".join(f"{f'{size} granules':>18}" for size in options.granules)
     print(f"\nMicroseconds a call, best of {options.repeats}:\n{'':<58}{sizes}{'ratio':>8}")

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from allocators._command_line import integer
 from kvtoolkit.bench.timing import device_line, event_times, require_device
 from kvtoolkit.cache.kv_cache import KVCache
 from kvtoolkit.config.cache import CacheConfig
@@ -23,11 +24,13 @@ _HEADS, _KV_HEADS, _HEAD_DIM = 32, 8, 128
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``kvtoolkit bench demotion``."""
-    parser.add_argument("--batch", type=int, default=64, help="sequences")
-    parser.add_argument("--length", type=int, default=8192, help="tokens at the start")
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=256, help="decode steps")
-    parser.add_argument("--long", type=int, default=1 << 20, help="tokens of the one long sequence; 0 = leave it out")
+    parser.add_argument("--batch", type=integer(1), default=64, help="sequences")
+    parser.add_argument("--length", type=integer(1), default=8192, help="tokens at the start")
+    parser.add_argument("--layers", type=integer(1), default=8)
+    parser.add_argument("--steps", type=integer(1), default=256, help="decode steps")
+    parser.add_argument(
+        "--long", type=integer(0), default=1 << 20, help="tokens of the one long sequence; 0 = leave it out"
+    )
 
 
 def main(options: argparse.Namespace) -> int:

@@ -6,14 +6,15 @@ is, so that no timed run is the first to touch its memory.
 """
 
 import argparse
-import json
 import platform
 import time
 from typing import Any
 
 import numpy as np
 
+from allocators._command_line import integer
 from kvtoolkit._version import __version__
+from kvtoolkit.commands.json_file import add_json, write_json
 from kvtoolkit.integrations.smollm2 import load_smollm2
 
 _CACHES = ("DynamicCache", "kvtoolkit")
@@ -22,24 +23,19 @@ _UNDECIDED = 1e-4  # two best logits closer than this: either token is right
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``kvtoolkit bench generate``."""
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="prompts at once")
-    parser.add_argument("--prompt", type=int, default=512, help="tokens in each prompt")
-    parser.add_argument("--new", type=int, default=128, help="tokens generated for each")
-    parser.add_argument("--repeats", type=int, default=5, help="repetitions of each")
+    parser.add_argument("--batch", type=integer(1), nargs="+", default=[1, 8], help="prompts at once")
+    parser.add_argument("--prompt", type=integer(1), default=512, help="tokens in each prompt")
+    parser.add_argument("--new", type=integer(1), default=128, help="tokens generated for each")
+    parser.add_argument("--repeats", type=integer(1), default=5, help="repetitions of each")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--threads", type=int, help="threads of torch and of kvtoolkit; default: all cores")
+    parser.add_argument("--threads", type=integer(1), help="threads of torch and of kvtoolkit; default: all cores")
     parser.add_argument("--allocator", default="buddy", help="by name or 'package.module:Class'")
     parser.add_argument("--growth", help="growth policy; default: the allocator's own")
-    parser.add_argument("--json", metavar="PATH", help="also write the figures there")
+    add_json(parser)
 
 
 def main(options: argparse.Namespace) -> int:
     """Measure and print."""
-    for name in ("prompt", "new", "repeats"):
-        if getattr(options, name) < 1:
-            raise SystemExit(f"--{name}: expected at least 1, got {getattr(options, name)}")
-    if min(options.batch) < 1:
-        raise SystemExit(f"--batch: expected at least 1, got {min(options.batch)}")
     model, _ = load_smollm2(options.dtype, progress=lambda text: print(f"{text} ...", flush=True))
     import torch
     import transformers
@@ -57,10 +53,8 @@ def main(options: argparse.Namespace) -> int:
     )
     print(f"{'batch':>5}  {'':<8}" + "".join(f"{name:>24}" for name in _CACHES) + f"{'ratio':>16}   same tokens")
     rows = [_measure(model, batch, options) for batch in options.batch]
-    if options.json:
-        found = {"version": __version__, "dtype": options.dtype, "prompt": options.prompt, "new": options.new}
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump({**found, "rows": rows}, file, indent=1)
+    found = {"version": __version__, "dtype": options.dtype, "prompt": options.prompt, "new": options.new}
+    write_json(options.json, {**found, "rows": rows})
     return 0
 
 

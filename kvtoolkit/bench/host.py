@@ -6,7 +6,6 @@ of 64 steps, the best of ``--repeats`` such means (other programs only ever make
 """
 
 import argparse
-import json
 import platform
 import time
 from collections.abc import Callable
@@ -15,9 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from allocators import BlockAllocator, create
+from allocators import BlockAllocator, create, find
+from allocators._command_line import integer
 from kvtoolkit._version import __version__
 from kvtoolkit.cache.kv_cache import KVCache
+from kvtoolkit.commands.json_file import add_json, write_json
 from kvtoolkit.config.cache import CacheConfig
 
 _STEPS = 64
@@ -33,28 +34,23 @@ _ALLOCATORS: list[tuple[str, dict[str, Any]]] = [
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``kvtoolkit bench host``."""
-    parser.add_argument("--batch", type=int, nargs="+", default=[256, 4096], help="sequences in a step")
-    parser.add_argument("--context", type=int, default=1024, help="tokens in each sequence")
-    parser.add_argument("--repeats", type=int, default=20, help="best of so many runs")
+    parser.add_argument("--batch", type=integer(1), nargs="+", default=[256, 4096], help="sequences in a step")
+    parser.add_argument("--context", type=integer(1), default=1024, help="tokens in each sequence")
+    parser.add_argument("--repeats", type=integer(1), default=20, help="best of so many runs")
     parser.add_argument("--allocator", nargs="+", help="only these, by name or 'package.module:Class'")
     parser.add_argument("--growth", default=None, help="growth policy; default: the allocator's own")
-    parser.add_argument("--json", metavar="PATH", help="also write the figures there")
+    add_json(parser)
 
 
 def main(options: argparse.Namespace) -> int:
     """Measure and print."""
-    for name in ("context", "repeats"):
-        if getattr(options, name) < 1:
-            raise SystemExit(f"--{name}: expected at least 1, got {getattr(options, name)}")
-    if min(options.batch) < 1:
-        raise SystemExit(f"--batch: expected at least 1, got {min(options.batch)}")
+    for name in options.allocator or ():
+        find(name)
     chosen = [(name, {}) for name in options.allocator] if options.allocator else _ALLOCATORS
     print(f"kvtoolkit {__version__}, Python {platform.python_version()}, {platform.processor() or platform.machine()}")
     steps = _measure_steps(chosen, options)
     blocks = _measure_blocks(chosen, options)
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump({"version": __version__, "steps": steps, "allocators": blocks}, file, indent=1)
+    write_json(options.json, {"version": __version__, "steps": steps, "allocators": blocks})
     return 0
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtoolkit.errors import ArgumentError
+
 _MOONCAKE_BLOCK = 512  # tokens that one id of a trace's `hash_ids` stands for
 _STEP_SECONDS = 0.05  # of a trace's time in one step of the simulation
 
@@ -111,13 +113,23 @@ def read_trace(path: str, num_requests: int) -> Load:
             tokens, as Mooncake's; or CSV with ``TIMESTAMP``, ``ContextTokens`` and ``GeneratedTokens``, as Azure's. A
             name that ends in ``.gz`` is unpacked. One step of the simulation is 50 ms of the trace.
         num_requests: how many to take.
+
+    Raises:
+        ArgumentError: there is no such file, or it is no such trace.
     """
     opener: Any = gzip.open if path.endswith(".gz") else open
-    with opener(path, "rt", encoding="utf-8") as file:
-        rows = json_rows(file) if ".jsonl" in path else csv_rows(file)
-        requests = [request for _, request in zip(range(num_requests), rows, strict=False)]
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            rows = json_rows(file) if ".jsonl" in path else csv_rows(file)
+            requests = [request for _, request in zip(range(num_requests), rows, strict=False)]
+    except OSError as error:  # one of gzip, too
+        raise ArgumentError(f"--trace: {path} cannot be read: {error}") from error
+    except Exception as error:  # what parsers raise, and rows without a field
+        raise ArgumentError(
+            f"--trace: {path}: expected Mooncake's JSON lines or Azure's CSV, got {type(error).__name__}: {error}"
+        ) from error
     if not requests:
-        raise SystemExit(f"--trace {path}: expected requests, got none")
+        raise ArgumentError(f"--trace: {path}: expected requests, got none")
     return Load(Path(path).name.removesuffix(".gz"), tuple(requests))
 
 

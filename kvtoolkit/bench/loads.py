@@ -6,7 +6,6 @@ arrivals and token ids have fixed seeds, so all figures but the times are the sa
 """
 
 import argparse
-import json
 import platform
 import time
 from collections import deque
@@ -16,9 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from allocators._command_line import integer
 from kvtoolkit._version import __version__
 from kvtoolkit.bench.load_cases import LOADS, Load, Request, read_trace
 from kvtoolkit.cache.kv_cache import KVCache
+from kvtoolkit.commands.json_file import add_json, write_json
 from kvtoolkit.config.cache import CacheConfig
 from kvtoolkit.errors import CacheFullError
 
@@ -219,16 +220,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--trace", nargs="+", default=[], metavar="PATH",
                         help="requests of a trace: Mooncake's JSON lines or Azure's CSV, .gz or not")  # fmt: skip
-    parser.add_argument("--requests", type=int, default=400, help="so many requests of each trace")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each, for the times")
-    parser.add_argument("--json", metavar="PATH", help="also write the figures there")
+    parser.add_argument("--requests", type=integer(1), default=400, help="so many requests of each trace")
+    parser.add_argument("--repeats", type=integer(1), default=3, help="runs of each, for the times")
+    add_json(parser)
 
 
 def main(options: argparse.Namespace) -> int:
     """Simulate and print."""
-    for name in ("requests", "repeats"):
-        if getattr(options, name) < 1:
-            raise SystemExit(f"--{name}: expected at least 1, got {getattr(options, name)}")
     names = options.load or ([] if options.trace else list(LOADS))
     loads = [LOADS[name]() for name in names] + [read_trace(path, options.requests) for path in options.trace]
     choices = {name: CHOICES[name] for name in options.choice or CHOICES}
@@ -237,9 +235,7 @@ def main(options: argparse.Namespace) -> int:
     for load in loads:
         for memory in load.pools:
             rows += _compare(load, memory, choices, options.repeats)
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump({"version": __version__, "rows": rows}, file, indent=1)
+    write_json(options.json, {"version": __version__, "rows": rows})
     return 0
 
 

@@ -6,15 +6,16 @@ kernel in the same run; the share is that of all bytes read, scales included, ov
 """
 
 import argparse
-import json
 from functools import partial
 from typing import Any
 
+from allocators._command_line import integer
 from kvtoolkit.bench.attention import ours
 from kvtoolkit.bench.attention_cases import Case, Contender
 from kvtoolkit.bench.peers import PEERS, peers_of
 from kvtoolkit.bench.tier_cases import MIXES, TIER_SHAPES, TierCase
 from kvtoolkit.bench.timing import device_line, read_ceiling, require_device, time_graph
+from kvtoolkit.commands.json_file import add_json, write_json
 from kvtoolkit.errors import ConfigError
 
 _MAX_ERROR = 4e-3  # relative L2; bfloat16's rounding alone is 1.7e-3
@@ -28,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--mix", nargs="+", default=list(MIXES), help=f"of {', '.join(MIXES)}")
     parser.add_argument("--peer", action="append", default=[], help=f"one of {', '.join(PEERS)}; repeat it for several")
-    parser.add_argument("--replays", type=int, default=20)
-    parser.add_argument("--json", metavar="PATH", help="also write the figures there")
+    parser.add_argument("--replays", type=integer(1), default=20)
+    add_json(parser)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -67,9 +68,7 @@ def main(options: argparse.Namespace) -> int:
                 rows.append(_told(row, reference))
             del case
             torch.cuda.empty_cache()
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump({"read_gbps": ceiling, "rows": rows}, file, indent=1)
+    write_json(options.json, {"read_gbps": ceiling, "rows": rows})
     return 0
 
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from allocators._command_line import Parser, quietly
 from kvtoolkit._version import __version__
 from kvtoolkit.errors import KVToolkitError
 
@@ -22,7 +23,15 @@ _EXTRAS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit status: 0 for success, 1 for a failure found, 2 for wrong arguments."""
+    """Run one command; returns its exit status.
+
+    It is 0 for success, 1 for a failure found, 2 for wrong arguments and what is missing here, 130 after Ctrl-C, and
+    141 if nobody reads the output any more.
+    """
+    return quietly(lambda: _run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if rest and options.module is None:
@@ -35,8 +44,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"kvtoolkit: {_advice(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
 
 
 def _advice(error: ModuleNotFoundError) -> str:
@@ -54,7 +61,7 @@ def _allocator_error() -> type[Exception]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="kvtoolkit", description="The KV cache of LLM inference as parts.")
+    parser = Parser(prog="kvtoolkit", description="The KV cache of LLM inference as parts.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
@@ -97,7 +104,7 @@ def _run_module(module: str, prog: str, arguments: Sequence[str]) -> int:
     if "" not in sys.path:
         sys.path.insert(0, "")  # where `python -m` finds an allocator of the user's too
     loaded: Any = importlib.import_module(module)
-    parser = argparse.ArgumentParser(prog=prog, description=loaded.__doc__.partition("\n")[0])
+    parser = Parser(prog=prog, description=loaded.__doc__.partition("\n")[0])
     loaded.add_arguments(parser)
     return int(loaded.main(parser.parse_args(arguments)))
 

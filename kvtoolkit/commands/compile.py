@@ -1,17 +1,23 @@
 """Compile ahead: the GPU kernels for any architecture, without a GPU, or all that a cache on the CPU runs."""
 
 import argparse
-import json
 from typing import Any
 
+from allocators._command_line import integer
 from allocators._jit import cache_folder
+from kvtoolkit.commands.json_file import add_json, write_json
 from kvtoolkit.cuda import specs
-from kvtoolkit.errors import UnsupportedError
+from kvtoolkit.errors import ArgumentError, UnsupportedError
 from kvtoolkit.formats.quantized import HEAD_DIMS
 from kvtoolkit.runtime import build
 
 _SM_SMEM = {"80": 164, "86": 100, "89": 100, "90": 228, "100": 228, "120": 100}  # KiB of an SM
 _SM_REGISTERS = 65536
+_DEFAULTS: dict[str, dict[str, list[Any]]] = {
+    "cpu": {"allocator": ["paged", "buddy", "slab", "lockfree"]},
+    "cuda": {"arch": ["90"], "head_dim": [128], "heads": [(32, 8)], "dtype": ["float16", "bfloat16"]},
+}
+"""The options that belong to one backend."""
 _SM_THREADS = {"80": 2048, "86": 1536, "89": 1536, "90": 2048, "100": 2048, "120": 1536}
 
 
@@ -25,27 +31,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also the code of quantized tiers and of attention masses; GPU kernels for it have head_dim 64 or 128",
     )
-    parser.add_argument("--json", metavar="PATH", help="also write the table there")
+    add_json(parser, "table")
     cpu = parser.add_argument_group("with --backend cpu")
     cpu.add_argument(
         "--allocator",
         nargs="+",
-        default=["paged", "buddy", "slab", "lockfree"],
         metavar="NAME",
         help="allocators of the caches, one of your own as package.module:Class (default: all of ours)",
     )
     gpu = parser.add_argument_group("with --backend cuda")
+    gpu.add_argument("--arch", nargs="+", metavar="CC", help="compute capabilities such as 90, or all (default 90)")
     gpu.add_argument(
-        "--arch", nargs="+", default=["90"], metavar="CC", help="compute capabilities such as 90, or all (default 90)"
+        "--head-dim", type=integer(1), nargs="+", metavar="N", help="multiples of 16 up to 256 (default 128)"
     )
+    gpu.add_argument("--heads", type=heads, nargs="+", metavar="Q/KV", help="query and kv heads (default 32/8)")
     gpu.add_argument(
-        "--head-dim", type=int, nargs="+", default=[128], metavar="N", help="multiples of 16 up to 256 (default 128)"
-    )
-    gpu.add_argument(
-        "--heads", type=heads, nargs="+", default=[(32, 8)], metavar="Q/KV", help="query and kv heads (default 32/8)"
-    )
-    gpu.add_argument(
-        "--dtype", nargs="+", choices=["float16", "bfloat16"], default=["float16", "bfloat16"],
+        "--dtype", nargs="+", choices=["float16", "bfloat16"],
         metavar="TYPE", help="float16, bfloat16 (default both)",
     )  # fmt: skip
 
@@ -62,6 +63,7 @@ def heads(text: str) -> tuple[int, int]:
 
 def main(options: argparse.Namespace) -> int:
     """Compile and print a table."""
+    _settle(options)
     if options.backend == "cpu":
         from kvtoolkit.commands import compile_cpu
 
@@ -81,10 +83,19 @@ def main(options: argparse.Namespace) -> int:
     folder = cache_folder("cubin")
     where = f"kept in {folder}" if folder else "not kept: no folder can be used, see `kvtoolkit doctor`"
     print(f"{len(rows)} kernels, {sum(row['seconds'] for row in rows):.1f} s (0.00 = from the cache), {where}")
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(rows, file, indent=1)
+    write_json(options.json, rows)
     return 0
+
+
+def _settle(options: argparse.Namespace) -> None:
+    """Fill in what was not given; ArgumentError for an option that the backend would ignore."""
+    for backend, defaults in _DEFAULTS.items():
+        for name, default in defaults.items():
+            if getattr(options, name) is None:
+                setattr(options, name, default)
+            elif backend != options.backend:
+                option = name.replace("_", "-")
+                raise ArgumentError(f"--{option}: expected only with --backend {backend}, got {options.backend}")
 
 
 def _specs(arch: str, options: argparse.Namespace) -> list[specs.Spec]:

@@ -1,7 +1,6 @@
 """`kvtoolkit compile --backend cpu`: what a cache on the CPU runs, compiled and kept on disk before it is needed."""
 
 import argparse
-import json
 import time
 from typing import Any
 
@@ -9,6 +8,7 @@ from numba.core import event
 
 from allocators._jit import cache_folder
 from kvtoolkit.cache.rehearsal import parts_of
+from kvtoolkit.commands.json_file import write_json
 from kvtoolkit.config.cache import CacheConfig
 
 TIERS = {"warm": "int8", "cold": "int4", "demote": "mass"}
@@ -43,9 +43,7 @@ def main(options: argparse.Namespace) -> int:
     where = f"kept in {folder}" if folder else "not kept: no folder can be used, see `kvtoolkit doctor`"
     total = sum(row["functions"] for row in rows)
     print(f"{total} functions compiled, {sum(row['seconds'] for row in rows):.1f} s; {where}")
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(rows, file, indent=1)
+    write_json(options.json, rows)
     return 0
 
 

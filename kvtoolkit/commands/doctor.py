@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 from kvtoolkit._version import __version__
+from kvtoolkit.errors import ConfigError
 
 OK, ABSENT, BROKEN = "ok", "absent", "broken"
 
@@ -83,6 +84,8 @@ def _guarded(name: str, look: Callable[[], Finding]) -> Finding:
     """Run a check. If it raises, that is a finding too: a broken package must not stop the doctor."""
     try:
         return look()
+    except ConfigError as error:  # of a variable of the environment, which nothing else configures here
+        return Finding(name, BROKEN, str(error), f"correct or unset {str(error).partition(':')[0]}")
     except Exception as error:
         return Finding(name, BROKEN, f"{type(error).__name__}: {error}", f"reinstall what provides {name}")
 

@@ -3,6 +3,7 @@
 import argparse
 import sys
 
+from allocators._command_line import Parser, quietly
 from allocators._fuzz_arguments import add_arguments
 
 __all__ = ["add_arguments", "main"]
@@ -24,6 +25,6 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    _parser = argparse.ArgumentParser("python -m kvtoolkit.commands.fuzz", description=__doc__)
+    _parser = Parser("python -m kvtoolkit.commands.fuzz", description=__doc__)
     add_arguments(_parser)
-    sys.exit(main(_parser.parse_args()))
+    sys.exit(quietly(lambda: main(_parser.parse_args())))

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from allocators import AllocatorError, find
+from kvtoolkit.arrays.types import as_int
 from kvtoolkit.config.eviction import eviction_policy
-from kvtoolkit.config.fields import require_int, require_known, require_one_of
+from kvtoolkit.config.fields import require_known, require_one_of, settle_int
 from kvtoolkit.config.growth import FIXED, GrowthPolicy, growth_policy
 from kvtoolkit.config.tiers import TIER_NAMES, TierConfig
 from kvtoolkit.errors import ConfigError, UnsupportedError
@@ -95,14 +96,16 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_kv_heads", "head_dim"):
-            require_int(name, getattr(self, name), 1, 1 << 16)
-        require_int("max_seqs", self.max_seqs, 1, 1 << 20)
-        require_int("migrate_budget", self.migrate_budget, 0)
+            settle_int(self, name, 1, 1 << 16)
+        settle_int(self, "max_seqs", 1, 1 << 20)
+        settle_int(self, "migrate_budget", 0)
         for name in ("max_seq_len", "max_entries", "num_tokens"):
             if getattr(self, name) is not None:
-                require_int(name, getattr(self, name), 1, 8 * MAX_GRANULES)
+                settle_int(self, name, 1, 8 * MAX_GRANULES)
         if self.device is not None:
-            require_int("device", self.device, 0)
+            settle_int(self, "device", 0)
+        if (nbytes := as_int(self.memory)) is not None:
+            object.__setattr__(self, "memory", nbytes)
         if self.head_dim % 8:
             raise ConfigError(f"head_dim: expected a multiple of 8, got {self.head_dim}")
         require_one_of("dtype", self.dtype, tuple(DTYPES))
@@ -165,10 +168,11 @@ class CacheConfig:
         if sizes is None:
             sizes = (only_size,) if only_size else (16,) if self.allocator == "paged" else (8, 16, 32, 64)
         try:
-            sizes = tuple(sorted(set(sizes)))
+            found = {as_int(size) for size in sizes}
         except TypeError:
             raise ConfigError(f"block_sizes: expected some of 8, 16, 32, 64, got {sizes!r}") from None
-        if not sizes or not set(sizes) <= {8, 16, 32, 64} or not all(type(size) is int for size in sizes):
+        sizes = tuple(size for size in (8, 16, 32, 64) if size in found)
+        if not sizes or len(sizes) != len(found):
             raise ConfigError(f"block_sizes: expected some of 8, 16, 32, 64, got {self.block_sizes!r}")
         if self.allocator == "paged" and len(sizes) != 1:
             raise ConfigError(f"block_sizes: expected one size for the paged allocator, got {sizes}")
@@ -309,10 +313,10 @@ class CacheConfig:
 
 def parse_nbytes(value: int | str) -> int:
     """Bytes from an int or a text such as ``"512 MiB"`` or ``"1.5GB"`` (decimal units without the i)."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        if value <= 0:
+    if (nbytes := as_int(value)) is not None:
+        if nbytes <= 0:
             raise ConfigError(f"memory: expected a positive number of bytes, got {value}")
-        return value
+        return nbytes
     match = (
         re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", value, re.IGNORECASE)
         if isinstance(value, str)

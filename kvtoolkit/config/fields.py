@@ -3,14 +3,22 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from kvtoolkit.arrays.types import as_int
 from kvtoolkit.errors import ConfigError
 
 
-def require_int(name: str, value: Any, low: int, high: int | None = None) -> None:
-    """ConfigError unless a value is an int in a range."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+def require_int(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """A value as an ``int``; ConfigError unless it is an integer in a range."""
+    found = as_int(value)
+    if found is None or found < low or (high is not None and found > high):
         bound = f"of at least {low}" if high is None else f"from {low} to {high}"
         raise ConfigError(f"{name}: expected an int {bound}, got {value!r}")
+    return found
+
+
+def settle_int(config: Any, name: str, low: int, high: int | None = None, prefix: str = "") -> None:
+    """Make a field of a frozen dataclass an ``int``; ConfigError, with ``prefix`` before the name, as `require_int`."""
+    object.__setattr__(config, name, require_int(prefix + name, getattr(config, name), low, high))
 
 
 def require_one_of(name: str, value: Any, expected: tuple[str, ...]) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from allocators._jit import jit
+from kvtoolkit.arrays.types import as_int
 from kvtoolkit.config.fields import require_one_of
 from kvtoolkit.errors import ConfigError
 
@@ -48,6 +49,9 @@ class GrowthPolicy:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.isidentifier():
             raise ConfigError(f"growth policy: expected an identifier as name, got {self.name!r}")
+        for field in ("rule", "tail", "largest"):
+            if (number := as_int(getattr(self, field))) is not None:
+                object.__setattr__(self, field, number)
         if type(self.rule) is not int or self.rule not in (FIXED, BY_LENGTH, BY_FREE_MEMORY):
             raise ConfigError(f"growth policy {self.name}: expected a rule of this module, got {self.rule!r}")
         for field in ("tail", "largest"):

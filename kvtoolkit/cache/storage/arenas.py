@@ -3,7 +3,7 @@
 import numpy as np
 
 from kvtoolkit.arrays.host import Operand, address_of
-from kvtoolkit.arrays.types import ITEMSIZES
+from kvtoolkit.arrays.types import ITEMSIZES, as_int
 from kvtoolkit.attention.arguments import check_apart
 from kvtoolkit.backends import BACKENDS
 from kvtoolkit.cache.storage.storage import Storage
@@ -46,7 +46,8 @@ class Arenas:
 
     def require_layer(self, layer: int) -> None:
         """ArgumentError unless there is such a layer."""
-        if not isinstance(layer, (int, np.integer)) or not 0 <= layer < len(self.keys):
+        index = layer if type(layer) is int else as_int(layer)
+        if index is None or not 0 <= index < len(self.keys):
             raise ArgumentError(f"layer: expected 0 to {len(self.keys) - 1}, got {layer!r}")
 
     def check_apart(self, layer: int, written: Operand, q: Operand) -> None:

@@ -29,6 +29,34 @@ def changed(array: np.ndarray, index: Any, value: Any) -> np.ndarray:
     return array
 
 
+class Placed:
+    """Says of its place what it is told to say."""
+
+    def __init__(self, place: Any) -> None:
+        self.place = place
+
+    def __dlpack_device__(self) -> Any:
+        if isinstance(self.place, Exception):
+            raise self.place
+        return self.place
+
+    def __dlpack__(self, **options: Any) -> Any:
+        raise BufferError("no")
+
+
+class Described:
+    """An array of a GPU, in words only."""
+
+    def __init__(self, description: Any) -> None:
+        self.description = description
+
+    @property
+    def __cuda_array_interface__(self) -> Any:
+        if isinstance(self.description, Exception):
+            raise self.description
+        return self.description
+
+
 # what to replace, by what, and, where it is another, the argument that the message names
 WRONG: list[tuple[Any, ...]] = [
     ("q", lambda a: a["q"][0]),
@@ -88,6 +116,16 @@ WRONG: list[tuple[Any, ...]] = [
     ("window_size", lambda a: 3),
     ("num_splits", lambda a: -1),
     ("num_splits", lambda a: 1.5),
+    ("q", lambda a: Placed(ValueError("no"))),
+    ("k_cache", lambda a: Placed(None)),
+    ("block_table", lambda a: Placed((1,))),
+    ("seq_lens", lambda a: Placed("ab")),
+    ("out", lambda a: Placed((1, None))),
+    ("q", lambda a: Placed((2, 0))),
+    ("k_cache", lambda a: Described(KeyError("no"))),
+    ("q", lambda a: Described({})),
+    ("q", lambda a: Described(7)),
+    ("q", lambda a: Described({"typestr": "<f4", "data": (0, False), "shape": (5, 6, 32), "version": 3})),
     ("sinks", lambda a: np.zeros(5, np.float32)),
     ("sinks", lambda a: np.zeros(6)),
     ("sinks", lambda a: np.full(6, np.nan, np.float32)),
@@ -230,6 +268,8 @@ def test_merge_refuses_states_that_do_not_fit() -> None:
         merge_states(out, np.zeros((3, 4), np.float32)[:, ::2], out, lse)
     with pytest.raises(UnsupportedError, match="head_dim 12"):
         merge_states(out[..., :12], lse, out[..., :12], lse)
+    with pytest.raises(ShapeError, match="out_a: expected num_q_heads .* got 0"):
+        merge_states(out[:, :0], lse[:, :0], out[:, :0], lse[:, :0])
 
 
 def test_states_of_one_token_must_be_contiguous_too() -> None:
@@ -251,9 +291,9 @@ def test_arrays_in_two_kinds_of_memory_are_refused() -> None:
     case = Case([20, 9])
     arrays = [*map(torch.from_numpy, (case.q, *case.paged(8, "NHD"), case.lengths))]
     meta = arrays[0].to("meta")
-    with pytest.raises(UnsupportedError, match="q: expected a tensor on a CUDA device, got one on meta"):
+    with pytest.raises(UnsupportedError, match="q: expected a tensor with memory of its own, got one on meta"):
         paged_attention(meta, *arrays[1:])
-    with pytest.raises(UnsupportedError, match=r"k_cache: .*host memory.*meta"):
+    with pytest.raises(UnsupportedError, match="k_cache: expected a tensor with memory of its own, got one on meta"):
         paged_attention(arrays[0], arrays[1].to("meta"), *arrays[2:])
 
 

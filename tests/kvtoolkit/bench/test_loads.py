@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from kvtoolkit import ArgumentError
 from kvtoolkit.bench import load_cases, loads
 from kvtoolkit.bench.load_cases import Load, Request
 from kvtoolkit.commands import cli
@@ -71,6 +72,26 @@ def test_a_mooncake_trace(tmp_path):
     first, second = (one.prompt for one in load.requests)
     assert (first[:512] == second[:512]).all()
     assert first[512] != second[512]
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("gone.csv", None), ("a.csv", b""), ("a.csv", b"root:x:0:0\nbin:x:1:1\n"), ("a.csv", bytes(range(256))),
+        ("a.csv", b"TIMESTAMP,ContextTokens,GeneratedTokens\nnow,1,1\n"), ("a.csv.gz", b"no gzip"),
+        ("a.csv", b"TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03\n"),
+        ("a.jsonl", b"TIMESTAMP,ContextTokens\n"), ("a.jsonl", b"7\n"), ("a.jsonl", b"{}\n"),
+        ("a.jsonl.gz", gzip.compress(b"{}")[:-5]), ("a.jsonl", b'{"hash_ids": ["x"], "input_length": 1}'),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_no_trace_is_named(name, data, tmp_path):
+    path = tmp_path / name
+    if data is not None:
+        path.write_bytes(data)
+    with pytest.raises(ArgumentError, match=f"^--trace: {path}:? (cannot be read: |expected ).+") as caught:
+        load_cases.read_trace(str(path), 2)
+    assert "\n" not in str(caught.value)
 
 
 def test_an_azure_trace(tmp_path):

@@ -92,6 +92,7 @@ CALLS = [
     (lambda c: c.preempt(c.ids[:1], np.array(["drop", "host"])), ArgumentError, "to: expected 'drop' or 'host'"),
     (lambda c: c.key_cache(None), ArgumentError, "layer: expected 0 to 1, got None"),
     (lambda c: c.key_cache(0.5), ArgumentError, "layer: expected 0 to 1, got 0.5"),
+    (lambda c: c.key_cache(True), ArgumentError, "layer: expected 0 to 1, got True"),
     (lambda c: c.key_cache(2), ArgumentError, "layer: expected 0 to 1, got 2"),
 ]
 
@@ -106,6 +107,8 @@ def test_a_wrong_call_is_refused_and_changes_nothing(cache, call, error, message
 
 
 STEP_CALLS = [
+    (lambda s, k: s.append(True, k, k), ArgumentError, "layer: expected 0 to 1, got True"),
+    (lambda s, k: s.attend(np.True_, k), ArgumentError, "layer: expected 0 to 1, got "),
     (lambda s, k: s.append(2, k, k), ArgumentError, "layer: expected 0 to 1, got 2"),
     (lambda s, k: s.append(0, k[:1], k), ShapeError, "expected .* got"),
     (lambda s, k: s.append(0, k[:, :1], k[:, :1]), ShapeError, "expected .* got"),

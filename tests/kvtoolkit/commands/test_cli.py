@@ -1,17 +1,21 @@
 """The command line: what it prints and with which status it ends."""
 
+import importlib
 import json
+import os
 import subprocess
 import sys
 import types
 
 import pytest
 
-from allocators import _disk
-from kvtoolkit import ConfigError, __version__
+from allocators import _command_line, _disk
+from allocators._command_line import Parser
+from kvtoolkit import ArgumentError, ConfigError, __version__
 from kvtoolkit.bench import peers
 from kvtoolkit.bench.attention_cases import SHAPES
-from kvtoolkit.commands import cli, doctor
+from kvtoolkit.commands import cli, doctor, json_file
+from kvtoolkit.cpu import threads
 
 
 def test_doctor_finds_the_cpu_backend_working(capsys):
@@ -108,8 +112,31 @@ def test_bench_host_prints_and_writes_its_figures(capsys, tmp_path):
         ([], 2, "the following arguments are required: COMMAND"),
         (["bake"], 2, "invalid choice: 'bake'"),
         (["doctor", "--now"], 2, "unrecognized arguments: --now"),
-        (["bench", "host", "--batch", "many"], 2, "invalid int value: 'many'"),
-        (["bench", "host", "--batch", "0"], 1, "--batch: expected at least 1, got 0"),
+        (["bench", "host", "--batch", "many"], 2, "kvtoolkit bench host: --batch: expected an integer, got 'many'\n"),
+        (["bench", "host", "--batch", "0"], 2, "kvtoolkit bench host: --batch: expected at least 1, got 0\n"),
+        (["bench", "costs", "--granules", "0"], 2, "--granules: expected at least 4096, got 0\n"),
+        (["bench", "loads", "--trace", "/nonexistent"], 2, "--trace: /nonexistent cannot be read: "),
+        (
+            ["bench", "loads", "--trace", "/etc/passwd"],
+            2,
+            "--trace: /etc/passwd: expected Mooncake's JSON lines or Azure's",
+        ),
+        (["fuzz", "--allocator", "paged", "--num-granules", "7"], 2, "num_granules: expected a multiple of 8"),
+        (["fuzz", "--allocator", "paged", "--option", "x=1"], 2, "PagedAllocator does not take these options"),
+        (
+            ["fuzz", "--allocator", "paged", "--seconds", "nan"],
+            2,
+            "--seconds: expected a number of at least 0, got nan\n",
+        ),
+        (
+            ["compile", "--backend", "cpu", "--head-dim", "7"],
+            2,
+            "--head-dim: expected only with --backend cuda, got cpu\n",
+        ),
+        (["compile", "--backend", "cpu", "--arch", "90"], 2, "--arch: expected only with --backend cuda, got cpu\n"),
+        (["compile", "--backend", "cpu", "--heads", "8/8"], 2, "--heads: expected only with --backend cuda, got cpu\n"),
+        (["compile", "--backend", "cpu", "--dtype", "float16"], 2, "--dtype: expected only with --backend cuda"),
+        (["compile", "--allocator", "slab"], 2, "--allocator: expected only with --backend cpu, got cuda\n"),
         (["bench", "host", "--allocator", "budy", "--repeats", "1"], 2, "got 'budy'"),
         (["bench", "alloc", "--granules", "64"], 2, "at most a thread for each of 64 granules, got 1048576"),
         (["fuzz"], 2, "the following arguments are required: --allocator"),
@@ -117,7 +144,9 @@ def test_bench_host_prints_and_writes_its_figures(capsys, tmp_path):
 )
 def test_wrong_arguments_are_named(arguments, status, message, capsys):
     assert status_of(arguments) == status
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert message in said.err
+    assert said.out == ""
 
 
 def status_of(arguments):
@@ -129,6 +158,115 @@ def status_of(arguments):
             print(end.code, file=sys.stderr)
             return 1
         return end.code
+
+
+def parsers():
+    """The parser of every command that has one of its own, with its arguments."""
+    from tests.kvtoolkit.commands.test_help import commands
+
+    for command in commands():
+        module = cli._parser().parse_known_args([*command, "--"])[0].module if command not in ([], ["bench"]) else None
+        if module is not None:
+            parser = Parser()
+            importlib.import_module(module).add_arguments(parser)
+            yield command, parser
+
+
+NUMBERS = [
+    (command, action.option_strings[0])
+    for command, parser in parsers()
+    for action in parser._actions
+    if action.type is not None and action.dest not in ("json", "heads")
+]
+
+
+@pytest.mark.parametrize(("command", "option"), NUMBERS, ids=str)
+@pytest.mark.parametrize("value", ["-1", "nan", "1e999", "", "9" * 5000])
+def test_every_number_has_bounds(command, option, value, capsys):
+    needed = ["--allocator", "buddy"] if command == ["fuzz"] else []
+    if value in ("1e999", "9" * 5000) and option == "--seconds":
+        pytest.skip("without end")
+    assert status_of([*command, *needed, f"{option}={value}"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"kvtoolkit {' '.join(command)}: {option}: expected ")
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "command", [command for command, parser in parsers() if "--json" in parser._option_string_actions]
+)
+@pytest.mark.parametrize("path", ["nowhere/at/all", ".", "file/below", ""])
+def test_a_file_for_figures_is_tried_before_they_are_measured(command, path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("as it was")
+    assert status_of([*command, "--json", path]) == 2
+    said = capsys.readouterr()
+    assert (said.out, len(said.err.splitlines())) == ("", 1)
+    assert f"kvtoolkit {' '.join(command)}: --json: {path} cannot be written: " in said.err
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["file"]
+
+
+def test_trying_a_file_changes_nothing(tmp_path, capsys):
+    parser = Parser()
+    json_file.add_json(parser)
+    (tmp_path / "old").write_text("as it was")
+    (tmp_path / "link").symlink_to(tmp_path / "old")
+    for name in ("old", "link", "new"):
+        assert parser.parse_args(["--json", str(tmp_path / name)]).json == str(tmp_path / name)
+    assert (tmp_path / "old").read_text() == "as it was"
+    assert not (tmp_path / "new").exists()
+    assert parser.parse_args([]).json is None
+    json_file.write_json(None, {})
+    with pytest.raises(ArgumentError, match="--json: .* cannot be written: No such file"):
+        json_file.write_json(str(tmp_path / "gone/new"), {})
+
+
+def test_every_option_is_written_by_the_one_helper():
+    """A bench that opens its file itself would find out too late."""
+    for command, parser in parsers():
+        action = parser._option_string_actions.get("--json")
+        assert action is None or action.type is json_file._writable, command
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(KeyboardInterrupt(), 130), (BrokenPipeError(), 141), (RuntimeError("of a compiler"), 130), (None, 0)],
+)
+def test_a_command_ends_quietly(error, status, monkeypatch, capsys):
+    def doctor():
+        if isinstance(error, RuntimeError):
+            error.__context__ = KeyboardInterrupt()
+        if error is not None:
+            raise error
+        return 0
+
+    monkeypatch.setattr(cli, "_doctor", doctor)
+    monkeypatch.setattr(_command_line, "_drop_output", lambda: None)
+    assert cli.main(["doctor"]) == status
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(cli, "_doctor", lambda: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["doctor"])
+
+
+@pytest.mark.parametrize("arguments", ["['doctor']", "['bench', 'host', '--help']"])
+def test_a_reader_that_has_gone_is_no_failure(arguments):
+    code = f"import sys; from kvtoolkit.commands.cli import main; sys.exit(main({arguments}))"
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert done.stderr == ""
+    assert done.returncode == 141 or (done.returncode == 0 and "--help" in arguments)  # argparse may not mind
+
+
+def test_doctor_names_a_variable_that_is_wrong(monkeypatch, capsys):
+    monkeypatch.setenv("KVTOOLKIT_NUM_THREADS", "abc")
+    monkeypatch.setattr(threads, "_num_threads", None)
+    finding = doctor._guarded("cpu kernels", doctor._cpu_kernels)
+    assert finding.state == doctor.BROKEN
+    assert finding.detail == "KVTOOLKIT_NUM_THREADS: expected a number of threads from 1 on, got 'abc'"
+    assert finding.advice == "correct or unset KVTOOLKIT_NUM_THREADS"
 
 
 def test_help_of_a_command_is_its_own(capsys):

@@ -12,7 +12,7 @@ import pytest
 
 from kvtoolkit import cpu
 from kvtoolkit.cpu import kernel, threads
-from kvtoolkit.errors import ShapeError
+from kvtoolkit.errors import ConfigError, KVToolkitError, ShapeError
 from tests.kvtoolkit.attention.attention_cases import Case, make_call
 
 
@@ -111,13 +111,14 @@ def test_the_environment_sets_the_number_of_threads(text: str, wanted: int, monk
     assert threads._threads_from_environment() == wanted
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "many"])
+@pytest.mark.parametrize("text", ["0", "-1", "many", "1" * 5000, "1.5"])
 def test_a_number_of_threads_that_makes_no_sense_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVTOOLKIT_NUM_THREADS", text)
-    with pytest.raises(ValueError, match="KVTOOLKIT_NUM_THREADS"):
+    with pytest.raises(ConfigError, match="KVTOOLKIT_NUM_THREADS"):
         threads._threads_from_environment()
-    with pytest.raises(ValueError, match="count"):
-        cpu.set_num_threads(0)
+    for count in (0, True, 1.5, None):
+        with pytest.raises(KVToolkitError, match="count"):
+            cpu.set_num_threads(count)
 
 
 GUARDED = """
