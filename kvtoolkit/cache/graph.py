@@ -47,9 +47,10 @@ class GraphStep:
         max_seq_len: tokens of the longest sequence that will be loaded. Default: the cache's limit.
         shared_reads: whether captured runs look, in every replay, for beginnings that rows have in common, and read
             them once for all of these rows; `CacheConfig.shared_reads` says what that changes. A graph holds the
-            launches that it was captured with, so the choice is made here, once. It costs some launches a replay, about
-            5 us, whether or not the rows have something in common, and `load` looks for a good order of the rows. So
-            choose it where rows do share a lot: forks, beams, groups of samples of one prompt, a long system prompt.
+            launches that it was captured with, so the choice is made here, once. It costs some kernels a replay, and
+            in each layer about 6 us where the rows have nothing in common; and `load` looks for a good order of the
+            rows. So choose it where rows do share a lot: forks, beams, groups of samples of one prompt, a long system
+            prompt.
             It has no effect with more than 1024 rows, with ``tiers``, and where the cache's configuration says False.
 
     Not thread-safe; use one stream for `load` and the replays.
