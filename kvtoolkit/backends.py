@@ -94,10 +94,12 @@ def _device_of_append(arrays: _Arrays, check: bool) -> int:
     return check_devices({"key": key, "value": value, "k_cache": k_cache, "v_cache": v_cache, "slot_mapping": slots})
 
 
-def _device_of_states(
-    out: Operand, lse: Operand, out_a: Operand, lse_a: Operand, out_b: Operand, lse_b: Operand
-) -> int:
-    return check_devices({"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b, "out": out, "lse": lse})
+def _merge_states(merge: Callable[..., None], states: tuple[Operand, ...], from_torch: bool | None) -> None:
+    device = check_devices(
+        dict(zip(("out_a", "lse_a", "out_b", "lse_b", "out", "lse"), states[2:] + states[:2], strict=True))
+    )
+    with using(device):
+        merge(*states, stream=current_stream(device, from_torch))
 
 
 def _check_tables(call: AttentionCall, hints: Hints, stream: int) -> None:
@@ -186,10 +188,7 @@ class CudaBackend:
         from_torch: bool | None = None,
     ) -> None:  # fmt: skip
         """See `Backend.merge_states`."""
-        states = (out, lse, out_a, lse_a, out_b, lse_b)
-        device = _device_of_states(*states)
-        with using(device):
-            cuda.merge_states(*states, stream=current_stream(device, from_torch))
+        _merge_states(cuda.merge_states, (out, lse, out_a, lse_a, out_b, lse_b), from_torch)
 
 
 def _check_tier_alignment(call: AttentionCall) -> None:
@@ -278,10 +277,7 @@ class NumbaBackend:
         from_torch: bool | None = None,
     ) -> None:  # fmt: skip
         """See `Backend.merge_states`."""
-        states = (out, lse, out_a, lse_a, out_b, lse_b)
-        device = _device_of_states(*states)
-        with using(device):
-            numba_kernels.merge_states(*states, stream=current_stream(device, from_torch))
+        _merge_states(numba_kernels.merge_states, (out, lse, out_a, lse_a, out_b, lse_b), from_torch)
 
 
 def _moved(array: Operand | None, address: int) -> Operand | None:
