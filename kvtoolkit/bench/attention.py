@@ -6,6 +6,7 @@ read once, over a streaming read of the same run.
 """
 
 import argparse
+import math
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,7 @@ _MAX_ERROR = 4e-3  # relative L2; bfloat16's rounding alone is 1.7e-3
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``kvtoolkit bench attention``."""
     parser.add_argument("--kind", choices=list(KINDS), default="decode", help="of batches, where no shape is named")
-    parser.add_argument("--shape", nargs="+", default=[], help="by name, or all")
+    parser.add_argument("--shape", nargs="+", default=[], help="by name; all: every one but those of the sweep")
     parser.add_argument("--peer", action="append", default=[], help=f"one of {', '.join(PEERS)}; repeat it for several")
     parser.add_argument("--block-size", type=integer(1), default=16, help="tokens to a block")
     parser.add_argument("--layout", choices=["HND", "NHD"], default="HND", help="of the blocks, for all kernels")
@@ -39,7 +40,8 @@ def main(options: argparse.Namespace) -> int:
     import torch
 
     require_device("attention")
-    names = list(SHAPES) if options.shape == ["all"] else options.shape or list(KINDS[options.kind])
+    everything = [name for name in SHAPES if name not in KINDS["sweep"]]
+    names = everything if options.shape == ["all"] else options.shape or list(KINDS[options.kind])
     for name in names:
         if name not in SHAPES:
             raise ConfigError(f"--shape: expected some of {', '.join(SHAPES)} or all, got {name!r}")
@@ -54,8 +56,21 @@ def main(options: argparse.Namespace) -> int:
     for name in names:
         rows += _measure(Case(SHAPES[name], options.block_size, options.layout), options, ceiling)
         torch.cuda.empty_cache()
+    for line in summary(rows):
+        print(line)
     write_json(options.json, {"read_gbps": ceiling, "rows": rows})
     return 0
+
+
+def summary(rows: list[dict[str, Any]]) -> list[str]:
+    """What is said of all shapes together: the geometric mean of each kernel of ours, and where it is worst."""
+    lines = []
+    for kernel in dict.fromkeys(row["kernel"] for row in rows if row["ratio"]):
+        ratios = {row["shape"]: row["ratio"] for row in rows if row["kernel"] == kernel and row["ratio"]}
+        mean = math.exp(sum(map(math.log, ratios.values())) / len(ratios))
+        worst = min(ratios, key=lambda shape: ratios[shape])
+        lines.append(f"{kernel}: {len(ratios)} shapes, geometric mean {mean:.3f}, lowest {ratios[worst]:.3f} ({worst})")
+    return lines
 
 
 def _measure(case: Case, options: argparse.Namespace, ceiling: float) -> list[dict[str, Any]]:

@@ -172,6 +172,24 @@ CLIFFS = (
     _even("b1_8k_h8_1", 1, 8192, num_q_heads=8, num_kv_heads=1),
     _even("b1_8k_h8_1_256", 1, 8192, num_q_heads=8, num_kv_heads=1, head_dim=256),
 )
+_SWEPT_HEADS = (
+    (32, 8, 128), (8, 2, 128), (8, 1, 128), (64, 8, 128), (32, 32, 128), (28, 4, 128), (40, 8, 128), (9, 3, 64),
+    (32, 8, 64), (16, 8, 256), (8, 1, 256), (24, 8, 96),
+)  # fmt: skip
+_MOST_SWEPT_NBYTES = 6 << 30  # of a set's keys and values
+SWEEP: tuple[Shape, ...] = tuple(
+    shape
+    for heads in _SWEPT_HEADS
+    for batch in (1, 8, 64, 384)
+    for length in (256, 1024, 4096, 16384, 65536)
+    for shape in (
+        _even(
+            f"b{batch}_{length}_{heads[0]}/{heads[1]}x{heads[2]}", batch, length, num_q_heads=heads[0],
+            num_kv_heads=heads[1], head_dim=heads[2],
+        ),
+    )
+    if shape.kv_nbytes <= _MOST_SWEPT_NBYTES
+)  # fmt: skip
 KINDS = {"decode": PEER_SHAPES} | {
     kind: tuple(shape.name for shape in shapes)
     for kind, shapes in (
@@ -181,9 +199,10 @@ KINDS = {"decode": PEER_SHAPES} | {
         ("verify", VERIFY),
         ("shared", SHARED),
         ("cliffs", CLIFFS),
+        ("sweep", SWEEP),
     )
 }
-SHAPES |= {shape.name: shape for shape in (*PREFILL, *SHORT, *MIXED, *VERIFY, *SHARED, *CLIFFS)}
+SHAPES |= {shape.name: shape for shape in (*PREFILL, *SHORT, *MIXED, *VERIFY, *SHARED, *CLIFFS, *SWEEP)}
 
 
 class Case:

@@ -5,6 +5,7 @@ import itertools
 import pytest
 
 from kvtoolkit.bench import timing
+from kvtoolkit.bench.attention import summary
 from kvtoolkit.bench.attention_cases import KINDS, SHAPES, Shape
 
 
@@ -24,6 +25,20 @@ def test_beginnings_are_shared_by_so_many_rows_at_each_level():
     for a, b in itertools.combinations(range(8), 2):
         in_common = len(set(rows[a]) & set(rows[b]))
         assert in_common == (3 if a // 2 == b // 2 else 2 if a // 4 == b // 4 else 0)
+
+
+def test_the_summary_has_means_and_the_worst_of_each_kernel_of_ours():
+    rows = [
+        {"shape": shape, "kernel": kernel, "ratio": ratio}
+        for shape, kernel, ratio in (
+            ("a", "peer", None), ("a", "kvtoolkit", 2.0), ("b", "kvtoolkit", 0.5), ("b", "kvtoolkit, dependent", 1.5),
+        )
+    ]  # fmt: skip
+    assert summary(rows) == [
+        "kvtoolkit: 2 shapes, geometric mean 1.000, lowest 0.500 (b)",
+        "kvtoolkit, dependent: 1 shapes, geometric mean 1.500, lowest 1.500 (b)",
+    ]
+    assert summary([]) == []
 
 
 def test_a_gpu_that_is_not_there_has_no_state(monkeypatch):
