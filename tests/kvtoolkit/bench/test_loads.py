@@ -81,7 +81,7 @@ def test_a_mooncake_trace(tmp_path):
         ("a.csv", b"TIMESTAMP,ContextTokens,GeneratedTokens\nnow,1,1\n"), ("a.csv.gz", b"no gzip"),
         ("a.csv", b"TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03\n"),
         ("a.jsonl", b"TIMESTAMP,ContextTokens\n"), ("a.jsonl", b"7\n"), ("a.jsonl", b"{}\n"),
-        ("a.jsonl.gz", gzip.compress(b"{}")[:-5]), ("a.jsonl", b'{"hash_ids": ["x"], "input_length": 1}'),
+        ("a.jsonl.gz", gzip.compress(b"{}", mtime=0)[:-5]), ("a.jsonl", b'{"hash_ids": ["x"], "input_length": 1}'),
     ],
     ids=str,
 )  # fmt: skip
