@@ -15,7 +15,7 @@ from kvtoolkit.bench.attention_cases import KINDS, SHAPES, Case, Contender
 from kvtoolkit.bench.peers import PEERS, peers_of
 from kvtoolkit.bench.timing import device_line, read_ceiling, require_device, time_graph
 from kvtoolkit.commands.json_file import add_json, write_json
-from kvtoolkit.errors import ConfigError
+from kvtoolkit.errors import ConfigError, UnsupportedError
 
 _MAX_ERROR = 4e-3  # relative L2; bfloat16's rounding alone is 1.7e-3
 
@@ -109,6 +109,7 @@ def ours(case: Case) -> list[Contender]:
 
     from kvtoolkit import cuda
     from kvtoolkit.arrays.call import Hints, Sharing, attention_call
+    from kvtoolkit.cuda.shared import SharedAttention
 
     shape = case.shape
     most = max(shape.new_tokens)
@@ -140,6 +141,8 @@ def ours(case: Case) -> list[Contender]:
     kinds = [("kvtoolkit", plain, False), ("kvtoolkit, dependent", plain, True)]
     if shape.beginnings:
         kinds[1] = ("kvtoolkit, shared reads", prepare(Sharing()), False)
+        if not isinstance(kinds[1][1][0], SharedAttention):
+            raise UnsupportedError("--kind shared: expected sm_90 and blocks of a multiple of 8 tokens")
     sets = range(case.num_sets)
     return [
         Contender(name, [partial(call, prepared, which, dependent) for which in sets])

@@ -48,7 +48,7 @@ def require_device(what: str) -> None:
 
 
 def time_graph(calls: Sequence[Call], replays: int = 40, warm_up: float = 0.05) -> Timing:
-    """Time calls by replaying a graph of all of them. Each runs once before the graph is captured.
+    """Time calls by replaying a graph of all of them. The first and the last run once before the graph is captured.
 
     Args:
         warm_up: seconds of replays before those that are timed; after some seconds of load the clock falls to what the

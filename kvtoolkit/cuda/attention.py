@@ -72,7 +72,7 @@ def attend(call: AttentionCall, hints: Hints = NO_HINTS, *, stream: int = 0) -> 
         sharing = None if words is None else shared.attend(call, hints, words, stream=stream)
         if sharing is not None:
             return sharing
-    if prompt.suits(call, route.most):
+    if prompt.suits(call, route.most, hints.max_seq_len):
         maps = prompt.maps_of(call)
         words = maps.words(call.q.address, call.k_cache.address, call.v_cache.address)
         if words is not None:

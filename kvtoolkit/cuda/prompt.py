@@ -23,11 +23,12 @@ _LOG2E = 1.4426950408889634
 _UNBOUNDED = 1 << 30
 _HALF_ROWS = 64  # as in prompt/item.cuh
 _MAX_PARTS = 64
+_LEAST_SCALE = 1e-30  # a smaller factor is 0 in float32, which is no factor for -inf
 _MOST_LATE_ITEMS = 4  # of a CTA, as in plan_prompts.cu
 _MAX_TILES = 65535
 _ITEM_NBYTES = 32
 _ANY_STRIDE = 16
-_LIST_AT = 256  # of the items, behind their number
+_LIST_AT = 256  # offset of the items; their number comes first
 _MAX_TOKENS = 1 << 24  # kLevelShift of prompt/item.cuh
 
 PARAMS = ParameterStruct("attention/prompt.cu", "kvt_prompt")
@@ -89,7 +90,7 @@ class UnitLists(NamedTuple):
     places: int
     """0 = queries are where the rows have them."""
     ids_row: int
-    """Of the table, from row to row."""
+    """Elements from one row of the table to the next."""
     out: int
     lse: int
 
@@ -97,16 +98,19 @@ class UnitLists(NamedTuple):
 _NO_UNITS = UnitLists(0, 0, 0, 0, 0, 0, 0)
 
 
-def suits(call: AttentionCall, most_queries: int) -> bool:
-    """Whether the prompt kernel takes a call: by its shapes and options alone.
+def suits(call: AttentionCall, most_queries: int, max_seq_len: int | None = None) -> bool:
+    """Whether the prompt kernel takes a call: by its shapes and options, and what the host knows.
 
     Args:
         most_queries: most query tokens of a row, as far as the host knows.
+        max_seq_len: no row is longer; None = as long as the table.
     """
     _, num_q_heads, head_dim = call.q.shape
     blocks, num_kv_heads, block_size, _ = call.k_cache.shape
     batch, max_entries = call.block_table.shape
     length = max_entries * (block_size if call.block_starts is None else 8 * GRANULE)
+    if max_seq_len is not None:
+        length = min(length, max_seq_len)
     return (
         call.tiers is None
         and call.block_mass is None
@@ -176,8 +180,8 @@ def sizes_of(num_tokens: int, num_q_heads: int, num_kv_heads: int, head_dim: int
     _, _, queries, per_query, _ = halves
     # a sequence's last item may have one half, and its last half some of the queries
     blocks = num_tokens * per_query // (2 * queries) + batch
-    # an item is cut if it is longer than 1.25 shares of a CTA, into at most 0.5 more parts than shares; or those of a
-    # last wave are, into at most so many parts
+    # Ragged batches: an item longer than 1.25 shares of a CTA becomes round(length / share) parts, at most 1.34 for
+    # each CTA. Even batches: those of the last wave become at most `_MOST_LATE_ITEMS` for each CTA.
     slots = -(-_MOST_LATE_ITEMS * sms // num_kv_heads) + 1
     max_items = max(blocks + slots, -(-sms // num_kv_heads) + 1)
     ctas = min(sms, max_items * num_kv_heads)
@@ -228,10 +232,6 @@ def attend_prepared(prepared: PromptAttention, q: int, k_cache: int, v_cache: in
     prepared.launch.run(stream)
 
 
-def _has_rules(call: AttentionCall) -> bool:
-    return bool(call.softcap) or call.alibi_slopes is not None or call.scale <= 0
-
-
 def plan_launch(call: AttentionCall, sizes: PromptSizes, work: int, units: UnitLists = _NO_UNITS) -> Launch:
     """The launch that makes the work list at the address ``work``; nothing is launched yet."""
     batch = call.block_table.shape[0]
@@ -270,6 +270,6 @@ def attention_launch(
         min(call.left, _UNBOUNDED), min(call.right, _UNBOUNDED),
         scale * _LOG2E, scale / softcap if softcap else 0.0, softcap * _LOG2E,
     )  # fmt: skip
-    has_rules = bool(softcap) or slopes is not None or scale <= 0
+    has_rules = bool(softcap) or slopes is not None or scale < _LEAST_SCALE
     spec = specs.prompt(call.q.shape[2], call.q.dtype, has_rules=has_rules)
     return Launch(load_spec(spec, call.q.device), (sizes.ctas,), spec.threads, spec.smem_nbytes, parameters)

@@ -22,9 +22,10 @@ from kvtoolkit.cuda.workspace import Sizes, workspace
 from kvtoolkit.runtime.kernels import num_sms
 from kvtoolkit.runtime.structs import ParameterStruct
 
-_MAX_ROWS = 1024  # as in shared.cu, as the next one
+_MAX_ROWS = 1024  # as in shared.cu, as the next two
+_MOST_QUERIES = 8
 _MAX_LEVELS = 3
-_MAX_TOKENS = 4096  # of all rows: results of units have a place for each, and for each level
+_MAX_TOKENS = 4096  # new tokens of a step: a unit's results have a place for each token at each level
 _MAX_WORDS = 1 << 31  # of the table, whose places are 32 bits
 _LEAST_TOKENS = 64  # of a unit
 _LEAST_SAVED = 512  # tokens that a unit need not read again
@@ -70,17 +71,23 @@ class _Layout(NamedTuple):
 
 
 def suits(call: AttentionCall, hints: Hints) -> bool:
-    """Whether shared reads are wanted and possible: by the shapes and options of the call alone."""
+    """Whether shared reads are wanted and possible, by the shapes and options of the call and what the host knows.
+
+    Not where the output is written over the queries: a row's rest may be done before a unit has read its query.
+    """
     batch, width = call.block_table.shape
+    fewest = 0 if hints.query_counts is None else hints.query_counts[0]
     return (
         hints.sharing is not None
         and hints.kept is not None
         and 1 < batch <= _MAX_ROWS
         and call.q.shape[0] <= _MAX_TOKENS
+        and fewest <= _MOST_QUERIES
+        and call.q.address != call.out.address
         and call.alibi_slopes is None
         and call.left < 0
         and batch * max(call.block_table.strides[0], 8 * width, hints.max_seq_len or 0) < _MAX_WORDS
-        and prompt.suits(call, _MAX_TOKENS)
+        and prompt.suits(call, _MAX_TOKENS, hints.max_seq_len)
     )
 
 
@@ -91,7 +98,7 @@ def attend(call: AttentionCall, hints: Hints, words: tuple[int, ...], *, stream:
         words: the maps of the call's arrays, see `Maps.words`.
 
     Returns:
-        None, with nothing launched, if there is no memory and a capture forbids to take some.
+        None, with nothing launched, if there is no memory, or a capture forbids to take some.
     """
     assert hints.sharing is not None
     assert hints.kept is not None
@@ -104,7 +111,7 @@ def attend(call: AttentionCall, hints: Hints, words: tuple[int, ...], *, stream:
     num_queries, num_sequences = (1 + _MAX_LEVELS) * num_tokens, 2 * batch
     sizes = prompt.sizes_of(num_queries, num_q_heads, num_kv_heads, head_dim, num_sequences, num_sms(device))
     parts = _parts(call, width, sizes, order is not None)
-    owner = keep(hints.kept, ("shared", width, sizes, order is not None), sum(map(aligned, parts)), stream)
+    owner = _memory(hints.kept, ("shared", width, sizes, order is not None), sum(map(aligned, parts)), stream)
     if owner is None:
         return None
     at = _place(owner.data.ptr, parts)
@@ -148,6 +155,15 @@ def attend_prepared(prepared: SharedAttention, q: int, k_cache: int, v_cache: in
     attention.run(stream, dependent=True)
     merge.set_addresses(MERGE_PARAMS.word("out"), out)
     merge.run(stream, dependent=True)
+
+
+def _memory(kept: dict[Any, Any], key: Any, nbytes: int, stream: int) -> Any:
+    import cupy
+
+    try:
+        return keep(kept, key, nbytes, stream)
+    except cupy.cuda.memory.OutOfMemoryError:  # attention can do without
+        return None
 
 
 def _parts(call: AttentionCall, width: int, sizes: PromptSizes, is_gathered: bool) -> _Layout:

@@ -28,11 +28,15 @@ from kvtoolkit.runtime import current_stream, is_capturing
 StepTables = tuple[Any, Any, Any, Any, Any]
 """``block_table, block_starts, seq_lens, cu_seqlens_q, slot_mapping``; see `kvtoolkit.Step`."""
 
+_MOST_FORMS = 4
+_IN_PLACE = 0  # of a form: whether the output is written over the queries
+
 
 class LayerCalls:
     """The arrays of one step, described once, and what its layers have in common with the first of them.
 
-    A layer whose arrays have the shape, strides and dtype of the layer before needs no check, and no new plan.
+    A layer whose arrays have the shape, strides and dtype of a layer before, and whose options are the same, needs no
+    check, and no new plan. Models with two kinds of layers have two such forms.
 
     Args:
         arenas: of the cache.
@@ -47,7 +51,7 @@ class LayerCalls:
 
     __slots__ = (
         "_appended", "_appended_keys", "_arenas", "_attended", "_backend", "_hints", "_is_fixed", "_mass",
-        "_num_tokens", "_overlaps", "_slots", "_tables", "layers",
+        "_num_tokens", "_overlaps", "_seen", "_slots", "_tables", "layers",
     )  # fmt: skip
 
     def __init__(
@@ -68,7 +72,8 @@ class LayerCalls:
         self._overlaps = arenas.backend.can_overlap(arenas.device)
         self._appended_keys = 0  # address of the keys that were appended to last
         self._appended: tuple[Any, Any] | None = None
-        self._attended: tuple[Any, Any] | None = None
+        self._attended: list[tuple[Any, Any]] = []  # forms and prepared calls, the one used last first
+        self._seen = 0  # bit i: layer i has been attended to
         self._mass = mass
         self.layers = 0
 
@@ -111,7 +116,9 @@ class LayerCalls:
             False, with nothing done, if there was no such layer before, or an address is not of a whole element.
         """
         arenas = self._arenas
-        if self._appended is None or self._attended is None or (key | value | q | out) & (arenas.alignment - 1):
+        if self._appended is None or not self._attended or (key | value | q | out) & (arenas.alignment - 1):
+            return False
+        if self._attended[0][0][_IN_PLACE] != (q == out) or not self._may_repeat(layer):
             return False
         arenas.require_layer(layer)
         self._append_again(layer, key, value)
@@ -156,12 +163,14 @@ class LayerCalls:
         else:
             target = backend_of.describe(out, "out", raw)
         options = (softmax_scale, causal, window_size, softcap, num_splits, backend)
-        form = (queries[1:4], target[1:4], target.writable, queries.device, target.device, options)
+        in_place = queries.address == target.address
+        form = (in_place, queries[1:4], target[1:4], target.writable, queries.device, target.device, options)
         is_plain = sinks is None and alibi_slopes is None and return_lse is False
+        may_repeat = self._may_repeat(layer)
         if (
             is_plain
-            and self._attended is not None
-            and self._is_as_before(form)
+            and may_repeat
+            and self._find_form(form)
             and arenas.are_aligned(queries, target)
             and (is_own or self._is_apart(queries, target))
         ):
@@ -192,7 +201,7 @@ class LayerCalls:
         if self._mass is not None:
             self._mass.add()
         if is_plain and prepared is not None:
-            self._attended = form, prepared
+            self._attended = [(form, prepared), *self._attended[: _MOST_FORMS - 1]]
         if not is_own:
             mark_written(out)
         return (out, lse) if return_lse else out
@@ -217,13 +226,35 @@ class LayerCalls:
             check_per_head(alibi_slopes, "alibi_slopes", num_q_heads, infinite=False)
         return sinks, alibi_slopes
 
-    def _is_as_before(self, form: Any) -> bool:
-        """Whether arrays and options are those of the layer before."""
-        assert self._attended is not None
-        try:
-            return bool(self._attended[0] == form)
-        except ValueError:  # an option is an array; it will be refused
+    def _may_repeat(self, layer: int) -> bool:
+        """Whether this layer may be attended to as one before it was.
+
+        Not where a graph is captured after an eager run of the same step: the graph would follow the plan of that run,
+        whatever the tables hold in a replay. Then everything is prepared anew, in the graph.
+        """
+        bit = 1 << int(layer)
+        if not self._seen & bit:
+            self._seen |= bit
+            return True
+        device = self._arenas.device
+        if device >= 0 and not self._is_fixed and is_capturing(current_stream(device)):
+            self._seen = bit
+            self._attended = []
             return False
+        return True
+
+    def _find_form(self, form: Any) -> bool:
+        """Whether a layer before had these arrays and options; if so, its call becomes the first of `_attended`."""
+        attended = self._attended
+        try:
+            for i, (known, _) in enumerate(attended):
+                if known == form:
+                    if i:
+                        attended.insert(0, attended.pop(i))
+                    return True
+        except ValueError:  # an option is an array; it will be refused
+            pass
+        return False
 
     def _is_apart(self, q: Operand, out: Operand) -> bool:
         """Whether an output of the caller certainly shares no memory with what attention reads, or is ``q`` itself."""
@@ -236,13 +267,12 @@ class LayerCalls:
         return apart and not self._arenas.contains(out.address)
 
     def _attend_again(self, layer: int, q: int, out: int) -> None:
-        assert self._attended is not None
         arenas = self._arenas
         keys, mass = arenas.keys[layer].address, self._mass
         # the append of this layer wrote nothing but the new tokens, and it waited for everything before it
         overlaps = self._overlaps and self._appended_keys == keys
         self._backend.attend_prepared(
-            self._attended[1], q, keys, arenas.values[layer].address, out, **arenas.tier_addresses[layer],
+            self._attended[0][1], q, keys, arenas.values[layer].address, out, **arenas.tier_addresses[layer],
             block_mass=0 if mass is None else mass.operand.address, overlaps=overlaps,
         )  # fmt: skip
         if mass is not None:

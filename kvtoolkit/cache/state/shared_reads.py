@@ -139,8 +139,10 @@ def find_common(step: StepArrays, order: Int32Array, work: Int32Array, slots: In
     for b in range(batch):
         order[b] = b
         work[_ENDS, b] = _end_of(step, b)
-    work[_BEGIN, 0], work[_END, 0], work[_KNOWN, 0] = 0, batch, 0
-    num_waiting = 1 if batch > 1 else 0
+    num_waiting = 0
+    if batch > 1:
+        work[_BEGIN, 0], work[_END, 0], work[_KNOWN, 0] = 0, batch, 0
+        num_waiting = 1
     saved, longest, num_groups = 0, 0, 0
     while num_waiting > 0:
         num_waiting -= 1

@@ -90,7 +90,7 @@ def make(**fields):
     return cache
 
 
-def families(cache, count=2, members=8, length=480):
+def families(cache, count=2, members=8, length=600):
     """``[count, members]`` sequences; those of a family begin with the same tokens."""
     parents, _ = cache.open([[]] * count)
     cache.end_step(cache.begin_step(parents, length))
@@ -115,7 +115,7 @@ def run(step, num_tokens):
 def test_rows_side_by_side_need_no_order(device):
     cache = make()
     ids = families(cache)
-    assert NEEDED < 14 * 480
+    assert NEEDED < 14 * 600
     assert sharing_of(cache, ids.ravel()) == Sharing()
     assert cache._upload.orders == []
 

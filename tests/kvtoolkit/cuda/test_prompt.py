@@ -114,7 +114,7 @@ def test_lists_have_room_for_every_batch():
         head_dim = int(rng.choice([64, 128, 256]))
         sizes = prompt.sizes_of(int(new.sum()), heads * group_size, heads, head_dim, batch, sms)
         items, parts = cut(new, lengths, sizes.halves, heads, sizes.ctas, specs.prompt_keys(head_dim))
-        assert items <= sizes.max_items
+        assert items < sizes.max_items  # the kernel reads one past the last before it knows how many there are
         assert parts <= sizes.slots
         assert sizes.partials_nbytes <= (4 * sms + 2 * heads) * specs.prompt_partial_nbytes(head_dim)  # as docs say
         assert sizes.max_items * heads >= sizes.ctas  # each CTA reads the words of an item before it knows how many are
@@ -179,6 +179,26 @@ def test_further_layers_get_maps_of_their_arrays(fake, maps, monkeypatch):
 def test_which_calls_it_takes(fake, maps, new, hints, options, takes):
     attention.attend(prompt_call(new, **options), Hints(hints), stream=_STREAM)
     assert ("kvt_prompt" in [taken.kernel for taken in fake.taken]) is takes
+
+
+@pytest.mark.parametrize(("max_seq_len", "takes"), [(None, False), (4096, True)])
+def test_what_the_host_knows_of_lengths_counts_more_than_the_table(fake, maps, max_seq_len, takes):
+    """A captured step has an entry for every 8 tokens, so that its table could hold eight times as many."""
+    table = array(2, 1 << 18)
+    call = prompt_call()._replace(block_table=table, block_starts=table)
+    attention.attend(call, Hints((7, 40), max_seq_len), stream=_STREAM)
+    assert ("kvt_prompt" in [taken.kernel for taken in fake.taken]) is takes
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, 1e-31])
+def test_a_scale_that_is_no_factor_has_the_kernel_with_rules(fake, maps, scale, monkeypatch):
+    found, spec_of = [], specs.prompt
+    monkeypatch.setattr(
+        specs, "prompt", lambda *shape, has_rules: found.append(has_rules) or spec_of(*shape, has_rules=has_rules)
+    )
+    attention.attend(prompt_call(softmax_scale=scale), stream=_STREAM)
+    attention.attend(prompt_call(), stream=_STREAM)
+    assert found == [True, False]
 
 
 def test_arrays_that_no_map_describes_have_the_other_kernels(fake, monkeypatch):

@@ -231,15 +231,16 @@ def _is_hopper():
     return arch_of(0) == 90
 
 
-def shared_call(new=(1, 1, 1), **options):
+def shared_call(new=(1, 1, 1), in_place=False, **options):
     num_tokens, batch = sum(new), len(new)
     arrays = {name: array(num_tokens, 8, 128, dtype="bfloat16", gap=64) for name in ("q", "out")}
     caches = [array(40, 2, 8, 128, dtype="bfloat16") for _ in range(2)]
     bounds = None if num_tokens == batch else array(batch + 1)
     options = {"cu_seqlens_q": bounds} | options
     return attention_call(
-        arrays["q"], *caches, array(batch, 5), array(batch, 5), array(batch), out=arrays["out"], **options
-    )
+        arrays["q"], *caches, array(batch, 5), array(batch, 5), array(batch),
+        out=arrays["q" if in_place else "out"], **options,
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -297,6 +298,8 @@ def test_what_is_launched(fake, kept, is_ordered):
     [
         ({}, {"sharing": None}),
         ({}, {"kept": None}),
+        ({}, {"query_counts": (9, 40)}),
+        ({"in_place": True}, {}),
         ({"new": (1,)}, {}),
         ({"alibi_slopes": array(8, dtype="float32")}, {}),
         ({"window_size": (100, 0)}, {}),
@@ -307,3 +310,14 @@ def test_calls_without_shared_reads(fake, kept, options, hints):
     chosen = Hints((1, 1), 40, {}, Sharing())._replace(**hints)
     attention.attend(shared_call(**options), chosen, stream=_STREAM)
     assert "kvt_find_shared" not in [taken.kernel for taken in fake.taken]
+
+
+def test_attention_does_without_where_memory_is_short(fake, kept, monkeypatch):
+    cupy = pytest.importorskip("cupy")
+
+    def keep(*_):
+        raise cupy.cuda.memory.OutOfMemoryError(1, 1)
+
+    monkeypatch.setattr(shared, "keep", keep)
+    attention.attend(shared_call(), Hints((1, 1), 40, {}, Sharing()), stream=_STREAM)
+    assert [taken.kernel for taken in fake.taken] == ["kvt_expand", "kvt_plan", "kvt_decode"]
