@@ -5,7 +5,7 @@
 //   token_levels  [num_tokens] int32, of a row's units; -1 for a padding row
 //   places        [num_tokens] int32: where a query is in all of these; null: in its place
 //   out           [num_tokens, num_q_heads, head_dim] scalar_t, by strides, may be rest_out where there are no places
-//   lse           [num_tokens, num_q_heads] float32 or null, may be rest_lse, too
+//   lse           [num_tokens, num_q_heads] float32 or null, may be rest_lse where there are no places
 //
 // Launch:   one warp per query and head, CTA 256. sm_80 and later. Macros: KVT_BF16.
 // Numerics: float32. Sinks are counted here, once.
@@ -43,7 +43,8 @@ extern "C" __global__ void __launch_bounds__(256) kvt_merge_shared(const __grid_
   const int head = row - token * p.num_q_heads;
   const int levels = p.token_levels[token];
   const bool is_padding = levels < 0;
-  const bool is_done = p.rest_out == p.out && (p.sinks == nullptr || is_padding);  // but for what is in units
+  // `out` already has the rest's result, and no sink must be added: only rows with units need work
+  const bool is_done = p.rest_out == p.out && (p.sinks == nullptr || is_padding);
   if (levels <= 0 && is_done) return;
   const long long place = p.places == nullptr ? token : p.places[token];
   const float rest_lse = p.rest_lse[place * p.num_q_heads + head];

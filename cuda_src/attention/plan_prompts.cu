@@ -5,11 +5,12 @@
 //   items        [max_items][8] int32, the words of Item but the last
 //   num_items    int32
 //
-// An item is 128 query rows of a sequence (for each kv head) and the tiles of keys that they see. Longest first, since
-// the last ones to begin should be short. Where there are too few items to keep all SMs busy, those that are longer than
-// an SM's share are cut into parts of equal numbers of tiles; and so are those that would be a last wave of few.
+// An item is 128 query rows of a sequence (for each kv head) and the tiles of keys that they see. The longest come first,
+// so that a CTA that takes its last item late gets a short one. If items are uneven, those longer than 1.25 of a CTA's
+// share of tiles are cut into equal parts. If they are even, only as many are cut as would form an incomplete last wave.
 //
-// Launch:   one CTA of 1024; dynamic shared memory 4 * batch, with units 8 * batch. Any architecture. Macros: KVT_KEYS, of a tile.
+// Launch:   one CTA of 1024; dynamic shared memory 4 * batch, with units 8 * batch. Any architecture.
+//           Macros: KVT_KEYS, of a tile.
 #include <kvt/attention/prompt/item.cuh>
 #include <kvt/ptx/cluster.cuh>
 
@@ -18,7 +19,7 @@ namespace kvt {
 constexpr int kPlanThreads = 1024;
 constexpr int kBins = 1024;        // items whose numbers of tiles share a bin are in no order
 constexpr int kMinPart = 4;        // tiles
-constexpr int kMostLateItems = 4;  // of the last wave, once it is cut, for each CTA
+constexpr int kMostLateItems = 4;  // that the last wave may become once it is cut, for each CTA
 
 struct PlanPromptsParams {
   const int* seq_lens;
@@ -36,7 +37,7 @@ struct PlanPromptsParams {
   int left, right;
   int num_ctas;     // of the prompt kernel, at once
   int min_queries;  // sequences with fewer are another kernel's
-  int max_parts;    // of a block; 1 = results do not depend on the rest of the batch
+  int max_parts;    // most parts of 128 query rows; at 1 a row's bits do not depend on its batch
 };
 
 // Units, if there are any, then rows, or what units leave of them.
@@ -66,7 +67,8 @@ struct Batch {
     const int length = p.seq_lens[b - num_units];
     return p.units == nullptr ? length : length - p.begins[b - num_units] * p.block_size;
   }
-  // What Item::sequence is: where there are units, blocks begin anywhere in the table, whose rows are of one block then.
+  // Item::sequence: the row of the table; with units, the place of the first block in the table, because a unit or a
+  // rest begins anywhere in a row.
   __device__ __forceinline__ int table_row(int b) const {
     if (b < num_units) return p.units[4 * b + 3];
     const int row = b - num_units;
@@ -103,7 +105,7 @@ __device__ __forceinline__ int sum_before(int value, int* warp_sums, int& total)
 
 extern "C" __global__ void __launch_bounds__(kPlanThreads)
     kvt_plan_prompts(const __grid_constant__ PlanPromptsParams p) {
-  extern __shared__ int ends[];  // [batch] blocks of rows of the sequences up to each, it included
+  extern __shared__ int ends[];  // of each sequence: blocks of query rows up to its last one
   __shared__ int bins[kBins];
   __shared__ int warp_sums[32];
   __shared__ unsigned long long sum_of_tiles;

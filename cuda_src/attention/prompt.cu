@@ -96,7 +96,9 @@ class Consumer {
       }
       ptx::pin(s_);
       ptx::fence_products();
-      issue_scores();  // after the last item of what is there: a branch around a product would serialize all of them
+      // after the last item too, on old data that nobody reads: a branch around a product would make the compiler
+      // serialize all products
+      issue_scores();
       ptx::wait_for_products<1>();
       ptx::pin(o_);
       release_values();
@@ -312,7 +314,7 @@ class Consumer {
   __device__ __forceinline__ void clean_values(const Item& item, int tile) {
     const unsigned values = shared_ + Layout::kValueTiles + rings_.values.stage * kTileBytes;
     const int thread = threadIdx.x & 127;
-    const int num_keys = item.seq_len - tile * kKeys;  // behind them may be anything
+    const int num_keys = item.seq_len - tile * kKeys;  // slots past the sequence's end may hold anything
     if (num_keys < kKeys) {
 #pragma unroll 1
       for (int at = threadIdx.x - (kThreads - kConsumers); at < kTileBytes / 16; at += kConsumers) {

@@ -102,12 +102,12 @@ struct PlanSharedParams {
 
 // Launch: one CTA of 1024; batch at most 1024.
 extern "C" __global__ void __launch_bounds__(kMostRows) kvt_plan_shared(const __grid_constant__ PlanSharedParams p) {
-  // A boundary between two positions has what is common to both, and belongs to the node of the tree of all rows around
-  // it that have at least as much in common; the node is named by its first boundary of exactly as much.
+  // Boundary i, between positions i - 1 and i, has as many blocks as both have in common. A node of the tree is a maximal
+  // run of positions that have that many in common; its name is its first such boundary.
   __shared__ int common[kMostRows + 1];
   __shared__ int node_of[kMostRows + 1];
-  __shared__ int
-      kept_blocks[kMostRows + 1];  // of the nodes that are kept, from the root to this one; -1: not known yet
+  // of the nodes that are kept, from the root to this one; -1: not known yet
+  __shared__ int kept_blocks[kMostRows + 1];
   __shared__ int kept_levels[kMostRows + 1];
   __shared__ int first_place[kMostRows + 1];
   __shared__ int begins[kMostRows], levels[kMostRows], places[kMostRows];  // by row

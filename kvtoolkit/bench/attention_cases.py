@@ -25,8 +25,8 @@ class Shape:
     new: tuple[int, ...] = ()
     """Query tokens of each sequence, where they differ or are many."""
     beginnings: tuple[tuple[int, int], ...] = ()
-    """``(rows, tokens)`` of each level: every so many rows have so many tokens in common, behind those of the level
-    above."""
+    """``(rows, tokens)`` for each level: each group of ``rows`` consecutive rows shares ``tokens`` tokens, which follow
+    those of the level above."""
 
     @property
     def batch(self) -> int:

@@ -39,9 +39,10 @@ class GraphStep:
     Args:
         cache: with backend ``"cuda"``.
         batch: number of rows; a step that is loaded may have fewer.
-        max_new_tokens: new tokens of a row, at most. At 1, each row has one, and the graph holds the decode kernel.
-            With more, rows have 0 to so many, in any mixture; where that is more query rows than the decode kernel
-            takes at once, the graph holds the prompt kernel, and rows that decode go through it, too.
+        max_new_tokens: new tokens of a row, at most. At 1, each row has one, and the graph holds the decode kernel
+            (the prompt kernel with ``shared_reads``, and for more than 16 query heads to a kv head, 8 above head_dim
+            128). With more, rows have 0 to so many, in any mixture; where that is more query rows than the decode
+            kernel takes at once, the graph holds the prompt kernel, and rows that decode go through it, too.
         max_tokens: new tokens of all rows, at most; default ``batch * max_new_tokens``. Kernels of the model run over
             so many in every replay.
         max_seq_len: tokens of the longest sequence that will be loaded. Default: the cache's limit.
@@ -51,7 +52,8 @@ class GraphStep:
             in each layer about 6 us where the rows have nothing in common; and `load` looks for a good order of the
             rows. So choose it where rows do share a lot: forks, beams, groups of samples of one prompt, a long system
             prompt.
-            It has no effect with more than 1024 rows, with ``tiers``, and where the cache's configuration says False.
+            It has no effect with more than 1024 rows or 4096 tokens, with ``tiers``, windows, ALiBi or ``out`` in place
+            of ``q``, on GPUs that are not sm_90, and where the cache's configuration says False.
 
     Not thread-safe; use one stream for `load` and the replays.
 

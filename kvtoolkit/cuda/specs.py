@@ -225,7 +225,10 @@ def of_model(
     head_dim: int, dtype: str, num_q_heads: int, num_kv_heads: int, arch: int, smem_limit: int, *,
     tiers: bool = False, masses: bool = False,
 ) -> Iterator[Spec]:  # fmt: skip
-    """Every kernel that the cache of a model needs, with quantized tiers or without, and with masses or without."""
+    """Every kernel that the cache of a model needs, with quantized tiers or without, and with masses or without.
+
+    But for prompts with softcap, ALiBi or a scale that is not above 0: their kernel compiles when it is first used.
+    """
     group_size = num_q_heads // num_kv_heads
     found: dict[Spec, None] = {}
     for rows in range(group_size, 9 * group_size, group_size):  # decode, and verify with up to 8 tokens

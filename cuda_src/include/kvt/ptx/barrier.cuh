@@ -8,7 +8,7 @@ __device__ __forceinline__ void init_barrier(unsigned barrier, unsigned arrivals
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-// fence.mbarrier_init: barriers that were set up are so for tensor copies, too.
+// fence.mbarrier_init: makes initialized barriers visible to tensor copies.
 __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }

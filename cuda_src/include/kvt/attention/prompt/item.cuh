@@ -30,7 +30,7 @@ struct Halves {
     return per_query > 1 ? half / per_query : half * queries;
   }
   __device__ __forceinline__ int first_head(int half) const { return per_query > 1 ? half % per_query * kHalfRows : 0; }
-  // Of a half's first query, or after it.
+  // The query that a row of a half belongs to, counted from the half's first.
   __device__ __forceinline__ int query_of(int row) const { return row * inverse >> 16; }
 };
 
@@ -46,7 +46,9 @@ struct alignas(64) PromptParams {
   const int* block_table;
   const float* alibi_slopes;
   const float* sinks;
-  const int* items;      // [num_items][8], made by kvt_plan_prompts; readable up to the number of CTAs
+  // [max_items][8], made by kvt_plan_prompts. A CTA loads an item before it knows whether it exists, so one item past the
+  // last, and one for each CTA, must be readable.
+  const int* items;
   const int* num_items;  // for each kv head
   unsigned* next_item;   // 0 between kernels
   unsigned* arrivals;    // [slots, num_kv_heads], all 0 between kernels
@@ -97,7 +99,7 @@ struct alignas(64) Item {
   __device__ __forceinline__ bool has_half(const Halves& halves, int half) const {
     return halves.first_query(first_half + half) < num_queries;
   }
-  // Position of the sequence's query number `query`; those of a unit are somewhere behind it.
+  // Position of query number `query`. The queries of a unit come after all of its keys, so they count as at its end.
   __device__ __forceinline__ int position(int query) const {
     return level() > 0 ? seq_len : seq_len - num_queries + query;
   }

@@ -10,7 +10,7 @@ namespace kvt {
 // Where granule `index` of a sequence is, in two parts: the look-up takes long, and nothing waits for it until it is used.
 struct Lookup {
   int block;
-  int in_block;  // of its granules; -1: behind the sequence's end
+  int in_block;  // granule within the block; -1: past the end of the sequence
 
   __device__ __forceinline__ Lookup(const PromptParams& p, const Item& item, int index) : block(0), in_block(-1) {
     if (index * 8 < item.seq_len) {
@@ -20,7 +20,8 @@ struct Lookup {
     }
   }
 
-  // The map's coordinates as one number; those of no block behind the end, which tensor copies fill with zeros.
+  // Block and granule as one number. Past the end of the sequence it names a block outside of the map, which tensor
+  // copies fill with zeros.
   __device__ __forceinline__ int coordinates(const PromptParams& p) const {
     return in_block < 0 ? p.num_map_blocks << p.coordinate_shift : block * p.block_pitch + in_block;
   }
