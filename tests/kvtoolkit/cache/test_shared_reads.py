@@ -241,13 +241,23 @@ def test_what_changes_common_beginnings_is_noticed(change):
     assert run.found(ids).saved_tokens != before.saved_tokens
 
 
-def test_twins_share_once_they_come_back_from_the_index():
+def test_sequences_that_shared_nothing_share_after_a_reorder():
+    run = Run()
+    ids, _ = run.cache.open([[]] * 2)
+    run.feed(ids, 160)
+    assert run.found(ids).saved_tokens == 0
+    run.cache.reorder(ids, [1, 1])
+    assert run.found(ids).saved_tokens == 160
+
+
+@pytest.mark.parametrize("to", ["drop", "host"])
+def test_twins_share_once_one_comes_back(to):
     run = Run()
     ids, _ = run.cache.open([[]] * 2)
     run.feed(ids, 160, token=1)  # in granules of their own, of which the index has one
     assert run.found(ids).saved_tokens == 0
-    run.cache.preempt(ids, to="drop")
-    assert run.cache.restore(ids).all()
+    run.cache.preempt(ids[1:], to=to)
+    assert run.cache.restore(ids[1:]).all()
     assert run.found(ids).saved_tokens == 160
 
 
