@@ -22,7 +22,10 @@ _MAX_ERROR = 4e-3  # relative L2; bfloat16's rounding alone is 1.7e-3
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``kvtoolkit bench attention``."""
-    parser.add_argument("--kind", choices=list(KINDS), default="decode", help="of batches, where no shape is named")
+    parser.add_argument(
+        "--kind", choices=list(KINDS), default="decode", metavar="KIND",
+        help=f"of batches, where no shape is named: {', '.join(KINDS)}",
+    )  # fmt: skip
     parser.add_argument("--shape", nargs="+", default=[], help="by name; all: every one but those of the sweep")
     parser.add_argument("--peer", action="append", default=[], help=f"one of {', '.join(PEERS)}; repeat it for several")
     parser.add_argument("--block-size", type=integer(1), default=16, help="tokens to a block")

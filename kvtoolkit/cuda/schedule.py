@@ -109,8 +109,8 @@ def _planned(
         # whether there is a whole sequence for nearly every CTA of two to an SM
         spec = specs.tiered(head_dim, dtype, most_rows, limit, shares_sm=10 * pairs >= 18 * num_sms(device))
     else:
-        shares_sm = are_short and head_dim > 64 and batch * num_kv_heads >= 2 * num_sms(device)
-        spec = specs.decode(head_dim, dtype, most_rows, limit, shares_sm=shares_sm)
+        may_share = head_dim > 64 and batch * num_kv_heads >= 2 * num_sms(device)
+        spec = specs.decode(head_dim, dtype, most_rows, limit, shares_sm=are_short and may_share)
     row_blocks = -(-most_rows // spec.rows)
     if row_blocks > _MAX_ROW_BLOCKS:
         raise UnsupportedError(
@@ -124,6 +124,8 @@ def _planned(
     even = whole_sequences(ranges, batch) if is_tiered else ranges
     # a single range cuts nothing; others as if with late ones, so that a call on short sequences can be captured
     slots = 2 * ranges * (1 + may_be_late) if ranges > 1 else 0
+    if not is_tiered and may_share:  # and as if with two CTAs to an SM, so that shorter ones can be, too
+        slots = max(slots, 4 * (2 * num_sms(device) // heads))
     ranges += late
     grid = (num_kv_heads, row_blocks, ranges)
     partials = slots * heads * _partial_nbytes(spec, head_dim)

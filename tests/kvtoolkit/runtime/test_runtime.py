@@ -227,7 +227,7 @@ def test_every_kernel_compiles_for_every_architecture_and_spills_nothing():
         assert row["ctas_per_sm"] >= 1, row
         # with 192 and 256 dims, what is needed once an item of work does not fit beside the sums
         is_wide = row["kernel"] == "kvt_prompt" and row["macros"]["KVT_HEAD_DIM"] > 128
-        assert row["spill_nbytes"] <= (256 if is_wide else 0), row
+        assert row["spill_nbytes"] <= (320 if is_wide else 0), row
 
 
 @pytest.mark.parametrize("slab", [0, 1])
@@ -273,8 +273,27 @@ def schedule(
 ):  # fmt: skip
     shape, most_late = (tokens or batch, num_heads, head_dim), plan.most_late(batch, longest)
     return scheduling._schedule(
-        shape, "float16", 0, num_kv_heads, batch, tokens is not None, most_rows, num_splits, is_tiered, most_late
-    )
+        shape, "float16", 0, num_kv_heads, batch, tokens is not None, most_rows, num_splits, is_tiered, most_late,
+        longest <= scheduling._MAX_SHORT, longest <= scheduling._MAX_CLUSTERED,
+    )  # fmt: skip
+
+
+@pytest.mark.usefixtures("an_h100")
+def test_ctas_share_an_sm_where_sequences_are_many_and_short():
+    def shape(batch, longest, head_dim=128):
+        found = schedule(batch, is_tiered=False, longest=longest, head_dim=head_dim)
+        return dict(found.spec.defines)["KVT_WARPS"], found.spec.per_sm
+
+    assert shape(384, 256) == shape(64, 320) == (4, 2)
+    assert shape(384, 321) == shape(32, 256) == (8, 1)  # too long, too few
+    assert shape(384, 256, 64) == shape(384, 4096, 64)  # these share an SM anyway
+
+
+@pytest.mark.usefixtures("an_h100")
+def test_a_long_sequence_is_split_over_all_sms_instead_of_clusters():
+    near, far = (schedule(1, is_tiered=False, longest=longest) for longest in (12288, 12289))
+    assert (dict(near.spec.defines)["KVT_CLUSTER"], near.grid) == (8, (8, 8, 1))
+    assert (dict(far.spec.defines)["KVT_CLUSTER"], far.grid) == (1, (8, 16, 1))
 
 
 @pytest.mark.usefixtures("an_h100")
@@ -317,7 +336,8 @@ def test_memory_for_pieces_does_not_depend_on_the_longest_length(is_tiered):
         ]  # fmt: skip
         assert len({one.partials_nbytes for one in found}) == 1
         partial = found[-1].spec.rows * (head_dim + 2) * 4
-        assert found[-1].partials_nbytes == 2 * found[-1].num_ranges * 8 * partial
+        needed = max(2 * one.num_ranges * 8 * partial for one in found)
+        assert needed <= found[-1].partials_nbytes <= 2 * needed
 
 
 @pytest.mark.usefixtures("an_h100")
