@@ -118,9 +118,9 @@ class LayerCalls:
         arenas = self._arenas
         if self._appended is None or not self._attended or (key | value | q | out) & (arenas.alignment - 1):
             return False
+        arenas.require_layer(layer)
         if self._attended[0][0][_IN_PLACE] != (q == out) or not self._may_repeat(layer):
             return False
-        arenas.require_layer(layer)
         self._append_again(layer, key, value)
         self._attend_again(layer, q, out)
         return True

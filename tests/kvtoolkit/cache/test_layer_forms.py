@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from kvtoolkit import ArgumentError
 from tests.kvtoolkit.cache.test_shared_hints import DIM, HEADS, FakeBackend, device, make
 
 __all__ = ["device"]  # a fixture
@@ -71,3 +72,13 @@ def test_a_run_that_is_captured_repeats_nothing_of_an_eager_one(step, device):
     assert len(backend.hints) == 2
     assert backend.hints[-1].max_seq_len is None
     assert backend.repeated == [1, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("layer", [-1, 6, 1.5])
+def test_a_layer_that_is_not_there_is_named_whichever_way_it_is_asked_for(step, layer):
+    step._cache._arenas.backend.append = lambda *_: "prepared"
+    new = np.zeros((3, HEADS, DIM), np.float16)
+    step.append(0, new, new)
+    attend(step, 0)
+    with pytest.raises(ArgumentError, match="layer: expected 0 to 5"):
+        step.attend_prepared(layer, 0, 0, 0, 64)
