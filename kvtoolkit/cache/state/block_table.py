@@ -204,10 +204,16 @@ def touch_all(table: BlockTable, which: Int32Array) -> None:
 @jit
 def find_entry(table: BlockTable, row: int, granule: int) -> Any:
     """The entry that holds a logical granule below the row's capacity."""
-    low, high = 0, table.info[row, NUM_ENTRIES] - 1
+    return entry_that_holds(table.starts, row, table.info[row, NUM_ENTRIES], granule)
+
+
+@jit
+def entry_that_holds(starts: Int32Array, row: int, num_entries: int, granule: int) -> Any:
+    """`find_entry` in block starts ``[rows, entries]``."""
+    low, high = 0, num_entries - 1
     while low < high:
         middle = (low + high + 1) >> 1
-        if table.starts[row, middle] <= granule:
+        if starts[row, middle] <= granule:
             low = middle
         else:
             high = middle - 1

@@ -13,7 +13,7 @@ import numpy as np
 
 from allocators._jit import jit
 from kvtoolkit.arrays.types import Int32Array, Int64Array
-from kvtoolkit.cache.state.block_table import VERSION, BlockTable
+from kvtoolkit.cache.state.block_table import VERSION, BlockTable, entry_that_holds
 from kvtoolkit.cache.state.step_passes import OK, StepArrays
 from kvtoolkit.config.cache import CacheConfig
 from kvtoolkit.formats.entry import entry_granule, entry_length
@@ -104,7 +104,7 @@ def make_shared_reads(config: CacheConfig, table: BlockTable) -> SharedReads | N
     return SharedReads(table, config.nbytes_per_token // config.num_layers)
 
 
-# rows of the memory of a search, each with a place for every row of the step
+# rows of `work`, the memory of a search; each has one number for every row of the step
 (
     _ENDS,  # granules of the row that others may share
     _BEGIN,  # groups to look at: where they begin in the order,
@@ -169,19 +169,6 @@ def _end_of(step: StepArrays, b: int) -> Any:
 
 
 @jit
-def _entry_at(step: StepArrays, b: int, position: int) -> Any:
-    """The entry that holds a logical granule of a row."""
-    low, high = 0, step.filled[b] - 1
-    while low < high:
-        middle = (low + high + 1) >> 1
-        if step.starts[b, middle] <= position:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-@jit
 def _common_end(step: StepArrays, order: Int32Array, ends: Int32Array, begin: int, end: int, known: int) -> Any:
     """How many granules the rows ``order[begin:end]`` have in common, at least ``known``."""
     first = order[begin]
@@ -201,8 +188,9 @@ def _first_difference(step: StepArrays, a: int, b: int, position: int, most: int
 
     The rows may hold the same granules in entries of other lengths.
     """
-    i, j = _entry_at(step, a, position), _entry_at(step, b, position)
     num_a, num_b = step.filled[a], step.filled[b]
+    i = entry_that_holds(step.starts, a, num_a, position)
+    j = entry_that_holds(step.starts, b, num_b, position)
     while position < most:
         if step.starts[a, i] == position and step.starts[b, j] == position:
             count = _count_equal(step.table[a, i:num_a], step.table[b, j:num_b])
@@ -252,7 +240,7 @@ def _count_parts(
         b = order[i]
         part = num_parts
         if common < work[_ENDS, b]:
-            e = _entry_at(step, b, common)
+            e = entry_that_holds(step.starts, b, step.filled[b], common)
             granule = entry_granule(step.table[b, e]) + common - step.starts[b, e]
             slot = (granule * _GOLDEN >> 20) & mask
             while slots[_USER, slot] == group and slots[_GRANULE, slot] != granule:
