@@ -22,8 +22,8 @@ from kvtoolkit.integrations.flash_attn.arguments import (
     rows_of,
 )
 from kvtoolkit.integrations.flash_attn.caches import Blocks, after_padding, cache_blocks, new_slots
-from kvtoolkit.integrations.flash_attn.run import check_width, flat, packed_queries, run, shaped, worked_out
-from kvtoolkit.integrations.flash_attn.step_plan import StepPlan
+from kvtoolkit.integrations.flash_attn.run import check_width, flat, packed_queries, run, shaped
+from kvtoolkit.integrations.flash_attn.step_plan import StepPlan, worked_out
 
 
 class CacheArguments(NamedTuple):

@@ -9,7 +9,7 @@ from kvtoolkit.cpu import Operand, operand
 from kvtoolkit.cuda import device_operand
 from kvtoolkit.errors import ShapeError, UnsupportedError
 from kvtoolkit.integrations.flash_attn.arguments import indices
-from kvtoolkit.integrations.flash_attn.step_plan import StepPlan
+from kvtoolkit.integrations.flash_attn.step_plan import StepPlan, worked_out
 
 _MOST_BLOCKS = 2**31 - 1  # block ids are int32
 
@@ -45,7 +45,7 @@ def cache_blocks(
         def rows() -> torch.Tensor:
             return torch.arange(batch, dtype=torch.int32, device=k_cache.device).unsqueeze(1)
 
-        table = rows() if step is None else step.once(("rows", batch), (), k_cache.device, rows)
+        table = worked_out(step, ("rows", batch), (), k_cache.device, rows)
     return Blocks(k_cache, v_cache, table, table.shape[1] * k_cache.shape[1])
 
 

@@ -50,13 +50,13 @@ from kvtoolkit.integrations.flash_attn.run import (
     packed_queries,
     run,
     shaped,
-    worked_out,
 )
 from kvtoolkit.integrations.flash_attn.step_plan import (
     StepPlan,
     get_scheduler_metadata,
     plan_for_step,
     step_plan_of,
+    worked_out,
 )
 from kvtoolkit.untraced import untraced
 

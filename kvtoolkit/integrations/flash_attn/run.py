@@ -75,15 +75,6 @@ def run(
     return out, lse
 
 
-def worked_out(
-    step: StepPlan | None, what: tuple[Any, ...], sources: tuple[torch.Tensor, ...], device: torch.device,
-    make: Callable[[], torch.Tensor],
-) -> torch.Tensor:  # fmt: skip
-    """An index tensor that follows from others, ``sources``: made once a step if there is one, because plans need it
-    at one address."""
-    return make() if step is None else step.once(what, sources, device, make)
-
-
 def packed_queries(q: torch.Tensor, cu_seqlens_q: Any, max_seqlen_q: Any) -> tuple[torch.Tensor, tuple[int, int]]:
     """``cu_seqlens_q`` checked, and the fewest and most query tokens of its rows.
 

@@ -94,6 +94,17 @@ class StepPlan:
                 )
 
 
+def worked_out(
+    step: StepPlan | None, what: tuple[Any, ...], sources: tuple[torch.Tensor, ...], device: torch.device,
+    make: Callable[[], torch.Tensor],
+) -> torch.Tensor:  # fmt: skip
+    """An index tensor that follows from others, ``sources``.
+
+    Where the calls of a step share a plan it is made once, because the plan needs it at one address.
+    """
+    return make() if step is None else step.once(what, sources, device, make)
+
+
 def _stack() -> list[StepPlan]:
     try:
         return _entered.plans  # type: ignore[no-any-return]
@@ -159,7 +170,7 @@ def get_scheduler_metadata(
     """Make what FlashAttention-3's calls take as ``scheduler_metadata``: here a plan that all layers of a step share.
 
     Nothing is launched: the first call that is given it plans. One plan serves layers of any shape and options. What
-    the tensors hold must not change while it is in use; make one for every step, or call `StepPlan.renew`.
+    the tensors hold must not change while it is in use. Make one for every step, or call `StepPlan.renew`.
 
     Args:
         batch_size: number of rows.
