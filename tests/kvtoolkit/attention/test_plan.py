@@ -5,29 +5,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvtoolkit import ArgumentError, ShapeError, TierCaches, UnsupportedError, cpu, plan_attention
+from kvtoolkit import ArgumentError, ShapeError, TierCaches, UnsupportedError, plan_attention
 from kvtoolkit.attention.calls import paged_attention, tiered_attention, variable_block_attention
-from kvtoolkit.backends import CpuBackend
 from tests.kvtoolkit.attention.attention_cases import Case, assert_close
+from tests.kvtoolkit.attention.counted_kernels import counted
 from tests.kvtoolkit.attention.test_attention import OPTIONS
 from tests.kvtoolkit.attention.tiered_cases import TieredCase
 
-
-@pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """How often the CPU kernels were run in full, and as the layer before."""
-    counts = {"in full": 0, "again": 0}
-
-    def count(name: str, function: Any) -> Any:
-        def call(*arguments: Any, **options: Any) -> Any:
-            counts[name] += 1
-            return function(*arguments, **options)
-
-        return staticmethod(call)
-
-    monkeypatch.setattr(CpuBackend, "attend", count("in full", cpu.attend))
-    monkeypatch.setattr(CpuBackend, "attend_prepared", count("again", cpu.attend_prepared))
-    return counts
+__all__ = ["counted"]  # a fixture
 
 
 def layers(arrays: tuple[Any, ...], count: int = 3) -> list[tuple[Any, ...]]:

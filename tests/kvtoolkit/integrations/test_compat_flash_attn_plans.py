@@ -8,8 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from kvtoolkit import ArgumentError, ShapeError, cpu  # noqa: E402
-from kvtoolkit.backends import CpuBackend  # noqa: E402
+from kvtoolkit import ArgumentError, ShapeError  # noqa: E402
 from kvtoolkit.compat.flash_attn import (  # noqa: E402
     StepPlan,
     flash_attn_varlen_func,
@@ -17,25 +16,11 @@ from kvtoolkit.compat.flash_attn import (  # noqa: E402
     get_scheduler_metadata,
     plan_for_step,
 )
+from tests.kvtoolkit.attention.counted_kernels import counted  # noqa: E402
+
+__all__ = ["counted"]  # a fixture
 
 HEADS, KV_HEADS, DIM = 6, 2, 32
-
-
-@pytest.fixture
-def counted(monkeypatch):
-    """How often the CPU kernels were run in full, and as the layer before."""
-    counts = {"in full": 0, "again": 0}
-
-    def count(name, function):
-        def call(*arguments, **options):
-            counts[name] += 1
-            return function(*arguments, **options)
-
-        return staticmethod(call)
-
-    monkeypatch.setattr(CpuBackend, "attend", count("in full", cpu.attend))
-    monkeypatch.setattr(CpuBackend, "attend_prepared", count("again", cpu.attend_prepared))
-    return counts
 
 
 def int32(*numbers, device="cpu"):
