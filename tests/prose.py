@@ -20,7 +20,7 @@ MAX_FUNCTION = 80
 CODE = (".cu", ".cuh", ".cpp", ".h")
 
 # phrase -> what to write instead
-# a space stands for any white space, for a phrase may be broken over the end of a line
+# a space in a phrase matches any white space, because a line may end within the phrase
 PHRASES = {
     r"\balike\b": "say what is the same",
     r"\bfor ever\b": "forever, or until when",

@@ -166,7 +166,7 @@ CLIFFS = (
     _even("b512_300", 512, 300),
     _even("b64_256", 64, 256),
     _even("b1_16k", 1, 16384),
-    _even("b1_128k", 1, 131072),
+    SHAPES["b1_128k"],
     _even("b1_128k_d64", 1, 131072, head_dim=64),
     _even("b1_8k_h9_3_64", 1, 8192, num_q_heads=9, num_kv_heads=3, head_dim=64),
     _even("b1_8k_h8_1", 1, 8192, num_q_heads=8, num_kv_heads=1),

@@ -122,7 +122,7 @@ class GpuState(NamedTuple):
 
 
 def gpu_state(device: int = 0) -> GpuState:
-    """Ask the driver's management library, which comes with every driver."""
+    """Ask the driver's management library, which comes with every driver and counts all devices of the machine."""
     library = _management()
     handle, mhz, milliwatts = ctypes.c_void_p(), ctypes.c_uint(), ctypes.c_uint()
     if library is None or library.nvmlDeviceGetHandleByIndex_v2(device, ctypes.byref(handle)):

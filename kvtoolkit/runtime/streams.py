@@ -49,7 +49,7 @@ def is_capturing(stream: int) -> bool:
 
 
 def capture_id(stream: int) -> int:
-    """A number of the capture that a stream is in, another one for every capture; 0 = none."""
+    """The number of the capture that a stream is in. Every capture has its own; 0 = the stream is not captured."""
     if stream == 0:
         return 0
     status, number = ctypes.c_int(), ctypes.c_uint64()

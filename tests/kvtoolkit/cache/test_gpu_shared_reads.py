@@ -11,7 +11,7 @@ SHAPE = {"num_layers": LAYERS, "num_kv_heads": HEADS, "head_dim": DIM, "dtype": 
 
 
 def feed(step, seed, rows=None):
-    """The same keys, values and queries for every step of a seed; returns what all layers give."""
+    """Append and attend in all layers with drawn arrays, equal for equal seeds; returns the results."""
     import torch
 
     generator = torch.Generator("cuda").manual_seed(seed)

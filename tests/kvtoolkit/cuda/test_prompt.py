@@ -183,7 +183,7 @@ def test_which_calls_it_takes(fake, maps, new, hints, options, takes):
 
 @pytest.mark.parametrize(("max_seq_len", "takes"), [(None, False), (4096, True)])
 def test_what_the_host_knows_of_lengths_counts_more_than_the_table(fake, maps, max_seq_len, takes):
-    """A captured step has an entry for every 8 tokens, so that its table could hold eight times as many."""
+    """A captured step has room for entries of 8 tokens; if all were of 64, it would hold eight times as many."""
     table = array(2, 1 << 18)
     call = prompt_call()._replace(block_table=table, block_starts=table)
     attention.attend(call, Hints((7, 40), max_seq_len), stream=_STREAM)
