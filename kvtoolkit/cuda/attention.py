@@ -172,7 +172,7 @@ def attend_prepared(
             of the caches but the tokens of the present queries, and nothing of the tables: after `append`.
     """
     if isinstance(prepared, PromptAttention):
-        prompt.attend_prepared(prepared, q, k_cache, v_cache, out, stream=stream)
+        prompt.attend_prepared(prepared, q, k_cache, v_cache, out, warm=warm, cold=cold, stream=stream)
         return
     if isinstance(prepared, SharedAttention):
         shared.attend_prepared(prepared, q, k_cache, v_cache, out, stream=stream)

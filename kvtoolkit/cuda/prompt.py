@@ -7,7 +7,7 @@ of 8 tokens. Other calls, and other architectures, have the kernels that `kvtool
 import functools
 from typing import Any, NamedTuple
 
-from kvtoolkit.arrays.call import AttentionCall, Hints
+from kvtoolkit.arrays.call import AttentionCall, Hints, QuantizedTiers
 from kvtoolkit.arrays.host import Operand
 from kvtoolkit.cuda import specs
 from kvtoolkit.cuda.expand import list_width, make_granules
@@ -95,6 +95,7 @@ class UnitLists(NamedTuple):
     lse: int
 
 
+_NO_TIERS = QuantizedTiers(None, None, (0, 0, 0))
 _NO_UNITS = UnitLists(0, 0, 0, 0, 0, 0, 0)
 
 
@@ -112,11 +113,10 @@ def suits(call: AttentionCall, most_queries: int, max_seq_len: int | None = None
     if max_seq_len is not None:
         length = min(length, max_seq_len)
     return (
-        call.tiers is None
-        and call.block_mass is None
+        call.block_mass is None
         and call.num_splits == 0
         and block_size % GRANULE == 0
-        and most_queries * (num_q_heads // num_kv_heads) > specs.decode_rows(head_dim)
+        and most_queries * (num_q_heads // num_kv_heads) > specs.decode_rows(head_dim, tiers=call.tiers is not None)
         and batch <= specs.MAX_PLANNED
         and call.q.shape[0] < _MAX_TOKENS
         and blocks * block_size < 1 << 31
@@ -215,7 +215,8 @@ def attend(
     step = scratch.step if owner is None else owner.data.ptr
     ids = call.block_table
     if call.block_starts is not None:
-        granules = make_granules(step, call.block_table, call.block_starts, call.seq_lens, width)
+        first = call.tiers.first_granules if call.tiers else (0, 0, 0)
+        granules = make_granules(step, call.block_table, call.block_starts, call.seq_lens, width, first)
         granules.launch.run(stream)
         ids = granules.table
     plan_launch(call, sizes, step + list_at).run(stream)
@@ -224,11 +225,23 @@ def attend(
     return None if owner is None else PromptAttention(device, launch, maps, owner)
 
 
-def attend_prepared(prepared: PromptAttention, q: int, k_cache: int, v_cache: int, out: int, *, stream: int) -> None:
+def attend_prepared(
+    prepared: PromptAttention,
+    q: int,
+    k_cache: int,
+    v_cache: int,
+    out: int,
+    *,
+    warm: int = 0,
+    cold: int = 0,
+    stream: int,
+) -> None:
     """Attend once more where only these addresses differ; see `kvtoolkit.cuda.attention.attend_prepared`."""
     words = prepared.maps.words(q, k_cache, v_cache)
     assert words is not None  # arrays that differ in their addresses alone are described as well
     prepared.launch.set_addresses(PARAMS.word("query_map"), *words, out)
+    if warm or cold:
+        prepared.launch.set_addresses(PARAMS.word("warm"), warm, cold)
     prepared.launch.run(stream)
 
 
@@ -269,7 +282,8 @@ def attention_launch(
         maps.block_pitch, maps.coordinate_shift, maps.num_blocks, call.q.shape[0],
         min(call.left, _UNBOUNDED), min(call.right, _UNBOUNDED),
         scale * _LOG2E, scale / softcap if softcap else 0.0, softcap * _LOG2E,
+        *(tier.address if tier else 0 for tier in (call.tiers or _NO_TIERS)[:2]),
     )  # fmt: skip
     has_rules = bool(softcap) or slopes is not None or scale < _LEAST_SCALE
-    spec = specs.prompt(call.q.shape[2], call.q.dtype, has_rules=has_rules)
+    spec = specs.prompt(call.q.shape[2], call.q.dtype, has_rules=has_rules, tiers=call.tiers is not None)
     return Launch(load_spec(spec, call.q.device), (sizes.ctas,), spec.threads, spec.smem_nbytes, parameters)

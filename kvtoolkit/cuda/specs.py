@@ -15,6 +15,7 @@ MAX_PLANNED = 10000
 """Sequences that a plan may have: their costs fit into 48 KiB of shared memory, beside the ranges."""
 
 _RESERVED = 256  # static shared memory
+_CODE_SLOTS = 7  # as in prompt/shape.cuh
 _SHORT_SHAPE = (4, 2)  # warps and stages of the decode kernel for many short sequences
 
 TIERED_SHAPES = ((8, 2, 1), (4, 1, 2), (4, 2, 1), (2, 2, 1), (2, 1, 1))
@@ -112,11 +113,16 @@ def decode(
     return Spec("attention/decode.cu", "kvt_decode", defines, 32 * shape[0], smem, 8 * row_tiles, per_sm)
 
 
+def _tiered_stage_nbytes(head_dim: int) -> int:
+    """A block of int4, which is the largest unit of codes."""
+    return 64 * head_dim + 4 * head_dim + 256
+
+
 def tiered(
     head_dim: int, dtype: str, most_rows: int, smem_limit: int, *, planned: bool = True, shares_sm: bool = False
 ) -> Spec:
     """The decode kernel for sequences in tiers, for blocks of up to 8 query rows; head_dim 64 or 128."""
-    stage = 64 * head_dim + 4 * head_dim + 256  # a block of int4
+    stage = _tiered_stage_nbytes(head_dim)
 
     def nbytes(shape: tuple[int, int, int]) -> int:
         warps, stages, _ = shape
@@ -153,9 +159,12 @@ def prefill(head_dim: int, dtype: str) -> Spec:
     return Spec("attention/prefill.cu", "kvt_prefill", defines, 128, 64 * row + 4 * keys * row + 32 * keys, 64)
 
 
-def decode_rows(head_dim: int) -> int:
-    """Query rows of a kv head for which the decode kernel reads keys and values once."""
-    return 16 if head_dim <= 128 else 8
+def decode_rows(head_dim: int, *, tiers: bool = False) -> int:
+    """Most query rows of a kv head for which the decode kernel is the faster one.
+
+    It reads keys and values once for up to so many; the one over tiers once for `TIERED_ROWS`.
+    """
+    return 16 if head_dim <= 128 or tiers else 8
 
 
 def prompt_keys(head_dim: int) -> int:
@@ -173,13 +182,20 @@ def prompt_partial_nbytes(head_dim: int) -> int:
     return 4 * 2 * 128 * 4 * (_prompt_dims(head_dim) // 8 + 1)
 
 
-def prompt(head_dim: int, dtype: str, *, has_rules: bool) -> Spec:
-    """The prompt kernel of sm_90; ``has_rules``: softcap, ALiBi or a scale that is not above 0."""
-    buffers = 2 if head_dim <= 128 else 1
+def prompt(head_dim: int, dtype: str, *, has_rules: bool, tiers: bool = False) -> Spec:
+    """The prompt kernel of sm_90.
+
+    Args:
+        has_rules: softcap, ALiBi or a scale that is not above 0.
+        tiers: some tokens are codes; head_dim 64 or 128.
+    """
+    buffers = 2 if head_dim <= 128 and not tiers else 1
     row = row_bytes(head_dim)
-    smem = (128 * buffers + 4 * prompt_keys(head_dim)) * row + 192 + 4 * 64 + 16
+    codes = _CODE_SLOTS * _tiered_stage_nbytes(head_dim) if tiers else 0
+    smem = (128 * buffers + 4 * prompt_keys(head_dim)) * row + codes + 256 + 4 * 64 + 16
     defines = (
         ("KVT_HEAD_DIM", head_dim), ("KVT_BF16", int(dtype == "bfloat16")), ("KVT_RULES", int(has_rules)),
+        ("KVT_TIERS", int(tiers)),
     )  # fmt: skip
     return Spec("attention/prompt.cu", "kvt_prompt", defines, 384, smem, 128, feature="a")
 
@@ -247,6 +263,6 @@ def of_model(
     if tiers:
         yield from (UNITS, convert(head_dim, dtype))
     if arch == 90:
-        yield from (prompt(head_dim, dtype, has_rules=False), plan_prompts(head_dim), merge_shared(dtype))
+        yield from (prompt(head_dim, dtype, has_rules=False, tiers=tiers), plan_prompts(head_dim), merge_shared(dtype))
         yield from (FIND_SHARED, PLAN_SHARED, GATHER)
     yield from (prefill(head_dim, dtype), plan(1), EXPAND, append(16), MOVE, CHECK, merge_states(dtype))
