@@ -9,6 +9,9 @@
 // so that a CTA that takes its last item late gets a short one. If items are uneven, those longer than 1.25 of a CTA's
 // share of tiles are cut into equal parts. If they are even, only as many are cut as would form an incomplete last wave.
 //
+// Rows with up to most_decoded queries may be the decode kernel's: with by_row each of them is, otherwise all rows are, if
+// no row has more.
+//
 // Launch:   one CTA of 1024; dynamic shared memory 4 * batch, with units 8 * batch. Any architecture.
 //           Macros: KVT_KEYS, of a tile.
 #include <kvt/attention/prompt/item.cuh>
@@ -35,9 +38,10 @@ struct PlanPromptsParams {
   int half_sizes[5];  // see Halves
   int batch, num_kv_heads;
   int left, right;
-  int num_ctas;     // of the prompt kernel, at once
-  int min_queries;  // sequences with fewer are another kernel's
-  int max_parts;    // most parts of 128 query rows; at 1 a row's bits do not depend on its batch
+  int num_ctas;      // of the prompt kernel, at once
+  int most_decoded;  // queries; without units only. 0: no row is the decode kernel's
+  int by_row;        // 1: rows with no more than that are the decode kernel's; 0: the whole batch is one kernel's
+  int max_parts;     // most parts of 128 query rows; at 1 a row's bits do not depend on its batch
 };
 
 // Units, if there are any, then rows, or what units leave of them.
@@ -74,9 +78,8 @@ struct Batch {
     const int row = b - num_units;
     return p.units == nullptr ? row : static_cast<int>(row * p.ids_row + p.begins[row]);
   }
-  __device__ __forceinline__ int num_blocks(int b) const {
-    const int queries = num_queries(b);
-    return queries < p.min_queries ? 0 : (halves.count(queries) + 1) / 2;
+  __device__ __forceinline__ int num_blocks(int queries) const {
+    return p.by_row && queries <= p.most_decoded ? 0 : (halves.count(queries) + 1) / 2;
   }
 };
 
@@ -124,18 +127,21 @@ extern "C" __global__ void __launch_bounds__(kPlanThreads)
   const int first = min(batch.size, static_cast<int>(threadIdx.x) * each);
   const int last = min(batch.size, first + each);
   int sum = 0;
+  bool is_prompt = false;
   for (int b = first; b < last; ++b) {
-    sum += batch.num_blocks(b);
+    const int queries = batch.num_queries(b);
+    is_prompt = is_prompt || queries > p.most_decoded;
+    sum += batch.num_blocks(queries);
     ends[b] = sum;
+  }
+  if (!__syncthreads_or(is_prompt)) {
+    if (threadIdx.x == 0) *p.num_items = 0;
+    return;
   }
   int num_blocks;
   const int before = sum_before(sum, warp_sums, num_blocks);
   for (int b = first; b < last; ++b) ends[b] += before;
   __syncthreads();
-  if (num_blocks == 0) {
-    if (threadIdx.x == 0) *p.num_items = 0;
-    return;
-  }
 
   struct Block {
     int sequence, first_half, queries, length, first_tile, num_tiles;

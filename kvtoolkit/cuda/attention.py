@@ -12,10 +12,11 @@ from kvtoolkit.cuda.masses import UnitLse, place_unit_lse
 from kvtoolkit.cuda.memory import Memory, StepLayout, lay_out_step, take_memory
 from kvtoolkit.cuda.params import PARAMS, TIERED_PARAMS, UNBOUNDED, pack_attention, pack_tiers
 from kvtoolkit.cuda.plan import Plan, make_plan
-from kvtoolkit.cuda.prompt import PromptAttention
+from kvtoolkit.cuda.prompt import Maps, PromptAttention
 from kvtoolkit.cuda.schedule import Route, Schedule, choose_route, choose_schedule
 from kvtoolkit.cuda.shared import SharedAttention
 from kvtoolkit.cuda.units import Units, make_units
+from kvtoolkit.cuda.workspace import Sizes, workspace
 
 
 class Attention(NamedTuple):
@@ -29,6 +30,8 @@ class Attention(NamedTuple):
     prefill: Launch | None
     memory: Any
     """What the launches read and nobody else keeps alive."""
+    prompts: PromptAttention | None = None
+    """The prompt kernel, where it or ``decode`` does everything, by what rows there are on the device."""
 
 
 Prepared = Attention | PromptAttention | SharedAttention
@@ -76,6 +79,9 @@ def attend(call: AttentionCall, hints: Hints = NO_HINTS, *, stream: int = 0) -> 
         maps = prompt.maps_of(call)
         words = maps.words(call.q.address, call.k_cache.address, call.v_cache.address)
         if words is not None:
+            may_decode = max(1, route.fewest) <= _most_decoded(call)
+            if may_decode and (call.tiers is not None or hints.counts_are_bounds):
+                return _attend_both(call, hints, route.fewest, maps, words, stream)
             return prompt.attend(call, hints, maps, words, stream=stream)
     schedule = choose_schedule(call, route, hints)
     step = lay_out_step(call, route, schedule, hints.max_seq_len)
@@ -90,9 +96,14 @@ def attend(call: AttentionCall, hints: Hints = NO_HINTS, *, stream: int = 0) -> 
 
 
 def _prepare(
-    call: AttentionCall, route: Route, schedule: Schedule | None, step: StepLayout, memory: Memory
-) -> _Prepared:
-    """The launches that fill the step's memory; nothing is launched yet."""
+    call: AttentionCall, route: Route, schedule: Schedule | None, step: StepLayout, memory: Memory,
+    all_or_none: bool = False,
+) -> _Prepared:  # fmt: skip
+    """The launches that fill the step's memory; nothing is launched yet.
+
+    Args:
+        all_or_none: if a row has more query tokens than the decode kernel takes, that kernel takes no row.
+    """
     table, starts, lengths, bounds = call.block_table, call.block_starts, call.seq_lens, call.cu_seqlens_q
     left, right = min(call.left, UNBOUNDED), min(call.right, UNBOUNDED)
     granules = units = plan = None
@@ -106,7 +117,7 @@ def _prepare(
         plan_lens, window = (units.plan_lens, (-1, -1)) if units else (lengths, (left, right))
         plan = make_plan(
             memory.step + step.plan_at, plan_lens, bounds, schedule.num_ranges, schedule.num_late, schedule.num_even,
-            units is not None, *window, route.prefills,
+            units is not None, *window, route.most_decoded, all_or_none,
         )  # fmt: skip
     unit_lse = UnitLse(call.lse.address if call.lse else 0, 0, 0)
     if step.unit_lse is not None:
@@ -150,6 +161,49 @@ def _launch(
     return decode, early, prefill
 
 
+def _most_decoded(call: AttentionCall) -> int:
+    """Query tokens of each row up to which the decode kernel takes a batch that the prompt kernel could take."""
+    _, num_q_heads, head_dim = call.q.shape
+    return specs.decode_queries(head_dim, num_q_heads // call.k_cache.shape[1], tiers=call.tiers is not None)
+
+
+def _attend_both(
+    call: AttentionCall, hints: Hints, fewest: int, maps: Maps, words: tuple[int, ...], stream: int
+) -> Attention | None:
+    """Launch the decode and the prompt kernel.
+
+    Their plans choose on the device: with tiers for each row, because decode reads codes much faster. Without tiers one
+    kernel takes all, by the most query tokens of a row, as `attend` chooses where the host knows them; the other finds
+    nothing to do and ends at once.
+
+    Args:
+        fewest: query tokens of a row, as far as the host knows.
+        words: the maps of the call's arrays.
+    """
+    most = _most_decoded(call)
+    route = Route(fewest, most, most)
+    schedule = choose_schedule(call, route, hints)
+    step = lay_out_step(call, route, schedule, hints.max_seq_len)
+    sizes = prompt.sizes_of_call(call)
+    work_at = step.nbytes
+    memory = take_memory(call, schedule, step._replace(nbytes=work_at + sizes.list_nbytes), hints.kept, stream)
+    work = memory.step + work_at
+    scratch = workspace(call.q.device, stream, Sizes(sizes.partials_nbytes, sizes.counters_nbytes, 0))
+    by_row = call.tiers is not None
+    prepared = _prepare(call, route, schedule, step, memory, not by_row)
+    # before decode, so that the prompt kernel follows it and may begin while it ends
+    prompt.plan_launch(call, sizes, work, most_decoded=most, by_row=by_row).run(stream)
+    decode, early, _ = _launch(call, route, schedule, prepared, hints.kept is not None, stream)
+    lists = prepared.units or prepared.granules
+    ids = call.block_table if lists is None else lists.table
+    launch = prompt.attention_launch(call, sizes, maps, words, ids, work, scratch)
+    launch.run(stream, dependent=True)
+    if memory.kept is None:
+        return None
+    prompts = PromptAttention(call.q.device, launch, maps, memory.kept)
+    return Attention(call.q.device, decode, early, None, memory.kept, prompts)
+
+
 def _clear(block_mass: Operand, stream: int) -> None:
     """Set all masses to 0, because no CTA takes rows without queries."""
     import cupy
@@ -187,3 +241,7 @@ def attend_prepared(
             if block_mass:
                 launch.set_addresses(PARAMS.word("masses"), block_mass)
             launch.run(stream, dependent=is_early)
+    if prepared.prompts is not None:
+        prompt.attend_prepared(
+            prepared.prompts, q, k_cache, v_cache, out, warm=warm, cold=cold, stream=stream, dependent=True
+        )

@@ -116,7 +116,7 @@ def suits(call: AttentionCall, most_queries: int, max_seq_len: int | None = None
         call.block_mass is None
         and call.num_splits == 0
         and block_size % GRANULE == 0
-        and most_queries * (num_q_heads // num_kv_heads) > specs.decode_rows(head_dim, tiers=call.tiers is not None)
+        and most_queries > specs.decode_queries(head_dim, num_q_heads // num_kv_heads, tiers=call.tiers is not None)
         and batch <= specs.MAX_PLANNED
         and call.q.shape[0] < _MAX_TOKENS
         and blocks * block_size < 1 << 31
@@ -189,6 +189,13 @@ def sizes_of(num_tokens: int, num_q_heads: int, num_kv_heads: int, head_dim: int
     return PromptSizes(halves, ctas, max_items, slots, partials, 4 * (1 + slots * num_kv_heads))
 
 
+def sizes_of_call(call: AttentionCall) -> PromptSizes:
+    """The sizes for the rows of a call."""
+    num_tokens, num_q_heads, head_dim = call.q.shape
+    batch, num_kv_heads = call.block_table.shape[0], call.k_cache.shape[1]
+    return sizes_of(num_tokens, num_q_heads, num_kv_heads, head_dim, batch, num_sms(call.q.device))
+
+
 def attend(
     call: AttentionCall, hints: Hints, maps: Maps, words: tuple[int, ...], *, stream: int
 ) -> PromptAttention | None:
@@ -197,11 +204,9 @@ def attend(
     Args:
         words: the maps of the call's arrays.
     """
-    num_tokens, num_q_heads, head_dim = call.q.shape
-    num_kv_heads = call.k_cache.shape[1]
     batch, max_entries = call.block_table.shape
     device = call.q.device
-    sizes = sizes_of(num_tokens, num_q_heads, num_kv_heads, head_dim, batch, num_sms(device))
+    sizes = sizes_of_call(call)
     width = list_width(max_entries, hints.max_seq_len)
     list_at = 0 if call.block_starts is None else aligned(4 * batch * width)
     step_nbytes = list_at + sizes.list_nbytes
@@ -226,33 +231,34 @@ def attend(
 
 
 def attend_prepared(
-    prepared: PromptAttention,
-    q: int,
-    k_cache: int,
-    v_cache: int,
-    out: int,
-    *,
-    warm: int = 0,
-    cold: int = 0,
-    stream: int,
-) -> None:
+    prepared: PromptAttention, q: int, k_cache: int, v_cache: int, out: int, *, warm: int = 0, cold: int = 0,
+    stream: int, dependent: bool = False,
+) -> None:  # fmt: skip
     """Attend once more where only these addresses differ; see `kvtoolkit.cuda.attention.attend_prepared`."""
     words = prepared.maps.words(q, k_cache, v_cache)
     assert words is not None  # arrays that differ in their addresses alone are described as well
     prepared.launch.set_addresses(PARAMS.word("query_map"), *words, out)
     if warm or cold:
         prepared.launch.set_addresses(PARAMS.word("warm"), warm, cold)
-    prepared.launch.run(stream)
+    prepared.launch.run(stream, dependent=dependent)
 
 
-def plan_launch(call: AttentionCall, sizes: PromptSizes, work: int, units: UnitLists = _NO_UNITS) -> Launch:
-    """The launch that makes the work list at the address ``work``; nothing is launched yet."""
+def plan_launch(
+    call: AttentionCall, sizes: PromptSizes, work: int, units: UnitLists = _NO_UNITS, *, most_decoded: int = 0,
+    by_row: bool = False,
+) -> Launch:  # fmt: skip
+    """The launch that makes the work list at the address ``work``; nothing is launched yet.
+
+    Args:
+        most_decoded: where no row has more query tokens, the list is empty.
+        by_row: leave out the rows that have no more; otherwise the list has all rows, or none.
+    """
     batch = call.block_table.shape[0]
     num_kv_heads, block_size = call.k_cache.shape[1:3]
     parameters = PLAN_PARAMS.pack(
         call.seq_lens.address, call.cu_seqlens_q.address if call.cu_seqlens_q else 0, *units[:4],
         work + _LIST_AT, work, units.ids_row, block_size, *sizes.halves, batch, num_kv_heads,
-        min(call.left, _UNBOUNDED), min(call.right, _UNBOUNDED), sizes.ctas, 1, _MAX_PARTS,
+        min(call.left, _UNBOUNDED), min(call.right, _UNBOUNDED), sizes.ctas, most_decoded, int(by_row), _MAX_PARTS,
     )  # fmt: skip
     spec = specs.plan_prompts(call.q.shape[2])
     smem_nbytes = 8 * batch if units.units else 4 * batch

@@ -14,6 +14,9 @@ HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 MAX_PLANNED = 10000
 """Sequences that a plan may have: their costs fit into 48 KiB of shared memory, beside the ranges."""
 
+MAX_DECODE_QUERIES = 8
+"""New tokens of a row that is no prompt, as in kvt/attention/rows.cuh."""
+
 _RESERVED = 256  # static shared memory
 _CODE_SLOTS = 7  # as in prompt/shape.cuh
 _SHORT_SHAPE = (4, 2)  # warps and stages of the decode kernel for many short sequences
@@ -165,6 +168,11 @@ def decode_rows(head_dim: int, *, tiers: bool = False) -> int:
     It reads keys and values once for up to so many; the one over tiers once for `TIERED_ROWS`.
     """
     return 16 if head_dim <= 128 or tiers else 8
+
+
+def decode_queries(head_dim: int, group_size: int, *, tiers: bool = False) -> int:
+    """New tokens of each row up to which a batch is the decode kernel's, where there is the prompt kernel."""
+    return min(MAX_DECODE_QUERIES, decode_rows(head_dim, tiers=tiers) // group_size)
 
 
 def prompt_keys(head_dim: int) -> int:

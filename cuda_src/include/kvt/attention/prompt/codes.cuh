@@ -68,7 +68,8 @@ __device__ __forceinline__ unsigned pair_of(uint4 eight, int p) {
   return ptx::select_bytes(p & 2 ? eight.y : eight.x, p & 2 ? eight.w : eight.z, p & 1 ? 0x7632 : 0x5410);
 }
 
-// The warm tier: 32 tokens of int8. `to` is where they begin in a tile; each of the four warps brings a part.
+// The warm tier: 32 tokens of int8, which begin at `to` in a tile. Each of the four warps brings some of the dims of all
+// tokens.
 __device__ __forceinline__ void bring_warm_keys(unsigned from, unsigned to, int warp) {
   constexpr int kParts = kHeadDim / 32;
   const uint2 scales = ptx::load_shared_8(from + Sizes::kWarmCodes + 8 * (lane_id() >> 2));
@@ -86,109 +87,106 @@ __device__ __forceinline__ void bring_warm_keys(unsigned from, unsigned to, int 
       const unsigned low = h == 0 ? codes.x : codes.z;
       const unsigned high = h == 0 ? codes.y : codes.w;
       ptx::store_shared_16(
-          at ^ change(2 * i + h, 0), {Pair::multiply(bytes_of(ptx::low_bytes(low)), factor),
-                                      Pair::multiply(bytes_of(ptx::high_bytes(low)), factor),
-                                      Pair::multiply(bytes_of(ptx::low_bytes(high)), factor),
-                                      Pair::multiply(bytes_of(ptx::high_bytes(high)), factor)});
+          at ^ change(2 * i + h, 0),
+          {Pair::multiply(bytes_of(ptx::low_bytes(low)), factor), Pair::multiply(bytes_of(ptx::high_bytes(low)), factor),
+           Pair::multiply(bytes_of(ptx::low_bytes(high)), factor),
+           Pair::multiply(bytes_of(ptx::high_bytes(high)), factor)});
     }
   }
 }
 
+// Each warp brings all dims of some of the tokens: those of one product.
 __device__ __forceinline__ void bring_warm_values(unsigned from, unsigned to, int warp) {
   constexpr int kParts = kHeadDim / 32;
   const int t = lane_id() & 3;
+  const int pair = warp ^ t;
   const unsigned values = from + Sizes::kWarmCodes + 2 * kWarmUnit;
   const uint4 scales = ptx::load_shared_16(values + Sizes::kWarmCodes + 16 * t);
-  const int c = warp % kParts;
-  const unsigned at = first_value(to + (c >> 1) * 1024) ^ (c & 1) << 6;
+  const unsigned factor = scaled_pair(pair_of(scales, pair), 0.25f);
+  const unsigned bytes = pair & 1 ? 0x4342 : 0x4140;
+  const unsigned at = first_value(to) ^ change(warp, 0);
+  const unsigned codes_at = values + ((pair >> 1) * kParts * 32 + lane_id()) * 16;
 #pragma unroll
-  for (int m = 0; m < 4; ++m) {
-    if (kParts < kLoaders && m / 2 != warp / kParts) continue;
-    const int pair = m ^ t;
-    const unsigned factor = scaled_pair(pair_of(scales, pair), 0.25f);
-    const uint4 codes = ptx::load_shared_16(values + (((pair >> 1) * kParts + c) * 32 + lane_id()) * 16);
-    const unsigned bytes = pair & 1 ? 0x4342 : 0x4140;
+  for (int c = 0; c < kParts; ++c) {
+    const uint4 codes = ptx::load_shared_16(codes_at + c * 512);
     const auto dims_of = [&](unsigned word) {
       return Pair::multiply(bytes_of(ptx::select_bytes(word, 0, bytes)), factor);
     };
     ptx::store_matrices_transposed(
-        at ^ change(m, 0), {dims_of(codes.x), dims_of(codes.y), dims_of(codes.z), dims_of(codes.w)});
+        (at ^ change(0, c & 1 ? 4 : 0)) + (c >> 1) * 1024,
+        {dims_of(codes.x), dims_of(codes.y), dims_of(codes.z), dims_of(codes.w)});
   }
 }
 
 // The cold tier: 64 tokens of int4. Scales are stored times 4 or 1/4, as suits the nibbles' places in mma.sync.
 __device__ __forceinline__ void bring_cold_keys(unsigned from, unsigned to, int warp) {
   constexpr int kParts = kHeadDim / 64;
-  constexpr int kEach = 4 * kParts / kLoaders;  // of a warp, with the same dims
+  constexpr int kEach = 2 * kParts;  // quarters of the tokens that a warp has: all, or half where dims are few
   constexpr unsigned kMagicAnd8 = kMagic + 0x00080008u;
-  const int d = warp % kParts;
-  const int first = warp / kParts * kEach;
-  const unsigned at = first_key(to + (first >> 1) * 4 * kPieceBytes + d * 1024) ^ (first & 1 ? change(2, 0) : 0);
-  uint4 codes[kEach];
+  const int d = warp / 2 % kParts;
+  const int j = warp & 1;
+  const int first = warp / (2 * kParts) * kEach;
+  const unsigned scales_at = from + Sizes::kColdCodes + (4 * (2 * d + j) + (lane_id() & 3)) * 16;
+  uint4 scale = ptx::load_shared_16(scales_at);
+  uint4 zero = ptx::load_shared_16(scales_at + 2 * kHeadDim);
+  scale = {
+      scaled_pair(scale.x, 0.25f), scaled_pair(scale.y, 4.0f), scaled_pair(scale.z, 0.25f), scaled_pair(scale.w, 4.0f)};
+  zero = {scaled_pair(zero.x, 1.0f), scaled_pair(zero.y, 1.0f), scaled_pair(zero.z, 1.0f), scaled_pair(zero.w, 1.0f)};
+  const unsigned at = first_key(to + (first >> 1) * 4 * kPieceBytes + d * 1024) ^ change(0, 4) * j;
+  const unsigned words_at = from + ((first * kParts + d) * 32 + lane_id()) * 16 + 4 * j;
+  unsigned words[2 * kEach];
 #pragma unroll
   for (int e = 0; e < kEach; ++e) {
-    codes[e] = ptx::load_shared_16(from + (((first + e) * kParts + d) * 32 + lane_id()) * 16);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) words[2 * e + h] = ptx::load_shared_4(words_at + e * kParts * 512 + 8 * h);
   }
 #pragma unroll
-  for (int j = 0; j < 2; ++j) {
-    const unsigned scales_at = from + Sizes::kColdCodes + (4 * (2 * d + j) + (lane_id() & 3)) * 16;
-    uint4 scale = ptx::load_shared_16(scales_at);
-    uint4 zero = ptx::load_shared_16(scales_at + 2 * kHeadDim);
-    scale = {
-        scaled_pair(scale.x, 0.25f), scaled_pair(scale.y, 4.0f), scaled_pair(scale.z, 0.25f),
-        scaled_pair(scale.w, 4.0f)};
-    zero = {scaled_pair(zero.x, 1.0f), scaled_pair(zero.y, 1.0f), scaled_pair(zero.z, 1.0f), scaled_pair(zero.w, 1.0f)};
+  for (int e = 0; e < kEach; ++e) {
 #pragma unroll
-    for (int e = 0; e < kEach; ++e) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const unsigned word = h == 0 ? (j == 0 ? codes[e].x : codes[e].y) : (j == 0 ? codes[e].z : codes[e].w);
-        const auto dims_of = [&](int shift, unsigned scale, unsigned zero) {
-          return Pair::multiply_add(nibbles_of(word >> shift, kMagicAnd8), scale, zero);
-        };
-        ptx::store_shared_16(
-            at ^ change(2 * e + h, 4 * j), {dims_of(0, scale.x, zero.x), dims_of(4, scale.y, zero.y),
-                                            dims_of(8, scale.z, zero.z), dims_of(12, scale.w, zero.w)});
-      }
+    for (int h = 0; h < 2; ++h) {
+      const unsigned word = words[2 * e + h];
+      const auto dims_of = [&](int shift, unsigned scale, unsigned zero) {
+        return Pair::multiply_add(nibbles_of(word >> shift, kMagicAnd8), scale, zero);
+      };
+      ptx::store_shared_16(
+          (at ^ change(2 * (e & 1) + h, 0)) + (e >> 1) * 4 * kPieceBytes,
+          {dims_of(0, scale.x, zero.x), dims_of(4, scale.y, zero.y), dims_of(8, scale.z, zero.z),
+           dims_of(12, scale.w, zero.w)});
     }
   }
 }
 
 __device__ __forceinline__ void bring_cold_values(unsigned from, unsigned to, int warp) {
   constexpr int kParts = kHeadDim / 32;
-  constexpr int kEach = 2 * kParts / kLoaders;  // of a warp, with the same tokens
   const int t = lane_id() & 3;
+  const int pair = warp ^ t;
   const unsigned values = from + Sizes::kColdCodes + 4 * kHeadDim;
-  const int b = warp >> 1;
-  const int first = (warp & 1) * kEach;
-  const unsigned scales_at = values + Sizes::kColdCodes + 64 * b + 16 * t;
-  const uint4 scales = ptx::load_shared_16(scales_at);
-  const uint4 points = ptx::load_shared_16(scales_at + 2 * kBlock);
-  const unsigned at = first_value(to + 4 * b * kPieceBytes + (first >> 1) * 1024) ^ (first & 1) << 6;
-  uint4 codes[kEach];
+  const float of_scale = pair & 1 ? 4.0f : 0.25f;
+  const float of_point = pair & 1 ? -1.0f / 16 : -1.0f;
+  const unsigned at = first_value(to) ^ change(warp, 0);
 #pragma unroll
-  for (int e = 0; e < kEach; ++e) {
-    codes[e] = ptx::load_shared_16(values + ((b * kParts + first + e) * 32 + lane_id()) * 16);
-  }
+  for (int b = 0; b < 2; ++b) {
+    uint4 codes[kParts];
 #pragma unroll
-  for (int m = 0; m < 4; ++m) {
-    const int pair = m ^ t;
-    const float of_scale = pair & 1 ? 4.0f : 0.25f;
-    const float of_point = pair & 1 ? -1.0f / 16 : -1.0f;
-    const unsigned scale = pair_of(scales, pair);
-    const unsigned point = pair_of(points, pair);
+    for (int c = 0; c < kParts; ++c) {
+      codes[c] = ptx::load_shared_16(values + ((b * kParts + c) * 32 + lane_id()) * 16);
+    }
+    const unsigned scales_at = values + Sizes::kColdCodes + 64 * b + 16 * t;
+    const unsigned scale = pair_of(ptx::load_shared_16(scales_at), pair);
+    const unsigned point = pair_of(ptx::load_shared_16(scales_at + 2 * kBlock), pair);
     const float low = ptx::Half::low(scale) * of_scale;
     const float high = ptx::Half::high(scale) * of_scale;
     const unsigned factor = scalar_t::pack(low, high);
     const unsigned zero =
         scalar_t::pack(low * (ptx::Half::low(point) * of_point), high * (ptx::Half::high(point) * of_point));
 #pragma unroll
-    for (int e = 0; e < kEach; ++e) {
+    for (int c = 0; c < kParts; ++c) {
       const auto dims_of = [&](unsigned word) {
         return Pair::multiply_add(nibbles_of(word >> 4 * pair, kMagic), factor, zero);
       };
       ptx::store_matrices_transposed(
-          at ^ change(m, 4 * e), {dims_of(codes[e].x), dims_of(codes[e].y), dims_of(codes[e].z), dims_of(codes[e].w)});
+          (at ^ change(0, c & 1 ? 4 : 0)) + (c >> 1) * 1024 + 4 * b * kPieceBytes,
+          {dims_of(codes[c].x), dims_of(codes[c].y), dims_of(codes[c].z), dims_of(codes[c].w)});
     }
   }
 }

@@ -27,8 +27,8 @@ constexpr int kThreads = 384;
 constexpr int kConsumers = 256;
 constexpr int kConsumerWarps = 8;
 constexpr int kLoaders = 4;  // warps
-constexpr int kProducerRegisters = kHasTiers ? 88 : 24;
-constexpr int kConsumerRegisters = kHasTiers ? 208 : 240;
+constexpr int kProducerRegisters = kHasTiers ? 72 : 24;
+constexpr int kConsumerRegisters = kHasTiers ? 216 : 240;
 constexpr int kItemSlots = 4;
 constexpr int kAskAhead = 3;  // tiles before its end at which a CTA asks for its next item
 
