@@ -26,9 +26,13 @@ def attend_row(
     if seq_len == 0:
         return np.zeros(q.shape), np.full(q.shape[:2], -np.inf)
     group = num_q_heads // num_kv_heads
-    rows = q.astype(np.float64).reshape(num_queries, num_kv_heads, group, head_dim).transpose(1, 2, 0, 3)
-    by_head = keys.astype(np.float64).transpose(1, 2, 0)[:, None]
-    scores = rows @ by_head * (head_dim**-0.5 if softmax_scale is None else softmax_scale)  # [kv head, group, q, key]
+    # contiguous, one matrix for each kv head: otherwise NumPy multiplies without BLAS
+    rows = np.ascontiguousarray(q.reshape(num_queries, num_kv_heads, -1, head_dim).transpose(1, 2, 0, 3), np.float64)
+    keys, values = (np.ascontiguousarray(tokens.transpose(1, 0, 2), np.float64) for tokens in (keys, values))
+    rows = rows.reshape(num_kv_heads, -1, head_dim)
+    scores = np.stack([one @ other.T for one, other in zip(rows, keys, strict=True)])
+    scores *= head_dim**-0.5 if softmax_scale is None else softmax_scale
+    scores = scores.reshape(num_kv_heads, group, num_queries, seq_len)
     if softcap:
         scores = softcap * np.tanh(scores / softcap)
     position = np.arange(seq_len - num_queries, seq_len)[:, None]
@@ -47,7 +51,9 @@ def attend_row(
     total = weights.sum(-1, keepdims=True)
     if sinks is not None:
         total += np.exp(sinks.reshape(num_kv_heads, group, 1, 1) - highest)
-    out = weights @ values.astype(np.float64).transpose(1, 0, 2)[:, None] / np.where(total == 0, 1, total)
+    flat = weights.reshape(num_kv_heads, -1, seq_len)
+    out = np.stack([one @ other for one, other in zip(flat, values, strict=True)])
+    out = out.reshape(num_kv_heads, group, num_queries, head_dim) / np.where(total == 0, 1, total)
     with np.errstate(divide="ignore"):
         lse = np.log(total) + highest
     return (
