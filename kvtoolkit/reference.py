@@ -87,10 +87,11 @@ def tiered_attention(
             continue
         shape = (len(blocks) * MAX_BLOCK_GRANULES, GRANULE, hot[0].shape[2], head_dim)
         with np.errstate(invalid="ignore"):  # a block that nobody uses may hold anything
-            decoded = FORMATS[name].decode(np.asarray(blocks), head_dim)  # [block, head, token, head_dim] each
-            if rounding is not None:
-                decoded = tuple(rounding(part) for part in decoded)
-        tiers.append(tuple(np.asarray(part, np.float64).swapaxes(1, 2).reshape(shape) for part in decoded))
+            found = FORMATS[name].decode(np.asarray(blocks), head_dim)  # [block, head, token, head_dim] each
+        decoded = [np.asarray(part, np.float64) for part in found]
+        if rounding is not None:
+            decoded = [rounding(part) for part in decoded]
+        tiers.append(tuple(part.swapaxes(1, 2).reshape(shape) for part in decoded))
     granules, lengths, numbers = unpack_entries(np.asarray(block_table))
     starts = np.asarray(block_starts)
 

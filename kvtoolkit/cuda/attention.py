@@ -231,7 +231,7 @@ def attend_prepared(
         prompt.attend_prepared(prepared, q, k_cache, v_cache, out, warm=warm, cold=cold, stream=stream)
         return
     if isinstance(prepared, SharedAttention):
-        shared.attend_prepared(prepared, q, k_cache, v_cache, out, stream=stream)
+        shared.attend_prepared(prepared, q, k_cache, v_cache, out, warm=warm, cold=cold, stream=stream)
         return
     decode = (prepared.decode_early or prepared.decode) if overlaps else prepared.decode
     for launch, is_early in ((decode, overlaps), (prepared.prefill, False)):

@@ -80,7 +80,7 @@ def check(case: TieredCase, **options) -> None:
 
 
 def of_prompts(case: TieredCase, options) -> np.ndarray:
-    """Which queries the prompt kernel has, on a GPU that has it: where some row has many, those of rows above a tile."""
+    """Which queries the prompt kernel has: where some row may have many, those of rows that decode leaves to it."""
     from kvtoolkit.runtime.kernels import arch_of
 
     counts = np.diff(case.cu_seqlens_q) if case.cu_seqlens_q is not None else np.ones(len(case.q), np.int32)
