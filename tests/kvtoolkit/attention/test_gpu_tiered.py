@@ -34,8 +34,6 @@ OPTIONS = [
     {"window_size": (200, 0), "softcap": 20.0, "sinks": SINKS, "alibi_slopes": SLOPES, "num_splits": 2},
 ]
 
-# of scores of up to some hundreds, whose keys are off by some roundings of a rounding
-LSE_TOLERANCE = {"float16": 1e-3, "bfloat16": 2e-2}
 SHORT = [(7 * i) % 200 for i in range(67)]
 RAGGED = [5000, 64, 0, 3000, 1, 2000, 700, 300, 1500, 63, 4096, 65, 128, 2500, 900, 4000]
 
@@ -70,13 +68,16 @@ def check(case: TieredCase, **options) -> None:
         kept = ~prompts
         assert_close(out[kept], lse[kept], good[kept], good_lse[kept], case.dtype)
     if prompts.any():
-        rounded = case.expected(
-            arrays, rounding=lambda x: reference.to_float64(to_storage(x, case.dtype), case.dtype), **options
-        )
-        tolerance = LSE_TOLERANCE[case.dtype]
-        assert_close(
-            out[prompts], lse[prompts], *(one[prompts] for one in rounded), case.dtype, lse_tolerance=tolerance
-        )
+
+        def rounding(x):
+            with np.errstate(over="ignore"):  # a block that nobody uses may hold anything
+                return reference.to_float64(to_storage(x, case.dtype), case.dtype)
+
+        rounded, rounded_lse = case.expected(arrays, rounding=rounding, **options)
+        # in bfloat16 what a code stands for is rounded twice, so it is off by as much again as rounding makes it
+        off = np.abs(rounded_lse - good_lse)[prompts & np.isfinite(good_lse).all(axis=1)].max(initial=0.0)
+        expected = rounded[prompts], rounded_lse[prompts]
+        assert_close(out[prompts], lse[prompts], *expected, case.dtype, lse_tolerance=1e-4 + 3 * off, slack=2.0)
 
 
 def of_prompts(case: TieredCase, options) -> np.ndarray:
@@ -231,8 +232,9 @@ def test_masses_agree_with_the_reference_and_change_no_bit(options, dtype):
         plain = run(case, arrays, **options)
         masses = to_device(case.no_masses(arrays), "")
         with_mass = run(case, arrays, block_mass=masses, **options)
+        kept = ~of_prompts(case, options)  # the kernel for prompts tells no masses
         for one, other in zip(plain, with_mass, strict=True):
-            assert np.array_equal(one.view(np.uint8), other.view(np.uint8))
+            assert np.array_equal(one[kept].view(np.uint8), other[kept].view(np.uint8))
         found = to_host(masses)
         case.check_masses(arrays, found, **options)
         if "sinks" not in options:

@@ -161,7 +161,7 @@ def test_codes_that_rows_share_are_read_once(monkeypatch):
     fixed = GraphStep(both[0], len(ids[0]), shared_reads=True)
     with both[0].begin_step(ids[0], 1) as step:
         fixed.load(step)
-        found = feed(fixed.begin(), 7)
+        found = feed(fixed.begin(), 7, len(ids[0]))
         torch.cuda.synchronize()
     with both[1].begin_step(ids[1], 1) as step:
         assert_near(found, feed(step, 7))
