@@ -65,8 +65,9 @@ class CacheConfig:
             share once for all of them: forks, beams, samples of one prompt, prompts with a cached beginning. It is done
             only where it saves more memory traffic than it costs. A row's results then may differ in the last place
             from those of a step in which it shares nothing, because parts of its softmax are merged in 16 bit. False:
-            every row reads its own tokens in every step. Captured steps choose by themselves, see `GraphStep`. Has no
-            effect with ``tiers``, on other backends, and on GPUs that are not sm_90.
+            every row reads its own tokens in every step. Captured steps choose by themselves, see `GraphStep`. With
+            ``tiers`` it is done only where three quarters of what a step reads are saved. Has no effect on other
+            backends, and on GPUs that are not sm_90.
         tiers: quantized tiers for older tokens: a table with the fields of `kvtoolkit.config.tiers.TierConfig`.
             Default: all tokens are hot.
         backend: ``cpu``; ``cuda``: memory and kernels on a GPU; ``numba``: memory on a GPU, and the readable kernels.

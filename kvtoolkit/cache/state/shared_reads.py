@@ -28,8 +28,8 @@ LEAST_TOKENS = 128
 LEAST_NBYTES = 32_000_000
 """and if a layer reads so many bytes less: what an H200 reads in 7 us, about as long as merging takes."""
 LEAST_SHARE_OF_CODES = 0.75
-"""With quantized tiers it pays only if so much of what is read is saved, because the kernel that shares reads takes about
-four times as long for a code as the one that decodes."""
+"""With quantized tiers it pays only if so much of what is read is saved: the kernel that shares reads takes about four
+times as long for a code as the one that decodes."""
 _GOLDEN = 2654435761  # 2**32 over the golden ratio: granules of blocks have the same low bits
 _MOST_KEPT = 4  # results: batches that take turns each have one
 
