@@ -5,15 +5,16 @@ from typing import Any, NamedTuple
 
 from kvtoolkit.arrays.call import NO_HINTS, AttentionCall, Hints
 from kvtoolkit.arrays.host import Operand
-from kvtoolkit.cuda import prompt, shared, specs
+from kvtoolkit.cuda import prefill, prompt, shared
 from kvtoolkit.cuda.expand import Granules, make_granules
 from kvtoolkit.cuda.launching import Launch, load_spec
 from kvtoolkit.cuda.masses import UnitLse, place_unit_lse
 from kvtoolkit.cuda.memory import Memory, StepLayout, lay_out_step, take_memory
 from kvtoolkit.cuda.params import PARAMS, TIERED_PARAMS, UNBOUNDED, pack_attention, pack_tiers
 from kvtoolkit.cuda.plan import Plan, make_plan
+from kvtoolkit.cuda.prefill import PrefillAttention
 from kvtoolkit.cuda.prompt import PromptAttention
-from kvtoolkit.cuda.schedule import Route, Schedule, choose_route, choose_schedule
+from kvtoolkit.cuda.schedule import MAX_DECODE_QUERIES, Route, Schedule, choose_route, choose_schedule
 from kvtoolkit.cuda.shared import SharedAttention
 from kvtoolkit.cuda.units import Units, make_units
 
@@ -26,12 +27,12 @@ class Attention(NamedTuple):
     """Begins with a wait for the kernel before it."""
     decode_early: Launch | None
     """May read before the kernel in front of it has ended; None if `attend` was not told to keep what it plans."""
-    prefill: Launch | None
+    prefill: PrefillAttention | None
     memory: Any
     """What the launches read and nobody else keeps alive."""
 
 
-Prepared = Attention | PromptAttention | SharedAttention
+Prepared = Attention | PrefillAttention | PromptAttention | SharedAttention
 """A call of `attend` made ready for other layers."""
 
 
@@ -77,6 +78,8 @@ def attend(call: AttentionCall, hints: Hints = NO_HINTS, *, stream: int = 0) -> 
         words = maps.words(call.q.address, call.k_cache.address, call.v_cache.address)
         if words is not None:
             return prompt.attend(call, hints, maps, words, stream=stream)
+    if prefill.suits(call, route.most):
+        return prefill.attend(call, hints, stream=stream)
     schedule = choose_schedule(call, route, hints)
     step = lay_out_step(call, route, schedule, hints.max_seq_len)
     memory = take_memory(call, schedule, step, hints.kept, stream)
@@ -84,9 +87,15 @@ def attend(call: AttentionCall, hints: Hints = NO_HINTS, *, stream: int = 0) -> 
     if step.unit_lse is not None and route.fewest == 0 and call.block_mass is not None:
         _clear(call.block_mass, stream)
     launches = _launch(call, route, schedule, prepared, hints.kept is not None, stream)
-    if step.nbytes and memory.kept is None:
+    prompts = None
+    if route.prefills:
+        max_parts = prefill.MAX_PARTS if call.num_splits == 0 else 1
+        prompts = prefill.attend(
+            call, hints, min_queries=MAX_DECODE_QUERIES + 1, max_parts=max_parts, stream=stream
+        )  # fmt: skip
+    if (step.nbytes and memory.kept is None) or (route.prefills and prompts is None):
         return None
-    return Attention(call.q.device, *launches, memory.kept)
+    return Attention(call.q.device, *launches, prompts, memory.kept)
 
 
 def _prepare(
@@ -116,8 +125,8 @@ def _prepare(
 
 def _launch(
     call: AttentionCall, route: Route, schedule: Schedule | None, prepared: _Prepared, is_kept: bool, stream: int
-) -> tuple[Launch | None, Launch | None, Launch | None]:
-    """Launch everything; returns the launches for decode, early decode, and prefill."""
+) -> tuple[Launch | None, Launch | None]:
+    """Launch everything but prefill; returns the launches for decode and early decode."""
     memory, granules, units, plan, unit_lse = prepared
     ids = call.block_table if granules is None else granules.table
 
@@ -125,7 +134,7 @@ def _launch(
         packed = pack_attention(call, route, schedule, memory, ids, plan, unit_lse, wait_first)
         return packed if units is None else packed + pack_tiers(call, units)
 
-    decode = early = prefill = None
+    decode = early = None
     if granules is not None:
         granules.launch.run(stream)
     if units is not None:
@@ -139,15 +148,7 @@ def _launch(
         if plan is not None:
             plan.launch.run(stream)
         decode.run(stream)
-    if route.prefills:
-        num_tokens, num_q_heads, head_dim = call.q.shape
-        num_kv_heads = call.k_cache.shape[1]
-        spec = specs.prefill(head_dim, call.k_cache.dtype)
-        blocks = num_tokens * (num_q_heads // num_kv_heads) // spec.rows + call.block_table.shape[0]
-        kernel = load_spec(spec, call.q.device)
-        prefill = Launch(kernel, (blocks, num_kv_heads), spec.threads, spec.smem_nbytes, parameters(True))
-        prefill.run(stream)
-    return decode, early, prefill
+    return decode, early
 
 
 def _clear(block_mass: Operand, stream: int) -> None:
@@ -174,16 +175,20 @@ def attend_prepared(
     if isinstance(prepared, PromptAttention):
         prompt.attend_prepared(prepared, q, k_cache, v_cache, out, stream=stream)
         return
+    if isinstance(prepared, PrefillAttention):
+        prefill.attend_prepared(prepared, q, k_cache, v_cache, out, stream=stream)
+        return
     if isinstance(prepared, SharedAttention):
         shared.attend_prepared(prepared, q, k_cache, v_cache, out, stream=stream)
         return
     decode = (prepared.decode_early or prepared.decode) if overlaps else prepared.decode
-    for launch, is_early in ((decode, overlaps), (prepared.prefill, False)):
-        if launch is not None:
-            launch.set_addresses(PARAMS.word("q"), q, out)
-            launch.set_addresses(PARAMS.word("k_cache"), k_cache, v_cache)
-            if warm or cold:
-                launch.set_addresses(TIERED_PARAMS.word("warm"), warm, cold)
-            if block_mass:
-                launch.set_addresses(PARAMS.word("masses"), block_mass)
-            launch.run(stream, dependent=is_early)
+    if decode is not None:
+        decode.set_addresses(PARAMS.word("q"), q, out)
+        decode.set_addresses(PARAMS.word("k_cache"), k_cache, v_cache)
+        if warm or cold:
+            decode.set_addresses(TIERED_PARAMS.word("warm"), warm, cold)
+        if block_mass:
+            decode.set_addresses(PARAMS.word("masses"), block_mass)
+        decode.run(stream, dependent=overlaps)
+    if prepared.prefill is not None:
+        prefill.attend_prepared(prepared.prefill, q, k_cache, v_cache, out, stream=stream)

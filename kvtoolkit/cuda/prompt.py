@@ -232,16 +232,25 @@ def attend_prepared(prepared: PromptAttention, q: int, k_cache: int, v_cache: in
     prepared.launch.run(stream)
 
 
-def plan_launch(call: AttentionCall, sizes: PromptSizes, work: int, units: UnitLists = _NO_UNITS) -> Launch:
-    """The launch that makes the work list at the address ``work``; nothing is launched yet."""
+def plan_launch(
+    call: AttentionCall, sizes: PromptSizes, work: int, units: UnitLists = _NO_UNITS, *, keys: int = 0,
+    min_queries: int = 1, max_parts: int = _MAX_PARTS,
+) -> Launch:  # fmt: skip
+    """The launch that makes the work list at the address ``work``; nothing is launched yet.
+
+    Args:
+        keys: of a tile; 0 = as the prompt kernel has them.
+        min_queries: rows with fewer query tokens are left out.
+        max_parts: most parts of an item.
+    """
     batch = call.block_table.shape[0]
     num_kv_heads, block_size = call.k_cache.shape[1:3]
     parameters = PLAN_PARAMS.pack(
         call.seq_lens.address, call.cu_seqlens_q.address if call.cu_seqlens_q else 0, *units[:4],
         work + _LIST_AT, work, units.ids_row, block_size, *sizes.halves, batch, num_kv_heads,
-        min(call.left, _UNBOUNDED), min(call.right, _UNBOUNDED), sizes.ctas, 1, _MAX_PARTS,
+        min(call.left, _UNBOUNDED), min(call.right, _UNBOUNDED), sizes.ctas, min_queries, max_parts,
     )  # fmt: skip
-    spec = specs.plan_prompts(call.q.shape[2])
+    spec = specs.plan_prompts(keys or specs.prompt_keys(call.q.shape[2]))
     smem_nbytes = 8 * batch if units.units else 4 * batch
     return Launch(load_spec(spec, call.q.device), (1,), spec.threads, smem_nbytes, parameters)
 

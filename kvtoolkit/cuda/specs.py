@@ -146,11 +146,27 @@ def plan(batch: int) -> Spec:
     return Spec("attention/plan.cu", "kvt_plan", (), 1024, 4 * batch)
 
 
-def prefill(head_dim: int, dtype: str) -> Spec:
-    """The prefill kernel."""
-    keys, row = (64 if head_dim <= 128 else 32), row_bytes(head_dim)
-    defines = (("KVT_HEAD_DIM", head_dim), ("KVT_BF16", int(dtype == "bfloat16")))
-    return Spec("attention/prefill.cu", "kvt_prefill", defines, 128, 64 * row + 4 * keys * row + 32 * keys, 64)
+def prefill(head_dim: int, dtype: str, smem_limit: int, *, has_rules: bool) -> Spec:
+    """The prefill kernel; ``has_rules``: softcap, ALiBi or a scale that is not above 0."""
+    row, per_sm = row_bytes(head_dim), 2 if head_dim <= 128 else 1
+
+    def nbytes(keys: int, stages: int) -> int:
+        return (128 + 2 * keys * stages) * row + 2 * 64 + 16
+
+    # keys of a tile, and tiles; the first that fits
+    shapes = ((64, 2), (64, 1), (32, 1))
+    keys, stages = next(shape for shape in shapes if per_sm * (nbytes(*shape) + 1024) <= smem_limit + 1024)
+    defines = (
+        ("KVT_HEAD_DIM", head_dim), ("KVT_BF16", int(dtype == "bfloat16")), ("KVT_RULES", int(has_rules)),
+        ("KVT_KEYS", keys), ("KVT_STAGES", stages), ("KVT_PER_SM", per_sm),
+    )  # fmt: skip
+    threads = 128 if head_dim <= 128 else 256
+    return Spec("attention/prefill.cu", "kvt_prefill", defines, threads, nbytes(keys, stages), 128, per_sm)
+
+
+def prefill_partial_nbytes(head_dim: int) -> int:
+    """Memory of a part of an item: sums, row_max and row_sum of its rows."""
+    return 4 * 128 * (head_dim + 8)
 
 
 def decode_rows(head_dim: int) -> int:
@@ -184,9 +200,9 @@ def prompt(head_dim: int, dtype: str, *, has_rules: bool) -> Spec:
     return Spec("attention/prompt.cu", "kvt_prompt", defines, 384, smem, 128, feature="a")
 
 
-def plan_prompts(head_dim: int) -> Spec:
-    """The kernel that makes the work list of the prompt kernel."""
-    return Spec("attention/plan_prompts.cu", "kvt_plan_prompts", (("KVT_KEYS", prompt_keys(head_dim)),), 1024)
+def plan_prompts(keys: int) -> Spec:
+    """The kernel that makes the work list of the prompt kernel or the prefill kernel, with so many keys to a tile."""
+    return Spec("attention/plan_prompts.cu", "kvt_plan_prompts", (("KVT_KEYS", keys),), 1024)
 
 
 def append(vector: int) -> Spec:
@@ -247,6 +263,8 @@ def of_model(
     if tiers:
         yield from (UNITS, convert(head_dim, dtype))
     if arch == 90:
-        yield from (prompt(head_dim, dtype, has_rules=False), plan_prompts(head_dim), merge_shared(dtype))
+        yield from (prompt(head_dim, dtype, has_rules=False), plan_prompts(prompt_keys(head_dim)), merge_shared(dtype))
         yield from (FIND_SHARED, PLAN_SHARED, GATHER)
-    yield from (prefill(head_dim, dtype), plan(1), EXPAND, append(16), MOVE, CHECK, merge_states(dtype))
+    kernel = prefill(head_dim, dtype, smem_limit, has_rules=False)
+    yield from (kernel, plan_prompts(dict(kernel.defines)["KVT_KEYS"]))
+    yield from (plan(1), EXPAND, append(16), MOVE, CHECK, merge_states(dtype))
