@@ -24,6 +24,7 @@
 #include <kvt/attention/decode/masses.cuh>
 #include <kvt/attention/locate.cuh>
 #include <kvt/ptx/async_copy.cuh>
+#include <kvt/ptx/policy.cuh>
 #include <kvt/ptx/cluster.cuh>
 #include <kvt/ptx/matrix.cuh>
 

@@ -10,6 +10,9 @@
 // num_even, a smaller number of ranges, cuts sequences of equal lengths evenly or not at all, unless the ranges are so
 // long that an idle SM would cost more than the cuts.
 //
+// Sequences with more than most_queries queries are another kernel's and cost nothing here. With all_or_none, if there
+// is one, all sequences are that kernel's, and every range is empty.
+//
 // SMs are not equally fast, and costs are only estimates. If an SM holds several CTAs, the last eighth of the cost is
 // therefore cut into as many ranges again, the late ones. Their CTAs begin wherever an earlier one has ended, while its
 // neighbours keep the memory busy. For the tiered kernel, where cuts of equal sequences are worth avoiding, this is
@@ -39,12 +42,16 @@ struct PlanParams {
   int overhead, min_steps;  // steps
   int min_cost, min_late;   // of a range, of a late one
   int ragged_percent;       // a batch is ragged if its longest sequence has more steps than this share of the mean cost
-  int has_prefill;          // 1: sequences with more than kMaxDecodeQueries queries cost nothing here
+  int most_queries;         // sequences with more are another kernel's
+  int all_or_none;          // 1: then so are all others
 };
 
-__device__ __forceinline__ int num_steps(const PlanParams& p, int sequence) {
-  const int queries = p.cu_seqlens_q == nullptr ? 1 : p.cu_seqlens_q[sequence + 1] - p.cu_seqlens_q[sequence];
-  if (queries == 0 || (p.has_prefill && queries > kMaxDecodeQueries)) return 0;
+__device__ __forceinline__ int num_queries(const PlanParams& p, int sequence) {
+  return p.cu_seqlens_q == nullptr ? 1 : p.cu_seqlens_q[sequence + 1] - p.cu_seqlens_q[sequence];
+}
+
+__device__ __forceinline__ int num_steps(const PlanParams& p, int sequence, int queries) {
+  if (queries == 0 || queries > p.most_queries) return 0;
   const StepRange steps = visible_steps(p.left, p.right, p.seq_lens[sequence], queries);
   return steps.end - steps.begin;
 }
@@ -78,8 +85,11 @@ extern "C" __global__ void __launch_bounds__(kThreads) kvt_plan(const __grid_con
 
   int longest = 0;  // steps of a sequence
   int sum = 0;
+  bool is_left = false;  // to another kernel
   for (int b = first; b < last; ++b) {
-    const int steps = num_steps(p, b);
+    const int queries = num_queries(p, b);
+    const int steps = num_steps(p, b, queries);
+    is_left = is_left || queries > p.most_queries;
     sum += steps > 0 ? steps + p.overhead : 1;
     longest = max(longest, steps);
     ends[b] = sum;
@@ -92,7 +102,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) kvt_plan(const __grid_con
     warp_sums[threadIdx.x >> 5] = inclusive;
     warp_longest[threadIdx.x >> 5] = longest;
   }
-  __syncthreads();
+  const bool is_empty = __syncthreads_or(is_left) && p.all_or_none;
   longest = __reduce_max_sync(kAllLanes, warp_longest[lane]);
   const int of_warps = sum_up_to_lane(warp_sums[lane]);
   const int total = __shfl_sync(kAllLanes, of_warps, 31);
@@ -106,9 +116,9 @@ extern "C" __global__ void __launch_bounds__(kThreads) kvt_plan(const __grid_con
   const int eighth = total >> 3;
   const bool is_ragged = 100LL * longest * p.batch > static_cast<long long>(p.ragged_percent) * total;
   // the cost that the late ranges share
-  const int late = p.num_late > 0 && is_ragged && eighth / p.num_late >= p.min_late ? eighth : 0;
+  const int late = p.num_late > 0 && is_ragged && eighth / p.num_late >= p.min_late && !is_empty ? eighth : 0;
   const int most = total / num_early >= p.long_cost ? num_early : p.num_even;
-  const int used = late > 0 ? num_early : max(1, min(most, total / p.min_cost));
+  const int used = is_empty ? 0 : late > 0 ? num_early : max(1, min(most, total / p.min_cost));
   for (int i = threadIdx.x; i <= p.num_ranges; i += kThreads) {
     int2 place{p.batch, 0};
     if (i < used || (late > 0 && i < p.num_ranges)) {

@@ -1,4 +1,4 @@
-// Plan prompts: cut a batch into items of work for the prompt kernel, once a step, on the device, for all layers.
+// Plan prompts: cut a batch into items of work for the prompt or the prefill kernel, once a step, on the device, for all layers.
 //
 //   seq_lens     [batch] int32;   cu_seqlens_q  [batch + 1] int32 or null = one query each
 //   units        sequences besides the rows, or null; see shared.cu, also for `begins` and `places`
@@ -8,6 +8,9 @@
 // An item is 128 query rows of a sequence (for each kv head) and the tiles of keys that they see. The longest come first,
 // so that a CTA that takes its last item late gets a short one. If items are uneven, those longer than 1.25 of a CTA's
 // share of tiles are cut into equal parts. If they are even, only as many are cut as would form an incomplete last wave.
+//
+// Rows with up to most_decoded queries may be the decode kernel's: with by_row each of them is, otherwise all rows are, if
+// no row has more.
 //
 // Launch:   one CTA of 1024; dynamic shared memory 4 * batch, with units 8 * batch. Any architecture.
 //           Macros: KVT_KEYS, of a tile.
@@ -33,11 +36,13 @@ struct PlanPromptsParams {
   long long ids_row;  // of the table, from row to row, where there are units
   int block_size;
   int half_sizes[5];  // see Halves
-  int batch, num_kv_heads;
+  int first_row, batch;  // the rows to plan
+  int num_kv_heads;
   int left, right;
-  int num_ctas;     // of the prompt kernel, at once
-  int min_queries;  // sequences with fewer are another kernel's
-  int max_parts;    // most parts of 128 query rows; at 1 a row's bits do not depend on its batch
+  int num_ctas;      // of the prompt kernel, at once
+  int most_decoded;  // queries; without units only. 0: no row is the decode kernel's
+  int by_row;        // 1: rows with no more than that are the decode kernel's; 0: the whole batch is one kernel's
+  int max_parts;     // most parts of 128 query rows; at 1 a row's bits do not depend on its batch
 };
 
 // Units, if there are any, then rows, or what units leave of them.
@@ -50,33 +55,33 @@ struct Batch {
   __device__ __forceinline__ explicit Batch(const PlanPromptsParams& p)
       : p(p), halves(p.half_sizes), num_units(p.units == nullptr ? 0 : *p.num_units), size(num_units + p.batch) {}
 
+  __device__ __forceinline__ int row_of(int b) const { return p.first_row + b - num_units; }
   __device__ __forceinline__ int first_of_row(int row) const {
     return p.cu_seqlens_q == nullptr ? row : p.cu_seqlens_q[row];
   }
   __device__ __forceinline__ int first_query(int b) const {
     if (b < num_units) return p.units[4 * b];
-    const int query = first_of_row(b - num_units);
+    const int query = first_of_row(row_of(b));
     return p.places == nullptr ? query : p.places[query];
   }
   __device__ __forceinline__ int num_queries(int b) const {
     if (b < num_units) return p.units[4 * b + 1];
-    return p.cu_seqlens_q == nullptr ? 1 : p.cu_seqlens_q[b - num_units + 1] - p.cu_seqlens_q[b - num_units];
+    return first_of_row(row_of(b) + 1) - first_of_row(row_of(b));
   }
   __device__ __forceinline__ int length(int b) const {
     if (b < num_units) return p.units[4 * b + 2];
-    const int length = p.seq_lens[b - num_units];
-    return p.units == nullptr ? length : length - p.begins[b - num_units] * p.block_size;
+    const int length = p.seq_lens[row_of(b)];
+    return p.units == nullptr ? length : length - p.begins[row_of(b)] * p.block_size;
   }
   // Item::sequence: the row of the table; with units, the place of the first block in the table, because a unit or a
   // rest begins anywhere in a row.
   __device__ __forceinline__ int table_row(int b) const {
     if (b < num_units) return p.units[4 * b + 3];
-    const int row = b - num_units;
+    const int row = row_of(b);
     return p.units == nullptr ? row : static_cast<int>(row * p.ids_row + p.begins[row]);
   }
-  __device__ __forceinline__ int num_blocks(int b) const {
-    const int queries = num_queries(b);
-    return queries < p.min_queries ? 0 : (halves.count(queries) + 1) / 2;
+  __device__ __forceinline__ int num_blocks(int queries) const {
+    return p.by_row && queries <= p.most_decoded ? 0 : (halves.count(queries) + 1) / 2;
   }
 };
 
@@ -124,18 +129,21 @@ extern "C" __global__ void __launch_bounds__(kPlanThreads)
   const int first = min(batch.size, static_cast<int>(threadIdx.x) * each);
   const int last = min(batch.size, first + each);
   int sum = 0;
+  bool is_prompt = false;
   for (int b = first; b < last; ++b) {
-    sum += batch.num_blocks(b);
+    const int queries = batch.num_queries(b);
+    is_prompt = is_prompt || queries > p.most_decoded;
+    sum += batch.num_blocks(queries);
     ends[b] = sum;
+  }
+  if (!__syncthreads_or(is_prompt)) {
+    if (threadIdx.x == 0) *p.num_items = 0;
+    return;
   }
   int num_blocks;
   const int before = sum_before(sum, warp_sums, num_blocks);
   for (int b = first; b < last; ++b) ends[b] += before;
   __syncthreads();
-  if (num_blocks == 0) {
-    if (threadIdx.x == 0) *p.num_items = 0;
-    return;
-  }
 
   struct Block {
     int sequence, first_half, queries, length, first_tile, num_tiles;

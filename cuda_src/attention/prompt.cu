@@ -19,6 +19,9 @@
 //           (arXiv:2309.06180).
 #include <kvt/attention/nonfinite.cuh>
 #include <kvt/attention/prompt/load.cuh>
+#if KVT_TIERS
+#include <kvt/attention/prompt/load_tiers.cuh>
+#endif
 #include <kvt/attention/prompt/softmax.cuh>
 #include <kvt/base/scalar.cuh>
 #include <kvt/ptx/async_copy.cuh>
@@ -541,6 +544,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) kvt_prompt(const __gri
   ptx::wait_for_dependencies();
   if (warp < 4) {
     ptx::give_registers<kProducerRegisters>();
+#if KVT_TIERS
+    load_tiered_items(p, query_map, key_map, value_map, shared, items, rings, warp);
+#else
     if (warp == 0) {
       load_items<0>(p, query_map, key_map, shared, items, rings, 0);
     } else if (warp == 2) {
@@ -548,6 +554,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) kvt_prompt(const __gri
     } else {
       load_items<1>(p, query_map, value_map, shared, items, rings, warp >> 1);
     }
+#endif
   } else {
     ptx::take_registers<kConsumerRegisters>();
     Consumer(p, shared, items, reinterpret_cast<int*>(memory + Layout::kIsLast), rings, warp).run();

@@ -97,6 +97,9 @@ class Hints(NamedTuple):
     """That rows have blocks in common; None = they are not looked for."""
     from_torch: bool | None = None
     """Whose current stream the call runs on, torch's or CuPy's; None = torch's if the program uses torch on the GPU."""
+    counts_are_bounds: bool = False
+    """Whether rows may have fewer query tokens than ``query_counts`` says, now or in a replay of a captured graph. If
+    they may, what depends on the most of them is decided on the device."""
 
 
 NO_HINTS = Hints()

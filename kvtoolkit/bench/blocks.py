@@ -142,7 +142,7 @@ def _planning(batches: list[int]) -> dict[str, list[float]]:
         starts = torch.arange(256, dtype=torch.int32, device="cuda").expand(batch, 256).contiguous()
         tables = [cuda.device_operand(array, "table") for array in (entries, starts, lengths)]
         memory = torch.empty(batch * 2048 + plan_nbytes(batch, 16), dtype=torch.uint8, device="cuda")
-        plan = make_plan(memory.data_ptr(), tables[2], None, 16, 0, 16, False, -1, 0, False).launch
+        plan = make_plan(memory.data_ptr(), tables[2], None, 16, 0, 16, False, -1, 0, 8, False).launch
         granules = make_granules(memory.data_ptr(), tables[0], tables[1], tables[2], 256).launch
         for name, launch in (("plan", plan), ("list of granules", granules)):
 

@@ -28,6 +28,11 @@ TIER_SHAPES = {
         Shape("b1_128k", (131072,)),
         SHAPES["b64_ragged"],
         Shape("d64_64_4k", (4096,) * 64, head_dim=64),
+        Shape("b64_8k_one_16", (8192,) * 64, new=(1,) * 63 + (16,)),
+        Shape("b64_8k_one_512", (8192,) * 64, new=(1,) * 63 + (512,)),
+        *(Shape(f"b64_8k_verify_{n}", (8192,) * 64, num_queries=n) for n in (2, 3, 4, 8)),
+        Shape("2k_on_8k", (10240,), new=(2048,)),
+        Shape("d64_2k_on_8k", (10240,), head_dim=64, new=(2048,)),
     )
 }
 
@@ -89,8 +94,9 @@ class TierCase:
             _random_blocks(name, counts[tier] * self.num_sets, shape) if counts[tier] else None
             for tier, name in ((TIER_WARM, "int8"), (TIER_COLD, "int4"))
         ]
-        tokens = shape.batch * shape.num_queries
-        self.q = torch.randn(tokens, shape.num_q_heads, shape.head_dim, dtype=kind, device="cuda")
+        bounds = np.cumsum((0, *shape.new_tokens), dtype=np.int32)
+        self.cu_seqlens_q = torch.from_numpy(bounds).cuda()
+        self.q = torch.randn(int(bounds[-1]), shape.num_q_heads, shape.head_dim, dtype=kind, device="cuda")
         self.seq_lens = torch.tensor(shape.lengths, dtype=torch.int32, device="cuda")
         width = max(len(one) for one in tiers)
         starts = np.full((shape.batch, width), -1, np.int32)
@@ -120,11 +126,13 @@ class TierCase:
         shape, batch = self.shape, self.shape.batch
         group = shape.num_q_heads // shape.num_kv_heads
         wrong = total = 0.0
-        for row in sorted({0, batch // 3, batch - 1, int(np.argmax(shape.lengths))})[:3]:
-            n, queries = shape.lengths[row], shape.num_queries
-            found = out[row * queries : (row + 1) * queries].double()
-            q = self.q[row * queries : (row + 1) * queries].double()
-            hidden = torch.ones(queries, n, device="cuda", dtype=torch.bool).triu(n - queries + 1)
+        bounds = self.cu_seqlens_q.tolist()
+        for row in sorted({0, batch - 1, batch // 3, int(np.argmax(shape.lengths))}):
+            n, queries = shape.lengths[row], shape.new_tokens[row]
+            asked = torch.arange(0, queries, -(-queries // 64), device="cuda")  # some of a prompt's
+            found = out[bounds[row] + asked].double()
+            q = self.q[bounds[row] + asked].double()
+            hidden = torch.arange(n, device="cuda") > n - queries + asked[:, None]
             for head in range(shape.num_kv_heads):
                 keys, values = self._decoded(which, row, head)
                 heads = slice(head * group, (head + 1) * group)

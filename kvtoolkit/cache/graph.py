@@ -42,7 +42,8 @@ class GraphStep:
         max_new_tokens: new tokens of a row, at most. At 1, each row has one, and the graph holds the decode kernel
             (the prompt kernel with ``shared_reads``, and for more than 16 query heads to a kv head, 8 above head_dim
             128). With more, rows have 0 to so many, in any mixture; where that is more query rows than the decode
-            kernel takes at once, the graph holds the prompt kernel, and rows that decode go through it, too.
+            kernel takes at once, the graph holds both kernels, and each replay runs the one that an eager step with the
+            same new tokens runs. The other one ends at once.
         max_tokens: new tokens of all rows, at most; default ``batch * max_new_tokens``. Kernels of the model run over
             so many in every replay.
         max_seq_len: tokens of the longest sequence that will be loaded. Default: the cache's limit.
@@ -162,7 +163,7 @@ class GraphStep:
         """
         sharing = None if self._order is None else Sharing(self._cache._arenas.backend.describe(self._order, "order"))
         counts = (1, 1) if self._max_new_tokens == 1 else (0, self._max_new_tokens)
-        hints = Hints(counts, self._max_seq_len, self._kept, sharing)
+        hints = Hints(counts, self._max_seq_len, self._kept, sharing, counts_are_bounds=self._max_new_tokens > 1)
         calls = LayerCalls(self._cache._arenas, self.tables, hints, is_fixed=True)
         self._run = GraphRun(self, calls)
         return self._run

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from kvtoolkit.arrays.call import NO_HINTS, AttentionCall, Hints
 from kvtoolkit.arrays.host import Operand
-from kvtoolkit.cuda import prefill, prompt, shared
+from kvtoolkit.cuda import prefill, prompt, shared, specs
 from kvtoolkit.cuda.expand import Granules, make_granules
 from kvtoolkit.cuda.launching import Launch, load_spec
 from kvtoolkit.cuda.masses import UnitLse, place_unit_lse
@@ -13,10 +13,11 @@ from kvtoolkit.cuda.memory import Memory, StepLayout, lay_out_step, take_memory
 from kvtoolkit.cuda.params import PARAMS, TIERED_PARAMS, UNBOUNDED, pack_attention, pack_tiers
 from kvtoolkit.cuda.plan import Plan, make_plan
 from kvtoolkit.cuda.prefill import PrefillAttention
-from kvtoolkit.cuda.prompt import PromptAttention
-from kvtoolkit.cuda.schedule import MAX_DECODE_QUERIES, Route, Schedule, choose_route, choose_schedule
+from kvtoolkit.cuda.prompt import Maps, PromptAttention
+from kvtoolkit.cuda.schedule import Route, Schedule, choose_route, choose_schedule
 from kvtoolkit.cuda.shared import SharedAttention
 from kvtoolkit.cuda.units import Units, make_units
+from kvtoolkit.cuda.workspace import Sizes, workspace
 
 
 class Attention(NamedTuple):
@@ -28,11 +29,14 @@ class Attention(NamedTuple):
     decode_early: Launch | None
     """May read before the kernel in front of it has ended; None if `attend` was not told to keep what it plans."""
     prefill: PrefillAttention | None
+    """For the rows that ``decode`` leaves."""
     memory: Any
     """What the launches read and nobody else keeps alive."""
+    prompts: PromptAttention | None = None
+    """The prompt kernel, where it or ``decode`` does everything, by what rows there are on the device."""
 
 
-Prepared = Attention | PrefillAttention | PromptAttention | SharedAttention
+Prepared = Attention | PromptAttention | SharedAttention
 """A call of `attend` made ready for other layers."""
 
 
@@ -77,31 +81,46 @@ def attend(call: AttentionCall, hints: Hints = NO_HINTS, *, stream: int = 0) -> 
         maps = prompt.maps_of(call)
         words = maps.words(call.q.address, call.k_cache.address, call.v_cache.address)
         if words is not None:
+            may_decode = max(1, route.fewest) <= _most_decoded(call)
+            if may_decode and (call.tiers is not None or hints.counts_are_bounds):
+                return _attend_both(call, hints, route.fewest, maps, words, stream)
             return prompt.attend(call, hints, maps, words, stream=stream)
-    if prefill.suits(call, route.most):
-        return prefill.attend(call, hints, stream=stream)
+    return _attend_by_row(call, hints, route, stream)
+
+
+def _attend_by_row(call: AttentionCall, hints: Hints, route: Route, stream: int) -> Attention | None:
+    """Launch the decode kernel, the prefill kernel, or both, of which each takes its rows by their query tokens."""
     schedule = choose_schedule(call, route, hints)
     step = lay_out_step(call, route, schedule, hints.max_seq_len)
+    work = prefill.work_of(call, hints.max_seq_len) if route.prefills else None
+    work_at = step.nbytes
+    if work is not None:
+        step = step._replace(nbytes=work_at + work.list_nbytes, items=work)
     memory = take_memory(call, schedule, step, hints.kept, stream)
     prepared = _prepare(call, route, schedule, step, memory)
     if step.unit_lse is not None and route.fewest == 0 and call.block_mass is not None:
         _clear(call.block_mass, stream)
-    launches = _launch(call, route, schedule, prepared, hints.kept is not None, stream)
-    prompts = None
-    if route.prefills:
-        max_parts = prefill.MAX_PARTS if call.num_splits == 0 else 1
-        prompts = prefill.attend(
-            call, hints, min_queries=MAX_DECODE_QUERIES + 1, max_parts=max_parts, stream=stream
-        )  # fmt: skip
-    if (step.nbytes and memory.kept is None) or (route.prefills and prompts is None):
+    if work is not None:
+        prefill.plan(call, work, memory.step + work_at, route.most_decoded, stream)
+    decode, early = _launch(call, route, schedule, prepared, hints.kept is not None, stream)
+    prefills = None
+    if work is not None:
+        ids = call.block_table if prepared.granules is None else prepared.granules.table
+        prefills = prefill.attend(call, work, ids, memory.step + work_at, stream)
+    if step.nbytes and memory.kept is None:
         return None
-    return Attention(call.q.device, *launches, prompts, memory.kept)
+    return Attention(call.q.device, decode, early, prefills, memory.kept)
 
 
 def _prepare(
-    call: AttentionCall, route: Route, schedule: Schedule | None, step: StepLayout, memory: Memory
-) -> _Prepared:
-    """The launches that fill the step's memory; nothing is launched yet."""
+    call: AttentionCall, route: Route, schedule: Schedule | None, step: StepLayout, memory: Memory,
+    all_or_none: bool = False,
+) -> _Prepared:  # fmt: skip
+    """The launches that fill the step's memory; nothing is launched yet.
+
+    Args:
+        all_or_none: if a row has more query tokens than the decode kernel takes, that kernel takes no row.
+    """
     table, starts, lengths, bounds = call.block_table, call.block_starts, call.seq_lens, call.cu_seqlens_q
     left, right = min(call.left, UNBOUNDED), min(call.right, UNBOUNDED)
     granules = units = plan = None
@@ -115,7 +134,7 @@ def _prepare(
         plan_lens, window = (units.plan_lens, (-1, -1)) if units else (lengths, (left, right))
         plan = make_plan(
             memory.step + step.plan_at, plan_lens, bounds, schedule.num_ranges, schedule.num_late, schedule.num_even,
-            units is not None, *window, route.prefills,
+            units is not None, *window, route.most_decoded, all_or_none,
         )  # fmt: skip
     unit_lse = UnitLse(call.lse.address if call.lse else 0, 0, 0)
     if step.unit_lse is not None:
@@ -126,7 +145,7 @@ def _prepare(
 def _launch(
     call: AttentionCall, route: Route, schedule: Schedule | None, prepared: _Prepared, is_kept: bool, stream: int
 ) -> tuple[Launch | None, Launch | None]:
-    """Launch everything but prefill; returns the launches for decode and early decode."""
+    """Launch the lists and decode; returns the launches for decode and early decode."""
     memory, granules, units, plan, unit_lse = prepared
     ids = call.block_table if granules is None else granules.table
 
@@ -151,6 +170,50 @@ def _launch(
     return decode, early
 
 
+def _most_decoded(call: AttentionCall) -> int:
+    """Query tokens of each row up to which the decode kernel takes a batch that the prompt kernel could take."""
+    _, num_q_heads, head_dim = call.q.shape
+    return specs.decode_queries(head_dim, num_q_heads // call.k_cache.shape[1], tiers=call.tiers is not None)
+
+
+def _attend_both(
+    call: AttentionCall, hints: Hints, fewest: int, maps: Maps, words: tuple[int, ...], stream: int
+) -> Attention | None:
+    """Launch the decode and the prompt kernel.
+
+    Their plans choose on the device: with tiers for each row, because decode reads codes much faster. Without tiers one
+    kernel takes all, by the most query tokens of a row, as `attend` chooses where the host knows them; the other finds
+    nothing to do and ends at once.
+
+    Args:
+        fewest: query tokens of a row, as far as the host knows.
+        words: the maps of the call's arrays.
+    """
+    most = _most_decoded(call)
+    route = Route(fewest, most, most)
+    schedule = choose_schedule(call, route, hints)
+    step = lay_out_step(call, route, schedule, hints.max_seq_len)
+    sizes = prompt.sizes_of_call(call)
+    work_at = step.nbytes
+    step = step._replace(nbytes=work_at + sizes.list_nbytes, items=sizes)
+    memory = take_memory(call, schedule, step, hints.kept, stream)
+    work = memory.step + work_at
+    scratch = workspace(call.q.device, stream, Sizes(sizes.partials_nbytes, sizes.counters_nbytes, 0))
+    by_row = call.tiers is not None
+    prepared = _prepare(call, route, schedule, step, memory, not by_row)
+    # before decode, so that the prompt kernel follows it and may begin while it ends
+    prompt.plan_launch(call, sizes, work, most_decoded=most, by_row=by_row).run(stream)
+    decode, early = _launch(call, route, schedule, prepared, hints.kept is not None, stream)
+    lists = prepared.units or prepared.granules
+    ids = call.block_table if lists is None else lists.table
+    launch = prompt.attention_launch(call, sizes, maps, words, ids, work, scratch)
+    launch.run(stream, dependent=True)
+    if memory.kept is None:
+        return None
+    prompts = PromptAttention(call.q.device, launch, maps, memory.kept)
+    return Attention(call.q.device, decode, early, None, memory.kept, prompts)
+
+
 def _clear(block_mass: Operand, stream: int) -> None:
     """Set all masses to 0, because no CTA takes rows without queries."""
     import cupy
@@ -173,10 +236,7 @@ def attend_prepared(
             of the caches but the tokens of the present queries, and nothing of the tables: after `append`.
     """
     if isinstance(prepared, PromptAttention):
-        prompt.attend_prepared(prepared, q, k_cache, v_cache, out, stream=stream)
-        return
-    if isinstance(prepared, PrefillAttention):
-        prefill.attend_prepared(prepared, q, k_cache, v_cache, out, stream=stream)
+        prompt.attend_prepared(prepared, q, k_cache, v_cache, out, warm=warm, cold=cold, stream=stream)
         return
     if isinstance(prepared, SharedAttention):
         shared.attend_prepared(prepared, q, k_cache, v_cache, out, stream=stream)
@@ -191,4 +251,8 @@ def attend_prepared(
             decode.set_addresses(PARAMS.word("masses"), block_mass)
         decode.run(stream, dependent=overlaps)
     if prepared.prefill is not None:
-        prefill.attend_prepared(prepared.prefill, q, k_cache, v_cache, out, stream=stream)
+        prefill.attend_prepared(prepared.prefill, q, k_cache, v_cache, out, stream=stream, dependent=decode is not None)
+    if prepared.prompts is not None:
+        prompt.attend_prepared(
+            prepared.prompts, q, k_cache, v_cache, out, warm=warm, cold=cold, stream=stream, dependent=True
+        )

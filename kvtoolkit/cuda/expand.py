@@ -14,7 +14,7 @@ class Granules(NamedTuple):
     """A list of granules, and the launch that makes it anew."""
 
     table: Operand
-    """``[batch, width]`` int32: the granule at each logical granule of a row."""
+    """``[batch, width]`` int32: the granule at each logical granule of a row, in its tier, | tier << 27."""
     launch: Launch
 
 
@@ -23,12 +23,19 @@ def list_width(max_entries: int, max_seq_len: int | None) -> int:
     return max(1, 8 * max_entries if max_seq_len is None else -(-max_seq_len // 8))
 
 
-def make_granules(address: int, block_table: Operand, block_starts: Operand, seq_lens: Operand, width: int) -> Granules:
-    """The launch that fills ``4 * batch * width`` bytes at an address with the list; nothing is launched yet."""
+def make_granules(
+    address: int, block_table: Operand, block_starts: Operand, seq_lens: Operand, width: int,
+    first_granules: tuple[int, int, int] = (0, 0, 0),
+) -> Granules:  # fmt: skip
+    """The launch that fills ``4 * batch * width`` bytes at an address with the list; nothing is launched yet.
+
+    Args:
+        first_granules: of each tier; see `QuantizedTiers`.
+    """
     batch, max_entries = block_table.shape
     parameters = _params.pack(
         block_table.address, block_starts.address, seq_lens.address, address, block_table.strides[0],
-        block_starts.strides[0], max_entries, width,
+        block_starts.strides[0], max_entries, width, *first_granules,
     )  # fmt: skip
     ctas = max(1, -(-min(max_entries, width) // specs.EXPAND.threads))
     launch = Launch(load_spec(specs.EXPAND, block_table.device), (batch, ctas), specs.EXPAND.threads, 0, parameters)

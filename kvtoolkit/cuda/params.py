@@ -46,7 +46,7 @@ def pack_attention(
         block_shift, ids_per_step,
         min(call.left, UNBOUNDED), min(call.right, UNBOUNDED),
         schedule.splits if schedule else 1, int(schedule is not None and schedule.is_fixed),
-        schedule.row_blocks if schedule else 1, int(route.prefills),
+        schedule.row_blocks if schedule else 1, route.most_decoded,
         masses.shape[1] if masses else 0, unit_lse.rows, int(wait_first),
         scale * _LOG2E, scale / softcap if softcap else 0.0, softcap * _LOG2E,
     )  # fmt: skip

@@ -42,19 +42,21 @@ def most_late(batch: int, longest: int) -> int:
 
 def make_plan(
     address: int, seq_lens: Operand, cu_seqlens_q: Operand | None, num_ranges: int, num_late: int, num_even: int,
-    only_ragged: bool, left: int, right: int, has_prefill: bool,
+    only_ragged: bool, left: int, right: int, most_queries: int, all_or_none: bool,
 ) -> Plan:  # fmt: skip
     """The launch that fills `plan_nbytes` at an address, a multiple of 16, with a plan; nothing is launched yet.
 
     Args:
         only_ragged: leave the late ranges empty where no sequence is much longer than the others.
+        most_queries: rows with more query tokens are another kernel's.
+        all_or_none: if there is such a row, so are all others, and all ranges are empty.
     """
     (batch,) = seq_lens.shape
     sequences = address + 16 * (num_ranges + 1)
     parameters = _params.pack(
         seq_lens.address, cu_seqlens_q.address if cu_seqlens_q else 0, address, sequences, batch, num_ranges, num_late,
         num_even, _LONG, left, right, _OVERHEAD, _MIN_STEPS, _MIN_COST, _MIN_LATE,
-        _RAGGED if only_ragged else 0, int(has_prefill),
+        _RAGGED if only_ragged else 0, most_queries, int(all_or_none),
     )  # fmt: skip
     spec = specs.plan(batch)
     ctas = min(4, -(-batch // spec.threads))

@@ -7,7 +7,7 @@ of 8 tokens. Other calls, and other architectures, have the kernels that `kvtool
 import functools
 from typing import Any, NamedTuple
 
-from kvtoolkit.arrays.call import AttentionCall, Hints
+from kvtoolkit.arrays.call import AttentionCall, Hints, QuantizedTiers
 from kvtoolkit.arrays.host import Operand
 from kvtoolkit.cuda import specs
 from kvtoolkit.cuda.expand import list_width, make_granules
@@ -22,14 +22,14 @@ from kvtoolkit.runtime.tensor_map import tensor_map
 _LOG2E = 1.4426950408889634
 _UNBOUNDED = 1 << 30
 _HALF_ROWS = 64  # as in prompt/item.cuh
-_MAX_PARTS = 64
+MAX_PARTS = 64
 _LEAST_SCALE = 1e-30  # a smaller factor is 0 in float32, which is no factor for -inf
 _MOST_LATE_ITEMS = 4  # of a CTA, as in plan_prompts.cu
 _MAX_TILES = 65535
 _ITEM_NBYTES = 32
 _ANY_STRIDE = 16
-_LIST_AT = 256  # offset of the items; their number comes first
-_MAX_TOKENS = 1 << 24  # kLevelShift of prompt/item.cuh
+LIST_AT = 256  # offset of the items; their number comes first
+MAX_TOKENS = 1 << 24  # kLevelShift of prompt/item.cuh
 
 PARAMS = ParameterStruct("attention/prompt.cu", "kvt_prompt")
 PLAN_PARAMS = ParameterStruct("attention/plan_prompts.cu", "kvt_plan_prompts")
@@ -69,6 +69,8 @@ class PromptSizes(NamedTuple):
     halves: tuple[int, int, int, int, int]
     """``Halves`` of prompt/item.cuh."""
     ctas: int
+    blocks: int
+    """Of 128 query rows, at most, for each kv head."""
     max_items: int
     slots: int
     """Parts of items, at most, for each kv head."""
@@ -78,7 +80,7 @@ class PromptSizes(NamedTuple):
     @property
     def list_nbytes(self) -> int:
         """Memory of the work list."""
-        return _LIST_AT + _ITEM_NBYTES * self.max_items
+        return LIST_AT + _ITEM_NBYTES * self.max_items
 
 
 class UnitLists(NamedTuple):
@@ -95,6 +97,7 @@ class UnitLists(NamedTuple):
     lse: int
 
 
+_NO_TIERS = QuantizedTiers(None, None, (0, 0, 0))
 _NO_UNITS = UnitLists(0, 0, 0, 0, 0, 0, 0)
 
 
@@ -112,13 +115,12 @@ def suits(call: AttentionCall, most_queries: int, max_seq_len: int | None = None
     if max_seq_len is not None:
         length = min(length, max_seq_len)
     return (
-        call.tiers is None
-        and call.block_mass is None
+        call.block_mass is None
         and call.num_splits == 0
         and block_size % GRANULE == 0
-        and most_queries * (num_q_heads // num_kv_heads) > specs.decode_rows(head_dim)
+        and most_queries > specs.decode_queries(head_dim, num_q_heads // num_kv_heads, tiers=call.tiers is not None)
         and batch <= specs.MAX_PLANNED
-        and call.q.shape[0] < _MAX_TOKENS
+        and call.q.shape[0] < MAX_TOKENS
         and blocks * block_size < 1 << 31
         and length <= _MAX_TILES * specs.prompt_keys(head_dim)
         and arch_of(call.q.device) == 90
@@ -186,7 +188,14 @@ def sizes_of(num_tokens: int, num_q_heads: int, num_kv_heads: int, head_dim: int
     max_items = max(blocks + slots, -(-sms // num_kv_heads) + 1)
     ctas = min(sms, max_items * num_kv_heads)
     partials = slots * num_kv_heads * specs.prompt_partial_nbytes(head_dim)
-    return PromptSizes(halves, ctas, max_items, slots, partials, 4 * (1 + slots * num_kv_heads))
+    return PromptSizes(halves, ctas, blocks, max_items, slots, partials, 4 * (1 + slots * num_kv_heads))
+
+
+def sizes_of_call(call: AttentionCall) -> PromptSizes:
+    """The sizes for the rows of a call."""
+    num_tokens, num_q_heads, head_dim = call.q.shape
+    batch, num_kv_heads = call.block_table.shape[0], call.k_cache.shape[1]
+    return sizes_of(num_tokens, num_q_heads, num_kv_heads, head_dim, batch, num_sms(call.q.device))
 
 
 def attend(
@@ -197,11 +206,9 @@ def attend(
     Args:
         words: the maps of the call's arrays.
     """
-    num_tokens, num_q_heads, head_dim = call.q.shape
-    num_kv_heads = call.k_cache.shape[1]
     batch, max_entries = call.block_table.shape
     device = call.q.device
-    sizes = sizes_of(num_tokens, num_q_heads, num_kv_heads, head_dim, batch, num_sms(device))
+    sizes = sizes_of_call(call)
     width = list_width(max_entries, hints.max_seq_len)
     list_at = 0 if call.block_starts is None else aligned(4 * batch * width)
     step_nbytes = list_at + sizes.list_nbytes
@@ -215,7 +222,8 @@ def attend(
     step = scratch.step if owner is None else owner.data.ptr
     ids = call.block_table
     if call.block_starts is not None:
-        granules = make_granules(step, call.block_table, call.block_starts, call.seq_lens, width)
+        first = call.tiers.first_granules if call.tiers else (0, 0, 0)
+        granules = make_granules(step, call.block_table, call.block_starts, call.seq_lens, width, first)
         granules.launch.run(stream)
         ids = granules.table
     plan_launch(call, sizes, step + list_at).run(stream)
@@ -224,31 +232,39 @@ def attend(
     return None if owner is None else PromptAttention(device, launch, maps, owner)
 
 
-def attend_prepared(prepared: PromptAttention, q: int, k_cache: int, v_cache: int, out: int, *, stream: int) -> None:
+def attend_prepared(
+    prepared: PromptAttention, q: int, k_cache: int, v_cache: int, out: int, *, warm: int = 0, cold: int = 0,
+    stream: int, dependent: bool = False,
+) -> None:  # fmt: skip
     """Attend once more where only these addresses differ; see `kvtoolkit.cuda.attention.attend_prepared`."""
     words = prepared.maps.words(q, k_cache, v_cache)
     assert words is not None  # arrays that differ in their addresses alone are described as well
     prepared.launch.set_addresses(PARAMS.word("query_map"), *words, out)
-    prepared.launch.run(stream)
+    if warm or cold:
+        prepared.launch.set_addresses(PARAMS.word("warm"), warm, cold)
+    prepared.launch.run(stream, dependent=dependent)
 
 
 def plan_launch(
-    call: AttentionCall, sizes: PromptSizes, work: int, units: UnitLists = _NO_UNITS, *, keys: int = 0,
-    min_queries: int = 1, max_parts: int = _MAX_PARTS,
+    call: AttentionCall, sizes: PromptSizes, work: int, units: UnitLists = _NO_UNITS, *, most_decoded: int = 0,
+    by_row: bool = False, max_parts: int = MAX_PARTS, keys: int = 0, rows: tuple[int, int] | None = None,
 ) -> Launch:  # fmt: skip
     """The launch that makes the work list at the address ``work``; nothing is launched yet.
 
     Args:
+        most_decoded: where no row has more query tokens, the list is empty.
+        by_row: leave out the rows that have no more; otherwise the list has all rows, or none.
+        max_parts: most parts of an item; at 1 a row's bits do not depend on its batch.
         keys: of a tile; 0 = as the prompt kernel has them.
-        min_queries: rows with fewer query tokens are left out.
-        max_parts: most parts of an item.
+        rows: the first and the number of those to plan; None = all.
     """
-    batch = call.block_table.shape[0]
+    first_row, batch = rows or (0, call.block_table.shape[0])
     num_kv_heads, block_size = call.k_cache.shape[1:3]
     parameters = PLAN_PARAMS.pack(
         call.seq_lens.address, call.cu_seqlens_q.address if call.cu_seqlens_q else 0, *units[:4],
-        work + _LIST_AT, work, units.ids_row, block_size, *sizes.halves, batch, num_kv_heads,
-        min(call.left, _UNBOUNDED), min(call.right, _UNBOUNDED), sizes.ctas, min_queries, max_parts,
+        work + LIST_AT, work, units.ids_row, block_size, *sizes.halves, first_row, batch,
+        num_kv_heads, min(call.left, _UNBOUNDED), min(call.right, _UNBOUNDED), sizes.ctas, most_decoded, int(by_row),
+        max_parts,
     )  # fmt: skip
     spec = specs.plan_prompts(keys or specs.prompt_keys(call.q.shape[2]))
     smem_nbytes = 8 * batch if units.units else 4 * batch
@@ -273,12 +289,13 @@ def attention_launch(
     parameters = PARAMS.pack(
         *words, call.out.address, call.lse.address if call.lse else 0, units.out, units.lse, ids.address,
         slopes.address if slopes else 0, sinks.address if sinks else 0,
-        work + _LIST_AT, work, scratch.counters, scratch.counters + 4, scratch.partials,
+        work + LIST_AT, work, scratch.counters, scratch.counters + 4, scratch.partials,
         *call.out.strides[:2], 1 if units.units else ids.strides[0], *sizes.halves, num_kv_heads, per_block, shift,
         maps.block_pitch, maps.coordinate_shift, maps.num_blocks, call.q.shape[0],
         min(call.left, _UNBOUNDED), min(call.right, _UNBOUNDED),
         scale * _LOG2E, scale / softcap if softcap else 0.0, softcap * _LOG2E,
+        *(tier.address if tier else 0 for tier in (call.tiers or _NO_TIERS)[:2]),
     )  # fmt: skip
     has_rules = bool(softcap) or slopes is not None or scale < _LEAST_SCALE
-    spec = specs.prompt(call.q.shape[2], call.q.dtype, has_rules=has_rules)
+    spec = specs.prompt(call.q.shape[2], call.q.dtype, has_rules=has_rules, tiers=call.tiers is not None)
     return Launch(load_spec(spec, call.q.device), (sizes.ctas,), spec.threads, spec.smem_nbytes, parameters)

@@ -13,8 +13,8 @@ from kvtoolkit.errors import UnsupportedError
 from kvtoolkit.runtime import smem_limit
 from kvtoolkit.runtime.kernels import arch_of, num_sms
 
-MAX_DECODE_QUERIES = 8  # as in kvt/attention/rows.cuh
 MAX_SPLITS = 128
+_UNLIMITED = 0x7FFFFFFF
 _MAX_ROW_BLOCKS = 65535  # CTAs along the second axis of a grid
 # in tokens, both by measurement
 _MAX_CLUSTERED = 12288  # longer sequences need more CTAs than clusters have
@@ -27,10 +27,18 @@ class Route(NamedTuple):
     fewest: int
     """Query tokens of a row, as far as the host knows."""
     most: int
-    decodes: bool
-    """Whether rows of up to `MAX_DECODE_QUERIES` queries are possible."""
-    prefills: bool
-    """Whether longer ones are."""
+    most_decoded: int
+    """Query tokens of a row that the decode kernel takes; rows with more are another kernel's."""
+
+    @property
+    def decodes(self) -> bool:
+        """Whether there may be rows for the decode kernel."""
+        return max(1, self.fewest) <= self.most_decoded
+
+    @property
+    def prefills(self) -> bool:
+        """Whether there may be rows for the prefill kernel."""
+        return self.most > self.most_decoded
 
 
 class Schedule(NamedTuple):
@@ -68,8 +76,11 @@ def choose_route(call: AttentionCall, query_counts: tuple[int, int] | None) -> R
     else:
         fewest, most = 0, num_tokens
     if call.tiers is not None or call.block_mass is not None:  # only decode kernels can do that
-        return Route(fewest, most, True, False)
-    return Route(fewest, most, fewest <= MAX_DECODE_QUERIES, most > MAX_DECODE_QUERIES)
+        return Route(fewest, most, _UNLIMITED)
+    if call.num_splits:  # as many tokens for any number of heads
+        return Route(fewest, most, specs.MAX_DECODE_QUERIES)
+    _, num_q_heads, head_dim = call.q.shape
+    return Route(fewest, most, specs.decode_queries(head_dim, num_q_heads // call.k_cache.shape[1]))
 
 
 def choose_schedule(call: AttentionCall, route: Route, hints: Hints) -> Schedule | None:
@@ -78,12 +89,15 @@ def choose_schedule(call: AttentionCall, route: Route, hints: Hints) -> Schedule
         return None
     _, num_kv_heads, block_size, _ = call.k_cache.shape
     batch, max_entries = call.block_table.shape
-    most = min(route.most, MAX_DECODE_QUERIES) if route.prefills else route.most
+    most = min(route.most, route.most_decoded)
     longest = hints.max_seq_len or max_entries * (block_size if call.block_starts is None else 64)
     q = call.q
+    num_tokens, num_q_heads, head_dim = q.shape
+    if not route.prefills:  # others are in the arrays only where another kernel takes the whole batch
+        num_tokens = min(num_tokens, batch * most)
     return _schedule(
-        q.shape, q.dtype, q.device, num_kv_heads, batch, call.cu_seqlens_q is not None,
-        q.shape[1] // num_kv_heads * most, call.num_splits, call.tiers is not None, most_late(batch, longest),
+        (num_tokens, num_q_heads, head_dim), q.dtype, q.device, num_kv_heads, batch, call.cu_seqlens_q is not None,
+        num_q_heads // num_kv_heads * most, call.num_splits, call.tiers is not None, most_late(batch, longest),
         longest <= _MAX_SHORT, longest <= _MAX_CLUSTERED,
     )  # fmt: skip
 

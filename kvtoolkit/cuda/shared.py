@@ -84,6 +84,7 @@ def suits(call: AttentionCall, hints: Hints) -> bool:
         and call.q.shape[0] <= _MAX_TOKENS
         and fewest <= _MOST_QUERIES
         and call.q.address != call.out.address
+        and call.tiers is None
         and call.alibi_slopes is None
         and call.left < 0
         and batch * max(call.block_table.strides[0], 8 * width, hints.max_seq_len or 0) < _MAX_WORDS

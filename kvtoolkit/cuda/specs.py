@@ -14,7 +14,11 @@ HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 MAX_PLANNED = 10000
 """Sequences that a plan may have: their costs fit into 48 KiB of shared memory, beside the ranges."""
 
+MAX_DECODE_QUERIES = 8
+"""New tokens of a row that is no prompt, as in kvt/attention/rows.cuh."""
+
 _RESERVED = 256  # static shared memory
+_CODE_SLOTS = 7  # as in prompt/shape.cuh
 _SHORT_SHAPE = (4, 2)  # warps and stages of the decode kernel for many short sequences
 
 TIERED_SHAPES = ((8, 2, 1), (4, 1, 2), (4, 2, 1), (2, 2, 1), (2, 1, 1))
@@ -42,6 +46,11 @@ class Spec(NamedTuple):
     """CTAs that an SM holds."""
     feature: str = ""
     """``"a"`` where it needs what only its own architecture has."""
+
+    @property
+    def keys(self) -> int:
+        """Keys of a tile."""
+        return dict(self.defines)["KVT_KEYS"]
 
     def with_masses(self) -> "Spec":
         """An attention kernel that also tells what share of the attention each tile got."""
@@ -112,11 +121,16 @@ def decode(
     return Spec("attention/decode.cu", "kvt_decode", defines, 32 * shape[0], smem, 8 * row_tiles, per_sm)
 
 
+def _tiered_stage_nbytes(head_dim: int) -> int:
+    """A block of int4, which is the largest unit of codes."""
+    return 64 * head_dim + 4 * head_dim + 256
+
+
 def tiered(
     head_dim: int, dtype: str, most_rows: int, smem_limit: int, *, planned: bool = True, shares_sm: bool = False
 ) -> Spec:
     """The decode kernel for sequences in tiers, for blocks of up to 8 query rows; head_dim 64 or 128."""
-    stage = 64 * head_dim + 4 * head_dim + 256  # a block of int4
+    stage = _tiered_stage_nbytes(head_dim)
 
     def nbytes(shape: tuple[int, int, int]) -> int:
         warps, stages, _ = shape
@@ -148,20 +162,26 @@ def plan(batch: int) -> Spec:
 
 def prefill(head_dim: int, dtype: str, smem_limit: int, *, has_rules: bool) -> Spec:
     """The prefill kernel; ``has_rules``: softcap, ALiBi or a scale that is not above 0."""
-    row, per_sm = row_bytes(head_dim), 2 if head_dim <= 128 else 1
+    # keys of a tile, tiles of keys and of values in shared memory, CTAs of an SM; the first that fits
+    shapes = {
+        64: ((64, 1, 3),),
+        128: ((64, 1, 2), (32, 1, 2)),
+        256: ((64, 2, 1), (64, 1, 1), (32, 1, 1)),
+    }
 
-    def nbytes(keys: int, stages: int) -> int:
-        return (128 + 2 * keys * stages) * row + 2 * 64 + 16
+    def nbytes(shape: tuple[int, int, int]) -> int:
+        keys, stages, _ = shape
+        return (128 + 2 * keys * stages) * row_bytes(head_dim) + 2 * 64 + 16
 
-    # keys of a tile, and tiles; the first that fits
-    shapes = ((64, 2), (64, 1), (32, 1))
-    keys, stages = next(shape for shape in shapes if per_sm * (nbytes(*shape) + 1024) <= smem_limit + 1024)
+    of_dims = next(shapes[most] for most in shapes if head_dim <= most)
+    shape = next(shape for shape in of_dims if shape[2] * (nbytes(shape) + 1024) <= smem_limit + 1024)
+    keys, stages, per_sm = shape
     defines = (
         ("KVT_HEAD_DIM", head_dim), ("KVT_BF16", int(dtype == "bfloat16")), ("KVT_RULES", int(has_rules)),
         ("KVT_KEYS", keys), ("KVT_STAGES", stages), ("KVT_PER_SM", per_sm),
     )  # fmt: skip
     threads = 128 if head_dim <= 128 else 256
-    return Spec("attention/prefill.cu", "kvt_prefill", defines, threads, nbytes(keys, stages), 128, per_sm)
+    return Spec("attention/prefill.cu", "kvt_prefill", defines, threads, nbytes(shape), 128, per_sm)
 
 
 def prefill_partial_nbytes(head_dim: int) -> int:
@@ -169,9 +189,17 @@ def prefill_partial_nbytes(head_dim: int) -> int:
     return 4 * 128 * (head_dim + 8)
 
 
-def decode_rows(head_dim: int) -> int:
-    """Query rows of a kv head for which the decode kernel reads keys and values once."""
-    return 16 if head_dim <= 128 else 8
+def decode_rows(head_dim: int, *, tiers: bool = False) -> int:
+    """Most query rows of a kv head for which the decode kernel is the faster one.
+
+    It reads keys and values once for up to so many; the one over tiers once for `TIERED_ROWS`.
+    """
+    return 16 if head_dim <= 128 or tiers else 8
+
+
+def decode_queries(head_dim: int, group_size: int, *, tiers: bool = False) -> int:
+    """New tokens of each row up to which a batch is the decode kernel's, where there is the prompt kernel."""
+    return min(MAX_DECODE_QUERIES, decode_rows(head_dim, tiers=tiers) // group_size)
 
 
 def prompt_keys(head_dim: int) -> int:
@@ -189,13 +217,20 @@ def prompt_partial_nbytes(head_dim: int) -> int:
     return 4 * 2 * 128 * 4 * (_prompt_dims(head_dim) // 8 + 1)
 
 
-def prompt(head_dim: int, dtype: str, *, has_rules: bool) -> Spec:
-    """The prompt kernel of sm_90; ``has_rules``: softcap, ALiBi or a scale that is not above 0."""
-    buffers = 2 if head_dim <= 128 else 1
+def prompt(head_dim: int, dtype: str, *, has_rules: bool, tiers: bool = False) -> Spec:
+    """The prompt kernel of sm_90.
+
+    Args:
+        has_rules: softcap, ALiBi or a scale that is not above 0.
+        tiers: some tokens are codes; head_dim 64 or 128.
+    """
+    buffers = 2 if head_dim <= 128 and not tiers else 1
     row = row_bytes(head_dim)
-    smem = (128 * buffers + 4 * prompt_keys(head_dim)) * row + 192 + 4 * 64 + 16
+    codes = _CODE_SLOTS * _tiered_stage_nbytes(head_dim) if tiers else 0
+    smem = (128 * buffers + 4 * prompt_keys(head_dim)) * row + codes + 256 + 4 * 64 + 16
     defines = (
         ("KVT_HEAD_DIM", head_dim), ("KVT_BF16", int(dtype == "bfloat16")), ("KVT_RULES", int(has_rules)),
+        ("KVT_TIERS", int(tiers)),
     )  # fmt: skip
     return Spec("attention/prompt.cu", "kvt_prompt", defines, 384, smem, 128, feature="a")
 
@@ -263,8 +298,9 @@ def of_model(
     if tiers:
         yield from (UNITS, convert(head_dim, dtype))
     if arch == 90:
-        yield from (prompt(head_dim, dtype, has_rules=False), plan_prompts(prompt_keys(head_dim)), merge_shared(dtype))
+        kernel = prompt(head_dim, dtype, has_rules=False, tiers=tiers)
+        yield from (kernel, plan_prompts(prompt_keys(head_dim)), merge_shared(dtype))
         yield from (FIND_SHARED, PLAN_SHARED, GATHER)
     kernel = prefill(head_dim, dtype, smem_limit, has_rules=False)
-    yield from (kernel, plan_prompts(dict(kernel.defines)["KVT_KEYS"]))
+    yield from (kernel, plan_prompts(kernel.keys))
     yield from (plan(1), EXPAND, append(16), MOVE, CHECK, merge_states(dtype))

@@ -22,6 +22,8 @@ class Units(NamedTuple):
     tile_units: int
     """Address of ``[batch, max_units / 4 + 1]`` int32: the first unit of each tile."""
     max_units: int
+    table: Operand
+    """``[batch, width]`` int32: the list of granules that the units are made from."""
     launch: Launch
 
 
@@ -52,4 +54,5 @@ def make_units(
     )  # fmt: skip
     launch = Launch(load_spec(specs.UNITS, block_table.device), (batch,), specs.UNITS.threads, 0, parameters)
     lens = Operand(plan_lens, (batch,), (1,), "int32", None, True, block_table.device)
-    return Units(address, counts, lens, tile_units, most, launch)
+    table = Operand(granules, (batch, width), (width, 1), "int32", None, True, block_table.device)
+    return Units(address, counts, lens, tile_units, most, table, launch)

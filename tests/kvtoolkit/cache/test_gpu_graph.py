@@ -174,7 +174,7 @@ def test_every_run_of_the_model_makes_its_own_plan(num_kv_heads, order, monkeypa
 @pytest.mark.parametrize("most", [3, 40])
 @pytest.mark.parametrize("shared_reads", [False, True])
 def test_one_graph_serves_every_mixture_of_new_tokens(most, shared_reads):
-    """3 new tokens are the decode kernel's work, 40 the prompt kernel's."""
+    """3 new tokens are the decode kernel's work, 40 may be either kernel's, and shared reads the prompt kernel's."""
     import torch
 
     cache = make(growth="lazy_merge")

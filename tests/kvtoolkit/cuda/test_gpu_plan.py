@@ -22,7 +22,7 @@ def plan_of(lengths, num_ranges, num_late=0, num_even=None, only_ragged=True):
     even = num_ranges - num_late if num_even is None else num_even
     operand = cuda.device_operand(seq_lens, "seq_lens")
     stream = torch.cuda.current_stream().cuda_stream
-    made = make_plan(memory.data_ptr(), operand, None, num_ranges, num_late, even, only_ragged, -1, 0, False)
+    made = make_plan(memory.data_ptr(), operand, None, num_ranges, num_late, even, only_ragged, -1, 0, 8, False)
     made.launch.run(stream)
     words = memory.cpu().numpy().view(np.int32)
     ranges, sequences = np.split(words, [4 * (num_ranges + 1)])

@@ -64,7 +64,7 @@ def fake(monkeypatch):
     monkeypatch.setattr(kernels, "build", lambda *_, **__: Build(b"", (), None, 0.0))
     monkeypatch.setattr(kernels, "_load", found.load)
     scratch = SimpleNamespace(partials=0xA0000, counters=0xB0000, step=0xC0000)
-    for module in (memory, prompt, shared):
+    for module in (attention, memory, prompt, shared):
         monkeypatch.setattr(module, "workspace", lambda device, stream, sizes: scratch)
     monkeypatch.setattr(check, "is_capturing", lambda stream: False)
     launching.load_spec.cache_clear()
@@ -172,7 +172,7 @@ def test_attention_over_entries_is_given_every_field(fake):
         "k_block": 1040, "k_head": 512, "k_slot": 64, "v_block": 1048, "v_head": 512, "v_slot": 64, "table_row": 40,
         "batch": 3, "num_tokens": 6, "num_kv_heads": 2, "group_size": 4, "block_size": 8, "max_blocks": 40,
         "block_shift": 3, "ids_per_step": 2, "left": 100, "right": 7, "max_splits": 3, "fixed_splits": 1,
-        "num_row_blocks": 1, "has_prefill": 0, "max_tiles": 0, "unit_rows": 0, "wait_first": 1,
+        "num_row_blocks": 1, "most_queries": 8, "max_tiles": 0, "unit_rows": 0, "wait_first": 1,
         "scale_log2": pytest.approx(0.5 * log2e), "cap_inner": pytest.approx(0.5 / 30),
         "cap_outer": pytest.approx(30 * log2e),
     }  # fmt: skip
@@ -198,7 +198,7 @@ def test_attention_over_tiers_is_given_its_lists_and_plan(fake):
         "first_granules": (0, 40, 88),
     }  # fmt: skip
     assert (plan["seq_lens"], plan["cu_seqlens_q"]) == (units["plan_lens"], units["cu_seqlens_q"])
-    assert (plan["batch"], plan["left"], plan["right"], plan["has_prefill"]) == (3, -1, -1, 0)
+    assert (plan["batch"], plan["left"], plan["right"], plan["most_queries"]) == (3, -1, -1, 0x7FFFFFFF)
     assert plan["sequences"] == plan["ranges"] + 16 * (plan["num_ranges"] + 1)
     assert (plan["overhead"], plan["min_steps"], plan["min_cost"], plan["min_late"]) == (12, 8, 12, 12)
     assert (plan["long_cost"], plan["ragged_percent"]) == (350, 125)

@@ -33,7 +33,7 @@ struct AttentionParams {
   int max_splits;      // even schedule: CTAs for each block of rows
   int fixed_splits;    // even schedule: 1 = cut every sequence into max_splits; 0 = into as many as are worth it
   int num_row_blocks;  // planned schedule: most blocks of rows of a sequence
-  int has_prefill;     // 1: sequences with more than kMaxDecodeQueries queries are left to another kernel
+  int most_queries;    // sequences with more are left to another kernel
   int max_tiles;       // of masses
   int unit_rows;       // query rows of a kv head that unit_lse has room for, a multiple of 4
   int wait_first;      // 1: what this kernel reads may still be written when it begins

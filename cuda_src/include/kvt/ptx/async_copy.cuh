@@ -10,13 +10,6 @@ __device__ __forceinline__ unsigned shared_address(const void* pointer) {
   return address;
 }
 
-// createpolicy.fractional.L2::evict_first: for data that is read once.
-__device__ __forceinline__ unsigned long long evict_first_policy() {
-  unsigned long long policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-
 // cp.async.cg.shared.global: 16 bytes past L1 with an L2 policy, prefetching the 128 bytes around them into L2.
 // Both addresses are multiples of 16.
 __device__ __forceinline__ void copy_async_16(unsigned to_shared, const void* from, unsigned long long policy) {

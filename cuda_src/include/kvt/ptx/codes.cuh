@@ -34,6 +34,20 @@ __device__ __forceinline__ unsigned high_halves(unsigned a, unsigned b) {
   return pair;
 }
 
+// prmt.b32: the bytes that `selector` names.
+__device__ __forceinline__ unsigned select_bytes(unsigned a, unsigned b, unsigned selector) {
+  unsigned bytes;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(a), "r"(b), "r"(selector));
+  return bytes;
+}
+
+// lop3.b32: a & mask | bits. The compiler makes two instructions of it where both are constants.
+__device__ __forceinline__ unsigned select_or(unsigned a, unsigned mask, unsigned bits) {
+  unsigned word;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(word) : "r"(a), "r"(mask), "r"(bits));
+  return word;
+}
+
 // mul.rn.f16x2
 __device__ __forceinline__ unsigned multiply_halves(unsigned a, unsigned b) {
   unsigned product;
@@ -55,19 +69,6 @@ __device__ __forceinline__ uint2 load_shared_8(unsigned shared) {
   uint2 words;
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(words.x), "=r"(words.y) : "r"(shared) : "memory");
   return words;
-}
-
-// createpolicy.fractional.L2::evict_last: for data that is read again soon. It is volatile, so that the policy is made
-// where it is used and not kept in two registers.
-__device__ __forceinline__ unsigned long long evict_last_policy() {
-  unsigned long long policy;
-  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-
-// st.global.L2::cache_hint.f32: store 4 bytes with an L2 policy.
-__device__ __forceinline__ void store_4(float* to, float value, unsigned long long policy) {
-  asm volatile("st.global.L2::cache_hint.f32 [%0], %1, %2;" ::"l"(to), "f"(value), "l"(policy) : "memory");
 }
 
 }  // namespace kvt::ptx

@@ -21,6 +21,14 @@ __device__ __forceinline__ void load_matrices_transposed(unsigned (&fragment)[4]
                : "memory");
 }
 
+// stmatrix.x4.trans (sm_90): stores the transposes of four matrices; lane l gives the address of row l % 8 of what
+// becomes of matrix l / 8.
+__device__ __forceinline__ void store_matrices_transposed(unsigned shared_row, uint4 fragment) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_row),
+               "r"(fragment.x), "r"(fragment.y), "r"(fragment.z), "r"(fragment.w)
+               : "memory");
+}
+
 // movmatrix.trans: the fragment of the transposed matrix.
 __device__ __forceinline__ unsigned transpose_matrix(unsigned fragment) {
   unsigned transposed;

@@ -1,4 +1,4 @@
-// Tensor copies (TMA, sm_90): a box of an array that a map describes, from global to shared memory.
+// Bulk copies (TMA, sm_90) from global to shared memory: a box of an array that a map describes, or a run of bytes.
 #pragma once
 
 namespace kvt::ptx {
@@ -7,13 +7,6 @@ namespace kvt::ptx {
 struct alignas(64) TensorMap {
   unsigned long long words[16];
 };
-
-// createpolicy.fractional.L2::evict_last: for data that other CTAs read soon.
-__device__ __forceinline__ unsigned long long evict_last_policy() {
-  unsigned long long policy;
-  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
 
 // prefetch.tensormap
 __device__ __forceinline__ void prefetch_map(const TensorMap& map) {
@@ -29,6 +22,14 @@ __device__ __forceinline__ void copy_box(
       "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
       " [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(to_shared),
       "l"(&map), "r"(barrier), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(x4), "l"(policy)
+      : "memory");
+}
+
+// cp.async.bulk: bytes that follow each other, a multiple of 16 as both addresses; they count on `barrier`.
+__device__ __forceinline__ void copy_bytes(unsigned to_shared, const void* from, unsigned nbytes, unsigned barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to_shared),
+      "l"(from), "r"(nbytes), "r"(barrier)
       : "memory");
 }
 

@@ -8,7 +8,7 @@
 #pragma once
 
 #include <kvt/attention/decode/results.cuh>
-#include <kvt/ptx/codes.cuh>
+#include <kvt/ptx/policy.cuh>
 
 namespace kvt {
 

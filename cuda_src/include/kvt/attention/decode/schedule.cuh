@@ -49,7 +49,7 @@ class Schedule {
       const int sequence = sequence_++;
       const int seq_len = kPlanHasLengths && sequence == begin_.x ? begin_.z : -1;
       piece.block = row_block_at<kRows>(p, sequence, blockIdx.y * kRows, seq_len);
-      if (piece.block.num_rows == 0 || (p.has_prefill && piece.block.num_queries > kMaxDecodeQueries)) continue;
+      if (piece.block.num_rows == 0 || piece.block.num_queries > p.most_queries) continue;
       const StepRange steps = work_of(p, piece.block);
       const bool continues = sequence == begin_.x && begin_.y > 0;
       const bool is_cut = sequence == end_.x;
@@ -105,7 +105,7 @@ class Schedule {
     if (is_done_) return false;
     is_done_ = true;
     piece.block = find_row_block<kRows>(p, index_);
-    if (piece.block.num_rows == 0 || (p.has_prefill && piece.block.num_queries > kMaxDecodeQueries)) return false;
+    if (piece.block.num_rows == 0 || piece.block.num_queries > p.most_queries) return false;
     const StepRange steps = work_of(p, piece.block);
     if (kCluster > 1) {  // the CTAs take steps in turn, so that where one begins does not depend on the length
       piece.begin = steps.begin;

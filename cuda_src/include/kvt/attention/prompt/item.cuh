@@ -67,6 +67,9 @@ struct alignas(64) PromptParams {
   float scale_log2;  // softmax_scale * log2(e)
   float cap_inner;   // softmax_scale / softcap
   float cap_outer;   // softcap * log2(e); 0 = no cap
+  // with KVT_TIERS: blocks of 64 tokens, see kvtoolkit/formats/quantized.py
+  const unsigned char* warm;
+  const unsigned char* cold;
 };
 
 struct alignas(64) Item {

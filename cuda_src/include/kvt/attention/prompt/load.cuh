@@ -3,6 +3,7 @@
 
 #include <kvt/attention/prompt/shape.cuh>
 #include <kvt/base/warp.cuh>
+#include <kvt/ptx/policy.cuh>
 #include <kvt/ptx/tensor_copy.cuh>
 
 namespace kvt {
@@ -71,6 +72,70 @@ __device__ __forceinline__ void copy_queries(
   }
 }
 
+// The items of a CTA, which one warp fetches.
+class ItemQueue {
+ public:
+  int words = 0;  // of the next item: word i in lane i
+
+  __device__ __forceinline__ void begin(const PromptParams& p) { words = fetch(p, blockIdx.x); }
+
+  // At each tile of an item: some tiles before its end, ask for the next one.
+  __device__ __forceinline__ void advance(const PromptParams& p, const Item& item, int tile, bool is_elected) {
+    const int end = item.end_tile();
+    if (tile == item.first_tile()) taken_ = 0;
+    if (tile == max(item.first_tile(), end - kAskAhead) && is_elected) {
+      taken_ = atomicInc(p.next_item, num_items_ - 1) + gridDim.x;
+    }
+    if (tile == end - 1) next_words_ = fetch(p, min(__reduce_max_sync(kAllLanes, taken_), num_items_));
+  }
+
+  __device__ __forceinline__ void turn() { words = next_words_; }
+
+ private:
+  __device__ __forceinline__ int fetch(const PromptParams& p, int index) {
+    const int of_head = index / p.num_kv_heads;
+    const int lane = lane_id();
+    // loaded before it is known whether there is one
+    const int word = lane < 8 ? __ldg(p.items + 8 * of_head + lane) : 0;
+    if (num_items_ == 0) num_items_ = __ldg(p.num_items) * p.num_kv_heads;
+    return index >= num_items_ ? -1 : lane == 8 ? index - of_head * p.num_kv_heads : word;
+  }
+
+  int num_items_ = 0;
+  unsigned taken_ = 0;
+  int next_words_ = -1;
+};
+
+// The next item, in a warp that loads: the one that has fetched it gives it to the others.
+__device__ __forceinline__ Item
+pass_item(Item* items, Ring<kItemSlots>& ring, int words, bool is_first, bool is_elected) {
+  if (is_first) {
+    ring.wait_empty();
+    if (lane_id() < Item::kWords) {
+      reinterpret_cast<int*>(items + ring.stage)[lane_id()] = words;
+      ptx::arrive(ring.full + 8 * ring.stage);
+    }
+  } else {
+    ring.wait_full();
+    words = reinterpret_cast<const int*>(items + ring.stage)[min(lane_id(), Item::kWords - 1)];
+    __syncwarp();
+    if (is_elected) ptx::arrive(ring.empty + 8 * ring.stage);
+  }
+  ring.advance();
+  return Item::from_lanes(words);
+}
+
+// An item's queries, to the next buffer.
+__device__ __forceinline__ void load_queries(
+    const PromptParams& p, const ptx::TensorMap& map, const Item& item, unsigned shared, Ring<kQueryBuffers>& ring,
+    bool is_elected, unsigned long long policy) {
+  ring.wait_empty();
+  const unsigned to = shared + Layout::kQueries + ring.stage * kQueryBytes;
+  if (is_elected) copy_queries(p, map, item, to, ring.full + 8 * ring.stage, policy);
+  __syncwarp();
+  ring.advance();
+}
+
 // A warp that loads: 0 and 2 bring keys, 1 and 3 values, every second piece each; 0 also fetches the items and brings the
 // queries. kRole: 0 = warp 0, 1 = values, 2 = warp 2.
 template <int kRole>
@@ -82,54 +147,20 @@ __device__ __forceinline__ void load_items(
   const int lane = lane_id();
   Ring<kStages>& ring = kRole == 1 ? rings.values : rings.keys;
   const unsigned tiles = shared + (kRole == 1 ? Layout::kValueTiles : Layout::kKeyTiles);
-
-  int num_items = 0;
-  // lane i: word i of the item numbered `index`
-  const auto fetch = [&](int index) {
-    const int of_head = index / p.num_kv_heads;
-    // loaded before it is known whether there is one
-    const int word = lane < 8 ? __ldg(p.items + 8 * of_head + lane) : 0;
-    if (num_items == 0) num_items = __ldg(p.num_items) * p.num_kv_heads;
-    return index >= num_items ? -1 : lane == 8 ? index - of_head * p.num_kv_heads : word;
-  };
-  const auto load_queries = [&](const Item& item) {
-    rings.queries.wait_empty();
-    const unsigned to = shared + Layout::kQueries + rings.queries.stage * kQueryBytes;
-    if (is_elected) copy_queries(p, query_map, item, to, rings.queries.full + 8 * rings.queries.stage, policy);
-    __syncwarp();
-    rings.queries.advance();
-  };
-  int words = kRole == 0 ? fetch(blockIdx.x) : 0;
+  ItemQueue queue;
+  if (kRole == 0) queue.begin(p);
   while (true) {
-    if (kRole == 0) {
-      rings.items.wait_empty();
-      if (lane < Item::kWords) {
-        reinterpret_cast<int*>(items + rings.items.stage)[lane] = words;
-        ptx::arrive(rings.items.full + 8 * rings.items.stage);
-      }
-    } else {
-      rings.items.wait_full();
-      words = reinterpret_cast<const int*>(items + rings.items.stage)[min(lane, Item::kWords - 1)];
-      __syncwarp();
-      if (is_elected) ptx::arrive(rings.items.empty + 8 * rings.items.stage);
-    }
-    rings.items.advance();
-    const Item item = Item::from_lanes(words);
+    const Item item = pass_item(items, rings.items, queue.words, kRole == 0, is_elected);
     if (!item.exists()) break;
     const int end = item.end_tile();
     Lookup lookup(p, item, item.first_tile() * kPieces + min(lane, kPieces - 1));
-    unsigned taken = 0;
-    int next_words = -1;
 #pragma unroll 1
     for (int tile = item.first_tile(); tile < end; ++tile) {
       const Lookup next(p, item, (tile + 1) * kPieces + min(lane, kPieces - 1));
-      if (kRole == 0) {
-        if (tile == max(item.first_tile(), end - kAskAhead) && is_elected) {
-          taken = atomicInc(p.next_item, num_items - 1) + gridDim.x;
-        }
-        if (tile == end - 1) next_words = fetch(min(__reduce_max_sync(kAllLanes, taken), num_items));
+      if (kRole == 0) queue.advance(p, item, tile, is_elected);
+      if (kRole == 0 && kQueryBuffers > 1 && tile == item.first_tile()) {
+        load_queries(p, query_map, item, shared, rings.queries, is_elected, policy);
       }
-      if (kRole == 0 && kQueryBuffers > 1 && tile == item.first_tile()) load_queries(item);
       ring.wait_empty();
       const unsigned barrier = ring.full + 8 * ring.stage;
       const unsigned to = tiles + ring.stage * kTileBytes;
@@ -142,10 +173,12 @@ __device__ __forceinline__ void load_items(
       }
       ring.advance();
       // a single buffer is free only once the keys before these are used
-      if (kRole == 0 && kQueryBuffers == 1 && tile == item.first_tile()) load_queries(item);
+      if (kRole == 0 && kQueryBuffers == 1 && tile == item.first_tile()) {
+        load_queries(p, query_map, item, shared, rings.queries, is_elected, policy);
+      }
       lookup = next;
     }
-    if (kRole == 0) words = next_words;
+    if (kRole == 0) queue.turn();
   }
 }
 

@@ -1,9 +1,10 @@
 // The prompt kernel's sizes, its shared memory, and the rings of stages in it.
 //
-// Macros: KVT_HEAD_DIM.
+// Macros: KVT_HEAD_DIM, KVT_TIERS.
 #pragma once
 
 #include <kvt/attention/prompt/item.cuh>
+#include <kvt/format/tiers.cuh>
 #include <kvt/ptx/barrier.cuh>
 
 namespace kvt {
@@ -18,26 +19,36 @@ constexpr int kPieces = kKeys / 8;                                  // granules 
 constexpr int kPieceBytes = kChunks * 1024;
 constexpr int kTileBytes = kPieces * kPieceBytes;
 constexpr int kStages = 2;
-constexpr int kQueryBuffers = kDims <= 128 ? 2 : 1;
+constexpr bool kHasTiers = KVT_TIERS;
+constexpr int kQueryBuffers = kDims <= 128 && !kHasTiers ? 2 : 1;
 constexpr int kGroupQueryBytes = 64 * kChunks * 128;  // of a warpgroup
 constexpr int kQueryBytes = 2 * kGroupQueryBytes;
 constexpr int kThreads = 384;
 constexpr int kConsumers = 256;
 constexpr int kConsumerWarps = 8;
-constexpr int kProducerRegisters = 24;
-constexpr int kConsumerRegisters = 240;
+constexpr int kLoaders = 4;  // warps
+constexpr int kProducerRegisters = kHasTiers ? 72 : 24;
+constexpr int kConsumerRegisters = kHasTiers ? 216 : 240;
 constexpr int kItemSlots = 4;
 constexpr int kAskAhead = 3;  // tiles before its end at which a CTA asks for its next item
+
+// Units of codes on their way: a block of the cold tier, or half a block of the warm one.
+using Sizes = Bytes<kHeadDim>;
+constexpr int kCodeSlots = 7;
+constexpr int kCodeSlotBytes = Sizes::kCold > Sizes::kWarm ? Sizes::kCold : Sizes::kWarm;
+static_assert(!kHasTiers || kCodeSlotBytes % 128 == 0, "slots follow each other");
 
 // Shared memory, in bytes from its beginning.
 struct Layout {
   static constexpr int kQueries = 0;
   static constexpr int kKeyTiles = kQueries + kQueryBuffers * kQueryBytes;
   static constexpr int kValueTiles = kKeyTiles + kStages * kTileBytes;
-  static constexpr int kBarriers = kValueTiles + kStages * kTileBytes;
-  static constexpr int kNumBarriers = 4 * kStages + 2 * kQueryBuffers + 2 * kItemSlots;
-  static constexpr int kItems = kBarriers + 192;  // a multiple of 64
-  static_assert(8 * kNumBarriers <= 192, "barriers are before the items");
+  static constexpr int kCodes = kValueTiles + kStages * kTileBytes;
+  static constexpr int kBarriers = kCodes + (kHasTiers ? kCodeSlots * kCodeSlotBytes : 0);
+  static constexpr int kNumBarriers =
+      4 * kStages + 2 * kQueryBuffers + 2 * kItemSlots + (kHasTiers ? 2 * kCodeSlots : 0);
+  static constexpr int kItems = kBarriers + 256;  // a multiple of 64
+  static_assert(8 * kNumBarriers <= 256, "barriers are before the items");
   static constexpr int kIsLast = kItems + kItemSlots * sizeof(Item);
   static constexpr int kBytes = kIsLast + 16;
 };
@@ -68,6 +79,7 @@ struct Rings {
   Ring<kStages> keys, values;
   Ring<kQueryBuffers> queries;
   Ring<kItemSlots> items;
+  Ring<kCodeSlots> codes;
 
   __device__ __forceinline__ explicit Rings(unsigned shared) {
     unsigned at = shared + Layout::kBarriers;
@@ -80,6 +92,7 @@ struct Rings {
     place(values, kStages);
     place(queries, kQueryBuffers);
     place(items, kItemSlots);
+    if (kHasTiers) place(codes, kCodeSlots);
   }
 
   // By one thread.
@@ -90,10 +103,11 @@ struct Rings {
         ptx::init_barrier(ring.empty + 8 * i, emptying);
       }
     };
-    all(keys, kStages, 1, kConsumerWarps);
-    all(values, kStages, 1, kConsumerWarps);
+    all(keys, kStages, kHasTiers ? kLoaders : 1, kConsumerWarps);
+    all(values, kStages, kHasTiers ? kLoaders : 1, kConsumerWarps);
     all(queries, kQueryBuffers, 1, kConsumerWarps);
-    all(items, kItemSlots, Item::kWords, kConsumerWarps + 3);  // all but the warp that fills it
+    all(items, kItemSlots, Item::kWords, kConsumerWarps + kLoaders - 1);  // all but the warp that fills it
+    if (kHasTiers) all(codes, kCodeSlots, 1, kLoaders);
     ptx::fence_barrier_init();
   }
 };

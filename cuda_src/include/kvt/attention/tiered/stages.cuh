@@ -6,6 +6,7 @@
 #include <kvt/attention/units.cuh>
 #include <kvt/format/tiers.cuh>
 #include <kvt/ptx/async_copy.cuh>
+#include <kvt/ptx/policy.cuh>
 
 namespace kvt {
 

@@ -1,0 +1,194 @@
+// From codes to the 16-bit keys and values that matrix products take, by the four warps that load.
+//
+// Codes are stored as the fragments of mma.sync, see kvtoolkit/formats/quantized.py. Here they become rows of tokens in
+// the 128-byte swizzle of tensor copies: a lane has 8 neighbouring dims of a key, which are 16 bytes of a row, and 8
+// neighbouring tokens of a dim of the values, which stmatrix turns into rows.
+//
+// Numerics: codes are exact; a product with its scale, and the sum with its zero, are rounded to scalar_t once. In
+//           bfloat16 scales and zeros are rounded, too.
+#pragma once
+
+#include <kvt/attention/prompt/shape.cuh>
+#include <kvt/base/scalar.cuh>
+#include <kvt/ptx/codes.cuh>
+#include <kvt/ptx/matrix.cuh>
+#include <kvt/ptx/pairs.cuh>
+
+namespace kvt {
+
+#if KVT_BF16
+using Pair = ptx::BFloat16Pair;
+constexpr unsigned kMagic = 0x43004300u;  // 128: its last bits count ones
+#else
+using Pair = ptx::HalfPair;
+constexpr unsigned kMagic = 0x64006400u;  // 1024
+#endif
+
+// The lowest nibbles of two 16-bit halves, minus `minus`; as much more than kMagic as they count.
+__device__ __forceinline__ unsigned nibbles_of(unsigned halves, unsigned minus) {
+  return Pair::subtract(ptx::select_or(halves, 0x000F000Fu, kMagic), minus);
+}
+
+// Two bytes, each in a 16-bit half, minus 128.
+__device__ __forceinline__ unsigned bytes_of(unsigned halves) {
+#if KVT_BF16
+  // 128 + the lower 7 bits, minus 128 where the highest bit is set, else minus 256
+  return Pair::subtract(ptx::select_or(halves, 0x007F007Fu, kMagic), ptx::select_or(~halves, 0x00800080u, kMagic));
+#else
+  return Pair::subtract(halves | kMagic, 0x64806480u);  // 1152
+#endif
+}
+
+// Two float16 times a factor, as scalar_t.
+__device__ __forceinline__ unsigned scaled_pair(unsigned halves, float factor) {
+  return scalar_t::pack(ptx::Half::low(halves) * factor, ptx::Half::high(halves) * factor);
+}
+
+// What an address changes by where a token's last bits change by `tokens` and its unit of 8 dims by `units`. Rows of a
+// swizzled tile are 128 bytes, and the number of a row is in the places of its units.
+constexpr unsigned change(int tokens, int units) { return tokens << 7 ^ (tokens ^ units) << 4; }
+
+// Of the first key that a lane brings: token 4 * g, unit t, where a unit of codes begins at `to`, a multiple of 1024.
+__device__ __forceinline__ unsigned first_key(unsigned to) {
+  const int g = lane_id() >> 2;
+  const int t = lane_id() & 3;
+  return to + (g >> 1) * kPieceBytes + ((g & 1) << 9) + ((t ^ (g & 1) << 2) << 4);
+}
+
+// Of the row of values that a lane stores in product 0: a product has 8 dims of the tokens p and p + 4 of each of 4
+// pieces, where p = product ^ piece. So 8 rows of it begin in different banks.
+__device__ __forceinline__ unsigned first_value(unsigned to) {
+  const int piece = lane_id() >> 1 & 3;
+  const int token = piece | (lane_id() & 1) << 2;
+  return to + piece * kPieceBytes + token * 128 + ((lane_id() >> 3 ^ token) << 4);
+}
+
+// The pair of 16-bit numbers at tokens p and p + 4 of eight.
+__device__ __forceinline__ unsigned pair_of(uint4 eight, int p) {
+  return ptx::select_bytes(p & 2 ? eight.y : eight.x, p & 2 ? eight.w : eight.z, p & 1 ? 0x7632 : 0x5410);
+}
+
+// The warm tier: 32 tokens of int8, which begin at `to` in a tile. Each of the four warps brings some of the dims of all
+// tokens.
+__device__ __forceinline__ void bring_warm_keys(unsigned from, unsigned to, int warp) {
+  constexpr int kParts = kHeadDim / 32;
+  const uint2 scales = ptx::load_shared_8(from + Sizes::kWarmCodes + 8 * (lane_id() >> 2));
+  const int d = warp % kParts;
+  const unsigned at = first_key(to + (d >> 1) * 1024) ^ (d & 1) << 6;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if (kParts < kLoaders && i != warp / kParts) continue;
+    const uint4 codes = ptx::load_shared_16(from + ((i * kParts + d) * 32 + lane_id()) * 16);
+    const unsigned scale = i == 0 ? scales.x : scales.y;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float of_token = h == 0 ? ptx::Half::low(scale) : ptx::Half::high(scale);
+      const unsigned factor = scalar_t::pack(of_token, of_token);
+      const unsigned low = h == 0 ? codes.x : codes.z;
+      const unsigned high = h == 0 ? codes.y : codes.w;
+      ptx::store_shared_16(
+          at ^ change(2 * i + h, 0),
+          {Pair::multiply(bytes_of(ptx::low_bytes(low)), factor), Pair::multiply(bytes_of(ptx::high_bytes(low)), factor),
+           Pair::multiply(bytes_of(ptx::low_bytes(high)), factor),
+           Pair::multiply(bytes_of(ptx::high_bytes(high)), factor)});
+    }
+  }
+}
+
+// Each warp brings all dims of some of the tokens: those of one product.
+__device__ __forceinline__ void bring_warm_values(unsigned from, unsigned to, int warp) {
+  constexpr int kParts = kHeadDim / 32;
+  const int t = lane_id() & 3;
+  const int pair = warp ^ t;
+  const unsigned values = from + Sizes::kWarmCodes + 2 * kWarmUnit;
+  const uint4 scales = ptx::load_shared_16(values + Sizes::kWarmCodes + 16 * t);
+  const unsigned factor = scaled_pair(pair_of(scales, pair), 0.25f);
+  const unsigned bytes = pair & 1 ? 0x4342 : 0x4140;
+  const unsigned at = first_value(to) ^ change(warp, 0);
+  const unsigned codes_at = values + ((pair >> 1) * kParts * 32 + lane_id()) * 16;
+#pragma unroll
+  for (int c = 0; c < kParts; ++c) {
+    const uint4 codes = ptx::load_shared_16(codes_at + c * 512);
+    const auto dims_of = [&](unsigned word) {
+      return Pair::multiply(bytes_of(ptx::select_bytes(word, 0, bytes)), factor);
+    };
+    ptx::store_matrices_transposed(
+        (at ^ change(0, c & 1 ? 4 : 0)) + (c >> 1) * 1024,
+        {dims_of(codes.x), dims_of(codes.y), dims_of(codes.z), dims_of(codes.w)});
+  }
+}
+
+// The cold tier: 64 tokens of int4. Scales are stored times 4 or 1/4, as suits the nibbles' places in mma.sync.
+__device__ __forceinline__ void bring_cold_keys(unsigned from, unsigned to, int warp) {
+  constexpr int kParts = kHeadDim / 64;
+  constexpr int kEach = 2 * kParts;  // quarters of the tokens that a warp has: all, or half where dims are few
+  constexpr unsigned kMagicAnd8 = kMagic + 0x00080008u;
+  const int d = warp / 2 % kParts;
+  const int j = warp & 1;
+  const int first = warp / (2 * kParts) * kEach;
+  const unsigned scales_at = from + Sizes::kColdCodes + (4 * (2 * d + j) + (lane_id() & 3)) * 16;
+  uint4 scale = ptx::load_shared_16(scales_at);
+  uint4 zero = ptx::load_shared_16(scales_at + 2 * kHeadDim);
+  scale = {
+      scaled_pair(scale.x, 0.25f), scaled_pair(scale.y, 4.0f), scaled_pair(scale.z, 0.25f), scaled_pair(scale.w, 4.0f)};
+  zero = {scaled_pair(zero.x, 1.0f), scaled_pair(zero.y, 1.0f), scaled_pair(zero.z, 1.0f), scaled_pair(zero.w, 1.0f)};
+  const unsigned at = first_key(to + (first >> 1) * 4 * kPieceBytes + d * 1024) ^ change(0, 4) * j;
+  const unsigned words_at = from + ((first * kParts + d) * 32 + lane_id()) * 16 + 4 * j;
+  unsigned words[2 * kEach];
+#pragma unroll
+  for (int e = 0; e < kEach; ++e) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) words[2 * e + h] = ptx::load_shared_4(words_at + e * kParts * 512 + 8 * h);
+  }
+#pragma unroll
+  for (int e = 0; e < kEach; ++e) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const unsigned word = words[2 * e + h];
+      const auto dims_of = [&](int shift, unsigned scale, unsigned zero) {
+        return Pair::multiply_add(nibbles_of(word >> shift, kMagicAnd8), scale, zero);
+      };
+      ptx::store_shared_16(
+          (at ^ change(2 * (e & 1) + h, 0)) + (e >> 1) * 4 * kPieceBytes,
+          {dims_of(0, scale.x, zero.x), dims_of(4, scale.y, zero.y), dims_of(8, scale.z, zero.z),
+           dims_of(12, scale.w, zero.w)});
+    }
+  }
+}
+
+__device__ __forceinline__ void bring_cold_values(unsigned from, unsigned to, int warp) {
+  constexpr int kParts = kHeadDim / 32;
+  const int t = lane_id() & 3;
+  const int pair = warp ^ t;
+  const unsigned values = from + Sizes::kColdCodes + 4 * kHeadDim;
+  const float of_scale = pair & 1 ? 4.0f : 0.25f;
+  const float of_point = pair & 1 ? -1.0f / 16 : -1.0f;
+  const unsigned at = first_value(to) ^ change(warp, 0);
+#pragma unroll
+  for (int b = 0; b < 2; ++b) {
+    uint4 codes[kParts];
+#pragma unroll
+    for (int c = 0; c < kParts; ++c) {
+      codes[c] = ptx::load_shared_16(values + ((b * kParts + c) * 32 + lane_id()) * 16);
+    }
+    const unsigned scales_at = values + Sizes::kColdCodes + 64 * b + 16 * t;
+    const unsigned scale = pair_of(ptx::load_shared_16(scales_at), pair);
+    const unsigned point = pair_of(ptx::load_shared_16(scales_at + 2 * kBlock), pair);
+    const float low = ptx::Half::low(scale) * of_scale;
+    const float high = ptx::Half::high(scale) * of_scale;
+    const unsigned factor = scalar_t::pack(low, high);
+    const unsigned zero =
+        scalar_t::pack(low * (ptx::Half::low(point) * of_point), high * (ptx::Half::high(point) * of_point));
+#pragma unroll
+    for (int c = 0; c < kParts; ++c) {
+      const auto dims_of = [&](unsigned word) {
+        return Pair::multiply_add(nibbles_of(word >> 4 * pair, kMagic), factor, zero);
+      };
+      ptx::store_matrices_transposed(
+          (at ^ change(0, c & 1 ? 4 : 0)) + (c >> 1) * 1024 + 4 * b * kPieceBytes,
+          {dims_of(codes[c].x), dims_of(codes[c].y), dims_of(codes[c].z), dims_of(codes[c].w)});
+    }
+  }
+}
+
+}  // namespace kvt
