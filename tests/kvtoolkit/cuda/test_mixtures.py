@@ -229,7 +229,7 @@ def test_without_the_prompt_kernel_nothing_changes(launched, monkeypatch):
     monkeypatch.setattr(prompt, "arch_of", lambda device: 100)
     for hints in (BOUNDS, BOUNDS._replace(counts_are_bounds=False)):
         attention.attend(mixed_call(), hints, stream=_STREAM)
-    assert names(launched) == ["kvt_expand", "kvt_plan", "kvt_decode", "kvt_prefill"] * 2
+    assert names(launched) == ["kvt_plan_prompts", "kvt_expand", "kvt_plan", "kvt_decode", "kvt_prefill"] * 2
 
 
 @pytest.mark.parametrize("new", [8, 9, 16])
