@@ -35,7 +35,7 @@ struct PlanPromptsParams {
   int* num_items;
   long long ids_row;  // of the table, from row to row, where there are units
   int block_size;
-  int half_sizes[5];  // see Halves
+  int half_sizes[5];     // see Halves
   int first_row, batch;  // the rows to plan
   int num_kv_heads;
   int left, right;

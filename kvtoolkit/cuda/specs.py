@@ -15,7 +15,7 @@ MAX_PLANNED = 10000
 """Sequences that a plan may have: their costs fit into 48 KiB of shared memory, beside the ranges."""
 
 MAX_DECODE_QUERIES = 8
-"""New tokens of a row that is no prompt, as in kvt/attention/rows.cuh."""
+"""New tokens of a row that is no prompt."""
 
 _RESERVED = 256  # static shared memory
 _CODE_SLOTS = 7  # as in prompt/shape.cuh
