@@ -15,6 +15,7 @@
 // Launch:   one CTA of 1024; dynamic shared memory 4 * batch, with units 8 * batch. Any architecture.
 //           Macros: KVT_KEYS, of a tile.
 #include <kvt/attention/prompt/item.cuh>
+#include <kvt/base/cta.cuh>
 #include <kvt/ptx/cluster.cuh>
 
 namespace kvt {
@@ -84,29 +85,6 @@ struct Batch {
     return p.by_row && queries <= p.most_decoded ? 0 : (halves.count(queries) + 1) / 2;
   }
 };
-
-// The sum over the threads before this one; `total` that over all.
-__device__ __forceinline__ int sum_before(int value, int* warp_sums, int& total) {
-  int inclusive = value;
-#pragma unroll
-  for (int d = 1; d < 32; d <<= 1) {
-    const int below = __shfl_up_sync(kAllLanes, inclusive, d);
-    if (lane_id() >= d) inclusive += below;
-  }
-  __syncthreads();
-  if (lane_id() == 31) warp_sums[threadIdx.x >> 5] = inclusive;
-  __syncthreads();
-  int of_warps = warp_sums[lane_id()];
-#pragma unroll
-  for (int d = 1; d < 32; d <<= 1) {
-    const int below = __shfl_up_sync(kAllLanes, of_warps, d);
-    if (lane_id() >= d) of_warps += below;
-  }
-  total = __shfl_sync(kAllLanes, of_warps, 31);
-  const int warp = threadIdx.x >> 5;
-  const int before = __shfl_sync(kAllLanes, of_warps, max(0, warp - 1));
-  return (warp > 0 ? before : 0) + inclusive - value;
-}
 
 extern "C" __global__ void __launch_bounds__(kPlanThreads)
     kvt_plan_prompts(const __grid_constant__ PlanPromptsParams p) {

@@ -44,7 +44,7 @@ class Consumer {
         items_(items),
         is_last_(is_last),
         rings_(rings),
-        group_((warp >> 2) - 1),
+        group_((warp >> 2) - (kThreads - kConsumers) / 128),
         row_((warp & 3) * 16 + (lane_id() >> 2)),
         softmax_(KVT_RULES ? 1.0f : p.scale_log2) {}
 
@@ -543,9 +543,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) kvt_prompt(const __gri
   __syncthreads();
   ptx::wait_for_dependencies();
   if (warp < 4) {
-    ptx::give_registers<kProducerRegisters>();
+    ptx::give_registers<kLoaderRegisters>();
 #if KVT_TIERS
-    load_tiered_items(p, query_map, key_map, value_map, shared, items, rings, warp);
+    if (warp == 0) {
+      load_tiered_items<true>(p, query_map, key_map, shared, items, rings);
+    } else if (warp == 1) {
+      load_tiered_items<false>(p, query_map, value_map, shared, items, rings);
+    }
+  } else if (warp < 8) {
+    ptx::give_registers<kConverterRegisters>();
+    convert_items(p, shared, items, rings, warp - 4);
 #else
     if (warp == 0) {
       load_items<0>(p, query_map, key_map, shared, items, rings, 0);

@@ -13,7 +13,7 @@
 //
 // Source:   Ye et al. 2024 (cascade inference), Pan et al. 2025 (PAT, arXiv:2511.22333), on trees of prefixes.
 #include <kvt/attention/prompt/item.cuh>
-#include <kvt/base/warp.cuh>
+#include <kvt/base/cta.cuh>
 #include <kvt/ptx/cluster.cuh>
 
 namespace kvt {
@@ -112,7 +112,6 @@ extern "C" __global__ void __launch_bounds__(kMostRows) kvt_plan_shared(const __
   __shared__ int first_place[kMostRows + 1];
   __shared__ int begins[kMostRows], levels[kMostRows], places[kMostRows];  // by row
   __shared__ int warp_sums[32];
-  __shared__ int num_units;
   ptx::wait_for_dependencies();
   ptx::launch_dependents();
   const SharedRows rows{p.seq_lens, p.cu_seqlens_q, p.order};
@@ -122,32 +121,11 @@ extern "C" __global__ void __launch_bounds__(kMostRows) kvt_plan_shared(const __
   const int queries = exists ? rows.num_queries(row) : 0;
   common[at] = exists ? p.common[at] : 0;
   kept_blocks[at] = -1;
-  if (at == 0) {
-    common[kMostRows] = 0;
-    num_units = 0;
-  }
+  if (at == 0) common[kMostRows] = 0;
   // where the queries of each position begin in the order
-  int sum = queries;
-#pragma unroll
-  for (int d = 1; d < 32; d <<= 1) {
-    const int below = __shfl_up_sync(kAllLanes, sum, d);
-    if (lane_id() >= d) sum += below;
-  }
-  if (lane_id() == 31) warp_sums[at >> 5] = sum;
-  __syncthreads();
-  if (at < 32) {
-    int of_warps = warp_sums[at];
-#pragma unroll
-    for (int d = 1; d < 32; d <<= 1) {
-      const int below = __shfl_up_sync(kAllLanes, of_warps, d);
-      if (lane_id() >= d) of_warps += below;
-    }
-    warp_sums[at] = of_warps;
-  }
-  __syncthreads();
-  const int before = at < 32 ? 0 : warp_sums[(at >> 5) - 1];
-  first_place[at + 1] = before + sum;
-  if (at == 0) first_place[0] = 0;
+  int total;
+  first_place[at] = sum_before(queries, warp_sums, total);
+  if (at == 0) first_place[kMostRows] = total;
 
   // the node's rows are the positions in [begin, end)
   const int own = common[at];
@@ -188,8 +166,11 @@ extern "C" __global__ void __launch_bounds__(kMostRows) kvt_plan_shared(const __
     }
     if (!__syncthreads_or(is_open)) break;
   }
+  // in the order of their names: the prompt kernel's plan cuts the first units, and where it cuts changes last bits
+  const int number = sum_before(is_kept, warp_sums, total);
+  if (at == 0) *p.num_units = total;
   if (is_kept) {
-    int* const unit = p.units + 4 * atomicAdd(&num_units, 1);
+    int* const unit = p.units + 4 * number;
     unit[0] = first_place[begin] | (level + 1) << kLevelShift;
     unit[1] = first_place[end] - first_place[begin];
     unit[2] = (own - first_block) * p.block_size;
@@ -205,7 +186,6 @@ extern "C" __global__ void __launch_bounds__(kMostRows) kvt_plan_shared(const __
     places[row] = first_place[at];
   }
   __syncthreads();
-  if (at == 0) *p.num_units = num_units;
   const int used = p.cu_seqlens_q == nullptr ? p.num_tokens : p.cu_seqlens_q[p.batch];
   for (int token = at; token < p.num_tokens; token += kMostRows) {
     if (token >= used) {  // of no row

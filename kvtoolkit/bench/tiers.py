@@ -98,7 +98,8 @@ def tiered(case: TierCase) -> list[Contender]:
             cuda.attend(
                 attention_call(
                     q, keys, values, cuda.device_operand(table, "table"), starts, lengths,
-                    out=cuda.device_operand(out, "out"), cu_seqlens_q=bounds, tiers=QuantizedTiers(warm, cold, (0, 0, 0)),
+                    out=cuda.device_operand(out, "out"), cu_seqlens_q=bounds,
+                    tiers=QuantizedTiers(warm, cold, (0, 0, 0)),
                     block_mass=block_mass,
                 ),
                 Hints(counts, max(shape.lengths), kept={}), stream=stream,

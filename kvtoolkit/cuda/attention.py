@@ -81,8 +81,7 @@ def attend(call: AttentionCall, hints: Hints = NO_HINTS, *, stream: int = 0) -> 
         maps = prompt.maps_of(call)
         words = maps.words(call.q.address, call.k_cache.address, call.v_cache.address)
         if words is not None:
-            may_decode = max(1, route.fewest) <= _most_decoded(call)
-            if may_decode and (call.tiers is not None or hints.counts_are_bounds):
+            if max(1, route.fewest) <= _most_decoded(call) and (call.tiers is not None or hints.counts_are_bounds):
                 return _attend_both(call, hints, route.fewest, maps, words, stream)
             return prompt.attend(call, hints, maps, words, stream=stream)
     return _attend_by_row(call, hints, route, stream)

@@ -192,14 +192,17 @@ def prefill_partial_nbytes(head_dim: int) -> int:
 def decode_rows(head_dim: int, *, tiers: bool = False) -> int:
     """Most query rows of a kv head for which the decode kernel is the faster one.
 
-    It reads keys and values once for up to so many; the one over tiers once for `TIERED_ROWS`.
+    It reads keys and values once for up to so many.
     """
-    return 16 if head_dim <= 128 or tiers else 8
+    return 16 if head_dim <= 128 and not tiers else TIERED_ROWS
 
 
 def decode_queries(head_dim: int, group_size: int, *, tiers: bool = False) -> int:
-    """New tokens of each row up to which a batch is the decode kernel's, where there is the prompt kernel."""
-    return min(MAX_DECODE_QUERIES, decode_rows(head_dim, tiers=tiers) // group_size)
+    """New tokens of a row up to which it is the decode kernel's, where there is the prompt kernel.
+
+    Without tiers all rows of a batch are, or none. With tiers it is so row by row, and a single token always is.
+    """
+    return max(int(tiers), min(MAX_DECODE_QUERIES, decode_rows(head_dim, tiers=tiers) // group_size))
 
 
 def prompt_keys(head_dim: int) -> int:
@@ -232,7 +235,7 @@ def prompt(head_dim: int, dtype: str, *, has_rules: bool, tiers: bool = False) -
         ("KVT_HEAD_DIM", head_dim), ("KVT_BF16", int(dtype == "bfloat16")), ("KVT_RULES", int(has_rules)),
         ("KVT_TIERS", int(tiers)),
     )  # fmt: skip
-    return Spec("attention/prompt.cu", "kvt_prompt", defines, 384, smem, 128, feature="a")
+    return Spec("attention/prompt.cu", "kvt_prompt", defines, 512 if tiers else 384, smem, 128, feature="a")
 
 
 def plan_prompts(keys: int) -> Spec:

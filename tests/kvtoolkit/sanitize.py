@@ -14,7 +14,8 @@ from kvtoolkit import DevicePool, get_include
 from kvtoolkit.attention.calls import append, merge_states
 from kvtoolkit.commands.fuzz_kernels import attack
 from tests.kvtoolkit.attention.attention_cases import Case
-from tests.kvtoolkit.attention.gpu_cases import check, to_device
+from tests.kvtoolkit.attention.gpu_cases import assert_close, check, run, to_device
+from tests.kvtoolkit.attention.prompt_parts import ragged
 from tests.kvtoolkit.attention.test_attention import SINKS, SLOPES
 from tests.kvtoolkit.attention.test_gpu_tiered import run as run_tiered
 from tests.kvtoolkit.attention.test_gpu_tiered import test_conversions_give_the_codes_of_the_judge
@@ -91,6 +92,8 @@ def main() -> None:
     check(case, case.variable())
     case = Case([3000], num_q_heads=32, num_kv_heads=8, head_dim=128, dtype="float16")  # a cluster
     check(case, case.paged(16, "HND"), "HND")
+    pooled = ragged((36, 20, 1), (9, 5, 6))  # items in 9 and 5 parts, which are merged in two rounds
+    assert_close(*run(pooled, pooled.arrays, "HND"), *pooled.expected(), pooled.dtype)
     case = Case([100, 0, 70], [1, 0, 40], dtype="bfloat16")
     check(case, case.variable(), backend="numba", **OPTIONS)
     for _ in drive(make("cuda"), tensor):  # a cache: layers that begin before the one in front has ended, moves

@@ -3,7 +3,8 @@
     saved = sum over the nodes of the prefix tree of (rows below it - 1) * its granules
 
 The tree is that of the granules: a node is a run of granules that the same rows hold at the same positions. Only full
-granules are shared, so no new token of a step is in one.
+granules are shared, so no new token of a step is in one. A row without new tokens, with more than `MOST_QUERIES` of
+them, or without memory for them, shares nothing: where it has a beginning in common with others, it is not among them.
 """
 
 import itertools
@@ -20,6 +21,8 @@ from kvtoolkit.formats.entry import entry_granule, entry_length
 
 MAX_ROWS = 1024
 """Steps with more rows are not searched."""
+MOST_QUERIES = 8
+"""A row with more new tokens shares nothing."""
 LEAST_TOKENS = 128
 """A common beginning pays only if it has so many tokens,"""
 LEAST_NBYTES = 32_000_000
@@ -51,18 +54,28 @@ class CommonBeginnings:
 
 class _Kept(NamedTuple):
     version: int
-    ids: bytes
+    key: tuple[bytes, bytes]
+    """The ids, and which rows may share."""
     found: CommonBeginnings
+
+
+class _Rows(NamedTuple):
+    """The rows of a step; of the arrays' whole length."""
+
+    batch: int
+    counts: bytes
+    states: bytes
+    may_share: bytes
 
 
 class SharedReads:
     """Finds `CommonBeginnings`, and keeps them for later steps of the same rows.
 
-    A result is found again only when other rows are in a step, or when what rows have in common may have changed since
-    (`VERSION` of the block table's clock). Tokens that are appended change nothing.
+    A result is found again only when other rows are in a step, when other ones of them may share, or when what rows
+    have in common may have changed since (`VERSION` of the block table's clock). Tokens that are appended change
+    nothing.
 
-    It needs no lock, because it reads only arrays of the step, and replaces what it keeps as a whole. What another
-    thread does to a row that stalled in this step may be noticed late, which costs only time.
+    It needs no lock, because it reads only arrays of the step, and replaces what it keeps as a whole.
 
     Args:
         table: of the group.
@@ -73,6 +86,7 @@ class SharedReads:
         self._clock = table.clock
         self._least_saved = -(-LEAST_NBYTES // nbytes_per_token)
         self._kept: tuple[_Kept, ...] = ()
+        self._last_rows = _Rows(0, b"", b"", b"")
 
     def find(self, ids: Int64Array, arrays: StepArrays) -> CommonBeginnings:
         """What the rows of an open step have in common.
@@ -81,11 +95,11 @@ class SharedReads:
             ids: of its sequences; at most `MAX_ROWS`.
             arrays: of the step.
         """
-        version, key = self._clock.item(VERSION), ids.tobytes()
+        batch = len(ids)
+        version, key = self._clock.item(VERSION), (ids.tobytes(), self._which_share(arrays, batch))
         for kept in self._kept:
             if kept[0] == version and kept[1] == key:
                 return kept[2]
-        batch = len(ids)
         order = np.empty(batch, np.int32)
         saved, longest, is_in_place = find_common(
             arrays, order, np.empty((8, batch), np.int32), np.zeros((3, 1 << (2 * batch).bit_length()), np.int32)
@@ -95,6 +109,17 @@ class SharedReads:
         others = (kept for kept in self._kept if kept[0] == version)
         self._kept = _Kept(version, key, found), *itertools.islice(others, _MOST_KEPT - 1)
         return found
+
+    def _which_share(self, arrays: StepArrays, batch: int) -> bytes:
+        """Which rows may share; found anew only where counts or states are others than in the step before."""
+        last, counts, states = self._last_rows, arrays.counts.tobytes(), arrays.status.tobytes()
+        if last.batch == batch and last.counts == counts and last.states == states:
+            return last.may_share
+        some = arrays.counts[:batch]
+        found = (arrays.status[:batch] == OK) & (some >= 1) & (some <= MOST_QUERIES)
+        last = _Rows(batch, counts, states, found.tobytes())
+        self._last_rows = last
+        return last.may_share
 
 
 def make_shared_reads(config: CacheConfig, table: BlockTable) -> SharedReads | None:
@@ -161,11 +186,11 @@ def find_common(step: StepArrays, order: Int32Array, work: Int32Array, slots: In
 
 @jit
 def _end_of(step: StepArrays, b: int) -> Any:
-    """How many granules of a row others may share: the full ones; in a row that stalled, all."""
-    if step.status[b] == OK:
-        return (step.seq_lens[b] - step.counts[b]) >> 3
-    last = step.filled[b] - 1
-    return step.starts[b, last] + entry_length(step.table[b, last]) if last >= 0 else 0
+    """How many granules of a row others may share: the full ones before its new tokens."""
+    count = step.counts[b]
+    if step.status[b] != OK or count < 1 or count > MOST_QUERIES:
+        return 0
+    return (step.seq_lens[b] - count) >> 3
 
 
 @jit

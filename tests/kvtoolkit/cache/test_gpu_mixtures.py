@@ -37,7 +37,8 @@ class Mixtures:
                 cached = torch.randn(len(step.slot_mapping), heads, dim, device="cuda").half()
                 step.append(layer, cached, cached.flip(0))
             self.cache.end_step(step)
-        self.fixed = GraphStep(self.cache, batch, most, tokens)
+        # an eager step knows its lengths, and a single sequence of up to 12288 tokens has a plan of its own
+        self.fixed = GraphStep(self.cache, batch, most, tokens, max_seq_len=4096)
         with self.cache.begin_step(self.ids, 1) as step:
             self.fixed.load(step)
             self.run(self.fixed.begin())

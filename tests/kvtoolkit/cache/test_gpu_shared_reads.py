@@ -73,6 +73,25 @@ def test_eager_steps_give_what_they_give_without_shared_reads(caches):
 
 
 @pytest.mark.gpu
+def test_rows_that_share_nothing_may_be_among_others(caches):
+    """They have no new tokens, more than 8, or no room."""
+    both, ids = caches
+    for cache in both:  # so that 600 tokens find no room, and a few do
+        (filler,), _ = cache.open([[]])
+        with cache.begin_step([filler], cache.stats().free) as step:
+            feed(step, 3)
+            cache.end_step(step)
+    for counts in ([1, 1, 12, 1, 1, 0, 1, 1], [2, 1, 1, 600, 8, 1, 9, 1], [1] * 8):
+        outs = []
+        for cache, held in zip(both, ids, strict=True):
+            with cache.begin_step(held, counts) as step:
+                assert step.ok.tolist() == [count <= 12 for count in counts]
+                outs.append(feed(step, 7))
+                cache.abort_step(step)
+        assert_near(*outs)
+
+
+@pytest.mark.gpu
 def test_replays_give_what_eager_steps_give_without_shared_reads(caches):
     import torch
 

@@ -100,7 +100,7 @@ def families(cache, count=2, members=8, length=600):
 def sharing_of(cache, ids, count=1):
     """What a step of these sequences says to the backend."""
     with cache.begin_step(ids, count) as step:
-        run(step, len(ids) * count)
+        run(step, len(step.slot_mapping))
         cache.end_step(step)
     return cache._arenas.backend.hints[-1].sharing
 
@@ -148,6 +148,17 @@ def test_several_new_tokens_a_row_get_the_hint_too(device):
     cache = make()
     ids = families(cache).ravel()
     assert sharing_of(cache, ids, 5) == Sharing()
+
+
+@pytest.mark.parametrize("count", [0, 9])
+def test_rows_that_share_nothing_are_set_apart(device, count):
+    cache = make()
+    ids = families(cache, length=640).ravel()
+    counts = np.ones(16, int)
+    counts[3] = count
+    order = np.asarray(sharing_of(cache, ids, counts).order.owner)
+    assert order.tolist() == [0, 1, 2, 4, 5, 6, 7, 3, *range(8, 16)]
+    assert sharing_of(cache, ids) == Sharing()
 
 
 @pytest.mark.parametrize(

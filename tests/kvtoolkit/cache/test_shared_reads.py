@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtoolkit import CacheConfig, KVCache
-from kvtoolkit.cache.state.shared_reads import LEAST_NBYTES, SharedReads, find_common
+from kvtoolkit.cache.state.shared_reads import LEAST_NBYTES, MOST_QUERIES, SharedReads, find_common
 from kvtoolkit.cache.state.step_arrays import SpareArrays
 from kvtoolkit.cache.state.step_passes import OK, OUT_OF_BLOCKS
 from kvtoolkit.formats.entry import pack_entry, unpack_entries
@@ -42,9 +42,11 @@ def granules_of_step(step):
 
 
 def check(reads, step):
-    """What is found or was kept is right for a step whose rows are all ok; returns it."""
+    """What is found or was kept is right for a step; returns it."""
     found = reads.find(step.seq_ids, step._arrays)
-    order, saved, longest = expected_of(granules_of_step(step))
+    may_share = step.ok & (step.num_new_tokens >= 1) & (step.num_new_tokens <= 8)
+    rows = [row if may else [] for row, may in zip(granules_of_step(step), may_share, strict=True)]
+    order, saved, longest = expected_of(rows)
     assert (found.order.tolist(), found.saved_tokens, found.longest) == (order, 8 * saved, 8 * longest)
     assert found.is_in_place == (order == sorted(order))
     return found
@@ -97,13 +99,13 @@ def steps(draw):
         arrays.table[b, : len(entries)], arrays.starts[b, : len(entries)] = entries, starts
         arrays.filled[b] = len(entries)
         if draw(st.integers(0, 9)) == 0:
-            arrays.status[b], arrays.seq_lens[b], arrays.counts[b] = OUT_OF_BLOCKS, 0, 99
-            shareable.append(row)
+            arrays.status[b], arrays.seq_lens[b], arrays.counts[b] = OUT_OF_BLOCKS, 0, draw(st.integers(1, 9))
+            shareable.append([])
             continue
+        count = draw(st.sampled_from([1, 1, 8, 0, 9, 30]))
         length = draw(st.sampled_from([8 * len(row), draw(st.integers(0, 8 * len(row)))]))
-        arrays.counts[b] = draw(st.integers(0, 8 * len(row) - length))
-        arrays.status[b], arrays.seq_lens[b] = OK, length + arrays.counts[b]
-        shareable.append(row[: length // 8])
+        arrays.status[b], arrays.seq_lens[b], arrays.counts[b] = OK, length + count, count
+        shareable.append(row[: length // 8] if 1 <= count <= MOST_QUERIES else [])
     return arrays, shareable
 
 
@@ -323,13 +325,33 @@ def test_batches_that_take_turns_each_keep_their_result():
     assert len(run.reads._kept) == 4
 
 
-def test_rows_that_stalled_do_not_matter():
+@pytest.mark.parametrize(
+    ("counts", "alone"), [([1, 600, 1, 1], 1), ([1, 1, 0, 1], 2), ([2, 1, 8, 9], 3), ([9, 1, 3, 1], 0)]
+)
+def test_a_row_that_shares_nothing_is_not_among_those_that_do(counts, alone):
+    """It stalled, or has no new tokens, or more than 8."""
     run = Run(num_tokens=512, growth="fixed8")
-    ids = run.family(3)
-    with run.cache.begin_step(ids, [1, 0, 600]) as step:
-        assert step.ok.tolist() == [True, True, False]
-        found = run.reads.find(step.seq_ids, step._arrays)
-    assert run.found(ids) is found
+    ids = run.family()
+    everybody = run.found(ids)
+    assert everybody.is_in_place
+    with run.cache.begin_step(ids, counts) as step:
+        assert step.ok.tolist() == [count < 600 for count in counts]
+        found = check(run.reads, step)
+    assert found.saved_tokens == 400
+    others = [b for b in range(4) if b != alone]
+    assert found.order.tolist() == ([alone, *others] if alone == 0 else [*others, alone])
+    assert run.found(ids) is everybody
+    with run.cache.begin_step(ids, counts) as step:
+        assert run.reads.find(step.seq_ids, step._arrays) is found
+
+
+def test_numbers_of_new_tokens_that_may_share_change_nothing():
+    run = Run()
+    ids = run.family()
+    before = run.found(ids)
+    for counts in ([1, 2, 3, 4], [8, 1, 1, 5], [1, 1, 1, 1]):
+        with run.cache.begin_step(ids, counts) as step:
+            assert run.reads.find(step.seq_ids, step._arrays) is before
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,7 @@ def test_attention_over_entries_is_given_every_field(fake):
     assert expand.parameters == {
         "block_table": place["block_table"], "block_starts": place["block_starts"], "seq_lens": place["seq_lens"],
         "granules": 0xC0000, "table_row": 7, "starts_row": 8, "max_entries": 5, "width": 40,
+        "first_granules": (0, 0, 0),
     }  # fmt: skip
     log2e = float(np.float32(1.4426950408889634))
     groups = decode.grid[0]

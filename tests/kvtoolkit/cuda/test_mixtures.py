@@ -46,11 +46,12 @@ def ranges_of(new, lengths, num_ranges=12, most_queries=_UNLIMITED, all_or_none=
     return ranges.reshape(-1, 4), sequences.reshape(-1, 2)
 
 
-def items_of(new, lengths, group_size=4, most_decoded=0, heads=2, sms=8):
+def items_of(new, lengths, group_size=4, most_decoded=0, heads=2, sms=8, head_dim=128):
     """The items of the prompt kernel: ``[count, 8]``, words as ``Item`` has them."""
-    sizes = prompt.sizes_of(int(sum(new)), heads * group_size, heads, 128, len(new), sms)
+    sizes = prompt.sizes_of(int(sum(new)), heads * group_size, heads, head_dim, len(new), sms)
     seq_lens, bounds = described(lengths), described([0, *np.cumsum(new)])
-    q, cache, table = array(sum(new), heads * group_size, 128), array(9, heads, 8, 128), array(len(new), 2)
+    q, cache = array(sum(new), heads * group_size, head_dim), array(9, heads, 8, head_dim)
+    table = array(len(new), 2)
     call = attention_call(q, cache, cache, table, None, seq_lens, out=q, cu_seqlens_q=bounds)
     memory = np.full(sizes.list_nbytes // 4 + 4, 0x55, np.int32)
     begin = -memory.ctypes.data % 16 // 4

@@ -193,9 +193,12 @@ def test_what_the_host_knows_of_lengths_counts_more_than_the_table(fake, maps, m
 @pytest.mark.parametrize("scale", [0.0, -1.0, 1e-31])
 def test_a_scale_that_is_no_factor_has_the_kernel_with_rules(fake, maps, scale, monkeypatch):
     found, spec_of = [], specs.prompt
-    monkeypatch.setattr(
-        specs, "prompt", lambda *shape, has_rules: found.append(has_rules) or spec_of(*shape, has_rules=has_rules)
-    )
+
+    def noted(*shape, has_rules, **more):
+        found.append(has_rules)
+        return spec_of(*shape, has_rules=has_rules, **more)
+
+    monkeypatch.setattr(specs, "prompt", noted)
     attention.attend(prompt_call(softmax_scale=scale), stream=_STREAM)
     attention.attend(prompt_call(), stream=_STREAM)
     assert found == [True, False]

@@ -40,6 +40,17 @@ __device__ __forceinline__ void wait_for_phase(unsigned barrier, unsigned parity
   } while (is_complete == 0);
 }
 
+// mbarrier.test_wait.parity: whether the phase of this parity is complete.
+__device__ __forceinline__ bool is_phase_over(unsigned barrier, unsigned parity) {
+  unsigned is_complete;
+  asm volatile(
+      "{ .reg .pred done; mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2; selp.u32 %0, 1, 0, done; }"
+      : "=r"(is_complete)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return is_complete != 0;
+}
+
 // fence.proxy.async: what threads wrote to shared memory is seen by wgmma and tensor copies.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

@@ -1,4 +1,4 @@
-// From codes to the 16-bit keys and values that matrix products take, by the four warps that load.
+// From codes to the 16-bit keys and values that matrix products take, by four warps.
 //
 // Codes are stored as the fragments of mma.sync, see kvtoolkit/formats/quantized.py. Here they become rows of tokens in
 // the 128-byte swizzle of tensor copies: a lane has 8 neighbouring dims of a key, which are 16 bytes of a row, and 8
@@ -77,7 +77,7 @@ __device__ __forceinline__ void bring_warm_keys(unsigned from, unsigned to, int 
   const unsigned at = first_key(to + (d >> 1) * 1024) ^ (d & 1) << 6;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    if (kParts < kLoaders && i != warp / kParts) continue;
+    if (kParts < kConverters && i != warp / kParts) continue;
     const uint4 codes = ptx::load_shared_16(from + ((i * kParts + d) * 32 + lane_id()) * 16);
     const unsigned scale = i == 0 ? scales.x : scales.y;
 #pragma unroll

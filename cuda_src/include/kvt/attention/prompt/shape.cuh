@@ -23,12 +23,14 @@ constexpr bool kHasTiers = KVT_TIERS;
 constexpr int kQueryBuffers = kDims <= 128 && !kHasTiers ? 2 : 1;
 constexpr int kGroupQueryBytes = 64 * kChunks * 128;  // of a warpgroup
 constexpr int kQueryBytes = 2 * kGroupQueryBytes;
-constexpr int kThreads = 384;
 constexpr int kConsumers = 256;
+constexpr int kThreads = kConsumers + (kHasTiers ? 256 : 128);
 constexpr int kConsumerWarps = 8;
-constexpr int kLoaders = 4;  // warps
-constexpr int kProducerRegisters = kHasTiers ? 72 : 24;
-constexpr int kConsumerRegisters = kHasTiers ? 216 : 240;
+constexpr int kLoaders = 4;     // warps of the first warpgroup; with tiers two, and four that convert codes
+constexpr int kConverters = 4;  // warps
+constexpr int kLoaderRegisters = kHasTiers ? 32 : 24;
+constexpr int kConverterRegisters = 64;
+constexpr int kConsumerRegisters = kHasTiers ? 208 : 240;
 constexpr int kItemSlots = 4;
 constexpr int kAskAhead = 3;  // tiles before its end at which a CTA asks for its next item
 
@@ -67,6 +69,7 @@ struct Ring {
 
   __device__ __forceinline__ void wait_full() const { ptx::wait_for_phase(full + 8 * stage, parity); }
   __device__ __forceinline__ void wait_empty() const { ptx::wait_for_phase(empty + 8 * stage, parity ^ 1); }
+  __device__ __forceinline__ bool is_empty() const { return ptx::is_phase_over(empty + 8 * stage, parity ^ 1); }
   __device__ __forceinline__ void advance() {
     if (++stage == kCount) {
       stage = 0;
@@ -103,11 +106,12 @@ struct Rings {
         ptx::init_barrier(ring.empty + 8 * i, emptying);
       }
     };
-    all(keys, kStages, kHasTiers ? kLoaders : 1, kConsumerWarps);
-    all(values, kStages, kHasTiers ? kLoaders : 1, kConsumerWarps);
+    all(keys, kStages, kHasTiers ? 1 + kConverters : 1, kConsumerWarps);
+    all(values, kStages, kHasTiers ? 1 + kConverters : 1, kConsumerWarps);
     all(queries, kQueryBuffers, 1, kConsumerWarps);
-    all(items, kItemSlots, Item::kWords, kConsumerWarps + kLoaders - 1);  // all but the warp that fills it
-    if (kHasTiers) all(codes, kCodeSlots, 1, kLoaders);
+    // all but the warp that fills it
+    all(items, kItemSlots, Item::kWords, kConsumerWarps + (kHasTiers ? 1 + kConverters : kLoaders - 1));
+    if (kHasTiers) all(codes, kCodeSlots, 1, kConverters);
     ptx::fence_barrier_init();
   }
 };
