@@ -235,6 +235,8 @@ def test_every_kernel_compiles_for_every_architecture_and_spills_nothing():
         most = 320 if row["kernel"] == "kvt_prompt" and head_dim > 128 else 0
         if row["kernel"] == "kvt_prefill":  # a warp has 32 rows, whose sums leave few registers
             most = 384 if head_dim <= 64 else 64
+        if row["kernel"] == "kvt_plan_prompts":  # once a step, in one CTA of 1024 threads
+            most = 32
         assert row["spill_nbytes"] <= most, row
 
 
