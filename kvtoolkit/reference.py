@@ -6,6 +6,7 @@ is accepted and ignored; `tile_masses` gives what the calls write to ``block_mas
 words, with ``dtype="bfloat16"``. Nothing is checked.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -69,9 +70,13 @@ def variable_block_attention(
 
 def tiered_attention(
     q: Any, tier_caches: Any, block_table: Any, block_starts: Any, seq_lens: Any, *, dtype: str | None = None,
-    **common: Any,
+    rounding: Callable[[Floats], Floats] | None = None, **common: Any,
 ) -> tuple[Floats, Floats]:  # fmt: skip
-    """Attention over what the codes of all tiers stand for; see `kvtoolkit.tiered_attention`."""
+    """Attention over what the codes of all tiers stand for; see `kvtoolkit.tiered_attention`.
+
+    Args:
+        rounding: of what a code stands for, as the CUDA kernel for prompts rounds it to 16 bits.
+    """
     k_cache, v_cache, warm, cold, first_granules = tier_caches
     head_dim = np.shape(q)[-1]
     hot = [to_float64(cache, dtype).swapaxes(1, 2) for cache in (k_cache, v_cache)]  # [granule, slot, head, head_dim]
@@ -82,8 +87,11 @@ def tiered_attention(
             continue
         shape = (len(blocks) * MAX_BLOCK_GRANULES, GRANULE, hot[0].shape[2], head_dim)
         with np.errstate(invalid="ignore"):  # a block that nobody uses may hold anything
-            decoded = FORMATS[name].decode(np.asarray(blocks), head_dim)  # [block, head, token, head_dim] each
-        tiers.append(tuple(np.asarray(part, np.float64).swapaxes(1, 2).reshape(shape) for part in decoded))
+            found = FORMATS[name].decode(np.asarray(blocks), head_dim)  # [block, head, token, head_dim] each
+        decoded = [np.asarray(part, np.float64) for part in found]
+        if rounding is not None:
+            decoded = [rounding(part) for part in decoded]
+        tiers.append(tuple(part.swapaxes(1, 2).reshape(shape) for part in decoded))
     granules, lengths, numbers = unpack_entries(np.asarray(block_table))
     starts = np.asarray(block_starts)
 

@@ -542,6 +542,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) kvt_prompt(const __gri
   if (threadIdx.x == 0) rings.init();
   __syncthreads();
   ptx::wait_for_dependencies();
+  ptx::launch_dependents();
   if (warp < 4) {
     ptx::give_registers<kLoaderRegisters>();
 #if KVT_TIERS

@@ -50,6 +50,7 @@ struct FindSharedParams {
   int* common;     // [batch]
   long long ids_row;
   int block_size;
+  int multiple;  // blocks that rows have in common only together: the granules of a tile, where there are tiers
 };
 
 // Launch: grid = batch, CTA 128.
@@ -81,7 +82,7 @@ extern "C" __global__ void __launch_bounds__(128) kvt_find_shared(const __grid_c
     if (differs < most) atomicMin(&first_other, differs);
     if (__syncthreads_or(differs < most)) break;
   }
-  if (threadIdx.x == 0) p.common[position] = first_other;
+  if (threadIdx.x == 0) p.common[position] = first_other - first_other % p.multiple;
 }
 
 struct PlanSharedParams {

@@ -170,9 +170,12 @@ def _launch(
 
 
 def _most_decoded(call: AttentionCall) -> int:
-    """Query tokens of each row up to which the decode kernel takes a batch that the prompt kernel could take."""
+    """Query tokens of a row, or of each row of a batch, that the decode kernel takes though the prompt kernel could."""
     _, num_q_heads, head_dim = call.q.shape
-    return specs.decode_queries(head_dim, num_q_heads // call.k_cache.shape[1], tiers=call.tiers is not None)
+    group_size = num_q_heads // call.k_cache.shape[1]
+    if call.tiers is not None:
+        return specs.queries_beside_prompts(group_size)
+    return specs.decode_queries(head_dim, group_size)
 
 
 def _attend_both(
@@ -238,7 +241,7 @@ def attend_prepared(
         prompt.attend_prepared(prepared, q, k_cache, v_cache, out, warm=warm, cold=cold, stream=stream)
         return
     if isinstance(prepared, SharedAttention):
-        shared.attend_prepared(prepared, q, k_cache, v_cache, out, stream=stream)
+        shared.attend_prepared(prepared, q, k_cache, v_cache, out, warm=warm, cold=cold, stream=stream)
         return
     decode = (prepared.decode_early or prepared.decode) if overlaps else prepared.decode
     if decode is not None:

@@ -19,6 +19,7 @@ from kvtoolkit.cuda.launching import Launch, load_spec
 from kvtoolkit.cuda.memory import aligned, keep
 from kvtoolkit.cuda.prompt import Maps, PromptSizes, UnitLists
 from kvtoolkit.cuda.workspace import Sizes, workspace
+from kvtoolkit.formats.entry import MAX_BLOCK_GRANULES
 from kvtoolkit.runtime.kernels import num_sms
 from kvtoolkit.runtime.structs import ParameterStruct
 
@@ -84,7 +85,6 @@ def suits(call: AttentionCall, hints: Hints) -> bool:
         and call.q.shape[0] <= _MAX_TOKENS
         and fewest <= _MOST_QUERIES
         and call.q.address != call.out.address
-        and call.tiers is None
         and call.alibi_slopes is None
         and call.left < 0
         and batch * max(call.block_table.strides[0], 8 * width, hints.max_seq_len or 0) < _MAX_WORDS
@@ -140,7 +140,17 @@ def attend(call: AttentionCall, hints: Hints, words: tuple[int, ...], *, stream:
     return SharedAttention(device, gather, at.gathered, attention, maps, merge, owner)
 
 
-def attend_prepared(prepared: SharedAttention, q: int, k_cache: int, v_cache: int, out: int, *, stream: int) -> None:
+def attend_prepared(
+    prepared: SharedAttention,
+    q: int,
+    k_cache: int,
+    v_cache: int,
+    out: int,
+    *,
+    warm: int = 0,
+    cold: int = 0,
+    stream: int,
+) -> None:
     """Attend once more where only these addresses differ; see `kvtoolkit.cuda.attention.attend_prepared`."""
     attention, merge = prepared.attention, prepared.merge
     if prepared.gather is not None:
@@ -153,6 +163,8 @@ def attend_prepared(prepared: SharedAttention, q: int, k_cache: int, v_cache: in
     words = prepared.maps.words(q, k_cache, v_cache)
     assert words is not None  # arrays that differ in their addresses alone are described as well
     attention.set_addresses(prompt.PARAMS.word("query_map"), *words)
+    if warm or cold:
+        attention.set_addresses(prompt.PARAMS.word("warm"), warm, cold)
     attention.run(stream, dependent=True)
     merge.set_addresses(MERGE_PARAMS.word("out"), out)
     merge.run(stream, dependent=True)
@@ -197,10 +209,11 @@ def _plan(call: AttentionCall, order: Operand | None, at: _Layout, width: int) -
     launches = []
     ids = call.block_table
     if call.block_starts is not None:
-        granules = make_granules(at.ids, call.block_table, call.block_starts, call.seq_lens, width)
+        first = call.tiers.first_granules if call.tiers else (0, 0, 0)
+        granules = make_granules(at.ids, call.block_table, call.block_starts, call.seq_lens, width, first)
         launches.append(granules.launch)
         ids = granules.table
-    ids_row = ids.strides[0]
+    ids_row, multiple = ids.strides[0], 1 if call.tiers is None else MAX_BLOCK_GRANULES
     rows = (
         call.seq_lens.address, call.cu_seqlens_q.address if call.cu_seqlens_q else 0, order.address if order else 0
     )  # fmt: skip
@@ -208,7 +221,7 @@ def _plan(call: AttentionCall, order: Operand | None, at: _Layout, width: int) -
     def add(spec: specs.Spec, ctas: int, parameters: bytes) -> None:
         launches.append(Launch(load_spec(spec, device), (ctas,), spec.threads, 0, parameters))
 
-    add(specs.FIND_SHARED, batch, FIND_PARAMS.pack(*rows, ids.address, at.common, ids_row, block_size))
+    add(specs.FIND_SHARED, batch, FIND_PARAMS.pack(*rows, ids.address, at.common, ids_row, block_size, multiple))
     parameters = PLAN_PARAMS.pack(
         *rows, at.common, at.begins, at.token_levels, at.places, at.units, at.num_units, ids_row, batch,
         call.q.shape[0], block_size, _LEAST_TOKENS, _LEAST_SAVED,

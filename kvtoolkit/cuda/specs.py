@@ -189,20 +189,21 @@ def prefill_partial_nbytes(head_dim: int) -> int:
     return 4 * 128 * (head_dim + 8)
 
 
-def decode_rows(head_dim: int, *, tiers: bool = False) -> int:
-    """Most query rows of a kv head for which the decode kernel is the faster one.
-
-    It reads keys and values once for up to so many.
-    """
-    return 16 if head_dim <= 128 and not tiers else TIERED_ROWS
+def decode_rows(head_dim: int) -> int:
+    """Query rows of a kv head for which the decode kernel reads keys and values once."""
+    return 16 if head_dim <= 128 else 8
 
 
 def decode_queries(head_dim: int, group_size: int, *, tiers: bool = False) -> int:
-    """New tokens of a row up to which it is the decode kernel's, where there is the prompt kernel.
+    """New tokens of each row up to which a batch is the decode kernel's, where there is the prompt kernel."""
+    if tiers:  # from codes, decode is the faster one even where it reads twice
+        return max(1, min(MAX_DECODE_QUERIES, 4 * TIERED_ROWS // group_size))
+    return min(MAX_DECODE_QUERIES, decode_rows(head_dim) // group_size)
 
-    Without tiers all rows of a batch are, or none. With tiers it is so row by row, and a single token always is.
-    """
-    return max(int(tiers), min(MAX_DECODE_QUERIES, decode_rows(head_dim, tiers=tiers) // group_size))
+
+def queries_beside_prompts(group_size: int) -> int:
+    """New tokens of a row up to which it is the decode kernel's where others are the prompt kernel's, over tiers."""
+    return max(1, TIERED_ROWS // group_size)
 
 
 def prompt_keys(head_dim: int) -> int:

@@ -27,6 +27,9 @@ LEAST_TOKENS = 128
 """A common beginning pays only if it has so many tokens,"""
 LEAST_NBYTES = 32_000_000
 """and if a layer reads so many bytes less: what an H200 reads in 7 us, about as long as merging takes."""
+LEAST_SHARE_OF_CODES = 0.75
+"""With quantized tiers it pays only if so much of what is read is saved, because the kernel that shares reads takes about
+four times as long for a code as the one that decodes."""
 _GOLDEN = 2654435761  # 2**32 over the golden ratio: granules of blocks have the same low bits
 _MOST_KEPT = 4  # results: batches that take turns each have one
 
@@ -45,7 +48,9 @@ class CommonBeginnings:
 
     __slots__ = ("is_in_place", "longest", "order", "pays", "saved_tokens", "uploaded")
 
-    def __init__(self, order: Int32Array, is_in_place: bool, saved_tokens: int, longest: int, least_saved: int) -> None:
+    def __init__(
+        self, order: Int32Array, is_in_place: bool, saved_tokens: int, longest: int, least_saved: float
+    ) -> None:
         self.order, self.is_in_place = order, is_in_place
         self.saved_tokens, self.longest = saved_tokens, longest
         self.pays = longest >= LEAST_TOKENS and saved_tokens >= least_saved
@@ -79,12 +84,14 @@ class SharedReads:
 
     Args:
         table: of the group.
-        nbytes_per_token: of keys and values, of one layer.
+        nbytes_per_token: of keys and values of 16 bits, of one layer.
+        least_share: of the tokens that a step reads, to be saved.
     """
 
-    def __init__(self, table: BlockTable, nbytes_per_token: int) -> None:
+    def __init__(self, table: BlockTable, nbytes_per_token: int, least_share: float = 0.0) -> None:
         self._clock = table.clock
         self._least_saved = -(-LEAST_NBYTES // nbytes_per_token)
+        self._least_share = least_share
         self._kept: tuple[_Kept, ...] = ()
         self._last_rows = _Rows(0, b"", b"", b"")
 
@@ -105,7 +112,8 @@ class SharedReads:
             arrays, order, np.empty((8, batch), np.int32), np.zeros((3, 1 << (2 * batch).bit_length()), np.int32)
         )
         order.setflags(write=False)
-        found = CommonBeginnings(order, bool(is_in_place), 8 * int(saved), 8 * int(longest), self._least_saved)
+        least = max(self._least_saved, self._least_share * int(arrays.seq_lens[:batch].sum()))
+        found = CommonBeginnings(order, bool(is_in_place), 8 * int(saved), 8 * int(longest), least)
         others = (kept for kept in self._kept if kept[0] == version)
         self._kept = _Kept(version, key, found), *itertools.islice(others, _MOST_KEPT - 1)
         return found
@@ -124,9 +132,10 @@ class SharedReads:
 
 def make_shared_reads(config: CacheConfig, table: BlockTable) -> SharedReads | None:
     """The `SharedReads` of a cache; None if its steps never share reads."""
-    if not config.shared_reads or config.backend != "cuda" or config.tiers is not None:
+    if not config.shared_reads or config.backend != "cuda":
         return None
-    return SharedReads(table, config.nbytes_per_token // config.num_layers)
+    nbytes = config.nbytes_per_token // config.num_layers
+    return SharedReads(table, nbytes, 0.0 if config.tiers is None else LEAST_SHARE_OF_CODES)
 
 
 # rows of `work`, the memory of a search; each has one number for every row of the step

@@ -132,3 +132,36 @@ def test_replays_give_what_eager_steps_give_without_shared_reads(caches):
                 assert_near(out[layer, :rows], step.attend(layer, q[layer, :rows]))
             plain.end_step(step)
         assert not out[:, rows:].any()
+
+
+@pytest.mark.gpu
+def test_codes_that_rows_share_are_read_once(monkeypatch):
+    """Steps over tiers: the codes of a beginning are made numbers once for all rows, and again in a replay."""
+    import torch
+
+    from kvtoolkit.cuda.launching import Launch
+
+    monkeypatch.setattr(shared_reads, "LEAST_NBYTES", 1)
+    monkeypatch.setattr(shared_reads, "LEAST_SHARE_OF_CODES", 0.3)
+    tiers = {"hot": 64, "pinned_tokens": 0, "warm": "int8", "warm_tokens": 128, "cold": "int4"}
+    both = [KVCache(CacheConfig(**SHAPE, backend="cuda", tiers=tiers, shared_reads=shares)) for shares in (True, False)]
+    ids = [interleaved_families(cache) for cache in both]
+    launched, run = [], Launch.run
+    monkeypatch.setattr(Launch, "run", lambda self, *a, **k: (launched.append(self.kernel.name), run(self, *a, **k)))
+    for turn in range(90):
+        outs = []
+        for cache, held in zip(both, ids, strict=True):
+            with cache.begin_step(held, 1) as step:
+                launched.clear()
+                outs.append(feed(step, 100 + turn))
+                assert ("kvt_merge_shared" in launched) is cache.config.shared_reads
+                cache.end_step(step)
+        assert_near(*outs)
+    assert both[0].stats().tiers["cold"].used > 0
+    fixed = GraphStep(both[0], len(ids[0]), shared_reads=True)
+    with both[0].begin_step(ids[0], 1) as step:
+        fixed.load(step)
+        found = feed(fixed.begin(), 7)
+        torch.cuda.synchronize()
+    with both[1].begin_step(ids[1], 1) as step:
+        assert_near(found, feed(step, 7))

@@ -43,11 +43,10 @@ __device__ __forceinline__ void wait_for_phase(unsigned barrier, unsigned parity
 // mbarrier.test_wait.parity: whether the phase of this parity is complete.
 __device__ __forceinline__ bool is_phase_over(unsigned barrier, unsigned parity) {
   unsigned is_complete;
-  asm volatile(
-      "{ .reg .pred done; mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2; selp.u32 %0, 1, 0, done; }"
-      : "=r"(is_complete)
-      : "r"(barrier), "r"(parity)
-      : "memory");
+  asm volatile("{ .reg .pred done; mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2; selp.u32 %0, 1, 0, done; }"
+               : "=r"(is_complete)
+               : "r"(barrier), "r"(parity)
+               : "memory");
   return is_complete != 0;
 }
 

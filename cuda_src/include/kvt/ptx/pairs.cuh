@@ -4,6 +4,12 @@
 namespace kvt::ptx {
 
 struct HalfPair {
+  // add.rn.f16x2
+  __device__ __forceinline__ static unsigned add(unsigned a, unsigned b) {
+    unsigned sum;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+    return sum;
+  }
   // sub.rn.f16x2
   __device__ __forceinline__ static unsigned subtract(unsigned a, unsigned b) {
     unsigned rest;
@@ -25,6 +31,12 @@ struct HalfPair {
 };
 
 struct BFloat16Pair {
+  // add.rn.bf16x2
+  __device__ __forceinline__ static unsigned add(unsigned a, unsigned b) {
+    unsigned sum;
+    asm("add.rn.bf16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+    return sum;
+  }
   // sub.rn.bf16x2
   __device__ __forceinline__ static unsigned subtract(unsigned a, unsigned b) {
     unsigned rest;

@@ -4,8 +4,8 @@
 // the 128-byte swizzle of tensor copies: a lane has 8 neighbouring dims of a key, which are 16 bytes of a row, and 8
 // neighbouring tokens of a dim of the values, which stmatrix turns into rows.
 //
-// Numerics: codes are exact; a product with its scale, and the sum with its zero, are rounded to scalar_t once. In
-//           bfloat16 scales and zeros are rounded, too.
+// Numerics: codes are exact. What a code stands for is rounded to scalar_t; in bfloat16 scales and zeros are two numbers
+//           each, since one would be off by as much as that rounding.
 #pragma once
 
 #include <kvt/attention/prompt/shape.cuh>
@@ -39,9 +39,29 @@ __device__ __forceinline__ unsigned bytes_of(unsigned halves) {
 #endif
 }
 
-// Two float16 times a factor, as scalar_t.
-__device__ __forceinline__ unsigned scaled_pair(unsigned halves, float factor) {
-  return scalar_t::pack(ptx::Half::low(halves) * factor, ptx::Half::high(halves) * factor);
+// Two scales or zeros of two numbers.
+struct Parts {
+  unsigned high;
+  unsigned rest;  // what `high` is off by; bfloat16 only
+
+  __device__ __forceinline__ Parts(float low_half, float high_half)
+      : high(scalar_t::pack(low_half, high_half)), rest(0) {
+    if (KVT_BF16) rest = scalar_t::pack(low_half - scalar_t::low(high), high_half - scalar_t::high(high));
+  }
+  // Two float16 times a factor.
+  __device__ __forceinline__ static Parts scaled(unsigned halves, float factor) {
+    return {ptx::Half::low(halves) * factor, ptx::Half::high(halves) * factor};
+  }
+};
+
+__device__ __forceinline__ unsigned multiply(unsigned codes, const Parts& scale) {
+  if (!KVT_BF16) return Pair::multiply(codes, scale.high);
+  return Pair::multiply_add(codes, scale.high, Pair::multiply(codes, scale.rest));
+}
+
+__device__ __forceinline__ unsigned multiply_add(unsigned codes, const Parts& scale, const Parts& zero) {
+  const unsigned sum = Pair::multiply_add(codes, scale.high, zero.high);
+  return KVT_BF16 ? Pair::add(sum, Pair::multiply_add(codes, scale.rest, zero.rest)) : sum;
 }
 
 // What an address changes by where a token's last bits change by `tokens` and its unit of 8 dims by `units`. Rows of a
@@ -83,14 +103,13 @@ __device__ __forceinline__ void bring_warm_keys(unsigned from, unsigned to, int 
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float of_token = h == 0 ? ptx::Half::low(scale) : ptx::Half::high(scale);
-      const unsigned factor = scalar_t::pack(of_token, of_token);
+      const Parts factor(of_token, of_token);
       const unsigned low = h == 0 ? codes.x : codes.z;
       const unsigned high = h == 0 ? codes.y : codes.w;
       ptx::store_shared_16(
           at ^ change(2 * i + h, 0),
-          {Pair::multiply(bytes_of(ptx::low_bytes(low)), factor), Pair::multiply(bytes_of(ptx::high_bytes(low)), factor),
-           Pair::multiply(bytes_of(ptx::low_bytes(high)), factor),
-           Pair::multiply(bytes_of(ptx::high_bytes(high)), factor)});
+          {multiply(bytes_of(ptx::low_bytes(low)), factor), multiply(bytes_of(ptx::high_bytes(low)), factor),
+           multiply(bytes_of(ptx::low_bytes(high)), factor), multiply(bytes_of(ptx::high_bytes(high)), factor)});
     }
   }
 }
@@ -102,16 +121,14 @@ __device__ __forceinline__ void bring_warm_values(unsigned from, unsigned to, in
   const int pair = warp ^ t;
   const unsigned values = from + Sizes::kWarmCodes + 2 * kWarmUnit;
   const uint4 scales = ptx::load_shared_16(values + Sizes::kWarmCodes + 16 * t);
-  const unsigned factor = scaled_pair(pair_of(scales, pair), 0.25f);
+  const Parts factor = Parts::scaled(pair_of(scales, pair), 0.25f);
   const unsigned bytes = pair & 1 ? 0x4342 : 0x4140;
   const unsigned at = first_value(to) ^ change(warp, 0);
   const unsigned codes_at = values + ((pair >> 1) * kParts * 32 + lane_id()) * 16;
 #pragma unroll
   for (int c = 0; c < kParts; ++c) {
     const uint4 codes = ptx::load_shared_16(codes_at + c * 512);
-    const auto dims_of = [&](unsigned word) {
-      return Pair::multiply(bytes_of(ptx::select_bytes(word, 0, bytes)), factor);
-    };
+    const auto dims_of = [&](unsigned word) { return multiply(bytes_of(ptx::select_bytes(word, 0, bytes)), factor); };
     ptx::store_matrices_transposed(
         (at ^ change(0, c & 1 ? 4 : 0)) + (c >> 1) * 1024,
         {dims_of(codes.x), dims_of(codes.y), dims_of(codes.z), dims_of(codes.w)});
@@ -127,11 +144,14 @@ __device__ __forceinline__ void bring_cold_keys(unsigned from, unsigned to, int 
   const int j = warp & 1;
   const int first = warp / (2 * kParts) * kEach;
   const unsigned scales_at = from + Sizes::kColdCodes + (4 * (2 * d + j) + (lane_id() & 3)) * 16;
-  uint4 scale = ptx::load_shared_16(scales_at);
-  uint4 zero = ptx::load_shared_16(scales_at + 2 * kHeadDim);
-  scale = {
-      scaled_pair(scale.x, 0.25f), scaled_pair(scale.y, 4.0f), scaled_pair(scale.z, 0.25f), scaled_pair(scale.w, 4.0f)};
-  zero = {scaled_pair(zero.x, 1.0f), scaled_pair(zero.y, 1.0f), scaled_pair(zero.z, 1.0f), scaled_pair(zero.w, 1.0f)};
+  const uint4 scale = ptx::load_shared_16(scales_at);
+  const uint4 zero = ptx::load_shared_16(scales_at + 2 * kHeadDim);
+  const Parts scales[4] = {
+      Parts::scaled(scale.x, 0.25f), Parts::scaled(scale.y, 4.0f), Parts::scaled(scale.z, 0.25f),
+      Parts::scaled(scale.w, 4.0f)};
+  const Parts zeros[4] = {
+      Parts::scaled(zero.x, 1.0f), Parts::scaled(zero.y, 1.0f), Parts::scaled(zero.z, 1.0f),
+      Parts::scaled(zero.w, 1.0f)};
   const unsigned at = first_key(to + (first >> 1) * 4 * kPieceBytes + d * 1024) ^ change(0, 4) * j;
   const unsigned words_at = from + ((first * kParts + d) * 32 + lane_id()) * 16 + 4 * j;
   unsigned words[2 * kEach];
@@ -145,13 +165,12 @@ __device__ __forceinline__ void bring_cold_keys(unsigned from, unsigned to, int 
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const unsigned word = words[2 * e + h];
-      const auto dims_of = [&](int shift, unsigned scale, unsigned zero) {
-        return Pair::multiply_add(nibbles_of(word >> shift, kMagicAnd8), scale, zero);
+      const auto dims_of = [&](int p) {
+        return multiply_add(nibbles_of(word >> 4 * p, kMagicAnd8), scales[p], zeros[p]);
       };
       ptx::store_shared_16(
           (at ^ change(2 * (e & 1) + h, 0)) + (e >> 1) * 4 * kPieceBytes,
-          {dims_of(0, scale.x, zero.x), dims_of(4, scale.y, zero.y), dims_of(8, scale.z, zero.z),
-           dims_of(12, scale.w, zero.w)});
+          {dims_of(0), dims_of(1), dims_of(2), dims_of(3)});
     }
   }
 }
@@ -176,13 +195,12 @@ __device__ __forceinline__ void bring_cold_values(unsigned from, unsigned to, in
     const unsigned point = pair_of(ptx::load_shared_16(scales_at + 2 * kBlock), pair);
     const float low = ptx::Half::low(scale) * of_scale;
     const float high = ptx::Half::high(scale) * of_scale;
-    const unsigned factor = scalar_t::pack(low, high);
-    const unsigned zero =
-        scalar_t::pack(low * (ptx::Half::low(point) * of_point), high * (ptx::Half::high(point) * of_point));
+    const Parts factor(low, high);
+    const Parts zero(low * (ptx::Half::low(point) * of_point), high * (ptx::Half::high(point) * of_point));
 #pragma unroll
     for (int c = 0; c < kParts; ++c) {
       const auto dims_of = [&](unsigned word) {
-        return Pair::multiply_add(nibbles_of(word >> 4 * pair, kMagic), factor, zero);
+        return multiply_add(nibbles_of(word >> 4 * pair, kMagic), factor, zero);
       };
       ptx::store_matrices_transposed(
           (at ^ change(0, c & 1 ? 4 : 0)) + (c >> 1) * 1024 + 4 * b * kPieceBytes,

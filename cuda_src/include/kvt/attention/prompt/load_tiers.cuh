@@ -30,8 +30,8 @@ class CodeCopier {
   }
 
   // Those of a tile's blocks, and of others while slots are free.
-  __device__ __forceinline__ void
-  run(const PromptParams& p, const Item& item, int tile, unsigned codes, bool is_elected) {
+  __device__ __forceinline__ void run(
+      const PromptParams& p, const Item& item, int tile, unsigned codes, bool is_elected) {
     while (block_ < item.end_tile() * kPerTile) {
       if (block_ == first_ + 32) {
         first_ = block_;
@@ -135,8 +135,8 @@ __device__ __forceinline__ void load_tiered_items(
 
 // A tile's keys, or values, from codes: this warp's share. `words` are the first granules of its blocks.
 template <bool kIsKeys>
-__device__ __forceinline__ void
-bring_codes(Ring<kCodeSlots>& ring, unsigned codes, unsigned to, const int (&words)[kKeys / kBlock], int warp) {
+__device__ __forceinline__ void bring_codes(
+    Ring<kCodeSlots>& ring, unsigned codes, unsigned to, const int (&words)[kKeys / kBlock], int warp) {
 #pragma unroll 1
   for (int half = 0; half < kKeys / kBlock; ++half) {
     const TieredGranule first{half == 0 ? words[0] : words[kKeys / kBlock - 1]};
@@ -162,8 +162,8 @@ bring_codes(Ring<kCodeSlots>& ring, unsigned codes, unsigned to, const int (&wor
 }
 
 // One of the four warps that make 16-bit keys and values of codes. They meet each tile, also where nothing is a code.
-__device__ __forceinline__ void
-convert_items(const PromptParams& p, unsigned shared, Item* items, Rings rings, int warp) {
+__device__ __forceinline__ void convert_items(
+    const PromptParams& p, unsigned shared, Item* items, Rings rings, int warp) {
   Ring<kCodeSlots> key_codes = rings.codes;
   while (true) {
     const Item item = pass_item(items, rings.items, 0, false, lane_id() == 0);
