@@ -17,6 +17,19 @@ def has_device() -> bool:
     return bool(cupy.cuda.is_available())
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--without-prompt-kernel", action="store_true", help="run the GPU tests as if the device had no prompt kernel"
+    )
+
+
+def pytest_sessionstart(session):
+    if session.config.getoption("--without-prompt-kernel"):
+        from kvtoolkit.cuda import prompt
+
+        prompt.arch_of = lambda device: 80
+
+
 def pytest_collection_modifyitems(config, items):
     if config.pluginmanager.hasplugin("timeout"):  # a test that hangs fails, and says where
         for item in items:

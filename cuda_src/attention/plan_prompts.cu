@@ -1,4 +1,4 @@
-// Plan prompts: cut a batch into items of work for the prompt kernel, once a step, on the device, for all layers.
+// Plan prompts: cut a batch into items of work for the prompt or the prefill kernel, once a step, on the device, for all layers.
 //
 //   seq_lens     [batch] int32;   cu_seqlens_q  [batch + 1] int32 or null = one query each
 //   units        sequences besides the rows, or null; see shared.cu, also for `begins` and `places`
@@ -36,8 +36,9 @@ struct PlanPromptsParams {
   int* num_items;
   long long ids_row;  // of the table, from row to row, where there are units
   int block_size;
-  int half_sizes[5];  // see Halves
-  int batch, num_kv_heads;
+  int half_sizes[5];     // see Halves
+  int first_row, batch;  // the rows to plan
+  int num_kv_heads;
   int left, right;
   int num_ctas;      // of the prompt kernel, at once
   int most_decoded;  // queries; without units only. 0: no row is the decode kernel's
@@ -55,28 +56,29 @@ struct Batch {
   __device__ __forceinline__ explicit Batch(const PlanPromptsParams& p)
       : p(p), halves(p.half_sizes), num_units(p.units == nullptr ? 0 : *p.num_units), size(num_units + p.batch) {}
 
+  __device__ __forceinline__ int row_of(int b) const { return p.first_row + b - num_units; }
   __device__ __forceinline__ int first_of_row(int row) const {
     return p.cu_seqlens_q == nullptr ? row : p.cu_seqlens_q[row];
   }
   __device__ __forceinline__ int first_query(int b) const {
     if (b < num_units) return p.units[4 * b];
-    const int query = first_of_row(b - num_units);
+    const int query = first_of_row(row_of(b));
     return p.places == nullptr ? query : p.places[query];
   }
   __device__ __forceinline__ int num_queries(int b) const {
     if (b < num_units) return p.units[4 * b + 1];
-    return p.cu_seqlens_q == nullptr ? 1 : p.cu_seqlens_q[b - num_units + 1] - p.cu_seqlens_q[b - num_units];
+    return first_of_row(row_of(b) + 1) - first_of_row(row_of(b));
   }
   __device__ __forceinline__ int length(int b) const {
     if (b < num_units) return p.units[4 * b + 2];
-    const int length = p.seq_lens[b - num_units];
-    return p.units == nullptr ? length : length - p.begins[b - num_units] * p.block_size;
+    const int length = p.seq_lens[row_of(b)];
+    return p.units == nullptr ? length : length - p.begins[row_of(b)] * p.block_size;
   }
   // Item::sequence: the row of the table; with units, the place of the first block in the table, because a unit or a
   // rest begins anywhere in a row.
   __device__ __forceinline__ int table_row(int b) const {
     if (b < num_units) return p.units[4 * b + 3];
-    const int row = b - num_units;
+    const int row = row_of(b);
     return p.units == nullptr ? row : static_cast<int>(row * p.ids_row + p.begins[row]);
   }
   __device__ __forceinline__ int num_blocks(int queries) const {

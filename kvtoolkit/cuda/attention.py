@@ -5,13 +5,14 @@ from typing import Any, NamedTuple
 
 from kvtoolkit.arrays.call import NO_HINTS, AttentionCall, Hints
 from kvtoolkit.arrays.host import Operand
-from kvtoolkit.cuda import prompt, shared, specs
+from kvtoolkit.cuda import prefill, prompt, shared, specs
 from kvtoolkit.cuda.expand import Granules, make_granules
 from kvtoolkit.cuda.launching import Launch, load_spec
 from kvtoolkit.cuda.masses import UnitLse, place_unit_lse
 from kvtoolkit.cuda.memory import Memory, StepLayout, lay_out_step, take_memory
 from kvtoolkit.cuda.params import PARAMS, TIERED_PARAMS, UNBOUNDED, pack_attention, pack_tiers
 from kvtoolkit.cuda.plan import Plan, make_plan
+from kvtoolkit.cuda.prefill import PrefillAttention
 from kvtoolkit.cuda.prompt import Maps, PromptAttention
 from kvtoolkit.cuda.schedule import Route, Schedule, choose_route, choose_schedule
 from kvtoolkit.cuda.shared import SharedAttention
@@ -27,7 +28,8 @@ class Attention(NamedTuple):
     """Begins with a wait for the kernel before it."""
     decode_early: Launch | None
     """May read before the kernel in front of it has ended; None if `attend` was not told to keep what it plans."""
-    prefill: Launch | None
+    prefill: PrefillAttention | None
+    """For the rows that ``decode`` leaves."""
     memory: Any
     """What the launches read and nobody else keeps alive."""
     prompts: PromptAttention | None = None
@@ -82,16 +84,31 @@ def attend(call: AttentionCall, hints: Hints = NO_HINTS, *, stream: int = 0) -> 
             if max(1, route.fewest) <= _most_decoded(call) and (call.tiers is not None or hints.counts_are_bounds):
                 return _attend_both(call, hints, route.fewest, maps, words, stream)
             return prompt.attend(call, hints, maps, words, stream=stream)
+    return _attend_by_row(call, hints, route, stream)
+
+
+def _attend_by_row(call: AttentionCall, hints: Hints, route: Route, stream: int) -> Attention | None:
+    """Launch the decode kernel, the prefill kernel, or both, of which each takes its rows by their query tokens."""
     schedule = choose_schedule(call, route, hints)
     step = lay_out_step(call, route, schedule, hints.max_seq_len)
+    work = prefill.work_of(call, hints.max_seq_len) if route.prefills else None
+    work_at = step.nbytes
+    if work is not None:
+        step = step._replace(nbytes=work_at + work.list_nbytes, items=work)
     memory = take_memory(call, schedule, step, hints.kept, stream)
     prepared = _prepare(call, route, schedule, step, memory)
     if step.unit_lse is not None and route.fewest == 0 and call.block_mass is not None:
         _clear(call.block_mass, stream)
-    launches = _launch(call, route, schedule, prepared, hints.kept is not None, stream)
+    if work is not None:
+        prefill.plan(call, work, memory.step + work_at, route.most_decoded, stream)
+    decode, early = _launch(call, route, schedule, prepared, hints.kept is not None, stream)
+    prefills = None
+    if work is not None:
+        ids = call.block_table if prepared.granules is None else prepared.granules.table
+        prefills = prefill.attend(call, work, ids, memory.step + work_at, stream)
     if step.nbytes and memory.kept is None:
         return None
-    return Attention(call.q.device, *launches, memory.kept)
+    return Attention(call.q.device, decode, early, prefills, memory.kept)
 
 
 def _prepare(
@@ -126,8 +143,8 @@ def _prepare(
 
 def _launch(
     call: AttentionCall, route: Route, schedule: Schedule | None, prepared: _Prepared, is_kept: bool, stream: int
-) -> tuple[Launch | None, Launch | None, Launch | None]:
-    """Launch everything; returns the launches for decode, early decode, and prefill."""
+) -> tuple[Launch | None, Launch | None]:
+    """Launch the lists and decode; returns the launches for decode and early decode."""
     memory, granules, units, plan, unit_lse = prepared
     ids = call.block_table if granules is None else granules.table
 
@@ -135,7 +152,7 @@ def _launch(
         packed = pack_attention(call, route, schedule, memory, ids, plan, unit_lse, wait_first)
         return packed if units is None else packed + pack_tiers(call, units)
 
-    decode = early = prefill = None
+    decode = early = None
     if granules is not None:
         granules.launch.run(stream)
     if units is not None:
@@ -149,15 +166,7 @@ def _launch(
         if plan is not None:
             plan.launch.run(stream)
         decode.run(stream)
-    if route.prefills:
-        num_tokens, num_q_heads, head_dim = call.q.shape
-        num_kv_heads = call.k_cache.shape[1]
-        spec = specs.prefill(head_dim, call.k_cache.dtype)
-        blocks = num_tokens * (num_q_heads // num_kv_heads) // spec.rows + call.block_table.shape[0]
-        kernel = load_spec(spec, call.q.device)
-        prefill = Launch(kernel, (blocks, num_kv_heads), spec.threads, spec.smem_nbytes, parameters(True))
-        prefill.run(stream)
-    return decode, early, prefill
+    return decode, early
 
 
 def _most_decoded(call: AttentionCall) -> int:
@@ -188,14 +197,15 @@ def _attend_both(
     step = lay_out_step(call, route, schedule, hints.max_seq_len)
     sizes = prompt.sizes_of_call(call)
     work_at = step.nbytes
-    memory = take_memory(call, schedule, step._replace(nbytes=work_at + sizes.list_nbytes), hints.kept, stream)
+    step = step._replace(nbytes=work_at + sizes.list_nbytes, items=sizes)
+    memory = take_memory(call, schedule, step, hints.kept, stream)
     work = memory.step + work_at
     scratch = workspace(call.q.device, stream, Sizes(sizes.partials_nbytes, sizes.counters_nbytes, 0))
     by_row = call.tiers is not None
     prepared = _prepare(call, route, schedule, step, memory, not by_row)
     # before decode, so that the prompt kernel follows it and may begin while it ends
     prompt.plan_launch(call, sizes, work, most_decoded=most, by_row=by_row).run(stream)
-    decode, early, _ = _launch(call, route, schedule, prepared, hints.kept is not None, stream)
+    decode, early = _launch(call, route, schedule, prepared, hints.kept is not None, stream)
     lists = prepared.units or prepared.granules
     ids = call.block_table if lists is None else lists.table
     launch = prompt.attention_launch(call, sizes, maps, words, ids, work, scratch)
@@ -234,15 +244,16 @@ def attend_prepared(
         shared.attend_prepared(prepared, q, k_cache, v_cache, out, warm=warm, cold=cold, stream=stream)
         return
     decode = (prepared.decode_early or prepared.decode) if overlaps else prepared.decode
-    for launch, is_early in ((decode, overlaps), (prepared.prefill, False)):
-        if launch is not None:
-            launch.set_addresses(PARAMS.word("q"), q, out)
-            launch.set_addresses(PARAMS.word("k_cache"), k_cache, v_cache)
-            if warm or cold:
-                launch.set_addresses(TIERED_PARAMS.word("warm"), warm, cold)
-            if block_mass:
-                launch.set_addresses(PARAMS.word("masses"), block_mass)
-            launch.run(stream, dependent=is_early)
+    if decode is not None:
+        decode.set_addresses(PARAMS.word("q"), q, out)
+        decode.set_addresses(PARAMS.word("k_cache"), k_cache, v_cache)
+        if warm or cold:
+            decode.set_addresses(TIERED_PARAMS.word("warm"), warm, cold)
+        if block_mass:
+            decode.set_addresses(PARAMS.word("masses"), block_mass)
+        decode.run(stream, dependent=overlaps)
+    if prepared.prefill is not None:
+        prefill.attend_prepared(prepared.prefill, q, k_cache, v_cache, out, stream=stream, dependent=decode is not None)
     if prepared.prompts is not None:
         prompt.attend_prepared(
             prepared.prompts, q, k_cache, v_cache, out, warm=warm, cold=cold, stream=stream, dependent=True

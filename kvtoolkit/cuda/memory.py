@@ -30,6 +30,8 @@ class StepLayout(NamedTuple):
     unit_lse: UnitLseShape | None
     """None where no masses are wanted."""
     nbytes: int
+    items: Any = None
+    """What a list of items of work, after everything else, follows from besides the rows."""
 
 
 class Memory(NamedTuple):
@@ -83,7 +85,7 @@ def take_memory(
     owner = None
     if kept is not None and step.nbytes:
         num_ranges = schedule.num_ranges if schedule else 0
-        key = (step.width, num_ranges, call.left, call.right, step.unit_lse, step.nbytes)
+        key = (step.width, num_ranges, call.left, call.right, step.unit_lse, step.nbytes, step.items)
         owner = keep(kept, key, step.nbytes, stream)
     partials_nbytes = schedule.partials_nbytes if schedule else 0
     scratch_step = step.nbytes if owner is None else 0

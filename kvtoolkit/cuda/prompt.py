@@ -22,14 +22,14 @@ from kvtoolkit.runtime.tensor_map import tensor_map
 _LOG2E = 1.4426950408889634
 _UNBOUNDED = 1 << 30
 _HALF_ROWS = 64  # as in prompt/item.cuh
-_MAX_PARTS = 64
+MAX_PARTS = 64
 _LEAST_SCALE = 1e-30  # a smaller factor is 0 in float32, which is no factor for -inf
 _MOST_LATE_ITEMS = 4  # of a CTA, as in plan_prompts.cu
 _MAX_TILES = 65535
 _ITEM_NBYTES = 32
 _ANY_STRIDE = 16
-_LIST_AT = 256  # offset of the items; their number comes first
-_MAX_TOKENS = 1 << 24  # kLevelShift of prompt/item.cuh
+LIST_AT = 256  # offset of the items; their number comes first
+MAX_TOKENS = 1 << 24  # kLevelShift of prompt/item.cuh
 
 PARAMS = ParameterStruct("attention/prompt.cu", "kvt_prompt")
 PLAN_PARAMS = ParameterStruct("attention/plan_prompts.cu", "kvt_plan_prompts")
@@ -69,6 +69,8 @@ class PromptSizes(NamedTuple):
     halves: tuple[int, int, int, int, int]
     """``Halves`` of prompt/item.cuh."""
     ctas: int
+    blocks: int
+    """Of 128 query rows, at most, for each kv head."""
     max_items: int
     slots: int
     """Parts of items, at most, for each kv head."""
@@ -78,7 +80,7 @@ class PromptSizes(NamedTuple):
     @property
     def list_nbytes(self) -> int:
         """Memory of the work list."""
-        return _LIST_AT + _ITEM_NBYTES * self.max_items
+        return LIST_AT + _ITEM_NBYTES * self.max_items
 
 
 class UnitLists(NamedTuple):
@@ -118,7 +120,7 @@ def suits(call: AttentionCall, most_queries: int, max_seq_len: int | None = None
         and block_size % GRANULE == 0
         and most_queries > specs.decode_queries(head_dim, num_q_heads // num_kv_heads, tiers=call.tiers is not None)
         and batch <= specs.MAX_PLANNED
-        and call.q.shape[0] < _MAX_TOKENS
+        and call.q.shape[0] < MAX_TOKENS
         and blocks * block_size < 1 << 31
         and length <= _MAX_TILES * specs.prompt_keys(head_dim)
         and arch_of(call.q.device) == 90
@@ -186,7 +188,7 @@ def sizes_of(num_tokens: int, num_q_heads: int, num_kv_heads: int, head_dim: int
     max_items = max(blocks + slots, -(-sms // num_kv_heads) + 1)
     ctas = min(sms, max_items * num_kv_heads)
     partials = slots * num_kv_heads * specs.prompt_partial_nbytes(head_dim)
-    return PromptSizes(halves, ctas, max_items, slots, partials, 4 * (1 + slots * num_kv_heads))
+    return PromptSizes(halves, ctas, blocks, max_items, slots, partials, 4 * (1 + slots * num_kv_heads))
 
 
 def sizes_of_call(call: AttentionCall) -> PromptSizes:
@@ -245,22 +247,26 @@ def attend_prepared(
 
 def plan_launch(
     call: AttentionCall, sizes: PromptSizes, work: int, units: UnitLists = _NO_UNITS, *, most_decoded: int = 0,
-    by_row: bool = False,
+    by_row: bool = False, max_parts: int = MAX_PARTS, keys: int = 0, rows: tuple[int, int] | None = None,
 ) -> Launch:  # fmt: skip
     """The launch that makes the work list at the address ``work``; nothing is launched yet.
 
     Args:
         most_decoded: where no row has more query tokens, the list is empty.
         by_row: leave out the rows that have no more; otherwise the list has all rows, or none.
+        max_parts: most parts of an item; at 1 a row's bits do not depend on its batch.
+        keys: of a tile; 0 = as the prompt kernel has them.
+        rows: the first and the number of those to plan; None = all.
     """
-    batch = call.block_table.shape[0]
+    first_row, batch = rows or (0, call.block_table.shape[0])
     num_kv_heads, block_size = call.k_cache.shape[1:3]
     parameters = PLAN_PARAMS.pack(
         call.seq_lens.address, call.cu_seqlens_q.address if call.cu_seqlens_q else 0, *units[:4],
-        work + _LIST_AT, work, units.ids_row, block_size, *sizes.halves, batch, num_kv_heads,
-        min(call.left, _UNBOUNDED), min(call.right, _UNBOUNDED), sizes.ctas, most_decoded, int(by_row), _MAX_PARTS,
+        work + LIST_AT, work, units.ids_row, block_size, *sizes.halves, first_row, batch,
+        num_kv_heads, min(call.left, _UNBOUNDED), min(call.right, _UNBOUNDED), sizes.ctas, most_decoded, int(by_row),
+        max_parts,
     )  # fmt: skip
-    spec = specs.plan_prompts(call.q.shape[2])
+    spec = specs.plan_prompts(keys or specs.prompt_keys(call.q.shape[2]))
     smem_nbytes = 8 * batch if units.units else 4 * batch
     return Launch(load_spec(spec, call.q.device), (1,), spec.threads, smem_nbytes, parameters)
 
@@ -283,7 +289,7 @@ def attention_launch(
     parameters = PARAMS.pack(
         *words, call.out.address, call.lse.address if call.lse else 0, units.out, units.lse, ids.address,
         slopes.address if slopes else 0, sinks.address if sinks else 0,
-        work + _LIST_AT, work, scratch.counters, scratch.counters + 4, scratch.partials,
+        work + LIST_AT, work, scratch.counters, scratch.counters + 4, scratch.partials,
         *call.out.strides[:2], 1 if units.units else ids.strides[0], *sizes.halves, num_kv_heads, per_block, shift,
         maps.block_pitch, maps.coordinate_shift, maps.num_blocks, call.q.shape[0],
         min(call.left, _UNBOUNDED), min(call.right, _UNBOUNDED),

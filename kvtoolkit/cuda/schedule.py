@@ -33,7 +33,7 @@ class Route(NamedTuple):
     @property
     def decodes(self) -> bool:
         """Whether there may be rows for the decode kernel."""
-        return self.fewest <= self.most_decoded
+        return max(1, self.fewest) <= self.most_decoded
 
     @property
     def prefills(self) -> bool:
@@ -77,7 +77,10 @@ def choose_route(call: AttentionCall, query_counts: tuple[int, int] | None) -> R
         fewest, most = 0, num_tokens
     if call.tiers is not None or call.block_mass is not None:  # only decode kernels can do that
         return Route(fewest, most, _UNLIMITED)
-    return Route(fewest, most, specs.MAX_DECODE_QUERIES)
+    if call.num_splits:  # as many tokens for any number of heads
+        return Route(fewest, most, specs.MAX_DECODE_QUERIES)
+    _, num_q_heads, head_dim = call.q.shape
+    return Route(fewest, most, specs.decode_queries(head_dim, num_q_heads // call.k_cache.shape[1]))
 
 
 def choose_schedule(call: AttentionCall, route: Route, hints: Hints) -> Schedule | None:

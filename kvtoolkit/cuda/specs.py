@@ -15,7 +15,7 @@ MAX_PLANNED = 10000
 """Sequences that a plan may have: their costs fit into 48 KiB of shared memory, beside the ranges."""
 
 MAX_DECODE_QUERIES = 8
-"""New tokens of a row that is no prompt, as in kvt/attention/rows.cuh."""
+"""New tokens of a row that is no prompt."""
 
 _RESERVED = 256  # static shared memory
 _CODE_SLOTS = 7  # as in prompt/shape.cuh
@@ -46,6 +46,11 @@ class Spec(NamedTuple):
     """CTAs that an SM holds."""
     feature: str = ""
     """``"a"`` where it needs what only its own architecture has."""
+
+    @property
+    def keys(self) -> int:
+        """Keys of a tile."""
+        return dict(self.defines)["KVT_KEYS"]
 
     def with_masses(self) -> "Spec":
         """An attention kernel that also tells what share of the attention each tile got."""
@@ -155,11 +160,33 @@ def plan(batch: int) -> Spec:
     return Spec("attention/plan.cu", "kvt_plan", (), 1024, 4 * batch)
 
 
-def prefill(head_dim: int, dtype: str) -> Spec:
-    """The prefill kernel."""
-    keys, row = (64 if head_dim <= 128 else 32), row_bytes(head_dim)
-    defines = (("KVT_HEAD_DIM", head_dim), ("KVT_BF16", int(dtype == "bfloat16")))
-    return Spec("attention/prefill.cu", "kvt_prefill", defines, 128, 64 * row + 4 * keys * row + 32 * keys, 64)
+def prefill(head_dim: int, dtype: str, smem_limit: int, *, has_rules: bool) -> Spec:
+    """The prefill kernel; ``has_rules``: softcap, ALiBi or a scale that is not above 0."""
+    # keys of a tile, tiles of keys and of values in shared memory, CTAs of an SM; the first that fits
+    shapes = {
+        64: ((64, 1, 3),),
+        128: ((64, 1, 2), (32, 1, 2)),
+        256: ((64, 2, 1), (64, 1, 1), (32, 1, 1)),
+    }
+
+    def nbytes(shape: tuple[int, int, int]) -> int:
+        keys, stages, _ = shape
+        return (128 + 2 * keys * stages) * row_bytes(head_dim) + 2 * 64 + 16
+
+    of_dims = next(shapes[most] for most in shapes if head_dim <= most)
+    shape = next(shape for shape in of_dims if shape[2] * (nbytes(shape) + 1024) <= smem_limit + 1024)
+    keys, stages, per_sm = shape
+    defines = (
+        ("KVT_HEAD_DIM", head_dim), ("KVT_BF16", int(dtype == "bfloat16")), ("KVT_RULES", int(has_rules)),
+        ("KVT_KEYS", keys), ("KVT_STAGES", stages), ("KVT_PER_SM", per_sm),
+    )  # fmt: skip
+    threads = 128 if head_dim <= 128 else 256
+    return Spec("attention/prefill.cu", "kvt_prefill", defines, threads, nbytes(shape), 128, per_sm)
+
+
+def prefill_partial_nbytes(head_dim: int) -> int:
+    """Memory of a part of an item: sums, row_max and row_sum of its rows."""
+    return 4 * 128 * (head_dim + 8)
 
 
 def decode_rows(head_dim: int) -> int:
@@ -212,9 +239,9 @@ def prompt(head_dim: int, dtype: str, *, has_rules: bool, tiers: bool = False) -
     return Spec("attention/prompt.cu", "kvt_prompt", defines, 512 if tiers else 384, smem, 128, feature="a")
 
 
-def plan_prompts(head_dim: int) -> Spec:
-    """The kernel that makes the work list of the prompt kernel."""
-    return Spec("attention/plan_prompts.cu", "kvt_plan_prompts", (("KVT_KEYS", prompt_keys(head_dim)),), 1024)
+def plan_prompts(keys: int) -> Spec:
+    """The kernel that makes the work list of the prompt kernel or the prefill kernel, with so many keys to a tile."""
+    return Spec("attention/plan_prompts.cu", "kvt_plan_prompts", (("KVT_KEYS", keys),), 1024)
 
 
 def append(vector: int) -> Spec:
@@ -275,6 +302,9 @@ def of_model(
     if tiers:
         yield from (UNITS, convert(head_dim, dtype))
     if arch == 90:
-        yield from (prompt(head_dim, dtype, has_rules=False, tiers=tiers), plan_prompts(head_dim), merge_shared(dtype))
+        kernel = prompt(head_dim, dtype, has_rules=False, tiers=tiers)
+        yield from (kernel, plan_prompts(prompt_keys(head_dim)), merge_shared(dtype))
         yield from (FIND_SHARED, PLAN_SHARED, GATHER)
-    yield from (prefill(head_dim, dtype), plan(1), EXPAND, append(16), MOVE, CHECK, merge_states(dtype))
+    kernel = prefill(head_dim, dtype, smem_limit, has_rules=False)
+    yield from (kernel, plan_prompts(kernel.keys))
+    yield from (plan(1), EXPAND, append(16), MOVE, CHECK, merge_states(dtype))

@@ -14,7 +14,7 @@ import pytest
 
 from kvtoolkit.arrays.call import Hints, QuantizedTiers, attention_call
 from kvtoolkit.arrays.host import Operand
-from kvtoolkit.cuda import attention, check, copy, launching, memory, merge, prompt, schedule, shared, specs
+from kvtoolkit.cuda import attention, check, copy, launching, memory, merge, prefill, prompt, schedule, shared, specs
 from kvtoolkit.runtime import driver, kernels, launch_log
 from kvtoolkit.runtime.compiler import Build
 from kvtoolkit.runtime.structs import ParameterStruct
@@ -64,7 +64,7 @@ def fake(monkeypatch):
     monkeypatch.setattr(kernels, "build", lambda *_, **__: Build(b"", (), None, 0.0))
     monkeypatch.setattr(kernels, "_load", found.load)
     scratch = SimpleNamespace(partials=0xA0000, counters=0xB0000, step=0xC0000)
-    for module in (attention, memory, prompt, shared):
+    for module in (attention, memory, prefill, prompt, shared):
         monkeypatch.setattr(module, "workspace", lambda device, stream, sizes: scratch)
     monkeypatch.setattr(check, "is_capturing", lambda stream: False)
     launching.load_spec.cache_clear()

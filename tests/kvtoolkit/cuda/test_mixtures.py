@@ -57,7 +57,7 @@ def items_of(new, lengths, group_size=4, most_decoded=0, heads=2, sms=8, head_di
     begin = -memory.ctypes.data % 16 // 4
     prompt.plan_launch(call, sizes, memory[begin:].ctypes.data, most_decoded=most_decoded).run()
     (count,) = memory[begin : begin + 1]
-    items = memory[begin + prompt._LIST_AT // 4 :][: 8 * count].reshape(-1, 8)
+    items = memory[begin + prompt.LIST_AT // 4 :][: 8 * count].reshape(-1, 8)
     assert count < sizes.max_items
     return items, sizes
 
@@ -230,7 +230,7 @@ def test_without_the_prompt_kernel_nothing_changes(launched, monkeypatch):
     monkeypatch.setattr(prompt, "arch_of", lambda device: 100)
     for hints in (BOUNDS, BOUNDS._replace(counts_are_bounds=False)):
         attention.attend(mixed_call(), hints, stream=_STREAM)
-    assert names(launched) == ["kvt_expand", "kvt_plan", "kvt_decode", "kvt_prefill"] * 2
+    assert names(launched) == ["kvt_plan_prompts", "kvt_expand", "kvt_plan", "kvt_decode", "kvt_prefill"] * 2
 
 
 @pytest.mark.parametrize("new", [8, 9, 16])

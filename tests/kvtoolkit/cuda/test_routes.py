@@ -7,7 +7,7 @@ import pytest
 from kvtoolkit import cuda
 from kvtoolkit.arrays.call import Hints, QuantizedTiers, attention_call
 from kvtoolkit.arrays.host import Operand
-from kvtoolkit.cuda import attention, expand, launching, memory, plan, prompt, schedule, units
+from kvtoolkit.cuda import attention, expand, launching, memory, plan, prefill, prompt, schedule, units
 from kvtoolkit.cuda.params import PARAMS, TIERED_PARAMS
 from kvtoolkit.cuda.workspace import Workspace
 
@@ -34,14 +34,16 @@ class Recorded:
 def log(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The launches, on a device like an H200."""
     launches: list[Any] = []
-    for module in (attention, expand, plan, units):
+    for module in (attention, expand, plan, prefill, prompt, units):
         monkeypatch.setattr(module, "load_spec", lambda spec, device: Recorded(spec.name, launches))
-    monkeypatch.setattr(schedule, "smem_limit", lambda device: 232448)
-    monkeypatch.setattr(schedule, "num_sms", lambda device: 132)
+    for module in (schedule, prefill):
+        monkeypatch.setattr(module, "smem_limit", lambda device: 232448)
+        monkeypatch.setattr(module, "num_sms", lambda device: 132)
     monkeypatch.setattr(schedule, "arch_of", lambda device: 90)
     monkeypatch.setattr(prompt, "arch_of", lambda device: 80)  # its calls have tests of their own
     scratch = Workspace(1 << 30, 2 << 30, 3 << 30, None, ())
-    monkeypatch.setattr(memory, "workspace", lambda device, stream, sizes: scratch)
+    for module in (memory, prefill):
+        monkeypatch.setattr(module, "workspace", lambda device, stream, sizes: scratch)
     monkeypatch.setattr(attention, "_clear", lambda masses, stream: launches.append(("clear", stream)))
     schedule._schedule.cache_clear()
     launching.load_spec.cache_clear()
@@ -86,11 +88,14 @@ def names(log: list[Any]) -> list[str]:
         ({"num_splits": 3}, Hints(), ["kvt_expand", "kvt_decode"]),
         ({"batch": 1, "entries": False}, Hints(), ["kvt_decode"]),
         ({"tiers": True}, Hints(), ["kvt_units", "kvt_plan", "kvt_tiered"]),
-        ({"num_queries": 9}, Hints(), ["kvt_expand", "kvt_plan", "kvt_decode", "kvt_prefill"]),
-        ({"num_queries": 9}, Hints((9, 9)), ["kvt_expand", "kvt_prefill"]),
+        ({"num_queries": 9}, Hints(), ["kvt_plan_prompts", "kvt_expand", "kvt_plan", "kvt_decode", "kvt_prefill"]),
+        ({"num_queries": 9}, Hints((9, 9)), ["kvt_plan_prompts", "kvt_expand", "kvt_prefill"]),
+        ({"num_queries": 5}, Hints((5, 5)), ["kvt_plan_prompts", "kvt_expand", "kvt_prefill"]),
+        ({"num_queries": 5, "num_splits": 2}, Hints((5, 5)), ["kvt_expand", "kvt_decode"]),
+        ({"num_queries": 9, "num_splits": 2}, Hints((9, 9)), ["kvt_plan_prompts", "kvt_expand", "kvt_prefill"]),
         ({"num_queries": 3}, Hints((3, 3)), ["kvt_expand", "kvt_plan", "kvt_decode"]),
         ({"num_queries": 9, "tiers": True}, Hints((9, 9)), ["kvt_units", "kvt_plan", "kvt_tiered"]),
-        ({"batch": 1, "num_queries": 20, "entries": False}, Hints(), ["kvt_prefill"]),
+        ({"batch": 1, "num_queries": 20, "entries": False}, Hints(), ["kvt_plan_prompts", "kvt_prefill"]),
     ],
 )
 def test_a_call_takes_the_kernels_that_its_rows_need(log, call, hints, kernels):
@@ -107,7 +112,7 @@ def test_bounds_of_a_decode_batch_cost_nothing_where_the_host_knows(log, counts)
     log.clear()
     cuda.attend(call._replace(cu_seqlens_q=array(17, dtype="int32")), Hints(counts))
     decode = ["kvt_expand", "kvt_plan", "kvt_decode"]
-    assert names(log) == (decode if counts else [*decode, "kvt_prefill"])
+    assert names(log) == (decode if counts else ["kvt_plan_prompts", *decode, "kvt_prefill"])
     assert (log == plain) == (counts == (1, 1))
 
 

@@ -74,7 +74,7 @@ def plan(kind: Kind, seed: int = 0) -> Planned:
         launch.run()
     (num_units,), (num_items,) = read(at.num_units, 1), read(at.work, 1)
     assert num_items < sizes.max_items
-    items = read(at.work + prompt._LIST_AT, 8 * num_items).reshape(-1, 8)
+    items = read(at.work + prompt.LIST_AT, 8 * num_items).reshape(-1, 8)
     return Planned(
         read(at.units, 4 * num_units).reshape(-1, 4), read(at.begins, batch), read(at.token_levels, num_tokens), items
     )

@@ -58,10 +58,11 @@ def test_source_headers_macros_and_architecture_are_all_in_the_key(own_sources):
     paths.add(build("cache/check.cu", {}, "90").path)
     assert len(paths) == 5
     # a header that an included header includes
-    before = build("attention/prefill.cu", {"KVT_HEAD_DIM": 64, "KVT_BF16": 0}, "90").path
+    prefill = specs.prefill(64, "float16", specs.SMEM_LIMITS["90"], has_rules=False)
+    before = build(prefill.source, dict(prefill.defines), "90").path
     warp = own_sources / "include" / "kvt" / "base" / "warp.cuh"
     warp.write_text(warp.read_text() + "// a change\n")
-    assert build("attention/prefill.cu", {"KVT_HEAD_DIM": 64, "KVT_BF16": 0}, "90").path != before
+    assert build(prefill.source, dict(prefill.defines), "90").path != before
 
 
 @pytest.mark.parametrize(
@@ -155,6 +156,10 @@ def every_kernel():
     for arch, limit in specs.SMEM_LIMITS.items():
         kernels = specs.of_model(128, "bfloat16", 32, 8, int(arch), limit, tiers=True, masses=True)
         found |= {(spec, arch): None for spec in kernels}
+    for arch in ("80", "86", "90", "120"):
+        limit = specs.SMEM_LIMITS[arch]
+        wide = (specs.prefill(head_dim, "bfloat16", limit, has_rules=False) for head_dim in (64, 256))
+        found |= {(spec, arch): None for spec in (*wide, specs.prefill(128, "float16", limit, has_rules=True))}
     return list(found)
 
 
@@ -226,8 +231,13 @@ def test_every_kernel_compiles_for_every_architecture_and_spills_nothing():
     for row in rows:
         assert row["ctas_per_sm"] >= 1, row
         # with 192 and 256 dims, what is needed once an item of work does not fit beside the sums
-        is_wide = row["kernel"] == "kvt_prompt" and row["macros"]["KVT_HEAD_DIM"] > 128
-        assert row["spill_nbytes"] <= (320 if is_wide else 0), row
+        head_dim = row["macros"].get("KVT_HEAD_DIM", 0)
+        most = 320 if row["kernel"] == "kvt_prompt" and head_dim > 128 else 0
+        if row["kernel"] == "kvt_prefill":  # a warp has 32 rows, whose sums leave few registers
+            most = 384 if head_dim <= 64 else 64
+        if row["kernel"] == "kvt_plan_prompts":  # once a step, in one CTA of 1024 threads
+            most = 32
+        assert row["spill_nbytes"] <= most, row
 
 
 @pytest.mark.parametrize("slab", [0, 1])

@@ -9,8 +9,6 @@
 
 namespace kvt {
 
-constexpr int kMaxDecodeQueries = 8;  // a sequence with more query tokens is a prefill
-
 // A block of the query rows of one sequence.
 struct RowBlock {
   int sequence;

@@ -139,28 +139,4 @@ struct ColumnStates {
   }
 };
 
-// The states of the query rows g and g + 8, where tokens are the columns of a matrix product.
-template <int kDimBlocks>
-struct RowStates {
-  float o[2 * kDimBlocks][4];  // dims 8d + 2t and the next, of row g, then of row g + 8
-  float l[2];                  // over this lane's tokens
-  float m[2];                  // the same in all lanes with the same g
-
-  __device__ __forceinline__ RowStates() {
-    m[0] = m[1] = -kInfinity;
-    l[0] = l[1] = 0.0f;
-#pragma unroll
-    for (int d = 0; d < 2 * kDimBlocks; ++d) o[d][0] = o[d][1] = o[d][2] = o[d][3] = 0.0f;
-  }
-
-  __device__ __forceinline__ void raise(int r, float highest, float base) {
-    const float factor = kvt::raise(m[r], l[r], highest, base);
-#pragma unroll
-    for (int d = 0; d < 2 * kDimBlocks; ++d) {
-      o[d][2 * r] *= factor;
-      o[d][2 * r + 1] *= factor;
-    }
-  }
-};
-
 }  // namespace kvt

@@ -17,4 +17,11 @@ __device__ __forceinline__ float log2(float x) {
   return y;
 }
 
+// rcp.approx.ftz: within 1 ulp; 0 for infinity.
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 }  // namespace kvt::ptx
