@@ -166,12 +166,12 @@ class Rows {
       for (int r = 0; r < 2; ++r) {
         const QueryRow row = row_of(item, i, r);
         const float slope = p_.alibi_slopes == nullptr || !row.exists ? 0.0f : p_.alibi_slopes[row.q_head] * kLog2E;
-        const int position = position_of(item, i, r);
+        const float ahead = static_cast<float>(position_of(item, i, r) - first);
 #pragma unroll
         for (int j = 0; j < kKeys / 4; ++j) {
           float& x = s[(j >> 1) * 4 + 2 * r + (j & 1)];
           x = p_.cap_outer == 0.0f ? x * p_.scale_log2 : capped(x);
-          x -= slope * fabsf(static_cast<float>(position - first - (j >> 1) * 8 - (j & 1)));
+          x -= slope * fabsf(ahead - static_cast<float>((j >> 1) * 8 + (j & 1)));
         }
       }
     }

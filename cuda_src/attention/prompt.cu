@@ -9,7 +9,7 @@
 //   out          [num_tokens, num_q_heads, head_dim] scalar_t;     lse [num_tokens, num_q_heads] float32, natural log
 //
 // Launch:   grid = at most one CTA an SM, CTA 384: a warpgroup that loads, two that compute 64 rows each; dynamic shared
-//           memory Layout::kBytes. Macros: KVT_HEAD_DIM, KVT_BF16, KVT_RULES (1: softcap, ALiBi, any scale).
+//           memory Layout::kBytes. Macros: KVT_HEAD_DIM, KVT_BF16, KVT_RULES (1: ALiBi, any scale; 2: softcap, too), KVT_TIERS.
 // How:      A granule of 8 tokens of 128 bytes is one atom of the 128-byte swizzle, so tensor copies bring blocks of any
 //           multiple of 8 tokens to shared memory as wgmma wants them. Items are taken from a counter, longest first;
 //           the first products of an item overlap with the end of the one before. Scores of the next tile are computed
@@ -216,17 +216,27 @@ class Consumer {
     return tile * kKeys < full_begin_ || (tile + 1) * kKeys > full_end_;
   }
 
+  // cap_outer * tanh(cap_inner * x), as cap_outer * (1 - 2 / (exp(2 * cap_inner * x) + 1)): within 1e-6 of the cap.
+  __device__ __forceinline__ float capped(float x) const {
+    const float below = ptx::reciprocal(ptx::exp2(2.0f * kLog2E * p_.cap_inner * x) + 1.0f);
+    return fmaf(-2.0f * p_.cap_outer, below, p_.cap_outer);
+  }
+
   // From products to scores that rows see; where there are rules to apply, in log2.
   template <bool kMayMask>
   __device__ __forceinline__ void apply_rules(const Item& item, int tile) {
     const int first = tile * kKeys + 2 * (lane_id() & 3);
     if (KVT_RULES) {
-      const int position[2] = {position_of(item, 0), position_of(item, 1)};
 #pragma unroll
-      for (int i = 0; i < kKeys / 2; ++i) {
-        const int r = i >> 1 & 1;
-        const float capped = p_.cap_outer == 0.0f ? s_[i] * p_.scale_log2 : p_.cap_outer * tanhf(p_.cap_inner * s_[i]);
-        s_[i] = capped - slope_[r] * fabsf(static_cast<float>(position[r] - first - (i >> 2) * 8 - (i & 1)));
+      for (int i = 0; i < kKeys / 2; ++i) s_[i] = KVT_RULES == 2 ? capped(s_[i]) : s_[i] * p_.scale_log2;
+      if (p_.alibi_slopes != nullptr) {
+        const float ahead[2] = {
+            static_cast<float>(position_of(item, 0) - first), static_cast<float>(position_of(item, 1) - first)};
+#pragma unroll
+        for (int i = 0; i < kKeys / 2; ++i) {
+          const int r = i >> 1 & 1;
+          s_[i] -= slope_[r] * fabsf(ahead[r] - static_cast<float>((i >> 2) * 8 + (i & 1)));
+        }
       }
     }
     if constexpr (kMayMask) {

@@ -296,6 +296,6 @@ def attention_launch(
         scale * _LOG2E, scale / softcap if softcap else 0.0, softcap * _LOG2E,
         *(tier.address if tier else 0 for tier in (call.tiers or _NO_TIERS)[:2]),
     )  # fmt: skip
-    has_rules = bool(softcap) or slopes is not None or scale < _LEAST_SCALE
-    spec = specs.prompt(call.q.shape[2], call.q.dtype, has_rules=has_rules, tiers=call.tiers is not None)
+    rules = 2 if softcap else int(slopes is not None or scale < _LEAST_SCALE)
+    spec = specs.prompt(call.q.shape[2], call.q.dtype, rules=rules, tiers=call.tiers is not None)
     return Launch(load_spec(spec, call.q.device), (sizes.ctas,), spec.threads, spec.smem_nbytes, parameters)

@@ -221,11 +221,11 @@ def prompt_partial_nbytes(head_dim: int) -> int:
     return 4 * 2 * 128 * 4 * (_prompt_dims(head_dim) // 8 + 1)
 
 
-def prompt(head_dim: int, dtype: str, *, has_rules: bool, tiers: bool = False) -> Spec:
+def prompt(head_dim: int, dtype: str, *, rules: int, tiers: bool = False) -> Spec:
     """The prompt kernel of sm_90.
 
     Args:
-        has_rules: softcap, ALiBi or a scale that is not above 0.
+        rules: 1 for ALiBi or a scale that is not above 0; 2 for softcap, too.
         tiers: some tokens are codes; head_dim 64 or 128.
     """
     buffers = 2 if head_dim <= 128 and not tiers else 1
@@ -233,7 +233,7 @@ def prompt(head_dim: int, dtype: str, *, has_rules: bool, tiers: bool = False) -
     codes = _CODE_SLOTS * _tiered_stage_nbytes(head_dim) if tiers else 0
     smem = (128 * buffers + 4 * prompt_keys(head_dim)) * row + codes + 256 + 4 * 64 + 16
     defines = (
-        ("KVT_HEAD_DIM", head_dim), ("KVT_BF16", int(dtype == "bfloat16")), ("KVT_RULES", int(has_rules)),
+        ("KVT_HEAD_DIM", head_dim), ("KVT_BF16", int(dtype == "bfloat16")), ("KVT_RULES", rules),
         ("KVT_TIERS", int(tiers)),
     )  # fmt: skip
     return Spec("attention/prompt.cu", "kvt_prompt", defines, 512 if tiers else 384, smem, 128, feature="a")
@@ -302,7 +302,7 @@ def of_model(
     if tiers:
         yield from (UNITS, convert(head_dim, dtype))
     if arch == 90:
-        kernel = prompt(head_dim, dtype, has_rules=False, tiers=tiers)
+        kernel = prompt(head_dim, dtype, rules=0, tiers=tiers)
         yield from (kernel, plan_prompts(prompt_keys(head_dim)), merge_shared(dtype))
         yield from (FIND_SHARED, PLAN_SHARED, GATHER)
     kernel = prefill(head_dim, dtype, smem_limit, has_rules=False)

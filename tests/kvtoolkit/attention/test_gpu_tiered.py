@@ -74,10 +74,11 @@ def check(case: TieredCase, **options) -> None:
                 return reference.to_float64(to_storage(x, case.dtype), case.dtype)
 
         rounded, rounded_lse = case.expected(arrays, rounding=rounding, **options)
-        # in bfloat16 what a code stands for is rounded twice, so it is off by as much again as rounding makes it
+        # in bfloat16 what a code stands for is rounded twice, and keys are so large that scores are hundreds
         off = np.abs(rounded_lse - good_lse)[prompts & np.isfinite(good_lse).all(axis=1)].max(initial=0.0)
+        slack = 6.0 if case.dtype == "bfloat16" else 2.0
         expected = rounded[prompts], rounded_lse[prompts]
-        assert_close(out[prompts], lse[prompts], *expected, case.dtype, lse_tolerance=1e-4 + 3 * off, slack=2.0)
+        assert_close(out[prompts], lse[prompts], *expected, case.dtype, lse_tolerance=1e-4 + 3 * off, slack=slack)
 
 
 def of_prompts(case: TieredCase, options) -> np.ndarray:

@@ -194,14 +194,14 @@ def test_what_the_host_knows_of_lengths_counts_more_than_the_table(fake, maps, m
 def test_a_scale_that_is_no_factor_has_the_kernel_with_rules(fake, maps, scale, monkeypatch):
     found, spec_of = [], specs.prompt
 
-    def noted(*shape, has_rules, **more):
-        found.append(has_rules)
-        return spec_of(*shape, has_rules=has_rules, **more)
+    def noted(*shape, rules, **more):
+        found.append(rules)
+        return spec_of(*shape, rules=rules, **more)
 
     monkeypatch.setattr(specs, "prompt", noted)
     attention.attend(prompt_call(softmax_scale=scale), stream=_STREAM)
     attention.attend(prompt_call(), stream=_STREAM)
-    assert found == [True, False]
+    assert found == [1, 0]
 
 
 def test_arrays_that_no_map_describes_have_the_other_kernels(fake, monkeypatch):
