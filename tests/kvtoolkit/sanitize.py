@@ -62,6 +62,8 @@ def tiers() -> None:
             arrays = case.tiered()
             run_tiered(case, arrays, block_mass=to_device(case.no_masses(arrays), ""), window_size=(300, -1))
             run_tiered(case, arrays, num_splits=2)
+        prompts = TieredCase([200, 900, 64], [40, 20, 1], head_dim=head_dim, dtype="bfloat16")
+        run_tiered(prompts, prompts.tiered())
     for head_dim in (64, 128):
         test_conversions_give_the_codes_of_the_judge(head_dim, "float16", at_the_edge=True)
     test_steps_attend_to_all_tiers("cuda")
