@@ -4,12 +4,15 @@
 //   q            tensor map, dims (head_dim, q heads, tokens, 1, 1), box (64, heads and queries of a half, 1, 1)
 //   keys         tensor map of the k_cache, dims (64, slots, chunks of 64 dims, kv heads, blocks), box (64, 8, chunks, 1, 1),
 //                or (head_dim, slots, 1, kv heads, blocks), box (64, 8, 1, 1, 1); values the same
-//   block_table  [batch, max_blocks] int32 block ids of granules_per_block * 8 tokens
+//   block_table  [batch, max_blocks] int32 block ids of granules_per_block * 8 tokens; with tiers a list of granules, see
+//                expand.cu
+//   warm, cold   with tiers: blocks of 64 tokens, see kvtoolkit/formats/quantized.py
 //   items        see prompt/item.cuh and plan_prompts.cu
 //   out          [num_tokens, num_q_heads, head_dim] scalar_t;     lse [num_tokens, num_q_heads] float32, natural log
 //
-// Launch:   grid = at most one CTA an SM, CTA 384: a warpgroup that loads, two that compute 64 rows each; dynamic shared
-//           memory Layout::kBytes. Macros: KVT_HEAD_DIM, KVT_BF16, KVT_RULES (1: ALiBi, any scale; 2: softcap, too), KVT_TIERS.
+// Launch:   grid = at most one CTA an SM, CTA 384: a warpgroup that loads, two that compute 64 rows each; with tiers 512:
+//           one more that converts codes. Dynamic shared memory Layout::kBytes. Macros: KVT_HEAD_DIM, KVT_BF16, KVT_TIERS,
+//           KVT_RULES (1: ALiBi, any scale; 2: softcap, too).
 // How:      A granule of 8 tokens of 128 bytes is one atom of the 128-byte swizzle, so tensor copies bring blocks of any
 //           multiple of 8 tokens to shared memory as wgmma wants them. Items are taken from a counter, longest first;
 //           the first products of an item overlap with the end of the one before. Scores of the next tile are computed
