@@ -1,7 +1,8 @@
 """The prompt kernel of sm_90: any batch whose rows have many query rows for each kv head, with its work list.
 
-It reads keys, values and queries through tensor maps, so it takes caches that these can describe: blocks of a multiple
-of 8 tokens. Other calls, and other architectures, have the kernels that `kvtoolkit.cuda.schedule` chooses.
+It reads keys, values and queries of 16 bits through tensor maps, so it takes caches that these can describe: blocks
+of a multiple of 8 tokens. Codes of quantized tiers become 16 bits on their way. Other calls, and other architectures,
+have the kernels that `kvtoolkit.cuda.schedule` chooses.
 """
 
 import functools
@@ -49,8 +50,8 @@ class Maps(NamedTuple):
 
     def words(self, q: int, k_cache: int, v_cache: int) -> tuple[int, ...] | None:
         """The three maps for arrays at these addresses; None if the driver cannot describe one of them."""
-        found = [tensor_map(q, *self.query), tensor_map(k_cache, *self.key), tensor_map(v_cache, *self.value)]
-        return None if None in found else tuple(word for one in found if one is not None for word in one)
+        query, key, value = tensor_map(q, *self.query), tensor_map(k_cache, *self.key), tensor_map(v_cache, *self.value)
+        return None if query is None or key is None or value is None else (*query, *key, *value)
 
 
 class PromptAttention(NamedTuple):
