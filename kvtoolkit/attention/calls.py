@@ -216,7 +216,8 @@ def tiered_attention(
 
     A row gives the attention over what the codes stand for, see `kvtoolkit.formats.quantized`; each 64 positions from a
     multiple of 64 on, a tile, are in one tier. On the CPU a row whose entries are all hot gives the bits of
-    `variable_block_attention`; on a GPU another kernel runs, whose sums have another order.
+    `variable_block_attention`; on a GPU another kernel runs, whose sums have another order. On sm_90, rows with more
+    than a few new tokens see what codes stand for rounded to 16 bits.
 
     Args:
         tier_caches: `kvtoolkit.TierCaches`: ``k_cache`` and ``v_cache`` ``[num_granules, num_kv_heads, 8, head_dim]``,
@@ -228,8 +229,8 @@ def tiered_attention(
         block_mass: None, or ``[batch, max_tiles, num_kv_heads]`` float32, contiguous, ``max_tiles`` at least
             ``max_entries``. Written, not added to: the share of the attention that goes to each tile, averaged over
             the queries of the row and of the group; 0 from a row's end on. A sink's share is in no tile. Asking
-            for it does not change a bit of the result (but on a GPU that of `variable_block_attention` where rows have,
-            or for all that the host knows may have, more than 8 new tokens: they are decode kernels' work then).
+            for it does not change a bit of the result (but on a GPU where rows have, or for all that the host knows may
+            have, more than a few new tokens: they are decode kernels' work then).
 
     Everything else is as in `variable_block_attention`.
 
