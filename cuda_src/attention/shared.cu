@@ -50,7 +50,7 @@ struct FindSharedParams {
   int* common;     // [batch]
   long long ids_row;
   int block_size;
-  int multiple;  // blocks that rows have in common only together: the granules of a tile, where there are tiers
+  int multiple;  // of blocks, that rows may have in common: where there are tiers, the granules of a tile; else 1
 };
 
 // Launch: grid = batch, CTA 128.

@@ -33,7 +33,7 @@ class Attention(NamedTuple):
     memory: Any
     """What the launches read and nobody else keeps alive."""
     prompts: PromptAttention | None = None
-    """The prompt kernel, where it or ``decode`` does everything, by what rows there are on the device."""
+    """The prompt kernel, where plans on the device share out the rows between it and ``decode``."""
 
 
 Prepared = Attention | PromptAttention | SharedAttention

@@ -31,7 +31,7 @@ class StepLayout(NamedTuple):
     """None where no masses are wanted."""
     nbytes: int
     items: Any = None
-    """What a list of items of work, after everything else, follows from besides the rows."""
+    """What the list of items of work is made for besides the rows; that list comes after everything else."""
 
 
 class Memory(NamedTuple):

@@ -93,7 +93,7 @@ def choose_schedule(call: AttentionCall, route: Route, hints: Hints) -> Schedule
     longest = hints.max_seq_len or max_entries * (block_size if call.block_starts is None else 64)
     q = call.q
     num_tokens, num_q_heads, head_dim = q.shape
-    if not route.prefills:  # CTAs that find their rows by number meet no others: beside the prompt kernel there is one
+    if not route.prefills:  # beside the prompt kernel a row may have more, but then it is the only one, or planned
         num_tokens = min(num_tokens, batch * most)
     return _schedule(
         (num_tokens, num_q_heads, head_dim), q.dtype, q.device, num_kv_heads, batch, call.cu_seqlens_q is not None,

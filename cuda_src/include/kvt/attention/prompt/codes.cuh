@@ -24,7 +24,7 @@ using Pair = ptx::HalfPair;
 constexpr unsigned kMagic = 0x64006400u;  // 1024
 #endif
 
-// The lowest nibbles of two 16-bit halves, minus `minus`; as much more than kMagic as they count.
+// The lowest nibble of each 16-bit half as a number, less what `minus` has more than kMagic.
 __device__ __forceinline__ unsigned nibbles_of(unsigned halves, unsigned minus) {
   return Pair::subtract(ptx::select_or(halves, 0x000F000Fu, kMagic), minus);
 }
@@ -64,19 +64,19 @@ __device__ __forceinline__ unsigned multiply_add(unsigned codes, const Parts& sc
   return KVT_BF16 ? Pair::add(sum, Pair::multiply_add(codes, scale.rest, zero.rest)) : sum;
 }
 
-// What an address changes by where a token's last bits change by `tokens` and its unit of 8 dims by `units`. Rows of a
-// swizzled tile are 128 bytes, and the number of a row is in the places of its units.
+// What an address is XORed with to go to a token and a unit of 8 dims whose numbers differ in these bits. Rows of a
+// swizzled tile are 128 bytes, and the number of a row is XORed into the places of its units.
 constexpr unsigned change(int tokens, int units) { return tokens << 7 ^ (tokens ^ units) << 4; }
 
-// Of the first key that a lane brings: token 4 * g, unit t, where a unit of codes begins at `to`, a multiple of 1024.
+// The address of the first key that a lane brings: token 4 * g, unit t. A unit of codes begins at `to`, a multiple of 1024.
 __device__ __forceinline__ unsigned first_key(unsigned to) {
   const int g = lane_id() >> 2;
   const int t = lane_id() & 3;
   return to + (g >> 1) * kPieceBytes + ((g & 1) << 9) + ((t ^ (g & 1) << 2) << 4);
 }
 
-// Of the row of values that a lane stores in product 0: a product has 8 dims of the tokens p and p + 4 of each of 4
-// pieces, where p = product ^ piece. So 8 rows of it begin in different banks.
+// The address of the row of values that a lane stores for product 0. A product has 8 dims of the tokens p and p + 4 of
+// each of 4 pieces, where p = product ^ piece, so that its 8 rows begin in different banks.
 __device__ __forceinline__ unsigned first_value(unsigned to) {
   const int piece = lane_id() >> 1 & 3;
   const int token = piece | (lane_id() & 1) << 2;
