@@ -68,7 +68,8 @@ __device__ __forceinline__ unsigned multiply_add(unsigned codes, const Parts& sc
 // swizzled tile are 128 bytes, and the number of a row is XORed into the places of its units.
 constexpr unsigned change(int tokens, int units) { return tokens << 7 ^ (tokens ^ units) << 4; }
 
-// The address of the first key that a lane brings: token 4 * g, unit t. A unit of codes begins at `to`, a multiple of 1024.
+// The address of the first key that a lane brings: token 4 * g, unit t. A unit of codes begins at `to`, a multiple of
+// 1024.
 __device__ __forceinline__ unsigned first_key(unsigned to) {
   const int g = lane_id() >> 2;
   const int t = lane_id() & 3;
