@@ -269,22 +269,8 @@ def test_the_pools_kernels_compile_and_spill_nothing(arch):
 
 
 def test_the_command_prints_registers_and_spills(capsys, tmp_path):
-    assert (
-        main(
-            [
-                "compile",
-                "--arch",
-                "80",
-                "--head-dim",
-                "64",
-                "--dtype",
-                "float16",
-                "--json",
-                str(tmp_path / "table.json"),
-            ]
-        )
-        == 0
-    )
+    options = ["--arch", "80", "--head-dim", "64", "--dtype", "float16", "--json", str(tmp_path / "table.json")]
+    assert main(["compile", *options]) == 0
     out = capsys.readouterr().out
     assert "kvt_decode" in out
     assert "regs  spills" in out
