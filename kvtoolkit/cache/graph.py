@@ -43,7 +43,8 @@ class GraphStep:
             (the prompt kernel with ``shared_reads``, and for more than 16 query heads to a kv head, 8 above head_dim
             128). With more, rows have 0 to so many, in any mixture; where that is more query rows than the decode
             kernel takes at once, the graph holds both kernels, and each replay runs the one that an eager step with the
-            same new tokens runs. The other one ends at once.
+            same new tokens runs. The other one ends at once. With ``tiers``, and where the prefill kernel takes
+            prompts, each row has its kernel, and both run.
         max_tokens: new tokens of all rows, at most; default ``batch * max_new_tokens``. Kernels of the model run over
             so many in every replay.
         max_seq_len: tokens of the longest sequence that will be loaded. Default: the cache's limit.

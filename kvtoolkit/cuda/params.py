@@ -9,7 +9,7 @@ from kvtoolkit.cuda.schedule import Route, Schedule
 from kvtoolkit.cuda.units import Units
 from kvtoolkit.runtime.structs import ParameterStruct
 
-_LOG2E = 1.4426950408889634
+LOG2E = 1.4426950408889634
 UNBOUNDED = 1 << 30
 """A window as wide as any sequence; sums with positions stay in 32 bits."""
 
@@ -48,7 +48,7 @@ def pack_attention(
         schedule.splits if schedule else 1, int(schedule is not None and schedule.is_fixed),
         schedule.row_blocks if schedule else 1, route.most_decoded,
         masses.shape[1] if masses else 0, unit_lse.rows, int(wait_first),
-        scale * _LOG2E, scale / softcap if softcap else 0.0, softcap * _LOG2E,
+        scale * LOG2E, scale / softcap if softcap else 0.0, softcap * LOG2E,
     )  # fmt: skip
 
 

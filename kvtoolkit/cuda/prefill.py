@@ -12,6 +12,7 @@ from kvtoolkit.arrays.host import Operand
 from kvtoolkit.cuda import prompt, specs
 from kvtoolkit.cuda.launching import Launch, load_spec
 from kvtoolkit.cuda.memory import aligned
+from kvtoolkit.cuda.params import LOG2E, UNBOUNDED
 from kvtoolkit.cuda.prompt import LIST_AT, PromptSizes
 from kvtoolkit.cuda.workspace import Sizes, workspace
 from kvtoolkit.errors import UnsupportedError
@@ -19,10 +20,6 @@ from kvtoolkit.runtime import smem_limit
 from kvtoolkit.runtime.kernels import num_sms
 from kvtoolkit.runtime.structs import ParameterStruct
 
-_LOG2E = 1.4426950408889634
-_UNBOUNDED = 1 << 30
-_LEAST_SCALE = 1e-30  # a smaller factor is 0 in float32, which is no factor for -inf
-_MAX_PLANNED_TILES = 65535  # of a sequence, as the items count them
 _LONG = 64  # tiles that items of longer sequences count as one
 
 PARAMS = ParameterStruct("attention/prefill.cu", "kvt_prefill")
@@ -73,7 +70,7 @@ def work_of(call: AttentionCall, max_seq_len: int | None) -> PrefillWork:
         raise UnsupportedError(
             f"q: expected fewer than {prompt.MAX_TOKENS} new tokens, got {num_tokens}; feed the prompt in chunks"
         )
-    has_rules = bool(call.softcap) or call.alibi_slopes is not None or call.scale < _LEAST_SCALE
+    has_rules = bool(call.softcap) or call.alibi_slopes is not None or call.scale < prompt.LEAST_SCALE
     spec = specs.prefill(head_dim, call.q.dtype, smem_limit(call.q.device), has_rules=has_rules)
     max_parts = 1 if call.num_splits else prompt.MAX_PARTS
     rows = min(batch, specs.MAX_PLANNED)
@@ -81,7 +78,7 @@ def work_of(call: AttentionCall, max_seq_len: int | None) -> PrefillWork:
     sizes = _sizes(num_tokens, num_q_heads, num_kv_heads, head_dim, rows, ctas, max_parts)
     longest = max_entries * (block_size if call.block_starts is None else 64)
     longest = min(longest, max_seq_len or longest)
-    return PrefillWork(spec, sizes, batch, max_parts, 1 if longest <= spec.keys * _MAX_PLANNED_TILES else _LONG)
+    return PrefillWork(spec, sizes, batch, max_parts, 1 if longest <= spec.keys * prompt.MAX_TILES else _LONG)
 
 
 @functools.lru_cache(4096)
@@ -126,8 +123,8 @@ def attend(call: AttentionCall, work: PrefillWork, ids: Operand, address: int, s
             scratch.counters, scratch.counters + 4, scratch.partials,
             *call.q.strides[:2], *call.out.strides[:2], *call.k_cache.strides[:3], *call.v_cache.strides[:3],
             ids.strides[0], *sizes.halves, num_kv_heads, block_size, -(-(1 << 31 + shift) // block_size), shift,
-            work.tiles_per_planned, min(call.left, _UNBOUNDED), min(call.right, _UNBOUNDED),
-            call.scale * _LOG2E, call.scale / softcap if softcap else 0.0, softcap * _LOG2E,
+            work.tiles_per_planned, min(call.left, UNBOUNDED), min(call.right, UNBOUNDED),
+            call.scale * LOG2E, call.scale / softcap if softcap else 0.0, softcap * LOG2E,
         )  # fmt: skip
 
     lists = work.lists(address)

@@ -1,7 +1,8 @@
 """The prompt kernel of sm_90: any batch whose rows have many query rows for each kv head, with its work list.
 
-It reads keys, values and queries through tensor maps, so it takes caches that these can describe: blocks of a multiple
-of 8 tokens. Other calls, and other architectures, have the kernels that `kvtoolkit.cuda.schedule` chooses.
+It reads keys, values and queries of 16 bits through tensor maps, so it takes caches that these can describe: blocks
+of a multiple of 8 tokens. Codes of quantized tiers become 16 bits on their way. Other calls, and other architectures,
+have the kernels that `kvtoolkit.cuda.schedule` chooses.
 """
 
 import functools
@@ -13,19 +14,18 @@ from kvtoolkit.cuda import specs
 from kvtoolkit.cuda.expand import list_width, make_granules
 from kvtoolkit.cuda.launching import Launch, load_spec
 from kvtoolkit.cuda.memory import aligned, keep
+from kvtoolkit.cuda.params import LOG2E, UNBOUNDED
 from kvtoolkit.cuda.workspace import Sizes, Workspace, workspace
 from kvtoolkit.formats.entry import GRANULE
 from kvtoolkit.runtime.kernels import arch_of, num_sms
 from kvtoolkit.runtime.structs import ParameterStruct
 from kvtoolkit.runtime.tensor_map import tensor_map
 
-_LOG2E = 1.4426950408889634
-_UNBOUNDED = 1 << 30
 _HALF_ROWS = 64  # as in prompt/item.cuh
 MAX_PARTS = 64
-_LEAST_SCALE = 1e-30  # a smaller factor is 0 in float32, which is no factor for -inf
+LEAST_SCALE = 1e-30  # a smaller factor is 0 in float32, which is no factor for -inf
 _MOST_LATE_ITEMS = 4  # of a CTA, as in plan_prompts.cu
-_MAX_TILES = 65535
+MAX_TILES = 65535  # of a sequence, as items count them
 _ITEM_NBYTES = 32
 _ANY_STRIDE = 16
 LIST_AT = 256  # offset of the items; their number comes first
@@ -49,8 +49,8 @@ class Maps(NamedTuple):
 
     def words(self, q: int, k_cache: int, v_cache: int) -> tuple[int, ...] | None:
         """The three maps for arrays at these addresses; None if the driver cannot describe one of them."""
-        found = [tensor_map(q, *self.query), tensor_map(k_cache, *self.key), tensor_map(v_cache, *self.value)]
-        return None if None in found else tuple(word for one in found if one is not None for word in one)
+        query, key, value = tensor_map(q, *self.query), tensor_map(k_cache, *self.key), tensor_map(v_cache, *self.value)
+        return None if query is None or key is None or value is None else (*query, *key, *value)
 
 
 class PromptAttention(NamedTuple):
@@ -122,7 +122,7 @@ def suits(call: AttentionCall, most_queries: int, max_seq_len: int | None = None
         and batch <= specs.MAX_PLANNED
         and call.q.shape[0] < MAX_TOKENS
         and blocks * block_size < 1 << 31
-        and length <= _MAX_TILES * specs.prompt_keys(head_dim)
+        and length <= MAX_TILES * specs.prompt_keys(head_dim)
         and arch_of(call.q.device) == 90
     )
 
@@ -263,7 +263,7 @@ def plan_launch(
     parameters = PLAN_PARAMS.pack(
         call.seq_lens.address, call.cu_seqlens_q.address if call.cu_seqlens_q else 0, *units[:4],
         work + LIST_AT, work, units.ids_row, block_size, *sizes.halves, first_row, batch,
-        num_kv_heads, min(call.left, _UNBOUNDED), min(call.right, _UNBOUNDED), sizes.ctas, most_decoded, int(by_row),
+        num_kv_heads, min(call.left, UNBOUNDED), min(call.right, UNBOUNDED), sizes.ctas, most_decoded, int(by_row),
         max_parts,
     )  # fmt: skip
     spec = specs.plan_prompts(keys or specs.prompt_keys(call.q.shape[2]))
@@ -292,10 +292,10 @@ def attention_launch(
         work + LIST_AT, work, scratch.counters, scratch.counters + 4, scratch.partials,
         *call.out.strides[:2], 1 if units.units else ids.strides[0], *sizes.halves, num_kv_heads, per_block, shift,
         maps.block_pitch, maps.coordinate_shift, maps.num_blocks, call.q.shape[0],
-        min(call.left, _UNBOUNDED), min(call.right, _UNBOUNDED),
-        scale * _LOG2E, scale / softcap if softcap else 0.0, softcap * _LOG2E,
+        min(call.left, UNBOUNDED), min(call.right, UNBOUNDED),
+        scale * LOG2E, scale / softcap if softcap else 0.0, softcap * LOG2E,
         *(tier.address if tier else 0 for tier in (call.tiers or _NO_TIERS)[:2]),
     )  # fmt: skip
-    rules = 2 if softcap else int(slopes is not None or scale < _LEAST_SCALE)
+    rules = 2 if softcap else int(slopes is not None or scale < LEAST_SCALE)
     spec = specs.prompt(call.q.shape[2], call.q.dtype, rules=rules, tiers=call.tiers is not None)
     return Launch(load_spec(spec, call.q.device), (sizes.ctas,), spec.threads, spec.smem_nbytes, parameters)

@@ -75,7 +75,7 @@ def choose_route(call: AttentionCall, query_counts: tuple[int, int] | None) -> R
         fewest = most = num_tokens
     else:
         fewest, most = 0, num_tokens
-    if call.tiers is not None or call.block_mass is not None:  # only decode kernels can do that
+    if call.tiers is not None or call.block_mass is not None:  # the prefill kernel takes neither
         return Route(fewest, most, _UNLIMITED)
     if call.num_splits:  # as many tokens for any number of heads
         return Route(fewest, most, specs.MAX_DECODE_QUERIES)
@@ -93,7 +93,7 @@ def choose_schedule(call: AttentionCall, route: Route, hints: Hints) -> Schedule
     longest = hints.max_seq_len or max_entries * (block_size if call.block_starts is None else 64)
     q = call.q
     num_tokens, num_q_heads, head_dim = q.shape
-    if not route.prefills:  # others are in the arrays only where another kernel takes the whole batch
+    if not route.prefills:  # CTAs that find their rows by number meet no others: beside the prompt kernel there is one
         num_tokens = min(num_tokens, batch * most)
     return _schedule(
         (num_tokens, num_q_heads, head_dim), q.dtype, q.device, num_kv_heads, batch, call.cu_seqlens_q is not None,

@@ -112,7 +112,8 @@ def attend(call: AttentionCall, hints: Hints, words: tuple[int, ...], *, stream:
     num_queries, num_sequences = (1 + _MAX_LEVELS) * num_tokens, 2 * batch
     sizes = prompt.sizes_of(num_queries, num_q_heads, num_kv_heads, head_dim, num_sequences, num_sms(device))
     parts = _parts(call, width, sizes, order is not None)
-    owner = _memory(hints.kept, ("shared", width, sizes, order is not None), sum(map(aligned, parts)), stream)
+    key = ("shared", width, sizes, order is not None, call.right)
+    owner = _memory(hints.kept, key, sum(map(aligned, parts)), stream)
     if owner is None:
         return None
     at = _place(owner.data.ptr, parts)

@@ -1,5 +1,6 @@
 """Which kernels there are: the source, the macros and the shared memory that a shape and a device call for."""
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -160,6 +161,7 @@ def plan(batch: int) -> Spec:
     return Spec("attention/plan.cu", "kvt_plan", (), 1024, 4 * batch)
 
 
+@functools.lru_cache(1024)
 def prefill(head_dim: int, dtype: str, smem_limit: int, *, has_rules: bool) -> Spec:
     """The prefill kernel; ``has_rules``: softcap, ALiBi or a scale that is not above 0."""
     # keys of a tile, tiles of keys and of values in shared memory, CTAs of an SM; the first that fits
@@ -221,6 +223,7 @@ def prompt_partial_nbytes(head_dim: int) -> int:
     return 4 * 2 * 128 * 4 * (_prompt_dims(head_dim) // 8 + 1)
 
 
+@functools.lru_cache(1024)
 def prompt(head_dim: int, dtype: str, *, rules: int, tiers: bool = False) -> Spec:
     """The prompt kernel of sm_90.
 

@@ -72,7 +72,9 @@ def workspace(device: int, stream: int, sizes: Sizes) -> Workspace:
         if found is None or not _fits(found, sizes):
             if found is not None:
                 _outgrown.append(found)
-                sizes = Sizes(*(max(new, 2 * old) for new, old in zip(sizes, found.sizes, strict=True)))
+                # only what is too small: parts that grow in turns would otherwise double one another
+                pairs = zip(sizes, found.sizes, strict=True)
+                sizes = Sizes(*(max(want, 2 * have) if want > have else have for want, have in pairs))
             found = _spaces[device, stream] = _make(sizes)
         if spare is None or not _fits(spare, found.sizes):
             _spares[device] = _make(found.sizes)

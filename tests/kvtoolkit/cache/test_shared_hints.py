@@ -165,15 +165,23 @@ def test_rows_that_share_nothing_are_set_apart(device, count):
     ("fields", "shape"),
     [
         ({"shared_reads": False}, {}),
-        ({"tiers": TIERS, "num_tokens": 1 << 14}, {}),
+        ({"tiers": TIERS, "num_tokens": 1 << 14}, {"count": 8, "members": 3}),
         ({}, {"members": 4}),
         ({}, {"count": 16, "members": 1, "length": 200}),
     ],
-    ids=["off", "tiers", "too little", "nothing"],
+    ids=["off", "two thirds of tiers", "too little", "nothing"],
 )
 def test_no_hint_where_it_is_not_wanted_or_does_not_pay(device, fields, shape):
     cache = make(**fields)
     assert sharing_of(cache, families(cache, **shape).ravel()) is None
+
+
+@pytest.mark.parametrize(("members", "hint"), [(4, None), (5, Sharing())])
+def test_tiers_get_the_hint_where_three_quarters_are_saved(device, members, hint):
+    cache = make(tiers=TIERS, num_tokens=1 << 14)
+    ids = families(cache, count=4, members=members, length=800).ravel()
+    assert 4 * (members - 1) * 800 > NEEDED
+    assert sharing_of(cache, ids) == hint
 
 
 def test_no_hint_for_very_many_rows(device, monkeypatch):
@@ -269,7 +277,6 @@ def test_an_order_that_was_not_copied_is_copied_by_the_next_load(device, monkeyp
         ({}, {}),
         ({}, {"shared_reads": False}),
         ({"shared_reads": False}, {"shared_reads": True}),
-        ({"tiers": TIERS, "num_tokens": 1 << 14}, {"shared_reads": True}),
     ],
 )
 def test_a_graph_step_looks_for_nothing_unless_told_to(device, fields, options):

@@ -312,6 +312,16 @@ def test_calls_without_shared_reads(fake, kept, options, hints):
     assert "kvt_find_shared" not in [taken.kernel for taken in fake.taken]
 
 
+def test_layers_that_see_other_keys_keep_lists_of_their_own(fake, kept, monkeypatch):
+    """The list of a causal layer leaves out tiles that a layer without a mask reads."""
+    keys, owner = [], type("Owner", (), {"data": type("Data", (), {"ptr": 0xD0000})})
+    monkeypatch.setattr(shared, "keep", lambda kept, key, nbytes, stream: keys.append(key) or owner)
+    for causal in (True, False, True):
+        call = shared_call((400, 1, 1), causal=causal)
+        attention.attend(call, Hints((1, 400), 40, {}, Sharing()), stream=_STREAM)
+    assert keys[0] == keys[2] != keys[1]
+
+
 def test_attention_does_without_where_memory_is_short(fake, kept, monkeypatch):
     cupy = pytest.importorskip("cupy")
 

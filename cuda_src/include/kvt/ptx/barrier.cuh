@@ -18,11 +18,6 @@ __device__ __forceinline__ void arrive_expecting(unsigned barrier, unsigned nbyt
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(nbytes) : "memory");
 }
 
-// mbarrier.expect_tx: bytes that copies must still bring.
-__device__ __forceinline__ void expect(unsigned barrier, unsigned nbytes) {
-  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(nbytes) : "memory");
-}
-
 // mbarrier.arrive
 __device__ __forceinline__ void arrive(unsigned barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
