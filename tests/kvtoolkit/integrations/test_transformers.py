@@ -663,9 +663,10 @@ def test_smollm2_writes_what_it_writes_on_dynamic_cache(smollm2, options):
     model, tokenizer = smollm2
     inputs = tokenizer(TEXTS, return_tensors="pt", padding=True)
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    options = {"max_new_tokens": 12, **options}  # the tiny models above write more
     got = generate(model, cache_for(model), inputs, **options)
     assert_same_tokens(got, generate(model, own_cache(model), inputs, **options))
-    assert "Paris" in tokenizer.decode(got.sequences[0]) or options
+    assert "Paris" in tokenizer.decode(got.sequences[0]) or len(options) > 1
 
 
 @pytest.mark.model

@@ -22,6 +22,7 @@ from kvtoolkit.cuda import schedule as scheduling
 from kvtoolkit.errors import DeviceError
 from kvtoolkit.formats import quantized
 from kvtoolkit.runtime import build, compiler, sources, streams, toolchain
+from tests.kvtoolkit.runtime.covering import covering, pairs_of
 
 ROOT = Path(__file__).parents[3]
 
@@ -232,8 +233,23 @@ def test_kernels_with_masses_are_asked_for_only_where_they_are_wanted():
     assert more == [spec.with_masses() for spec in plain if spec.name in ("kvt_decode", "kvt_tiered")]
 
 
-def test_every_kernel_compiles_for_every_architecture_and_spills_nothing():
-    wanted = every_kernel()
+def test_a_choice_of_kernels_has_every_two_settings_that_one_of_them_has():
+    every = every_kernel()
+    chosen = covering(every)
+    assert len(chosen) < len(set(every)) / 2
+    assert set(chosen) <= set(every)
+    assert {(spec.name, arch) for spec, arch in chosen} == {(spec.name, arch) for spec, arch in every}
+    assert {(spec.name, pair) for spec, arch in chosen for pair in pairs_of((spec, arch))} == {
+        (spec.name, pair) for spec, arch in every for pair in pairs_of((spec, arch))
+    }
+
+
+# minutes for all of them; in most runs, those that have every two settings
+@pytest.mark.parametrize(
+    "choose", [covering, pytest.param(list, marks=pytest.mark.sweep)], ids=["every two settings", "all"]
+)
+def test_every_kernel_compiles_for_every_architecture_and_spills_nothing(choose):
+    wanted = choose(every_kernel())
     with ProcessPoolExecutor(2) as pool:
         rows = list(pool.map(row_of, *zip(*wanted, strict=True), chunksize=4))
     assert {row["arch"] for row in rows} == {f"sm_{arch}" for arch in specs.SMEM_LIMITS}
@@ -254,11 +270,12 @@ def test_every_kernel_compiles_for_every_architecture_and_spills_nothing():
         assert row["spill_nbytes"] <= most, row
 
 
-@pytest.mark.parametrize("slab", [0, 1])
-@pytest.mark.parametrize("source", ["pool/batch.cu", "bench/alloc.cu"])
-def test_the_pools_kernels_compile_and_spill_nothing(source, slab):
-    for arch in specs.SMEM_LIMITS:
-        usage = compiler.build(source, {"KVT_SLAB": slab}, arch).usage
+@pytest.mark.parametrize("arch", specs.SMEM_LIMITS)
+def test_the_pools_kernels_compile_and_spill_nothing(arch):
+    # in turns: each source in both layouts, and both sources and layouts on each architecture
+    slab = list(specs.SMEM_LIMITS).index(arch) % 2
+    for source, layout in (("pool/batch.cu", slab), ("bench/alloc.cu", 1 - slab)):
+        usage = compiler.build(source, {"KVT_SLAB": layout}, arch).usage
         assert len(usage) >= 3
         for kernel in usage:
             assert kernel.spill_nbytes == 0
@@ -266,7 +283,8 @@ def test_the_pools_kernels_compile_and_spill_nothing(source, slab):
 
 
 def test_the_command_prints_registers_and_spills(capsys, tmp_path):
-    assert main(["compile", "--arch", "80", "--head-dim", "64", "--json", str(tmp_path / "table.json")]) == 0
+    options = ["--arch", "80", "--head-dim", "64", "--dtype", "float16", "--json", str(tmp_path / "table.json")]
+    assert main(["compile", *options]) == 0
     out = capsys.readouterr().out
     assert "kvt_decode" in out
     assert "regs  spills" in out
