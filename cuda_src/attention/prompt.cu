@@ -219,7 +219,7 @@ class Consumer {
     return tile * kKeys < full_begin_ || (tile + 1) * kKeys > full_end_;
   }
 
-  // cap_outer * tanh(cap_inner * x), as cap_outer * (1 - 2 / (exp(2 * cap_inner * x) + 1)): within 1e-6 of the cap.
+  // cap_outer * tanh(cap_inner * x), as cap_outer * (1 - 2 / (exp(2 * cap_inner * x) + 1)): within 2e-6 of the cap.
   __device__ __forceinline__ float capped(float x) const {
     const float below = ptx::reciprocal(ptx::exp2(2.0f * kLog2E * p_.cap_inner * x) + 1.0f);
     return fmaf(-2.0f * p_.cap_outer, below, p_.cap_outer);
