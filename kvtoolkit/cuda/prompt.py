@@ -70,7 +70,7 @@ class PromptSizes(NamedTuple):
     """``Halves`` of prompt/item.cuh."""
     ctas: int
     blocks: int
-    """Of 128 query rows, at most, for each kv head."""
+    """Blocks of 128 query rows for each kv head, at most."""
     max_items: int
     slots: int
     """Parts of items, at most, for each kv head."""

@@ -4,8 +4,8 @@
 // the 128-byte swizzle of tensor copies: a lane has 8 neighbouring dims of a key, which are 16 bytes of a row, and 8
 // neighbouring tokens of a dim of the values, which stmatrix turns into rows.
 //
-// Numerics: codes are exact. What a code stands for is rounded to scalar_t; in bfloat16 scales and zeros are two numbers
-//           each, since one would be off by as much as that rounding.
+// Numerics: codes are exact. Keys and values made from them are rounded to scalar_t. In bfloat16 a scale or a zero is
+//           the sum of two numbers, because the rounding of a single one would add an error as large as that.
 #pragma once
 
 #include <kvt/attention/prompt/shape.cuh>
