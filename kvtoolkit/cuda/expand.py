@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from kvtoolkit.arrays.call import QuantizedTiers
 from kvtoolkit.arrays.host import Operand
 from kvtoolkit.cuda import specs
 from kvtoolkit.cuda.launching import Launch, load_spec
@@ -25,13 +26,14 @@ def list_width(max_entries: int, max_seq_len: int | None) -> int:
 
 def make_granules(
     address: int, block_table: Operand, block_starts: Operand, seq_lens: Operand, width: int,
-    first_granules: tuple[int, int, int] = (0, 0, 0),
+    tiers: QuantizedTiers | None = None,
 ) -> Granules:  # fmt: skip
     """The launch that fills ``4 * batch * width`` bytes at an address with the list; nothing is launched yet.
 
     Args:
-        first_granules: of each tier; see `QuantizedTiers`.
+        tiers: those that entries may be in besides the hot one; None = all entries are hot.
     """
+    first_granules = (0, 0, 0) if tiers is None else tiers.first_granules
     batch, max_entries = block_table.shape
     parameters = _params.pack(
         block_table.address, block_starts.address, seq_lens.address, address, block_table.strides[0],

@@ -222,8 +222,7 @@ def attend(
     step = scratch.step if owner is None else owner.data.ptr
     ids = call.block_table
     if call.block_starts is not None:
-        first = call.tiers.first_granules if call.tiers else (0, 0, 0)
-        granules = make_granules(step, call.block_table, call.block_starts, call.seq_lens, width, first)
+        granules = make_granules(step, call.block_table, call.block_starts, call.seq_lens, width, call.tiers)
         granules.launch.run(stream)
         ids = granules.table
     plan_launch(call, sizes, step + list_at).run(stream)

@@ -142,16 +142,9 @@ def attend(call: AttentionCall, hints: Hints, words: tuple[int, ...], *, stream:
 
 
 def attend_prepared(
-    prepared: SharedAttention,
-    q: int,
-    k_cache: int,
-    v_cache: int,
-    out: int,
-    *,
-    warm: int = 0,
-    cold: int = 0,
+    prepared: SharedAttention, q: int, k_cache: int, v_cache: int, out: int, *, warm: int = 0, cold: int = 0,
     stream: int,
-) -> None:
+) -> None:  # fmt: skip
     """Attend once more where only these addresses differ; see `kvtoolkit.cuda.attention.attend_prepared`."""
     attention, merge = prepared.attention, prepared.merge
     if prepared.gather is not None:
@@ -210,8 +203,7 @@ def _plan(call: AttentionCall, order: Operand | None, at: _Layout, width: int) -
     launches = []
     ids = call.block_table
     if call.block_starts is not None:
-        first = call.tiers.first_granules if call.tiers else (0, 0, 0)
-        granules = make_granules(at.ids, call.block_table, call.block_starts, call.seq_lens, width, first)
+        granules = make_granules(at.ids, call.block_table, call.block_starts, call.seq_lens, width, call.tiers)
         launches.append(granules.launch)
         ids = granules.table
     ids_row, multiple = ids.strides[0], 1 if call.tiers is None else MAX_BLOCK_GRANULES

@@ -173,7 +173,7 @@ def test_both_ways_to_list_granules_name_the_same(monkeypatch, rows, data):
     address = memory.ctypes.data + -memory.ctypes.data % 16
     found = []
     for made in (
-        expand.make_granules(address, *arrays, width, first),
+        expand.make_granules(address, *arrays, width, QuantizedTiers(None, None, first)),
         units.make_units(address, *arrays, None, width, -1, 0, first),
     ):
         memory[:] = -7
