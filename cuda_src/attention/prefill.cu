@@ -152,12 +152,6 @@ class Rows {
     scalar_t::multiply_add(reinterpret_cast<float (&)[4]>(*c), a[0], a[1], a[2], a[3], b0, b1);
   }
 
-  // cap_outer * tanh(cap_inner * x), as cap_outer * (1 - 2 / (exp(2 * cap_inner * x) + 1)): within 2e-6 of the cap.
-  __device__ __forceinline__ float capped(float x) const {
-    const float below = ptx::reciprocal(ptx::exp2(2.0f * kLog2E * p_.cap_inner * x) + 1.0f);
-    return fmaf(-2.0f * p_.cap_outer, below, p_.cap_outer);
-  }
-
   // From products to scores that rows see; where there are rules to apply, in log2.
   __device__ __forceinline__ void apply_rules(const Item& item, int tile, int i, float (&s)[kKeys / 2]) const {
     const int first = tile * kKeys + 2 * (lane_id() & 3);
@@ -170,7 +164,7 @@ class Rows {
 #pragma unroll
         for (int j = 0; j < kKeys / 4; ++j) {
           float& x = s[(j >> 1) * 4 + 2 * r + (j & 1)];
-          x = p_.cap_outer == 0.0f ? x * p_.scale_log2 : capped(x);
+          x = p_.cap_outer == 0.0f ? x * p_.scale_log2 : capped(x, p_.cap_inner, p_.cap_outer);
           x -= slope * fabsf(ahead - static_cast<float>((j >> 1) * 8 + (j & 1)));
         }
       }
@@ -235,8 +229,6 @@ class Rows {
     }
   }
 
-  static constexpr int kMergedAtOnce = 4;
-
   // A part of an item leaves its sums in memory; the CTA that is the last to do so merges them, in order. Sums are as
   // threads hold them, 4 numbers of each thread side by side.
   struct Partial {
@@ -250,18 +242,11 @@ class Rows {
            threadIdx.x;
   }
 
-  // -> whether this CTA has the sums of all parts now. Many are merged in groups first, since one CTA that merges them
-  // all is what everything waits for.
+  // -> whether this CTA has the sums of all parts now.
   __device__ __forceinline__ bool merge_parts(const Item& item, SoftmaxRow (&rows)[kRowTiles][2]) {
-    const int parts = item.num_parts();
-    int in_group = kMergedAtOnce;
-    while (in_group * in_group < parts) ++in_group;
-    if (parts <= kMergedAtOnce) in_group = parts;
-    const int first = item.part() / in_group * in_group;
-    const int groups = (parts + in_group - 1) / in_group;
-    const int counter = groups > 1 ? item.slot + 1 + first / in_group : item.slot;
-    if (!merge_some(item, rows, item.part(), first, 1, min(in_group, parts - first), counter)) return false;
-    return groups == 1 || merge_some(item, rows, first, 0, in_group, groups, item.slot);
+    const MergeRounds rounds(item);
+    if (!merge_some(item, rows, item.part(), rounds.first, 1, rounds.count, rounds.counter)) return false;
+    return rounds.groups == 1 || merge_some(item, rows, rounds.first, 0, rounds.in_group, rounds.groups, item.slot);
   }
 
   // Leave this CTA's sums at `part`; the last to do so merges `count` from `first` on.

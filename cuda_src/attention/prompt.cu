@@ -219,19 +219,14 @@ class Consumer {
     return tile * kKeys < full_begin_ || (tile + 1) * kKeys > full_end_;
   }
 
-  // cap_outer * tanh(cap_inner * x), as cap_outer * (1 - 2 / (exp(2 * cap_inner * x) + 1)): within 2e-6 of the cap.
-  __device__ __forceinline__ float capped(float x) const {
-    const float below = ptx::reciprocal(ptx::exp2(2.0f * kLog2E * p_.cap_inner * x) + 1.0f);
-    return fmaf(-2.0f * p_.cap_outer, below, p_.cap_outer);
-  }
-
   // From products to scores that rows see; where there are rules to apply, in log2.
   template <bool kMayMask>
   __device__ __forceinline__ void apply_rules(const Item& item, int tile) {
     const int first = tile * kKeys + 2 * (lane_id() & 3);
     if (KVT_RULES) {
 #pragma unroll
-      for (int i = 0; i < kKeys / 2; ++i) s_[i] = KVT_RULES == 2 ? capped(s_[i]) : s_[i] * p_.scale_log2;
+      for (int i = 0; i < kKeys / 2; ++i)
+        s_[i] = KVT_RULES == 2 ? capped(s_[i], p_.cap_inner, p_.cap_outer) : s_[i] * p_.scale_log2;
       if (p_.alibi_slopes != nullptr) {
         const float ahead[2] = {
             static_cast<float>(position_of(item, 0) - first), static_cast<float>(position_of(item, 1) - first)};
@@ -384,8 +379,6 @@ class Consumer {
     }
   }
 
-  static constexpr int kMergedAtOnce = 4;
-
   // A part of an item leaves its sums in memory; the CTA that is the last to do so merges them, in order. A half's sums
   // are as its threads hold them, 4 numbers of each thread side by side.
   struct Partial {
@@ -399,18 +392,12 @@ class Consumer {
     return reinterpret_cast<float4*>(p_.partials + slot * Partial::kFloats) + group_ * 128 * Partial::kVectors + thread;
   }
 
-  // -> whether this CTA has the sums of all parts now. Many are merged in groups first, since one CTA that merges them
-  // all is what everything waits for.
+  // -> whether this CTA has the sums of all parts now.
   __device__ __forceinline__ bool merge_parts(const Item& item, bool has_rows, SoftmaxRow (&rows)[2]) {
-    const int parts = item.num_parts();
-    int in_group = kMergedAtOnce;
-    while (in_group * in_group < parts) ++in_group;
-    if (parts <= kMergedAtOnce) in_group = parts;
-    const int first = item.part() / in_group * in_group;
-    const int groups = (parts + in_group - 1) / in_group;
-    const int counter = groups > 1 ? item.slot + 1 + first / in_group : item.slot;
-    if (!merge_some(item, has_rows, rows, item.part(), first, 1, min(in_group, parts - first), counter)) return false;
-    return groups == 1 || merge_some(item, has_rows, rows, first, 0, in_group, groups, item.slot);
+    const MergeRounds rounds(item);
+    if (!merge_some(item, has_rows, rows, item.part(), rounds.first, 1, rounds.count, rounds.counter)) return false;
+    return rounds.groups == 1 ||
+           merge_some(item, has_rows, rows, rounds.first, 0, rounds.in_group, rounds.groups, item.slot);
   }
 
   // Leave this CTA's sums at `part`; the last to do so merges `count` from `first` on.

@@ -48,13 +48,6 @@ __device__ __forceinline__ unsigned select_or(unsigned a, unsigned mask, unsigne
   return word;
 }
 
-// mul.rn.f16x2
-__device__ __forceinline__ unsigned multiply_halves(unsigned a, unsigned b) {
-  unsigned product;
-  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
-  return product;
-}
-
 // fma.rn.f16x2: a b - c. If c is a b rounded, this is what the rounding lost.
 __device__ __forceinline__ unsigned multiply_subtract_halves(unsigned a, unsigned b, unsigned c) {
   unsigned rest;

@@ -30,6 +30,30 @@ struct Half {
     asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h; }" : "=f"(value) : "r"(packed));
     return value;
   }
+  // add.rn.f16x2
+  __device__ __forceinline__ static unsigned add_pairs(unsigned a, unsigned b) {
+    unsigned pair;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+    return pair;
+  }
+  // sub.rn.f16x2
+  __device__ __forceinline__ static unsigned subtract_pairs(unsigned a, unsigned b) {
+    unsigned pair;
+    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+    return pair;
+  }
+  // mul.rn.f16x2
+  __device__ __forceinline__ static unsigned multiply_pairs(unsigned a, unsigned b) {
+    unsigned pair;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+    return pair;
+  }
+  // fma.rn.f16x2: a b + c
+  __device__ __forceinline__ static unsigned multiply_add_pairs(unsigned a, unsigned b, unsigned c) {
+    unsigned pair;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(a), "r"(b), "r"(c));
+    return pair;
+  }
   // mma.sync.m16n8k16: c += a b
   __device__ __forceinline__ static void multiply_add(
       float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
@@ -52,6 +76,30 @@ struct BFloat16 {
   }
   __device__ __forceinline__ static float low(unsigned packed) { return __uint_as_float(packed << 16); }
   __device__ __forceinline__ static float high(unsigned packed) { return __uint_as_float(packed & 0xFFFF0000u); }
+  // add.rn.bf16x2, sm_90
+  __device__ __forceinline__ static unsigned add_pairs(unsigned a, unsigned b) {
+    unsigned pair;
+    asm("add.rn.bf16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+    return pair;
+  }
+  // sub.rn.bf16x2, sm_90
+  __device__ __forceinline__ static unsigned subtract_pairs(unsigned a, unsigned b) {
+    unsigned pair;
+    asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+    return pair;
+  }
+  // mul.rn.bf16x2, sm_90
+  __device__ __forceinline__ static unsigned multiply_pairs(unsigned a, unsigned b) {
+    unsigned pair;
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+    return pair;
+  }
+  // fma.rn.bf16x2: a b + c
+  __device__ __forceinline__ static unsigned multiply_add_pairs(unsigned a, unsigned b, unsigned c) {
+    unsigned pair;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(a), "r"(b), "r"(c));
+    return pair;
+  }
   // mma.sync.m16n8k16: c += a b
   __device__ __forceinline__ static void multiply_add(
       float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {

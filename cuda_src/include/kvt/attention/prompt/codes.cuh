@@ -12,30 +12,28 @@
 #include <kvt/base/scalar.cuh>
 #include <kvt/ptx/codes.cuh>
 #include <kvt/ptx/matrix.cuh>
-#include <kvt/ptx/pairs.cuh>
 
 namespace kvt {
 
 #if KVT_BF16
-using Pair = ptx::BFloat16Pair;
 constexpr unsigned kMagic = 0x43004300u;  // 128: its last bits count ones
 #else
-using Pair = ptx::HalfPair;
 constexpr unsigned kMagic = 0x64006400u;  // 1024
 #endif
 
 // The lowest nibble of each 16-bit half as a number, less what `minus` has more than kMagic.
 __device__ __forceinline__ unsigned nibbles_of(unsigned halves, unsigned minus) {
-  return Pair::subtract(ptx::select_or(halves, 0x000F000Fu, kMagic), minus);
+  return scalar_t::subtract_pairs(ptx::select_or(halves, 0x000F000Fu, kMagic), minus);
 }
 
 // Two bytes, each in a 16-bit half, minus 128.
 __device__ __forceinline__ unsigned bytes_of(unsigned halves) {
 #if KVT_BF16
   // 128 + the lower 7 bits, minus 128 where the highest bit is set, else minus 256
-  return Pair::subtract(ptx::select_or(halves, 0x007F007Fu, kMagic), ptx::select_or(~halves, 0x00800080u, kMagic));
+  return scalar_t::subtract_pairs(
+      ptx::select_or(halves, 0x007F007Fu, kMagic), ptx::select_or(~halves, 0x00800080u, kMagic));
 #else
-  return Pair::subtract(halves | kMagic, 0x64806480u);  // 1152
+  return scalar_t::subtract_pairs(halves | kMagic, 0x64806480u);  // 1152
 #endif
 }
 
@@ -55,13 +53,13 @@ struct Parts {
 };
 
 __device__ __forceinline__ unsigned multiply(unsigned codes, const Parts& scale) {
-  if (!KVT_BF16) return Pair::multiply(codes, scale.high);
-  return Pair::multiply_add(codes, scale.high, Pair::multiply(codes, scale.rest));
+  if (!KVT_BF16) return scalar_t::multiply_pairs(codes, scale.high);
+  return scalar_t::multiply_add_pairs(codes, scale.high, scalar_t::multiply_pairs(codes, scale.rest));
 }
 
 __device__ __forceinline__ unsigned multiply_add(unsigned codes, const Parts& scale, const Parts& zero) {
-  const unsigned sum = Pair::multiply_add(codes, scale.high, zero.high);
-  return KVT_BF16 ? Pair::add(sum, Pair::multiply_add(codes, scale.rest, zero.rest)) : sum;
+  const unsigned sum = scalar_t::multiply_add_pairs(codes, scale.high, zero.high);
+  return KVT_BF16 ? scalar_t::add_pairs(sum, scalar_t::multiply_add_pairs(codes, scale.rest, zero.rest)) : sum;
 }
 
 // What an address is XORed with to go to a token and a unit of 8 dims whose numbers differ in these bits. Rows of a

@@ -108,6 +108,28 @@ struct alignas(64) Item {
   }
 };
 
+// How the parts of an item are merged. Many are merged in groups first, because everything waits for the CTA that merges
+// last.
+struct MergeRounds {
+  static constexpr int kAtOnce = 4;
+
+  int in_group;  // parts of a group; all, where there are few
+  int groups;
+  int first;    // part of this part's group
+  int count;    // of its parts
+  int counter;  // of arrivals in it
+
+  __device__ __forceinline__ explicit MergeRounds(const Item& item) : in_group(kAtOnce) {
+    const int parts = item.num_parts();
+    while (in_group * in_group < parts) ++in_group;
+    if (parts <= kAtOnce) in_group = parts;
+    first = item.part() / in_group * in_group;
+    groups = (parts + in_group - 1) / in_group;
+    count = min(in_group, parts - first);
+    counter = groups > 1 ? item.slot + 1 + first / in_group : item.slot;
+  }
+};
+
 // The keys that the rows of an item see.
 __device__ __forceinline__ KeyRange
 keys_of_item(const Halves& halves, int left, int right, int seq_len, int num_queries, int first_half) {

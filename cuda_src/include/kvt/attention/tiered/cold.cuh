@@ -55,8 +55,8 @@ __device__ __forceinline__ void attend_cold(
         Half::multiply_add(of_zeros[r], zero.x, zero.x, zero.y, zero.y, q.x, q.y);
         Half::multiply_add(of_zeros[r], zero.z, zero.z, zero.w, zero.w, q.z, q.w);
         uint4 b{
-            ptx::multiply_halves(q.x, scale.x), ptx::multiply_halves(q.y, scale.y), ptx::multiply_halves(q.z, scale.z),
-            ptx::multiply_halves(q.w, scale.w)};
+            Half::multiply_pairs(q.x, scale.x), Half::multiply_pairs(q.y, scale.y), Half::multiply_pairs(q.z, scale.z),
+            Half::multiply_pairs(q.w, scale.w)};
         const uint4 c{
             ptx::multiply_subtract_halves(q.x, scale.x, b.x), ptx::multiply_subtract_halves(q.y, scale.y, b.y),
             ptx::multiply_subtract_halves(q.z, scale.z, b.z), ptx::multiply_subtract_halves(q.w, scale.w, b.w)};
