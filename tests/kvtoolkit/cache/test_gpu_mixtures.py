@@ -54,24 +54,24 @@ class Mixtures:
             step.attend(layer, self.q[layer, :used], out=self.out[layer, :used])
 
     def check(self, counts):
-        """An eager step and a replay with as many new tokens in each row; the replay's are kept."""
+        """The new tokens of one step, run eagerly and by a replay. A step of its own might find tokens in other tiers."""
         used = int(np.sum(counts))
         assert used <= self.tokens
         self.new.normal_()
         self.q.normal_()
         found = []
-        for is_replayed in (False, True):
-            self.out.fill_(float("nan"))
-            with self.cache.begin_step(self.ids, counts) as step:
-                assert step.ok.all()
+        with self.cache.begin_step(self.ids, counts) as step:
+            assert step.ok.all()
+            for is_replayed in (False, True):
+                self.out.fill_(float("nan"))
                 if is_replayed:
                     self.fixed.load(step)
                     self.graph.replay()
-                    self.cache.end_step(step)
                 else:
                     self.run(step, used)
                     self.torch.cuda.synchronize()
-            found.append(self.out[:, :used].clone())
+                found.append(self.out[:, :used].clone())
+            self.cache.end_step(step)
         assert not found[1].isnan().any()
         self.compare(*found)
 
