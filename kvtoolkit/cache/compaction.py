@@ -22,8 +22,16 @@ _LEAST_LOOKED_AT = 4096
 """Entries of the block table that every call looks at; a larger budget adds more."""
 
 
+def compact_all(groups: list[CacheGroup], max_tokens: int) -> int:
+    """`compact` in each group, until ``max_tokens`` are copied."""
+    copied = 0
+    for group in groups:
+        copied += compact(group, max_tokens - copied)
+    return copied
+
+
 def compact(group: CacheGroup, max_tokens: int) -> int:
-    """See `KVCache.compact`; the caller holds the lock."""
+    """Compact one group; see `KVCache.compact`. The caller holds the lock."""
     before = group.counters.copied_tokens
     if 64 not in group.blocks.allocator.block_sizes or max_tokens < 64:
         return 0

@@ -14,12 +14,14 @@ from kvtoolkit.cache.state.block_table import (
     CLOSED,
     END_EXTRA,
     FIRST_EXTRA,
+    GENERATION,
     LENGTH,
     NUM_ENTRIES,
     PREEMPTED,
     ROOT_OF,
     STATE,
     BlockTable,
+    first_held,
 )
 from kvtoolkit.cache.state.identity import Identities, roots_of
 from kvtoolkit.cache.state.prefix_index import (
@@ -62,13 +64,19 @@ _FAULTS = (
 
 def check(state: "CacheState") -> None:
     """See `KVCache.check_integrity`; the caller holds the lock."""
-    table, blocks = state.group.table, state.group.blocks
-    require_rows(table, blocks)
-    require_index(blocks)
-    require_identities(table, blocks, state.identities)
-    for tier, allocator in enumerate(blocks.allocators):
-        if allocator is not None:
-            _require_tier(blocks, tier, allocator)
+    table = state.group.table
+    for group in state.groups:
+        require_rows(group.table, group.blocks, has_window=group.layers.span != 0)
+        require_index(group.blocks)
+        for tier, allocator in enumerate(group.blocks.allocators):
+            if allocator is not None:
+                _require_tier(group.blocks, tier, allocator)
+        columns = [GENERATION, STATE, LENGTH]
+        require(
+            np.array_equal(group.table.info[:, columns], table.info[:, columns]),
+            "cache: a row has another id, state or length in one group of layers than in the first",
+        )
+    require_identities(table, state.group.blocks, state.identities)
     states = table.info[:, STATE]
     require(
         np.array_equal(np.sort(state.closed_rows), np.flatnonzero(states == CLOSED)),
@@ -80,9 +88,9 @@ def check(state: "CacheState") -> None:
     )
 
 
-def require_rows(table: BlockTable, blocks: "BlockManager") -> None:
+def require_rows(table: BlockTable, blocks: "BlockManager", *, has_window: bool = False) -> None:
     """IntegrityError unless rows are well formed and reference counts are the number of rows that hold a granule."""
-    require_well_formed(table, blocks)
+    require_well_formed(table, blocks, has_window=has_window)
     counted = np.zeros(blocks.num_granules, np.int32)
     _count(table, counted)
     require(
@@ -92,10 +100,13 @@ def require_rows(table: BlockTable, blocks: "BlockManager") -> None:
     require(not fault, f"cache: row {row} {_FAULTS[fault]}")
 
 
-def require_well_formed(table: BlockTable, blocks: "BlockManager") -> None:
-    """IntegrityError unless every row names granules that exist, each once, as its figures say."""
+def require_well_formed(table: BlockTable, blocks: "BlockManager", *, has_window: bool = False) -> None:
+    """IntegrityError unless every row names granules that exist, each once, as its figures say.
+
+    With ``has_window`` a row may have let go of its first granules.
+    """
     ends = np.array([*blocks.first[1:], blocks.num_granules], np.int32)
-    fault, row = _check_rows(table, blocks.granules, ends, np.full(blocks.num_granules, -1, np.int32))
+    fault, row = _check_rows(table, blocks.granules, ends, np.full(blocks.num_granules, -1, np.int32), has_window)
     require(not fault, f"cache: row {row} {_FAULTS[fault]}")
 
 
@@ -172,12 +183,16 @@ def _require_tier(blocks: "BlockManager", tier: int, allocator: BlockAllocator) 
 
 
 @jit
-def _check_rows(table: BlockTable, granules: GranuleState, ends: Int32Array, seen: Int32Array) -> Any:
+def _check_rows(table: BlockTable, granules: GranuleState, ends: Int32Array, seen: Int32Array, has_window: bool) -> Any:
     """``(fault, row)`` of the first row that is not well formed, or ``(0, 0)``. ``seen`` must be -1 everywhere."""
     for row in range(len(table.info)):
         count, expected, quantized_end = table.info[row, NUM_ENTRIES], 0, 0
         if count < 0 or count > table.entries.shape[1]:
             return 1, row
+        if has_window:
+            expected = first_held(table, row)
+            if expected < 0 or 8 * expected > table.info[row, LENGTH]:
+                return 3, row
         for e in range(count):
             entry = table.entries[row, e]
             if entry < 0:
@@ -205,7 +220,7 @@ def _check_rows(table: BlockTable, granules: GranuleState, ends: Int32Array, see
             return 8, row
         state, length = table.info[row, STATE], table.info[row, LENGTH]
         if state in (CLOSED, PREEMPTED):
-            if count > 0:
+            if count > 0 or expected > 0:
                 return 9, row
         elif length < 0 or length > 8 * expected:
             return 10, row

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from allocators._calls import exclusive, exclusive_or_later
 from kvtoolkit.arrays.types import ArrayLike, Int32Array, Int64Array
-from kvtoolkit.cache import compaction, integrity, preemption, sharing, snapshot
+from kvtoolkit.cache import compaction, group_steps, integrity, preemption, sharing, snapshot
 from kvtoolkit.cache.grants import BlockGranter
+from kvtoolkit.cache.group_steps import GroupSteps
 from kvtoolkit.cache.lease import Lease
 from kvtoolkit.cache.shared_allocator import SharedAllocator
 from kvtoolkit.cache.state import block_table, repair, step_passes
@@ -38,7 +39,6 @@ from kvtoolkit.cache.state.sizes import require_tables_fit
 from kvtoolkit.cache.state.step_arrays import SpareArrays
 from kvtoolkit.cache.stats import CacheStats, collect
 from kvtoolkit.cache.step import Step
-from kvtoolkit.cache.storage.arenas import Arenas
 from kvtoolkit.cache.storage.upload import make_upload
 from kvtoolkit.cache.tiering import rules
 from kvtoolkit.cache.tiering.demoter import Demoter
@@ -82,7 +82,11 @@ class KVCache:
         self._most_tokens_of_one = config.seq_len_limit
         self._most_new_tokens = max(_LEAST_TOKENS_REFUSED, 16 * 8 * config.num_granules)
         self._upload = make_upload(config.backend, self._group.storage.device)
-        self._arenas = Arenas(self._group.storage, config.dtype, config.backend)
+        self._arenas = group_steps.arenas_of(config, self._group)
+        self._group_steps: list[GroupSteps] | None = None
+        if config.is_grouped:
+            first = GroupSteps(self._group, self._arenas, self._granter, self._arrays)
+            self._group_steps = [first, *(group_steps.make(config, group) for group in self._state.others)]
         hot = self._group.blocks.allocator
         is_on_device = isinstance(hot, DevicePool)  # kernels take blocks of it, too
         self._allocator = hot if is_on_device else SharedAllocator(self._group.blocks.ledger, self._calls)
@@ -133,7 +137,7 @@ class KVCache:
         found = np.empty(max((len(prompt) for prompt in tokens), default=0) // 8 + 1, np.int32)
         for i, (row, prompt) in enumerate(zip(opened, tokens, strict=True)):
             most = max(0, (min(len(prompt), self.config.seq_len_limit) - 1) // 8)
-            most = most if self.config.prefix_caching else 0
+            most = most if self.config.finds_prefixes else 0
             keys = state.identities.extras[origins[i, FIRST_EXTRA] : origins[i, END_EXTRA]]
             count = match(nodes, origins[i, ROOT_OF], keys, prompt, most, found)
             count = reusable_length(nodes, granules, found, count, state.takes_quantized)
@@ -206,10 +210,15 @@ class KVCache:
             raise ArgumentError(
                 f"num_new_tokens: expected at most {self._most_new_tokens} in all, 16 times the pool, got {total}"
             )
+        if self._group_steps is not None:
+            parts = group_steps.begin(self._state, self._group_steps, ids, counts, total, self._most_tokens_of_one)
+            step = Step(self, ids, parts[0].arrays, total, parts[0].mark, parts)
+            self._state.register_handle(step, step._mark)
+            return step
         table, arrays = self._group.table, self._arrays.take(batch, total)
         arrays.counts[:batch] = counts
-        code, where, num_need, num_merge, width, mark = step_passes.begin(
-            table, arrays, ids, self._most_tokens_of_one, self._group.blocks.policy.merges
+        code, where, num_need, num_merge, width, mark, _ = step_passes.begin(
+            table, arrays, ids, self._most_tokens_of_one, self._group.blocks.policy.merges, 0
         )
         if code:
             self._arrays.give_back(arrays, batch, total)
@@ -256,6 +265,10 @@ class KVCache:
             rules.note_masses(table, step._arrays, batch, masses, period)
         num_freed = 0
         self._end(step)
+        if step._parts is not None:
+            group_steps.end(step._parts, batch, step._num_tokens)
+            self._state.counters.num_steps += 1
+            return
         if tokens is None or not self.config.prefix_caching:
             step_passes.advance(table, step._arrays, batch, step._mark)
         else:
@@ -273,6 +286,9 @@ class KVCache:
         self._require_own(step)
         self._end(step)
         batch = len(step.seq_ids)
+        if step._parts is not None:
+            group_steps.abort(step._parts, batch, step._num_tokens)
+            return
         step_passes.reopen(self._group.table, step._arrays, batch, step._mark)
         self._arrays.give_back(step._arrays, batch, step._num_tokens)
 
@@ -336,7 +352,8 @@ class KVCache:
             new_lens: ``[batch]`` integers, 0 to the present length.
 
         Raises:
-            ArgumentError: a length is out of range.
+            ArgumentError: a length is out of range, or layers with a window have let go of tokens that the next one
+                would see there. Right after a step this is never so, if no sequence ends up shorter than before it.
             SequenceError: an id is not that of an open sequence.
             CacheFullError: a partly kept granule is shared or quantized, and there is no block for a copy; nothing was
                 truncated.
@@ -348,6 +365,7 @@ class KVCache:
         if len(bad):
             i = int(bad[0])
             raise ArgumentError(f"new_lens[{i}]: expected 0 to {lengths[i]}, the present length, got {targets[i]}")
+        sharing.require_past(self._state, batch, targets)
         sharing.truncate(self._state, batch, targets)
 
     # -- leases, preemption ------------------------------------------------------------------------------------------
@@ -447,11 +465,11 @@ class KVCache:
             max_tokens: budget, the most tokens to copy.
 
         Returns:
-            The number of tokens copied.
+            The number of tokens copied; with several groups of layers, of all groups.
         """
         if isinstance(max_tokens, bool) or not isinstance(max_tokens, int | np.integer) or max_tokens < 0:
             raise ArgumentError(f"max_tokens: expected a number of tokens, got {max_tokens!r}")
-        return compaction.compact(self._group, int(max_tokens))
+        return compaction.compact_all(self._state.groups, int(max_tokens))
 
     def sync(self) -> None:
         """Wait until the device has finished all work on the current stream; does nothing on the CPU."""
@@ -538,10 +556,11 @@ class KVCache:
 
     @property
     def allocator(self) -> Any:
-        """The allocator of the hot tier. Blocks that a caller takes from it belong to the caller, who must free them.
+        """The allocator of the hot tier; with ``layer_groups``, of the first group.
 
-        With ``lockfree`` on a GPU it is a `DevicePool`, and kernels can take blocks from ``allocator.memory``. They get
-        granule numbers, which are indices into `key_cache` and `value_cache`.
+        Blocks that a caller takes from it belong to the caller, who must free them. With ``lockfree`` on a GPU it is a
+        `DevicePool`, and kernels can take blocks from ``allocator.memory``. They get granule numbers, which are indices
+        into `key_cache` and `value_cache`.
         """
         return self._allocator
 
@@ -551,19 +570,19 @@ class KVCache:
         It is a NumPy array, or on a GPU a CuPy array, of which ``torch.from_dlpack`` makes a tensor.
         """
         self._arenas.require_layer(layer)
-        return self._group.storage.key_values[layer, 0]
+        return self._state.key_values_of(layer)[0]
 
     def value_cache(self, layer: int) -> Any:
         """The hot values of a layer, in the form of `key_cache`."""
         self._arenas.require_layer(layer)
-        return self._group.storage.key_values[layer, 1]
+        return self._state.key_values_of(layer)[1]
 
     def tier_caches(self, layer: int) -> TierCaches:
         """The arrays of a layer, all tiers, in the form that `kvtoolkit.tiered_attention` takes. Views, not copies."""
         self._arenas.require_layer(layer)
         storage = self._group.storage
         warm, cold = (None if one is None else one[layer] for one in (storage.warm, storage.cold))
-        hot = storage.key_values[layer]
+        hot = self._state.key_values_of(layer)
         return TierCaches(hot[0], hot[1], warm, cold, storage.first)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:

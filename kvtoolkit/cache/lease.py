@@ -20,6 +20,8 @@ class Lease:
             only `KVCache.lengths` accepts the ids.
         starts: ``[n]`` int32 first granule of each run held, row after row.
         sizes: ``[n]`` int32 granules of each run.
+
+    With several groups of layers, all are held, and the runs are those of the first.
     """
 
     def __init__(self, state: CacheState, held: Int32Array) -> None:
@@ -31,12 +33,14 @@ class Lease:
         entries = [table.entries[row, : table.info[row, NUM_ENTRIES]] for row in held]
         self.starts, self.sizes, _ = unpack_entries(np.concatenate([np.empty(0, np.int32), *entries]))
         self._mark = pin(table, held)
+        state.follow(held)
 
     @exclusive
     def commit(self) -> Int64Array:
         """Make open sequences of what is held, as a fork would have; returns ``seq_ids``."""
         self._end()
         self._state.group.table.info[self._rows, STATE] = OPEN
+        self._state.follow(self._rows)
         return self.seq_ids
 
     @exclusive_or_later

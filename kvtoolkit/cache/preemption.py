@@ -1,5 +1,6 @@
 """Preemption: free the memory of sequences, and bring the sequences back."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,7 @@ from kvtoolkit.arrays.types import Int32Array, Int64Array
 from kvtoolkit.cache.state import block_table, returning
 from kvtoolkit.cache.state.block_manager import BlockManager, Runs, granules_of
 from kvtoolkit.cache.state.block_table import LENGTH, OPEN, ROOT_OF, STATE
+from kvtoolkit.cache.state.cache_group import CacheGroup
 from kvtoolkit.cache.state.cache_state import CacheState, Preempted
 from kvtoolkit.cache.state.host_copies import Copy, copy_tiers, numbers_of
 from kvtoolkit.cache.state.prefix_index import BROKEN, reusable_length
@@ -17,18 +19,18 @@ from kvtoolkit.formats.entry import MAX_BLOCK_GRANULES, TIER_HOT
 
 def preempt(state: CacheState, batch: Int32Array, to: str) -> None:
     """Drop what rows hold, or copy it to the host; see `KVCache.preempt`."""
-    blocks, table = state.group.blocks, state.group.table
-    saved = {row: _save(state, row, to) for row in batch.tolist()}
+    saved = {row: _save(state.group, row, to, state.others) for row in batch.tolist()}
     state.tick()
     state.preempted = state.preempted | saved
-    num_freed = block_table.preempt_rows(table, batch, to == "drop", blocks.holdings)
+    for group in state.groups:
+        num_freed = block_table.preempt_rows(group.table, batch, to == "drop", group.blocks.holdings)
+        group.blocks.free_listed(num_freed)
     state.counters.num_preempted += len(batch)
-    blocks.free_listed(num_freed)
 
 
-def _save(state: CacheState, row: int, to: str) -> Preempted:
-    """Save what a row needs to come back; the row stays as it is."""
-    nodes, table = state.group.blocks.nodes, state.group.table
+def _save(group: CacheGroup, row: int, to: str, others: Sequence[CacheGroup] = ()) -> Preempted:
+    """Save what a row needs to come back, in this group and the others; the row stays as it is."""
+    nodes, table = group.blocks.nodes, group.table
     length = int(table.info[row, LENGTH])
     used = -(-length // 8)
     chain, uids = np.empty(used, np.int32), np.empty(used, np.int64)
@@ -36,10 +38,12 @@ def _save(state: CacheState, row: int, to: str) -> Preempted:
     chain, uids = chain[:count], uids[:count]
     if to == "drop":
         return Preempted(chain, uids, None, np.empty((0, 9), np.int64))
-    held = np.empty(used, np.int32)
-    block_table.list_granules(table, row, used, held)
-    copies = state.group.copies.save(held, length // 8)
-    return Preempted(chain[:0], uids[:0], copies, nodes.tokens[chain])
+    first = min(int(block_table.first_held(table, row)), used)
+    held = np.empty(used - first, np.int32)
+    block_table.list_granules(table, row, len(held), held)
+    copies = group.copies.save(held, max(0, length // 8 - first))
+    parts = tuple(_save(other, row, to) for other in others)
+    return Preempted(chain[:0], uids[:0], copies, nodes.tokens[chain], first, parts)
 
 
 def restore(state: CacheState, batch: Int32Array, keep_free: int) -> NDArray[np.bool_]:
@@ -54,18 +58,37 @@ def restore(state: CacheState, batch: Int32Array, keep_free: int) -> NDArray[np.
 def _restore(state: CacheState, row: int, keep_free: int) -> bool:
     """Bring one row back; False if there is no memory for it."""
     saved = state.preempted[row]
-    if saved.copies is None:
-        is_back = _restore_dropped(state, row, saved, keep_free)
+    # the first group comes last, because a row is open once it is back there
+    for group, part in zip(state.others, saved.others, strict=False):
+        if not _restore_copied(group, row, part, _keep_free_of(group, keep_free)):
+            break
     else:
-        is_back = _restore_copied(state, row, saved, saved.copies, keep_free)
-    if is_back:
-        state.group.update_peak()
-    return is_back
+        if saved.copies is None:
+            is_back = _restore_dropped(state, row, saved, keep_free)
+        else:
+            is_back = _restore_copied(state.group, row, saved, _keep_free_of(state.group, keep_free))
+        if is_back:
+            state.follow(np.array([row], np.int32))
+            for group in state.groups:
+                group.update_peak()
+            return True
+    for group in state.others:
+        num_freed = block_table.preempt_rows(group.table, np.array([row], np.int32), False, group.blocks.holdings)
+        group.blocks.free_listed(num_freed)
+    return False
+
+
+def _keep_free_of(group: CacheGroup, keep_free: int) -> int:
+    """The tokens of ``keep_free`` for which a group needs room; one with a window frees its past in return."""
+    span = abs(group.layers.span)
+    return min(keep_free, span) if span else keep_free
 
 
 def _restore_dropped(state: CacheState, row: int, saved: Preempted, keep_free: int) -> bool:
     """Let a row hold the prefix of it that is still cached; False if ``keep_free`` leaves no room for it."""
     blocks, table = state.group.blocks, state.group.table
+    if keep_free and not all(one.blocks.can_have(-(-_keep_free_of(one, keep_free) // 8)) for one in state.others):
+        return False
     lost = np.flatnonzero(blocks.nodes.uid[saved.nodes] != saved.uids)
     count = int(lost[0]) if len(lost) else len(saved.nodes)
     count = int(reusable_length(blocks.nodes, blocks.granules, saved.nodes, count, state.takes_quantized))
@@ -96,30 +119,31 @@ class _Return:
     runs: Runs
 
 
-def _restore_copied(state: CacheState, row: int, saved: Preempted, copies: tuple[Copy, ...], keep_free: int) -> bool:
+def _restore_copied(group: CacheGroup, row: int, saved: Preempted, keep_free: int) -> bool:
     """Let a row hold the granules of it that are still in the pool, and fresh ones filled from copies for the rest.
 
     The granules still in the pool may keep blocks from being freed that the rest needs. If so, the row gets only fresh
     granules.
     """
-    num_full = int(state.group.table.info[row, LENGTH]) // 8
-    found, tiers = _find(state, row, saved, copies, num_full), copy_tiers(copies)
-    if _restore_with(state, row, saved, copies, _Return(found, found < 0, tiers, []), keep_free):
+    copies = saved.copies or ()
+    num_full = max(0, int(group.table.info[row, LENGTH]) // 8 - saved.first)
+    found, tiers = _find(group, row, saved, copies, num_full), copy_tiers(copies)
+    if _restore_with(group, row, saved, copies, _Return(found, found < 0, tiers, []), keep_free):
         return True
     nothing = np.full(len(found), -1, np.int32)
     is_other = bool((found >= 0).any())
-    return is_other and _restore_with(state, row, saved, copies, _Return(nothing, nothing < 0, tiers, []), keep_free)
+    return is_other and _restore_with(group, row, saved, copies, _Return(nothing, nothing < 0, tiers, []), keep_free)
 
 
 def _restore_with(
-    state: CacheState, row: int, saved: Preempted, copies: tuple[Copy, ...], back: _Return, keep_free: int
+    group: CacheGroup, row: int, saved: Preempted, copies: tuple[Copy, ...], back: _Return, keep_free: int
 ) -> bool:
     """Let a row hold what ``back`` says; False, with nothing done, if there is no memory for it."""
-    blocks, num_full = state.group.blocks, int(state.group.table.info[row, LENGTH]) // 8
+    blocks, num_full = group.blocks, max(0, int(group.table.info[row, LENGTH]) // 8 - saved.first)
     held = back.granules[~back.is_fresh]
     returning.incref_listed(blocks.granules, held)  # so that nothing of it is evicted to make room for the rest
-    if _allocate(blocks, back, keep_free) and _fill(state, back, copies):
-        num_freed = _attach(state, row, saved, back, numbers_of(copies)[:num_full])
+    if _allocate(blocks, back, keep_free) and _fill(group, back, copies):
+        num_freed = _attach(group, row, saved, back, numbers_of(copies)[:num_full])
         if num_freed >= 0:
             blocks.free_listed(num_freed)
             return True
@@ -129,17 +153,17 @@ def _restore_with(
     return False
 
 
-def _tokens_of(state: CacheState, row: int, saved: Preempted) -> tuple[int, Int64Array]:
+def _tokens_of(group: CacheGroup, row: int, saved: Preempted) -> tuple[int, Int64Array]:
     """The root of a row in the index, and its tokens there, which are empty if its prefixes were cleared meanwhile."""
-    is_known = state.group.table.chain[row] != BROKEN
-    return int(state.group.table.origin[row, ROOT_OF]), saved.tokens if is_known else saved.tokens[:0]
+    is_known = group.table.chain[row] != BROKEN
+    return int(group.table.origin[row, ROOT_OF]), saved.tokens if is_known else saved.tokens[:0]
 
 
-def _find(state: CacheState, row: int, saved: Preempted, copies: tuple[Copy, ...], num_full: int) -> Int32Array:
+def _find(group: CacheGroup, row: int, saved: Preempted, copies: tuple[Copy, ...], num_full: int) -> Int32Array:
     """``[n]`` granules of the pool that hold a row's tokens: those that were copied, else those in the index, or -1."""
-    blocks, tiers = state.group.blocks, copy_tiers(copies)
-    found = state.group.copies.find(copies, num_full)
-    root_uid, tokens = _tokens_of(state, row, saved)
+    blocks, tiers = group.blocks, copy_tiers(copies)
+    found = group.copies.find(copies, num_full)
+    root_uid, tokens = _tokens_of(group, row, saved)
     returning.find_tokens(blocks.nodes, blocks.granules, root_uid, tokens, tiers, found)
     _, first = np.unique(found, return_index=True)
     is_first = np.zeros(len(found), np.bool_)
@@ -175,12 +199,12 @@ def _allocate(blocks: BlockManager, back: _Return, keep_free: int) -> bool:
     return blocks.can_have(-(-keep_free // 8))
 
 
-def _fill(state: CacheState, back: _Return, copies: tuple[Copy, ...]) -> bool:
+def _fill(group: CacheGroup, back: _Return, copies: tuple[Copy, ...]) -> bool:
     """Write the copies to the fresh granules; False if there is not enough host memory to do that."""
     numbers, is_fresh = numbers_of(copies), back.is_fresh[: len(back.tiers)]
     written = set(numbers[is_fresh].tolist())
     try:
-        state.group.copies.write(
+        group.copies.write(
             back.granules[: len(back.tiers)][is_fresh], [copy for copy in copies if copy.number in written]
         )
     except MemoryError:
@@ -188,13 +212,13 @@ def _fill(state: CacheState, back: _Return, copies: tuple[Copy, ...]) -> bool:
     return True
 
 
-def _attach(state: CacheState, row: int, saved: Preempted, back: _Return, full: Int64Array) -> int:
+def _attach(group: CacheGroup, row: int, saved: Preempted, back: _Return, full: Int64Array) -> int:
     """Let the row hold its granules; returns the number of freed granules, or -1 if it has too few entries."""
-    blocks = state.group.blocks
+    blocks = group.blocks
     numbers = np.zeros(len(back.granules), np.int64)
     numbers[: len(full)] = full
-    root_uid, tokens = _tokens_of(state, row, saved)
+    root_uid, tokens = _tokens_of(group, row, saved)
     num_freed: int = returning.bring_back(
-        state.group.table, row, back.granules, back.is_fresh, numbers, root_uid, tokens, blocks.holdings,
+        group.table, row, saved.first, back.granules, back.is_fresh, numbers, root_uid, tokens, blocks.holdings,
     )  # fmt: skip
     return num_freed

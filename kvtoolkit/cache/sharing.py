@@ -4,29 +4,38 @@ A partly filled granule is never shared but copied. So no shared granule is ever
 copy-on-write check.
 """
 
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeVar
+
 import numpy as np
 
 from kvtoolkit.arrays.types import Int32Array, Int64Array
 from kvtoolkit.cache.state import block_table, row_sharing
 from kvtoolkit.cache.state.block_manager import Runs
 from kvtoolkit.cache.state.block_table import LENGTH, NUM_ENTRIES, BlockTable
+from kvtoolkit.cache.state.cache_group import CacheGroup
 from kvtoolkit.cache.state.cache_state import CacheState
 from kvtoolkit.cache.state.row_sharing import Tails
-from kvtoolkit.errors import CacheFullError
+from kvtoolkit.cache.state.step_passes import first_seen
+from kvtoolkit.errors import ArgumentError, CacheFullError
 from kvtoolkit.formats.entry import MAX_BLOCK_GRANULES
+
+_Made = TypeVar("_Made", "Tails", "_Cut")
 
 
 def fork(state: CacheState, parents: Int32Array, what: str) -> Int32Array:
     """Open rows that hold what ``parents`` hold; CacheFullError, with nothing done, if there is no room."""
     state.require_closed_rows(len(parents), what)
-    table, granules = state.group.table, state.group.blocks.granules
-    tails = _copy_tails(state, table, parents, table.info[parents, LENGTH], what)
+    lengths = state.group.table.info[parents, LENGTH]
+    made = _in_all(state.groups, lambda group: _copy_tails(group, group.table, parents, lengths, what))
     children = state.new_rows(len(parents), what)
-    keeps = table.info[parents, LENGTH] >> 3
-    row_sharing.incref_all(table, parents, keeps, granules)
-    row_sharing.share_all(table, parents, table, children, keeps)
-    row_sharing.attach_tails(table, granules, children, tails)
-    state.group.update_peak()
+    keeps = lengths >> 3
+    for group, tails in zip(state.groups, made, strict=True):
+        table, granules = group.table, group.blocks.granules
+        row_sharing.incref_all(table, parents, keeps, granules)
+        row_sharing.share_all(table, parents, table, children, keeps)
+        row_sharing.attach_tails(table, granules, children, tails)
+        group.update_peak()
     return children
 
 
@@ -36,30 +45,77 @@ def reorder(state: CacheState, batch: Int32Array, origin: Int32Array) -> None:
     if not len(changed):
         return
     # copies of the rows as they are now, because a parent may itself be overwritten
-    before = _copy_of_rows(state.group.table, batch)
+    before = [_copy_of_rows(group.table, batch) for group in state.groups]
     sources, targets = origin[changed], batch[changed]
-    tails = _copy_tails(state, before, sources, before.info[sources, LENGTH], "reorder")
-    blocks, table = state.group.blocks, state.group.table
+    lengths = before[0].info[sources, LENGTH]
+    tables = iter(before)
+    made = _in_all(state.groups, lambda group: _copy_tails(group, next(tables), sources, lengths, "reorder"))
     state.tick()
-    keeps = before.info[sources, LENGTH] >> 3
-    blocks.free_listed(row_sharing.reorder_all(before, sources, table, targets, keeps, tails, blocks.holdings))
-    state.group.update_peak()
+    keeps = lengths >> 3
+    num_freed: Any
+    if state.others:
+        num_freed = np.zeros(len(made), np.int64)
+        made_all, held = tuple(made), state.holdings
+        row_sharing.reorder_groups(tuple(before), sources, state.tables, targets, keeps, made_all, held, num_freed)
+    else:
+        table, holdings = state.group.table, state.group.blocks.holdings
+        num_freed = [row_sharing.reorder_all(before[0], sources, table, targets, keeps, made[0], holdings)]
+    _free(state, num_freed)
+
+
+def require_past(state: CacheState, batch: Int32Array, lengths: Int64Array) -> None:
+    """ArgumentError if a row cut to its new length would miss tokens of a window, because they are gone."""
+    for group in state.groups:
+        span = group.layers.span
+        if not span:
+            continue
+        for i, (row, length) in enumerate(zip(batch.tolist(), lengths.tolist(), strict=True)):
+            first = int(block_table.first_held(group.table, row))
+            if length in (0, group.table.info[row, LENGTH]) or first <= first_seen(length, span):
+                continue
+            raise ArgumentError(
+                f"new_lens[{i}]: expected 0 or at least {8 * first + max(span - 1, 0)}, since layers with "
+                f"{group.layers} hold nothing before token {8 * first} any more, got {length}; truncate to 0 and "
+                "compute the sequence again from there"
+            )
 
 
 def truncate(state: CacheState, batch: Int32Array, lengths: Int64Array) -> None:
     """Keep the first ``lengths[i]`` tokens of each row; CacheFullError, with nothing done, if a copy has no room."""
-    blocks, table = state.group.blocks, state.group.table
+    cuts = _in_all(state.groups, lambda group: _prepare_cut(group, batch, lengths))
+    state.tick()
+    num_freed: Any
+    if state.others:
+        num_freed = np.zeros(len(cuts), np.int64)
+        keeps, tails = np.stack([cut.keeps for cut in cuts]), tuple(cut.tails for cut in cuts)
+        row_sharing.truncate_groups(state.tables, batch, lengths, keeps, tails, state.holdings, num_freed)
+    else:
+        table, holdings = state.group.table, state.group.blocks.holdings
+        num_freed = [row_sharing.truncate_all(table, batch, lengths, cuts[0].keeps, cuts[0].tails, holdings)]
+    _free(state, num_freed)
+
+
+class _Cut(NamedTuple):
+    """What `row_sharing.truncate_all` needs to cut the rows of a group."""
+
+    keeps: Int64Array
+    tails: Tails
+
+
+def _prepare_cut(group: CacheGroup, batch: Int32Array, lengths: Int64Array) -> _Cut:
+    """Copy what rows keep of granules that are shared or quantized; the rows stay as they are."""
+    blocks, table = group.blocks, group.table
     cut = np.flatnonzero(row_sharing.cuts_quantized(table, batch, lengths, np.empty(len(batch), np.bool_)))
-    hot = _dequantize(state, batch, cut, lengths)
+    hot = _dequantize(group, batch, cut, lengths)
     whole = lengths.copy()
     whole[cut] = 0  # no tail to copy
     positions, partial = np.empty(len(batch), np.int32), np.empty(len(batch), np.int32)
     count = row_sharing.list_partial(table, batch, whole, positions, partial)
     shared = positions[:count][blocks.granules.refs[partial[:count]] > 1]
     try:
-        tails = _copy_tails(state, table, batch[shared], lengths[shared], "truncate")
+        tails = _copy_tails(group, table, batch[shared], lengths[shared], "truncate")
     except CacheFullError:
-        blocks.free_runs(list(zip(hot.starts.tolist(), hot.sizes.tolist(), strict=True)))
+        _give_back(group, hot)
         raise
     tails = Tails(
         np.concatenate([shared[tails.positions], hot.positions]),
@@ -68,14 +124,36 @@ def truncate(state: CacheState, batch: Int32Array, lengths: Int64Array) -> None:
     )
     keeps = np.full(len(batch), -1, np.int64)
     keeps[shared], keeps[cut] = lengths[shared] >> 3, lengths[cut] >> 6 << 3
-    state.tick()
-    blocks.free_listed(row_sharing.truncate_all(table, batch, lengths, keeps, tails, blocks.holdings))
-    state.group.update_peak()
+    return _Cut(keeps, tails)
 
 
-def _dequantize(state: CacheState, batch: Int32Array, cut: Int64Array, lengths: Int64Array) -> Tails:
+def _in_all(groups: list[CacheGroup], make: Callable[[CacheGroup], _Made]) -> list[_Made]:
+    """Make copies for all groups; CacheFullError, with nothing kept of them, if one of the groups has no room."""
+    made: list[_Made] = []
+    try:
+        for group in groups:
+            made += [make(group)]  # one by one, so that those made are known if the next one fails
+    except CacheFullError:
+        for group, one in zip(groups, made, strict=False):
+            _give_back(group, one.tails if isinstance(one, _Cut) else one)
+        raise
+    return made
+
+
+def _give_back(group: CacheGroup, tails: Tails) -> None:
+    group.blocks.free_runs(list(zip(tails.starts.tolist(), tails.sizes.tolist(), strict=True)))
+
+
+def _free(state: CacheState, num_freed: Iterable[int]) -> None:
+    """Free what each group has listed, and note how much is held now."""
+    for group, count in zip(state.groups, num_freed, strict=True):
+        group.blocks.free_listed(count)
+        group.update_peak()
+
+
+def _dequantize(group: CacheGroup, batch: Int32Array, cut: Int64Array, lengths: Int64Array) -> Tails:
     """Make hot copies of the tokens that rows keep of the quantized tiles in which they are cut; attaches nothing."""
-    blocks, table = state.group.blocks, state.group.table
+    blocks, table = group.blocks, group.table
     sources, targets = np.empty((2, len(cut), MAX_BLOCK_GRANULES), np.int32)
     targets[:] = -1
     positions: list[int] = []
@@ -102,29 +180,29 @@ def _dequantize(state: CacheState, batch: Int32Array, cut: Int64Array, lengths: 
         blocks.free_runs(made)
         raise
     if len(cut):
-        state.group.convert_tiles(sources, targets, int((lengths[cut] & 63).sum()))
-    state.counters.num_dequantized += len(cut)
+        group.convert_tiles(sources, targets, int((lengths[cut] & 63).sum()))
+    group.counters.num_dequantized += len(cut)
     starts, sizes = np.array(made, np.int32).reshape(-1, 2).T.copy()
     return Tails(np.array(positions, np.int32), starts, sizes)
 
 
-def _copy_tails(state: CacheState, source: BlockTable, parents: Int32Array, lengths: Int64Array, what: str) -> Tails:
+def _copy_tails(group: CacheGroup, source: BlockTable, parents: Int32Array, lengths: Int64Array, what: str) -> Tails:
     """Copy the granule of each parent that would be partly filled at the given length, if there is one."""
     positions, partial = np.empty(len(parents), np.int32), np.empty(len(parents), np.int32)
     count = row_sharing.list_partial(source, parents, lengths, positions, partial)
     positions, partial = positions[:count], partial[:count]
     if not count:
         return Tails(positions, positions, positions)
+    most = group.table.entries.shape[1]
     for i in positions:
-        _require_entry(state, source, int(parents[i]), int(lengths[i]) >> 3, what)
-    starts, sizes = state.group.blocks.allocate_tails(count, what)
-    state.group.copy_granules(partial, starts, int((lengths[positions] & 7).sum()))
+        _require_entry(source, int(parents[i]), int(lengths[i]) >> 3, most, what)
+    starts, sizes = group.blocks.allocate_tails(count, what)
+    group.copy_granules(partial, starts, int((lengths[positions] & 7).sum()))
     return Tails(positions, starts, sizes)
 
 
-def _require_entry(state: CacheState, source: BlockTable, row: int, keep: int, what: str) -> None:
-    """CacheFullError unless one more entry fits after a row's first ``keep`` granules."""
-    most = state.group.table.entries.shape[1]
+def _require_entry(source: BlockTable, row: int, keep: int, most: int, what: str) -> None:
+    """CacheFullError unless an entry fits after a row's first ``keep`` granules; it has at most ``most`` entries."""
     if keep < most:  # no entry is shorter than a granule
         return
     used = int(block_table.find_entry(source, row, keep - 1)) + 1

@@ -42,7 +42,7 @@ from kvtoolkit.cache.state.repair import count_refs
 from kvtoolkit.cache.state.twins import find_twins
 from kvtoolkit.cache.storage.storage import Contents, split_by_tier
 from kvtoolkit.config.tiers import TIER_NAMES
-from kvtoolkit.errors import CacheSnapshotError, StepError
+from kvtoolkit.errors import CacheSnapshotError, StepError, UnsupportedError
 from kvtoolkit.formats.entry import MAX_BLOCK_GRANULES
 
 _SAME = ("num_layers", "num_kv_heads", "head_dim", "dtype")
@@ -53,6 +53,8 @@ _MOST = np.int64(1) << 62
 
 def pack(state: CacheState) -> bytes:
     """See `KVCache.snapshot`; the caller holds the lock."""
+    if state.config.is_grouped:
+        raise UnsupportedError("snapshot: expected a cache without layer_groups, because snapshots know one group only")
     table, blocks = state.group.table, state.group.blocks
     for held_by, name in ((IN_STEP, "step"), (PINNED, "lease")):
         if np.any(table.info[:, STATE] == held_by):
@@ -108,6 +110,8 @@ def _pack_preempted(state: CacheState, held: Int64Array) -> dict[str, NDArray[An
 
 def unpack(state: CacheState, data: bytes) -> None:
     """Fill a fresh cache from a snapshot; after an error the cache cannot be used."""
+    if state.config.is_grouped:
+        raise UnsupportedError("config: expected none with layer_groups, because snapshots know one group only")
     if not isinstance(data, bytes | bytearray | memoryview):
         raise CacheSnapshotError(f"snapshot: expected bytes, got {type(data).__name__}")
     try:

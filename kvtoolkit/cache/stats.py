@@ -9,9 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from allocators import AllocatorStats
+from kvtoolkit.arrays.types import Int32Array
 from kvtoolkit.cache.state.block_table import CLOSED, LENGTH, NUM_ENTRIES, PREEMPTED, STATE, fill_in
+from kvtoolkit.cache.state.cache_group import CacheGroup
 from kvtoolkit.cache.state.cache_state import CacheState
 from kvtoolkit.cache.state.prefix_index import HELD
 from kvtoolkit.config.tiers import TIER_NAMES
@@ -47,8 +50,34 @@ class TierStats:
 
 
 @dataclass(frozen=True)
+class GroupStats:
+    """Present figures of one group of layers, in token slots; see `CacheStats`.
+
+    Attributes:
+        layers: numbers of its layers.
+        window, chunk: as configured; 0 = none.
+        capacity, used, cached, free, kept_back, callers, pinned: as in `CacheStats`, all tiers together.
+        nbytes: bytes of keys and values.
+    """
+
+    layers: tuple[int, ...]
+    window: int
+    chunk: int
+    capacity: int
+    used: int
+    cached: int
+    free: int
+    kept_back: int
+    callers: int
+    pinned: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class CacheStats:
     """Present figures of a cache, in tokens unless the name says otherwise.
+
+    With several groups of layers, slots, entries and copies are summed over the groups.
 
     Attributes:
         num_seqs: open sequences, including those that leases hold, but not preempted ones.
@@ -84,6 +113,7 @@ class CacheStats:
         metadata_nbytes: bytes of the block table, the index and the allocator.
         nbytes: bytes of keys and values.
         tiers: figures of each tier by its name.
+        groups: figures of each group of layers.
         num_demoted_warm: tiles of 64 tokens that went to the warm tier.
         num_demoted_cold: tiles that went to the cold tier.
         num_failed_demotions: tiles that were due, but found no room in a colder tier.
@@ -122,6 +152,7 @@ class CacheStats:
     metadata_nbytes: int
     nbytes: int
     tiers: Mapping[str, TierStats]
+    groups: tuple[GroupStats, ...]
     num_demoted_warm: int
     num_demoted_cold: int
     num_failed_demotions: int
@@ -132,56 +163,74 @@ class CacheStats:
 
 def collect(state: CacheState) -> CacheStats:
     """Collect all figures."""
-    table, blocks, counters = state.group.table, state.group.blocks, state.counters
-    info = table.info
-    live = np.flatnonzero((info[:, STATE] != CLOSED) & (info[:, STATE] != PREEMPTED))
-    lengths, counts = info[live, LENGTH], info[live, NUM_ENTRIES]
-    num_held = blocks.num_used
-    filled = np.zeros(blocks.num_granules, np.int8)
-    fill_in(table, live.astype(np.int32), filled)
-    width = int(counts.max(initial=0))
-    entries = table.entries[live, :width]
-    sizes = (((entries >> 24) & 7) + 1)[np.arange(width) < counts[:, None]] * 8
-    allocators = [None if allocator is None else allocator.stats() for allocator in blocks.allocators]
-    tiers = {TIER_NAMES[i]: _tier(state, i, one) for i, one in enumerate(allocators) if one is not None}
-    everywhere = {name: sum(getattr(tier, name) for tier in tiers.values()) for name in _PLACES}
+    info = state.group.table.info
+    live = np.flatnonzero((info[:, STATE] != CLOSED) & (info[:, STATE] != PREEMPTED)).astype(np.int32)
+    counters = {name: sum(getattr(group.counters, name) for group in state.groups) for name in vars(state.counters)}
+    peak = counters.pop("peak_granules")
+    by_group = [_tiers_of(group) for group in state.groups]
+    tiers = {name: _sum([one[name] for one in by_group]) for name in by_group[0]}
+    num_held, filled = 0, 0
+    sizes: list[NDArray[np.int64]] = []
+    for group in state.groups:
+        num_held += group.blocks.num_used
+        filled += _num_filled(group, live)
+        sizes.append(_entry_sizes(group, live))
+    everywhere = np.concatenate(sizes)
     return CacheStats(
         num_seqs=len(live),
         num_preempted_seqs=int(np.count_nonzero(info[:, STATE] == PREEMPTED)),
-        num_tokens=int(lengths.sum()),
-        capacity=blocks.num_granules * 8,
-        **everywhere,
-        waste=1 - int(filled.sum()) / (8 * num_held) if num_held else 0.0,
-        blocks={int(size): int(count) for size, count in zip(*np.unique(sizes, return_counts=True), strict=True)},
-        entries_per_seq=float(counts.mean()) if len(live) else 0.0,
-        peak_used=counters.peak_granules * 8,
-        prompt_tokens=counters.prompt_tokens,
-        reused_tokens=counters.reused_tokens,
-        num_prefix_hits=counters.num_prefix_hits,
-        num_prefix_misses=counters.num_prefix_misses,
-        restored_tokens=counters.restored_tokens,
-        copied_tokens=counters.copied_tokens,
-        num_merges=counters.num_merges,
-        num_failed_merges=counters.num_failed_merges,
-        num_evicted=counters.num_evicted,
-        num_stalls=counters.num_stalls,
-        num_preempted=counters.num_preempted,
-        num_steps=counters.num_steps,
-        metadata_nbytes=sum(one.metadata_nbytes for one in allocators if one is not None)
-        + sum(array.nbytes for array in (*table, *blocks.nodes, *blocks.granules)),
-        nbytes=sum(one.nbytes for one in tiers.values()),
+        num_tokens=int(info[live, LENGTH].sum()),
+        **{name: sum(getattr(tier, name) for tier in tiers.values()) for name in ("capacity", *_PLACES, "nbytes")},
+        waste=1 - filled / (8 * num_held) if num_held else 0.0,
+        blocks={int(size): int(count) for size, count in zip(*np.unique(everywhere, return_counts=True), strict=True)},
+        entries_per_seq=len(everywhere) / len(live) if len(live) else 0.0,
+        peak_used=peak * 8,
+        **counters,
+        metadata_nbytes=sum(_metadata_nbytes(group) for group in state.groups),
         tiers=tiers,
-        num_demoted_warm=counters.num_demoted_warm,
-        num_demoted_cold=counters.num_demoted_cold,
-        num_failed_demotions=counters.num_failed_demotions,
-        num_unquantizable=counters.num_unquantizable,
-        num_dequantized=counters.num_dequantized,
-        converted_tokens=counters.converted_tokens,
+        groups=tuple(_group(*pair) for pair in zip(state.groups, by_group, strict=True)),
     )
 
 
-def _tier(state: CacheState, tier: int, figures: AllocatorStats) -> TierStats:
-    blocks = state.group.blocks
+def _num_filled(group: CacheGroup, live: Int32Array) -> int:
+    """Slots of rows that hold a token; a shared one counts once."""
+    filled = np.zeros(group.blocks.num_granules, np.int8)
+    fill_in(group.table, live, filled)
+    return int(filled.sum())
+
+
+def _entry_sizes(group: CacheGroup, live: Int32Array) -> NDArray[np.int64]:
+    """Tokens of each entry of some rows."""
+    counts = group.table.info[live, NUM_ENTRIES]
+    width = int(counts.max(initial=0))
+    entries = group.table.entries[live, :width]
+    found: NDArray[np.int64] = (((entries >> 24) & 7) + 1)[np.arange(width) < counts[:, None]].astype(np.int64) * 8
+    return found
+
+
+def _metadata_nbytes(group: CacheGroup) -> int:
+    blocks = group.blocks
+    arrays = sum(array.nbytes for array in (*group.table, *blocks.nodes, *blocks.granules))
+    return arrays + sum(one.stats().metadata_nbytes for one in blocks.allocators if one is not None)
+
+
+def _group(group: CacheGroup, tiers: Mapping[str, TierStats]) -> GroupStats:
+    figures = {name: sum(getattr(tier, name) for tier in tiers.values()) for name in ("capacity", *_PLACES, "nbytes")}
+    return GroupStats(layers=group.layers.layers, window=group.layers.window, chunk=group.layers.chunk, **figures)
+
+
+def _sum(figures: list[TierStats]) -> TierStats:
+    return TierStats(**{name: sum(getattr(one, name) for one in figures) for name in vars(figures[0])})
+
+
+def _tiers_of(group: CacheGroup) -> dict[str, TierStats]:
+    """The figures of a group's tiers by their names."""
+    allocators = enumerate(group.blocks.allocators)
+    return {TIER_NAMES[i]: _tier(group, i, one.stats()) for i, one in allocators if one is not None}
+
+
+def _tier(group: CacheGroup, tier: int, figures: AllocatorStats) -> TierStats:
+    blocks = group.blocks
     own = slice(blocks.first[tier], blocks.first[tier] + figures.num_granules)
     granted, callers = (int(np.count_nonzero(one[own])) for one in (blocks.ledger.granted, blocks.ledger.callers))
     left = blocks.ledger.left
@@ -200,5 +249,5 @@ def _tier(state: CacheState, tier: int, figures: AllocatorStats) -> TierStats:
         kept_back=8 * MAX_BLOCK_GRANULES * len(blocks.reserve) if tier == TIER_HOT else 0,
         callers=callers * 8,
         pinned=(int(pinned) + others) * 8,
-        nbytes=figures.num_granules // 8 * state.config.block_nbytes[TIER_NAMES[tier]],
+        nbytes=figures.num_granules // 8 * group.config.block_nbytes[TIER_NAMES[tier]],
     )

@@ -1,6 +1,6 @@
 """One step of a batch: where the new tokens go, what attention reads, for all layers."""
 
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 from kvtoolkit.arrays.call import Hints, Sharing
 from kvtoolkit.arrays.types import Array, Int32Array, Int64Array
 from kvtoolkit.attention.options import AttendOptions
+from kvtoolkit.cache.group_steps import StepPart
+from kvtoolkit.cache.layers.group_calls import GroupCalls
 from kvtoolkit.cache.layers.layers import LayerCalls
 from kvtoolkit.cache.layers.masses import MassSum
 from kvtoolkit.cache.state.shared_reads import MAX_ROWS
@@ -24,8 +26,21 @@ if TYPE_CHECKING:
 _IN_PLACE = Sharing()
 
 
+class GroupTables(NamedTuple):
+    """What kernels read of a step for the layers of a group; see `Step`."""
+
+    block_table: Int32Array
+    block_starts: Int32Array
+    seq_lens: Int32Array
+    cu_seqlens_q: Int32Array
+    slot_mapping: Int64Array
+
+
 class Step:
     """What `KVCache.begin_step` returns; serves all layers, until `KVCache.end_step`.
+
+    In a cache with several groups of layers, tables and slots are those of the first one, not cut at
+    chunks; `tables_of` has what kernels read.
 
     The arrays are NumPy's. They are read-only because the kernels trust them; ``torch.from_numpy`` warns about such
     arrays, so give it a copy. `on_device` has the arrays that kernels read on a GPU, which cannot be protected: do not
@@ -59,13 +74,15 @@ class Step:
         "_mark",
         "_mass",
         "_num_tokens",
+        "_parts",
         "_shown",
         "seq_ids",
     )
 
     def __init__(
-        self, cache: "KVCache", seq_ids: NDArray[np.int64], arrays: StepArrays, num_tokens: int, mark: int
-    ) -> None:
+        self, cache: "KVCache", seq_ids: NDArray[np.int64], arrays: StepArrays, num_tokens: int, mark: int,
+        parts: list[StepPart] | None = None,
+    ) -> None:  # fmt: skip
         self._cache = cache
         self._arrays = arrays
         self._is_open = True
@@ -74,7 +91,8 @@ class Step:
         self._shown = cache._arrays.shown(arrays)
         seq_ids.setflags(write=False)
         self.seq_ids = seq_ids
-        self._calls: LayerCalls | None = None
+        self._parts = parts  # of all groups; None: there is one, without a window
+        self._calls: LayerCalls | GroupCalls | None = None
         self._mass: MassSum | None = None
         self._device_tables: DeviceTables | None = None
         self._graph_step: GraphStep | None = None  # which has loaded it
@@ -120,6 +138,29 @@ class Step:
         """``[batch]``; see `Step`."""
         ok: NDArray[np.bool_] = self.status == OK
         return ok
+
+    def tables_of(self, layer: int) -> GroupTables:
+        """The arrays that kernels read for a layer; see `Step`. In a cache with one group they are those of all layers.
+
+        Where the layer has a window, the entries of a row begin with the first one that is still held, and
+        ``block_starts`` says where in the sequence that is. Where it has chunks, there is a row for each chunk in which
+        a row of the step has new tokens, as if it were a sequence of its own; slots are in the order of the step.
+        """
+        self._cache._arenas.require_layer(layer)
+        if self._parts is None:
+            return GroupTables(self.block_table, self.block_starts, self.seq_lens, self.cu_seqlens_q, self.slot_mapping)
+        (part,) = (one for one in self._parts if layer in one.steps.group.layers.layers)
+        return self._tables_of(part)
+
+    def _tables_of(self, part: StepPart) -> GroupTables:
+        batch, shown = len(self.seq_ids), part.steps.arrays.shown(part.arrays)
+        if part.steps.group.layers.chunk:
+            cut = part.steps.cut_chunks(part.arrays, batch)
+            return GroupTables(*cut, shown.slot_mapping[: self._num_tokens])
+        return GroupTables(
+            shown.table[:batch], shown.starts[:batch], shown.seq_lens[:batch], shown.cu_seqlens_q[: batch + 1],
+            shown.slot_mapping[: self._num_tokens],
+        )  # fmt: skip
 
     def append(self, layer: int, key: Array, value: Array) -> None:
         """Store the keys and values of this step's new tokens.
@@ -171,8 +212,12 @@ class Step:
         self._require_open()
         return self._calls is not None and self._calls.attend_prepared(layer, key, value, q, out)
 
-    def _make_calls(self) -> LayerCalls:
+    def _make_calls(self) -> LayerCalls | GroupCalls:
         arenas = self._cache._arenas
+        if self._parts is not None:
+            calls = [LayerCalls(part.steps.arenas, self._tables_of(part)) for part in self._parts]
+            self._calls = GroupCalls(arenas, calls, self._cache.config.groups, self._num_tokens)
+            return self._calls
         self._mass = self._make_mass()
         if arenas.device < 0:
             tables = self.block_table, self.block_starts, self.seq_lens, self.cu_seqlens_q, self.slot_mapping
@@ -243,13 +288,11 @@ class Step:
 
     def _room(self, num_new_tokens: int) -> str:
         """The end of a sentence: how much was needed, and how much memory there is now."""
-        hot = self._cache._state.group.blocks.allocators[0]
-        assert hot is not None
+        hot = [group.blocks.allocator for group in self._cache._state.groups]
         kind = " 16-bit" if self._cache.config.tiers is not None else ""
-        return (
-            f": {num_new_tokens} new tokens, {hot.num_free * 8} of {hot.num_granules * 8}{kind} slots free "
-            "beside what cached prefixes hold"
-        )
+        slots = ", ".join(f"{one.num_free * 8} of {one.num_granules * 8}" for one in hot)
+        where = " in the groups of layers" if len(hot) > 1 else ""
+        return f": {num_new_tokens} new tokens, {slots}{kind} slots free{where} beside what cached prefixes hold"
 
     def _require_all_layers(self) -> None:
         """StepError if some layers were appended to and others were not."""

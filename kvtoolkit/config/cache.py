@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from allocators import AllocatorError, find
 from kvtoolkit.arrays.types import as_int
 from kvtoolkit.config.eviction import eviction_policy
 from kvtoolkit.config.fields import require_known, require_one_of, settle_int
+from kvtoolkit.config.groups import LayerGroup, divide_memory, divide_tokens, has_own_sizes, parse_groups
 from kvtoolkit.config.growth import FIXED, GrowthPolicy, growth_policy
 from kvtoolkit.config.tiers import TIER_NAMES, TierConfig
 from kvtoolkit.errors import ConfigError, UnsupportedError
@@ -70,6 +71,18 @@ class CacheConfig:
             backends, and on GPUs that are not sm_90.
         tiers: quantized tiers for older tokens: a table with the fields of `kvtoolkit.config.tiers.TierConfig`.
             Default: all tokens are hot.
+        layer_groups: for models in which some layers see only the last tokens: a list of tables, such as
+            ``[{"layers": [0, 1, 2], "window": 1024}, {"layers": range(3, 12)}]``. Layers are ints, ranges or lists of
+            them; each layer is in exactly one group. ``window`` is the number of tokens that a query sees, itself
+            included; with ``"chunk": 8192`` a query sees what is in its own chunk of 8192 tokens, up to itself; without
+            either the layers see all tokens. Each group has its own memory and block table, and one with
+            a window frees tokens that no later query can see. How memory is divided is fixed here: by ``num_tokens`` in
+            every group (and none for the cache); by ``share``, a part of ``memory``, in every group; or by default so
+            that sequences of 4096 tokens (or ``max_seq_len``, or ``num_tokens``, if that is less) fill all groups at
+            the same time, if they hold ``window + 256`` or ``chunk + 256`` tokens in such a group. Then ``num_tokens``
+            is what a group that keeps all tokens has. With several groups, a window or chunks, prompts find no prefixes
+            (``prefix_caching`` has no effect), ``backend`` is ``cpu``, and there are no ``tiers``.
+            Default: all layers keep all tokens.
         backend: ``cpu``; ``cuda``: memory and kernels on a GPU; ``numba``: memory on a GPU, and the readable kernels.
         device: CUDA device of the GPU backends. Default: the one that is current when the cache is made.
     """
@@ -92,6 +105,7 @@ class CacheConfig:
     migrate_budget: int = 64
     shared_reads: bool = True
     tiers: Mapping[str, Any] | None = field(default=None, hash=False)
+    layer_groups: Sequence[Mapping[str, Any]] | None = field(default=None, hash=False)
     backend: str = "cpu"
     device: int | None = None
 
@@ -135,7 +149,7 @@ class CacheConfig:
                 )
         elif self.device is not None:
             raise ConfigError(f"device: expected none with backend 'cpu', got {self.device}")
-        if (self.num_tokens is None) == (self.memory is None):
+        if not self._settle_groups() and (self.num_tokens is None) == (self.memory is None):
             raise ConfigError(
                 f"expected exactly one of num_tokens and memory, got {self.num_tokens!r} and {self.memory!r}"
             )
@@ -154,6 +168,7 @@ class CacheConfig:
         for name, count in zip(TIER_NAMES, self.tier_granules, strict=True):
             if count <= 0 and (name == "hot" or (self.tiers and name in self.tiers)):
                 raise ConfigError(f"num_tokens or memory: expected room for 64 tokens in the {name} tier, got none")
+        self._check_groups()
         needed = self.tier_config.hot + self.tier_config.pinned_tokens + 64 if self.tier_config else 0
         if needed > 8 * self.tier_granules[0]:
             raise ConfigError(
@@ -161,6 +176,39 @@ class CacheConfig:
                 f"got {8 * self.tier_granules[0]} of {8 * self.num_granules}; raise num_tokens, memory or "
                 "tier_memory['hot'], or lower hot"
             )
+
+    def _settle_groups(self) -> bool:
+        """Check `layer_groups`, and write it in one form; returns whether the groups say what memory they have."""
+        if self.layer_groups is None:
+            return False
+        groups = parse_groups(self.layer_groups, self.num_layers)
+        object.__setattr__(self, "layer_groups", [group.to_dict() for group in groups])
+        has_sizes = has_own_sizes(groups, self.memory)
+        if has_sizes and (self.num_tokens, self.memory) != (None, None):
+            raise ConfigError(
+                "layer_groups: expected num_tokens in the groups, or num_tokens or memory of the cache, got both"
+            )
+        if self.is_grouped:
+            if self.tiers is not None:
+                raise UnsupportedError("tiers: expected none with layer_groups, because demotion knows one group only")
+            if self.backend != "cpu":
+                raise UnsupportedError(
+                    "backend: expected 'cpu' with layer_groups, because kernels of a GPU know one block table only, "
+                    f"got {self.backend!r}"
+                )
+        return has_sizes
+
+    def _check_groups(self) -> None:
+        """ConfigError unless each group has room for one sequence."""
+        if not self.is_grouped:
+            return
+        for i, (group, config) in enumerate(zip(self.groups, self.group_configs, strict=True)):
+            least = min(abs(group.span) + _TOKENS_PER_SUPERBLOCK, self.seq_len_limit) if group.span else 1
+            if 8 * config.num_granules < least:
+                raise ConfigError(
+                    f"layer_groups[{i}]: expected room for {least} tokens, a window or chunk and a block of 64, got "
+                    f"{8 * config.num_granules}; raise num_tokens, memory or share"
+                )
 
     def _settle_sizes(self) -> None:
         """Fill in `block_sizes` and `growth` from each other; ConfigError if they do not fit each other."""
@@ -194,14 +242,61 @@ class CacheConfig:
 
     # -- what follows from the fields --------------------------------------------------------------------------------
 
+    @functools.cached_property
+    def groups(self) -> tuple[LayerGroup, ...]:
+        """`layer_groups`, checked; one group of all layers by default."""
+        if self.layer_groups is None:
+            return (LayerGroup(layers=tuple(range(self.num_layers))),)
+        return parse_groups(self.layer_groups, self.num_layers)
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether there are several groups of layers, or layers with a window."""
+        return len(self.groups) > 1 or self.groups[0].span != 0
+
+    @property
+    def finds_prefixes(self) -> bool:
+        """Whether prompts find what is cached: `prefix_caching`, unless there are groups, which keep nothing for it."""
+        return self.prefix_caching and not self.is_grouped
+
+    @functools.cached_property
+    def group_configs(self) -> tuple["CacheConfig", ...]:
+        """A configuration of one group for each group: its number of layers, and its pool."""
+        if len(self.groups) == 1 and self.groups[0].num_tokens is None:
+            return (self,)
+        return tuple(
+            dataclasses.replace(
+                self, num_layers=len(group.layers), num_tokens=_TOKENS_PER_SUPERBLOCK * count, memory=None,
+                layer_groups=None,
+            )
+            for group, count in zip(self.groups, self._group_blocks(), strict=True)
+        )  # fmt: skip
+
+    def _group_blocks(self) -> list[int]:
+        """Blocks of 64 tokens in the pool of each group."""
+        groups = self.groups
+        if groups[0].num_tokens is not None:
+            blocks = [-(-(group.num_tokens or 0) // _TOKENS_PER_SUPERBLOCK) for group in groups]
+        elif self.num_tokens is not None:
+            blocks = divide_tokens(groups, self.num_tokens, self.max_seq_len)
+        else:
+            assert self.memory is not None
+            layer_nbytes = self.block_nbytes["hot"] // self.num_layers
+            blocks = divide_memory(groups, parse_nbytes(self.memory), layer_nbytes, self.max_seq_len)
+        if min(blocks) < 1:
+            raise ConfigError("num_tokens or memory: expected room for 64 tokens in every group of layers, got none")
+        return blocks
+
     @property
     def num_granules(self) -> int:
-        """Granules (8 token slots) in the pool, all tiers."""
+        """Granules (8 token slots) in the pool, all tiers; with several groups, of the largest."""
         return sum(self.tier_granules)
 
     @functools.cached_property
     def tier_granules(self) -> tuple[int, int, int]:
-        """Granules of the hot, the warm and the cold tier, in whole superblocks."""
+        """Granules of the hot, the warm and the cold tier, in whole superblocks; of the largest group."""
+        if len(self.groups) > 1 or self.groups[0].num_tokens is not None:
+            return 8 * max(self._group_blocks()), 0, 0
         blocks = self.block_nbytes
         if self.num_tokens is not None:
             count = -(-self.num_tokens // _TOKENS_PER_SUPERBLOCK)
@@ -247,7 +342,16 @@ class CacheConfig:
 
     @property
     def seq_len_limit(self) -> int:
-        """`max_seq_len`, or the whole pool."""
+        """`max_seq_len`, or the whole pool; a group with a window sets no limit."""
+        limit = self._pool_limit
+        if self.is_grouped:
+            pools = zip(self.groups, self.group_configs, strict=True)
+            limit = min((8 * one.num_granules for group, one in pools if not group.span), default=8 * MAX_GRANULES)
+        return min(self.max_seq_len or limit, limit)
+
+    @property
+    def _pool_limit(self) -> int:
+        """`max_seq_len`, or the whole pool: most tokens that a row can hold."""
         return min(self.max_seq_len or self.num_granules * 8, self.num_granules * 8)
 
     @property
@@ -256,10 +360,10 @@ class CacheConfig:
         if self.max_entries is not None:
             return self.max_entries
         share = 2 * self.num_granules * 8 // self.max_seqs
-        promised = self.seq_len_limit if self.max_seq_len else 0
+        promised = self._pool_limit if self.max_seq_len else 0
         least = max(_LEAST_ENTRIES, math.ceil(max(share, promised) / _TOKENS_PER_SUPERBLOCK))
         bound = max(least, _BLOCK_TABLE_NBYTES // (_ENTRY_NBYTES * self.max_seqs))
-        return min(math.ceil(self.seq_len_limit / 8), bound)
+        return min(math.ceil(self._pool_limit / 8), bound)
 
     # -- files -------------------------------------------------------------------------------------------------------
 

@@ -1,8 +1,11 @@
 """The block table, one row per sequence, and the compiled moves on single rows.
 
-    info[s, CAPACITY] == sum of the entry lengths of row s      (granules)
+    info[s, CAPACITY] == starts of the last entry + its length  (granules; where the row ends)
     info[s, LENGTH] <= 8 * info[s, CAPACITY]                    (tokens)
     starts[s, e + 1] == starts[s, e] + length of entries[s, e];  starts[s, 0] == 0
+
+In a group of layers with a window ``starts[s, 0]`` is the first granule that the row still holds; a row that holds none
+has no entries, and goes on at CAPACITY.
 
     info[s, TAIL_FIRST] == 8 * starts of the last entry         (tokens)
     info[s, TAIL_BASE] + p == slot of position p >= TAIL_FIRST
@@ -25,6 +28,7 @@ from kvtoolkit.cache.state.prefix_index import (
     Holdings,
     Nodes,
     decref,
+    decref_unpublished,
     incref,
     tier_of,
 )
@@ -221,6 +225,12 @@ def entry_that_holds(starts: Int32Array, row: int, num_entries: int, granule: in
 
 
 @jit
+def first_held(table: BlockTable, row: int) -> Any:
+    """The first logical granule that a row holds, or will hold next."""
+    return table.starts[row, 0] if table.info[row, NUM_ENTRIES] > 0 else table.info[row, CAPACITY]
+
+
+@jit
 def granule_at(table: BlockTable, row: int, granule: int) -> Any:
     """The granule that a row holds at a logical granule."""
     e = find_entry(table, row, granule)
@@ -229,7 +239,7 @@ def granule_at(table: BlockTable, row: int, granule: int) -> Any:
 
 @jit
 def list_granules(table: BlockTable, row: int, count: int, out: Int32Array) -> None:
-    """Write the first ``count`` granules of a row to ``out``."""
+    """Write the first ``count`` granules that a row holds to ``out``."""
     written, e = 0, 0
     while written < count:
         granule = entry_granule(table.entries[row, e])
@@ -243,7 +253,7 @@ def list_granules(table: BlockTable, row: int, count: int, out: Int32Array) -> N
 def fill_in(table: BlockTable, which: Int32Array, filled: NDArray[np.int8]) -> None:
     """Write to ``filled`` how many tokens are in each granule of some rows; for a shared one, the largest number."""
     for row in which:
-        left = table.info[row, LENGTH]
+        left = table.info[row, LENGTH] - 8 * first_held(table, row)
         for e in range(table.info[row, NUM_ENTRIES]):
             granule = entry_granule(table.entries[row, e])
             for i in range(entry_length(table.entries[row, e])):
@@ -302,11 +312,50 @@ def shrink(table: BlockTable, row: int, keep: int, holdings: Holdings, num_freed
             table.starts[row, count] = -1
             table.info[row, CAPACITY] = first
     table.info[row, NUM_ENTRIES] = count
+    if keep == 0:
+        table.info[row, CAPACITY] = 0
     if was_shared:
         touch(table, row)
     else:
         touch_private(table, row)
     return num_freed
+
+
+@jit
+def drop_past(
+    table: BlockTable, row: int, first: int, granules: GranuleState, freed: Int32Array, num_freed: int
+) -> Any:
+    """Let go of a row's granules before ``first``, where the row may end; returns the new length of ``freed``.
+
+    They are not in the prefix index, because prompts find nothing where there is a window.
+    """
+    count, gone = table.info[row, NUM_ENTRIES], 0
+    while gone < count and table.starts[row, gone] < first:
+        entry, start = table.entries[row, gone], table.starts[row, gone]
+        length = entry_length(entry)
+        passed = min(first - start, length)
+        for i in range(passed):
+            num_freed = decref_unpublished(granules, entry_granule(entry) + i, freed, num_freed)
+        if passed < length:
+            table.entries[row, gone] = pack_entry(entry_granule(entry) + passed, length - passed, entry_tier(entry))
+            table.starts[row, gone] = first
+            break
+        gone += 1
+    for e in range(count - gone):
+        table.entries[row, e], table.starts[row, e] = table.entries[row, e + gone], table.starts[row, e + gone]
+    for e in range(count - gone, count):
+        table.entries[row, e] = table.starts[row, e] = -1
+    table.info[row, NUM_ENTRIES] = count - gone
+    touch(table, row)
+    return num_freed
+
+
+@jit
+def follow(lead: BlockTable, table: BlockTable, which: Int32Array) -> None:
+    """Give rows of another group the ids, states and lengths that they have in the first one."""
+    for row in which:
+        for column in (GENERATION, STATE, LENGTH):
+            table.info[row, column] = lead.info[row, column]
 
 
 @jit

@@ -10,15 +10,22 @@ from kvtoolkit.cache.state.host_copies import HostCopies
 from kvtoolkit.cache.state.shared_reads import make_shared_reads
 from kvtoolkit.cache.storage.storage import make_storage
 from kvtoolkit.config.cache import CacheConfig
+from kvtoolkit.config.groups import LayerGroup
 
 
 class CacheGroup:
     """Storage, blocks and block table of layers that keep the same tokens.
 
-    A cache has one group: all its layers keep all tokens of a sequence. Layers that keep other tokens, such as those
-    of a sliding window, need a group of their own.
+    By default a cache has one group, because all its layers keep all tokens of a sequence. Otherwise sequences have the
+    same row in all groups; ids, states and lengths are those of the first group, which the others follow.
+
+    Args:
+        config: of a cache that has only these layers.
+        layers: their numbers in the model.
+        counters: what happens here is counted there.
 
     Attributes:
+        layers: see above, and the window.
         storage: keys and values, all tiers.
         blocks: the allocators of all tiers, the growth policy, and what is known of each granule.
         table: a row for each sequence.
@@ -27,8 +34,9 @@ class CacheGroup:
         compacted: ``[2]`` int64 row and logical granule at which compaction goes on.
     """
 
-    def __init__(self, config: CacheConfig, counters: Counters) -> None:
+    def __init__(self, config: CacheConfig, layers: LayerGroup, counters: Counters) -> None:
         self.config = config
+        self.layers = layers
         self.counters = counters
         self.storage = make_storage(config)
         self.blocks = BlockManager(config, counters, self.storage.device if self.storage.device >= 0 else None)

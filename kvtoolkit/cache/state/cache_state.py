@@ -40,12 +40,16 @@ class Preempted:
         nodes, uids: for ``to="drop"``, its full granules in the index.
         copies: for ``to="host"``, copies of its granules, in order; else None.
         tokens: for ``to="host"``, ``[n, 9]`` what `Nodes.tokens` has for each full granule; empty if that is not known.
+        first: the first logical granule that it held.
+        others: what is kept of it in the other groups of layers.
     """
 
     nodes: Int32Array
     uids: Int64Array
     copies: tuple[Copy, ...] | None
     tokens: Int64Array
+    first: int = 0
+    others: tuple["Preempted", ...] = ()
 
 
 class CacheState:
@@ -54,9 +58,13 @@ class CacheState:
     def __init__(self, config: CacheConfig) -> None:
         self.config = config
         self.counters = Counters()
-        self.groups = [CacheGroup(config, self.counters)]
+        kinds = zip(config.group_configs, config.groups, strict=True)
+        self.groups = [CacheGroup(*kind, self.counters if i == 0 else Counters()) for i, kind in enumerate(kinds)]
         self.group = self.groups[0]
-        """The only one; whatever uses it works on one group so far."""
+        """The first one, whose rows say what sequences there are, in which state and how long."""
+        self.others = self.groups[1:]
+        self.tables = tuple(group.table for group in self.groups)
+        self.holdings = tuple(group.blocks.holdings for group in self.groups)
         self.takes_quantized = config.tier_config is not None and config.tier_config.prefix_reuse_tiers == "all"
         self.identities = Identities(self.group.table, self.group.blocks.nodes)
         self.closed_rows = list(range(config.max_seqs))[::-1]
@@ -69,6 +77,11 @@ class CacheState:
         """The open steps and leases, by the mark that their rows have as OWNER."""
         refusals = (ArgumentError, CacheFullError, SequenceError, StepError)
         self.calls = Calls(self, repair.settle, repair.end_lost, BusyError, refusals)
+
+    def key_values_of(self, layer: int) -> Any:
+        """``[2, num_granules, num_kv_heads, 8, head_dim]`` the hot keys and values of a layer."""
+        (group,) = (one for one in self.groups if layer in one.layers.layers)
+        return group.storage.key_values[group.layers.layers.index(layer)]
 
     # -- ids ---------------------------------------------------------------------------------------------------------
 
@@ -120,7 +133,13 @@ class CacheState:
         self.group.table.chain[opened] = ROOT
         self.group.table.scanned[opened] = -1
         self.group.table.masses[opened] = 0
+        self.follow(opened)
         return opened
+
+    def follow(self, which: Int32Array) -> None:
+        """Give rows of the other groups the ids, states and lengths that they have in the first one."""
+        for group in self.others:
+            block_table.follow(self.group.table, group.table, which)
 
     def release_rows(self, closing: Int32Array) -> None:
         """Close rows: let go of everything that they hold, and end their ids."""
@@ -131,6 +150,8 @@ class CacheState:
             self.preempted.pop(row, None)
             self.closed_rows.append(row)
         blocks.free_listed(num_freed)
+        for group in self.others:
+            group.blocks.free_listed(block_table.close_rows(group.table, closing, group.blocks.holdings))
 
     def tick(self) -> None:
         """Advance the clock of the prefix index, by which granules are dated."""

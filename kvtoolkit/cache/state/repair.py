@@ -16,6 +16,7 @@ from kvtoolkit.arrays.types import Int32Array, Int64Array
 from kvtoolkit.cache.state.block_table import (
     CAPACITY,
     CLOSED,
+    GENERATION,
     IN_STEP,
     LENGTH,
     NUM_ENTRIES,
@@ -32,6 +33,7 @@ from kvtoolkit.cache.state.twins import find_twins
 from kvtoolkit.formats.entry import MAX_BLOCK_GRANULES, entry_granule, entry_length
 
 if TYPE_CHECKING:
+    from kvtoolkit.cache.state.cache_group import CacheGroup
     from kvtoolkit.cache.state.cache_state import CacheState
 
 
@@ -59,7 +61,7 @@ def settle(state: "CacheState") -> None:
 
     What was done is added to ``state.repairs``.
     """
-    table, blocks = state.group.table, state.group.blocks
+    table = state.group.table
     for mark, handle in list(state.handles.items()):
         if (found := handle()) is None or not found._is_open:
             state.handles.pop(mark)
@@ -75,9 +77,23 @@ def settle(state: "CacheState") -> None:
         if kept.copies is None:
             table.info[row, LENGTH] = 0
     state.closed_rows = np.flatnonzero(states == CLOSED)[::-1].tolist()
+    for group in state.others:
+        follow_all(table, group.table)
+    num_freed = sum(_settle_group(group) for group in state.groups)
+    unresolved = [sentence for group in state.groups for sentence in group.blocks.ledger.unresolved]
+    before = state.repairs
+    state.repairs = Repairs(
+        before.num_closed + int(num_closed), before.num_reopened + int(num_reopened), before.num_freed + num_freed,
+        tuple(unresolved),
+    )  # fmt: skip
+
+
+def _settle_group(group: "CacheGroup") -> int:
+    """Derive from its rows what a group knows of its granules; returns how many granules were freed."""
+    table, blocks = group.table, group.blocks
     count_refs(table, blocks.granules)
     reindex(blocks.nodes, blocks.granules)
-    find_twins(table, np.flatnonzero(states != CLOSED).astype(np.int32), blocks.holdings)
+    find_twins(table, np.flatnonzero(table.info[:, STATE] != CLOSED).astype(np.int32), blocks.holdings)
     owned = (blocks.granules.refs > 0) | (blocks.granules.node >= 0)
     blocks.reserve = [
         start for start in dict.fromkeys(blocks.reserve)
@@ -87,11 +103,7 @@ def settle(state: "CacheState") -> None:
         owned[start : start + MAX_BLOCK_GRANULES] = True
     num_freed = blocks.ledger.settle(owned)
     blocks.evictor.forget()
-    before = state.repairs
-    state.repairs = Repairs(
-        before.num_closed + int(num_closed), before.num_reopened + int(num_reopened), before.num_freed + num_freed,
-        tuple(blocks.ledger.unresolved),
-    )  # fmt: skip
+    return num_freed
 
 
 def end_lost(state: "CacheState") -> None:
@@ -108,6 +120,7 @@ def end_handles(state: "CacheState", marks: list[int]) -> None:
     is_theirs = np.isin(state.group.table.marks[:, OWNER], marks)
     pinned = np.flatnonzero(is_theirs & (info[:, STATE] == PINNED)).astype(np.int32)
     info[is_theirs & (info[:, STATE] == IN_STEP), STATE] = OPEN
+    state.follow(np.flatnonzero(is_theirs).astype(np.int32))
     for mark in marks:
         handle = state.handles.pop(mark)()
         if handle is not None:
@@ -170,9 +183,23 @@ def settle_rows(table: BlockTable, opened: Int32Array, held: Int64Array, saved: 
                 num_closed += state == PINNED
                 num_back += state == IN_STEP
         state = table.info[row, STATE]
-        if state in (CLOSED, PREEMPTED) and table.info[row, NUM_ENTRIES] > 0:
+        if state in (CLOSED, PREEMPTED) and table.info[row, CAPACITY] > 0:
             _empty(table, row)
     return num_closed, num_back
+
+
+@jit
+def follow_all(lead: BlockTable, table: BlockTable) -> None:
+    """Bring the rows of another group in line with those of the first one.
+
+    A call may have broken off when only some groups had changed. No row then has more tokens than room here, because
+    room is made before lengths advance, and rows that become shorter do so in all groups at once.
+    """
+    for row in range(len(table.info)):
+        for column in (GENERATION, STATE, LENGTH):
+            table.info[row, column] = lead.info[row, column]
+        if table.info[row, STATE] in (CLOSED, PREEMPTED) and table.info[row, CAPACITY] > 0:
+            _empty(table, row)
 
 
 @jit

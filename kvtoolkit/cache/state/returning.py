@@ -83,6 +83,7 @@ def decref_listed(granules: GranuleState, listed: Int32Array, freed: Int32Array)
 def bring_back(
     table: BlockTable,
     row: int,
+    first: int,
     listed: Int32Array,
     is_fresh: NDArray[np.bool_],
     numbers: Int64Array,
@@ -93,6 +94,7 @@ def bring_back(
     """Open an empty row that holds the granules ``listed``.
 
     Args:
+        first: the logical granule at which it begins.
         listed: the granules, in order. Those that are not fresh are counted for the row already.
         is_fresh: ``[n]`` which of them were just allocated and filled.
         numbers: ``[n]`` number of the copy that each fresh one was filled from, or 0 if it is not full.
@@ -117,8 +119,8 @@ def bring_back(
             granules.refs[granule] = 1
             granules.cached[HELD + tier_of(granules, granule)] += 1
             granules.copy[granule] = numbers[i]
-        count = _append_run(table, row, count, i, granule, 1, tier_of(granules, granule))
-    table.info[row, NUM_ENTRIES], table.info[row, CAPACITY] = count, len(listed)
+        count = _append_run(table, row, count, first + i, granule, 1, tier_of(granules, granule))
+    table.info[row, NUM_ENTRIES], table.info[row, CAPACITY] = count, first + len(listed)
     table.info[row, STATE] = OPEN
     table.scanned[row] = -1
     touch(table, row)

@@ -160,6 +160,25 @@ def reorder_all(
 
 
 @jit
+def reorder_groups(
+    source_tables: Any,
+    sources: Int32Array,
+    tables: Any,
+    targets: Int32Array,
+    keeps: Int64Array,
+    tails: Any,
+    holdings: Any,
+    num_freed: Int64Array,
+) -> None:
+    """`reorder_all` for all groups in one move, because no sequence may hold other tokens in one than in the other.
+
+    Each group has an element of the tuples, and its number of freed granules goes to ``num_freed``.
+    """
+    for g in range(len(tables)):
+        num_freed[g] = reorder_all(source_tables[g], sources, tables[g], targets, keeps, tails[g], holdings[g])
+
+
+@jit
 def list_partial(
     table: BlockTable, which: Int32Array, lengths: Int64Array, positions: Int32Array, out: Int32Array
 ) -> Any:
@@ -225,3 +244,18 @@ def truncate_all(
             table.masses[row, tile] = 0  # new tokens there have no mass yet
     attach_tails(table, granules, which, tails)
     return num_freed
+
+
+@jit
+def truncate_groups(
+    tables: Any,
+    which: Int32Array,
+    lengths: Int64Array,
+    keeps: Int64Array,
+    tails: Any,
+    holdings: Any,
+    num_freed: Int64Array,
+) -> None:
+    """`truncate_all` for all groups in one move; see `reorder_groups`. ``keeps`` has a line for each group."""
+    for g in range(len(tables)):
+        num_freed[g] = truncate_all(tables[g], which, lengths, keeps[g], tails[g], holdings[g])

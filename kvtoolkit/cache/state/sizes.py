@@ -22,6 +22,10 @@ def table_nbytes(config: "CacheConfig") -> tuple[int, int]:
     Both are proportional to their sizes, so this makes and measures a few small tables.
     """
 
+    if len(config.group_configs) > 1:
+        rows, index = zip(*map(table_nbytes, config.group_configs), strict=True)
+        return sum(rows), sum(index)
+
     def row(num_entries: int, num_tiles: int) -> int:
         return _nbytes(make_block_table(2, num_entries, num_tiles)) - _nbytes(
             make_block_table(1, num_entries, num_tiles)

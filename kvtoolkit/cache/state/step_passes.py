@@ -35,6 +35,7 @@ from kvtoolkit.cache.state.block_table import (
     BlockTable,
     attach,
     find_entry,
+    first_held,
     granule_at,
 )
 from kvtoolkit.cache.state.identity import extra_at
@@ -71,7 +72,7 @@ class StepArrays(NamedTuple):
 
 
 @jit
-def begin(table: BlockTable, step: StepArrays, ids: Int64Array, max_len: int, merges: bool) -> Any:
+def begin(table: BlockTable, step: StepArrays, ids: Int64Array, max_len: int, merges: bool, span: int) -> Any:
     """Check the ids and counts of a step, complete the rows that need no memory, and list those that do.
 
     Rows in ``step.work[0]`` need blocks, and `complete` afterwards. The tails of rows in ``step.work[1]`` may be
@@ -79,13 +80,14 @@ def begin(table: BlockTable, step: StepArrays, ids: Int64Array, max_len: int, me
     narrow for them (see `sync_tables`).
 
     Returns:
-        ``(code, where, num_need, num_merge, width, mark)``: what is wrong with which row (code 0: nothing), the number
-        of rows in either half of ``step.work``, the entries of the widest row, and the mark of the rows that the step
-        holds. If something is wrong, nothing has changed.
+        ``(code, where, num_need, num_merge, width, mark, num_past)``: what is wrong with which row (code 0: nothing),
+        the number of rows in either half of ``step.work``, the entries of the widest row, the mark of the rows that the
+        step holds, and how many rows hold granules that no later query sees (``span`` is that of `first_seen`). If
+        something is wrong, nothing has changed.
     """
     table.clock[LAST_MARK] += 1
     mark = table.clock[LAST_MARK]
-    num_need, num_merge, total, width = 0, 0, 0, 0
+    num_need, num_merge, total, width, num_past = 0, 0, 0, 0, 0
     num_rows = len(table.info)
     step.cu_seqlens_q[0] = 0
     for b in range(len(ids)):
@@ -101,7 +103,7 @@ def begin(table: BlockTable, step: StepArrays, ids: Int64Array, max_len: int, me
             code = BAD_COUNT
         if code != 0:
             reopen(table, step, b, mark)
-            return code, b, 0, 0, 0, mark
+            return code, b, 0, 0, 0, mark, 0
         table.marks[row, NAMED] = mark
         step.rows[b] = row
         length = table.info[row, LENGTH]
@@ -129,7 +131,21 @@ def begin(table: BlockTable, step: StepArrays, ids: Int64Array, max_len: int, me
         if merges and length & 63 == 0 and length > 0 and mergeable(table, row, length >> 3) >= 0:
             step.work[1, num_merge] = b
             num_merge += 1
-    return 0, 0, num_need, num_merge, width, mark
+        if span != 0 and count > 0 and first_seen(length, span) > first_held(table, row):
+            num_past += 1
+    return 0, 0, num_need, num_merge, width, mark, num_past
+
+
+@jit
+def first_seen(length: int, span: int) -> Any:
+    """The first granule that the token after ``length`` others may see.
+
+    ``span`` is how many tokens it sees, itself included (a window), or minus the size of the chunk in which it sees
+    all, or 0 if it sees everything.
+    """
+    if span < 0:
+        return (length - length % -span) >> 3
+    return max(length - span + 1, 0) >> 3 if span > 0 else 0
 
 
 @jit
@@ -140,7 +156,7 @@ def _take(table: BlockTable, row: int) -> None:
 
 
 @jit
-def _holds(table: BlockTable, row: int, mark: int) -> Any:
+def holds(table: BlockTable, row: int, mark: int) -> Any:
     """Whether a step holds a row. It does not hold rows that stalled, so a later step or another call may use them."""
     return table.info[row, STATE] == IN_STEP and table.marks[row, OWNER] == mark
 
@@ -149,7 +165,7 @@ def _holds(table: BlockTable, row: int, mark: int) -> Any:
 def reopen(table: BlockTable, step: StepArrays, batch: int, mark: int) -> None:
     """Release the rows that a step holds."""
     for b in range(batch):
-        if _holds(table, step.rows[b], mark):
+        if holds(table, step.rows[b], mark):
             table.info[step.rows[b], STATE] = OPEN
 
 
@@ -279,11 +295,25 @@ def advance(table: BlockTable, step: StepArrays, batch: int, mark: int) -> None:
     """End a step whose tokens are unknown: lengths advance, and its rows cannot be published from then on."""
     for b in range(batch):
         row = step.rows[b]
-        if _holds(table, row, mark):
+        if holds(table, row, mark):
             table.info[row, LENGTH] += step.counts[b]
             table.info[row, STATE] = OPEN
             if step.counts[b] > 0:
                 table.chain[row] = BROKEN
+
+
+@jit
+def advance_rows(
+    info: Int64Array, marks: Int64Array, chain: Int32Array, rows: Int32Array, counts: Int32Array, batch: int, mark: int
+) -> None:
+    """`advance` for the rows of a step in one of several groups; few arrays, because each costs time at every call."""
+    for b in range(batch):
+        row = rows[b]
+        if info[row, STATE] == IN_STEP and marks[row, OWNER] == mark:
+            info[row, LENGTH] += counts[b]
+            info[row, STATE] = OPEN
+            if counts[b] > 0:
+                chain[row] = BROKEN
 
 
 @jit
@@ -306,7 +336,7 @@ def advance_and_publish(
     num_freed, first = 0, 0
     for b in range(batch):
         row, count = step.rows[b], step.counts[b]
-        if _holds(table, row, mark):
+        if holds(table, row, mark):
             length = table.info[row, LENGTH]
             table.info[row, LENGTH] = length + count
             table.info[row, STATE] = OPEN

@@ -1,5 +1,8 @@
 """The arenas of a cache as the kernels take them: the keys and values of every layer, described once."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 
 from kvtoolkit.arrays.host import Operand, address_of
@@ -17,10 +20,16 @@ class Arenas:
         storage: where they are.
         dtype: ``float32``, ``float16`` or ``bfloat16``, the latter stored as uint16.
         backend: name of the cache's backend.
+        layers: numbers of the layers in the model, by which all is asked for; default: they are those of ``storage``.
+        num_layers: of the model.
     """
 
-    def __init__(self, storage: Storage, dtype: str, backend: str) -> None:
-        self.keys, self.values = storage.keys, storage.values
+    def __init__(
+        self, storage: Storage, dtype: str, backend: str, layers: Sequence[int] | None = None, num_layers: int = 0
+    ) -> None:
+        self.keys: Any = storage.keys
+        self.values: Any = storage.values
+        self.num_layers = num_layers or len(storage.keys)
         quantized = storage.quantized
         self.tiers = [None] * len(self.keys) if quantized is None else quantized
         """The quantized tiers of each layer; None: there are none."""
@@ -37,6 +46,9 @@ class Arenas:
         self.alignment = ITEMSIZES[dtype] if storage.device < 0 else 16
         self.raw_dtype = "bfloat16" if dtype == "bfloat16" else None
         """What 16-bit integers of callers stand for; see `Backend.describe`."""
+        if layers is not None:
+            for name in ("keys", "values", "tiers", "tier_addresses"):
+                setattr(self, name, dict(zip(layers, getattr(self, name), strict=True)))
 
     def check_backend(self, backend: str | None) -> None:
         """UnsupportedError unless it is None or the cache's own."""
@@ -47,8 +59,8 @@ class Arenas:
     def require_layer(self, layer: int) -> None:
         """ArgumentError unless there is such a layer."""
         index = layer if type(layer) is int else as_int(layer)
-        if index is None or not 0 <= index < len(self.keys):
-            raise ArgumentError(f"layer: expected 0 to {len(self.keys) - 1}, got {layer!r}")
+        if index is None or not 0 <= index < self.num_layers:
+            raise ArgumentError(f"layer: expected 0 to {self.num_layers - 1}, got {layer!r}")
 
     def check_apart(self, layer: int, written: Operand, q: Operand) -> None:
         """UnsupportedError if the output of attention shares memory with what it reads; it may be ``q`` itself."""

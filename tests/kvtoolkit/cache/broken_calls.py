@@ -21,6 +21,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "paged": {"allocator": "paged", "growth": "fixed16"},
     "lockfree": {"allocator": "lockfree", "growth": "append"},
     "tiers": {"num_tokens": 4096, "head_dim": 64, "tiers": TIERS},
+    "groups": {
+        "num_layers": 2,
+        "num_tokens": None,
+        "layer_groups": [{"layers": 0, "num_tokens": 1024}, {"layers": 1, "window": 91, "num_tokens": 896}],
+    },
 }
 _DEVICE = {"backend": "cuda", "dtype": "float16", "head_dim": 16, "growth": "append", "allocator": "lockfree"}
 DEVICE_CONFIGS: dict[str, dict[str, Any]] = {
@@ -49,13 +54,14 @@ def finish(cache: KVCache, step: Step, tokens: list[int], *, publish: bool = Tru
         import cupy
 
         kv = cupy.asarray(kv)
-    step.append(0, kv, kv)
+    for layer in range(cache.config.num_layers):
+        step.append(layer, kv, kv)
     cache.end_step(step, tokens if publish else None)
 
 
-def read(cache: KVCache, entries: np.ndarray, length: int) -> list[int]:
+def read(cache: KVCache, entries: np.ndarray, length: int, layer: int = 0) -> list[int]:
     """The tokens behind the entries of a row."""
-    tiers, out = cache.tier_caches(0), []
+    tiers, out = cache.tier_caches(layer), []
     values = tiers.v_cache
     values = np.asarray(values if isinstance(values, np.ndarray) else values.get(), np.float32)
     for granule, size, tier in zip(*(column.tolist() for column in unpack_entries(entries[entries >= 0])), strict=True):
@@ -72,7 +78,13 @@ def seen(cache: KVCache, seq: int) -> Any:
     """What a sequence holds, from outside."""
     try:
         with cache.begin_step([seq], 0) as step:
-            return read(cache, step.block_table[0], int(step.seq_lens[0]))
+            length = int(step.seq_lens[0])
+            held = read(cache, step.block_table[0], length)
+            for layer in range(1, cache.config.num_layers):
+                tables = step.tables_of(layer)
+                first = 8 * max(0, int(tables.block_starts[0, 0]))
+                assert read(cache, tables.block_table[0], length - first, layer) == held[first:]
+            return held
     except SequenceError as error:
         return "preempted" if "is preempted" in str(error) else "closed" if "closed" in str(error) else str(error)
 

@@ -15,7 +15,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from kvtoolkit import CacheConfig, CacheFullError, KVCache
+from kvtoolkit import ArgumentError, CacheConfig, CacheFullError, KVCache, UnsupportedError
 from kvtoolkit.cache.state.shared_reads import SharedReads
 from kvtoolkit.formats.entry import unpack_entries
 from kvtoolkit.formats.quantized import INT4, INT8
@@ -321,34 +321,46 @@ class CacheMachine(RuleBasedStateMachine):
         for step, ids, _, held in self.steps:
             for b, seq in enumerate(ids):
                 if seq in held:
-                    self.compare_all(readers, step.block_table[b], held[seq])
+                    self.compare_all(readers, step, b, held[seq])
         ids = sorted(self.tokens)
         if not ids:
             return
         with self.cache.begin_step(ids, 0) as step:
             readers = self.readers()
-            check_shared(self.reads, step)
+            self.check_shared(step)
             for b, seq in enumerate(ids):
                 tokens = self.tokens[seq]
                 assert step.ok[b]
                 assert step.seq_lens[b] == len(tokens)
-                _, sizes, _ = unpack_entries(step.block_table[b])
-                starts = step.block_starts[b][sizes > 0]
-                assert (
-                    starts.tolist() == np.concatenate([[0], np.cumsum(sizes[sizes > 0])[:-1]])[: len(starts)].tolist()
-                )
-                self.compare_all(readers, step.block_table[b], tokens)
+                self.compare_all(readers, step, b, tokens)
 
     def readers(self):
         """One for each layer. A step that begins may move tokens, which a copy on the host would miss."""
         return [self.reader(layer) for layer in range(NUM_LAYERS)]
 
-    def compare_all(self, readers, entries, tokens):
-        """The keys and values that a row of a block table leads to are those of the tokens."""
+    def check_shared(self, step):
+        """What rows have in common is found."""
+        check_shared(self.reads, step)
+
+    def compare_all(self, readers, step, b, tokens):
+        """The keys and values behind a row of a step are those of the tokens, from the first that is held."""
         for layer, read in enumerate(readers):
-            expected = self.key_of(tokens, layer)
-            for held, sign in zip(read(entries), (1, -1), strict=True):
-                self.compare(held[: len(tokens)] * sign, expected)
+            tables = self.parts_of(step, layer)
+            _, sizes, _ = unpack_entries(tables.block_table[b])
+            starts = tables.block_starts[b][sizes > 0].tolist()
+            first = starts[0] if starts else self.first_of(layer, tokens)
+            assert starts == (first + np.concatenate([[0], np.cumsum(sizes[sizes > 0])[:-1]]))[: len(starts)].tolist()
+            assert first <= self.first_of(layer, tokens)
+            for held, sign in zip(read(tables.block_table[b]), (1, -1), strict=True):
+                self.compare(held[: len(tokens) - 8 * first] * sign, self.key_of(tokens, layer)[8 * first :])
+
+    def parts_of(self, step, layer):
+        """The arrays of a step for a layer."""
+        return step.tables_of(layer)
+
+    def first_of(self, layer, tokens):
+        """The first granule of a sequence that must be there for its next token."""
+        return 0
 
     def teardown(self):
         if not hasattr(self, "cache"):
@@ -369,6 +381,125 @@ class CacheMachine(RuleBasedStateMachine):
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: "-".join(map(str, c.values())))
 def test_every_read_returns_what_the_sequence_was_given(config):
     machine = type("Machine", (CacheMachine,), {"config": config})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=30, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )
+
+
+GROUPS = [
+    [{"layers": 0}, {"layers": 1}],
+    [{"layers": 0}, {"layers": 1, "window": 20}],
+    [{"layers": 1, "window": 9}, {"layers": 0, "window": 70}],
+    [{"layers": range(2), "window": 33}],
+    [{"layers": 1, "window": 1}, {"layers": 0}],
+    [{"layers": 0, "chunk": 40}, {"layers": 1, "window": 20}],
+]
+
+GROUPED_CONFIGS = [
+    *({"allocator": "buddy", "growth": "adaptive", "layer_groups": groups} for groups in GROUPS),
+    {"allocator": "buddy", "growth": "append", "layer_groups": GROUPS[1]},
+    {"allocator": "buddy", "growth": "lazy_merge", "layer_groups": GROUPS[2]},
+    {"allocator": "slab", "growth": "adaptive", "layer_groups": GROUPS[1]},
+    {"allocator": "lockfree", "growth": "lazy_merge", "layer_groups": GROUPS[3]},
+    {"allocator": "paged", "growth": "fixed16", "layer_groups": GROUPS[1]},
+    {"allocator": "paged", "growth": "fixed64", "layer_groups": GROUPS[2]},
+]
+
+
+class GroupMachine(CacheMachine):
+    """The machine above, with layers in groups that keep other tokens."""
+
+    superblocks: ClassVar[list[int]] = [3, 8, 24]
+
+    def start(self, data):
+        self.groups = {layer: group for group in self.cache.config.groups for layer in group.layers}
+
+    def first_of(self, layer, tokens):
+        return self.first_seen(layer, len(tokens))
+
+    def first_seen(self, layer, length):
+        """The first granule that a query at position ``length`` sees."""
+        window, chunk = self.groups[layer].window, self.groups[layer].chunk
+        return max(0, length - window + 1) // 8 if window else length // chunk * chunk // 8 if chunk else 0
+
+    def parts_of(self, step, layer):
+        """The arrays of a group, of which those in chunks are cut for kernels."""
+        tables = step.tables_of(layer)
+        if not self.groups[layer].chunk:
+            return tables
+        (part,) = (one for one in step._parts if layer in one.steps.group.layers.layers)
+        arrays = part.steps.arrays.shown(part.arrays)
+        return tables._replace(block_table=arrays.table, block_starts=arrays.starts, seq_lens=step.seq_lens)
+
+    def begin(self, ids, chunks):
+        lengths = [len(self.tokens[seq]) for seq in ids]
+        step = super().begin(ids, chunks)
+        for layer in self.groups:
+            tables = self.parts_of(step, layer)
+            assert tables.seq_lens.tolist() == step.seq_lens.tolist()
+            for b in np.flatnonzero(step.ok & (step.num_new_tokens > 0)):
+                # everything is freed that no query from now on sees
+                assert tables.block_starts[b, 0] == self.first_seen(layer, lengths[b])
+        return step
+
+    def check_shared(self, step):
+        """Only caches on a GPU look for it, and they have no groups."""
+
+    @precondition(lambda self: self.tokens)
+    @rule(data=st.data(), drafts=st.integers(1, 20))
+    def verify(self, data, drafts):
+        """Rejected tokens can always be cut off right after the step that brought them."""
+        ids = self.some(data)
+        before = {seq: len(self.tokens[seq]) for seq in ids}
+        self.run_step(ids, [[1] * drafts for _ in ids])
+        lens = [data.draw(st.integers(before[seq], len(self.tokens[seq]))) for seq in ids]
+        try:
+            self.cache.truncate(ids, lens)
+        except CacheFullError:
+            return
+        self.tokens |= {seq: self.tokens[seq][:length] for seq, length in zip(ids, lens, strict=True)}
+
+    @precondition(lambda self: self.tokens)
+    @rule(data=st.data())
+    def truncate(self, data):
+        ids = self.some(data)
+        lens = [data.draw(st.integers(0, len(self.tokens[seq]))) for seq in ids]
+        with self.cache.begin_step(ids, 0) as step:
+            firsts = {layer: self.parts_of(step, layer).block_starts[: len(ids), 0].copy() for layer in self.groups}
+        is_gone = any(
+            first > self.first_of(layer, self.tokens[seq][:length]) and 0 < length < len(self.tokens[seq])
+            for layer, starts in firsts.items()
+            for first, seq, length in zip(starts, ids, lens, strict=True)
+        )
+        try:
+            self.cache.truncate(ids, lens)
+        except ArgumentError:
+            assert is_gone
+            return
+        except CacheFullError:
+            return
+        assert not is_gone
+        self.tokens |= {seq: self.tokens[seq][:length] for seq, length in zip(ids, lens, strict=True)}
+
+    @rule()
+    def snapshot(self):
+        with pytest.raises(UnsupportedError, match="layer_groups"):
+            self.cache.snapshot()
+
+
+def name_of(config):
+    groups = config["layer_groups"]
+    return "-".join(
+        [config["allocator"], config["growth"], *(str(one.get("window", one.get("chunk", "all"))) for one in groups)]
+    )
+
+
+@pytest.mark.parametrize("config", GROUPED_CONFIGS, ids=name_of)
+def test_every_read_returns_what_the_sequence_was_given_in_each_group_of_layers(config):
+    machine = type("Machine", (GroupMachine,), {"config": config})
     run_state_machine_as_test(
         machine,
         settings=settings(

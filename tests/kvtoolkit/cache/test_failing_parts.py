@@ -76,6 +76,7 @@ PARTS = {
     "buddy": {"allocator": f"{HERE}:BreakingBuddy", "growth": "lazy_merge", "eviction": f"{HERE}:BreakingPolicy"},
     "slab": {**CONFIGS["slab"], "allocator": f"{HERE}:BreakingSlab"},
     "tiers": {**CONFIGS["tiers"], "allocator": f"{HERE}:BreakingBuddy"},
+    "groups": {**CONFIGS["groups"], "allocator": f"{HERE}:BreakingBuddy", "growth": "lazy_merge"},
 }
 
 
@@ -87,17 +88,20 @@ def disarmed():
 
 def break_part(world, part):
     """Let the storage of a cache pass the trap."""
-    if part in ("copy_granules", "convert_tiles", "read", "write"):
-        storage = world.cache._state.group.storage
-        inner = getattr(storage, part)
+    if part not in ("copy_granules", "convert_tiles", "read", "write"):
+        return
+    for group in world.cache._state.groups:
+        setattr(group.storage, part, trapped(getattr(group.storage, part), part))
 
-        def call(*args):
-            Trap.passed(part, "before")
-            out = inner(*args)
-            Trap.passed(part, "after")
-            return out
 
-        setattr(storage, part, call)
+def trapped(inner, part):
+    def call(*args):
+        Trap.passed(part, "before")
+        out = inner(*args)
+        Trap.passed(part, "after")
+        return out
+
+    return call
 
 
 def fail_everywhere(config, parts, when, error, *, exact=True, every=1):

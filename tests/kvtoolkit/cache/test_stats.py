@@ -13,10 +13,11 @@ def test_every_slot_is_in_one_place_whatever_was_called(name):
         world = make_world(**CONFIGS[name])
         call(world)
         stats = world.cache.stats()
-        refs = world.cache._state.group.blocks.granules.refs
-        assert stats.used == 8 * np.count_nonzero(refs)
-        assert stats.callers == 8 * np.count_nonzero(world.cache._state.group.blocks.ledger.callers)
-        for one in (stats, *stats.tiers.values()):
+        groups = world.cache._state.groups
+        assert stats.used == 8 * sum(np.count_nonzero(one.blocks.granules.refs) for one in groups)
+        assert stats.callers == 8 * sum(np.count_nonzero(one.blocks.ledger.callers) for one in groups)
+        assert [one.used for one in stats.groups] == [8 * np.count_nonzero(one.blocks.granules.refs) for one in groups]
+        for one in (stats, *stats.tiers.values(), *stats.groups):
             assert accounted(one) == one.capacity
         assert stats.reused_tokens <= stats.prompt_tokens
         assert stats.peak_used >= stats.used

@@ -1,0 +1,125 @@
+"""Groups of layers in a configuration: what is filled in, what is refused, and how memory is divided."""
+
+import pytest
+
+from kvtoolkit import CacheConfig, ConfigError, UnsupportedError
+
+SHAPE = {"num_layers": 6, "num_kv_heads": 2, "head_dim": 16}
+
+
+def make(groups, **fields):
+    return CacheConfig(**{**SHAPE, "num_tokens": 8192, **fields}, layer_groups=groups)
+
+
+def test_layers_are_ints_ranges_or_lists():
+    config = make([{"layers": 5}, {"layers": [range(0, 4, 2), [1]], "window": 64}, {"layers": range(3, 5)}])
+    assert [group.layers for group in config.groups] == [(5,), (0, 1, 2), (3, 4)]
+    assert [group.window for group in config.groups] == [0, 64, 0]
+
+
+def test_a_configuration_with_groups_travels_through_its_dict():
+    config = make([{"layers": range(3), "window": 1024}, {"layers": range(3, 5)}, {"layers": 5, "chunk": 512}])
+    values = config.to_dict()
+    groups = [{"layers": [0, 1, 2], "window": 1024}, {"layers": [3, 4]}, {"layers": [5], "chunk": 512}]
+    assert values["layer_groups"] == groups
+    assert CacheConfig.from_dict(values) == config
+    assert "layer_groups" not in CacheConfig(**SHAPE, num_tokens=64).to_dict()
+
+
+def test_one_group_without_a_window_changes_nothing():
+    plain, config = CacheConfig(**SHAPE, num_tokens=1000), make([{"layers": range(6)}], num_tokens=1000)
+    assert not config.is_grouped
+    assert config.finds_prefixes
+    for name in ("tier_granules", "seq_len_limit", "entries_limit", "nbytes_per_token", "block_nbytes"):
+        assert getattr(config, name) == getattr(plain, name)
+
+
+HALVES = [{"layers": range(3), "window": 64}, {"layers": range(3, 6)}]
+
+
+@pytest.mark.parametrize(
+    ("groups", "fields", "message"),
+    [
+        (5, {}, r"layer_groups: expected a list of tables, got 5"),
+        ([], {}, r"layer_groups: expected a list of tables, got \[\]"),
+        ([range(6)], {}, r"layer_groups\[0\]: expected a table with layers, got range"),
+        ([{"layers": range(6), "windw": 3}], {}, r"layer_groups\[0\]: 'windw': .*did you mean 'window'"),
+        ([{"layers": range(5)}], {}, r"layer_groups: expected all 6 layers of the model, got none with layer 5"),
+        ([{"layers": range(7)}], {}, r"layer_groups\[0\].layers: expected layers from 0 to 5, .*got 6"),
+        ([{"layers": [0, True]}], {}, r"layer_groups\[0\].layers: expected layers from 0 to 5, .*got True"),
+        ([{"window": 8}], {}, r"layer_groups\[0\].layers: expected layers from 0 to 5, .*got None"),
+        ([{"layers": []}], {}, r"layer_groups\[0\].layers: expected different layers, at least one, got \[\]"),
+        ([{"layers": [1, 1]}], {}, r"layer_groups\[0\].layers: expected different layers"),
+        ([{"layers": range(6)}, {"layers": 2}], {}, r"layer_groups\[1\].layers: .*got 2, which is in"),
+        ([{"layers": range(6), "window": 0}], {}, r"layer_groups\[0\].window: expected an int from 1 to .*, got 0"),
+        ([{"layers": range(6), "window": 1.5}], {}, r"layer_groups\[0\].window: expected an int .*, got 1.5"),
+        ([{"layers": range(6), "chunk": 4}], {}, r"layer_groups\[0\].chunk: expected an int from 8 to .*, got 4"),
+        ([{"layers": range(6), "chunk": 12}], {}, r"chunk: expected a multiple of 8, and no window .*, got 12"),
+        ([{"layers": range(6), "chunk": 64, "window": 3}], {}, r"and no window beside it, got 64 and a window"),
+        ([{"layers": range(6), "num_tokens": 0}], {}, r"layer_groups\[0\].num_tokens: expected an int from 1"),
+        ([{"layers": range(6), "share": 1}], {}, r"layer_groups\[0\].share: expected a number .* below 1, got 1"),
+        ([{**HALVES[0], "num_tokens": 640}, HALVES[1]], {}, "num_tokens in every group or in none, got it in 1"),
+        ([{**one, "num_tokens": 640} for one in HALVES], {}, "num_tokens in the groups, or num_tokens or memory"),
+        ([{**one, "share": 0.5} for one in HALVES], {}, "expected shares only with memory"),
+        ([{**one, "share": 0.4} for one in HALVES], {"num_tokens": None, "memory": "1 MiB"}, "sum to 1, got 0.8"),
+        ([{**one, "num_tokens": n} for one, n in zip(HALVES, (64, 640), strict=True)], {"num_tokens": None},
+         r"layer_groups\[0\]: expected room for 128 tokens, a window or chunk and a block .*, got 64"),
+        (HALVES, {"num_tokens": None}, "expected exactly one of num_tokens and memory, got None and None"),
+        (HALVES, {"num_tokens": None, "memory": 9000}, "room for 64 tokens in every group of layers, got none"),
+    ],
+)  # fmt: skip
+def test_a_wrong_group_is_refused_and_the_message_says_why(groups, fields, message):
+    with pytest.raises(ConfigError, match=message):
+        make(groups, **fields)
+
+
+@pytest.mark.parametrize(
+    ("groups", "fields", "message"),
+    [
+        (HALVES, {"tiers": {"warm": "int8"}, "head_dim": 64}, "tiers: expected none with layer_groups, because"),
+        (HALVES, {"backend": "cuda"}, "backend: expected 'cpu' with layer_groups, because"),
+    ],
+)
+def test_what_does_not_work_with_groups_is_refused_with_the_reason(groups, fields, message):
+    with pytest.raises(UnsupportedError, match=message):
+        make(groups, **fields)
+
+
+def test_by_default_sequences_of_a_typical_length_fill_all_groups_at_the_same_time():
+    def blocks(**fields):
+        return [config.num_granules // 8 for config in make(HALVES, **fields).group_configs]
+
+    assert blocks(num_tokens=64 * 4096) == [64 * (64 + 256) // 64, 4096]  # 64 sequences of 4096
+    assert blocks(num_tokens=64 * 4096, max_seq_len=1024) == [256 * (64 + 256) // 64, 4096]
+    assert blocks(num_tokens=640) == [5, 10]  # one sequence, which is shorter
+    assert blocks(num_tokens=64) == [1, 1]  # and shorter than the window
+
+
+def test_memory_is_used_up_by_all_groups_together():
+    per_block = make(HALVES).block_nbytes["hot"] // 2  # of three layers
+    for memory in (per_block * 24, per_block * 1000, per_block * 100_000 + 1):
+        config = make(HALVES, num_tokens=None, memory=memory)
+        window, full = (one.num_granules // 8 for one in config.group_configs)
+        assert memory - 4 * per_block < (window + full) * per_block <= memory
+        again = make(HALVES, num_tokens=64 * full)
+        assert [one.num_granules for one in again.group_configs] == [8 * window, 8 * full]
+    shared = [{**one, "share": share} for one, share in zip(HALVES, (0.25, 0.75), strict=True)]
+    config = make(shared, num_tokens=None, memory=per_block * 100)
+    assert [one.num_granules // 8 for one in config.group_configs] == [25, 75]
+
+
+def test_each_group_is_configured_as_a_cache_of_its_layers():
+    own = [{**one, "num_tokens": n} for one, n in zip(HALVES, (640, 6400), strict=True)]
+    config = make(own, num_tokens=None, growth="append", max_seqs=3)
+    window, full = config.group_configs
+    assert (window.num_layers, window.num_granules, window.growth, window.max_seqs) == (3, 80, "append", 3)
+    assert (full.num_layers, full.num_granules) == (3, 800)
+    assert config.seq_len_limit == 6400
+    assert not config.finds_prefixes
+
+
+def test_a_cache_in_which_all_layers_have_a_window_takes_sequences_longer_than_its_pool():
+    config = make([{"layers": range(6), "window": 64}], num_tokens=640)
+    assert config.seq_len_limit > 1 << 20
+    assert config.entries_limit == 80
+    assert make([{"layers": range(6), "window": 64}], num_tokens=640, max_seq_len=9000).seq_len_limit == 9000
