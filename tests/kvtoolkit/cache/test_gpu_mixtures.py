@@ -54,7 +54,7 @@ class Mixtures:
             step.attend(layer, self.q[layer, :used], out=self.out[layer, :used])
 
     def check(self, counts):
-        """The new tokens of one step, run eagerly and by a replay. A step of its own might find tokens in other tiers."""
+        """The new tokens of one step, run eagerly and by a replay. In another step tokens might be in other tiers."""
         used = int(np.sum(counts))
         assert used <= self.tokens
         self.new.normal_()
