@@ -111,9 +111,13 @@ __device__ __forceinline__ bool is_last_to_arrive(unsigned* counter, int count) 
   return is_last;
 }
 
-// More pieces than that are merged in two rounds: groups of so many, each by the CTA of it that arrives last, then the
-// groups. And so many loads of a thread are under way together, since what counts is how long the last CTA is alone.
+// Partial results that a thread loads together, since what counts is how long the last CTA is alone. More than twice as
+// many pieces are merged in two rounds: groups of so many, each by the CTA of it that arrives last, then the groups.
 constexpr int kMergedAtOnce = kHeadDim > 64 ? 16 : 8;
+
+__device__ __forceinline__ int pieces_of_group(const Piece& piece) {
+  return piece.num_pieces > 2 * kMergedAtOnce ? kMergedAtOnce : 1;
+}
 
 // Merge 4 dims of a row over every `step`-th of the sequence's pieces from `begin` to before `end`, in their order.
 __device__ __forceinline__ SoftmaxRow merge_partials(
@@ -152,7 +156,7 @@ __device__ __forceinline__ SoftmaxRow merge_partials(
 __device__ __forceinline__ bool arrive_with_piece(
     const AttentionParams& p, const Schedule& schedule, const Piece& piece) {
   int arrivals = piece.num_pieces;
-  if (arrivals > kMergedAtOnce) {
+  if (pieces_of_group(piece) > 1) {
     const int begin = piece.number() / kMergedAtOnce * kMergedAtOnce;
     const int count = min(kMergedAtOnce, piece.num_pieces - begin);
     const int slot = piece.slot_of(begin);
@@ -180,7 +184,7 @@ __device__ __forceinline__ bool arrive_with_piece(
 // Write the output of a sequence from the partial results of its pieces. Only the last CTA to arrive calls this.
 __device__ __forceinline__ void merge_pieces(
     const AttentionParams& p, const Schedule& schedule, const Piece& piece, float* row_lse) {
-  const int step = piece.num_pieces > kMergedAtOnce ? kMergedAtOnce : 1;
+  const int step = pieces_of_group(piece);
   for (int i = threadIdx.x; i < piece.block.num_rows * kHeadDim / 4; i += kThreads) {
     const int row = i / (kHeadDim / 4);
     const int dim = i % (kHeadDim / 4) * 4;
