@@ -12,7 +12,7 @@
 //
 // Launch:   grid = at most one CTA an SM, CTA 384: a warpgroup that loads, two that compute 64 rows each; with tiers 512:
 //           one more that converts codes. Dynamic shared memory Layout::kBytes. Macros: KVT_HEAD_DIM, KVT_BF16, KVT_TIERS,
-//           KVT_RULES (1: ALiBi; 2: softcap and any scale, too).
+//           KVT_RULES (1: ALiBi, any scale; 2: softcap, too).
 // How:      A granule of 8 tokens of 128 bytes is one atom of the 128-byte swizzle, so tensor copies bring blocks of any
 //           multiple of 8 tokens to shared memory as wgmma wants them. Items are taken from a counter, longest first;
 //           the first products of an item overlap with the end of the one before. Scores of the next tile are computed
@@ -49,7 +49,7 @@ class Consumer {
         rings_(rings),
         group_((warp >> 2) - (kThreads - kConsumers) / 128),
         row_((warp & 3) * 16 + (lane_id() >> 2)),
-        softmax_(KVT_RULES == 2 ? 1.0f : p.scale_log2) {}
+        softmax_(KVT_RULES ? 1.0f : p.scale_log2) {}
 
   __device__ __forceinline__ void run() {
     if (group_ == 1) ptx::pass(kTurn, kConsumers);
@@ -196,8 +196,7 @@ class Consumer {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const Row row = row_of(item, r);
-        const float unit = KVT_RULES == 1 ? kLog2E / p_.scale_log2 : kLog2E;  // that of the scores in registers
-        slope_[r] = p_.alibi_slopes == nullptr || !row.exists ? 0.0f : p_.alibi_slopes[row.q_head] * unit;
+        slope_[r] = p_.alibi_slopes == nullptr || !row.exists ? 0.0f : p_.alibi_slopes[row.q_head] * kLog2E;
       }
     }
     const KeyRange keys = keys_of_item(
@@ -219,40 +218,26 @@ class Consumer {
     return tile * kKeys < full_begin_ || (tile + 1) * kKeys > full_end_;
   }
 
-  // From products to scores that rows see; with KVT_RULES 2 in log2.
+  // From products to scores that rows see; where there are rules to apply, in log2.
   template <bool kMayMask>
   __device__ __forceinline__ void apply_rules(const Item& item, int tile) {
     const int first = tile * kKeys + 2 * (lane_id() & 3);
-    if (KVT_RULES == 2) {
-      if (p_.cap_outer == 0.0f) {
+    if (KVT_RULES) {
 #pragma unroll
-        for (int i = 0; i < kKeys / 2; ++i) s_[i] *= p_.scale_log2;
-      } else {
+      for (int i = 0; i < kKeys / 2; ++i)
+        s_[i] = KVT_RULES == 2 ? capped(s_[i], p_.cap_inner, p_.cap_outer) : s_[i] * p_.scale_log2;
+      if (p_.alibi_slopes != nullptr) {
+        const float ahead[2] = {
+            static_cast<float>(position_of(item, 0) - first), static_cast<float>(position_of(item, 1) - first)};
 #pragma unroll
-        for (int i = 0; i < kKeys / 2; ++i) s_[i] = capped(s_[i], p_.cap_inner, p_.cap_outer);
+        for (int i = 0; i < kKeys / 2; ++i) {
+          const int r = i >> 1 & 1;
+          s_[i] -= slope_[r] * fabsf(ahead[r] - static_cast<float>((i >> 2) * 8 + (i & 1)));
+        }
       }
     }
-    if (KVT_RULES && p_.alibi_slopes != nullptr) take_slopes(item, tile, first);
     if constexpr (kMayMask) {
       if (is_masked(tile)) mask(item, first);
-    }
-  }
-
-  // Subtract slope * |position - key|, where `first` is this lane's first key. For keys before all rows that is a number
-  // for each row and one for each key, which the row's slope is multiplied by: one instruction a score.
-  __device__ __forceinline__ void take_slopes(const Item& item, int tile, int first) {
-    const float ahead[2] = {
-        static_cast<float>(position_of(item, 0) - first), static_cast<float>(position_of(item, 1) - first)};
-    const auto offset = [](int i) { return static_cast<float>((i >> 2) * 8 + (i & 1)); };
-    if (KVT_RULES == 1 && p_.right == 0 && (tile + 1) * kKeys <= full_end_) {
-#pragma unroll
-      for (int i = 0; i < kKeys / 2; ++i) s_[i] = fmaf(slope_[i >> 1 & 1], offset(i), s_[i]);
-      softmax_.shift[0] = -slope_[0] * ahead[0];
-      softmax_.shift[1] = -slope_[1] * ahead[1];
-    } else {
-#pragma unroll
-      for (int i = 0; i < kKeys / 2; ++i) s_[i] -= slope_[i >> 1 & 1] * fabsf(ahead[i >> 1 & 1] - offset(i));
-      softmax_.shift[0] = softmax_.shift[1] = 0.0f;
     }
   }
 
@@ -531,7 +516,7 @@ class Consumer {
   Rings rings_;
   int group_;  // 0 or 1
   int row_;    // of the warpgroup's; this thread has it and the one 8 below
-  TileSoftmax<scalar_t, kKeys, KVT_RULES == 1> softmax_;
+  TileSoftmax<scalar_t, kKeys> softmax_;
   float slope_[2];
   int full_begin_, full_end_;
   float s_[kKeys / 2];

@@ -24,7 +24,6 @@ from kvtoolkit.runtime.tensor_map import tensor_map
 _HALF_ROWS = 64  # as in prompt/item.cuh
 MAX_PARTS = 64
 LEAST_SCALE = 1e-30  # a smaller factor is 0 in float32, which is no factor for -inf
-_LEAST_SCALE_OF_SLOPES = 1e-6  # slopes are divided by the scale
 _MOST_LATE_ITEMS = 4  # of a CTA, as in plan_prompts.cu
 MAX_TILES = 65535  # of a sequence, as items count them
 _ITEM_NBYTES = 32
@@ -297,7 +296,6 @@ def attention_launch(
         scale * LOG2E, scale / softcap if softcap else 0.0, softcap * LOG2E,
         *(tier.address if tier else 0 for tier in (call.tiers or _NO_TIERS)[:2]),
     )  # fmt: skip
-    least = _LEAST_SCALE_OF_SLOPES if slopes else LEAST_SCALE
-    rules = 2 if softcap or scale < least else int(slopes is not None)
+    rules = 2 if softcap else int(slopes is not None or scale < LEAST_SCALE)
     spec = specs.prompt(call.q.shape[2], call.q.dtype, rules=rules, tiers=call.tiers is not None)
     return Launch(load_spec(spec, call.q.device), (sizes.ctas,), spec.threads, spec.smem_nbytes, parameters)

@@ -228,7 +228,7 @@ def prompt(head_dim: int, dtype: str, *, rules: int, tiers: bool = False) -> Spe
     """The prompt kernel of sm_90.
 
     Args:
-        rules: 1 for ALiBi; 2 for softcap and for a scale that is not above 0, too.
+        rules: 1 for ALiBi or a scale that is not above 0; 2 for softcap, too.
         tiers: some tokens are codes; head_dim 64 or 128.
     """
     buffers = 2 if head_dim <= 128 and not tiers else 1

@@ -13,11 +13,9 @@ namespace kvt {
 
 constexpr float kHeadroom = 8.0f;  // log2
 
-//   kHasShift  whether scores are those in registers plus `shift`, a number for each row and tile
-template <typename Scalar, int kKeys, bool kHasShift>
+template <typename Scalar, int kKeys>
 struct TileSoftmax {
   float scale;      // from a score to log2
-  float shift[2];   // of the tile that is absorbed next
   float m[2];       // a maximum of the scores so far, up to kHeadroom
   float l[2];       // sum of the weights of this lane's keys
   float shrink[2];  // what the accumulators have to be multiplied by, where `raised`
@@ -34,7 +32,7 @@ struct TileSoftmax {
   // Weights with m raised to the exact maximum of everything so far, in rows where a score is too far above it. Other
   // rows get the bits that `absorb` gives them, so what one row sees changes nothing for the rows beside it.
   __device__ __forceinline__ void absorb_and_raise(const float (&s)[kKeys / 2], unsigned (&weights)[kKeys / 4]) {
-    float high[2] = {unshifted(m[0], 0), unshifted(m[1], 1)};
+    float high[2] = {m[0], m[1]};
 #pragma unroll
     for (int j = 0; j < kKeys / 8; ++j) {
       high[0] = fmaxf(high[0], fmaxf(s[4 * j], s[4 * j + 1]));
@@ -44,11 +42,10 @@ struct TileSoftmax {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       high[r] = max_over_columns(high[r]);
-      const bool raises = is_above(high[r], r);
-      const float raised_m = raises ? shifted(high[r], r) : m[r];
-      const float old = m[r] * scale;  // a fused product would be off by its rounding
-      shrink[r] = raises ? ptx::exp2(old - base_of(raised_m) * scale) : 1.0f;
-      base[r] = base_at(raised_m, r);
+      const bool raises = is_above(high[r], m[r]);
+      const float raised_m = raises ? high[r] : m[r];
+      base[r] = base_of(raised_m) * scale;
+      shrink[r] = raises ? ptx::exp2(m[r] * scale - base[r]) : 1.0f;  // a fused product would be off by its rounding
       m[r] = raised_m;
       l[r] *= shrink[r];
     }
@@ -58,11 +55,11 @@ struct TileSoftmax {
 
   // Weights against the maximum before this tile, or raised where that is too far below.
   __device__ __forceinline__ void absorb(const float (&s)[kKeys / 2], unsigned (&weights)[kKeys / 4]) {
-    float high[2] = {unshifted(m[0], 0), unshifted(m[1], 1)};
+    float high[2] = {m[0], m[1]};
     float base[2];
     float sum[2] = {l[0], l[1]};
 #pragma unroll
-    for (int r = 0; r < 2; ++r) base[r] = base_at(m[r], r);
+    for (int r = 0; r < 2; ++r) base[r] = base_of(m[r]) * scale;
 #pragma unroll
     for (int j = 0; j < kKeys / 8; ++j) {
 #pragma unroll
@@ -76,7 +73,7 @@ struct TileSoftmax {
         weights[2 * j + r] = Scalar::pack(x, y);
       }
     }
-    const bool above = is_above(high[0], 0) || is_above(high[1], 1);
+    const bool above = is_above(high[0], m[0]) || is_above(high[1], m[1]);
     raised = __any_sync(kAllLanes, above);
     if (raised) {
       absorb_and_raise(s, weights);
@@ -88,16 +85,7 @@ struct TileSoftmax {
   }
 
  private:
-  __device__ __forceinline__ float shifted(float x, int r) const { return kHasShift ? x + shift[r] : x; }
-  __device__ __forceinline__ float unshifted(float x, int r) const { return kHasShift ? x - shift[r] : x; }
-  // What to subtract from the scores in registers, in log2, where the row's maximum is `of`.
-  __device__ __forceinline__ float base_at(float of, int r) const {
-    const float base = base_of(of) * scale;
-    return kHasShift ? base - shift[r] * scale : base;
-  }
-  __device__ __forceinline__ bool is_above(float high, int r) const {
-    return (shifted(high, r) - m[r]) * scale > kHeadroom;
-  }
+  __device__ __forceinline__ bool is_above(float high, float low) const { return (high - low) * scale > kHeadroom; }
 
   __device__ __forceinline__ void take_weights(
       const float (&s)[kKeys / 2], unsigned (&weights)[kKeys / 4], const float (&base)[2], float (&sum)[2]) const {
