@@ -111,12 +111,12 @@ __device__ __forceinline__ bool is_last_to_arrive(unsigned* counter, int count) 
   return is_last;
 }
 
-// Partial results that a thread loads together, since what counts is how long the last CTA is alone. More than twice as
-// many pieces are merged in two rounds: groups of so many, each by the CTA of it that arrives last, then the groups.
+// Partial results that a thread loads together, since what counts is how long the last CTA is alone. Twice as many pieces,
+// or more, are merged in two rounds: groups of so many, each by the CTA of it that arrives last, then the groups.
 constexpr int kMergedAtOnce = kHeadDim > 64 ? 16 : 8;
 
 __device__ __forceinline__ int pieces_of_group(const Piece& piece) {
-  return piece.num_pieces > 2 * kMergedAtOnce ? kMergedAtOnce : 1;
+  return piece.num_pieces >= 2 * kMergedAtOnce ? kMergedAtOnce : 1;
 }
 
 // Merge 4 dims of a row over every `step`-th of the sequence's pieces from `begin` to before `end`, in their order.
