@@ -41,18 +41,3 @@ def test_no_family_gives_anything_else(family, request, quiet):
     assert verdict.status != "different", verdict
     if verdict.status == "unknown":
         request.node.user_properties.append(("note", f"{family} could not be made or run: {verdict.detail[:120]}"))
-
-
-@pytest.fixture
-def quiet():
-    """What transformers says of configurations made tiny is not about us."""
-    import warnings
-
-    before, threads = transformers.logging.get_verbosity(), torch.get_num_threads()
-    transformers.logging.set_verbosity_error()
-    torch.set_num_threads(1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    transformers.logging.set_verbosity(before)
-    torch.set_num_threads(threads)

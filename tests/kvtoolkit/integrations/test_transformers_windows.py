@@ -1,0 +1,264 @@
+"""Models in which layers have windows, chunks, softcaps or sinks: they give what they give on transformers' own cache.
+
+Prompts are longer than the window, and sequences go on until they have crossed it several times.
+"""
+
+import functools
+from typing import NamedTuple
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from kvtoolkit import ArgumentError, CacheConfig, CacheFullError, ConfigError, KVCache, UnsupportedError  # noqa: E402
+from kvtoolkit.integrations import layer_groups  # noqa: E402
+from kvtoolkit.integrations.transformers import TransformersCache, cache_config, use_kvtoolkit  # noqa: E402
+from tests.kvtoolkit.integrations import families  # noqa: E402
+
+W = 16
+F, S, C = "full_attention", "sliding_attention", "chunked_attention"
+USE = {"use_sliding_window": True, "max_window_layers": 1, "layer_types": None}
+
+
+class Family(NamedTuple):
+    """How a family is made tiny, and what its layers then see: a window, minus a chunk, or 0 for all."""
+
+    changes: dict
+    spans: list
+
+
+FAMILIES = {
+    "gemma2": Family({"attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 50}, [W, 0]),
+    "gemma3_text": Family({"num_hidden_layers": 4, "layer_types": [S, S, S, F]}, [W, W, W, 0]),
+    "gpt_oss": Family({}, [W, 0]),
+    "mistral": Family({}, [W, W]),
+    "mixtral": Family({}, [W, W]),
+    "phi3": Family({}, [W, W]),
+    "phimoe": Family({}, [W, W]),  # its window is in the mask alone
+    "qwen2": Family(USE, [0, W]),
+    "qwen2_moe": Family(USE, [W, 0]),
+    "qwen3": Family(USE, [0, W]),
+    "qwen3_moe": Family({"use_sliding_window": True}, [W, W]),
+    "llama4_text": Family({"num_hidden_layers": 3, "no_rope_layers": [1, 0, 1]}, [-W, 0, -W]),
+    "cohere2": Family({}, [W, 0]),
+    "cohere2_moe": Family({}, [W, 0]),
+    "exaone4": Family({}, [W, 0]),
+    "exaone_moe": Family({}, [W, 0]),
+}
+PADS = (0, 5, 21)
+COLUMNS, NEW = 40, 30
+POOL = {"growth": "append"}  # blocks of 8, so that what a window keeps is least
+POOLS = {
+    "prompts at once": ({}, {"num_tokens": 512, **POOL}),
+    "prompts in pieces": ({"prefill_chunk_size": 7}, {"num_tokens": 512, "lengths": 128, "step_tokens": 21, **POOL}),
+    "all kept": ({}, {"num_tokens": 512, "layer_groups": None}),
+}
+
+
+@functools.cache
+def tiny(name):
+    """A model, and what it generates on its own cache."""
+    family = FAMILIES[name]
+    window = {"attention_chunk_size": W, "layer_types": None} if name == "llama4_text" else {"sliding_window": W}
+    model = families.tiny_model(name, **(window | family.changes))
+    expected = generate(model)
+    use_kvtoolkit(model)
+    return model, expected
+
+
+def prompts(columns=COLUMNS):
+    """Token ids and mask, ``[batch, columns]``, padded on the left."""
+    ids = torch.randint(3, 89, (len(PADS), columns), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    for row, count in enumerate(PADS):
+        ids[row, :count] = mask[row, :count] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def generate(model, cache=None, **options):
+    given = {} if cache is None else {"past_key_values": cache}
+    fixed = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    return model.generate(**prompts(), **given, **fixed, **options, return_dict_in_generate=True, output_logits=True)
+
+
+def assert_equal(got, expected):
+    """Equal logits in every step, for each row until two tokens are likeliest."""
+    scale = max(logits.abs().max().item() for logits in expected.logits)
+    same = torch.ones(len(PADS), dtype=torch.bool)
+    for ours, theirs in zip(got.logits, expected.logits, strict=True):
+        torch.testing.assert_close(ours[same], theirs[same], rtol=0, atol=2e-5 * scale)
+        best, second = theirs.topk(2).values.unbind(1)
+        parted = same & (ours.argmax(1) != theirs.argmax(1))
+        assert ((best - second)[parted] < 4e-5 * scale).all()
+        same &= ~parted
+    assert same.any()
+
+
+def spans_of(config):
+    of = {layer: group.span for group in config.groups for layer in group.layers}
+    return [of[layer] for layer in range(config.num_layers)]
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_generates_what_it_generates_on_its_own_cache(name, pool, quiet):
+    model, expected = tiny(name)
+    generation, options = POOLS[pool]
+    spans = FAMILIES[name].spans
+    if pool == "all kept" and min(spans) < 0:
+        with pytest.raises(ConfigError, match="expected groups with chunks for a model that attends in chunks"):
+            TransformersCache.for_model(model, **options)
+        return
+    cache = TransformersCache.for_model(model, **options)
+    assert_equal(generate(model, cache, **generation), expected)
+    cache.kv_cache.check_integrity()
+    assert spans_of(cache.kv_cache.config) == ([0] * len(spans) if pool == "all kept" else spans)
+    for group in cache.kv_cache.stats().groups:
+        if group.window:
+            assert group.used <= len(PADS) * (W + 1 + 13)
+        elif not group.chunk:
+            assert group.used >= len(PADS) * (COLUMNS + NEW - 1) - sum(PADS)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_configuration_says_what_a_trial_shows(name, quiet):
+    """It may be an object of transformers, its dict, or a dict without what transformers fills in."""
+    config, spans = tiny(name)[0].config, FAMILIES[name].spans
+    assert spans_of(CacheConfig.for_model(config, num_tokens=512)) == spans
+    assert spans_of(CacheConfig.for_model(config.to_dict(), num_tokens=512)) == spans
+    if name in ("gemma3_text", "cohere2_moe", "exaone_moe"):  # the last two must have layer_types
+        return
+    few = {key: value for key, value in config.to_dict().items() if key not in ("layer_types", "no_rope_layers")}
+    few["num_hidden_layers"] = 3
+    filled = type(config)(**few)
+    assert spans_of(CacheConfig.for_model(few, num_tokens=512)) == spans_of(
+        CacheConfig.for_model(filled, num_tokens=512)
+    )
+
+
+def test_a_model_without_windows_has_no_groups(quiet):
+    model = families.tiny_model("qwen2", use_sliding_window=False)
+    assert TransformersCache.for_model(model, num_tokens=512).kv_cache.config.layer_groups is None
+
+
+@pytest.mark.parametrize(
+    ("name", "groups", "message"),
+    [
+        ("gemma2", [{"layers": [0, 1], "window": W}], f"layer 1 to keep all tokens, .*got a window of {W}"),
+        (
+            "gemma2",
+            [{"layers": 0, "window": 8}, {"layers": 1}],
+            f"layer 0 to keep a window of {W}, .*got a window of 8",
+        ),
+        ("gemma2", [{"layers": 0, "chunk": W}, {"layers": 1}], f"layer 0 to keep a window of {W}, .*got chunks of {W}"),
+        ("llama4_text", [{"layers": range(3)}], f"layer 0 to keep chunks of {W}, .*got all tokens"),
+    ],
+)
+def test_groups_that_do_not_fit_a_model_are_refused(name, groups, message):
+    model, _ = tiny(name)
+    with pytest.raises(ConfigError, match=f"layer_groups: expected {message}"):
+        TransformersCache.for_model(model, num_tokens=512, layer_groups=groups)
+
+
+def test_groups_that_keep_more_than_windows_are_taken(quiet):
+    model, expected = tiny("gemma2")
+    cache = TransformersCache.for_model(
+        model, num_tokens=512, layer_groups=[{"layers": [0], "window": 40}, {"layers": 1}]
+    )
+    assert_equal(generate(model, cache), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "message"),
+    [
+        (
+            "gemma2",
+            {"layer_groups": [{"layers": [0, 1], "window": W}]},
+            ArgumentError,
+            "layer 1, which keeps 16 tokens",
+        ),
+        ("llama4_text", {}, NotImplementedError, f"keeps chunks of {W} for layer 0, .*got all tokens"),
+        ("gemma2", {"layer_groups": [{"layers": [0, 1], "chunk": W}]}, NotImplementedError, "keeps a window of 16 for"),
+    ],
+)
+def test_a_cache_made_for_another_model_is_refused(name, options, error, message, quiet):
+    model, _ = tiny(name)
+    cache = TransformersCache(KVCache(cache_config(model, num_tokens=512, **options)))
+    with pytest.raises(error, match=message):
+        generate(model, cache)
+    assert cache.get_seq_length() == 0
+
+
+def test_chunks_that_are_no_whole_granules_are_refused(quiet):
+    model = families.tiny_model("llama4_text", attention_chunk_size=12, layer_types=None)
+    with pytest.raises(NotImplementedError, match="attention_chunk_size: expected a multiple of 8, got 12"):
+        TransformersCache.for_model(model, num_tokens=512)
+
+
+def test_a_prompt_for_which_a_window_has_no_room_says_what_to_do(quiet):
+    model, _ = tiny("gemma2")
+    cache = TransformersCache.for_model(model, num_tokens=512, lengths=512, step_tokens=21)
+    assert cache.kv_cache.config.group_configs[0].num_tokens == 128
+    with pytest.raises(CacheFullError, match=r"feed prompts in pieces \(prefill_chunk_size\)"):
+        generate(model, cache)
+
+
+def test_where_a_cache_cannot_have_groups_all_layers_keep_all_tokens(monkeypatch):
+    """Windows are obeyed there, but free nothing; chunks need groups, and so does what ``lengths`` promises."""
+
+    class WithoutGroups(CacheConfig):
+        def __post_init__(self):
+            if self.layer_groups:
+                raise UnsupportedError("no groups here")
+            super().__post_init__()
+
+    monkeypatch.setattr(layer_groups, "CacheConfig", WithoutGroups)
+    fields = {"num_layers": 2, "num_kv_heads": 1, "head_dim": 16, "num_tokens": 512}
+    assert not layer_groups.grouped_config([W, 0], None, 512, fields).is_grouped
+    for spans, lengths in (([-W, 0], None), ([W, 0], 300)):
+        with pytest.raises(UnsupportedError, match="no groups here"):
+            layer_groups.grouped_config(spans, lengths, 512, fields)
+
+
+@pytest.mark.parametrize("size", [{"num_tokens": 1000}, {"memory": 1 << 20}])
+def test_groups_get_as_many_slots_as_a_cache_without_them(size):
+    fields = {"num_layers": 3, "num_kv_heads": 1, "head_dim": 16, **size}
+    config = layer_groups.grouped_config([W, 0, W], None, 512, fields)
+    assert [8 * one.num_granules for one in config.group_configs] == [8 * CacheConfig(**fields).num_granules] * 2
+
+
+@pytest.mark.parametrize("name", ["gemma2", "llama4_text"])
+def test_padding_between_tokens_may_not_stretch_a_window(name, quiet):
+    """A window counts columns in transformers and tokens here, which is the same until padding is in between."""
+    model, _ = tiny(name)
+    ids = prompts()["input_ids"][:1]
+    mask = torch.ones_like(ids)
+    mask[0, 20:23] = 0
+    cache = TransformersCache.for_model(model, num_tokens=512)
+    with pytest.raises(NotImplementedError, match="no padding between tokens that are further apart than the window"):
+        model(input_ids=ids, attention_mask=mask, past_key_values=cache)
+    short = slice(12, 12 + W)  # within the window it makes no difference
+    with torch.no_grad():
+        model(input_ids=ids[:, short], attention_mask=mask[:, short], past_key_values=cache)
+
+
+def test_beams_and_forks_work_on_groups(quiet):
+    model, _ = tiny("gpt_oss")
+    options = {"num_beams": 3, "max_new_tokens": 20}
+    fixed = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    cache = TransformersCache.for_model(model, num_tokens=1024)
+    got = model.generate(**prompts(), **fixed, **options, past_key_values=cache)
+    assert torch.equal(got, model.generate(**prompts(), **fixed, **options))
+    cache.kv_cache.check_integrity()
+
+
+def test_rejected_tokens_are_taken_back(quiet):
+    model, _ = tiny("gemma3_text")
+    inputs = {"input_ids": prompts()["input_ids"][:1, :7].repeat(1, 4)}
+    options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    cache = TransformersCache.for_model(model, num_tokens=512)
+    got = model.generate(**inputs, **options, past_key_values=cache, prompt_lookup_num_tokens=3)
+    assert torch.equal(got, model.generate(**inputs, **options))
+    assert cache.get_seq_length() < got.shape[1]
+    cache.kv_cache.check_integrity()
