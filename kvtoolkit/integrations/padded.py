@@ -15,7 +15,7 @@ from kvtoolkit.cache.kv_cache import KVCache
 from kvtoolkit.cache.state.arguments import as_prompt
 from kvtoolkit.cache.state.identity import as_pairs, as_salts
 from kvtoolkit.cache.step import Step
-from kvtoolkit.errors import CacheFullError, ShapeError, StepError
+from kvtoolkit.errors import ArgumentError, CacheFullError, ShapeError, StepError
 
 BoolArray = NDArray[np.bool_]
 
@@ -103,7 +103,11 @@ class PaddedBatch:
         columns = int(min((pads + cached_lens).min(initial=ids.shape[1] - 1), ids.shape[1] - 1))
         keep = np.maximum(columns - pads, 0)
         try:
-            self.cache.truncate(self.seq_ids, keep)
+            try:
+                self.cache.truncate(self.seq_ids, keep)
+            except ArgumentError:  # layers with a window found only the end of a row's prefix, which is longer
+                columns = 0
+                self.cache.truncate(self.seq_ids, np.zeros_like(keep))
         except CacheFullError:
             self.reset()
             raise

@@ -9,8 +9,8 @@ from tests.kvtoolkit.integrations import families  # noqa: E402
 
 OFTEN = {
     "llama": "equal", "mistral": "equal", "qwen3": "equal", "qwen2_moe": "equal", "phimoe": "equal", "gemma2": "equal",
-    "gemma3_text": "equal", "gpt_oss": "equal", "gpt2": "equal", "deepseek_v3": "refused", "bloom": "refused",
-    "diffllama": "refused",
+    "gemma3_text": "equal", "gpt_oss": "equal", "llama4_text": "equal", "gpt2": "equal",
+    "deepseek_v3": "refused", "bloom": "refused", "diffllama": "refused",
 }  # fmt: skip
 
 

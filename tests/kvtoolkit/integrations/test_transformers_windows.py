@@ -262,3 +262,26 @@ def test_rejected_tokens_are_taken_back(quiet):
     assert torch.equal(got, model.generate(**inputs, **options))
     assert cache.get_seq_length() < got.shape[1]
     cache.kv_cache.check_integrity()
+
+
+def test_rows_that_cannot_begin_at_one_column_begin_at_the_first(quiet, monkeypatch):
+    """Windows may hold only the end of what a row has found, so it cannot be cut to where the others begin."""
+    model, expected = tiny("mistral")
+    pool = TransformersCache.for_model(model, num_tokens=1024, layer_groups=None).kv_cache
+    inputs, asked, truncate = prompts(), [], KVCache.truncate
+    first = TransformersCache(pool)
+    assert first.open(**inputs) == 0
+    generate(model, first)
+    first.reset()
+
+    def without_past(cache, seq_ids, new_lens):
+        asked.append(new_lens.tolist())
+        if any(new_lens):
+            raise ArgumentError("new_lens[0]: expected 0 or at least 30")
+        truncate(cache, seq_ids, new_lens)
+
+    monkeypatch.setattr(KVCache, "truncate", without_past)
+    second = TransformersCache(pool)
+    assert second.open(**inputs) == 0
+    assert asked == [[32, 27, 11], [0, 0, 0]]
+    assert_equal(generate(model, second), expected)
