@@ -96,13 +96,20 @@ def span_of(
     near = {0, 1, *(place + offset for place in (size, 2 * size, 3 * size) for offset in (-1, 0, 1))}
     places = torch.tensor(sorted(place for place in near if place >= 0), device=device)
     query, key = places[:, None], places[None, :]
-    pads = torch.zeros(1) if padding is None else (padding.cumsum(1) == 0).sum(1)
-    pads = pads.to(device, torch.long)[:, None, None]  # chunks begin at the first token of each row
-    rows = torch.arange(len(pads), device=device)[:, None, None]
-    shown = torch.as_tensor(mask_function(rows, torch.tensor(0, device=device), query + pads, key + pads))
-    causal = key <= query
-    if bool((shown == (causal & (key > query - size) if size else causal)).all()):
+    causal, zero = key <= query, torch.tensor(0, device=device)
+    shown = torch.as_tensor(mask_function(zero, zero, query, key))
+    if torch.equal(shown, causal & (key > query - size) if size else causal):
         return size
-    if size and bool((shown == (causal & (key // size == query // size))).all()):
-        return -size
+    if size:
+        first = torch.zeros(1) if padding is None else _first_columns(padding)
+        first = first.to(device, torch.long)[:, None, None]
+        rows = torch.arange(len(first), device=device)[:, None, None]
+        shown = torch.as_tensor(mask_function(rows, zero, query + first, key + first))
+        if (shown == (causal & (key // size == query // size))).all():
+            return -size
     raise NotImplementedError("kvtoolkit masks padding, windows and chunks, causally; got a custom mask function")
+
+
+def _first_columns(padding: torch.Tensor) -> torch.Tensor:
+    """``[batch]``, the first column of each row that is not padding; the number of columns if all are."""
+    return torch.where(padding.any(1), padding.to(torch.uint8).argmax(1), padding.shape[1])

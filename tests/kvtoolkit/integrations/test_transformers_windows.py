@@ -3,7 +3,9 @@
 Prompts are longer than the window, and sequences go on until they have crossed it several times.
 """
 
+import copy
 import functools
+import itertools
 from typing import NamedTuple
 
 import pytest
@@ -285,3 +287,42 @@ def test_rows_that_cannot_begin_at_one_column_begin_at_the_first(quiet, monkeypa
     assert second.open(**inputs) == 0
     assert asked == [[32, 27, 11], [0, 0, 0]]
     assert_equal(generate(model, second), expected)
+
+
+def logits_of(model, cache, more):
+    """``[tokens of rows, vocabulary]`` float32: the prompts in pieces of 7 columns, then ``more`` column by column."""
+    inputs = prompts()
+    ids = torch.cat([inputs["input_ids"], more], 1).to(model.device)
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(more)], 1).to(model.device)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    bounds = [*range(0, COLUMNS, 7), *range(COLUMNS, ids.shape[1] + 1)]
+    logits = []
+    with torch.no_grad():
+        for start, stop in itertools.pairwise(bounds):
+            given = {
+                "attention_mask": mask[:, :stop],
+                "position_ids": positions[:, start:stop],
+                "past_key_values": cache,
+            }
+            logits.append(model(ids[:, start:stop], **given).logits[mask[:, start:stop].bool()])
+    return torch.cat(logits).float().cpu()
+
+
+SOME = ["gemma2", "gemma3_text", "gpt_oss", "mistral", "phi3", "qwen3", "llama4_text", "exaone4"]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("name", SOME)
+def test_in_16_bits_logits_are_as_exact_as_on_the_models_own_cache(name, device, quiet):
+    exact, _ = tiny(name)
+    more = torch.randint(3, 89, (len(PADS), NEW), generator=torch.Generator().manual_seed(5))
+    expected = logits_of(exact, transformers.DynamicCache(config=exact.config), more)
+    model = copy.deepcopy(exact).to(device, torch.float16)
+    cache = TransformersCache.for_model(model, num_tokens=1024, lengths=128, step_tokens=21, growth="append")
+    assert spans_of(cache.kv_cache.config) == FAMILIES[name].spans
+    ours, theirs = (
+        (logits_of(model, one, more) - expected).norm(dim=-1) / expected.norm(dim=-1)
+        for one in (cache, transformers.DynamicCache(config=model.config))
+    )
+    assert ours.norm() < 1.5 * theirs.norm()
+    cache.kv_cache.check_integrity()
