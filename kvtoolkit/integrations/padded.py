@@ -213,18 +213,19 @@ class PaddedBatch:
     # -- rows and columns --------------------------------------------------------------------------------------------
 
     def truncate(self, num_columns: int) -> None:
-        """Forget the last ``num_columns`` columns; all of them if there are no more."""
+        """Forget the last ``num_columns`` columns; all of them if there are no more.
+
+        Raises:
+            ArgumentError: layers with a window have let go of what the next columns would see; nothing was forgotten.
+            CacheFullError: no block for a copy; nothing was forgotten.
+        """
         self._forget_step()
         keep = max(0, self.num_columns - num_columns)
         if self.seq_ids is None or keep == self.num_columns:
             return
-        if self._present is None:
-            lengths = np.full(self.batch_size, keep)
-        else:
-            lengths = self._present[:, :keep].sum(1)
-            self._present = self._present[:, :keep]
-        self.cache.truncate(self.seq_ids, lengths)
-        self.num_columns = keep
+        present = None if self._present is None else self._present[:, :keep]
+        self.cache.truncate(self.seq_ids, np.full(self.batch_size, keep) if present is None else present.sum(1))
+        self._present, self.num_columns = present, keep
         self._prompt = None  # other tokens may follow
 
     def reorder(self, parents: NDArray[np.int64]) -> None:

@@ -100,8 +100,8 @@ class TransformersCache(Cache):  # type: ignore[misc]
 
     Raises (from the model's forward):
         CacheFullError: the pool is full; nothing of the forward was kept.
-        NotImplementedError: a 4-D mask, a custom mask function, dropout, attention that is not causal, or a model
-            elsewhere than the cache.
+        NotImplementedError: a 4-D mask, a custom mask function, dropout, attention that is not causal, padding between
+            tokens of one window, or a model elsewhere than the cache.
     """
 
     def __init__(self, kv_cache: KVCache) -> None:
@@ -217,6 +217,8 @@ class TransformersCache(Cache):  # type: ignore[misc]
 
         Raises:
             ValueError: ``tokens_to_remove`` is positive, which once meant the length to keep.
+            ArgumentError: layers with a window have let go of what the next columns would see. Right after a forward,
+                its own columns can always be taken back.
         """
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove: expected 0 or a negative number, got {tokens_to_remove}")

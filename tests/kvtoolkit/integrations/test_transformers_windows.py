@@ -266,6 +266,21 @@ def test_rejected_tokens_are_taken_back(quiet):
     cache.kv_cache.check_integrity()
 
 
+def test_columns_whose_past_is_gone_cannot_be_taken_back(quiet):
+    model, _ = tiny("gemma2")
+    cache = TransformersCache.for_model(model, num_tokens=512)
+    fixed = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    inputs = prompts()
+    first = model.generate(**inputs, **fixed, max_new_tokens=20, past_key_values=cache)
+    columns = cache.get_seq_length()
+    with pytest.raises(ArgumentError, match="expected 0 or at least"):
+        cache.crop(-25)
+    assert cache.get_seq_length() == columns
+    inputs = {"input_ids": first, "attention_mask": torch.cat([inputs["attention_mask"], torch.ones(3, 20).long()], 1)}
+    more = model.generate(**inputs, **fixed, max_new_tokens=10, past_key_values=cache)
+    assert torch.equal(more, model.generate(**prompts(), **fixed, max_new_tokens=30))
+
+
 def test_rows_that_cannot_begin_at_one_column_begin_at_the_first(quiet, monkeypatch):
     """Windows may hold only the end of what a row has found, so it cannot be cut to where the others begin."""
     model, expected = tiny("mistral")
