@@ -222,7 +222,7 @@ def write_table(verdicts: list[Verdict], seconds: float) -> None:
         "Decoder-only models of transformers run on a `TransformersCache` if their attention goes through",
         "`AttentionInterface`, is causal (windows and chunks are fine), and stores keys and values of one shape in all",
         "layers. `TransformersCache.for_model` looks, and refuses everything else with the reason. How to use it:",
-        "[prefix reuse](guides/prefix-reuse.md#with-transformers).",
+        "[prefix reuse](guides/prefix-reuse.md#with-transformers), [windows](guides/windows.md#with-transformers).",
         "",
         "The table has every causal language model of the installed transformers, made tiny with random weights",
         "in float32. Each runs a prefill, then 3 tokens, then 1 token of a batch padded on the left: on its own",
