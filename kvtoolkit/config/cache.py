@@ -81,7 +81,7 @@ class CacheConfig:
             that sequences of 4096 tokens (or ``max_seq_len``, or ``num_tokens``, if that is less) fill all groups at
             the same time, if they hold ``window + 256`` or ``chunk + 256`` tokens in such a group. Then ``num_tokens``
             is what a group that keeps all tokens has. With several groups, a window or chunks, prompts find no prefixes
-            (``prefix_caching`` has no effect), ``backend`` is ``cpu``, and there are no ``tiers``.
+            (``prefix_caching`` has no effect), and there are no ``tiers``.
             Default: all layers keep all tokens.
         backend: ``cpu``; ``cuda``: memory and kernels on a GPU; ``numba``: memory on a GPU, and the readable kernels.
         device: CUDA device of the GPU backends. Default: the one that is current when the cache is made.
@@ -188,14 +188,8 @@ class CacheConfig:
             raise ConfigError(
                 "layer_groups: expected num_tokens in the groups, or num_tokens or memory of the cache, got both"
             )
-        if self.is_grouped:
-            if self.tiers is not None:
-                raise UnsupportedError("tiers: expected none with layer_groups, because demotion knows one group only")
-            if self.backend != "cpu":
-                raise UnsupportedError(
-                    "backend: expected 'cpu' with layer_groups, because kernels of a GPU know one block table only, "
-                    f"got {self.backend!r}"
-                )
+        if self.is_grouped and self.tiers is not None:
+            raise UnsupportedError("tiers: expected none with layer_groups, because demotion knows one group only")
         return has_sizes
 
     def _check_groups(self) -> None:

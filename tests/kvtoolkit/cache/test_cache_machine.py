@@ -446,7 +446,7 @@ class GroupMachine(CacheMachine):
         return step
 
     def check_shared(self, step):
-        """Only caches on a GPU look for it, and they have no groups."""
+        """It is looked for in the tables of groups that keep all tokens alone; `test_group_tables` has them."""
 
     @precondition(lambda self: self.tokens)
     @rule(data=st.data(), drafts=st.integers(1, 20))

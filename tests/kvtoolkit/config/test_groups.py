@@ -73,16 +73,12 @@ def test_a_wrong_group_is_refused_and_the_message_says_why(groups, fields, messa
         make(groups, **fields)
 
 
-@pytest.mark.parametrize(
-    ("groups", "fields", "message"),
-    [
-        (HALVES, {"tiers": {"warm": "int8"}, "head_dim": 64}, "tiers: expected none with layer_groups, because"),
-        (HALVES, {"backend": "cuda"}, "backend: expected 'cpu' with layer_groups, because"),
-    ],
-)
-def test_what_does_not_work_with_groups_is_refused_with_the_reason(groups, fields, message):
-    with pytest.raises(UnsupportedError, match=message):
-        make(groups, **fields)
+@pytest.mark.parametrize("backend", ["cpu", "cuda", "numba"])
+def test_every_backend_has_groups_but_none_has_tiers_with_them(backend):
+    fields = {"backend": backend, "dtype": "float16", "head_dim": 64}
+    assert [one.backend for one in make(HALVES, **fields).group_configs] == [backend] * 2
+    with pytest.raises(UnsupportedError, match="tiers: expected none with layer_groups, because"):
+        make(HALVES, **fields, tiers={"warm": "int8"})
 
 
 def test_by_default_sequences_of_a_typical_length_fill_all_groups_at_the_same_time():
