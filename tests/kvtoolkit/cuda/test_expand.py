@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 
+from kvtoolkit.arrays.call import attention_call
 from kvtoolkit.cpu import operand
-from kvtoolkit.cuda import expand, prefill, specs
+from kvtoolkit.cuda import expand, prefill, prompt, specs
 from tests.kvtoolkit.cuda.host_kernels import needs_compiler, on_the_host
+from tests.kvtoolkit.cuda.test_launches import array
 
 UNTOUCHED = 0x55555555
 MOST_BEFORE = 512  # kMostBefore of expand.cu
@@ -67,3 +69,44 @@ def test_the_bound_is_that_of_the_kernel(monkeypatch):
     on_the_host(monkeypatch, expand)
     (found,) = expanded([[(5, 8, 4000)]], [32_040], 4005, 1)
     assert np.flatnonzero(found == 5).tolist() == list(range(4000 - MOST_BEFORE, 4001))
+
+
+@needs_compiler
+@pytest.mark.parametrize("window", [1, 20, 64, 129, 3000])
+@pytest.mark.parametrize("keys", [64, 96, 128, 64 * prefill._LONG])
+def test_all_tiles_of_work_are_in_the_list(monkeypatch, window, keys):
+    """A row holds what its new tokens see, from a whole granule on. Tiles begin before that."""
+    on_the_host(monkeypatch, expand, prompt)
+    rng = np.random.default_rng(window)
+    new = rng.choice([1, 2, 9, 40, 700], 12)
+    before = rng.integers(0, 40_000, 12)
+    lengths = new + before
+    rows = [draw_row(rng, first, -(-end // 8)) for first, end in zip(first_held(before, window), lengths, strict=True)]
+    found = expanded(rows, lengths, -(-lengths.max() // 8), max(map(len, rows)))
+    listed = found != UNTOUCHED
+
+    bounds, seq_lens = (operand(np.array(one, np.int32), "array") for one in ([0, *np.cumsum(new)], lengths))
+    q, cache = array(sum(new), 8, 128), array(9, 2, 8, 128)
+    call = attention_call(
+        q, cache, cache, array(12, 2), None, seq_lens, out=q, cu_seqlens_q=bounds, window_size=(window - 1, 0)
+    )
+    sizes = prompt.sizes_of(int(sum(new)), 8, 2, 128, 12, 132)
+    memory = np.full(sizes.list_nbytes // 4 + 4, 0x55, np.int32)
+    begin = -memory.ctypes.data % 16 // 4
+    prompt.plan_launch(call, sizes, memory[begin:].ctypes.data, keys=keys).run()
+    items = memory[begin + prompt.LIST_AT // 4 :][: 8 * memory[begin]].reshape(-1, 8)
+    assert set(items[:, 3]) == set(range(12))
+    begins_before = 0
+    for row, length, tiles in items[:, 3:6]:
+        begin, end = (tiles & 0xFFFF) * keys // 8, -(-min((tiles >> 16) * keys, length) // 8)
+        assert listed[row, begin:end].all()
+        begins_before += begin < rows[row][0][2]
+    assert begins_before > 0
+    for row, (count, length) in enumerate(zip(new, lengths, strict=True)):  # decode takes steps of 16 tokens
+        first = max(0, length - count - window + 1) // 16 * 2
+        assert listed[row, first : -(-length // 8)].all()
+
+
+def first_held(length, window):
+    """The first granule of what a token at position ``length`` sees."""
+    return np.maximum(0, length - window + 1) // 8
