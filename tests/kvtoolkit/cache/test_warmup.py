@@ -137,6 +137,12 @@ def test_a_cache_on_a_gpu_rehearses_the_tables_of_each_group(monkeypatch, kind):
     parts["forks"]()
 
 
+def test_layers_with_a_window_alone_are_rehearsed():
+    parts = dict(rehearsal.parts_of(CacheConfig(**SHAPE, layer_groups=[{"layers": range(2), "window": 64}]), 4))
+    for name in ("pool and tables", "forks", "preemption"):
+        parts[name]()
+
+
 def test_wrong_arguments_are_named():
     with pytest.raises(ConfigError, match="backend: expected 'cpu' or 'cuda', got 'numba'"):
         warmup(CacheConfig(**SHAPE, backend="numba"), 4)
