@@ -12,6 +12,7 @@ from kvtoolkit.cache.group_steps import StepPart
 from kvtoolkit.cache.layers.group_calls import GroupCalls
 from kvtoolkit.cache.layers.layers import LayerCalls
 from kvtoolkit.cache.layers.masses import MassSum
+from kvtoolkit.cache.state.cache_group import CacheGroup
 from kvtoolkit.cache.state.shared_reads import MAX_ROWS, SharedReads
 from kvtoolkit.cache.state.step_passes import OK, OUT_OF_BLOCKS, STATUS_NAMES, StepArrays
 from kvtoolkit.cache.storage.upload import DeviceTables
@@ -231,7 +232,7 @@ class Step:
             calls = self._calls_of_groups() if arenas.device < 0 else self._device_calls_of_groups()
             self._calls = GroupCalls(arenas, calls, self._cache.config.groups, self._num_tokens)
             return self._calls
-        self._mass = self._make_mass()
+        self._mass = self._make_mass(self._cache._group)
         if arenas.device < 0:
             tables = self.block_table, self.block_starts, self.seq_lens, self.cu_seqlens_q, self.slot_mapping
             self._calls = LayerCalls(arenas, tables, mass=self._mass)
@@ -244,7 +245,9 @@ class Step:
     def _calls_of_groups(self) -> list[LayerCalls]:
         """The calls of each group on the CPU."""
         assert self._parts is not None
-        return [LayerCalls(part.steps.arenas, self._tables_of(part)) for part in self._parts]
+        for part in self._parts:
+            part.mass = self._make_mass(part.steps.group)
+        return [LayerCalls(part.steps.arenas, self._tables_of(part), mass=part.mass) for part in self._parts]
 
     def _device_calls_of_groups(self) -> list[LayerCalls]:
         """The calls of each group on a device. Each group has its own hints, and keeps its own plan and list."""
@@ -254,7 +257,9 @@ class Step:
             group = part.steps.group
             sharing = self._find_sharing(group.shared_reads, part.arrays)
             hints = _hints_of(np.diff(one.cu_seqlens_q), one.seq_lens, sharing)
-            calls.append(LayerCalls(part.steps.arenas, on_device, hints, begin_late=group.layers.window > 0))
+            part.mass = self._make_mass(group)
+            begin_late = group.layers.window > 0
+            calls.append(LayerCalls(part.steps.arenas, on_device, hints, begin_late=begin_late, mass=part.mass))
         return calls
 
     def _find_sharing(self, reads: SharedReads | None, arrays: StepArrays) -> Sharing | None:
@@ -276,10 +281,10 @@ class Step:
             found.uploaded[stream] = order
         return Sharing(order)
 
-    def _make_mass(self) -> MassSum | None:
-        """Where the masses of this step are summed up; None if it collects none."""
+    def _make_mass(self, group: CacheGroup) -> MassSum | None:
+        """Where the masses of this step are summed up in a group; None if it collects none."""
         state, arenas = self._cache._state, self._cache._arenas
-        if not state.group.collects_mass:
+        if not group.collects_mass:
             return None
         if arenas.device >= 0:
             is_due = state.counters.num_steps % DEVICE_PERIOD == 0

@@ -1,7 +1,8 @@
 """Groups of layers: which layers keep the same tokens, and how memory is divided among the groups."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from kvtoolkit.arrays.types import as_int
@@ -148,18 +149,32 @@ def divide_tokens(groups: tuple[LayerGroup, ...], num_tokens: int, max_seq_len: 
     return [-(-num_tokens * group.held_of(length) // (length * _BLOCK)) for group in groups]
 
 
-def divide_memory(groups: tuple[LayerGroup, ...], memory: int, layer_nbytes: int, max_seq_len: int | None) -> list[int]:
-    """The blocks of 64 tokens of each group that ``memory`` bytes hold; ``layer_nbytes`` is a block of one layer."""
-    nbytes = [layer_nbytes * len(group.layers) for group in groups]
+def divide_memory(
+    groups: tuple[LayerGroup, ...], memory: int, nbytes_of: Callable[[LayerGroup, int], int], max_seq_len: int | None
+) -> list[int]:
+    """The blocks of 64 tokens of each group that ``memory`` bytes hold.
+
+    Args:
+        nbytes_of: bytes of so many blocks of a group.
+    """
     if groups[0].share is not None:
-        return [int(memory * (group.share or 0)) // size for group, size in zip(groups, nbytes, strict=True)]
+        return [_most(int(memory * (group.share or 0)), partial(nbytes_of, group)) for group in groups]
 
     def blocks_of(count: int) -> list[int]:
         return divide_tokens(groups, _BLOCK * count, max_seq_len) if count else [0] * len(groups)
 
-    low, high = 0, memory // min(nbytes) + 1
-    while low < high - 1:  # the most blocks of a group that keeps all tokens
+    def nbytes_of_all(count: int) -> int:
+        return sum(nbytes_of(group, blocks) for group, blocks in zip(groups, blocks_of(count), strict=True))
+
+    return blocks_of(_most(memory, nbytes_of_all))
+
+
+def _most(memory: int, nbytes_of: Callable[[int], int]) -> int:
+    """The largest count that takes no more than ``memory`` bytes."""
+    low, high = 0, 1
+    while nbytes_of(high) <= memory:
+        high *= 2
+    while low < high - 1:
         middle = (low + high) // 2
-        fits = sum(count * size for count, size in zip(blocks_of(middle), nbytes, strict=True)) <= memory
-        low, high = (middle, high) if fits else (low, middle)
-    return blocks_of(low)
+        low, high = (middle, high) if nbytes_of(middle) <= memory else (low, middle)
+    return low
