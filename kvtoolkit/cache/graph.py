@@ -4,12 +4,13 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from kvtoolkit.arrays.call import Hints, Sharing
 from kvtoolkit.arrays.types import Array
 from kvtoolkit.attention.options import AttendOptions
+from kvtoolkit.cache.fixed_tables import Bounds, FixedTables, Move, bounds_of
 from kvtoolkit.cache.kv_cache import KVCache
+from kvtoolkit.cache.layers.group_calls import GroupCalls
 from kvtoolkit.cache.layers.layers import LayerCalls
-from kvtoolkit.cache.state.shared_reads import MAX_ROWS, CommonBeginnings
+from kvtoolkit.cache.state.shared_reads import MAX_ROWS
 from kvtoolkit.cache.step import Step
 from kvtoolkit.cache.storage.upload import DeviceTables, PinnedRing
 from kvtoolkit.errors import StepError, UnsupportedError
@@ -47,7 +48,8 @@ class GraphStep:
             prompts, each row has its kernel, and both run.
         max_tokens: new tokens of all rows, at most; default ``batch * max_new_tokens``. Kernels of the model run over
             so many in every replay.
-        max_seq_len: tokens of the longest sequence that will be loaded. Default: the cache's limit.
+        max_seq_len: tokens of the longest sequence that will be loaded. Default: the cache's limit. Needed where all
+            layers have a window or chunks (`layer_groups`) and the cache has no limit.
         shared_reads: whether captured runs look, in every replay, for beginnings that rows have in common, and read
             them once for all of these rows; `CacheConfig.shared_reads` says what that changes. A graph holds the
             launches that it was captured with, so the choice is made here, once. It costs some kernels a replay, and
@@ -55,8 +57,11 @@ class GraphStep:
             rows. So choose it where rows do share a lot: forks, beams, groups of samples of one prompt, a long system
             prompt.
             With ``tiers``, tokens that are not shared take about four times as long as without.
-            It has no effect with more than 1024 rows or 4096 tokens, with windows, ALiBi or ``out`` in place
-            of ``q``, on GPUs that are not sm_90, and where the cache's configuration says False.
+            It has no effect with more than 1024 rows or 4096 tokens, with windows, chunks, ALiBi or ``out`` in
+            place of ``q``, on GPUs that are not sm_90, and where the cache's configuration says False.
+
+    With groups of layers (`CacheConfig.layer_groups`) each group has its own tables, which `load` brings to their
+    places, and its own plan, which the first layer of the group makes for all of them.
 
     Not thread-safe; use one stream for `load` and the replays.
 
@@ -71,6 +76,11 @@ class GraphStep:
         if cache.config.backend != "cuda":
             raise UnsupportedError(f"cache: expected one with backend 'cuda', got {cache.config.backend!r}")
         limit = cache.config.seq_len_limit
+        if max_seq_len is None and cache.config.max_seq_len is None and all(one.span for one in cache.config.groups):
+            raise StepError(
+                "max_seq_len: expected a number of tokens, here or in the cache's configuration, because layers with a "
+                "window or chunks alone (layer_groups) set no limit, got None"
+            )
         self._cache, self._batch = cache, batch
         self._max_seq_len = limit if max_seq_len is None else min(max_seq_len, limit)
         if batch < 1 or self._max_seq_len < 1:
@@ -81,25 +91,25 @@ class GraphStep:
                 f"max_new_tokens, max_tokens: expected at least 1, and one token a row where max_new_tokens is 1, "
                 f"got {max_new_tokens} and {max_tokens}"
             )
-        self._max_new_tokens = max_new_tokens
+        self._max_new_tokens, self._max_tokens = max_new_tokens, tokens
+        parts = cache._group_steps
+        groups = [(cache._group, cache._arenas)] if parts is None else [(one.group, one.arenas) for one in parts]
+        bounds = Bounds(batch, max_new_tokens, tokens, self._max_seq_len)
         from kvtoolkit.runtime.streams import cupy_on_current_stream
 
-        self._reads = cache._group.shared_reads if shared_reads and batch <= MAX_ROWS else None
-        width = min(cache.config.entries_limit, -(-self._max_seq_len // 8))
+        shares = shared_reads and batch <= MAX_ROWS
         with cupy_on_current_stream(cache._arenas.device) as cupy:
-            self.tables = DeviceTables(
-                cupy.full((batch, width), -1, np.int32),
-                cupy.full((batch, width), -1, np.int32),
-                cupy.zeros(batch, np.int32),
-                cupy.arange(batch + 1, dtype=np.int32) if max_new_tokens == 1 else cupy.zeros(batch + 1, np.int32),
-                cupy.full(tokens, -1, np.int64),
-            )
-            self._order = None if self._reads is None else cupy.arange(batch, dtype=np.int32)
-        self._found: CommonBeginnings | None = None  # whose order is in `_order`
+            self._fixed = [FixedTables(group, arenas, bounds, shares, cupy) for group, arenas in groups]
+            whole = [fixed for fixed in self._fixed if not fixed.is_cut]
+            self._own_bounds = None if whole else cupy.zeros(batch + 1, np.int32)
+        self._cu_seqlens_q = whole[0].tables.cu_seqlens_q if whole else self._own_bounds
         self._ring = PinnedRing()
-        self._width = 0  # of the widest table loaded so far; columns beyond it are empty
         self._run: GraphRun | None = None  # the one that was begun last
-        self._kept: dict[Any, Any] = {}  # plans and lists, also at fixed addresses
+
+    @property
+    def tables(self) -> DeviceTables:
+        """Where graphs read the tables of the first group of layers; by default there is no other."""
+        return self._fixed[0].tables
 
     @property
     def layers(self) -> int:
@@ -119,7 +129,7 @@ class GraphStep:
             raise StepError("step: expected one of the cache that this was made for")
         step._require_open()
         rows, counts, num_tokens = len(step.seq_ids), step.num_new_tokens, len(step.slot_mapping)
-        most, tokens = self._max_new_tokens, len(self.tables.slot_mapping)
+        most, tokens = self._max_new_tokens, self._max_tokens
         fits = rows <= self._batch and num_tokens <= tokens and int(counts.max(initial=0)) <= most
         if not fits or (most == 1 and num_tokens != rows):
             each = "one new token" if most == 1 else f"up to {most} new tokens, {tokens} in all"
@@ -130,31 +140,18 @@ class GraphStep:
         longest = int(step.seq_lens.max(initial=0))
         if longest > self._max_seq_len:
             raise StepError(f"step: expected sequences of up to {self._max_seq_len} tokens, got {longest}")
-        used = min(step.block_table.shape[1], self.tables.block_table.shape[1])
-        self._width = max(self._width, used)
-        seq_lens, slots = np.zeros(self._batch, np.int32), np.full(tokens, -1, np.int64)
-        seq_lens[:rows], slots[:num_tokens] = step.seq_lens, step.slot_mapping
-        tables = np.full((2, rows, self._width), -1, np.int32)
-        tables[0, :, :used], tables[1, :, :used] = step.block_table[:, :used], step.block_starts[:, :used]
-        moves = [
-            (slots, self.tables.slot_mapping), (seq_lens, self.tables.seq_lens),
-            (tables[0], self.tables.block_table), (tables[1], self.tables.block_starts),
-        ]  # fmt: skip
-        if most > 1:
-            bounds = np.full(self._batch + 1, num_tokens, np.int32)
-            bounds[: rows + 1] = step.cu_seqlens_q
-            moves.append((bounds, self.tables.cu_seqlens_q))
-        found = None if self._reads is None else self._reads.find(step.seq_ids, step._arrays)
-        if found is not None and found is not self._found:
-            order = np.arange(self._batch, dtype=np.int32)
-            order[:rows] = found.order
-            moves.append((order, self._order))
-            self._found = None
+        parts = [step._arrays] if step._parts is None else [part.arrays for part in step._parts]
+        moves: list[Move] = []
+        if self._own_bounds is not None:
+            moves.append((bounds_of(step.cu_seqlens_q, self._batch, num_tokens), self._own_bounds))
+        for fixed, one, arrays in zip(self._fixed, step._all_tables(), parts, strict=True):
+            moves += fixed.load(one, step.seq_ids, arrays)
         from kvtoolkit.runtime.streams import cupy_on_current_stream
 
         with cupy_on_current_stream(self._cache._arenas.device) as cupy:
             self._ring.copy(cupy, moves)
-        self._found = found
+        for fixed in self._fixed:
+            fixed.loaded()
         step._graph_step = self
 
     def begin(self) -> "GraphRun":
@@ -163,11 +160,12 @@ class GraphStep:
         The first layer of the run launches kernels that plan the work of all layers, so these kernels are part of the
         graph in which the run is captured. Earlier runs end.
         """
-        sharing = None if self._order is None else Sharing(self._cache._arenas.backend.describe(self._order, "order"))
-        counts = (1, 1) if self._max_new_tokens == 1 else (0, self._max_new_tokens)
-        hints = Hints(counts, self._max_seq_len, self._kept, sharing, counts_are_bounds=self._max_new_tokens > 1)
-        calls = LayerCalls(self._cache._arenas, self.tables, hints, is_fixed=True)
-        self._run = GraphRun(self, calls)
+        calls = [fixed.calls() for fixed in self._fixed]
+        cache = self._cache
+        if cache.config.is_grouped:
+            self._run = GraphRun(self, GroupCalls(cache._arenas, calls, cache.config.groups, self._max_tokens))
+        else:
+            self._run = GraphRun(self, calls[0])
         return self._run
 
 
@@ -179,9 +177,9 @@ class GraphRun:
             one, else on the device, of the step that is loaded.
     """
 
-    def __init__(self, graph_step: GraphStep, calls: LayerCalls) -> None:
+    def __init__(self, graph_step: GraphStep, calls: LayerCalls | GroupCalls) -> None:
         self._graph_step, self._calls = graph_step, calls
-        self.cu_seqlens_q: Any = graph_step.tables.cu_seqlens_q
+        self.cu_seqlens_q: Any = graph_step._cu_seqlens_q
         if graph_step._max_new_tokens == 1:
             self.cu_seqlens_q = np.arange(graph_step._batch + 1, dtype=np.int32)
 

@@ -5,6 +5,7 @@ from numpy.typing import NDArray
 
 from kvtoolkit.arrays.types import Int64Array
 from kvtoolkit.cache.grants import BlockGranter
+from kvtoolkit.cache.layers.masses import MassSum
 from kvtoolkit.cache.state import group_passes, step_passes
 from kvtoolkit.cache.state.block_table import CAPACITY, OPEN
 from kvtoolkit.cache.state.cache_group import CacheGroup
@@ -13,6 +14,8 @@ from kvtoolkit.cache.state.group_passes import ChunkTables
 from kvtoolkit.cache.state.step_arrays import SpareArrays
 from kvtoolkit.cache.state.step_passes import OK, StepArrays
 from kvtoolkit.cache.storage.arenas import Arenas
+from kvtoolkit.cache.tiering import rules
+from kvtoolkit.cache.tiering.demoter import Demoter
 from kvtoolkit.config.cache import CacheConfig
 
 
@@ -23,15 +26,17 @@ class StepPart:
         steps: of the group.
         arrays, mark: as a `kvtoolkit.Step` has them for the first group.
         num_need, num_merge, width: what `step_passes.begin` has returned.
+        mass: where attention masses are summed up; None: none are wanted, or no layer has been called.
     """
 
-    __slots__ = ("arrays", "mark", "num_merge", "num_need", "steps", "width")
+    __slots__ = ("arrays", "mark", "mass", "num_merge", "num_need", "steps", "width")
 
     def __init__(
         self, steps: "GroupSteps", arrays: StepArrays, num_need: int, num_merge: int, width: int, mark: int
     ) -> None:
         self.steps, self.arrays, self.mark = steps, arrays, mark
         self.num_need, self.num_merge, self.width = num_need, num_merge, width
+        self.mass: MassSum | None = None
 
 
 class GroupSteps:
@@ -47,6 +52,8 @@ class GroupSteps:
     def __init__(self, group: CacheGroup, arenas: Arenas, granter: BlockGranter, arrays: SpareArrays) -> None:
         self.group, self.arenas, self.granter, self.arrays = group, arenas, granter, arrays
         self.table, self.blocks, self.span = group.table, group.blocks, group.layers.span
+        tiers = group.config.tier_config
+        self.demoter = None if tiers is None else Demoter(group, tiers)
         self.merges = group.blocks.policy.merges
 
     def free_past(self, arrays: StepArrays, batch: int, num_merge: int) -> int:
@@ -108,7 +115,10 @@ def begin(
             raise state.bad_id(code, int(ids[where]), (OPEN,))
         if num_past:
             num_merge = steps.free_past(arrays, batch, num_merge)
-        is_done = is_done and not (num_need or num_merge or width > arrays.table.shape[1])
+        has_moved = steps.demoter is not None and steps.demoter.run(arrays, num_need)
+        if has_moved:
+            width = step_passes.widest(steps.table, arrays, batch)
+        is_done = is_done and not (num_need or num_merge or has_moved or width > arrays.table.shape[1])
         parts.append(StepPart(steps, arrays, num_need, num_merge, width, mark))
     if not is_done:
         _make_room(parts, batch)
@@ -134,6 +144,13 @@ def _make_room(parts: list[StepPart], batch: int) -> None:
             part.steps.table, part.arrays, batch, part.mark, status, capacities, blocks.holdings
         )
         blocks.free_listed(num_freed)
+
+
+def note_masses(parts: list[StepPart], batch: int, num_steps: int) -> None:
+    """Note the attention masses that a step has collected in groups with tiers."""
+    for part in parts:
+        if part.mass is not None and (masses := part.mass.mean) is not None:
+            rules.note_masses(part.steps.table, part.arrays, batch, masses, num_steps)
 
 
 def end(parts: list[StepPart], batch: int, total: int) -> None:

@@ -77,7 +77,9 @@ class KVCache:
         self._group = self._state.group
         self._calls = self._state.calls
         self._granter = BlockGranter(self._group)
-        self._demoter = None if config.tier_config is None else Demoter(self._group, config.tier_config)
+        self._demoter = None  # of a cache with one group
+        if config.tier_config is not None and not config.is_grouped:
+            self._demoter = Demoter(self._group, config.tier_config)
         self._arrays = SpareArrays()
         self._most_tokens_of_one = config.seq_len_limit
         self._most_new_tokens = max(_LEAST_TOKENS_REFUSED, 16 * 8 * config.num_granules)
@@ -260,9 +262,11 @@ class KVCache:
             step._require_all_layers()
         table, blocks, batch = self._group.table, self._group.blocks, len(step.seq_ids)
         tokens = None if token_ids is None else as_tokens(token_ids, step._num_tokens)
+        period = 1 if self._group.storage.device < 0 else rules.DEVICE_PERIOD
         if step._mass is not None and (masses := step._mass.mean) is not None:
-            period = 1 if self._group.storage.device < 0 else rules.DEVICE_PERIOD
             rules.note_masses(table, step._arrays, batch, masses, period)
+        if step._parts is not None:
+            group_steps.note_masses(step._parts, batch, period)
         num_freed = 0
         self._end(step)
         if step._parts is not None:
@@ -580,8 +584,9 @@ class KVCache:
     def tier_caches(self, layer: int) -> TierCaches:
         """The arrays of a layer, all tiers, in the form that `kvtoolkit.tiered_attention` takes. Views, not copies."""
         self._arenas.require_layer(layer)
-        storage = self._group.storage
-        warm, cold = (None if one is None else one[layer] for one in (storage.warm, storage.cold))
+        (group,) = (one for one in self._state.groups if layer in one.layers.layers)
+        storage, index = group.storage, group.layers.layers.index(layer)
+        warm, cold = (None if one is None else one[index] for one in (storage.warm, storage.cold))
         hot = self._state.key_values_of(layer)
         return TierCaches(hot[0], hot[1], warm, cold, storage.first)
 

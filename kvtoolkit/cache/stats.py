@@ -168,7 +168,11 @@ def collect(state: CacheState) -> CacheStats:
     counters = {name: sum(getattr(group.counters, name) for group in state.groups) for name in vars(state.counters)}
     peak = counters.pop("peak_granules")
     by_group = [_tiers_of(group) for group in state.groups]
-    tiers = {name: _sum([one[name] for one in by_group]) for name in by_group[0]}
+    tiers = {
+        name: _sum([one[name] for one in by_group if name in one])
+        for name in TIER_NAMES
+        if any(name in one for one in by_group)
+    }
     num_held, filled = 0, 0
     sizes: list[NDArray[np.int64]] = []
     for group in state.groups:

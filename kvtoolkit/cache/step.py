@@ -12,7 +12,8 @@ from kvtoolkit.cache.group_steps import StepPart
 from kvtoolkit.cache.layers.group_calls import GroupCalls
 from kvtoolkit.cache.layers.layers import LayerCalls
 from kvtoolkit.cache.layers.masses import MassSum
-from kvtoolkit.cache.state.shared_reads import MAX_ROWS
+from kvtoolkit.cache.state.cache_group import CacheGroup
+from kvtoolkit.cache.state.shared_reads import MAX_ROWS, SharedReads
 from kvtoolkit.cache.state.step_passes import OK, OUT_OF_BLOCKS, STATUS_NAMES, StepArrays
 from kvtoolkit.cache.storage.upload import DeviceTables
 from kvtoolkit.cache.tiering.rules import DEVICE_PERIOD, MOST_QUERIES
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
     from kvtoolkit.cache.kv_cache import KVCache
 
 _IN_PLACE = Sharing()
+
+
+def _hints_of(counts: Int32Array, seq_lens: Int32Array, sharing: Sharing | None) -> Hints:
+    """What the host knows of rows with these numbers of new tokens, for a device."""
+    query_counts = (int(counts.min()), int(counts.max())) if len(counts) else (1, 1)
+    return Hints(query_counts, int(seq_lens.max(initial=0)), {}, sharing)
 
 
 class GroupTables(NamedTuple):
@@ -40,7 +47,7 @@ class Step:
     """What `KVCache.begin_step` returns; serves all layers, until `KVCache.end_step`.
 
     In a cache with several groups of layers, tables and slots are those of the first one, not cut at
-    chunks; `tables_of` has what kernels read.
+    chunks; `tables_of` and `tables_on_device` have what kernels read.
 
     The arrays are NumPy's. They are read-only because the kernels trust them; ``torch.from_numpy`` warns about such
     arrays, so give it a copy. `on_device` has the arrays that kernels read on a GPU, which cannot be protected: do not
@@ -94,7 +101,7 @@ class Step:
         self._parts = parts  # of all groups; None: there is one, without a window
         self._calls: LayerCalls | GroupCalls | None = None
         self._mass: MassSum | None = None
-        self._device_tables: DeviceTables | None = None
+        self._device_tables: list[DeviceTables] | None = None  # of each group
         self._graph_step: GraphStep | None = None  # which has loaded it
 
     # made only when they are asked for, because an integration may need none of them
@@ -148,9 +155,16 @@ class Step:
         """
         self._cache._arenas.require_layer(layer)
         if self._parts is None:
-            return GroupTables(self.block_table, self.block_starts, self.seq_lens, self.cu_seqlens_q, self.slot_mapping)
+            return self._all_tables()[0]
         (part,) = (one for one in self._parts if layer in one.steps.group.layers.layers)
         return self._tables_of(part)
+
+    def _all_tables(self) -> list[GroupTables]:
+        """The arrays that kernels read for each group."""
+        if self._parts is not None:
+            return [self._tables_of(part) for part in self._parts]
+        tables = self.block_table, self.block_starts, self.seq_lens, self.cu_seqlens_q, self.slot_mapping
+        return [GroupTables(*tables)]
 
     def _tables_of(self, part: StepPart) -> GroupTables:
         batch, shown = len(self.seq_ids), part.steps.arrays.shown(part.arrays)
@@ -215,26 +229,45 @@ class Step:
     def _make_calls(self) -> LayerCalls | GroupCalls:
         arenas = self._cache._arenas
         if self._parts is not None:
-            calls = [LayerCalls(part.steps.arenas, self._tables_of(part)) for part in self._parts]
+            calls = self._calls_of_groups() if arenas.device < 0 else self._device_calls_of_groups()
             self._calls = GroupCalls(arenas, calls, self._cache.config.groups, self._num_tokens)
             return self._calls
-        self._mass = self._make_mass()
+        self._mass = self._make_mass(self._cache._group)
         if arenas.device < 0:
             tables = self.block_table, self.block_starts, self.seq_lens, self.cu_seqlens_q, self.slot_mapping
             self._calls = LayerCalls(arenas, tables, mass=self._mass)
             return self._calls
-        counts = self.num_new_tokens
-        query_counts = (int(counts.min()), int(counts.max())) if len(counts) else (1, 1)
-        hints = Hints(query_counts, int(self.seq_lens.max(initial=0)), {}, self._find_sharing())
-        self._calls = LayerCalls(arenas, self.on_device, hints, mass=self._mass)
+        sharing = self._find_sharing(self._cache._group.shared_reads, self._arrays)
+        hints = _hints_of(self.num_new_tokens, self.seq_lens, sharing)
+        self._calls = LayerCalls(arenas, self._tables_on_device(self._all_tables())[0], hints, mass=self._mass)
         return self._calls
 
-    def _find_sharing(self) -> Sharing | None:
+    def _calls_of_groups(self) -> list[LayerCalls]:
+        """The calls of each group on the CPU."""
+        assert self._parts is not None
+        for part in self._parts:
+            part.mass = self._make_mass(part.steps.group)
+        return [LayerCalls(part.steps.arenas, self._tables_of(part), mass=part.mass) for part in self._parts]
+
+    def _device_calls_of_groups(self) -> list[LayerCalls]:
+        """The calls of each group on a device. Each group has its own hints, and keeps its own plan and list."""
+        assert self._parts is not None
+        calls, tables = [], self._all_tables()
+        for part, one, on_device in zip(self._parts, tables, self._tables_on_device(tables), strict=True):
+            group = part.steps.group
+            sharing = self._find_sharing(group.shared_reads, part.arrays)
+            hints = _hints_of(np.diff(one.cu_seqlens_q), one.seq_lens, sharing)
+            part.mass = self._make_mass(group)
+            begin_late = group.layers.window > 0
+            calls.append(LayerCalls(part.steps.arenas, on_device, hints, begin_late=begin_late, mass=part.mass))
+        return calls
+
+    def _find_sharing(self, reads: SharedReads | None, arrays: StepArrays) -> Sharing | None:
         """That rows have enough in common to read it once for all of them; None if they have not."""
-        cache, reads = self._cache, self._cache._group.shared_reads
+        cache = self._cache
         if reads is None or not 1 < len(self.seq_ids) <= MAX_ROWS:
             return None
-        found = reads.find(self.seq_ids, self._arrays)
+        found = reads.find(self.seq_ids, arrays)
         if not found.pays or found.is_in_place:
             return _IN_PLACE if found.pays else None
         # other streams neither wait for this copy nor keep its memory from being used again
@@ -248,10 +281,10 @@ class Step:
             found.uploaded[stream] = order
         return Sharing(order)
 
-    def _make_mass(self) -> MassSum | None:
-        """Where the masses of this step are summed up; None if it collects none."""
+    def _make_mass(self, group: CacheGroup) -> MassSum | None:
+        """Where the masses of this step are summed up in a group; None if it collects none."""
         state, arenas = self._cache._state, self._cache._arenas
-        if not state.group.collects_mass:
+        if not group.collects_mass:
             return None
         if arenas.device >= 0:
             is_due = state.counters.num_steps % DEVICE_PERIOD == 0
@@ -264,18 +297,28 @@ class Step:
     def on_device(self) -> DeviceTables:
         """The arrays that kernels read, as CuPy arrays on the cache's device, for kernels of your own.
 
+        With several groups of layers they are those of layer 0; `tables_on_device` has those of each layer.
+
         Raises:
             StepError: the step has ended.
             UnsupportedError: the cache is not on a device.
         """
+        return self.tables_on_device(0)
+
+    def tables_on_device(self, layer: int) -> DeviceTables:
+        """What `tables_of` has for a layer, as CuPy arrays on the cache's device; see `on_device`."""
         self._require_open()
+        self._cache._arenas.require_layer(layer)
+        if self._cache._upload is None:
+            raise UnsupportedError("on_device: expected a cache with backend 'cuda' or 'numba', got 'cpu'")
+        tables = self._device_tables or self._tables_on_device(self._all_tables())
+        return next(one for one, group in zip(tables, self._cache.config.groups, strict=True) if layer in group.layers)
+
+    def _tables_on_device(self, tables: list[GroupTables]) -> list[DeviceTables]:
+        """The tables of all groups on the device, where they are brought once."""
         if self._device_tables is None:
-            upload = self._cache._upload
-            if upload is None:
-                raise UnsupportedError("on_device: expected a cache with backend 'cuda' or 'numba', got 'cpu'")
-            self._device_tables = upload(
-                self.block_table, self.block_starts, self.seq_lens, self.cu_seqlens_q, self.slot_mapping
-            )
+            assert self._cache._upload is not None
+            self._device_tables = self._cache._upload.all(tables)
         return self._device_tables
 
     def explain(self) -> list[str]:

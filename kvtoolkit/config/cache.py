@@ -90,7 +90,8 @@ class CacheConfig:
             that sequences of 4096 tokens (or ``max_seq_len``, or ``num_tokens``, if that is less) fill all groups at
             the same time, if they hold ``window + 256`` or ``chunk + 256`` tokens in such a group. Then ``num_tokens``
             is what a group that keeps all tokens has. With several groups, a window or chunks, prompts find no prefixes
-            (``prefix_caching`` has no effect), ``backend`` is ``cpu``, and there are no ``tiers``.
+            (``prefix_caching`` has no effect). ``tiers`` are those of the groups that keep all tokens, of which there
+            must be one; ``num_tokens`` of such a group counts all its tiers.
             Default: all layers keep all tokens.
         backend: ``cpu``; ``cuda``: memory and kernels on a GPU; ``numba``: memory on a GPU, and the readable kernels.
         device: CUDA device of the GPU backends. Default: the one that is current when the cache is made.
@@ -174,10 +175,16 @@ class CacheConfig:
                 f"num_tokens or memory: expected a pool of {_TOKENS_PER_SUPERBLOCK} to {MAX_GRANULES * 8} tokens, "
                 f"got {self.num_granules * 8}"
             )
+        if self.is_grouped:
+            self._check_groups()
+        else:
+            self._check_tiers()
+
+    def _check_tiers(self) -> None:
+        """ConfigError unless each tier has room for what it must hold."""
         for name, count in zip(TIER_NAMES, self.tier_granules, strict=True):
             if count <= 0 and (name == "hot" or (self.tiers and name in self.tiers)):
                 raise ConfigError(f"num_tokens or memory: expected room for 64 tokens in the {name} tier, got none")
-        self._check_groups()
         needed = self.tier_config.hot + self.tier_config.pinned_tokens + 64 if self.tier_config else 0
         if needed > 8 * self.tier_granules[0]:
             raise ConfigError(
@@ -197,20 +204,15 @@ class CacheConfig:
             raise ConfigError(
                 "layer_groups: expected num_tokens in the groups, or num_tokens or memory of the cache, got both"
             )
-        if self.is_grouped:
-            if self.tiers is not None:
-                raise UnsupportedError("tiers: expected none with layer_groups, because demotion knows one group only")
-            if self.backend != "cpu":
-                raise UnsupportedError(
-                    "backend: expected 'cpu' with layer_groups, because kernels of a GPU know one block table only, "
-                    f"got {self.backend!r}"
-                )
+        if self.tiers is not None and all(group.span for group in groups):
+            raise ConfigError(
+                "tiers: expected a group of layers that keep all tokens, because the others let go of tokens that are "
+                "old enough for a quantized tier, got none in layer_groups"
+            )
         return has_sizes
 
     def _check_groups(self) -> None:
         """ConfigError unless each group has room for one sequence."""
-        if not self.is_grouped:
-            return
         for i, (group, config) in enumerate(zip(self.groups, self.group_configs, strict=True)):
             least = min(abs(group.span) + _TOKENS_PER_SUPERBLOCK, self.seq_len_limit) if group.span else 1
             if 8 * config.num_granules < least:
@@ -276,7 +278,7 @@ class CacheConfig:
         return tuple(
             dataclasses.replace(
                 self, num_layers=len(group.layers), num_tokens=_TOKENS_PER_SUPERBLOCK * count, memory=None,
-                layer_groups=None,
+                layer_groups=None, tiers=None if group.span else self.tiers,
             )
             for group, count in zip(self.groups, self._group_blocks(), strict=True)
         )  # fmt: skip
@@ -290,11 +292,19 @@ class CacheConfig:
             blocks = divide_tokens(groups, self.num_tokens, self.max_seq_len)
         else:
             assert self.memory is not None
-            layer_nbytes = self.block_nbytes["hot"] // self.num_layers
-            blocks = divide_memory(groups, parse_nbytes(self.memory), layer_nbytes, self.max_seq_len)
+            blocks = divide_memory(groups, parse_nbytes(self.memory), self._nbytes_of_blocks, self.max_seq_len)
         if min(blocks) < 1:
             raise ConfigError("num_tokens or memory: expected room for 64 tokens in every group of layers, got none")
         return blocks
+
+    def _nbytes_of_blocks(self, group: LayerGroup, count: int) -> int:
+        """Bytes of so many blocks of 64 tokens of a group, all its layers and tiers."""
+        nbytes, num_layers = self.block_nbytes, len(group.layers)
+        shares = (count, 0, 0)
+        if self.tier_config is not None and not group.span:
+            shares = self.tier_config.blocks_of_tokens(count, nbytes)
+        in_all = sum(number * nbytes.get(name, 0) for name, number in zip(TIER_NAMES, shares, strict=True))
+        return in_all * num_layers // self.num_layers
 
     @property
     def num_granules(self) -> int:
@@ -303,9 +313,11 @@ class CacheConfig:
 
     @functools.cached_property
     def tier_granules(self) -> tuple[int, int, int]:
-        """Granules of the hot, the warm and the cold tier, in whole superblocks; of the largest group."""
-        if len(self.groups) > 1 or self.groups[0].num_tokens is not None:
+        """Granules of the hot, the warm and the cold tier, in whole superblocks; of several groups the largest."""
+        if len(self.groups) > 1:
             return 8 * max(self._group_blocks()), 0, 0
+        if self.groups[0].num_tokens is not None:
+            return self.group_configs[0].tier_granules
         blocks = self.block_nbytes
         if self.num_tokens is not None:
             count = -(-self.num_tokens // _TOKENS_PER_SUPERBLOCK)
@@ -428,10 +440,9 @@ class CacheConfig:
         if memory is None:
             counts = split.of_tokens(require_int("num_tokens", num_tokens, 1))
         else:
-            # any size will do: what a block of one layer takes
-            layer = cls.from_dict({**fields, "num_layers": 1, "num_tokens": _TOKENS_PER_SUPERBLOCK})
-            nbytes = [layer.nbytes * len(group["layers"]) for group in groups]
-            counts = split.of_memory(parse_nbytes(memory), nbytes)
+            # any size will do that has room for all tiers
+            sized = cls.from_dict({**fields, "layer_groups": groups, "num_tokens": 8 * MAX_GRANULES})
+            counts = split.of_memory(sized.groups, parse_nbytes(memory), sized._nbytes_of_blocks)
             if not any(counts):
                 raise ConfigError(
                     f"memory: expected room for step_tokens = {step_tokens} in the groups with a window, and for 64 "

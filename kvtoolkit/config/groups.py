@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from kvtoolkit.arrays.types import as_int
@@ -148,32 +149,45 @@ def divide_tokens(groups: tuple[LayerGroup, ...], num_tokens: int, max_seq_len: 
     return [-(-num_tokens * group.held_of(length) // (length * _BLOCK)) for group in groups]
 
 
-def divide_memory(groups: tuple[LayerGroup, ...], memory: int, layer_nbytes: int, max_seq_len: int | None) -> list[int]:
-    """The blocks of 64 tokens of each group that ``memory`` bytes hold; ``layer_nbytes`` is a block of one layer."""
-    nbytes = [layer_nbytes * len(group.layers) for group in groups]
+def divide_memory(
+    groups: tuple[LayerGroup, ...], memory: int, nbytes_of: Callable[[LayerGroup, int], int], max_seq_len: int | None
+) -> list[int]:
+    """The blocks of 64 tokens of each group that ``memory`` bytes hold.
+
+    Args:
+        nbytes_of: bytes of so many blocks of a group.
+    """
     if groups[0].share is not None:
-        return [int(memory * (group.share or 0)) // size for group, size in zip(groups, nbytes, strict=True)]
+        return [_most(int(memory * (group.share or 0)), partial(nbytes_of, group)) for group in groups]
+    return fill_memory(lambda count: divide_tokens(groups, _BLOCK * count, max_seq_len), groups, memory, nbytes_of)
 
-    return fill_memory(lambda count: divide_tokens(groups, _BLOCK * count, max_seq_len), memory, nbytes)
 
-
-def fill_memory(blocks_of: Callable[[int], list[int]], memory: int, nbytes: list[int]) -> list[int]:
+def fill_memory(
+    blocks_of: Callable[[int], list[int]], groups: Sequence[LayerGroup], memory: int,
+    nbytes_of: Callable[[LayerGroup, int], int],
+) -> list[int]:  # fmt: skip
     """The most blocks of each group in ``memory`` bytes; all 0 if nothing fits.
 
     Args:
         blocks_of: blocks of each group, by how many a group that keeps all tokens has.
+        groups: the groups.
         memory: bytes.
-        nbytes: of a block of each group.
+        nbytes_of: bytes of so many blocks of a group.
     """
 
-    def fits(count: int) -> bool:
-        return sum(num * size for num, size in zip(blocks_of(count), nbytes, strict=True)) <= memory
+    def nbytes_of_all(count: int) -> int:
+        return sum(nbytes_of(group, blocks) for group, blocks in zip(groups, blocks_of(count), strict=True))
 
-    high = 1
-    while fits(high):
-        high *= 2
-    low = high // 2
+    count = _most(memory, nbytes_of_all)
+    return blocks_of(count) if count else [0] * len(groups)
+
+
+def _most(memory: int, nbytes_of: Callable[[int], int]) -> int:
+    """The largest count that takes no more than ``memory`` bytes; 0 if 1 takes more."""
+    low, high = 0, 1
+    while nbytes_of(high) <= memory:
+        low, high = high, 2 * high
     while low < high - 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return blocks_of(low) if low else [0] * len(nbytes)
+        low, high = (middle, high) if nbytes_of(middle) <= memory else (low, middle)
+    return low

@@ -24,6 +24,17 @@ def list_width(max_entries: int, max_seq_len: int | None) -> int:
     return max(1, 8 * max_entries if max_seq_len is None else -(-max_seq_len // 8))
 
 
+def longest_row(block_table: Operand, block_starts: Operand | None, block_size: int, max_seq_len: int | None) -> int:
+    """Tokens of a row at most: what its blocks hold, or what the host knows.
+
+    Entries of layers with a window begin anywhere in a row, so for them the number of entries says nothing.
+    """
+    _, max_entries = block_table.shape
+    if block_starts is not None:
+        return 8 * list_width(max_entries, max_seq_len)
+    return min(max_entries * block_size, max_seq_len or max_entries * block_size)
+
+
 def make_granules(
     address: int, block_table: Operand, block_starts: Operand, seq_lens: Operand, width: int,
     tiers: QuantizedTiers | None = None,

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from kvtoolkit.arrays.call import AttentionCall
 from kvtoolkit.arrays.host import Operand
 from kvtoolkit.cuda import prompt, specs
+from kvtoolkit.cuda.expand import longest_row
 from kvtoolkit.cuda.launching import Launch, load_spec
 from kvtoolkit.cuda.memory import aligned
 from kvtoolkit.cuda.params import LOG2E, UNBOUNDED
@@ -65,7 +66,7 @@ def work_of(call: AttentionCall, max_seq_len: int | None) -> PrefillWork:
     """
     num_tokens, num_q_heads, head_dim = call.q.shape
     num_kv_heads, block_size = call.k_cache.shape[1:3]
-    batch, max_entries = call.block_table.shape
+    batch = call.block_table.shape[0]
     if num_tokens >= prompt.MAX_TOKENS:
         raise UnsupportedError(
             f"q: expected fewer than {prompt.MAX_TOKENS} new tokens, got {num_tokens}; feed the prompt in chunks"
@@ -76,8 +77,7 @@ def work_of(call: AttentionCall, max_seq_len: int | None) -> PrefillWork:
     rows = min(batch, specs.MAX_PLANNED)
     ctas = spec.per_sm * num_sms(call.q.device)
     sizes = _sizes(num_tokens, num_q_heads, num_kv_heads, head_dim, rows, ctas, max_parts)
-    longest = max_entries * (block_size if call.block_starts is None else 64)
-    longest = min(longest, max_seq_len or longest)
+    longest = longest_row(call.block_table, call.block_starts, block_size, max_seq_len)
     return PrefillWork(spec, sizes, batch, max_parts, 1 if longest <= spec.keys * prompt.MAX_TILES else _LONG)
 
 

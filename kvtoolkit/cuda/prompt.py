@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from kvtoolkit.arrays.call import AttentionCall, Hints, QuantizedTiers
 from kvtoolkit.arrays.host import Operand
 from kvtoolkit.cuda import specs
-from kvtoolkit.cuda.expand import list_width, make_granules
+from kvtoolkit.cuda.expand import list_width, longest_row, make_granules
 from kvtoolkit.cuda.launching import Launch, load_spec
 from kvtoolkit.cuda.memory import aligned, keep
 from kvtoolkit.cuda.params import LOG2E, UNBOUNDED
@@ -110,10 +110,8 @@ def suits(call: AttentionCall, most_queries: int, max_seq_len: int | None = None
     """
     _, num_q_heads, head_dim = call.q.shape
     blocks, num_kv_heads, block_size, _ = call.k_cache.shape
-    batch, max_entries = call.block_table.shape
-    length = max_entries * (block_size if call.block_starts is None else 8 * GRANULE)
-    if max_seq_len is not None:
-        length = min(length, max_seq_len)
+    batch = call.block_table.shape[0]
+    length = longest_row(call.block_table, call.block_starts, block_size, max_seq_len)
     return (
         call.block_mass is None
         and call.num_splits == 0

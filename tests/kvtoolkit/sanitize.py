@@ -21,6 +21,7 @@ from tests.kvtoolkit.attention.test_gpu_tiered import run as run_tiered
 from tests.kvtoolkit.attention.test_gpu_tiered import test_conversions_give_the_codes_of_the_judge
 from tests.kvtoolkit.attention.tiered_cases import TieredCase
 from tests.kvtoolkit.cache.test_gpu_cache import drive, make, tensor
+from tests.kvtoolkit.cache.test_gpu_layer_groups import Twins, compare_replays
 from tests.kvtoolkit.cache.test_gpu_tiers_cache import test_steps_attend_to_all_tiers
 from tests.kvtoolkit.cuda.test_gpu_pool import SOURCE, launch
 from tests.kvtoolkit.cuda.test_shared import Batch
@@ -77,7 +78,18 @@ def shared_reads() -> None:
         assert np.isfinite(out).all()
 
 
+def groups() -> None:
+    """Layers with a window whose rows begin late, next to free memory: decode, prompts and both, eager and captured."""
+    for window in (20, 200):
+        twins = Twins([{"layers": [0, 2], "window": window}, {"layers": 1}])
+        for counts in ([300, 3, 64, 500], [1, 1, 1, 1], [5, 0, 200, 1], [2, 2, 2, 2]):
+            twins.step(counts)
+    compare_replays(1, 6, 64, replays=5)
+    compare_replays(100, 150, 128, replays=5)
+
+
 def main() -> None:
+    groups()
     tiers()
     shared_reads()
     pool("buddy")

@@ -22,7 +22,7 @@ from kvtoolkit.attention.arguments import (
 )
 from kvtoolkit.cache.layers.masses import MassSum
 from kvtoolkit.cache.storage.arenas import Arenas
-from kvtoolkit.errors import ShapeError, StepError
+from kvtoolkit.errors import ShapeError, StepError, UnsupportedError
 from kvtoolkit.runtime import current_stream, is_capturing
 
 StepTables = tuple[Any, Any, Any, Any, Any]
@@ -43,6 +43,7 @@ class LayerCalls:
         tables: the arrays of the step, valid by construction, where the backend works.
         hints: what the host knows of the step; on a device ``kept`` is given.
         is_fixed: whether ``hints.max_seq_len`` holds for all replays of a graph that captures the calls, too.
+        begin_late: whether rows may begin after token 0, so that the size of the table says nothing of their lengths.
         mass: where attention masses are summed up; None = none are wanted.
 
     Attributes:
@@ -50,15 +51,16 @@ class LayerCalls:
     """
 
     __slots__ = (
-        "_appended", "_appended_keys", "_arenas", "_attended", "_backend", "_hints", "_is_fixed", "_mass",
-        "_num_tokens", "_overlaps", "_seen", "_slots", "_tables", "layers",
+        "_appended", "_appended_keys", "_arenas", "_attended", "_backend", "_begin_late", "_hints", "_is_fixed",
+        "_mass", "_num_tokens", "_overlaps", "_seen", "_slots", "_tables", "layers",
     )  # fmt: skip
 
     def __init__(
         self, arenas: Arenas, tables: StepTables, hints: Hints = NO_HINTS, *, is_fixed: bool = False,
-        mass: MassSum | None = None,
+        begin_late: bool = False, mass: MassSum | None = None,
     ) -> None:  # fmt: skip
         self._arenas, self._backend, self._hints, self._is_fixed = arenas, arenas.backend, hints, is_fixed
+        self._begin_late = begin_late
         block_table, block_starts, seq_lens, cu_seqlens_q, slot_mapping = tables
         describe = arenas.backend.describe
         self._tables = (
@@ -210,6 +212,11 @@ class LayerCalls:
         """The hints, without those that a graph which is being captured will outlive."""
         hints, device = self._hints, self._arenas.device
         if device >= 0 and not self._is_fixed and is_capturing(current_stream(device)):
+            if self._begin_late:
+                raise UnsupportedError(
+                    "attend: expected a run of a GraphStep while a CUDA graph is captured, because for layers with a "
+                    "window (layer_groups) the longest sequence of all replays must be known, got a step"
+                )
             # the graph will meet longer sequences than now, and others that have nothing in common
             return hints._replace(max_seq_len=None, sharing=None)
         return hints

@@ -30,7 +30,8 @@ class CacheGroup:
         blocks: the allocators of all tiers, the growth policy, and what is known of each granule.
         table: a row for each sequence.
         copies: what is kept in host memory for preempted sequences.
-        shared_reads: finds what the rows of a step have in common; None if that is never used.
+        shared_reads: finds what the rows of a step have in common; None if that is never used, as with a window or
+            chunks, whose rows let go of their beginnings.
         compacted: ``[2]`` int64 row and logical granule at which compaction goes on.
     """
 
@@ -43,7 +44,7 @@ class CacheGroup:
         self.collects_mass = config.tier_config is not None and config.tier_config.demote == "mass"
         num_tiles = -(-config.seq_len_limit // 64) if self.collects_mass else 0
         self.table = block_table.make_block_table(config.max_seqs, config.entries_limit, num_tiles)
-        self.shared_reads = make_shared_reads(config, self.table)
+        self.shared_reads = None if layers.span else make_shared_reads(config, self.table)
         self.copies = HostCopies(self.storage, self.blocks.granules)
         self.compacted = np.zeros(2, np.int64)
 

@@ -131,8 +131,9 @@ class CacheState:
         info[opened, LENGTH] = 0
         self.group.table.origin[opened] = ROOT_UID if origins is None else origins
         self.group.table.chain[opened] = ROOT
-        self.group.table.scanned[opened] = -1
-        self.group.table.masses[opened] = 0
+        for table in self.tables:
+            table.scanned[opened] = -1
+            table.masses[opened] = 0
         self.follow(opened)
         return opened
 

@@ -1,5 +1,6 @@
 """Uploads the arrays of a step to the device, by one asynchronous copy."""
 
+import itertools
 import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -128,10 +129,15 @@ class Upload:
 
     def __call__(self, *arrays: NDArray[Any]) -> DeviceTables:
         """The arrays, in the order of `DeviceTables`, on the device."""
+        return self.all([arrays])[0]
+
+    def all(self, tables: Sequence[Sequence[NDArray[Any]]]) -> list[DeviceTables]:
+        """The arrays of several groups of layers, each in the order of `DeviceTables`, by one copy."""
         from kvtoolkit.runtime.streams import cupy_on_current_stream
 
         with self._lock, cupy_on_current_stream(self._device) as cupy:
-            return DeviceTables(*self._ring.upload(cupy, arrays))
+            arrays = iter(self._ring.upload(cupy, [array for one in tables for array in one]))
+        return [DeviceTables(*itertools.islice(arrays, len(one))) for one in tables]
 
     def one(self, array: NDArray[Any]) -> Any:
         """One array, on the device."""

@@ -446,7 +446,7 @@ class GroupMachine(CacheMachine):
         return step
 
     def check_shared(self, step):
-        """Only caches on a GPU look for it, and they have no groups."""
+        """It is looked for in the tables of groups that keep all tokens alone; `test_group_tables` has them."""
 
     @precondition(lambda self: self.tokens)
     @rule(data=st.data(), drafts=st.integers(1, 20))
@@ -606,6 +606,35 @@ class TierMachine(CacheMachine):
         except CacheFullError:
             return
         self.tokens[seq] = self.tokens[seq][:length]
+
+
+class TieredGroupMachine(TierMachine, GroupMachine):
+    """The machines above in one: of the layers that keep all tokens, older ones are quantized."""
+
+    superblocks: ClassVar[list[int]] = [16, 30, 60]
+
+    def start(self, data):
+        GroupMachine.start(self, data)
+        super().start(data)
+
+    @precondition(lambda self: any(len(tokens) > 128 for tokens in self.tokens.values()))
+    @rule(data=st.data())
+    def truncate_far(self, data):
+        try:
+            super().truncate_far(data)
+        except ArgumentError:
+            assert any(group.span for group in self.groups.values())
+
+
+@pytest.mark.parametrize("config", GROUPED_CONFIGS[:2] + GROUPED_CONFIGS[4:9:2], ids=name_of)
+def test_every_read_returns_what_the_sequence_was_given_in_each_group_and_tier(config):
+    machine = type("Machine", (TieredGroupMachine,), {"config": tiered_fields({**config, "tiers": TIERS})})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=20, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )
 
 
 @pytest.mark.parametrize(

@@ -51,8 +51,8 @@ class FakeUpload:
     def __init__(self):
         self.orders = []
 
-    def __call__(self, *arrays):
-        return DeviceTables(*(array.copy() for array in arrays))
+    def all(self, tables):
+        return [DeviceTables(*(array.copy() for array in one)) for one in tables]
 
     def one(self, array):
         self.orders.append(array.copy())

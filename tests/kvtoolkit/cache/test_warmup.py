@@ -7,6 +7,7 @@ import pytest
 
 from kvtoolkit import CacheConfig, ConfigError, KVCache, warmup
 from kvtoolkit.cache import rehearsal
+from kvtoolkit.cache.group_steps import GroupSteps
 from kvtoolkit.commands import cli
 
 TIERS = {"warm": "int8", "cold": "int4", "demote": "mass"}
@@ -122,6 +123,24 @@ def test_a_cache_on_a_gpu_rehearses_the_search_for_common_beginnings(monkeypatch
     monkeypatch.setattr(rehearsal.SharedReads, "find", lambda self, ids, arrays: searched.append(len(ids)))
     parts["forks"]()
     assert searched == [2]
+
+
+@pytest.mark.parametrize("kind", ["chunk", "window"])
+def test_a_cache_on_a_gpu_rehearses_the_tables_of_each_group(monkeypatch, kind):
+    config = CacheConfig(**SHAPE, backend="cuda", layer_groups=[{"layers": 0}, {"layers": 1, kind: 64}])
+    parts, cut = dict(rehearsal.parts_of(config, 4)), []
+    parts["pool and tables"]()
+    cut_chunks = GroupSteps.cut_chunks
+    monkeypatch.setattr(GroupSteps, "cut_chunks", lambda *given: (cut.append(given), cut_chunks(*given))[1])
+    parts["prompts and steps"]()
+    assert bool(cut) == (kind == "chunk")
+    parts["forks"]()
+
+
+def test_layers_with_a_window_alone_are_rehearsed():
+    parts = dict(rehearsal.parts_of(CacheConfig(**SHAPE, layer_groups=[{"layers": range(2), "window": 64}]), 4))
+    for name in ("pool and tables", "forks", "preemption"):
+        parts[name]()
 
 
 def test_wrong_arguments_are_named():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvtoolkit import CacheConfig, ConfigError, UnsupportedError
+from kvtoolkit import CacheConfig, ConfigError
 
 SHAPE = {"num_layers": 6, "num_kv_heads": 2, "head_dim": 16}
 
@@ -73,16 +73,44 @@ def test_a_wrong_group_is_refused_and_the_message_says_why(groups, fields, messa
         make(groups, **fields)
 
 
-@pytest.mark.parametrize(
-    ("groups", "fields", "message"),
-    [
-        (HALVES, {"tiers": {"warm": "int8"}, "head_dim": 64}, "tiers: expected none with layer_groups, because"),
-        (HALVES, {"backend": "cuda"}, "backend: expected 'cpu' with layer_groups, because"),
-    ],
-)
-def test_what_does_not_work_with_groups_is_refused_with_the_reason(groups, fields, message):
-    with pytest.raises(UnsupportedError, match=message):
-        make(groups, **fields)
+@pytest.mark.parametrize("backend", ["cpu", "cuda", "numba"])
+def test_every_backend_has_groups(backend):
+    fields = {"backend": backend, "dtype": "float16", "head_dim": 64}
+    assert [one.backend for one in make(HALVES, **fields).group_configs] == [backend] * 2
+
+
+def test_tiers_are_those_of_groups_that_keep_all_tokens():
+    tiers = {"warm": "int8", "cold": "int4", "hot": 128}
+    fields = {"head_dim": 64, "tiers": tiers}
+    window, full = make(HALVES, **fields).group_configs
+    assert window.tiers is None
+    assert full.tiers == make(None, **fields).tiers
+    assert full.tier_granules == make(None, **fields, num_layers=3).tier_granules
+    assert sum(window.tier_granules) == window.num_granules
+    with pytest.raises(ConfigError, match="tiers: expected a group of layers that keep all tokens, because"):
+        make([{"layers": range(3), "window": 64}, {"layers": range(3, 6), "chunk": 64}], **fields)
+    with pytest.raises(ConfigError, match="expected room for hot . pinned_tokens . 64 = 256 tokens"):
+        make([{**HALVES[0], "num_tokens": 640}, {**HALVES[1], "num_tokens": 320}], **fields, num_tokens=None)
+    alone = make([{"layers": range(6), "num_tokens": 8192}], **fields, num_tokens=None)
+    assert alone.tier_granules == make(None, **fields).tier_granules
+
+
+@pytest.mark.parametrize("share", [None, 0.5])
+def test_memory_of_groups_with_tiers_is_that_of_all_their_tiers(share):
+    fields = {"head_dim": 64, "tiers": {"warm": "int8", "hot": 64, "pinned_tokens": 0}, "num_tokens": None}
+    groups = [{**one, **({} if share is None else {"share": share})} for one in HALVES]
+    for memory in (1 << 22, 1 << 26, 123_456_789):
+        window, full = make(groups, **fields, memory=memory).group_configs
+
+        def nbytes_of(config):
+            nbytes = config.block_nbytes.values()
+            return sum(count // 8 * size for count, size in zip(config.tier_granules, nbytes, strict=False))
+
+        found = [nbytes_of(window), nbytes_of(full)]
+        if share is None:
+            assert 0.97 * memory < sum(found) <= memory
+        else:
+            assert all(0.95 * memory / 2 < one <= memory / 2 for one in found)
 
 
 def test_by_default_sequences_of_a_typical_length_fill_all_groups_at_the_same_time():

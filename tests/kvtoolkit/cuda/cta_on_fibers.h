@@ -120,7 +120,7 @@ T reduce(unsigned mask, T mine, Merge merge) {
 
 // Run a kernel; false if threads wait for each other for good.
 template <typename Kernel>
-bool run(Kernel kernel, unsigned ctas, unsigned threads, unsigned smem_nbytes, unsigned seed) {
+bool run(Kernel kernel, Index grid, unsigned threads, unsigned smem_nbytes, unsigned seed) {
   static Kernel* running;
   constexpr size_t kStack = 1 << 15;
   running = &kernel;
@@ -128,9 +128,10 @@ bool run(Kernel kernel, unsigned ctas, unsigned threads, unsigned smem_nbytes, u
   static std::vector<char> stacks;
   stacks.resize(max(stacks.size(), kStack * threads));
   dynamic_shared.assign(smem_nbytes + 16, 0x55);
-  gridDim.x = ctas;
-  for (unsigned block = 0; block < ctas; ++block) {
-    blockIdx.x = block;
+  gridDim = grid;
+  for (unsigned block = 0; block < grid.x * grid.y; ++block) {
+    blockIdx.x = block % grid.x;
+    blockIdx.y = block / grid.x;
     threads_of_cta.assign(threads, {});
     has_ended.assign(threads, false);
     warps.assign(threads / 32, {});

@@ -16,9 +16,10 @@ from kvtoolkit.runtime.sources import get_include, source_folder
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 HERE = Path(__file__).parent
 _LAUNCH = """
-extern "C" int launch_{name}(const void* parameters, unsigned ctas, unsigned threads, unsigned smem, unsigned seed) {{
+extern "C" int launch_{name}(
+    const void* parameters, unsigned x, unsigned y, unsigned threads, unsigned smem, unsigned seed) {{
   const auto& p = *static_cast<const kvt::{struct}*>(parameters);
-  return fibers::run([&] {{ kvt::{name}(p); }}, ctas, threads, smem, seed);
+  return fibers::run([&] {{ kvt::{name}(p); }}, Index{{x, y}}, threads, smem, seed);
 }}
 """
 
@@ -60,14 +61,14 @@ class HostLaunch:
     def __init__(
         self, kernel: Any, grid: tuple[int, ...], threads: int, smem_nbytes: int, parameters: bytes
     ) -> None:  # fmt: skip
-        self.spec, self.ctas, self.threads, self.smem_nbytes = kernel, grid[0], threads, smem_nbytes
+        self.spec, self.grid, self.threads, self.smem_nbytes = kernel, (*grid, 1)[:2], threads, smem_nbytes
         self.parameters = parameters
 
     def run(self, stream: int = 0, *, dependent: bool = False) -> None:
         """Run it and wait for its end."""
         library = build(self.spec.source, self.spec.defines, *self.changes)
         kernel = getattr(library, f"launch_{self.spec.name}")
-        assert kernel(self.parameters, self.ctas, self.threads, self.smem_nbytes, self.seed), "threads wait for good"
+        assert kernel(self.parameters, *self.grid, self.threads, self.smem_nbytes, self.seed), "threads wait for good"
 
 
 def on_the_host(monkeypatch: pytest.MonkeyPatch, *modules: Any) -> None:
