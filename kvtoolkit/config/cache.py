@@ -78,7 +78,8 @@ class CacheConfig:
             every row reads its own tokens in every step. Captured steps choose by themselves, see `GraphStep`. With
             ``tiers`` it is done only where three quarters of what a step reads are saved. Has no effect on other
             backends, and on GPUs that are not sm_90.
-        tiers: quantized tiers for older tokens: a table with the fields of `kvtoolkit.config.tiers.TierConfig`.
+        tiers: quantized tiers for older tokens: a table with the fields of `kvtoolkit.config.tiers.TierConfig`. With
+            ``layer_groups`` they are those of each group that keeps all tokens and has none of its own.
             Default: all tokens are hot.
         layer_groups: for models in which some layers see only the last tokens: a list of tables, such as
             ``[{"layers": [0, 1, 2], "window": 1024}, {"layers": range(3, 12)}]``. Layers are ints, ranges or lists of
@@ -90,8 +91,8 @@ class CacheConfig:
             that sequences of 4096 tokens (or ``max_seq_len``, or ``num_tokens``, if that is less) fill all groups at
             the same time, if they hold ``window + 256`` or ``chunk + 256`` tokens in such a group. Then ``num_tokens``
             is what a group that keeps all tokens has. With several groups, a window or chunks, prompts find no prefixes
-            (``prefix_caching`` has no effect). ``tiers`` are those of the groups that keep all tokens, of which there
-            must be one; ``num_tokens`` of such a group counts all its tiers.
+            (``prefix_caching`` has no effect). A group that keeps all tokens can have ``tiers`` of its own, or has
+            those of the cache; the others keep 16 bit. ``num_tokens`` and ``share`` of a group count all its tiers.
             Default: all layers keep all tokens.
         backend: ``cpu``; ``cuda``: memory and kernels on a GPU; ``numba``: memory on a GPU, and the readable kernels.
         device: CUDA device of the GPU backends. Default: the one that is current when the cache is made.
@@ -205,10 +206,14 @@ class CacheConfig:
                 "layer_groups: expected num_tokens in the groups, or num_tokens or memory of the cache, got both"
             )
         if self.tiers is not None and all(group.span for group in groups):
-            raise ConfigError(
+            raise UnsupportedError(
                 "tiers: expected a group of layers that keep all tokens, because the others let go of tokens that are "
                 "old enough for a quantized tier, got none in layer_groups"
             )
+        if len(groups) == 1 and groups[0].tiers is not None:
+            object.__setattr__(self, "tiers", groups[0].tiers)
+        if any(group.tiers for group in groups):
+            check_head_dim(self.head_dim)
         return has_sizes
 
     def _check_groups(self) -> None:
@@ -270,18 +275,32 @@ class CacheConfig:
         """Whether prompts find what is cached: `prefix_caching`, unless there are groups, which keep nothing for it."""
         return self.prefix_caching and not self.is_grouped
 
+    @property
+    def has_tiers(self) -> bool:
+        """Whether there are quantized tiers, in any group of layers."""
+        return any(self._tiers_of(group) is not None for group in self.groups)
+
+    def _tiers_of(self, group: LayerGroup) -> Mapping[str, Any] | None:
+        """The tiers of a group: its own, or those of the cache if it keeps all tokens."""
+        return group.tiers if group.tiers is not None or group.span else self.tiers
+
     @functools.cached_property
     def group_configs(self) -> tuple["CacheConfig", ...]:
-        """A configuration of one group for each group: its number of layers, and its pool."""
+        """A configuration of one group for each group: its number of layers, its pool and its tiers."""
         if len(self.groups) == 1 and self.groups[0].num_tokens is None:
             return (self,)
-        return tuple(
-            dataclasses.replace(
+        sizes = zip(self.groups, self._group_blocks(), strict=True)
+        return tuple(self._group_config(i, group, count) for i, (group, count) in enumerate(sizes))
+
+    def _group_config(self, index: int, group: LayerGroup, count: int) -> "CacheConfig":
+        """The configuration of a group with so many blocks of 64 tokens."""
+        try:
+            return dataclasses.replace(
                 self, num_layers=len(group.layers), num_tokens=_TOKENS_PER_SUPERBLOCK * count, memory=None,
-                layer_groups=None, tiers=None if group.span else self.tiers,
-            )
-            for group, count in zip(self.groups, self._group_blocks(), strict=True)
-        )  # fmt: skip
+                layer_groups=None, tiers=self._tiers_of(group),
+            )  # fmt: skip
+        except ConfigError as error:
+            raise ConfigError(f"layer_groups[{index}]: {error}") from error
 
     def _group_blocks(self) -> list[int]:
         """Blocks of 64 tokens in the pool of each group."""
@@ -299,12 +318,12 @@ class CacheConfig:
 
     def _nbytes_of_blocks(self, group: LayerGroup, count: int) -> int:
         """Bytes of so many blocks of 64 tokens of a group, all its layers and tiers."""
-        nbytes, num_layers = self.block_nbytes, len(group.layers)
-        shares = (count, 0, 0)
-        if self.tier_config is not None and not group.span:
-            shares = self.tier_config.blocks_of_tokens(count, nbytes)
-        in_all = sum(number * nbytes.get(name, 0) for name, number in zip(TIER_NAMES, shares, strict=True))
-        return in_all * num_layers // self.num_layers
+        table, shares = self._tiers_of(group), (count, 0, 0)
+        tiers = None if table is None else TierConfig.from_dict(table)
+        nbytes = self._block_nbytes(tiers, len(group.layers))
+        if tiers is not None:
+            shares = tiers.blocks_of_tokens(count, nbytes)
+        return sum(number * nbytes.get(name, 0) for name, number in zip(TIER_NAMES, shares, strict=True))
 
     @property
     def num_granules(self) -> int:
@@ -347,12 +366,14 @@ class CacheConfig:
 
     @property
     def block_nbytes(self) -> dict[str, int]:
-        """Bytes of 64 tokens in each tier, all layers."""
-        nbytes = {"hot": _TOKENS_PER_SUPERBLOCK * self.nbytes_per_token}
-        if self.tier_config is not None:
-            for name, kind in zip(TIER_NAMES[1:], self.tier_config.formats, strict=True):
-                if kind is not None:
-                    nbytes[name] = self.num_layers * self.num_kv_heads * kind.nbytes(self.head_dim)
+        """Bytes of 64 tokens in each tier, all layers; of several groups see `group_configs`."""
+        return self._block_nbytes(self.tier_config, self.num_layers)
+
+    def _block_nbytes(self, tiers: TierConfig | None, num_layers: int) -> dict[str, int]:
+        nbytes = {"hot": _TOKENS_PER_SUPERBLOCK * self.nbytes_per_token // self.num_layers * num_layers}
+        for name, kind in zip(TIER_NAMES[1:], tiers.formats if tiers else (None, None), strict=True):
+            if kind is not None:
+                nbytes[name] = num_layers * self.num_kv_heads * kind.nbytes(self.head_dim)
         return nbytes
 
     @property

@@ -1,12 +1,13 @@
 """Groups of layers: which layers keep the same tokens, and how memory is divided among the groups."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from kvtoolkit.arrays.types import as_int
 from kvtoolkit.config.fields import require_int, require_known
+from kvtoolkit.config.tiers import TierConfig
 from kvtoolkit.errors import ConfigError
 from kvtoolkit.formats.entry import MAX_GRANULES
 
@@ -15,7 +16,7 @@ TYPICAL_LEN = 4096
 ROOM = 256
 """Tokens beside its window that such a sequence holds in a group with one: new tokens, and room at its ends."""
 
-_FIELDS = ("layers", "window", "chunk", "num_tokens", "share")
+_FIELDS = ("layers", "window", "chunk", "num_tokens", "share", "tiers")
 _BLOCK = 64
 
 
@@ -29,6 +30,7 @@ class LayerGroup:
         chunk: a query sees what is in its own chunk of so many tokens, up to itself; 0 = there are no chunks.
         num_tokens: slots of its pool; None = the cache's memory is divided.
         share: of the cache's ``memory``; None = it is divided by default.
+        tiers: quantized tiers of its own, as `CacheConfig.tiers`; None = those of the cache, if it keeps all tokens.
     """
 
     layers: tuple[int, ...]
@@ -36,6 +38,7 @@ class LayerGroup:
     chunk: int = 0
     num_tokens: int | None = None
     share: float | None = None
+    tiers: Mapping[str, Any] | None = field(default=None, hash=False)
 
     def to_dict(self) -> dict[str, Any]:
         """What `parse_groups` takes."""
@@ -44,6 +47,7 @@ class LayerGroup:
             "chunk": self.chunk or None,
             "num_tokens": self.num_tokens,
             "share": self.share,
+            "tiers": self.tiers,
         }
         return {"layers": list(self.layers), **{name: value for name, value in given.items() if value is not None}}
 
@@ -92,7 +96,7 @@ def _parse(value: Any, name: str, num_layers: int) -> LayerGroup:
     layers = tuple(_layers_of(value.get("layers"), f"{name}.layers", num_layers))
     if not layers or len(set(layers)) != len(layers):
         raise ConfigError(f"{name}.layers: expected different layers, at least one, got {value.get('layers')!r:.80}")
-    window, chunk, num_tokens, share = (value.get(field) for field in _FIELDS[1:])
+    window, chunk, num_tokens, share, tiers = (value.get(one) for one in _FIELDS[1:])
     if window is not None:
         window = require_int(f"{name}.window", window, 1, 8 * MAX_GRANULES)
     if chunk is not None:
@@ -108,7 +112,21 @@ def _parse(value: Any, name: str, num_layers: int) -> LayerGroup:
         layers=tuple(sorted(layers)), window=window or 0,
         chunk=chunk or 0, num_tokens=num_tokens,
         share=None if share is None else float(share),
+        tiers=None if tiers is None else _parse_tiers(tiers, name, bool(window or chunk)),
     )  # fmt: skip
+
+
+def _parse_tiers(given: Any, name: str, lets_go: bool) -> dict[str, Any]:
+    """The tiers of a group, checked; ConfigError if it lets go of its past."""
+    if lets_go:
+        raise ConfigError(
+            f"{name}.tiers: expected none in a group with a window or chunks, because it lets go of tokens that are "
+            f"old enough for a quantized tier, got {given!r:.80}"
+        )
+    try:
+        return TierConfig.from_dict(given).to_dict()
+    except ConfigError as error:
+        raise ConfigError(f"{name}.{error}") from error
 
 
 def _layers_of(given: Any, name: str, num_layers: int) -> Iterator[int]:
