@@ -70,7 +70,7 @@ class CacheConfig:
             ``tiers`` it is done only where three quarters of what a step reads are saved. Has no effect on other
             backends, and on GPUs that are not sm_90.
         tiers: quantized tiers for older tokens: a table with the fields of `kvtoolkit.config.tiers.TierConfig`.
-            Default: all tokens are hot.
+            With ``layer_groups``, of layers that keep all tokens. Default: all tokens are hot.
         layer_groups: for models in which some layers see only the last tokens: a list of tables, such as
             ``[{"layers": [0, 1, 2], "window": 1024}, {"layers": range(3, 12)}]``. Layers are ints, ranges or lists of
             them; each layer is in exactly one group. ``window`` is the number of tokens that a query sees, itself
