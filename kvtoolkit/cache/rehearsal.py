@@ -42,6 +42,7 @@ def small_config(config: CacheConfig) -> CacheConfig:
         count, size = len(config.groups), {"num_tokens": fields.pop("num_tokens")}
         groups: list[dict[str, Any]] = [{"layers": i, **size} for i in range(count)]
         groups[-1] |= {"chunk": 40} if any(group.chunk for group in config.groups) else {"window": 24}
+        groups[-1] |= {"num_tokens": _NUM_TOKENS}  # which has no tiers
         fields |= {"layer_groups": groups, "num_layers": count}
     return CacheConfig.from_dict(fields)
 
@@ -178,6 +179,13 @@ class _Rehearsal:
             self.feed(ids, [1])
         self.cache.preempt(ids, to="host")
         self.cache.restore(ids)
+        if self.config.is_grouped:  # a window lets go of nothing while steps of others quantize what a sequence holds
+            self.cache.close(ids)
+            ids, other = self.open(self.prompt(64)), self.open(self.prompt(8))
+            self.feed(ids, [320])
+            for _ in range(80):
+                self.feed(other, [1])
+            self.cache.close(other)
         self.cache.truncate(ids, [100])
         self.cache.close(ids)
 
@@ -192,8 +200,7 @@ class _Rehearsal:
 
     def tightest(self) -> Any:
         """The figures of the hot tier; with several groups of layers, of the one with least room."""
-        stats = self.cache.stats()
-        return stats.tiers["hot"] if len(stats.groups) == 1 else min(stats.groups, key=lambda group: group.free)
+        return min((group.tiers["hot"] for group in self.cache.stats().groups), key=lambda tier: tier.free)
 
     def prompt(self, length: int) -> Any:
         return self.draw.integers(0, 1 << 30, length)

@@ -58,6 +58,7 @@ class GroupStats:
         window, chunk: as configured; 0 = none.
         capacity, used, cached, free, kept_back, callers, pinned: as in `CacheStats`, all tiers together.
         nbytes: bytes of keys and values.
+        tiers: figures of each tier of the group by its name.
     """
 
     layers: tuple[int, ...]
@@ -71,6 +72,7 @@ class GroupStats:
     callers: int
     pinned: int
     nbytes: int
+    tiers: Mapping[str, TierStats]
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ class CacheStats:
         num_steps: steps that were ended.
         metadata_nbytes: bytes of the block table, the index and the allocator.
         nbytes: bytes of keys and values.
-        tiers: figures of each tier by its name.
+        tiers: figures of each tier by its name; with several groups of layers, of all groups that have it.
         groups: figures of each group of layers.
         num_demoted_warm: tiles of 64 tokens that went to the warm tier.
         num_demoted_cold: tiles that went to the cold tier.
@@ -220,7 +222,8 @@ def _metadata_nbytes(group: CacheGroup) -> int:
 
 def _group(group: CacheGroup, tiers: Mapping[str, TierStats]) -> GroupStats:
     figures = {name: sum(getattr(tier, name) for tier in tiers.values()) for name in ("capacity", *_PLACES, "nbytes")}
-    return GroupStats(layers=group.layers.layers, window=group.layers.window, chunk=group.layers.chunk, **figures)
+    layers = group.layers
+    return GroupStats(layers=layers.layers, window=layers.window, chunk=layers.chunk, tiers=tiers, **figures)
 
 
 def _sum(figures: list[TierStats]) -> TierStats:

@@ -26,6 +26,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_tokens": None,
         "layer_groups": [{"layers": 0, "num_tokens": 1024}, {"layers": 1, "window": 91, "num_tokens": 896}],
     },
+    "tiers in groups": {
+        "num_layers": 2,
+        "num_tokens": None,
+        "head_dim": 64,
+        "tiers": TIERS,
+        "layer_groups": [{"layers": 0, "num_tokens": 4096}, {"layers": 1, "window": 91, "num_tokens": 896}],
+    },
 }
 _DEVICE = {"backend": "cuda", "dtype": "float16", "head_dim": 16, "growth": "append", "allocator": "lockfree"}
 DEVICE_CONFIGS: dict[str, dict[str, Any]] = {

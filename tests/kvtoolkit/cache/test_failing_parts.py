@@ -77,6 +77,7 @@ PARTS = {
     "slab": {**CONFIGS["slab"], "allocator": f"{HERE}:BreakingSlab"},
     "tiers": {**CONFIGS["tiers"], "allocator": f"{HERE}:BreakingBuddy"},
     "groups": {**CONFIGS["groups"], "allocator": f"{HERE}:BreakingBuddy", "growth": "lazy_merge"},
+    "tiers in groups": {**CONFIGS["tiers in groups"], "allocator": f"{HERE}:BreakingBuddy"},
 }
 
 

@@ -311,6 +311,66 @@ def test_a_step_with_a_window_is_not_captured_without_a_graph_step():
                 step.attend(0, key, window_size=(19, 0))
 
 
+@pytest.mark.parametrize("is_captured", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_tiers_of_a_group_are_those_of_a_cache_of_its_own(head_dim, is_captured):
+    import torch
+
+    tiers = {"hot": 64, "pinned_tokens": 0, "warm": "int8", "warm_tokens": 64, "cold": "int4"}
+    groups = [{"layers": [0, 2], "window": 50, "num_tokens": 4096}, {"layers": 1, "num_tokens": 16384}]
+    caches = [
+        make(groups, num_tokens=None, head_dim=head_dim, tiers=tiers),
+        make(None, num_layers=1, head_dim=head_dim, tiers=tiers),
+    ]
+    ids = [cache.open([[]] * 3)[0] for cache in caches]
+    torch.manual_seed(0)
+    key, value = torch.zeros(2, 300, 2, head_dim, device="cuda").half()
+    q = torch.zeros(300, 4, head_dim, device="cuda").half()
+    outs = [torch.empty_like(q) for _ in caches]
+    fixed = [GraphStep(cache, 3, max_seq_len=4000) for cache in caches]
+    graphs = [torch.cuda.CUDAGraph() for _ in caches]
+
+    def layers(step, which, used):
+        for layer in range(caches[which].config.num_layers):
+            step.append(layer, key[:used], value[:used])
+            window = (49, 0) if which == 0 and layer != 1 else (-1, -1)
+            out = step.attend(layer, q[:used], window_size=window)
+            if which == 1 or layer == 1:
+                outs[which][:used] = out
+
+    def run(counts, replays=False):
+        for tensor in (key, value, q):
+            tensor.normal_()
+        used = sum(counts)
+        for which, cache in enumerate(caches):
+            with cache.begin_step(ids[which], counts) as step:
+                assert step.ok.all()
+                if replays:
+                    fixed[which].load(step)
+                    graphs[which].replay()
+                else:
+                    layers(step, which, used)
+                cache.end_step(step)
+        assert torch.isfinite(outs[0][:used]).all()
+        assert torch.equal(outs[0][:used], outs[1][:used])
+
+    for counts in ([100, 3, 64], [100, 90, 1], [200, 0, 90]):
+        run(counts)
+    if is_captured:
+        for which, cache in enumerate(caches):
+            with cache.begin_step(ids[which], 1) as step:
+                fixed[which].load(step)
+                layers(fixed[which].begin(), which, 3)
+            with torch.cuda.graph(graphs[which]):
+                layers(fixed[which].begin(), which, 3)
+    for _ in range(100):
+        run([1, 1, 1], is_captured)
+    stats = caches[0].stats()
+    assert min(stats.num_demoted_warm, stats.num_demoted_cold) > 0
+    for cache in caches:
+        cache.check_integrity()
+
+
 class DeviceGroupMachine(DeviceMachine, GroupMachine):
     """The machine of caches with groups, their memory on the GPU."""
 

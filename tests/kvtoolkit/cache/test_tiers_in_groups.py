@@ -70,6 +70,8 @@ def test_each_group_is_as_in_a_cache_of_its_own(demote, fields):
         name: one.used for name, one in alone.tiers.items() if name != "hot"
     }
     assert grouped.tiers["warm"].nbytes == alone.tiers["warm"].nbytes
+    assert [list(group.tiers) for group in grouped.groups] == [["hot"], ["hot", "warm", "cold"], ["hot"]]
+    assert grouped.groups[1].tiers == alone.tiers
     tiers = caches.caches[0].tier_caches(1)
     assert tiers.warm.shape == caches.caches[2].tier_caches(0).warm.shape
     assert caches.caches[0].tier_caches(2).warm is None

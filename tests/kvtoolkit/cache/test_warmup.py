@@ -143,6 +143,15 @@ def test_layers_with_a_window_alone_are_rehearsed():
         parts[name]()
 
 
+def test_tiers_in_groups_are_rehearsed(monkeypatch):
+    groups = [{"layers": 0}, {"layers": 1, "window": 64}]
+    parts = dict(rehearsal.parts_of(CacheConfig(**SHAPE, tiers=TIERS, layer_groups=groups), 4))
+    for name in ("pool and tables", "compaction", "quantized tiers"):
+        parts[name]()
+    stats = parts["forks"].__self__.cache.stats()
+    assert min(stats.num_demoted_warm, stats.num_demoted_cold, stats.num_dequantized) > 0
+
+
 def test_wrong_arguments_are_named():
     with pytest.raises(ConfigError, match="backend: expected 'cpu' or 'cuda', got 'numba'"):
         warmup(CacheConfig(**SHAPE, backend="numba"), 4)
