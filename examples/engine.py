@@ -144,7 +144,7 @@ class Engine:
         if request.preempted:
             # keep free all that it may still need, because being preempted again costs more than waiting
             missing = len(request.prompt) + request.max_new_tokens - request.num_held
-            keep_free = self.hot_tokens(missing) + headroom if self.running else 0
+            keep_free = max(self.most_hot(missing)) + headroom if self.running else 0
             if not self.cache.restore([request.seq_id], keep_free=keep_free)[0]:
                 if not self.running:
                     raise CacheFullError("the pool is too small for one request: no room to bring it back")
@@ -157,22 +157,24 @@ class Engine:
         return True
 
     def has_room(self, num_tokens: int, headroom: int) -> bool:
-        """Whether the next tokens of a sequence fit into the hot tier, or into every group of layers; and headroom."""
-        stats = self.cache.stats()
-        if self.cache.config.tiers:
-            hot = stats.tiers["hot"]
-            return hot.free + hot.cached >= self.hot_tokens(num_tokens) + headroom
-        for group in stats.groups:
-            most = (group.window or group.chunk or num_tokens) + 64 + self.step_tokens  # later steps free the rest
-            if group.free + group.cached < min(num_tokens, most) + headroom:
+        """Whether the next tokens of a sequence fit into the hot tier of every group of layers; and headroom."""
+        for group, most in zip(self.cache.stats().groups, self.most_hot(num_tokens), strict=True):
+            hot = group.tiers["hot"]
+            if hot.free + hot.cached < most + headroom:
                 return False
         return True
 
-    def hot_tokens(self, num_tokens: int) -> int:
-        """The most of a sequence's next tokens that are in the hot tier at any time."""
-        tiers = self.cache.config.tier_config
-        most = num_tokens if tiers is None else tiers.hot + tiers.pinned_tokens + 64 + self.step_tokens
-        return min(num_tokens, most)
+    def most_hot(self, num_tokens: int) -> list[int]:
+        """For each group of layers the most of a sequence's next tokens that are in its hot tier at any time."""
+        config, most = self.cache.config, []
+        for group, own in zip(config.groups, config.group_configs, strict=True):
+            if group.span:  # later steps free the rest
+                most.append(min(num_tokens, abs(group.span) + 64 + self.step_tokens))
+            elif tiers := own.tier_config:  # or quantize it
+                most.append(min(num_tokens, tiers.hot + tiers.pinned_tokens + 64 + self.step_tokens))
+            else:
+                most.append(num_tokens)
+        return most
 
     def step(self) -> None:
         """Feed every running request its next tokens."""

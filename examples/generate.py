@@ -189,7 +189,7 @@ def report(engine: Engine, seconds: float) -> None:
         f"waste      {average.waste:.1%} of the slots held, mean over {stats.num_steps} steps",
         f"entries    {average.entries_per_seq:.1f} per sequence, mean over steps",
     ]
-    if config.tiers:
+    if config.has_tiers:
         held = ", ".join(f"{count:.1f} {name}" for name, count in average.tiers.items())
         lines.append(f"tiers      {held} tokens, mean over steps")
         lines.append(f"demotions  {stats.num_demoted_warm} tiles to int8, {stats.num_demoted_cold} to int4")

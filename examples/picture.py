@@ -36,8 +36,11 @@ def held_entries(engine: Engine) -> dict[int, list[tuple[int, int]]]:
 
 
 def owners_of(engine: Engine, requests: list[Request], tables: dict[int, list[tuple[int, int]]]) -> np.ndarray:
-    """For each granule of the pool the number of the request that holds it; -1 if none does, -2 if several do."""
-    owners = np.full(engine.cache.config.num_granules, -1)
+    """For each granule of the pool the number of the request that holds it; -1 if none does, -2 if several do.
+
+    With several groups of layers it is the pool of the first one.
+    """
+    owners = np.full(engine.cache.config.group_configs[0].num_granules, -1)
     for index, request in enumerate(requests):
         for start, length in tables.get(request.seq_id, []):
             run = owners[start : start + length]
@@ -47,7 +50,7 @@ def owners_of(engine: Engine, requests: list[Request], tables: dict[int, list[tu
 
 def pool_lines(engine: Engine, owners: np.ndarray) -> list[Text]:
     """Draw the granules of each tier in groups of eight, the largest block. In a large pool a cell is several."""
-    config = engine.cache.config
+    config = engine.cache.config.group_configs[0]
     scale = max(1, -(-len(owners) // (_PER_LINE * _MOST_LINES)))
     lines = []
     for tier, (first, count) in enumerate(zip(config.first_granules, config.tier_granules, strict=True)):

@@ -4,7 +4,7 @@ Compiled functions take arrays and integers of the same types whatever the size 
 So a small cache with one layer compiles, and keeps on disk, what any cache of its allocator and tiers calls.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ _NUMPY_DTYPES = {"float32": "float32", "float16": "float16", "bfloat16": "uint16
 
 def small_config(config: CacheConfig) -> CacheConfig:
     """A small cache on the CPU that runs the same compiled host code as ``config``."""
-    tiers, fields = config.tiers, config.to_dict()
+    tiers, fields = _richest_tiers(config), config.to_dict()
     for name in ("memory", "device", "max_seq_len", "max_entries"):
         fields.pop(name, None)
     if config.backend != "cpu" and config.allocator == "lockfree":
@@ -47,6 +47,12 @@ def small_config(config: CacheConfig) -> CacheConfig:
     return CacheConfig.from_dict(fields)
 
 
+def _richest_tiers(config: CacheConfig) -> Mapping[str, Any] | None:
+    """The tiers of the group that runs most code, because what is compiled does not depend on which group it is."""
+    tables = [one.tiers for one in config.group_configs if one.tiers is not None]
+    return max(tables, key=lambda tiers: (tiers["demote"] == "mass", "cold" in tiers, "warm" in tiers), default=None)
+
+
 def parts_of(config: CacheConfig, num_q_heads: int) -> list[Part]:
     """The parts of the rehearsal, to be run in this order."""
     rehearsal = _Rehearsal(small_config(config), num_q_heads, with_kernels=config.backend == "cpu")
@@ -59,7 +65,7 @@ def parts_of(config: CacheConfig, num_q_heads: int) -> list[Part]:
         ("eviction", rehearsal.eviction),
         ("shortage", rehearsal.shortage),
         ("compaction", rehearsal.compaction),
-        *([("quantized tiers", rehearsal.tiers)] if config.tiers else []),
+        *([("quantized tiers", rehearsal.tiers)] if config.has_tiers else []),
         ("maintenance", rehearsal.maintenance),
     ]
 

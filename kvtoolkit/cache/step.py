@@ -332,7 +332,7 @@ class Step:
     def _room(self, num_new_tokens: int) -> str:
         """The end of a sentence: how much was needed, and how much memory there is now."""
         hot = [group.blocks.allocator for group in self._cache._state.groups]
-        kind = " 16-bit" if self._cache.config.tiers is not None else ""
+        kind = " 16-bit" if self._cache.config.has_tiers else ""
         slots = ", ".join(f"{one.num_free * 8} of {one.num_granules * 8}" for one in hot)
         where = " in the groups of layers" if len(hot) > 1 else ""
         return f": {num_new_tokens} new tokens, {slots}{kind} slots free{where} beside what cached prefixes hold"

@@ -16,10 +16,11 @@ def load_kernels(config: CacheConfig, num_q_heads: int, progress: Progress | Non
     """Compile and load the kernels of a cache with backend ``"cuda"`` on its device; see `kvtoolkit.warmup`."""
     device = current_device() if config.device is None else config.device
     shape = (config.head_dim, config.dtype, num_q_heads, config.num_kv_heads)
-    masses = config.tiers is not None and config.tiers["demote"] == "mass"
-    found = list(
-        specs.of_model(*shape, arch_of(device), smem_limit(device), tiers=config.tiers is not None, masses=masses)
-    )
+    found: dict[specs.Spec, None] = {}
+    for tiers in (one.tiers for one in config.group_configs):
+        masses = tiers is not None and tiers["demote"] == "mass"
+        kernels = specs.of_model(*shape, arch_of(device), smem_limit(device), tiers=tiers is not None, masses=masses)
+        found |= dict.fromkeys(kernels)
     import cupy
 
     with cupy.cuda.Device(device):

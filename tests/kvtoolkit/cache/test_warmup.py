@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,6 +11,8 @@ from kvtoolkit import CacheConfig, ConfigError, KVCache, warmup
 from kvtoolkit.cache import rehearsal
 from kvtoolkit.cache.group_steps import GroupSteps
 from kvtoolkit.commands import cli
+from kvtoolkit.cuda import specs
+from kvtoolkit.cuda import warmup as kernels
 
 TIERS = {"warm": "int8", "cold": "int4", "demote": "mass"}
 SHAPE = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 64, "num_tokens": 4096}
@@ -150,6 +154,37 @@ def test_tiers_in_groups_are_rehearsed(monkeypatch):
         parts[name]()
     stats = parts["forks"].__self__.cache.stats()
     assert min(stats.num_demoted_warm, stats.num_demoted_cold, stats.num_dequantized) > 0
+
+
+@pytest.mark.parametrize("groups", [[{"tiers": TIERS}, {}], [{"tiers": {"warm": "int8"}}, {"tiers": TIERS}]])
+def test_tiers_of_a_group_are_rehearsed(groups):
+    groups = [{"layers": i, **group} for i, group in enumerate(groups)]
+    parts = dict(rehearsal.parts_of(CacheConfig(**SHAPE, layer_groups=groups), 4))
+    for name in ("pool and tables", "compaction", "quantized tiers"):
+        parts[name]()
+    cache = parts["forks"].__self__.cache
+    stats = cache.stats()
+    assert min(stats.num_demoted_warm, stats.num_demoted_cold, stats.num_dequantized) > 0
+    assert [group.collects_mass for group in cache._state.groups] == [True, False]
+
+
+def test_kernels_are_loaded_for_groups_with_tiers_and_for_those_without(monkeypatch):
+    loaded = []
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(Device=nullcontext)))
+    monkeypatch.setattr(kernels, "arch_of", lambda device: 90)
+    monkeypatch.setattr(kernels, "smem_limit", lambda device: specs.SMEM_LIMITS["90"])
+    monkeypatch.setattr(kernels, "load_spec", lambda spec, device: loaded.append(spec))
+    fields = {**SHAPE, "dtype": "float16", "backend": "cuda", "device": 0}
+
+    def loads(**options):
+        loaded.clear()
+        kernels.load_kernels(CacheConfig(**fields, **options), 4)
+        assert len(set(loaded)) == len(loaded)
+        return set(loaded)
+
+    both = loads(layer_groups=[{"layers": 0, "window": 64}, {"layers": 1, "tiers": TIERS}])
+    assert both == loads() | loads(tiers=TIERS)
+    assert loads() - loads(tiers=TIERS)  # so neither alone is enough
 
 
 def test_wrong_arguments_are_named():

@@ -148,6 +148,19 @@ def test_memory_is_filled(model, lengths):
     assert 15.98 * GIB < config.nbytes <= 16 * GIB
 
 
+@pytest.mark.parametrize("lengths", [2000, [100, 9000]])
+def test_memory_is_filled_where_layers_that_keep_all_tokens_have_tiers(lengths):
+    fields = {"lengths": lengths, "memory": "1 GiB"}
+    plain, config = (
+        CacheConfig.for_model(GEMMA3_27B, **fields, **tiers)
+        for tiers in ({}, {"tiers": {"warm": "int8", "cold": "int4"}})
+    )
+    assert 0.98 * 2**30 < config.nbytes <= 2**30
+    window, full = config.group_configs
+    assert (window.tiers is None, full.tiers is None) == (True, False)
+    assert full.num_granules > plain.group_configs[1].num_granules  # they take less, so there are more
+
+
 def test_memory_is_filled_if_every_layer_has_a_window():
     layers = ["sliding_attention", "chunked_attention"] * 2
     model = TINY | {"layer_types": layers, "sliding_window": 64, "attention_chunk_size": 512}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvtoolkit import CacheConfig, ConfigError
+from kvtoolkit import CacheConfig, ConfigError, UnsupportedError
 
 SHAPE = {"num_layers": 6, "num_kv_heads": 2, "head_dim": 16}
 
@@ -87,12 +87,76 @@ def test_tiers_are_those_of_groups_that_keep_all_tokens():
     assert full.tiers == make(None, **fields).tiers
     assert full.tier_granules == make(None, **fields, num_layers=3).tier_granules
     assert sum(window.tier_granules) == window.num_granules
-    with pytest.raises(ConfigError, match="tiers: expected a group of layers that keep all tokens, because"):
+    with pytest.raises(UnsupportedError, match="tiers: expected a group of layers that keep all tokens, because"):
         make([{"layers": range(3), "window": 64}, {"layers": range(3, 6), "chunk": 64}], **fields)
-    with pytest.raises(ConfigError, match="expected room for hot . pinned_tokens . 64 = 256 tokens"):
+    with pytest.raises(ConfigError, match=r"layer_groups\[1\]: tiers: .* for hot . pinned_tokens . 64 = 256 tokens"):
         make([{**HALVES[0], "num_tokens": 640}, {**HALVES[1], "num_tokens": 320}], **fields, num_tokens=None)
     alone = make([{"layers": range(6), "num_tokens": 8192}], **fields, num_tokens=None)
     assert alone.tier_granules == make(None, **fields).tier_granules
+
+
+WARM, COLD = {"warm": "int8", "hot": 64, "pinned_tokens": 0}, {"cold": "int4", "hot": 128}
+THIRDS = [{"layers": [0, 1], "tiers": WARM}, {"layers": [2, 3], "window": 64}, {"layers": [4, 5]}]
+
+
+def test_a_group_has_tiers_of_its_own_or_those_of_the_cache():
+    config = make(THIRDS, head_dim=64, tiers=COLD)
+    own, window, given = config.group_configs
+    assert [own.tiers, window.tiers, given.tiers] == [config.groups[0].tiers, None, config.tiers]
+    for one, tiers in ((own, WARM), (given, COLD)):
+        alone = make(None, num_layers=2, head_dim=64, tiers=tiers)
+        assert (one.tiers, one.tier_granules, one.nbytes) == (alone.tiers, alone.tier_granules, alone.nbytes)
+    assert CacheConfig.from_dict(config.to_dict()) == config
+    assert [one.tiers is not None for one in make(THIRDS, head_dim=64).group_configs] == [True, False, False]
+
+
+def test_whether_there_are_tiers_at_all():
+    assert make(THIRDS, head_dim=64).has_tiers
+    assert make(HALVES, head_dim=64, tiers=COLD).has_tiers
+    assert make(None, head_dim=64, tiers=COLD).has_tiers
+    assert not make(HALVES).has_tiers
+    assert not make(None).has_tiers
+
+
+@pytest.mark.parametrize("size", [{"num_tokens": 8192}, {"memory": "4 MiB"}])
+def test_tiers_of_a_single_group_are_those_of_the_cache(size):
+    fields = {"num_tokens": None, "head_dim": 64, **size}
+    config, plain = make([{"layers": range(6), "tiers": WARM}], **fields), make(None, **fields, tiers=WARM)
+    assert not config.is_grouped
+    for name in ("tiers", "tier_granules", "nbytes", "block_nbytes"):
+        assert getattr(config, name) == getattr(plain, name)
+    sized = make([{"layers": range(6), "tiers": WARM, "num_tokens": 8192}], head_dim=64, num_tokens=None)
+    assert sized.tier_granules == make(None, head_dim=64, tiers=WARM).tier_granules
+
+
+@pytest.mark.parametrize(
+    ("group", "fields", "message"),
+    [
+        ({"tiers": WARM, "window": 64}, {}, r"layer_groups\[0\].tiers: expected none in a group with a window or chunks"),
+        ({"tiers": WARM, "chunk": 64}, {}, r"layer_groups\[0\].tiers: expected none in a group with a window or chunks"),
+        ({"tiers": 5}, {}, r"layer_groups\[0\].tiers: expected a table, got 5"),
+        ({"tiers": {"hot": 64}}, {}, r"layer_groups\[0\].tiers: expected warm = 'int8', cold = 'int4', or both"),
+        ({"tiers": {**WARM, "hot": 65}}, {}, r"layer_groups\[0\].tiers.hot: expected a multiple of 64, got 65"),
+        ({"tiers": {**WARM, "wrm": 1}}, {}, r"layer_groups\[0\].tiers: 'wrm': .*did you mean 'warm'"),
+        ({"tiers": {**WARM, "hot": 8192}}, {}, r"layer_groups\[0\]: tiers: expected room for hot .* = 8256 tokens"),
+    ],
+)
+def test_wrong_tiers_of_a_group_are_refused_and_the_message_says_why(group, fields, message):
+    with pytest.raises(ConfigError, match=message):
+        make([{"layers": range(3), **group}, HALVES[1]], head_dim=64, **fields)
+
+
+@pytest.mark.parametrize("tiers", [None, COLD])
+def test_memory_is_divided_by_the_bytes_of_each_groups_tiers(tiers):
+    for memory in (1 << 24, 123_456_789):
+        config = make(THIRDS, head_dim=64, tiers=tiers, num_tokens=None, memory=memory)
+        assert 0.98 * memory < config.nbytes <= memory
+        own, _, full = (one.num_granules for one in config.group_configs)
+        assert own == full
+    shares = [{**one, "share": share} for one, share in zip(THIRDS, (0.3, 0.2, 0.5), strict=True)]
+    config = make(shares, head_dim=64, tiers=tiers, num_tokens=None, memory=1 << 24)
+    for one, share in zip(config.group_configs, (0.3, 0.2, 0.5), strict=True):
+        assert 0.95 * share * (1 << 24) < one.nbytes <= share * (1 << 24)
 
 
 @pytest.mark.parametrize("share", [None, 0.5])
