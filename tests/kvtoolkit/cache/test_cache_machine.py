@@ -626,9 +626,35 @@ class TieredGroupMachine(TierMachine, GroupMachine):
             assert any(group.span for group in self.groups.values())
 
 
-@pytest.mark.parametrize("config", GROUPED_CONFIGS[:2] + GROUPED_CONFIGS[4:9:2], ids=name_of)
-def test_every_read_returns_what_the_sequence_was_given_in_each_group_and_tier(config):
-    machine = type("Machine", (TieredGroupMachine,), {"config": tiered_fields({**config, "tiers": TIERS})})
+def with_own(tiers, **fields):
+    """A group with tiers of its own."""
+    return tiered_fields({**fields, "tiers": {**TIERS, **tiers}})
+
+
+TIERED_GROUP_CONFIGS = {
+    **{name_of(config): with_own({}, **config) for config in GROUPED_CONFIGS[:2] + GROUPED_CONFIGS[4:9:2]},
+    "own of one": {
+        "allocator": "lockfree",
+        "growth": "lazy_merge",
+        "layer_groups": [{"layers": 1, "window": 40}, with_own({"demote": "mass"}, layers=0)],
+    },
+    "own of two": {
+        "allocator": "slab",
+        "layer_groups": [
+            with_own({"cold": None, "pinned_tokens": 64}, layers=1),
+            with_own({"warm": None, "cold_allocator": "paged"}, layers=0),
+        ],
+    },
+    "own and those of the cache": with_own(
+        {"demote": "mass", "tier_memory": {"hot": 0.97, "warm": 0.01, "cold": 0.02}},
+        layer_groups=[{"layers": 0}, with_own({"hot": 128, "cold": None}, layers=1)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TIERED_GROUP_CONFIGS)
+def test_every_read_returns_what_the_sequence_was_given_in_each_group_and_tier(name):
+    machine = type("Machine", (TieredGroupMachine,), {"config": TIERED_GROUP_CONFIGS[name]})
     run_state_machine_as_test(
         machine,
         settings=settings(
