@@ -44,7 +44,7 @@ class BlockGranter:
             blocks.ledger.free_left()
         num_free = blocks.allocator.num_free
         available = num_free + 8 * len(blocks.reserve) + blocks.num_cached
-        num_blocks, wanted = step_passes.choose_sizes(
+        num_blocks, wanted, num_too_large = step_passes.choose_sizes(
             group.table,
             arrays,
             num_need,
@@ -70,7 +70,7 @@ class BlockGranter:
         if first < num_need or num_refused:
             self._grow_hard(arrays, first, num_need, starts)
             width = step_passes.complete(group.table, arrays, num_need)
-        if first < num_need or num_refused or num_blocks < num_need:
+        if first < num_need or num_refused or num_too_large:
             group.counters.num_stalls += int(np.count_nonzero(arrays.status[arrays.work[0, :num_need]]))
         group.update_peak()
         return int(width)

@@ -267,9 +267,9 @@ def choose_sizes(
         most: upper bound of what can be had. A row that would exceed it gets status OUT_OF_BLOCKS and no sizes.
 
     Returns:
-        ``(number of blocks, their granules)``.
+        ``(number of blocks, their granules, rows that would exceed most)``.
     """
-    end, total = 0, 0
+    end, total, num_refused = 0, 0, 0
     for i in range(num_need):
         b = step.work[0, i]
         row = step.rows[b]
@@ -277,6 +277,7 @@ def choose_sizes(
         needed = (length + 7) // 8 - table.info[row, CAPACITY]
         if needed > most:
             step.status[b] = OUT_OF_BLOCKS
+            num_refused += 1
         else:
             first = end
             size = min(tail_size(rule, tail, length, available / num_granules), largest, offered[0])
@@ -287,7 +288,7 @@ def choose_sizes(
                 most -= sizes[k]
             available, most = max(available, 0), max(most, 0)
         ends[i] = end
-    return end, total
+    return end, total, num_refused
 
 
 @jit

@@ -20,18 +20,22 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "slab": {"allocator": "slab", "growth": "lazy_merge", "num_tokens": 2048},
     "paged": {"allocator": "paged", "growth": "fixed16"},
     "lockfree": {"allocator": "lockfree", "growth": "append"},
-    "tiers": {"num_tokens": 4096, "head_dim": 64, "tiers": TIERS},
+    "tiers": {"num_tokens": 6144, "head_dim": 64, "tiers": TIERS},
     "groups": {
         "num_layers": 2,
         "num_tokens": None,
         "layer_groups": [{"layers": 0, "num_tokens": 1024}, {"layers": 1, "window": 91, "num_tokens": 896}],
     },
     "tiers in groups": {
-        "num_layers": 2,
+        "num_layers": 3,
         "num_tokens": None,
         "head_dim": 64,
         "tiers": TIERS,
-        "layer_groups": [{"layers": 0, "num_tokens": 4096}, {"layers": 1, "window": 91, "num_tokens": 896}],
+        "layer_groups": [
+            {"layers": 0, "num_tokens": 6144},
+            {"layers": 1, "window": 91, "num_tokens": 896},
+            {"layers": 2, "num_tokens": 4608, "tiers": {"hot": 64, "warm": "int8", "pinned_tokens": 64}},
+        ],
     },
 }
 _DEVICE = {"backend": "cuda", "dtype": "float16", "head_dim": 16, "growth": "append", "allocator": "lockfree"}
@@ -130,7 +134,8 @@ def make_world(**fields: Any) -> World:
         for at in range(0, count, 20):
             put(cache, [seq], [prompt(first, count)[at : at + 20]])
     fork = int(cache.fork(ids[:1], 1)[0, 0])
-    put(cache, [fork], [[3, 4, 5]])
+    # with tiers so long that a call finds a quantized tile in it, and one that is due
+    put(cache, [fork], [[3, 4, 5] * (64 if cache.config.has_tiers else 1)])
     a, b, c, d, e = ids
     world.open, world.preempted, world.in_step = [a, b, fork], [c, d], [e]
     world.lease = cache.pin([b])

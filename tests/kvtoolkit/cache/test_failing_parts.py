@@ -139,6 +139,7 @@ def test_a_part_that_fails_anywhere_in_any_call_leaves_a_whole_cache(name, when,
     counts = fail_everywhere(PARTS[name], ALL, when, error, every=2)
     assert counts["allocate"] > 5
     assert counts["free"] > 2
+    assert (counts["convert_tiles"] > 1) == ("tiers" in PARTS[name])
 
 
 def test_an_allocator_without_rebuild_is_trusted_that_a_call_which_raises_changes_nothing():

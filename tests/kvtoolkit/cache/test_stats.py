@@ -144,3 +144,13 @@ def test_a_step_without_tokens_or_appends_ends():
         step.append(0, KV[:0], KV[:0])
         cache.end_step(step, [])
     assert cache.lengths(seq_ids) == [9]
+
+
+@pytest.mark.parametrize("name", ["buddy", "groups"])
+def test_every_row_without_memory_is_counted_where_others_get_many_blocks(name):
+    cache = make(**CONFIGS[name], max_seqs=4)
+    seq_ids, _ = cache.open([[]] * 3)
+    step = cache.begin_step(seq_ids, [200, 1000, 100])
+    assert step.ok.tolist() == [True, False, True]
+    cache.end_step(step)
+    assert cache.stats().num_stalls == 1
