@@ -9,6 +9,8 @@ from kvtoolkit import CacheConfig, ConfigError, KVCache, warmup
 from kvtoolkit.cache import rehearsal
 from kvtoolkit.cache.group_steps import GroupSteps
 from kvtoolkit.commands import cli
+from kvtoolkit.cuda import specs
+from kvtoolkit.cuda.warmup import kernels_of
 
 TIERS = {"warm": "int8", "cold": "int4", "demote": "mass"}
 SHAPE = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 64, "num_tokens": 4096}
@@ -150,6 +152,18 @@ def test_tiers_in_groups_are_rehearsed(monkeypatch):
         parts[name]()
     stats = parts["forks"].__self__.cache.stats()
     assert min(stats.num_demoted_warm, stats.num_demoted_cold, stats.num_dequantized) > 0
+
+
+def test_kernels_are_those_of_groups_with_tiers_and_without():
+    def kernels(**fields):
+        return set(kernels_of(CacheConfig(**SHAPE, **fields), 4, 90, specs.SMEM_LIMITS["90"]))
+
+    groups = [{"layers": 0}, {"layers": 1, "window": 64}]
+    plain, tiered = kernels(), kernels(tiers=TIERS)
+    assert kernels(layer_groups=groups) == plain
+    assert kernels(layer_groups=groups, tiers=TIERS) == plain | tiered
+    assert plain - tiered
+    assert tiered - plain
 
 
 def test_wrong_arguments_are_named():
