@@ -205,7 +205,7 @@ class CacheConfig:
                 "layer_groups: expected num_tokens in the groups, or num_tokens or memory of the cache, got both"
             )
         if self.tiers is not None and all(group.span for group in groups):
-            raise ConfigError(
+            raise UnsupportedError(
                 "tiers: expected a group of layers that keep all tokens, because the others let go of tokens that are "
                 "old enough for a quantized tier, got none in layer_groups"
             )

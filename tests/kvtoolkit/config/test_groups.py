@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvtoolkit import CacheConfig, ConfigError
+from kvtoolkit import CacheConfig, ConfigError, UnsupportedError
 
 SHAPE = {"num_layers": 6, "num_kv_heads": 2, "head_dim": 16}
 
@@ -87,7 +87,7 @@ def test_tiers_are_those_of_groups_that_keep_all_tokens():
     assert full.tiers == make(None, **fields).tiers
     assert full.tier_granules == make(None, **fields, num_layers=3).tier_granules
     assert sum(window.tier_granules) == window.num_granules
-    with pytest.raises(ConfigError, match="tiers: expected a group of layers that keep all tokens, because"):
+    with pytest.raises(UnsupportedError, match="tiers: expected a group of layers that keep all tokens, because"):
         make([{"layers": range(3), "window": 64}, {"layers": range(3, 6), "chunk": 64}], **fields)
     with pytest.raises(ConfigError, match="expected room for hot . pinned_tokens . 64 = 256 tokens"):
         make([{**HALVES[0], "num_tokens": 640}, {**HALVES[1], "num_tokens": 320}], **fields, num_tokens=None)
