@@ -157,14 +157,14 @@ class Engine:
         return True
 
     def has_room(self, num_tokens: int, headroom: int) -> bool:
-        """Whether the next tokens of a sequence fit into the hot tier, or into every group of layers; and headroom."""
-        stats = self.cache.stats()
-        if self.cache.config.tiers:
-            hot = stats.tiers["hot"]
-            return hot.free + hot.cached >= self.hot_tokens(num_tokens) + headroom
-        for group in stats.groups:
-            most = (group.window or group.chunk or num_tokens) + 64 + self.step_tokens  # later steps free the rest
-            if group.free + group.cached < min(num_tokens, most) + headroom:
+        """Whether the next tokens of a sequence fit into the hot tier of every group of layers; and headroom."""
+        for group in self.cache.stats().groups:
+            hot, most = group.tiers["hot"], num_tokens
+            if span := group.window or group.chunk:
+                most = span + 64 + self.step_tokens  # later steps free the rest
+            elif len(group.tiers) > 1:
+                most = self.hot_tokens(num_tokens)
+            if hot.free + hot.cached < min(num_tokens, most) + headroom:
                 return False
         return True
 
