@@ -270,6 +270,28 @@ def test_every_load_ends_in_groups_of_layers(seed):
     assert stats.num_preempted <= 2 * len(wanted)
 
 
+OWN_TIERS = [
+    [{"layers": 0, "window": 40}, {"layers": 1, "tiers": generate.TIERS}],
+    [{"layers": 0}, {"layers": 1, "tiers": {"warm": "int8", "hot": 64, "pinned_tokens": 0}}],
+]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_load_ends_in_groups_with_tiers_of_their_own(seed):
+    draw = random.Random(seed)
+    limits = {"max_batch": draw.randint(2, 8), "max_step_tokens": draw.choice([16, 64, 512])}
+    groups = copy.deepcopy(OWN_TIERS[seed % 2])
+    for group in groups:
+        group["num_tokens"] = 64 * (draw.randint(9, 14) if "tiers" in group else draw.randint(3, 12))
+    engine = small_engine(None, [], num_layers=2, layer_groups=groups, **limits)
+    stats = engine.cache.stats()
+    wanted = list(random_requests(draw, min(engine.cache.config.seq_len_limit, stats.groups[1].tiers["hot"].capacity)))
+    for request in wanted:
+        engine.add(request)
+    stats = finish(engine, wanted, 2000)
+    assert stats.num_preempted <= 2 * len(wanted)
+
+
 @pytest.mark.parametrize(
     ("num_tokens", "lengths", "options"),
     [

@@ -94,6 +94,7 @@ class GraphStep:
         self._max_new_tokens, self._max_tokens = max_new_tokens, tokens
         parts = cache._group_steps
         groups = [(cache._group, cache._arenas)] if parts is None else [(one.group, one.arenas) for one in parts]
+        self._groups = [group.layers for group, _ in groups]
         bounds = Bounds(batch, max_new_tokens, tokens, self._max_seq_len)
         from kvtoolkit.runtime.streams import cupy_on_current_stream
 
@@ -163,7 +164,7 @@ class GraphStep:
         calls = [fixed.calls() for fixed in self._fixed]
         cache = self._cache
         if cache.config.is_grouped:
-            self._run = GraphRun(self, GroupCalls(cache._arenas, calls, cache.config.groups, self._max_tokens))
+            self._run = GraphRun(self, GroupCalls(cache._arenas, calls, self._groups, self._max_tokens))
         else:
             self._run = GraphRun(self, calls[0])
         return self._run

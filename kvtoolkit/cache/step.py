@@ -230,7 +230,8 @@ class Step:
         arenas = self._cache._arenas
         if self._parts is not None:
             calls = self._calls_of_groups() if arenas.device < 0 else self._device_calls_of_groups()
-            self._calls = GroupCalls(arenas, calls, self._cache.config.groups, self._num_tokens)
+            groups = [part.steps.group.layers for part in self._parts]
+            self._calls = GroupCalls(arenas, calls, groups, self._num_tokens)
             return self._calls
         self._mass = self._make_mass(self._cache._group)
         if arenas.device < 0:
@@ -311,8 +312,8 @@ class Step:
         self._cache._arenas.require_layer(layer)
         if self._cache._upload is None:
             raise UnsupportedError("on_device: expected a cache with backend 'cuda' or 'numba', got 'cpu'")
-        tables = self._device_tables or self._tables_on_device(self._all_tables())
-        return next(one for one, group in zip(tables, self._cache.config.groups, strict=True) if layer in group.layers)
+        tables, groups = self._tables_on_device(self._all_tables()), self._cache._state.groups
+        return next(one for one, group in zip(tables, groups, strict=True) if layer in group.layers.layers)
 
     def _tables_on_device(self, tables: list[GroupTables]) -> list[DeviceTables]:
         """The tables of all groups on the device, where they are brought once."""

@@ -461,9 +461,12 @@ class CacheConfig:
         if memory is None:
             counts = split.of_tokens(require_int("num_tokens", num_tokens, 1))
         else:
-            # any size will do that has room for all tiers
-            sized = cls.from_dict({**fields, "layer_groups": groups, "num_tokens": 8 * MAX_GRANULES})
-            counts = split.of_memory(sized.groups, parse_nbytes(memory), sized._nbytes_of_blocks)
+            # any size will do: what blocks of one layer take
+            layer = cls.from_dict({**fields, "num_layers": 1, "num_tokens": 8 * MAX_GRANULES})
+            kinds = [LayerGroup(**{**group, "layers": tuple(group["layers"])}) for group in groups]
+            counts = split.of_memory(
+                parse_nbytes(memory), lambda counts: sum(map(layer._nbytes_of_blocks, kinds, counts))
+            )
             if not any(counts):
                 raise ConfigError(
                     f"memory: expected room for step_tokens = {step_tokens} in the groups with a window, and for 64 "

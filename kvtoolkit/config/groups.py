@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from kvtoolkit.arrays.types import as_int
@@ -176,36 +175,32 @@ def divide_memory(
         nbytes_of: bytes of so many blocks of a group.
     """
     if groups[0].share is not None:
-        return [_most(int(memory * (group.share or 0)), partial(nbytes_of, group)) for group in groups]
-    return fill_memory(lambda count: divide_tokens(groups, _BLOCK * count, max_seq_len), groups, memory, nbytes_of)
+        shares = [(group, int(memory * (group.share or 0))) for group in groups]
+        return [count for group, share in shares for count in _fill(lambda count: [count], share, (group,), nbytes_of)]
+    return _fill(lambda count: divide_tokens(groups, _BLOCK * count, max_seq_len), memory, groups, nbytes_of)
 
 
-def fill_memory(
-    blocks_of: Callable[[int], list[int]], groups: Sequence[LayerGroup], memory: int,
+def _fill(
+    blocks_of: Callable[[int], list[int]], memory: int, groups: tuple[LayerGroup, ...],
     nbytes_of: Callable[[LayerGroup, int], int],
 ) -> list[int]:  # fmt: skip
+    """`fill_memory`, where ``nbytes_of`` takes one group."""
+    return fill_memory(blocks_of, memory, lambda counts: sum(map(nbytes_of, groups, counts)))
+
+
+def fill_memory(blocks_of: Callable[[int], list[int]], memory: int, nbytes_of: Callable[[list[int]], int]) -> list[int]:
     """The most blocks of each group in ``memory`` bytes; all 0 if nothing fits.
 
     Args:
         blocks_of: blocks of each group, by how many a group that keeps all tokens has.
-        groups: the groups.
         memory: bytes.
-        nbytes_of: bytes of so many blocks of a group.
+        nbytes_of: bytes of so many blocks of each group.
     """
-
-    def nbytes_of_all(count: int) -> int:
-        return sum(nbytes_of(group, blocks) for group, blocks in zip(groups, blocks_of(count), strict=True))
-
-    count = _most(memory, nbytes_of_all)
-    return blocks_of(count) if count else [0] * len(groups)
-
-
-def _most(memory: int, nbytes_of: Callable[[int], int]) -> int:
-    """The largest count that takes no more than ``memory`` bytes; 0 if 1 takes more."""
-    low, high = 0, 1
-    while nbytes_of(high) <= memory:
-        low, high = high, 2 * high
+    high = 1
+    while nbytes_of(blocks_of(high)) <= memory:
+        high *= 2
+    low = high // 2
     while low < high - 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if nbytes_of(middle) <= memory else (low, middle)
-    return low
+        low, high = (middle, high) if nbytes_of(blocks_of(middle)) <= memory else (low, middle)
+    return blocks_of(low) if low else [0] * len(blocks_of(1))

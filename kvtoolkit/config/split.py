@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kvtoolkit.arrays.types import as_int
-from kvtoolkit.config.groups import LayerGroup, fill_memory
+from kvtoolkit.config.groups import fill_memory
 from kvtoolkit.errors import ConfigError
 
 SLACK = 70
@@ -62,8 +62,6 @@ class Split:
         steps = [self._step_tokens if span else 0 for span in self._spans]
         return [-(-(count + step) // _BLOCK) for count, step in zip(slots, steps, strict=True)]
 
-    def of_memory(
-        self, groups: Sequence[LayerGroup], memory: int, nbytes_of: Callable[[LayerGroup, int], int]
-    ) -> list[int]:
-        """The most that ``memory`` bytes hold, by the bytes of so many blocks of a group; all 0 if nothing fits."""
-        return fill_memory(lambda count: self.of_tokens(_BLOCK * count), groups, memory, nbytes_of)
+    def of_memory(self, memory: int, nbytes_of: Callable[[list[int]], int]) -> list[int]:
+        """The most in ``memory`` bytes; all 0 if nothing fits. ``nbytes_of``: bytes of so many blocks of each group."""
+        return fill_memory(lambda count: self.of_tokens(_BLOCK * count), memory, nbytes_of)

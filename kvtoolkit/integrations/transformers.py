@@ -132,7 +132,7 @@ class TransformersCache(Cache):  # type: ignore[misc]
         Raises:
             ConfigError: an option makes no sense, or ``layer_groups`` do not fit the windows of the model.
             UnsupportedError: no kernels for the model's dtype or head_dim on a GPU; or ``lengths`` or a model with
-                chunks, with options that exclude groups of layers, such as ``tiers``.
+                chunks, with options that exclude groups of layers, such as ``tiers`` if no layer keeps all tokens.
             NotImplementedError: the model cannot run on a `TransformersCache`; says why.
 
         Two forwards of a few tokens show how the model's layers attend. A 16-bit ``dtype`` with a float32 model is

@@ -2,8 +2,6 @@
 
 import subprocess
 import sys
-from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 
@@ -12,7 +10,7 @@ from kvtoolkit.cache import rehearsal
 from kvtoolkit.cache.group_steps import GroupSteps
 from kvtoolkit.commands import cli
 from kvtoolkit.cuda import specs
-from kvtoolkit.cuda import warmup as kernels
+from kvtoolkit.cuda.warmup import kernels_of
 
 TIERS = {"warm": "int8", "cold": "int4", "demote": "mass"}
 SHAPE = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 64, "num_tokens": 4096}
@@ -168,23 +166,18 @@ def test_tiers_of_a_group_are_rehearsed(groups):
     assert [group.collects_mass for group in cache._state.groups] == [True, False]
 
 
-def test_kernels_are_loaded_for_groups_with_tiers_and_for_those_without(monkeypatch):
-    loaded = []
-    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(Device=nullcontext)))
-    monkeypatch.setattr(kernels, "arch_of", lambda device: 90)
-    monkeypatch.setattr(kernels, "smem_limit", lambda device: specs.SMEM_LIMITS["90"])
-    monkeypatch.setattr(kernels, "load_spec", lambda spec, device: loaded.append(spec))
-    fields = {**SHAPE, "dtype": "float16", "backend": "cuda", "device": 0}
+def test_kernels_are_those_of_groups_with_tiers_and_without():
+    def kernels(**fields):
+        return set(kernels_of(CacheConfig(**SHAPE, **fields), 4, 90, specs.SMEM_LIMITS["90"]))
 
-    def loads(**options):
-        loaded.clear()
-        kernels.load_kernels(CacheConfig(**fields, **options), 4)
-        assert len(set(loaded)) == len(loaded)
-        return set(loaded)
-
-    both = loads(layer_groups=[{"layers": 0, "window": 64}, {"layers": 1, "tiers": TIERS}])
-    assert both == loads() | loads(tiers=TIERS)
-    assert loads() - loads(tiers=TIERS)  # so neither alone is enough
+    groups = [{"layers": 0}, {"layers": 1, "window": 64}]
+    plain, tiered = kernels(), kernels(tiers=TIERS)
+    assert kernels(layer_groups=groups) == plain
+    assert kernels(layer_groups=groups, tiers=TIERS) == plain | tiered
+    own = [{"layers": 0, "tiers": TIERS}, {"layers": 1}]
+    assert kernels(layer_groups=own) == plain | tiered
+    assert plain - tiered
+    assert tiered - plain
 
 
 def test_wrong_arguments_are_named():

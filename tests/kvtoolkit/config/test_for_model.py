@@ -114,6 +114,16 @@ def test_options_that_make_no_sense_are_refused(options, message):
         CacheConfig.for_model(GPT_OSS_20B, **options)
 
 
+def test_memory_counts_the_tiers_of_layers_that_keep_all_tokens():
+    tiers = {"warm": "int8", "cold": "int4"}
+    plain = CacheConfig.for_model(GPT_OSS_20B, memory="4 GiB")
+    mixed = CacheConfig.for_model(GPT_OSS_20B, memory="4 GiB", tiers=tiers)
+    assert [group.tiers is None for group in mixed.group_configs] == [bool(group.span) for group in mixed.groups]
+    for config in (plain, mixed):
+        assert 0.99 * (4 << 30) < config.nbytes <= 4 << 30
+    assert mixed.seq_len_limit > 1.5 * plain.seq_len_limit
+
+
 def test_what_is_no_configuration_is_refused():
     for wrong in (None, "gemma3", [GPT_OSS_20B], 5):
         with pytest.raises(ConfigError, match="model_config: expected a configuration of transformers, or a dict, got"):
