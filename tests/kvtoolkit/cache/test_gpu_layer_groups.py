@@ -312,14 +312,16 @@ def test_a_step_with_a_window_is_not_captured_without_a_graph_step():
 
 
 @pytest.mark.parametrize("is_captured", [False, True])
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_tiers_of_a_group_are_those_of_a_cache_of_its_own(head_dim, is_captured):
+@pytest.mark.parametrize(("head_dim", "has_own"), [(64, False), (64, True), (128, False)])
+def test_tiers_of_a_group_are_those_of_a_cache_of_its_own(head_dim, has_own, is_captured):
     import torch
 
     tiers = {"hot": 64, "pinned_tokens": 0, "warm": "int8", "warm_tokens": 64, "cold": "int4"}
     groups = [{"layers": [0, 2], "window": 50, "num_tokens": 4096}, {"layers": 1, "num_tokens": 16384}]
+    if has_own:
+        groups[1]["tiers"] = tiers
     caches = [
-        make(groups, num_tokens=None, head_dim=head_dim, tiers=tiers),
+        make(groups, num_tokens=None, head_dim=head_dim, tiers=None if has_own else tiers),
         make(None, num_layers=1, head_dim=head_dim, tiers=tiers),
     ]
     ids = [cache.open([[]] * 3)[0] for cache in caches]
