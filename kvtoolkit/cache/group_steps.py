@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 
 from kvtoolkit.arrays.types import Int64Array
 from kvtoolkit.cache.grants import BlockGranter
-from kvtoolkit.cache.state import group_passes, step_passes
+from kvtoolkit.cache.state import group_passes, prefix_windows, step_passes
 from kvtoolkit.cache.state.block_table import CAPACITY, OPEN
 from kvtoolkit.cache.state.cache_group import CacheGroup
 from kvtoolkit.cache.state.cache_state import CacheState
@@ -47,13 +47,13 @@ class GroupSteps:
     def __init__(self, group: CacheGroup, arenas: Arenas, granter: BlockGranter, arrays: SpareArrays) -> None:
         self.group, self.arenas, self.granter, self.arrays = group, arenas, granter, arrays
         self.table, self.blocks, self.span = group.table, group.blocks, group.layers.span
-        self.merges = group.blocks.policy.merges
+        self.merges, self.keeps = group.blocks.policy.merges, group.config.keep_prefix_windows
 
     def free_past(self, arrays: StepArrays, batch: int, num_merge: int) -> int:
         """Free what no later query sees; returns how many rows still hold a tile that may be merged."""
         blocks = self.blocks
         num_freed, num_merge = group_passes.free_past(
-            self.table, blocks.granules, blocks.freed, arrays, batch, self.span, num_merge
+            self.table, blocks.nodes, blocks.granules, blocks.freed, arrays, batch, self.span, self.keeps, num_merge
         )
         blocks.free_listed(num_freed)
         return num_merge
@@ -96,6 +96,7 @@ def begin(
     state: CacheState, groups: list[GroupSteps], ids: Int64Array, counts: int | Int64Array, total: int, limit: int
 ) -> list[StepPart]:
     """Begin a step: each row gets room for its new tokens in all groups, or in none; see `KVCache.begin_step`."""
+    state.forget_lost()
     batch, parts, is_done = len(ids), [], True
     for steps in groups:
         arrays = steps.arrays.take(batch, total)
@@ -137,11 +138,33 @@ def _make_room(parts: list[StepPart], batch: int) -> None:
 
 
 def end(parts: list[StepPart], batch: int, total: int) -> None:
-    """Advance the lengths of the rows of a step in all groups."""
+    """Advance the lengths of the rows of a step in all groups; its tokens are unknown."""
     for part in parts:
         table, arrays = part.steps.table, part.arrays
         step_passes.advance_rows(table.info, table.marks, table.chain, arrays.rows, arrays.counts, batch, part.mark)
         part.steps.arrays.give_back(arrays, batch, total)
+
+
+def end_and_publish(state: CacheState, parts: list[StepPart], batch: int, total: int, tokens: Int64Array) -> None:
+    """Advance the lengths of the rows of a step in all groups, and let prompts find what has become full there."""
+    state.forget_lost()
+    lead, extras = parts[0], state.identities.extras
+    table, (nodes, granules, freed) = lead.steps.table, lead.steps.blocks.holdings
+    num_freed = [
+        step_passes.advance_and_publish(table, lead.arrays, batch, lead.mark, tokens, extras, nodes, granules, freed)
+    ]
+    for part in parts[1:]:
+        rows, counts = part.arrays.rows, part.arrays.counts
+        own = part.steps.blocks.holdings
+        num_freed.append(
+            prefix_windows.advance_and_publish(
+                table, nodes, part.steps.table, rows, counts, batch, part.mark, own.nodes, own.granules, own.freed
+            )
+        )
+    for part, count in zip(parts, num_freed, strict=True):
+        part.steps.blocks.free_listed(count)
+        part.steps.arrays.give_back(part.arrays, batch, total)
+    state.forget_lost()
 
 
 def abort(parts: list[StepPart], batch: int, total: int) -> None:

@@ -8,6 +8,7 @@ from allocators import BlockAllocator
 from allocators._jit import jit
 from allocators.protocol import require
 from kvtoolkit.arrays.types import Int32Array
+from kvtoolkit.cache.state import prefix_windows
 from kvtoolkit.cache.state.block_table import (
     CAPACITY,
     CHAIN_UID,
@@ -64,10 +65,11 @@ _FAULTS = (
 
 def check(state: "CacheState") -> None:
     """See `KVCache.check_integrity`; the caller holds the lock."""
+    state.forget_lost()
     table = state.group.table
     for group in state.groups:
         require_rows(group.table, group.blocks, has_window=group.layers.span != 0)
-        require_index(group.blocks)
+        require_index(group.blocks, None if group is state.group else state.group.blocks)
         for tier, allocator in enumerate(group.blocks.allocators):
             if allocator is not None:
                 _require_tier(group.blocks, tier, allocator)
@@ -110,8 +112,11 @@ def require_well_formed(table: BlockTable, blocks: "BlockManager", *, has_window
     require(not fault, f"cache: row {row} {_FAULTS[fault]}")
 
 
-def require_index(blocks: "BlockManager") -> None:
-    """IntegrityError unless nodes and granules refer to each other, and every node to its parent."""
+def require_index(blocks: "BlockManager", lead: "BlockManager | None" = None) -> None:
+    """IntegrityError unless nodes and granules refer to each other, and every node to its parent.
+
+    ``lead`` has the index of the first group; None if ``blocks`` are its own.
+    """
     nodes, granules = blocks.nodes, blocks.granules
     used = np.flatnonzero(nodes.uid)
     require(len(np.unique(nodes.granule[used])) == len(used), "cache: two index nodes hold the same granule")
@@ -122,7 +127,9 @@ def require_index(blocks: "BlockManager") -> None:
     expected_uid = np.where(has_parent, nodes.uid[parents], nodes.parent_uid[used])  # of roots: require_identities
     expected_depth = np.where(has_parent, nodes.depth[parents] + 1, 0)
     lost = used[(nodes.parent_uid[used] != expected_uid) | (nodes.depth[used] != expected_depth)]
-    require(not len(lost), f"cache: node {lost[:1]} has lost its parent")
+    require(lead is not None or not len(lost), f"cache: node {lost[:1]} has lost its parent")
+    num_lost = 0 if lead is None else int(prefix_windows.count_lost(lead.nodes, nodes, used))
+    require(not num_lost, f"cache: {num_lost} nodes of another group have keys that the first group's index lacks")
     wrong = int(_check_twins(granules))
     require(wrong < 0, f"cache: granule {wrong} has twins that are not held, or not exactly one of them is findable")
 

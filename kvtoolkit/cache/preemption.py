@@ -7,13 +7,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtoolkit.arrays.types import Int32Array, Int64Array
-from kvtoolkit.cache.state import block_table, returning
+from kvtoolkit.cache import prefix_hits
+from kvtoolkit.cache.state import block_table, prefix_windows, returning
 from kvtoolkit.cache.state.block_manager import BlockManager, Runs, granules_of
 from kvtoolkit.cache.state.block_table import LENGTH, OPEN, ROOT_OF, STATE
 from kvtoolkit.cache.state.cache_group import CacheGroup
 from kvtoolkit.cache.state.cache_state import CacheState, Preempted
 from kvtoolkit.cache.state.host_copies import Copy, copy_tiers, numbers_of
-from kvtoolkit.cache.state.prefix_index import BROKEN, reusable_length
+from kvtoolkit.cache.state.prefix_index import BROKEN
 from kvtoolkit.formats.entry import MAX_BLOCK_GRANULES, TIER_HOT
 
 
@@ -43,7 +44,8 @@ def _save(group: CacheGroup, row: int, to: str, others: Sequence[CacheGroup] = (
     block_table.list_granules(table, row, len(held), held)
     copies = group.copies.save(held, max(0, length // 8 - first))
     parts = tuple(_save(other, row, to) for other in others)
-    return Preempted(chain[:0], uids[:0], copies, nodes.tokens[chain], first, parts)
+    tokens = nodes.tokens[chain if first == 0 else chain[:0]]  # a row cannot be published without its beginning
+    return Preempted(chain[:0], uids[:0], copies, tokens, first, parts)
 
 
 def restore(state: CacheState, batch: Int32Array, keep_free: int) -> NDArray[np.bool_]:
@@ -58,6 +60,7 @@ def restore(state: CacheState, batch: Int32Array, keep_free: int) -> NDArray[np.
 def _restore(state: CacheState, row: int, keep_free: int) -> bool:
     """Bring one row back; False if there is no memory for it."""
     saved = state.preempted[row]
+    state.forget_lost()
     # the first group comes last, because a row is open once it is back there
     for group, part in zip(state.others, saved.others, strict=False):
         if not _restore_copied(group, row, part, _keep_free_of(group, keep_free)):
@@ -68,14 +71,25 @@ def _restore(state: CacheState, row: int, keep_free: int) -> bool:
         else:
             is_back = _restore_copied(state.group, row, saved, _keep_free_of(state.group, keep_free))
         if is_back:
-            state.follow(np.array([row], np.int32))
-            for group in state.groups:
-                group.update_peak()
+            _follow(state, np.array([row], np.int32))
+            state.update_peaks()
             return True
     for group in state.others:
         num_freed = block_table.preempt_rows(group.table, np.array([row], np.int32), False, group.blocks.holdings)
         group.blocks.free_listed(num_freed)
     return False
+
+
+def _follow(state: CacheState, which: Int32Array) -> None:
+    """Open rows in the other groups that are back in the first one, and let prompts find what they hold there."""
+    state.follow(which)
+    state.forget_lost()
+    lead = state.group
+    for group in state.others:
+        blocks = group.blocks
+        blocks.free_listed(
+            prefix_windows.publish_chain(lead.table, lead.blocks.nodes, which, group.table, blocks.holdings)
+        )
 
 
 def _keep_free_of(group: CacheGroup, keep_free: int) -> int:
@@ -87,17 +101,15 @@ def _keep_free_of(group: CacheGroup, keep_free: int) -> int:
 def _restore_dropped(state: CacheState, row: int, saved: Preempted, keep_free: int) -> bool:
     """Let a row hold the prefix of it that is still cached; False if ``keep_free`` leaves no room for it."""
     blocks, table = state.group.blocks, state.group.table
-    if keep_free and not all(one.blocks.can_have(-(-_keep_free_of(one, keep_free) // 8)) for one in state.others):
-        return False
     lost = np.flatnonzero(blocks.nodes.uid[saved.nodes] != saved.uids)
     count = int(lost[0]) if len(lost) else len(saved.nodes)
-    count = int(reusable_length(blocks.nodes, blocks.granules, saved.nodes, count, state.takes_quantized))
-    held = blocks.nodes.granule[saved.nodes[:count]]
-    taken = int(np.count_nonzero((blocks.granules.refs[held] == 0) & (blocks.tiers_of(held) == TIER_HOT)))
-    if keep_free and not blocks.can_have(taken + -(-keep_free // 8)):
-        return False
-    count = block_table.attach_prefix(table, row, saved.nodes, count, blocks.nodes, blocks.granules)
-    state.counters.restored_tokens += 8 * count
+    hit = prefix_hits.longest(state, saved.nodes, count)
+    if keep_free:
+        for i, group in enumerate(state.groups):
+            if not group.blocks.can_have(hit.num_taken(state, i) + -(-_keep_free_of(group, keep_free) // 8)):
+                return False
+    prefix_hits.attach(state, row, hit)
+    state.counters.restored_tokens += 8 * hit.length
     table.info[row, STATE] = OPEN
     return True
 

@@ -39,8 +39,8 @@ class GroupTables(NamedTuple):
 class Step:
     """What `KVCache.begin_step` returns; serves all layers, until `KVCache.end_step`.
 
-    In a cache with several groups of layers, tables and slots are those of the first one, not cut at
-    chunks; `tables_of` has what kernels read.
+    In a cache with several groups of layers, tables and slots are those of the first one that keeps all tokens (or, if
+    none does, of the one with the largest window or chunk), not cut at chunks; `tables_of` has what kernels read.
 
     The arrays are NumPy's. They are read-only because the kernels trust them; ``torch.from_numpy`` warns about such
     arrays, so give it a copy. `on_device` has the arrays that kernels read on a GPU, which cannot be protected: do not
@@ -216,7 +216,8 @@ class Step:
         arenas = self._cache._arenas
         if self._parts is not None:
             calls = [LayerCalls(part.steps.arenas, self._tables_of(part)) for part in self._parts]
-            self._calls = GroupCalls(arenas, calls, self._cache.config.groups, self._num_tokens)
+            groups = [part.steps.group.layers for part in self._parts]
+            self._calls = GroupCalls(arenas, calls, groups, self._num_tokens)
             return self._calls
         self._mass = self._make_mass()
         if arenas.device < 0:

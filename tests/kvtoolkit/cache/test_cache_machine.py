@@ -468,7 +468,9 @@ class GroupMachine(CacheMachine):
         ids = self.some(data)
         lens = [data.draw(st.integers(0, len(self.tokens[seq]))) for seq in ids]
         with self.cache.begin_step(ids, 0) as step:
-            firsts = {layer: self.parts_of(step, layer).block_starts[: len(ids), 0].copy() for layer in self.groups}
+            starts = {layer: self.parts_of(step, layer).block_starts[: len(ids), 0] for layer in self.groups}
+            # a row that holds nothing, because the next token sees nothing else, is as long as it has tokens
+            firsts = {layer: np.where(one < 0, step.seq_lens // 8, one) for layer, one in starts.items()}
         is_gone = any(
             first > self.first_of(layer, self.tokens[seq][:length]) and 0 < length < len(self.tokens[seq])
             for layer, starts in firsts.items()
