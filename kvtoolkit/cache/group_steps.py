@@ -140,9 +140,17 @@ def _make_room(parts: list[StepPart], batch: int) -> None:
 def end(parts: list[StepPart], batch: int, total: int) -> None:
     """Advance the lengths of the rows of a step in all groups; its tokens are unknown."""
     for part in parts:
-        table, arrays = part.steps.table, part.arrays
-        step_passes.advance_rows(table.info, table.marks, table.chain, arrays.rows, arrays.counts, batch, part.mark)
-        part.steps.arrays.give_back(arrays, batch, total)
+        _advance(part, batch)
+        part.steps.arrays.give_back(part.arrays, batch, total)
+
+
+def _advance(part: StepPart, batch: int) -> int:
+    """Advance the lengths of the rows of a step in one group; returns how many granules have become full."""
+    table, arrays = part.steps.table, part.arrays
+    num_full: int = step_passes.advance_rows(
+        table.info, table.marks, table.chain, arrays.rows, arrays.counts, batch, part.mark
+    )
+    return num_full
 
 
 def end_and_publish(state: CacheState, parts: list[StepPart], batch: int, total: int, tokens: Int64Array) -> None:
@@ -154,13 +162,13 @@ def end_and_publish(state: CacheState, parts: list[StepPart], batch: int, total:
         step_passes.advance_and_publish(table, lead.arrays, batch, lead.mark, tokens, extras, nodes, granules, freed)
     ]
     for part in parts[1:]:
-        rows, counts = part.arrays.rows, part.arrays.counts
-        own = part.steps.blocks.holdings
+        arrays, own = part.arrays, part.steps.blocks.holdings
         num_freed.append(
-            prefix_windows.advance_and_publish(
-                table, nodes, part.steps.table, rows, counts, batch, part.mark, own.nodes, own.granules, own.freed
-            )
-        )
+            prefix_windows.publish_step(
+                table.chain, table.origin, nodes, part.steps.table, arrays.rows, arrays.counts, batch,
+                own.nodes, own.granules, own.freed,
+            ) if _advance(part, batch) else 0
+        )  # fmt: skip
     for part, count in zip(parts, num_freed, strict=True):
         part.steps.blocks.free_listed(count)
         part.steps.arrays.give_back(part.arrays, batch, total)

@@ -66,6 +66,8 @@ class CacheState:
         """The first one, which leads: its rows say what sequences there are, in which state and how long, and its index
         names prefixes (`kvtoolkit.cache.state.prefix_windows`)."""
         self.others = self.groups[1:]
+        for group in self.others:
+            group.blocks.evictor.evict_whole_blocks()
         self.tables = tuple(group.table for group in self.groups)
         self.holdings = tuple(group.blocks.holdings for group in self.groups)
         self.takes_quantized = config.tier_config is not None and config.tier_config.prefix_reuse_tiers == "all"

@@ -19,8 +19,6 @@ from kvtoolkit.cache.state.block_table import (
     CAPACITY,
     CHAIN_UID,
     LENGTH,
-    OPEN,
-    STATE,
     BlockTable,
     first_held,
     fitting,
@@ -39,7 +37,7 @@ from kvtoolkit.cache.state.prefix_index import (
     publish,
     unpublish,
 )
-from kvtoolkit.cache.state.step_passes import first_seen, holds
+from kvtoolkit.cache.state.step_passes import first_seen
 
 
 @jit
@@ -117,35 +115,33 @@ def publish_chain(
 
 
 @jit
-def advance_and_publish(
-    lead_table: BlockTable,
+def publish_step(
+    chain: Int32Array,
+    origin: Int64Array,
     lead: Nodes,
     table: BlockTable,
     rows: Int32Array,
     counts: Int32Array,
     batch: int,
-    mark: int,
     nodes: Nodes,
     granules: GranuleState,
     freed: Int32Array,
 ) -> Any:
-    """`step_passes.advance_and_publish` for another group, after that of the first; returns the number of ``freed``."""
+    """`_publish_held` for what has become full in a step, whose tokens the trie has; returns the number of ``freed``.
+
+    ``chain`` and ``origin`` are those of the first group's table.
+    """
     holdings = Holdings(nodes, granules, freed)
     num_freed = 0
     for b in range(batch):
         row = rows[b]
-        if not holds(table, row, mark):
-            continue
-        length = table.info[row, LENGTH]
-        table.info[row, LENGTH] = length + counts[b]
-        table.info[row, STATE] = OPEN
-        node = lead_table.chain[row]
-        num_full = ((length + counts[b]) >> 3) - (length >> 3)
-        if node < 0 or lead.uid[node] != lead_table.origin[row, CHAIN_UID]:
-            continue
-        for _ in range(num_full):
-            num_freed = _publish_held(lead, node, table, row, holdings, num_freed)
-            node = lead.parent[node]
+        node, length = chain[row], table.info[row, LENGTH]
+        if node >= 0 and lead.uid[node] == origin[row, CHAIN_UID]:
+            for _ in range((length >> 3) - (max(length - counts[b], 0) >> 3)):
+                num_freed = _publish_held(lead, node, table, row, holdings, num_freed)
+                node = lead.parent[node]
+                if node < 0:
+                    break
     return num_freed
 
 
