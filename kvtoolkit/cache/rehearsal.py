@@ -186,8 +186,7 @@ class _Rehearsal:
         ids = self.open(self.prompt(20))
         self.feed(ids, [20])
         self.cache.repair()
-        if not self.config.is_grouped:
-            KVCache.from_snapshot(self.config, self.cache.snapshot())
+        KVCache.from_snapshot(self.config, self.cache.snapshot())
         self.cache.end_orphans([])
 
     def tightest(self) -> Any:

@@ -5,7 +5,7 @@ last tokens of a prefix, and the granules before them may be gone. So in the ind
 root of its own. It has the key of the trie's node for the same 8 tokens: the uid of that node's parent, the tokens, and
 the number of their extra keys. By this key it is found, whatever else is there.
 
-    every node of another group has the key of a node in the trie, or of one that is gone since the last `forget_lost`
+    every node of another group has the key of a node in the trie, or of one lost since the last `forget_lost`
 
 A prefix can be used up to a granule if the first group has all granules before it, and every other group those that the
 next token sees.
@@ -180,8 +180,9 @@ def find_lost(lead: Nodes, nodes: Nodes, node: int) -> Any:
 
 @jit
 def count_lost(lead: Nodes, nodes: Nodes, used: Int64Array) -> Any:
-    """How many nodes ``used`` of another group have keys that the trie does not have, or are not roots."""
+    """How many nodes ``used`` of another group have keys that another one or no node of the trie has, or a parent."""
     count = 0
     for node in used:
-        count += nodes.parent[node] != ROOT or find_lost(lead, nodes, node)
+        own = find_node(nodes, nodes.parent_uid[node], nodes.tokens[node, EXTRA], nodes.tokens[node], 0)
+        count += nodes.parent[node] != ROOT or own != node or find_lost(lead, nodes, node)
     return count

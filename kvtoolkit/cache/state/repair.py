@@ -108,16 +108,21 @@ def _settle_group(group: "CacheGroup", lead: "CacheGroup") -> int:
 
 def rebuild_index(group: "CacheGroup", lead: "CacheGroup") -> None:
     """Rebuild what follows from a group's rows and the nodes of its index; that of the first group, ``lead``, first."""
-    table, blocks = group.table, group.blocks
-    count_refs(table, blocks.granules)
-    rows = np.flatnonzero(table.info[:, STATE] != CLOSED).astype(np.int32)
-    if group is lead:
-        reindex(blocks.nodes, blocks.granules)
-        find_twins(table, rows, blocks.holdings)
-    else:
+    blocks = group.blocks
+    count_refs(group.table, blocks.granules)
+    if group is not lead:
         prefix_windows.drop_lost(lead.blocks.nodes, blocks.nodes)
-        reindex(blocks.nodes, blocks.granules)
-        prefix_windows.publish_chain(lead.table, lead.blocks.nodes, rows, table, blocks.holdings)
+    reindex(blocks.nodes, blocks.granules)
+    publish_again(group, lead)
+
+
+def publish_again(group: "CacheGroup", lead: "CacheGroup") -> None:
+    """After `reindex` find the twins in a group, and publish what its rows hold of prefixes that ``lead`` knows."""
+    rows = np.flatnonzero(group.table.info[:, STATE] != CLOSED).astype(np.int32)
+    if group is lead:
+        find_twins(group.table, rows, group.blocks.holdings)
+    else:
+        prefix_windows.publish_chain(lead.table, lead.blocks.nodes, rows, group.table, group.blocks.holdings)
 
 
 def end_lost(state: "CacheState") -> None:

@@ -9,7 +9,6 @@ from kvtoolkit import (
     KVCache,
     ShapeError,
     StepError,
-    UnsupportedError,
     variable_block_attention,
 )
 from kvtoolkit.cache.layers.group_calls import GroupCalls
@@ -303,13 +302,8 @@ def test_kernels_of_ones_own_find_the_tables_of_each_layer():
     assert cache.key_cache(0).shape[0] < cache.key_cache(1).shape[0]
 
 
-def test_a_cache_with_groups_has_no_snapshot_yet():
-    cache = make(MIXED)
-    with pytest.raises(UnsupportedError, match="snapshot: expected a cache without layer_groups"):
-        cache.snapshot()
+def test_a_cache_with_one_group_of_all_layers_has_the_snapshots_of_one_without_groups():
     data = make(None).snapshot()
-    with pytest.raises(UnsupportedError, match="config: expected none with layer_groups"):
-        KVCache.from_snapshot(cache.config, data)
     one = make([{"layers": range(3)}])
     KVCache.from_snapshot(one.config, data).check_integrity()
     KVCache.from_snapshot(make(None).config, one.snapshot()).check_integrity()
