@@ -60,16 +60,15 @@ def restore(state: CacheState, batch: Int32Array, keep_free: int) -> NDArray[np.
 def _restore(state: CacheState, row: int, keep_free: int) -> bool:
     """Bring one row back; False if there is no memory for it."""
     saved = state.preempted[row]
-    state.forget_lost()
     # the first group comes last, because a row is open once it is back there
     for group, part in zip(state.others, saved.others, strict=False):
-        if not _restore_copied(group, row, part, _keep_free_of(group, keep_free)):
+        if not _restore_copied(state, group, row, part, _keep_free_of(group, keep_free)):
             break
     else:
         if saved.copies is None:
             is_back = _restore_dropped(state, row, saved, keep_free)
         else:
-            is_back = _restore_copied(state.group, row, saved, _keep_free_of(state.group, keep_free))
+            is_back = _restore_copied(state, state.group, row, saved, _keep_free_of(state.group, keep_free))
         if is_back:
             _follow(state, np.array([row], np.int32))
             state.update_peaks()
@@ -131,7 +130,7 @@ class _Return:
     runs: Runs
 
 
-def _restore_copied(group: CacheGroup, row: int, saved: Preempted, keep_free: int) -> bool:
+def _restore_copied(state: CacheState, group: CacheGroup, row: int, saved: Preempted, keep_free: int) -> bool:
     """Let a row hold the granules of it that are still in the pool, and fresh ones filled from copies for the rest.
 
     The granules still in the pool may keep blocks from being freed that the rest needs. If so, the row gets only fresh
@@ -140,21 +139,24 @@ def _restore_copied(group: CacheGroup, row: int, saved: Preempted, keep_free: in
     copies = saved.copies or ()
     num_full = max(0, int(group.table.info[row, LENGTH]) // 8 - saved.first)
     found, tiers = _find(group, row, saved, copies, num_full), copy_tiers(copies)
-    if _restore_with(group, row, saved, copies, _Return(found, found < 0, tiers, []), keep_free):
+    if _restore_with(state, group, row, saved, copies, _Return(found, found < 0, tiers, []), keep_free):
         return True
     nothing = np.full(len(found), -1, np.int32)
     is_other = bool((found >= 0).any())
-    return is_other and _restore_with(group, row, saved, copies, _Return(nothing, nothing < 0, tiers, []), keep_free)
+    back = _Return(nothing, nothing < 0, tiers, [])
+    return is_other and _restore_with(state, group, row, saved, copies, back, keep_free)
 
 
 def _restore_with(
-    group: CacheGroup, row: int, saved: Preempted, copies: tuple[Copy, ...], back: _Return, keep_free: int
-) -> bool:
+    state: CacheState, group: CacheGroup, row: int, saved: Preempted, copies: tuple[Copy, ...], back: _Return,
+    keep_free: int,
+) -> bool:  # fmt: skip
     """Let a row hold what ``back`` says; False, with nothing done, if there is no memory for it."""
     blocks, num_full = group.blocks, max(0, int(group.table.info[row, LENGTH]) // 8 - saved.first)
     held = back.granules[~back.is_fresh]
     returning.incref_listed(blocks.granules, held)  # so that nothing of it is evicted to make room for the rest
     if _allocate(blocks, back, keep_free) and _fill(group, back, copies):
+        state.forget_lost()  # what was evicted for the row, before it is published
         num_freed = _attach(group, row, saved, back, numbers_of(copies)[:num_full])
         if num_freed >= 0:
             blocks.free_listed(num_freed)

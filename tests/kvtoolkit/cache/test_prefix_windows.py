@@ -5,7 +5,7 @@ import pytest
 
 from allocators import IntegrityError
 from kvtoolkit import CacheConfig, ConfigError, KVCache
-from kvtoolkit.cache.state.block_table import first_held
+from kvtoolkit.cache.state.block_table import NUM_ENTRIES, first_held
 from kvtoolkit.config.groups import lead_of
 
 SHAPE = {"num_layers": 3, "num_kv_heads": 2, "head_dim": 16, "dtype": "float32", "num_tokens": 8192, "max_seqs": 16}
@@ -240,6 +240,21 @@ def test_a_sequence_that_was_copied_back_is_published_in_all_groups():
     assert cache.open([range(201)])[1].tolist() == [200]
 
 
+def test_what_is_evicted_for_a_sequence_that_comes_back_is_freed_in_all_groups():
+    cache = sized(1024, 256)
+    (seq,), _ = cache.open([[]])
+    feed(cache, seq, range(150))
+    cache.preempt([seq], "host")
+    for first in (1000, 2000, 3000):
+        run(cache, range(first, first + 100))
+    assert cache.restore([seq]).all()
+    cache.check_integrity()
+    window, full = cache.stats().groups
+    assert (full.used, full.cached) == (152, 104)
+    # of the sequence, what was published again, and of the others what the first group still has
+    assert window.cached + window.used <= full.used + full.cached
+
+
 def test_restore_counts_what_a_hit_takes_in_every_group():
     cache = sized(128, 2048)
     (seq,), _ = cache.open([[]])
@@ -267,6 +282,22 @@ def test_rows_with_few_entries_hold_shorter_prefixes():
             break
     tokens = range(24)
     assert cache.open([[*tokens, 9]])[1].tolist() == [24]
+
+
+def test_what_no_window_sees_any_more_is_evicted_in_whole_blocks():
+    groups = [{**MIXED[0], "window": 128, "num_tokens": 8 * 384}, {**MIXED[1], "num_tokens": 8 * 1024}]
+    cache = make(groups, num_tokens=None, growth="adaptive")
+    ids, _ = cache.open([[]] * 8)
+    rows, (window,) = cache._state.rows_of(ids, (1,)), cache._state.others
+    for i in range(300):
+        count = 100 if i < 6 else 1
+        step = cache.begin_step(ids, count)
+        assert step.ok.all()
+        cache.end_step(step, range(8000 * i, 8000 * i + 8 * count))
+        if i > 100:
+            assert window.table.info[rows, NUM_ENTRIES].max() <= 4  # 128 tokens, in blocks of 64
+    assert cache.stats().groups[0].cached > 8 * 64
+    cache.check_integrity()
 
 
 def test_twins_in_a_window_group_take_over_from_each_other():
