@@ -11,6 +11,7 @@ import numpy as np
 
 from kvtoolkit.attention.calls import merge_states
 from kvtoolkit.cache.kv_cache import KVCache
+from kvtoolkit.cache.state.block_table import find_entry
 from kvtoolkit.cache.state.shared_reads import SharedReads
 from kvtoolkit.config.cache import CacheConfig
 
@@ -117,6 +118,7 @@ class _Rehearsal:
         self.cache.reorder(both, [1, 1])
         self.cache.truncate(both, [20, 13])
         self.cache.pin(both).abort()
+        find_entry(self.cache._group.table, 0, 0)  # which only rows with more granules than entries need
         self.cache.close(both)
 
     def preemption(self) -> None:

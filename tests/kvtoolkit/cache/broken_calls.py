@@ -29,7 +29,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "windows": {
         "num_layers": 2,
         "num_tokens": None,
-        "layer_groups": [{"layers": i, "window": (91, 40)[i], "num_tokens": (1024, 896)[i]} for i in (1, 0)],
+        "layer_groups": [{"layers": i, "window": (100, 91)[i], "num_tokens": (1024, 896)[i]} for i in (1, 0)],
     },
 }
 _DEVICE = {"backend": "cuda", "dtype": "float16", "head_dim": 16, "growth": "append", "allocator": "lockfree"}
