@@ -35,16 +35,16 @@ class Hit(NamedTuple):
 def longest(state: CacheState, found: Int32Array, count: int) -> Hit:
     """The longest prefix that every group of layers can give, of the first ``count`` nodes ``found`` in the index."""
     lead = state.group.blocks
-    count = int(reusable_length(lead.nodes, lead.granules, found, count, state.takes_quantized))
     count = int(block_table.fitting(lead.nodes, found, 0, count, state.group.table.entries.shape[1]))
     everywhere = [found]
     for group in state.others:
         own = np.empty(count, np.int32)
-        prefix_windows.find_own(lead.nodes, found, count, group.blocks.nodes, own)
+        prefix_windows.find_own(lead.nodes, found, count, group.blocks.nodes, group.blocks.granules, own)
         everywhere.append(own)
     shortest = -1
     while shortest != count:  # a shorter prefix has its window elsewhere, which another group may lack
         shortest = count
+        count = int(reusable_length(lead.nodes, lead.granules, found, count, state.takes_quantized))
         for group, own in zip(state.others, everywhere[1:], strict=True):
             blocks, most = group.blocks, group.table.entries.shape[1]
             count = int(prefix_windows.usable_length(blocks.nodes, own, count, group.layers.span, most))

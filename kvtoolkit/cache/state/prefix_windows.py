@@ -35,6 +35,7 @@ from kvtoolkit.cache.state.prefix_index import (
     add_twin,
     find_node,
     publish,
+    tier_of,
     unpublish,
 )
 from kvtoolkit.cache.state.step_passes import first_seen
@@ -47,10 +48,14 @@ def _own_node(lead: Nodes, node: int, nodes: Nodes) -> Any:
 
 
 @jit
-def find_own(lead: Nodes, found: Int32Array, count: int, nodes: Nodes, out: Int32Array) -> None:
-    """Write another group's node for each of the trie's first ``count`` nodes ``found`` to ``out``, or -1."""
+def find_own(lead: Nodes, found: Int32Array, count: int, nodes: Nodes, granules: GranuleState, out: Int32Array) -> None:
+    """Write another group's node for each of the trie's first ``count`` nodes ``found`` to ``out``.
+
+    It is -1 where there is none, or its granule is quantized.
+    """
     for i in range(count):
-        out[i] = _own_node(lead, found[i], nodes)
+        own = _own_node(lead, found[i], nodes)
+        out[i] = own if own >= 0 and tier_of(granules, nodes.granule[own]) == 0 else -1
 
 
 @jit
@@ -93,8 +98,8 @@ def _publish_held(
     if granules.node[granule] >= 0 or granules.links[granule, NEXT] != granule:
         return num_freed  # it is known already
     own = _own_node(lead, node, nodes)
-    if own >= 0:
-        return add_twin(holdings, own, granule, num_freed)
+    if own >= 0:  # a quantized granule has no twins
+        return add_twin(holdings, own, granule, num_freed) if tier_of(granules, granule) == 0 else num_freed
     publish(nodes, granules, ROOT, lead.parent_uid[node], lead.tokens[node, EXTRA], index, lead.tokens[node], granule)
     return num_freed
 

@@ -318,6 +318,23 @@ def test_twins_in_a_window_group_take_over_from_each_other():
     assert cache.open([range(41)])[1].tolist() == [40]
 
 
+@pytest.mark.parametrize("groups", [MIXED, [{"layers": range(3), "window": 33}]])
+def test_a_repair_finds_the_twins_among_what_rows_still_hold(groups):
+    cache = make(groups, growth="append")
+    ids, _ = cache.open([[]] * 2)
+    for at, counts in ((0, [40, 8]), (40, [1, 0])):
+        step = cache.begin_step(ids, counts)
+        cache.end_step(step, [*range(at, at + counts[0]), *range(counts[1])])
+    before = cache.stats()
+    rings = [group.blocks.granules.links[:, :2].copy() for group in cache._state.groups]
+    cache.repair()
+    cache.check_integrity()
+    assert cache.stats() == before
+    for group, ring in zip(cache._state.groups, rings, strict=True):
+        np.testing.assert_array_equal(group.blocks.granules.links[:, :2], ring)
+    assert cache.open([range(41)])[1].tolist() == [40]
+
+
 def test_truncating_into_a_findable_granule_makes_it_findable_no_more_in_any_group():
     cache = make()
     (seq,), _ = cache.open([[]])
