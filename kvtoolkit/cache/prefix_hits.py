@@ -46,10 +46,8 @@ def longest(state: CacheState, found: Int32Array, count: int) -> Hit:
         shortest = count
         count = int(reusable_length(lead.nodes, lead.granules, found, count, state.takes_quantized))
         for group, own in zip(state.others, everywhere[1:], strict=True):
-            blocks, most = group.blocks, group.table.entries.shape[1]
-            count = int(prefix_windows.usable_length(blocks.nodes, own, count, group.layers.span, most))
-            if not group.layers.span:  # its tiles may be quantized
-                count = int(reusable_length(blocks.nodes, blocks.granules, own, count, state.takes_quantized))
+            most = group.table.entries.shape[1]
+            count = int(prefix_windows.usable_length(group.blocks.nodes, own, count, group.layers.span, most))
     first = [0, *(int(first_seen(8 * count, group.layers.span)) for group in state.others)]
     return Hit(count, everywhere, first)
 
