@@ -124,6 +124,23 @@ class TestInSimulator:
         options = {"causal": False, "window_size": (20, 5), "softcap": 5.0, "softmax_scale": 0.1, "num_splits": 3}
         attend(case, case.paged(16, "HND"), **options)
 
+    def test_a_row_whose_past_is_gone(self) -> None:
+        case = Case([90, 0, 70], [1, 0, 2], num_q_heads=3, num_kv_heads=1, head_dim=8, dtype="float16")
+        arrays = case.variable((1, 2))
+        whole = run_twin(case, *arrays, window_size=(20, 0))
+        k_cache, v_cache, table, starts = arrays
+        for row, length in ((0, 89), (2, 68)):  # before its new tokens
+            first = (length - 20) // 8
+            gone = np.count_nonzero((starts[row] >= 0) & (starts[row] + (table[row] >> 24 & 7) < first))
+            assert gone > 0
+            for entry in table[row, :gone].tolist():
+                for cache in (k_cache, v_cache):
+                    cache[entry & 0xFFFFFF : (entry & 0xFFFFFF) + (entry >> 24 & 7) + 1] = np.nan
+            for array in (table, starts):
+                array[row] = [*array[row, gone:], *[-1] * gone]
+        for found, expected in zip(run_twin(case, *arrays, window_size=(20, 0)), whole, strict=True):
+            np.testing.assert_array_equal(found, expected)
+
     def test_a_group_of_more_heads_than_a_cta_takes(self) -> None:
         case = Case([9], num_q_heads=10, num_kv_heads=1, head_dim=8, dtype="float16")
         attend(case, case.variable())
