@@ -151,10 +151,21 @@ class Engine:
                 return False
             request.preempted = False
             return True
-        hot = self.cache.stats().tiers["hot"]
-        if self.running and hot.free + hot.cached < self.hot_tokens(len(request.prompt)) + headroom:
+        if self.running and not self.has_room(len(request.prompt), headroom):
             return False
         (request.seq_id,), (request.num_held,) = (part.tolist() for part in self.cache.open([request.prompt]))
+        return True
+
+    def has_room(self, num_tokens: int, headroom: int) -> bool:
+        """Whether the next tokens of a sequence fit into the hot tier, or into every group of layers; and headroom."""
+        stats = self.cache.stats()
+        if self.cache.config.tiers:
+            hot = stats.tiers["hot"]
+            return hot.free + hot.cached >= self.hot_tokens(num_tokens) + headroom
+        for group in stats.groups:
+            most = (group.window or group.chunk or num_tokens) + 64 + self.step_tokens  # later steps free the rest
+            if group.free + group.cached < min(num_tokens, most) + headroom:
+                return False
         return True
 
     def hot_tokens(self, num_tokens: int) -> int:

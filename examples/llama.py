@@ -11,7 +11,7 @@ from kvtoolkit import CacheConfig, Step
 
 
 class PackedLlama:
-    """Runs a transformers Llama or Qwen model on packed tokens, where the model is: on the CPU or on a GPU."""
+    """Runs a Llama, Mistral, Qwen 2 or Qwen 3 of transformers on packed tokens, where the model is: CPU or GPU."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model.eval()
@@ -21,19 +21,27 @@ class PackedLlama:
             model.config.hidden_size // model.config.num_attention_heads
         )
         self.dtype = str(model.dtype).removeprefix("torch.")
+        window = getattr(model.config, "sliding_window", None)
+        kinds = getattr(model.config, "layer_types", None) or ["sliding_attention"] * model.config.num_hidden_layers
+        self.windows = [window if kind == "sliding_attention" else None for kind in kinds]
 
     def cache_config(self, path: str | None = None, **options) -> CacheConfig:
-        """Configure a cache for this model, on the model's device, from the TOML file at ``path`` and ``options``."""
-        fitting = {
-            "num_layers": self.config.num_hidden_layers,
-            "num_kv_heads": self.config.num_key_value_heads,
-            "head_dim": self.head_dim,
-            "dtype": self.dtype,
-        }
+        """Configure a cache for this model, on the model's device, from the TOML file at ``path`` and ``options``.
+
+        Layers with a window are in a group that frees what it no longer needs.
+        """
+        fitting = {"dtype": self.dtype}
         if self.device.type == "cuda":
             fitting |= {"backend": "cuda", "device": self.device.index}
         fitting |= options
-        return CacheConfig.load(path, **fitting) if path else CacheConfig(**fitting)
+        if path:
+            shape = {
+                "num_layers": self.config.num_hidden_layers,
+                "num_kv_heads": self.config.num_key_value_heads,
+                "head_dim": self.head_dim,
+            }
+            fitting = CacheConfig.load(path, **shape, **fitting).to_dict()
+        return CacheConfig.for_model(self.config, **fitting)
 
     @torch.inference_mode()
     def forward(self, tokens: torch.Tensor, positions: torch.Tensor, step: Step) -> torch.Tensor:
@@ -59,7 +67,9 @@ class PackedLlama:
             if hasattr(attention, "q_norm"):  # Qwen 3
                 q, k = attention.q_norm(q), attention.k_norm(k)
             step.append(index, rotate(k, cos, sin), v)
-            attended = step.attend(index, rotate(q, cos, sin))
+            window = self.windows[index]  # the token itself and those before it
+            window_size = (window - 1, 0) if window else (-1, -1)
+            attended = step.attend(index, rotate(q, cos, sin), window_size=window_size)
             hidden = hidden + attention.o_proj(attended.reshape(len(tokens), -1))
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         return self.model.lm_head(decoder.norm(hidden[last]))

@@ -127,6 +127,64 @@ def test_a_pool_too_small_for_one_request_says_so(model):
         engine.run()
 
 
+# -- layers with a window --------------------------------------------------------------------------------------------
+
+WINDOW = 32
+WINDOWS = {
+    "Mistral": {"sliding_window": WINDOW},  # in all layers
+    "Qwen3": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1, "num_hidden_layers": 3},
+}
+
+
+@pytest.fixture(scope="module", params=WINDOWS)
+def windowed(request, model):
+    """A model with windows that its prompts cross, and the tokens that transformers generates."""
+    torch.manual_seed(0)
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "head_dim", "max_position_embeddings", "initializer_range")  # fmt: skip
+    shape = {name: getattr(model.config, name) for name in names} | WINDOWS[request.param]
+    config = getattr(transformers, f"{request.param}Config")(**shape)
+    made = getattr(transformers, f"{request.param}ForCausalLM")(config).float().eval()
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = []
+    for one in requests():
+        prompt = torch.tensor([one.prompt])
+        mask = torch.ones_like(prompt)
+        tokens = made.generate(prompt, attention_mask=mask, max_new_tokens=one.max_new_tokens, **options)
+        expected.append(tokens[0, prompt.shape[1] :].tolist())
+    return made, expected
+
+
+@pytest.mark.parametrize("options", [{"num_tokens": 4096}, {"num_tokens": 704, "growth": "append"}], ids=str)
+def test_layers_with_a_window_give_the_same_tokens_and_free_their_past(windowed, options):
+    model, expected = windowed
+    packed = PackedLlama(model)
+    config = packed.cache_config(**options, lengths=100, step_tokens=64)
+    engine = Engine(packed, config, max_batch=8, max_step_tokens=64)
+    wanted, held = requests(), []
+    for one in wanted:
+        engine.add(one)
+
+    def on_step(engine):
+        stats = engine.cache.stats()
+        held.extend(group.used / max(stats.num_seqs, 1) for group in stats.groups if group.window)
+
+    engine.run(on_step)
+    assert [one.output for one in wanted] == expected
+    engine.cache.check_integrity()
+    assert [group.window for group in config.groups if group.window] == [WINDOW]
+    assert 0 < max(held) <= WINDOW + 64 + 69
+    assert engine.cache.stats().used == 0
+
+
+def test_a_file_and_a_model_with_windows_make_groups(windowed, tmp_path):
+    packed, path = PackedLlama(windowed[0]), tmp_path / "cache.toml"
+    path.write_text('num_tokens = 4096\ngrowth = "append"\n')
+    config = packed.cache_config(path, max_seqs=7)
+    assert (config.growth, config.max_seqs, config.dtype) == ("append", 7, "float32")
+    assert WINDOW in [group.window for group in config.groups]
+
+
 # -- any load, in any memory -----------------------------------------------------------------------------------------
 
 
@@ -187,6 +245,25 @@ def test_every_load_ends_with_few_preemptions(options):
     limits = {"max_batch": draw.randint(2, 8), "max_step_tokens": draw.choice([16, 64, 512])}
     engine = small_engine(num_tokens, [], **options, **limits)
     wanted = list(random_requests(draw, engine.cache.stats().tiers["hot"].capacity))
+    for request in wanted:
+        engine.add(request)
+    stats = finish(engine, wanted, 2000)
+    assert stats.num_preempted <= 2 * len(wanted)
+
+
+GROUPS = [[{"layers": 0, "window": 40}, {"layers": 1}], [{"layers": 1}, {"layers": 0, "chunk": 48}]]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_every_load_ends_in_groups_of_layers(seed):
+    draw = random.Random(seed)
+    growth = draw.choice(["fixed8", "append", "lazy_merge", "adaptive"])
+    limits = {"max_batch": draw.randint(2, 8), "max_step_tokens": draw.choice([16, 64, 512])}
+    groups = copy.deepcopy(GROUPS[seed % 2])
+    for group in groups:
+        group["num_tokens"] = 64 * draw.randint(3, 12)
+    engine = small_engine(None, [], num_layers=2, growth=growth, layer_groups=groups, **limits)
+    wanted = list(random_requests(draw, engine.cache.config.seq_len_limit))
     for request in wanted:
         engine.add(request)
     stats = finish(engine, wanted, 2000)

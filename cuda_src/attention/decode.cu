@@ -71,7 +71,8 @@ __device__ __forceinline__ void copy_step(
   }
 }
 
-// Absorb the 16 tokens from `first` on.
+// Absorb the 16 tokens from `first` on, for the rows of the first `kTiles` row tiles.
+template <int kTiles>
 __device__ __forceinline__ void attend_step(
     const AttentionParams& p, const uint4 (&q)[kRowTiles][kDimPairs], const Columns& columns, const KeyRange& keys,
     int seq_len, unsigned stage, int first, States& states, UnitLse& unit_lse) {
@@ -79,9 +80,9 @@ __device__ __forceinline__ void attend_step(
   const int g = lane >> 2;
   const int t = lane & 3;
 
-  float s[kRowTiles][4];
+  float s[kTiles][4];
 #pragma unroll
-  for (int r = 0; r < kRowTiles; ++r) s[r][0] = s[r][1] = s[r][2] = s[r][3] = 0.0f;
+  for (int r = 0; r < kTiles; ++r) s[r][0] = s[r][1] = s[r][2] = s[r][3] = 0.0f;
   const unsigned key_row = stage + g * kPitch * 16;
 #pragma unroll
   for (int d = 0; d < kDimPairs; ++d) {
@@ -89,7 +90,7 @@ __device__ __forceinline__ void attend_step(
     const uint4 low = ptx::load_shared_16(key_row + chunk);
     const uint4 high = ptx::load_shared_16(key_row + 8 * kPitch * 16 + chunk);
 #pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
+    for (int r = 0; r < kTiles; ++r) {
       // an MMA may take any 16 of the 32 dims, as long as K and Q agree
       scalar_t::multiply_add(s[r], low.x, high.x, low.y, high.y, q[r][d].x, q[r][d].y);
       scalar_t::multiply_add(s[r], low.z, high.z, low.w, high.w, q[r][d].z, q[r][d].w);
@@ -97,9 +98,9 @@ __device__ __forceinline__ void attend_step(
   }
 
   const bool is_partial = first < keys.full_begin || first + kStep > keys.full_end;
-  unsigned weights[kRowTiles][2];
+  unsigned weights[kTiles][2];
 #pragma unroll
-  for (int r = 0; r < kRowTiles; ++r) {
+  for (int r = 0; r < kTiles; ++r) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) s[r][i] = scaled_score(p, s[r][i]);
     if (p.alibi_slopes != nullptr) {
@@ -144,7 +145,7 @@ __device__ __forceinline__ void attend_step(
     unsigned v[4];
     ptx::load_matrices_transposed(v, value_row + ((2 * d + (lane >> 3 & 1)) ^ (token & 7)) * 16);
 #pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
+    for (int r = 0; r < kTiles; ++r) {
       scalar_t::multiply_add(states.o[r][d], v[0], v[1], v[2], v[3], weights[r][0], weights[r][1]);
     }
   }
@@ -320,8 +321,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, KVT_PER_SM) KVT_CLUSTER_D
     for (int step = first_of_warp(piece.begin); step < piece.end; step += kStride) {
       ptx::wait_for_copies<kStages - 1>();
       __syncwarp();
-      attend_step(
-          p, queries.q, columns, keys, piece.block.seq_len, fifo + stage * kStageBytes, step * kStep, states, unit_lse);
+      const unsigned at = fifo + stage * kStageBytes;
+      if (kRowTiles == 1 || piece.block.num_rows > 8) {
+        attend_step<kRowTiles>(p, queries.q, columns, keys, piece.block.seq_len, at, step * kStep, states, unit_lse);
+      } else {  // one query of a sequence that might have had more
+        attend_step<1>(p, queries.q, columns, keys, piece.block.seq_len, at, step * kStep, states, unit_lse);
+      }
       if (kHasMasses) unit_lse.write(p, piece.block, kv_head, step, piece.end, ptx::evict_last_policy());
       __syncwarp();
       if (ahead.slot >= 0) copy_step(p, kv_head, fifo + stage * kStageBytes, ahead, policy);
@@ -331,7 +336,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, KVT_PER_SM) KVT_CLUSTER_D
     }
 
     if (kCluster == 1) __syncthreads();  // the states of the piece before have been read
-    stored.store(states);
+    stored.store(states, piece.block.num_rows);
     __syncthreads();
 #if KVT_CLUSTER > 1
     merge_cluster(p, schedule, piece, stored, inbox, row_lse);

@@ -72,6 +72,26 @@ __device__ __forceinline__ int count_up_to(const int2* places, int count, int2 k
   return low;
 }
 
+// Where a range begins that has `cost` in front of it: a sequence and steps of it; `ends` has the cost up to the end of each.
+__device__ __forceinline__ int2 place_of_cost(const PlanParams& p, const int* ends, int cost) {
+  int low = 0;
+  int high = p.batch - 1;
+  while (low < high) {  // find the first sequence that ends above the cost
+    const int middle = (low + high) >> 1;
+    if (ends[middle] > cost) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  const int start = low > 0 ? ends[low - 1] : 0;
+  const int steps = ends[low] - start - p.overhead;  // 0 or less: nothing to cut
+  const int inside = cost - start - p.overhead;
+  if (inside < p.min_steps) return {low, 0};
+  if (steps - inside < p.min_steps) return {low + 1, 0};
+  return {low, inside};
+}
+
 extern "C" __global__ void __launch_bounds__(kThreads) kvt_plan(const __grid_constant__ PlanParams p) {
   extern __shared__ int ends[];  // [batch] cost of all sequences up to and including each
   __shared__ int2 ranges[kMaxRanges + 1];
@@ -124,26 +144,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) kvt_plan(const __grid_con
     if (i < used || (late > 0 && i < p.num_ranges)) {
       const int cost = i < used ? static_cast<long long>(total - late) * i / used
                                 : total - late + static_cast<long long>(late) * (i - used) / p.num_late;
-      int low = 0;
-      int high = p.batch - 1;
-      while (low < high) {  // find the first sequence that ends above the cost
-        const int middle = (low + high) >> 1;
-        if (ends[middle] > cost) {
-          high = middle;
-        } else {
-          low = middle + 1;
-        }
-      }
-      const int start = low > 0 ? ends[low - 1] : 0;
-      const int steps = ends[low] - start - p.overhead;  // 0 or less: nothing to cut
-      const int inside = cost - start - p.overhead;
-      if (inside < p.min_steps) {
-        place = {low, 0};
-      } else if (steps - inside < p.min_steps) {
-        place = {low + 1, 0};
-      } else {
-        place = {low, inside};
-      }
+      place = place_of_cost(p, ends, cost);
     }
     ranges[i] = place;
     if (blockIdx.x == 0) p.ranges[i] = {place.x, place.y, place.x < p.batch ? p.seq_lens[place.x] : 0, 0};

@@ -130,8 +130,7 @@ class Consumer {
   }
 
   __device__ __forceinline__ void release_item() {
-    __syncwarp();  // all lanes have read it
-    if (lane_id() == 0) ptx::arrive(rings_.items.empty + 8 * finished_);
+    ptx::arrive(rings_.items.empty + 8 * finished_);  // every lane has read it
     finished_ = finished_ + 1 & kItemSlots - 1;
   }
 
@@ -526,6 +525,10 @@ class Consumer {
 };
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1) kvt_prompt(const __grid_constant__ PromptParams p) {
+  if (p.list_is_old && __ldg(p.num_items) == 0) {  // nothing to do, as early as that can be known
+    ptx::wait_for_dependencies();                  // a kernel that waits for this one relies on the earlier ones, too
+    return;
+  }
   extern __shared__ __align__(1024) unsigned char memory[];
   const unsigned shared = ptx::shared_address(memory);
   const auto& query_map = reinterpret_cast<const ptx::TensorMap&>(p.query_map);

@@ -101,6 +101,34 @@ struct PlanSharedParams {
   int least_saved;   // tokens of a unit times rows but one
 };
 
+// The last row whose queries begin at `token` or before it.
+__device__ __forceinline__ int row_of_token(const PlanSharedParams& p, int token) {
+  if (p.cu_seqlens_q == nullptr) return token;
+  int low = 0;
+  int high = p.batch - 1;
+  while (low < high) {
+    const int middle = (low + high + 1) >> 1;
+    if (p.cu_seqlens_q[middle] <= token) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return low;
+}
+
+// For each query, how many units its row has, and where it is in the order; both are given by row.
+__device__ __forceinline__ void place_queries(
+    const PlanSharedParams& p, const SharedRows& rows, const int* levels, const int* places) {
+  const int used = p.cu_seqlens_q == nullptr ? p.num_tokens : p.cu_seqlens_q[p.batch];
+  for (int token = threadIdx.x; token < p.num_tokens; token += kMostRows) {
+    const bool is_query = token < used;  // others are of no row
+    const int row = is_query ? row_of_token(p, token) : 0;
+    p.token_levels[token] = is_query ? levels[row] : -1;
+    if (p.order != nullptr) p.places[token] = is_query ? places[row] + token - rows.first_query(row) : token;
+  }
+}
+
 // Launch: one CTA of 1024; batch at most 1024.
 extern "C" __global__ void __launch_bounds__(kMostRows) kvt_plan_shared(const __grid_constant__ PlanSharedParams p) {
   // Boundary i, between positions i - 1 and i, has as many blocks as both have in common. A node of the tree is a maximal
@@ -187,29 +215,7 @@ extern "C" __global__ void __launch_bounds__(kMostRows) kvt_plan_shared(const __
     places[row] = first_place[at];
   }
   __syncthreads();
-  const int used = p.cu_seqlens_q == nullptr ? p.num_tokens : p.cu_seqlens_q[p.batch];
-  for (int token = at; token < p.num_tokens; token += kMostRows) {
-    if (token >= used) {  // of no row
-      p.token_levels[token] = -1;
-      if (p.order != nullptr) p.places[token] = token;
-      continue;
-    }
-    int low = token;
-    if (p.cu_seqlens_q != nullptr) {  // the last row that begins at or before it
-      low = 0;
-      int high = p.batch - 1;
-      while (low < high) {
-        const int middle = (low + high + 1) >> 1;
-        if (p.cu_seqlens_q[middle] <= token) {
-          low = middle;
-        } else {
-          high = middle - 1;
-        }
-      }
-    }
-    p.token_levels[token] = levels[low];
-    if (p.order != nullptr) p.places[token] = places[low] + token - rows.first_query(low);
-  }
+  place_queries(p, rows, levels, places);
 }
 
 struct GatherParams {

@@ -101,7 +101,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, KVT_PER_SM) kvt_tiered(co
     states.count_in(false);
 
     __syncthreads();  // the states of the piece before have been read
-    stored.store(states);
+    stored.store(states, piece.block.num_rows);
     __syncthreads();
     finish_piece(p, schedule, piece, kv_head, stored, masses, row_lse);
   } while (schedule.next(p, piece));

@@ -12,9 +12,18 @@ from typing import Any
 from allocators import AllocatorError, find
 from kvtoolkit.arrays.types import as_int
 from kvtoolkit.config.eviction import eviction_policy
-from kvtoolkit.config.fields import require_known, require_one_of, settle_int
-from kvtoolkit.config.groups import LayerGroup, divide_memory, divide_tokens, has_own_sizes, parse_groups
+from kvtoolkit.config.fields import require_int, require_known, require_one_of, settle_int
+from kvtoolkit.config.groups import (
+    TYPICAL_LEN,
+    LayerGroup,
+    divide_memory,
+    divide_tokens,
+    has_own_sizes,
+    parse_groups,
+)  # fmt: skip
 from kvtoolkit.config.growth import FIXED, GrowthPolicy, growth_policy
+from kvtoolkit.config.model_config import read_model
+from kvtoolkit.config.split import Split, as_lengths, groups_of
 from kvtoolkit.config.tiers import TIER_NAMES, TierConfig
 from kvtoolkit.errors import ConfigError, UnsupportedError
 from kvtoolkit.formats.entry import MAX_GRANULES
@@ -363,6 +372,73 @@ class CacheConfig:
         least = max(_LEAST_ENTRIES, math.ceil(max(share, promised) / _TOKENS_PER_SUPERBLOCK))
         bound = max(least, _BLOCK_TABLE_NBYTES // (_ENTRY_NBYTES * self.max_seqs))
         return min(math.ceil(self._pool_limit / 8), bound)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values, all groups of layers and all tiers."""
+        return sum(
+            granules // 8 * one.block_nbytes.get(name, 0)
+            for one in self.group_configs
+            for name, granules in zip(TIER_NAMES, one.tier_granules, strict=True)
+        )
+
+    # -- models ------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def for_model(
+        cls, model_config: Any, *, lengths: int | Sequence[int] = TYPICAL_LEN, step_tokens: int = 512, **options: Any
+    ) -> "CacheConfig":
+        """A configuration for a model, with groups of layers if some have a window or chunks.
+
+        Args:
+            model_config: the configuration object of a model of transformers, or the dict of its config.json, of which
+                a ``text_config`` counts if there is one. It says the shape, the dtype and ``layer_groups``.
+            lengths: how many tokens sequences have while they are in the cache: one number, or a sample. Memory is
+                divided so that such sequences fill all groups at the same time.
+            step_tokens: most new tokens in a step, all sequences together. Groups with a window or chunks have room
+                for so many beside what sequences hold.
+            options: other fields, of which ``num_tokens`` or ``memory`` must be there; they take precedence over what
+                the model says. With several groups ``num_tokens`` is what one that keeps all tokens has.
+                ``layer_groups=None``: all layers keep all tokens.
+
+        Raises:
+            ConfigError: something is missing, or makes no sense.
+            UnsupportedError: layers of a kind for which there is no cache, or groups with an option that excludes them.
+        """
+        shape = read_model(model_config)
+        found = {name: value for name, value in shape._asdict().items() if name != "spans" and value is not None}
+        return cls.for_spans(shape.spans, lengths, step_tokens, **{**found, **options})
+
+    @classmethod
+    def for_spans(
+        cls, spans: Sequence[int], lengths: int | Sequence[int], step_tokens: int, **fields: Any
+    ) -> "CacheConfig":
+        """`for_model` for layers with these windows, chunks (as minus ``chunk``), or 0, in order."""
+        lengths, step_tokens = as_lengths(lengths), require_int("step_tokens", step_tokens, 0)
+        if "layer_groups" in fields or not any(spans):
+            return cls.from_dict(fields)
+        groups = groups_of(spans)
+        if len(groups) == 1:
+            return cls.from_dict({**fields, "layer_groups": groups})
+        num_tokens, memory = fields.pop("num_tokens", None), fields.pop("memory", None)
+        if (num_tokens is None) == (memory is None):
+            raise ConfigError(f"expected exactly one of num_tokens and memory, got {num_tokens!r} and {memory!r}")
+        split = Split([spans[group["layers"][0]] for group in groups], lengths, step_tokens)
+        if memory is None:
+            counts = split.of_tokens(require_int("num_tokens", num_tokens, 1))
+        else:
+            # any size will do: what a block of one layer takes
+            layer = cls.from_dict({**fields, "num_layers": 1, "num_tokens": _TOKENS_PER_SUPERBLOCK})
+            nbytes = [layer.nbytes * len(group["layers"]) for group in groups]
+            counts = split.of_memory(parse_nbytes(memory), nbytes)
+            if not any(counts):
+                raise ConfigError(
+                    f"memory: expected room for step_tokens = {step_tokens} in the groups with a window, and for 64 "
+                    f"tokens in the others, got {memory!r}"
+                )
+        for group, count in zip(groups, counts, strict=True):
+            group["num_tokens"] = _TOKENS_PER_SUPERBLOCK * count
+        return cls.from_dict({**fields, "layer_groups": groups})
 
     # -- files -------------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """Groups of layers: which layers keep the same tokens, and how memory is divided among the groups."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,12 +160,26 @@ def divide_memory(groups: tuple[LayerGroup, ...], memory: int, layer_nbytes: int
     if groups[0].share is not None:
         return [int(memory * (group.share or 0)) // size for group, size in zip(groups, nbytes, strict=True)]
 
-    def blocks_of(count: int) -> list[int]:
-        return divide_tokens(groups, _BLOCK * count, max_seq_len) if count else [0] * len(groups)
+    return fill_memory(lambda count: divide_tokens(groups, _BLOCK * count, max_seq_len), memory, nbytes)
 
-    low, high = 0, memory // min(nbytes) + 1
-    while low < high - 1:  # the most blocks of a group that keeps all tokens
+
+def fill_memory(blocks_of: Callable[[int], list[int]], memory: int, nbytes: list[int]) -> list[int]:
+    """The most blocks of each group in ``memory`` bytes; all 0 if nothing fits.
+
+    Args:
+        blocks_of: blocks of each group, by how many a group that keeps all tokens has.
+        memory: bytes.
+        nbytes: of a block of each group.
+    """
+
+    def fits(count: int) -> bool:
+        return sum(num * size for num, size in zip(blocks_of(count), nbytes, strict=True)) <= memory
+
+    high = 1
+    while fits(high):
+        high *= 2
+    low = high // 2
+    while low < high - 1:
         middle = (low + high) // 2
-        fits = sum(count * size for count, size in zip(blocks_of(middle), nbytes, strict=True)) <= memory
-        low, high = (middle, high) if fits else (low, middle)
-    return blocks_of(low)
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return blocks_of(low) if low else [0] * len(nbytes)

@@ -208,7 +208,7 @@ def _attend_both(
     decode, early = _launch(call, route, schedule, prepared, hints.kept is not None, stream)
     lists = prepared.units or prepared.granules
     ids = call.block_table if lists is None else lists.table
-    launch = prompt.attention_launch(call, sizes, maps, words, ids, work, scratch)
+    launch = prompt.attention_launch(call, sizes, maps, words, ids, work, scratch, list_is_old=True)
     launch.run(stream, dependent=True)
     if memory.kept is None:
         return None

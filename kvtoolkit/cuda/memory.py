@@ -40,7 +40,9 @@ class Memory(NamedTuple):
     partials: int
     """Results of pieces of sequences."""
     counters: int
-    """uint32 of each group of pieces, 0 between kernels."""
+    """uint32 of each block of rows and kv head, 0 between kernels."""
+    group_counters: int
+    """uint32 of each partial result, 0 between kernels."""
     mass_counters: int
     """uint32 of each row and kv head, 0 between kernels."""
     step: int
@@ -90,12 +92,14 @@ def take_memory(
     partials_nbytes = schedule.partials_nbytes if schedule else 0
     scratch_step = step.nbytes if owner is None else 0
     if not (partials_nbytes or step.unit_lse is not None or scratch_step):
-        return Memory(0, 0, 0, 0 if owner is None else owner.data.ptr, owner)
-    counters_nbytes = schedule.counters_nbytes if schedule else 0
+        return Memory(0, 0, 0, 0, 0 if owner is None else owner.data.ptr, owner)
+    counters_nbytes, group_nbytes = (schedule.counters_nbytes, schedule.group_counters_nbytes) if schedule else (0, 0)
     mass_nbytes = 0 if step.unit_lse is None else 4 * call.block_table.shape[0] * call.k_cache.shape[1]
-    scratch = workspace(call.q.device, stream, Sizes(partials_nbytes, counters_nbytes + mass_nbytes, scratch_step))
+    all_counters = counters_nbytes + group_nbytes + mass_nbytes
+    scratch = workspace(call.q.device, stream, Sizes(partials_nbytes, all_counters, scratch_step))
     step_at = scratch.step if owner is None else owner.data.ptr
-    return Memory(scratch.partials, scratch.counters, scratch.counters + counters_nbytes, step_at, owner)
+    groups_at = scratch.counters + counters_nbytes
+    return Memory(scratch.partials, scratch.counters, groups_at, groups_at + group_nbytes, step_at, owner)
 
 
 def keep(kept: dict[Any, Any], key: Any, nbytes: int, stream: int) -> Any:

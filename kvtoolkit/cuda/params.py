@@ -38,7 +38,7 @@ def pack_attention(
         q.address, out.address, unit_lse.lse, keys.address, values.address,
         ids.address, call.seq_lens.address, bounds.address if bounds else 0,
         slopes.address if slopes else 0, sinks.address if sinks else 0,
-        memory.partials, memory.counters, memory.mass_counters,
+        memory.partials, memory.counters, memory.group_counters, memory.mass_counters,
         plan.ranges if plan else 0, plan.sequences if plan else 0,
         masses.address if masses else 0, unit_lse.unit_lse,
         *q.strides[:2], *out.strides[:2], *keys.strides[:3], *values.strides[:3], ids.strides[0],

@@ -272,7 +272,7 @@ def plan_launch(
 
 def attention_launch(
     call: AttentionCall, sizes: PromptSizes, maps: Maps, words: tuple[int, ...], ids: Operand, work: int,
-    scratch: Workspace, units: UnitLists = _NO_UNITS,
+    scratch: Workspace, units: UnitLists = _NO_UNITS, *, list_is_old: bool = False,
 ) -> Launch:  # fmt: skip
     """The launch that attends; nothing is launched yet.
 
@@ -280,6 +280,7 @@ def attention_launch(
         words: the maps of the call's arrays, see `Maps.words`.
         ids: the blocks of each row.
         work: address of the work list.
+        list_is_old: a kernel that runs before this one has waited for the list; the kernel reads it at once.
     """
     slopes, sinks, scale, softcap = call.alibi_slopes, call.sinks, call.scale, call.softcap
     num_kv_heads, block_size = call.k_cache.shape[1:3]
@@ -291,7 +292,7 @@ def attention_launch(
         work + LIST_AT, work, scratch.counters, scratch.counters + 4, scratch.partials,
         *call.out.strides[:2], 1 if units.units else ids.strides[0], *sizes.halves, num_kv_heads, per_block, shift,
         maps.block_pitch, maps.coordinate_shift, maps.num_blocks, call.q.shape[0],
-        min(call.left, UNBOUNDED), min(call.right, UNBOUNDED),
+        min(call.left, UNBOUNDED), min(call.right, UNBOUNDED), int(list_is_old),
         scale * LOG2E, scale / softcap if softcap else 0.0, softcap * LOG2E,
         *(tier.address if tier else 0 for tier in (call.tiers or _NO_TIERS)[:2]),
     )  # fmt: skip

@@ -57,6 +57,7 @@ class Schedule(NamedTuple):
     """As many ranges, or fewer, so that they cut sequences of equal lengths evenly or not at all."""
     partials_nbytes: int
     counters_nbytes: int
+    group_counters_nbytes: int
 
 
 def choose_route(call: AttentionCall, query_counts: tuple[int, int] | None) -> Route:
@@ -143,7 +144,8 @@ def _planned(
     ranges += late
     grid = (num_kv_heads, row_blocks, ranges)
     partials = slots * heads * _partial_nbytes(spec, head_dim)
-    return Schedule(spec, grid, 1, False, row_blocks, ranges, late, even, partials, 4 * batch * heads)
+    counters = 4 * batch * heads, 4 * slots * heads
+    return Schedule(spec, grid, 1, False, row_blocks, ranges, late, even, partials, *counters)
 
 
 def _even(
@@ -167,9 +169,10 @@ def _even(
     if cluster > 1:
         spec = specs.decode(head_dim, dtype, most_rows, limit, planned=False, cluster=cluster)
     groups = num_blocks * num_kv_heads
-    nbytes = groups * splits * _partial_nbytes(spec, head_dim) if cluster == 1 and splits > 1 else 0
+    partials = groups * splits if cluster == 1 and splits > 1 else 0
+    nbytes = partials * _partial_nbytes(spec, head_dim)
     grid = (groups, splits, 1) if cluster == 1 else (cluster, num_kv_heads, num_blocks)
-    return Schedule(spec, grid, splits, num_splits > 0, row_blocks, 0, 0, 0, nbytes, 4 * groups)
+    return Schedule(spec, grid, splits, num_splits > 0, row_blocks, 0, 0, 0, nbytes, 4 * groups, 4 * partials)
 
 
 def _partial_nbytes(spec: specs.Spec, head_dim: int) -> int:

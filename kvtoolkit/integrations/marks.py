@@ -49,16 +49,17 @@ class NewKeys(_Untouchable):
 
 
 class Mask(_Untouchable):
-    """Which keys a query sees: the columns up to its own, without padding, the last ``window`` of them.
+    """Which keys a query sees: the columns up to its own, without padding, within a window or chunk if there is one.
 
     Attributes:
         padding: ``[batch, columns]`` bool on the host, False where there is padding; None if nothing is padded.
-        window: columns a query sees, its own included; None = all.
+        span: columns a query sees, its own included; or minus the size of the chunks, counted from the first column
+            without padding, of which a query sees its own; 0 = all.
     """
 
-    reason = "the model changes the attention mask, of which kvtoolkit only knows padding and windows"
+    reason = "the model changes the attention mask, of which kvtoolkit only knows padding, windows and chunks"
     padding: torch.Tensor | None
-    window: int | None
+    span: int
 
 
 def mark_keys(states: torch.Tensor, layer: Any) -> NewKeys:
@@ -68,31 +69,47 @@ def mark_keys(states: torch.Tensor, layer: Any) -> NewKeys:
     return marked
 
 
-def make_mask(padding: torch.Tensor | None, window: int | None) -> Mask:
+def make_mask(padding: torch.Tensor | None, span: int) -> Mask:
     """A `Mask`; it holds no elements of its own."""
     mask: Mask = torch.empty(0, device="cpu").as_subclass(Mask)
-    mask.padding, mask.window = padding, window
+    mask.padding, mask.span = padding, span
     return mask
 
 
-def window_of(mask_function: Callable[..., Any], local_size: int | None) -> int | None:
-    """The window of a mask function of transformers; None if it is causal without one.
+def span_of(
+    mask_function: Callable[..., Any], local_size: int | None, padding: torch.Tensor | None, device: Any = "cpu"
+) -> int:
+    """What a mask function of transformers shows a query; see `Mask`.
 
     Args:
         mask_function: of ``(batch, head, query column, key column)``.
         local_size: what it was made with.
+        padding: ``[batch, columns]`` bool, False where there is padding.
+        device: where the function can be called.
 
     Raises:
-        NotImplementedError: it is neither causal nor a causal window.
+        NotImplementedError: it is not causal, with or without a window or chunks.
     """
     if mask_function is causal_mask_function:
-        return None
-    window = local_size or 0
-    near = {0, 1, *(place + offset for place in (window, 2 * window, 3 * window) for offset in (-1, 0, 1))}
-    places = torch.tensor(sorted(place for place in near if place >= 0))
+        return 0
+    size = local_size or 0
+    near = {0, 1, *(place + offset for place in (size, 2 * size, 3 * size) for offset in (-1, 0, 1))}
+    places = torch.tensor(sorted(place for place in near if place >= 0), device=device)
     query, key = places[:, None], places[None, :]
-    expected = (key <= query) & ((key > query - window) if window else True)
-    zero = torch.tensor(0)
-    if not torch.equal(torch.as_tensor(mask_function(zero, zero, query, key)).cpu(), expected):
-        raise NotImplementedError("kvtoolkit masks padding and windows, causally; got a custom mask function")
-    return window or None
+    causal, zero = key <= query, torch.tensor(0, device=device)
+    shown = torch.as_tensor(mask_function(zero, zero, query, key))
+    if torch.equal(shown, causal & (key > query - size) if size else causal):
+        return size
+    if size:
+        first = torch.zeros(1) if padding is None else _first_columns(padding)
+        first = first.to(device, torch.long)[:, None, None]
+        rows = torch.arange(len(first), device=device)[:, None, None]
+        shown = torch.as_tensor(mask_function(rows, zero, query + first, key + first))
+        if (shown == (causal & (key // size == query // size))).all():
+            return -size
+    raise NotImplementedError("kvtoolkit masks padding, windows and chunks, causally; got a custom mask function")
+
+
+def _first_columns(padding: torch.Tensor) -> torch.Tensor:
+    """``[batch]``, the first column of each row that is not padding; the number of columns if all are."""
+    return torch.where(padding.any(1), padding.to(torch.uint8).argmax(1), padding.shape[1])

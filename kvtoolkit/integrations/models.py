@@ -7,9 +7,10 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from kvtoolkit.config.model_config import CHUNKED, FULL, SLIDING
 from kvtoolkit.integrations.marks import Mask, mark_keys
 
-LAYER_TYPES = ("full_attention", "sliding_attention")
+LAYER_TYPES = (FULL, SLIDING, CHUNKED)
 
 
 class CacheShape(NamedTuple):
@@ -26,15 +27,15 @@ def check_structure(model: PreTrainedModel) -> None:
     types = set(getattr(config, "layer_types", None) or LAYER_TYPES[:1])
     if model.config.is_encoder_decoder or not types <= set(LAYER_TYPES):
         raise NotImplementedError(
-            f"expected a decoder of {' and '.join(LAYER_TYPES)}, got {', '.join(sorted(map(str, types)))}"
+            f"expected a decoder of {', '.join(LAYER_TYPES)}, got {', '.join(sorted(map(str, types)))}"
         )
     if getattr(config, "kv_lora_rank", None):
         raise NotImplementedError(
             f"latent attention (MLA, kv_lora_rank {config.kv_lora_rank}) stores keys and values of different widths, "
             "for which kvtoolkit has no kernel"
         )
-    if getattr(config, "num_kv_shared_layers", 0) or getattr(config, "attention_chunk_size", None):
-        raise NotImplementedError("layers that share keys and values, or attend in chunks, are not supported")
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise NotImplementedError("layers that share keys and values are not supported")
     if getattr(config, "alibi", False) or getattr(config, "position_embedding_type", None) == "alibi":
         raise NotImplementedError("ALiBi reaches the attention as a mask of numbers, which kvtoolkit does not take")
     if getattr(config, "is_causal", True) is False:
@@ -50,9 +51,8 @@ class TrialCache(Cache):  # type: ignore[misc]
     """Notes what the attention of each layer is asked, and stores nothing."""
 
     def __init__(self, num_layers: int) -> None:
-        self.calls: list[tuple[int, CacheShape, str | None]] = []
-        """Layer, shape and what is wrong, of every attention call in order."""
-        self.windows: set[int | None] = set()
+        self.calls: list[tuple[int, CacheShape, int, str | None]] = []
+        """Layer, shape, span of the mask, and what is wrong, of every attention call in order."""
         self.num_columns = 0
         super().__init__(layers=[TrialLayer(self, i) for i in range(num_layers)])
 
@@ -92,8 +92,8 @@ class TrialLayer(CacheLayerMixin):  # type: ignore[misc]
     ) -> tuple[torch.Tensor, None]:  # fmt: skip
         """Note the call; the result is zeros."""
         shape = CacheShape(len(self.cache.layers), key.shape[1], key.shape[3])
-        self.cache.calls.append((self.index, shape, _wrong_shape(query, key, value)))
-        self.cache.windows.add(check_call(module, mask, 0.0, options))
+        span = check_call(module, mask, 0.0, options)
+        self.cache.calls.append((self.index, shape, span, _wrong_shape(query, key, value)))
         rows, num_heads, columns, _ = query.shape
         return query.new_zeros((rows, columns, num_heads, value.shape[3])), None
 
@@ -112,8 +112,8 @@ def _wrong_shape(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) ->
     return None
 
 
-def check_call(module: torch.nn.Module, mask: Any, dropout: float, options: dict[str, Any]) -> int | None:
-    """The window of a layer's attention, which its mask says.
+def check_call(module: torch.nn.Module, mask: Any, dropout: float, options: dict[str, Any]) -> int:
+    """What a query of a layer sees, as its mask says; see `Mask.span`.
 
     Raises:
         NotImplementedError: attention of a kind that kvtoolkit does not have.
@@ -131,12 +131,22 @@ def check_call(module: torch.nn.Module, mask: Any, dropout: float, options: dict
     if options.get("position_bias") is not None:
         raise NotImplementedError("expected attention without position bias")
     window = options.get("sliding_window")
-    if window is not None and window != mask.window:
-        raise NotImplementedError(f"sliding_window: expected that of the layer's mask, {mask.window}, got {window}")
-    return mask.window
+    if window is not None and window != mask.span:
+        shown = mask.span if mask.span > 0 else None
+        raise NotImplementedError(f"sliding_window: expected that of the layer's mask, {shown}, got {window}")
+    span: int = mask.span
+    return span
 
 
-def trial_forward(model: PreTrainedModel) -> CacheShape:
+class Trial(NamedTuple):
+    """What a trial forward has found."""
+
+    shape: CacheShape
+    spans: tuple[int, ...]
+    """Of each layer: its window, minus its chunk, or 0 if it sees all tokens."""
+
+
+def trial_forward(model: PreTrainedModel) -> Trial:
     """Run a model on 2 rows of 4 and then 1 columns, with attention that only notes how it is called.
 
     The model must attend through kvtoolkit. Costs two forwards of a few tokens.
@@ -175,14 +185,20 @@ def trial_forward(model: PreTrainedModel) -> CacheShape:
                 f"got layers {[index for index, *_ in calls]}"
             )
         cache.num_columns = seen
-    for _, _, wrong in cache.calls:
+    for *_, wrong in cache.calls:
         if wrong is not None:
             raise NotImplementedError(f"expected {wrong}")
+    spans = tuple(span for _, _, span, _ in cache.calls)
+    if spans[:num_layers] != spans[num_layers:]:
+        raise NotImplementedError(f"expected layers with the same windows in every forward, got {spans}")
     window = getattr(config, "sliding_window", None)
-    if window and not getattr(config, "layer_types", None) and cache.windows == {None}:
+    if window and not getattr(config, "layer_types", None) and not any(spans):
         # transformers' own cache would then forget keys that the model's masks show
         raise NotImplementedError(f"sliding_window: the configuration says {window}, but no layer's mask has a window")
-    shapes = {shape for _, shape, _ in cache.calls}
+    odd = [-span for span in spans if span < 0 and span % 8]
+    if odd:
+        raise NotImplementedError(f"attention_chunk_size: expected a multiple of 8, got {odd[0]}")
+    shapes = {shape for _, shape, *_ in cache.calls}
     if len(shapes) > 1:
         raise NotImplementedError(f"expected layers of one shape, got {sorted(shapes)}")
-    return shapes.pop()
+    return Trial(shapes.pop(), spans[:num_layers])

@@ -15,7 +15,7 @@ from kvtoolkit.cache.kv_cache import KVCache
 from kvtoolkit.cache.state.arguments import as_prompt
 from kvtoolkit.cache.state.identity import as_pairs, as_salts
 from kvtoolkit.cache.step import Step
-from kvtoolkit.errors import CacheFullError, ShapeError, StepError
+from kvtoolkit.errors import ArgumentError, CacheFullError, ShapeError, StepError
 
 BoolArray = NDArray[np.bool_]
 
@@ -34,6 +34,7 @@ class PaddedBatch:
         num_columns: columns cached.
         step: the open step, or None.
         next_layer: layers that the forward has been through.
+        spans: of each layer: the window that the cache keeps, minus its chunk, or 0 = all tokens.
         form: what the arrays and options of the last layer looked like; for the integration to keep.
         packed: ``[num_tokens]`` int64, where the step's tokens are among its ``batch * columns``; None = all do.
         places: `packed` as the framework indexes with it; for the integration to keep.
@@ -42,6 +43,8 @@ class PaddedBatch:
     def __init__(self, cache: KVCache) -> None:
         self.cache = cache
         self.device = cache._arenas.device
+        groups = cache.config.groups
+        self.spans = [span for _, span in sorted((layer, group.span) for group in groups for layer in group.layers)]
         self.seq_ids: NDArray[np.int64] | None = None
         self.num_columns = 0
         self.step: Step | None = None
@@ -52,6 +55,7 @@ class PaddedBatch:
         self._present: BoolArray | None = None  # [batch, num_columns]; None: no padding so far
         self._new_columns = 0
         self._new_present: BoolArray | None = None
+        self._gap: int | None = 0  # see `gap`; None: not looked at yet
         self._prompt: tuple[NDArray[np.int64], BoolArray] | None = None  # what `open` was told, to be published
 
     def __del__(self) -> None:
@@ -99,7 +103,11 @@ class PaddedBatch:
         columns = int(min((pads + cached_lens).min(initial=ids.shape[1] - 1), ids.shape[1] - 1))
         keep = np.maximum(columns - pads, 0)
         try:
-            self.cache.truncate(self.seq_ids, keep)
+            try:
+                self.cache.truncate(self.seq_ids, keep)
+            except ArgumentError:  # layers with a window found only the end of a row's prefix, which is longer
+                columns = 0
+                self.cache.truncate(self.seq_ids, np.zeros_like(keep))
         except CacheFullError:
             self.reset()
             raise
@@ -136,16 +144,30 @@ class PaddedBatch:
             self.cache.abort_step(step)
             if self.num_columns == 0:
                 self.reset()  # the blocks that other rows were granted
+            pieces = "feed prompts in pieces (prefill_chunk_size), " if any(self.spans) else ""
             raise CacheFullError(
                 f"no room for {columns} more tokens in {len(reasons)} of {batch_size} rows "
                 f"({'; '.join(reasons[:4])}{'; ...' if len(reasons) > 4 else ''}) of a pool of "
-                f"{self.cache.stats().capacity} slots: give the cache more num_tokens, batch fewer prompts, generate "
-                "fewer tokens, or close what else shares the pool"
+                f"{self.cache.stats().capacity} slots: give the cache more num_tokens, {pieces}batch fewer prompts, "
+                "generate fewer tokens, or close what else shares the pool"
             )
         self.step, self.next_layer = step, 0
         self.packed = None if new is None else np.flatnonzero(new)
         self._new_columns, self._new_present = columns, new
+        self._gap = 0 if mask is None else None
         return step
+
+    def gap(self, mask: BoolArray) -> int:
+        """The most columns from the first to the last token of a row with padding between tokens; 0: there is none.
+
+        Args:
+            mask: what the open forward began with.
+        """
+        if self._gap is None:
+            count, columns = mask.sum(1), mask.shape[1]
+            stretch = np.where(count > 0, columns - mask.argmax(1) - mask[:, ::-1].argmax(1), 0)
+            self._gap = int(stretch[stretch > count].max(initial=0))
+        return self._gap
 
     def end(self) -> None:
         """All layers are done: the new columns count."""
@@ -191,18 +213,19 @@ class PaddedBatch:
     # -- rows and columns --------------------------------------------------------------------------------------------
 
     def truncate(self, num_columns: int) -> None:
-        """Forget the last ``num_columns`` columns; all of them if there are no more."""
+        """Forget the last ``num_columns`` columns; all of them if there are no more.
+
+        Raises:
+            ArgumentError: layers with a window have let go of what the next columns would see; nothing was forgotten.
+            CacheFullError: no block for a copy; nothing was forgotten.
+        """
         self._forget_step()
         keep = max(0, self.num_columns - num_columns)
         if self.seq_ids is None or keep == self.num_columns:
             return
-        if self._present is None:
-            lengths = np.full(self.batch_size, keep)
-        else:
-            lengths = self._present[:, :keep].sum(1)
-            self._present = self._present[:, :keep]
-        self.cache.truncate(self.seq_ids, lengths)
-        self.num_columns = keep
+        present = None if self._present is None else self._present[:, :keep]
+        self.cache.truncate(self.seq_ids, np.full(self.batch_size, keep) if present is None else present.sum(1))
+        self._present, self.num_columns = present, keep
         self._prompt = None  # other tokens may follow
 
     def reorder(self, parents: NDArray[np.int64]) -> None:

@@ -13,7 +13,7 @@ once a forward, since it decides how much memory each row takes.
 import contextlib
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,8 @@ from kvtoolkit.attention.options import AttendOptions
 from kvtoolkit.cache.kv_cache import KVCache
 from kvtoolkit.config.cache import DTYPES, CacheConfig
 from kvtoolkit.cpu import Operand
-from kvtoolkit.integrations.marks import Mask, NewKeys, make_mask, mark_keys, window_of
+from kvtoolkit.integrations.layer_groups import check_kept, grouped_config
+from kvtoolkit.integrations.marks import Mask, NewKeys, make_mask, mark_keys, span_of
 from kvtoolkit.integrations.models import Columns, check_call, check_structure, trial_forward
 from kvtoolkit.integrations.padded import PaddedBatch
 from kvtoolkit.untraced import untraced
@@ -99,8 +100,8 @@ class TransformersCache(Cache):  # type: ignore[misc]
 
     Raises (from the model's forward):
         CacheFullError: the pool is full; nothing of the forward was kept.
-        NotImplementedError: a 4-D mask, a custom mask function, dropout, attention that is not causal, or a model
-            elsewhere than the cache.
+        NotImplementedError: a 4-D mask, a custom mask function, dropout, attention that is not causal, padding between
+            tokens of one window, or a model elsewhere than the cache.
     """
 
     def __init__(self, kv_cache: KVCache) -> None:
@@ -108,17 +109,30 @@ class TransformersCache(Cache):  # type: ignore[misc]
         super().__init__(layers=[CacheLayer(self._batch, i) for i in range(kv_cache.config.num_layers)])
 
     @classmethod
-    def for_model(cls, model: PreTrainedModel, **options: Any) -> "TransformersCache":
+    def for_model(
+        cls, model: PreTrainedModel, *, lengths: int | Sequence[int] | None = None, step_tokens: int = 512,
+        **options: Any,
+    ) -> "TransformersCache":  # fmt: skip
         """A cache of its own for a model, where the model is.
+
+        Layers with a window or chunks go to groups of layers that free their past, where `CacheConfig` has groups. All
+        groups get as many slots, so that ``generate`` can compute a prompt at once. With ``lengths`` they get less and
+        save memory; then give ``generate`` a ``prefill_chunk_size``.
 
         Args:
             model: a decoder-only model, on the CPU or on one CUDA device.
+            lengths: how many tokens sequences have while they are in the cache, as in `CacheConfig.for_model`; memory
+                is then divided as there.
+            step_tokens: with ``lengths``, most new tokens in a forward, all rows together: rows times
+                ``prefill_chunk_size``.
             options: as `CacheConfig` takes them; ``num_tokens`` or ``memory`` must be there, and what says the shape
-                of the model (``num_layers`` and so on) and where it is (``backend``, ``device``) need not.
+                of the model (``num_layers`` and so on) and where it is (``backend``, ``device``) need not. With
+                ``layer_groups=None`` all layers keep all tokens.
 
         Raises:
-            ConfigError: an option makes no sense.
-            UnsupportedError: no kernels for the model's dtype or head_dim on a GPU.
+            ConfigError: an option makes no sense, or ``layer_groups`` do not fit the windows of the model.
+            UnsupportedError: no kernels for the model's dtype or head_dim on a GPU; or ``lengths`` or a model with
+                chunks, with options that exclude groups of layers, such as ``tiers``.
             NotImplementedError: the model cannot run on a `TransformersCache`; says why.
 
         Two forwards of a few tokens show how the model's layers attend. A 16-bit ``dtype`` with a float32 model is
@@ -127,8 +141,9 @@ class TransformersCache(Cache):  # type: ignore[misc]
         check_structure(model)
         _check_place(model)
         with _using_kvtoolkit(model):
-            shape = trial_forward(model)
-        return cls(KVCache(cache_config(model, **{**shape._asdict(), **options})))
+            shape, spans = trial_forward(model)
+        fields = _fitting(model, **{**shape._asdict(), **options})
+        return cls(KVCache(grouped_config(spans, lengths, step_tokens, fields)))
 
     def __deepcopy__(self, memo: Any) -> "TransformersCache":
         """A fork: a cache in the same `KVCache` that goes on from the same columns and shares their memory.
@@ -202,6 +217,8 @@ class TransformersCache(Cache):  # type: ignore[misc]
 
         Raises:
             ValueError: ``tokens_to_remove`` is positive, which once meant the length to keep.
+            ArgumentError: layers with a window have let go of what the next columns would see. Right after a forward,
+                its own columns can always be taken back.
         """
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove: expected 0 or a negative number, got {tokens_to_remove}")
@@ -230,7 +247,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
     """What transformers sees of one layer. What concerns the batch is asked of the `TransformersCache`."""
 
     is_croppable = True
-    is_sliding = False  # windows are a matter of attention: all columns stay
+    is_sliding = False  # for masks, all columns are there
     supports_early_init = False
 
     def __init__(self, batch: PaddedBatch, index: int) -> None:
@@ -254,8 +271,9 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         scaling: float | None, dropout: float, options: dict[str, Any],
     ) -> tuple[torch.Tensor, None]:  # fmt: skip
         """Store the layer's new keys and values, and attend; see `attention_forward`."""
-        window = check_call(module, mask, dropout, options)
+        span = check_call(module, mask, dropout, options)
         batch, dtype = self.batch, query.dtype
+        check_kept(self.index, span, batch.spans[self.index])
         if self.index == 0:
             _check_device(query, batch.device)
         stored = _DTYPES[batch.cache.dtype]
@@ -265,7 +283,12 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             rows, _, columns, _ = query.shape
             batch.begin(rows, columns, None if mask.padding is None else mask.padding.numpy())
             batch.places = None if batch.packed is None else torch.from_numpy(batch.packed).to(query.device)
-        out = _attend(batch, self.index, query, key, value, scaling, window, options)
+        if span and mask.padding is not None and batch.gap(mask.padding.numpy()) > abs(span):
+            raise NotImplementedError(
+                "attention_mask: expected no padding between tokens that are further apart than the window or chunk of "
+                f"layer {self.index}, {abs(span)} columns"
+            )
+        out = _attend(batch, self.index, query, key, value, scaling, max(span, 0), options)
         batch.next_layer = self.index + 1
         if batch.next_layer == batch.cache.config.num_layers:
             batch.end()
@@ -300,7 +323,7 @@ def attention_mask(
     """The `Mask` that `attention_forward` takes for columns of a `TransformersCache`, else that of ``former``.
 
     Raises:
-        NotImplementedError: it is not a matter of padding and windows.
+        NotImplementedError: it is not a matter of padding, windows and chunks.
     """
     if not isinstance(kv_length, Columns):
         mask: torch.Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS[former](
@@ -308,13 +331,16 @@ def attention_mask(
         )
         return mask
     if not allow_is_causal_skip:
-        raise NotImplementedError("kvtoolkit masks padding and windows, causally; got a custom mask function")
-    window = window_of(options.get("mask_function", causal_mask_function), options.get("local_size"))
+        raise NotImplementedError("kvtoolkit masks padding, windows and chunks, causally; got a custom mask function")
     padding: torch.Tensor | None = options.get("attention_mask")
     if padding is not None:
         padding = padding.cpu()
         padding = None if padding.all() else padding
-    return make_mask(padding, window)
+    # masks of chunks compute with a tensor on the model's device
+    has_chunks = getattr(options.get("config"), "attention_chunk_size", None) is not None
+    device = options.get("device", "cpu") if has_chunks else "cpu"
+    function = options.get("mask_function", causal_mask_function)
+    return make_mask(padding, span_of(function, options.get("local_size"), padding, device))
 
 
 @untraced
@@ -365,7 +391,7 @@ def attention_forward(
 
 def _attend(
     batch: PaddedBatch, index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-    scaling: float | None, window: int | None, options: dict[str, Any],
+    scaling: float | None, window: int, options: dict[str, Any],
 ) -> torch.Tensor:  # fmt: skip
     """``[batch, columns, num_q_heads, head_dim]``: append and attend in the step that is open."""
     step, places = batch.step, batch.places
@@ -454,9 +480,14 @@ def _dtype_name(model: PreTrainedModel) -> str:
 
 
 def cache_config(model: PreTrainedModel, **options: Any) -> CacheConfig:
-    """The `CacheConfig` for a model, by its configuration; see `TransformersCache.for_model`."""
+    """The `CacheConfig` for a model, by its configuration, in which all layers keep all tokens."""
     check_structure(model)
     _check_place(model)
+    return CacheConfig(**_fitting(model, **options))
+
+
+def _fitting(model: PreTrainedModel, **options: Any) -> dict[str, Any]:
+    """Fields of a `CacheConfig` for a model: ``options``, and what they do not say."""
     fitting: dict[str, Any] = {"dtype": _dtype_name(model)}
     if not {"num_layers", "num_kv_heads", "head_dim"} <= set(options):
         config = model.config.get_text_config(decoder=True)
@@ -467,7 +498,7 @@ def cache_config(model: PreTrainedModel, **options: Any) -> CacheConfig:
         }
     if model.device.type == "cuda" and options.get("backend") != "cpu":
         fitting |= {"backend": "cuda", "device": model.device.index}
-    return CacheConfig(**{**fitting, **options})
+    return {**fitting, **options}
 
 
 _name_over("sdpa")

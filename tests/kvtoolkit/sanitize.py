@@ -86,6 +86,8 @@ def main() -> None:
         case = Case([1, 0, 9, 130, 700], head_dim=head_dim, dtype="bfloat16")  # decode
         check(case, case.variable(), num_splits=3)
         check(case, case.paged(5, "NHD"))
+        case = Case([2300], num_q_heads=8, num_kv_heads=1, head_dim=head_dim, dtype="bfloat16")  # pieces in two rounds
+        check(case, case.paged(16, "HND"), "HND", num_splits=35)
         case = Case([100, 0, 70, 12], [1, 0, 40, 8], head_dim=head_dim, dtype="float16")  # verify and prefill
         check(case, case.variable(), **OPTIONS)
         check(case, case.paged(16, "HND"), "HND")

@@ -94,6 +94,33 @@ def test_sequences_longer_than_the_ids_that_a_warp_holds(block_size):
     check(case, case.paged(block_size, "HND"), "HND")
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_any_number_of_pieces_is_merged_in_one_round_or_two(head_dim):
+    shape = {"num_q_heads": 10, "num_kv_heads": 2, "head_dim": head_dim, "dtype": "bfloat16"}
+    case = Case([5000, 0, 3000], [1, 1, 5], **shape)
+    arrays = case.paged(16, "HND")
+    for splits in (7, 8, 9, 15, 16, 17, 31, 32, 33, 48, 49, 128):
+        check(case, arrays, "HND", num_splits=splits)
+    for seq_lens in ([5000], [9000, 3, 0, 70]):  # as many as pay, and as a plan cuts the longest of a batch
+        case = Case(seq_lens, num_q_heads=8, num_kv_heads=1, head_dim=head_dim, dtype="bfloat16")
+        arrays = case.paged(16, "HND")
+        check(case, arrays, "HND")
+        first, again = (run(case, arrays, "HND") for _ in range(2))
+        assert all(np.array_equal(one, other) for one, other in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_rows_with_one_query_have_the_same_bits_beside_rows_with_more(head_dim):
+    case = Case([200, 90, 300], [1, 1, 4], num_q_heads=8, num_kv_heads=2, head_dim=head_dim, dtype="float16")
+    arrays = case.variable()
+    alone = Case([200, 90], num_q_heads=8, num_kv_heads=2, head_dim=head_dim, dtype="float16")
+    alone.q = case.q[:2]
+    found = run(alone, (*arrays[:2], arrays[2][:2], arrays[3][:2]), num_splits=1)
+    again = run(case, arrays, num_splits=1)
+    for one, other in zip(found, again, strict=True):
+        assert np.array_equal(one, other[:2])
+
+
 def test_tables_without_columns_serve_rows_without_tokens():
     import torch
 

@@ -168,8 +168,9 @@ def test_attention_over_entries_is_given_every_field(fake):
         name: place[name] for name in place if name not in ("block_table", "block_starts")
     }
     assert {name: value for name, value in decode.parameters.items() if name not in place} == {
-        "partials": 0xA0000, "counters": 0xB0000, "mass_counters": 0xB0000 + 4 * groups, "ranges": 0,
-        "sequences": 0, "masses": 0, "unit_lse": 0, "q_token": 520, "q_head": 64, "out_token": 544, "out_head": 64,
+        "partials": 0xA0000, "counters": 0xB0000, "group_counters": 0xB0000 + 4 * groups,
+        "mass_counters": 0xB0000 + 4 * groups * (1 + 3), "ranges": 0, "sequences": 0,
+        "masses": 0, "unit_lse": 0, "q_token": 520, "q_head": 64, "out_token": 544, "out_head": 64,
         "k_block": 1040, "k_head": 512, "k_slot": 64, "v_block": 1048, "v_head": 512, "v_slot": 64, "table_row": 40,
         "batch": 3, "num_tokens": 6, "num_kv_heads": 2, "group_size": 4, "block_size": 8, "max_blocks": 40,
         "block_shift": 3, "ids_per_step": 2, "left": 100, "right": 7, "max_splits": 3, "fixed_splits": 1,

@@ -43,7 +43,7 @@ SIZES: dict[str, Any] = {
     "max_source_positions": 64, "max_target_positions": 512, "lru_width": 64, "attention_window_size": 9,
     "original_max_position_embeddings": 512, "image_token_id": 90, "audio_token_id": 91, "video_token_id": 92,
 }  # fmt: skip
-WINDOW = {"sliding_window": 9, "use_sliding_window": True, "max_window_layers": 1}
+WINDOW = {"sliding_window": 9, "attention_chunk_size": 16, "use_sliding_window": True, "max_window_layers": 1}
 OFTEN_NONE = {*WINDOW, "head_dim", "num_key_value_heads"}  # attributes whose usual value may be None
 STATUSES = ("equal", "refused", "different", "unknown")
 TABLE = Path(__file__).parents[3] / "docs" / "models.md"
@@ -220,9 +220,9 @@ def write_table(verdicts: list[Verdict], seconds: float) -> None:
         "# Supported models",
         "",
         "Decoder-only models of transformers run on a `TransformersCache` if their attention goes through",
-        "`AttentionInterface`, is causal (windows are fine), and stores keys and values of one shape in all",
+        "`AttentionInterface`, is causal (windows and chunks are fine), and stores keys and values of one shape in all",
         "layers. `TransformersCache.for_model` looks, and refuses everything else with the reason. How to use it:",
-        "[prefix reuse](guides/prefix-reuse.md#with-transformers).",
+        "[prefix reuse](guides/prefix-reuse.md#with-transformers), [windows](guides/windows.md#with-transformers).",
         "",
         "The table has every causal language model of the installed transformers, made tiny with random weights",
         "in float32. Each runs a prefill, then 3 tokens, then 1 token of a batch padded on the left: on its own",

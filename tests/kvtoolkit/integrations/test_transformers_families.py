@@ -9,8 +9,8 @@ from tests.kvtoolkit.integrations import families  # noqa: E402
 
 OFTEN = {
     "llama": "equal", "mistral": "equal", "qwen3": "equal", "qwen2_moe": "equal", "phimoe": "equal", "gemma2": "equal",
-    "gemma3_text": "equal", "gpt_oss": "equal", "gpt2": "equal", "deepseek_v3": "refused", "bloom": "refused",
-    "diffllama": "refused",
+    "gemma3_text": "equal", "gpt_oss": "equal", "llama4_text": "equal", "gpt2": "equal",
+    "deepseek_v3": "refused", "bloom": "refused", "diffllama": "refused",
 }  # fmt: skip
 
 
@@ -41,18 +41,3 @@ def test_no_family_gives_anything_else(family, request, quiet):
     assert verdict.status != "different", verdict
     if verdict.status == "unknown":
         request.node.user_properties.append(("note", f"{family} could not be made or run: {verdict.detail[:120]}"))
-
-
-@pytest.fixture
-def quiet():
-    """What transformers says of configurations made tiny is not about us."""
-    import warnings
-
-    before, threads = transformers.logging.get_verbosity(), torch.get_num_threads()
-    transformers.logging.set_verbosity_error()
-    torch.set_num_threads(1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    transformers.logging.set_verbosity(before)
-    torch.set_num_threads(threads)

@@ -68,7 +68,7 @@ def test_part_of_a_struct_is_packed_where_the_caller_packs_the_rest():
     whole = ParameterStruct("attention/tiered.cu", "kvt_tiered")
     rest = ParameterStruct("attention/tiered.cu", "kvt_tiered", since="warm")
     base = ParameterStruct("attention/decode.cu", "kvt_decode")
-    packed = base.pack(*range(45), *(0.5, 1.5, 2.5)) + rest.pack(*range(100, 106))
+    packed = base.pack(*range(46), *(0.5, 1.5, 2.5)) + rest.pack(*range(100, 106))
     assert len(packed) == whole.nbytes
     values = whole.unpack(packed)
     assert (values["q"], values["cap_outer"], values["warm"], values["max_units"]) == (0, 2.5, 100, 105)

@@ -16,8 +16,9 @@ struct AttentionParams {
   const float* alibi_slopes;
   const float* sinks;
   float* partials;
-  unsigned* counters;       // all 0 between kernels
-  unsigned* mass_counters;  // [batch, num_kv_heads], all 0 between kernels
+  unsigned* counters;        // all 0 between kernels
+  unsigned* group_counters;  // one for each partial result, all 0 between kernels
+  unsigned* mass_counters;   // [batch, num_kv_heads], all 0 between kernels
   const int4* ranges;       // made by kvt_plan, see plan.cu; null if the schedule is even
   const int2* sequences;
   float* masses;    // [batch, max_tiles, num_kv_heads], see decode/masses.cuh; lse is given then

@@ -36,27 +36,11 @@ __device__ __forceinline__ float raise(float& m, float& l, float highest, float 
   return factor;
 }
 
-// The factors for o when a state is merged with another.
-struct MergeFactors {
-  float own, other;
-};
-
 // m and l of one row. Whoever holds the row's o, in fragments, vectors or memory, multiplies it by what these functions
 // return.
 struct SoftmaxRow {
   float m = -kInfinity;
   float l = 0.0f;
-
-  // Merge with the state of other keys.
-  __device__ __forceinline__ MergeFactors merge(SoftmaxRow other) {
-    const float highest = fmaxf(m, other.m);
-    const float base = base_of(highest);
-    const float own_factor = ptx::exp2(m - base);
-    const float other_factor = ptx::exp2(other.m - base);
-    m = highest;
-    l = l * own_factor + other.l * other_factor;
-    return {own_factor, other_factor};
-  }
 
   // Absorb an attention sink: a score, in units of log2, without a value. Returns whether o changes, by `factor`.
   __device__ __forceinline__ bool absorb_sink(float sink, float& factor) {

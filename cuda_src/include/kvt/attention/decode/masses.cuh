@@ -234,12 +234,17 @@ __device__ __forceinline__ void finish_piece(
     if (piece.num_pieces == 1) {
       write_row(p, piece.block, kv_head, row, dim, o, sums, row_lse);
     } else {
-      write_partial(p, schedule, piece, row, dim, o, sums);
+      const Partial to(p, schedule, piece.slot);
+      *reinterpret_cast<float4*>(to.o(row, dim)) = o;
+      if (dim == 0) {
+        *to.m(row) = sums.m;
+        *to.l(row) = sums.l;
+      }
     }
   }
   bool is_complete = piece.num_pieces == 1;
   if (!is_complete) {
-    is_complete = is_last_to_arrive(p.counters + schedule.counter(p, piece), piece.num_pieces);
+    is_complete = arrive_with_piece(p, schedule, piece);
     if (is_complete) {
       if (kHasMasses) masses.load(p, piece.block, kv_head);
       merge_pieces(p, schedule, piece, row_lse);

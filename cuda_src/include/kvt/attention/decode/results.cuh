@@ -51,11 +51,12 @@ struct WarpStates {
   __device__ __forceinline__ explicit WarpStates(unsigned char* shared)
       : base(reinterpret_cast<float*>(shared + kAt)) {}
 
-  __device__ __forceinline__ void store(const States& states) const {
+  __device__ __forceinline__ void store(const States& states, int num_rows) const {
     float* const own = base + (threadIdx.x >> 5) * kWarpPitch;
     const int lane = lane_id();
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
+      if (r > 0 && num_rows <= 8 * r) break;
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         const int row = 8 * r + 2 * (lane & 3) + c;
@@ -86,17 +87,16 @@ struct WarpStates {
   }
 };
 
-// Write 4 dims of a piece's partial result, and with the first of them the row's m and l.
-__device__ __forceinline__ void write_partial(
-    const AttentionParams& p, const Schedule& schedule, const Piece& piece, int row, int dim, float4 o,
-    SoftmaxRow sums) {
-  float* const partial = schedule.partial(p, piece.slot);
-  *reinterpret_cast<float4*>(partial + row * kHeadDim + dim) = o;
-  if (dim == 0) {
-    partial[kRows * kHeadDim + row] = sums.m;
-    partial[kRows * kHeadDim + kRows + row] = sums.l;
-  }
-}
+// The partial result in a slot: o of all rows, then their m, then their l.
+struct Partial {
+  float* base;
+
+  __device__ __forceinline__ Partial(const AttentionParams& p, const Schedule& schedule, int slot)
+      : base(p.partials + schedule.place(p, slot) * kPartial) {}
+  __device__ __forceinline__ float* m(int row) const { return base + kRows * kHeadDim + row; }
+  __device__ __forceinline__ float* l(int row) const { return m(row) + kRows; }
+  __device__ __forceinline__ float* o(int row, int dim) const { return base + row * kHeadDim + dim; }
+};
 
 // Whether this CTA is the last of `count` to arrive. If so, it sees what the others wrote before they arrived, and the
 // counter is 0 again.
@@ -111,24 +111,85 @@ __device__ __forceinline__ bool is_last_to_arrive(unsigned* counter, int count) 
   return is_last;
 }
 
-// Merge the partial results of a sequence's pieces, in the order of the pieces. Only the last CTA to arrive calls this.
+// Partial results that a thread loads together, since what counts is how long the last CTA is alone. Twice as many pieces,
+// or more, are merged in two rounds: groups of so many, each by the CTA of it that arrives last, then the groups.
+constexpr int kMergedAtOnce = kHeadDim > 64 ? 16 : 8;
+
+__device__ __forceinline__ int pieces_of_group(const Piece& piece) {
+  return piece.num_pieces >= 2 * kMergedAtOnce ? kMergedAtOnce : 1;
+}
+
+// Merge 4 dims of a row over every `step`-th of the sequence's pieces from `begin` to before `end`, in their order.
+__device__ __forceinline__ SoftmaxRow merge_partials(
+    const AttentionParams& p, const Schedule& schedule, const Piece& piece, int begin, int end, int step, int row,
+    int dim, float4& o) {
+  SoftmaxRow sums;
+#pragma unroll 1
+  for (int first = begin; first < end; first += kMergedAtOnce * step) {
+    SoftmaxRow of_part[kMergedAtOnce];
+    float4 parts[kMergedAtOnce];
+    float highest = sums.m;
+#pragma unroll
+    for (int k = 0; k < kMergedAtOnce; ++k) {
+      parts[k] = {0.0f, 0.0f, 0.0f, 0.0f};
+      if (first + k * step >= end) continue;
+      const Partial partial(p, schedule, piece.slot_of(first + k * step));
+      of_part[k] = {ptx::load_l2(partial.m(row)), ptx::load_l2(partial.l(row))};
+      parts[k] = ptx::load_l2_16(partial.o(row, dim));
+    }
+#pragma unroll
+    for (int k = 0; k < kMergedAtOnce; ++k) highest = fmaxf(highest, of_part[k].m);
+    const float base = base_of(highest);
+    scale(o, raise(sums.m, sums.l, highest, base));
+#pragma unroll
+    for (int k = 0; k < kMergedAtOnce; ++k) {
+      const float weight = ptx::exp2(of_part[k].m - base);
+      sums.l += weight * of_part[k].l;
+      add_scaled(o, weight, parts[k]);
+    }
+  }
+  return sums;
+}
+
+// Arrive with a piece's partial result. The CTA that arrives last in the piece's group merges the group into the partial
+// result of its first piece. Returns whether this CTA was the last of all.
+__device__ __forceinline__ bool arrive_with_piece(
+    const AttentionParams& p, const Schedule& schedule, const Piece& piece) {
+  int arrivals = piece.num_pieces;
+  if (pieces_of_group(piece) > 1) {
+    const int begin = piece.number() / kMergedAtOnce * kMergedAtOnce;
+    const int count = min(kMergedAtOnce, piece.num_pieces - begin);
+    const int slot = piece.slot_of(begin);
+    if (!is_last_to_arrive(p.group_counters + schedule.place(p, slot), count)) return false;
+    __shared__ float2 merged[kRows];
+    const Partial to(p, schedule, slot);
+    for (int i = threadIdx.x; i < piece.block.num_rows * kHeadDim / 4; i += kThreads) {
+      const int row = i / (kHeadDim / 4);
+      const int dim = i % (kHeadDim / 4) * 4;
+      float4 o{0.0f, 0.0f, 0.0f, 0.0f};
+      const SoftmaxRow sums = merge_partials(p, schedule, piece, begin, begin + count, 1, row, dim, o);
+      *reinterpret_cast<float4*>(to.o(row, dim)) = o;
+      if (dim == 0) merged[row] = {sums.m, sums.l};
+    }
+    __syncthreads();  // all threads have read the m and l that are replaced
+    if (threadIdx.x < piece.block.num_rows) {
+      *to.m(threadIdx.x) = merged[threadIdx.x].x;
+      *to.l(threadIdx.x) = merged[threadIdx.x].y;
+    }
+    arrivals = (arrivals + kMergedAtOnce - 1) / kMergedAtOnce;
+  }
+  return is_last_to_arrive(p.counters + schedule.counter(p, piece), arrivals);
+}
+
+// Write the output of a sequence from the partial results of its pieces. Only the last CTA to arrive calls this.
 __device__ __forceinline__ void merge_pieces(
     const AttentionParams& p, const Schedule& schedule, const Piece& piece, float* row_lse) {
+  const int step = pieces_of_group(piece);
   for (int i = threadIdx.x; i < piece.block.num_rows * kHeadDim / 4; i += kThreads) {
     const int row = i / (kHeadDim / 4);
     const int dim = i % (kHeadDim / 4) * 4;
-    SoftmaxRow sums;
     float4 o{0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 4
-    for (int k = 0; k < piece.num_pieces; ++k) {  // one pass, not two, so that all loads are under way together
-      const float* const partial = schedule.partial(p, piece.slot_of(k));
-      const float m = ptx::load_l2(partial + kRows * kHeadDim + row);
-      const float l = ptx::load_l2(partial + kRows * kHeadDim + kRows + row);
-      const float4 part = ptx::load_l2_16(partial + row * kHeadDim + dim);
-      const MergeFactors factors = sums.merge({m, l});
-      scale(o, factors.own);
-      add_scaled(o, factors.other, part);
-    }
+    const SoftmaxRow sums = merge_partials(p, schedule, piece, 0, piece.num_pieces, step, row, dim, o);
     write_row(p, piece.block, schedule.kv_head(), row, dim, o, sums, row_lse);
   }
 }

@@ -32,6 +32,8 @@ struct Piece {
     return first_slot + k;
 #endif
   }
+  // Which of the sequence's pieces this is.
+  __device__ __forceinline__ int number() const { return KVT_PLANNED ? slot - first_slot + 1 >> 1 : slot - first_slot; }
 };
 
 #if KVT_PLANNED
@@ -72,9 +74,9 @@ class Schedule {
     return (piece.block.sequence * p.num_row_blocks + blockIdx.y) * p.num_kv_heads + blockIdx.x;
   }
 
-  __device__ __forceinline__ float* partial(const AttentionParams& p, int slot) const {
-    const long long block = static_cast<long long>(slot) * p.num_row_blocks + blockIdx.y;
-    return p.partials + (block * p.num_kv_heads + blockIdx.x) * kPartial;
+  // The place of a slot's partial result.
+  __device__ __forceinline__ long long place(const AttentionParams& p, int slot) const {
+    return (static_cast<long long>(slot) * p.num_row_blocks + blockIdx.y) * p.num_kv_heads + blockIdx.x;
   }
 
   __device__ __forceinline__ int kv_head() const { return blockIdx.x; }
@@ -128,8 +130,8 @@ class Schedule {
     return index_ * p.num_kv_heads + kv_head_;
   }
 
-  __device__ __forceinline__ float* partial(const AttentionParams& p, int slot) const {
-    return p.partials + (static_cast<long long>(slot) * p.num_kv_heads + kv_head_) * kPartial;
+  __device__ __forceinline__ long long place(const AttentionParams& p, int slot) const {
+    return static_cast<long long>(slot) * p.num_kv_heads + kv_head_;
   }
 
   __device__ __forceinline__ int kv_head() const { return kv_head_; }

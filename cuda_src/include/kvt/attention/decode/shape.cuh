@@ -25,8 +25,8 @@ constexpr int kDimBlocks = kHeadDim / 16;
 constexpr int kCluster = KVT_CLUSTER;
 constexpr bool kHasMasses = KVT_MASSES;
 constexpr int kStride = kWarps * kCluster;  // steps from one of a warp to its next
-// of a split, unless the caller says how many: the CTA that ends last merges them all, alone
-constexpr int kMinSplitTiles = kHeadDim > 128 ? 8 : 4;
+// of a split, unless the caller says how many, since the CTA that ends last merges some of them alone
+constexpr int kMinSplitTiles = kHeadDim > 64 ? 4 : 2;
 constexpr bool kPlanHasLengths = !KVT_TIERED;  // a tiered plan has the lengths of lists of units instead
 static_assert(kHeadDim % 16 == 0, "an MMA covers 16 dims");
 static_assert((kStride & (kStride - 1)) == 0, "first_of_warp masks with kStride - 1");

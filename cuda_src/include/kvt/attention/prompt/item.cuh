@@ -64,6 +64,7 @@ struct alignas(64) PromptParams {
   int num_map_blocks;
   int level_tokens;  // of unit_out, from level to level
   int left, right;   // keys seen before and after a query's position; -1 = all
+  int list_is_old;   // the list of items was complete before the kernel in front of this one released it
   float scale_log2;  // softmax_scale * log2(e)
   float cap_inner;   // softmax_scale / softcap
   float cap_outer;   // softcap * log2(e); 0 = no cap

@@ -107,8 +107,7 @@ class ItemQueue {
 };
 
 // The next item, in a warp that loads: the one that has fetched it gives it to the others.
-__device__ __forceinline__ Item
-pass_item(Item* items, Ring<kItemSlots>& ring, int words, bool is_first, bool is_elected) {
+__device__ __forceinline__ Item pass_item(Item* items, Ring<kItemSlots>& ring, int words, bool is_first) {
   if (is_first) {
     ring.wait_empty();
     if (lane_id() < Item::kWords) {
@@ -118,8 +117,7 @@ pass_item(Item* items, Ring<kItemSlots>& ring, int words, bool is_first, bool is
   } else {
     ring.wait_full();
     words = reinterpret_cast<const int*>(items + ring.stage)[min(lane_id(), Item::kWords - 1)];
-    __syncwarp();
-    if (is_elected) ptx::arrive(ring.empty + 8 * ring.stage);
+    ptx::arrive(ring.empty + 8 * ring.stage);
   }
   ring.advance();
   return Item::from_lanes(words);
@@ -150,7 +148,7 @@ __device__ __forceinline__ void load_items(
   ItemQueue queue;
   if (kRole == 0) queue.begin(p);
   while (true) {
-    const Item item = pass_item(items, rings.items, queue.words, kRole == 0, is_elected);
+    const Item item = pass_item(items, rings.items, queue.words, kRole == 0);
     if (!item.exists()) break;
     const int end = item.end_tile();
     Lookup lookup(p, item, item.first_tile() * kPieces + min(lane, kPieces - 1));

@@ -108,7 +108,7 @@ __device__ __forceinline__ void load_tiered_items(
   ItemQueue queue;
   if (kIsFirst) queue.begin(p);
   while (true) {
-    const Item item = pass_item(items, rings.items, queue.words, kIsFirst, is_elected);
+    const Item item = pass_item(items, rings.items, queue.words, kIsFirst);
     if (!item.exists()) break;
     if (kIsFirst) copier.begin(p, item);
     const auto granule_of = [&](int tile) {
@@ -152,10 +152,7 @@ __device__ __forceinline__ void bring_codes(
       } else {
         (kIsKeys ? bring_cold_keys : bring_cold_values)(from, at, warp);
       }
-      if (!kIsKeys) {
-        __syncwarp();
-        if (lane_id() == 0) ptx::arrive(ring.empty + 8 * ring.stage);
-      }
+      if (!kIsKeys) ptx::arrive(ring.empty + 8 * ring.stage);
       ring.advance();
     }
   }
@@ -166,7 +163,7 @@ __device__ __forceinline__ void convert_items(
     const PromptParams& p, unsigned shared, Item* items, Rings rings, int warp) {
   Ring<kCodeSlots> key_codes = rings.codes;
   while (true) {
-    const Item item = pass_item(items, rings.items, 0, false, lane_id() == 0);
+    const Item item = pass_item(items, rings.items, 0, false);
     if (!item.exists()) break;
     int words_of_lane = 0;
 #pragma unroll 1
@@ -179,8 +176,7 @@ __device__ __forceinline__ void convert_items(
       for (int i = 0; i < kBlocks; ++i) words[i] = __shfl_sync(kAllLanes, words_of_lane, at + i);
       const auto finish = [&](Ring<kStages>& ring) {
         ptx::fence_async_proxy();
-        __syncwarp();
-        if (lane_id() == 0) ptx::arrive(ring.full + 8 * ring.stage);
+        ptx::arrive(ring.full + 8 * ring.stage);
         ring.advance();
       };
       rings.keys.wait_empty();

@@ -27,7 +27,7 @@ constexpr int kConsumers = 256;
 constexpr int kThreads = kConsumers + (kHasTiers ? 256 : 128);
 constexpr int kConsumerWarps = 8;
 constexpr int kLoaders = 4;     // warps of the first warpgroup; with tiers two, and four that convert codes
-constexpr int kConverters = 4;  // warps
+constexpr int kConverters = 4;  // warps, of which every lane arrives at barriers
 constexpr int kLoaderRegisters = kHasTiers ? 32 : 24;
 constexpr int kConverterRegisters = 64;
 constexpr int kConsumerRegisters = kHasTiers ? 208 : 240;
@@ -106,12 +106,12 @@ struct Rings {
         ptx::init_barrier(ring.empty + 8 * i, emptying);
       }
     };
-    all(keys, kStages, kHasTiers ? 1 + kConverters : 1, kConsumerWarps);
-    all(values, kStages, kHasTiers ? 1 + kConverters : 1, kConsumerWarps);
+    all(keys, kStages, kHasTiers ? 1 + 32 * kConverters : 1, kConsumerWarps);
+    all(values, kStages, kHasTiers ? 1 + 32 * kConverters : 1, kConsumerWarps);
     all(queries, kQueryBuffers, 1, kConsumerWarps);
-    // all but the warp that fills it
-    all(items, kItemSlots, Item::kWords, kConsumerWarps + (kHasTiers ? 1 + kConverters : kLoaders - 1));
-    if (kHasTiers) all(codes, kCodeSlots, 1, kConverters);
+    // all warps but the one that fills it
+    all(items, kItemSlots, Item::kWords, 32 * (kConsumerWarps + (kHasTiers ? 1 + kConverters : kLoaders - 1)));
+    if (kHasTiers) all(codes, kCodeSlots, 1, 32 * kConverters);
     ptx::fence_barrier_init();
   }
 };
