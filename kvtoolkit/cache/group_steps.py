@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from kvtoolkit.arrays.types import Int64Array
 from kvtoolkit.cache.grants import BlockGranter
 from kvtoolkit.cache.layers.masses import MassSum
-from kvtoolkit.cache.state import group_passes, step_passes
+from kvtoolkit.cache.state import group_passes, prefix_windows, step_passes
 from kvtoolkit.cache.state.block_table import CAPACITY, OPEN
 from kvtoolkit.cache.state.cache_group import CacheGroup
 from kvtoolkit.cache.state.cache_state import CacheState
@@ -14,7 +14,6 @@ from kvtoolkit.cache.state.group_passes import ChunkTables
 from kvtoolkit.cache.state.step_arrays import SpareArrays
 from kvtoolkit.cache.state.step_passes import OK, StepArrays
 from kvtoolkit.cache.storage.arenas import Arenas
-from kvtoolkit.cache.tiering import rules
 from kvtoolkit.cache.tiering.demoter import Demoter
 from kvtoolkit.config.cache import CacheConfig
 
@@ -54,13 +53,13 @@ class GroupSteps:
         self.table, self.blocks, self.span = group.table, group.blocks, group.layers.span
         tiers = group.config.tier_config
         self.demoter = None if tiers is None else Demoter(group, tiers)
-        self.merges = group.blocks.policy.merges
+        self.merges, self.keeps = group.blocks.policy.merges, group.config.keep_prefix_windows
 
     def free_past(self, arrays: StepArrays, batch: int, num_merge: int) -> int:
         """Free what no later query sees; returns how many rows still hold a tile that may be merged."""
         blocks = self.blocks
         num_freed, num_merge = group_passes.free_past(
-            self.table, blocks.granules, blocks.freed, arrays, batch, self.span, num_merge
+            self.table, blocks.nodes, blocks.granules, blocks.freed, arrays, batch, self.span, self.keeps, num_merge
         )
         blocks.free_listed(num_freed)
         return num_merge
@@ -103,6 +102,7 @@ def begin(
     state: CacheState, groups: list[GroupSteps], ids: Int64Array, counts: int | Int64Array, total: int, limit: int
 ) -> list[StepPart]:
     """Begin a step: each row gets room for its new tokens in all groups, or in none; see `KVCache.begin_step`."""
+    state.forget_lost()
     batch, parts, is_done = len(ids), [], True
     for steps in groups:
         arrays = steps.arrays.take(batch, total)
@@ -146,19 +146,42 @@ def _make_room(parts: list[StepPart], batch: int) -> None:
         blocks.free_listed(num_freed)
 
 
-def note_masses(parts: list[StepPart], batch: int, num_steps: int) -> None:
-    """Note the attention masses that a step has collected in groups with tiers."""
-    for part in parts:
-        if part.mass is not None and (masses := part.mass.mean) is not None:
-            rules.note_masses(part.steps.table, part.arrays, batch, masses, num_steps)
-
-
 def end(parts: list[StepPart], batch: int, total: int) -> None:
-    """Advance the lengths of the rows of a step in all groups."""
+    """Advance the lengths of the rows of a step in all groups; its tokens are unknown."""
     for part in parts:
-        table, arrays = part.steps.table, part.arrays
-        step_passes.advance_rows(table.info, table.marks, table.chain, arrays.rows, arrays.counts, batch, part.mark)
-        part.steps.arrays.give_back(arrays, batch, total)
+        _advance(part, batch)
+        part.steps.arrays.give_back(part.arrays, batch, total)
+
+
+def _advance(part: StepPart, batch: int) -> int:
+    """Advance the lengths of the rows of a step in one group; returns how many granules have become full."""
+    table, arrays = part.steps.table, part.arrays
+    num_full: int = step_passes.advance_rows(
+        table.info, table.marks, table.chain, arrays.rows, arrays.counts, batch, part.mark
+    )
+    return num_full
+
+
+def end_and_publish(state: CacheState, parts: list[StepPart], batch: int, total: int, tokens: Int64Array) -> None:
+    """Advance the lengths of the rows of a step in all groups, and let prompts find what has become full there."""
+    state.forget_lost()
+    lead, extras = parts[0], state.identities.extras
+    table, (nodes, granules, freed) = lead.steps.table, lead.steps.blocks.holdings
+    num_freed = [
+        step_passes.advance_and_publish(table, lead.arrays, batch, lead.mark, tokens, extras, nodes, granules, freed)
+    ]
+    for part in parts[1:]:
+        arrays, own = part.arrays, part.steps.blocks.holdings
+        num_freed.append(
+            prefix_windows.publish_step(
+                table.chain, table.origin, nodes, part.steps.table, arrays.rows, arrays.counts, batch,
+                own.nodes, own.granules, own.freed,
+            ) if _advance(part, batch) else 0
+        )  # fmt: skip
+    for part, count in zip(parts, num_freed, strict=True):
+        part.steps.blocks.free_listed(count)
+        part.steps.arrays.give_back(part.arrays, batch, total)
+    state.forget_lost()
 
 
 def abort(parts: list[StepPart], batch: int, total: int) -> None:

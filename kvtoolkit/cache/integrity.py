@@ -8,6 +8,7 @@ from allocators import BlockAllocator
 from allocators._jit import jit
 from allocators.protocol import require
 from kvtoolkit.arrays.types import Int32Array
+from kvtoolkit.cache.state import prefix_windows
 from kvtoolkit.cache.state.block_table import (
     CAPACITY,
     CHAIN_UID,
@@ -35,6 +36,7 @@ from kvtoolkit.cache.state.prefix_index import (
     GranuleState,
     tier_of,
 )
+from kvtoolkit.cache.state.step_passes import first_seen
 from kvtoolkit.config.tiers import TIER_NAMES
 from kvtoolkit.cuda.pool import DevicePool
 from kvtoolkit.formats.entry import MAX_BLOCK_GRANULES, TIER_HOT, entry_granule, entry_length, entry_tier
@@ -59,15 +61,17 @@ _FAULTS = (
     "shares a granule that it will write",
     "will write a granule that can be found",
     "will write a granule that was copied for a preempted sequence",
+    "has let go of tokens that its next one sees",
 )
 
 
 def check(state: "CacheState") -> None:
     """See `KVCache.check_integrity`; the caller holds the lock."""
+    state.forget_lost()
     table = state.group.table
     for group in state.groups:
-        require_rows(group.table, group.blocks, has_window=group.layers.span != 0)
-        require_index(group.blocks)
+        require_rows(group.table, group.blocks, group.layers.span)
+        require_index(group.blocks, None if group is state.group else state.group.blocks)
         for tier, allocator in enumerate(group.blocks.allocators):
             if allocator is not None:
                 _require_tier(group.blocks, tier, allocator)
@@ -88,9 +92,9 @@ def check(state: "CacheState") -> None:
     )
 
 
-def require_rows(table: BlockTable, blocks: "BlockManager", *, has_window: bool = False) -> None:
+def require_rows(table: BlockTable, blocks: "BlockManager", span: int) -> None:
     """IntegrityError unless rows are well formed and reference counts are the number of rows that hold a granule."""
-    require_well_formed(table, blocks, has_window=has_window)
+    require_well_formed(table, blocks, span)
     counted = np.zeros(blocks.num_granules, np.int32)
     _count(table, counted)
     require(
@@ -100,18 +104,21 @@ def require_rows(table: BlockTable, blocks: "BlockManager", *, has_window: bool 
     require(not fault, f"cache: row {row} {_FAULTS[fault]}")
 
 
-def require_well_formed(table: BlockTable, blocks: "BlockManager", *, has_window: bool = False) -> None:
+def require_well_formed(table: BlockTable, blocks: "BlockManager", span: int) -> None:
     """IntegrityError unless every row names granules that exist, each once, as its figures say.
 
-    With ``has_window`` a row may have let go of its first granules.
+    ``span`` is that of `first_seen`: a row may have let go of what its next token does not see.
     """
     ends = np.array([*blocks.first[1:], blocks.num_granules], np.int32)
-    fault, row = _check_rows(table, blocks.granules, ends, np.full(blocks.num_granules, -1, np.int32), has_window)
+    fault, row = _check_rows(table, blocks.granules, ends, np.full(blocks.num_granules, -1, np.int32), span)
     require(not fault, f"cache: row {row} {_FAULTS[fault]}")
 
 
-def require_index(blocks: "BlockManager") -> None:
-    """IntegrityError unless nodes and granules refer to each other, and every node to its parent."""
+def require_index(blocks: "BlockManager", lead: "BlockManager | None" = None) -> None:
+    """IntegrityError unless nodes and granules refer to each other, and every node to its parent.
+
+    ``lead`` has the index of the first group; None if ``blocks`` are its own.
+    """
     nodes, granules = blocks.nodes, blocks.granules
     used = np.flatnonzero(nodes.uid)
     require(len(np.unique(nodes.granule[used])) == len(used), "cache: two index nodes hold the same granule")
@@ -122,7 +129,9 @@ def require_index(blocks: "BlockManager") -> None:
     expected_uid = np.where(has_parent, nodes.uid[parents], nodes.parent_uid[used])  # of roots: require_identities
     expected_depth = np.where(has_parent, nodes.depth[parents] + 1, 0)
     lost = used[(nodes.parent_uid[used] != expected_uid) | (nodes.depth[used] != expected_depth)]
-    require(not len(lost), f"cache: node {lost[:1]} has lost its parent")
+    require(lead is not None or not len(lost), f"cache: node {lost[:1]} has lost its parent")
+    num_lost = 0 if lead is None else int(prefix_windows.count_lost(lead.nodes, nodes, used))
+    require(not num_lost, f"cache: {num_lost} nodes of another group have keys that the first group's index lacks")
     wrong = int(_check_twins(granules))
     require(wrong < 0, f"cache: granule {wrong} has twins that are not held, or not exactly one of them is findable")
 
@@ -183,16 +192,16 @@ def _require_tier(blocks: "BlockManager", tier: int, allocator: BlockAllocator) 
 
 
 @jit
-def _check_rows(table: BlockTable, granules: GranuleState, ends: Int32Array, seen: Int32Array, has_window: bool) -> Any:
+def _check_rows(table: BlockTable, granules: GranuleState, ends: Int32Array, seen: Int32Array, span: int) -> Any:
     """``(fault, row)`` of the first row that is not well formed, or ``(0, 0)``. ``seen`` must be -1 everywhere."""
     for row in range(len(table.info)):
         count, expected, quantized_end = table.info[row, NUM_ENTRIES], 0, 0
         if count < 0 or count > table.entries.shape[1]:
             return 1, row
-        if has_window:
+        if span != 0:
             expected = first_held(table, row)
-            if expected < 0 or 8 * expected > table.info[row, LENGTH]:
-                return 3, row
+            if expected < 0 or expected > first_seen(max(table.info[row, LENGTH], 0), span):
+                return 15, row
         for e in range(count):
             entry = table.entries[row, e]
             if entry < 0:

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 from allocators._calls import exclusive, exclusive_or_later
 from kvtoolkit.arrays.types import ArrayLike, Int32Array, Int64Array
-from kvtoolkit.cache import compaction, group_steps, integrity, preemption, sharing, snapshot
+from kvtoolkit.cache import compaction, group_steps, integrity, preemption, prefix_hits, sharing, snapshot
 from kvtoolkit.cache.grants import BlockGranter
 from kvtoolkit.cache.group_steps import GroupSteps
 from kvtoolkit.cache.lease import Lease
 from kvtoolkit.cache.shared_allocator import SharedAllocator
-from kvtoolkit.cache.state import block_table, repair, step_passes
+from kvtoolkit.cache.state import repair, step_passes
 from kvtoolkit.cache.state.arguments import MAX_TOKENS, as_counts, as_ids, as_prompt, as_tokens, as_vector, is_ids
 from kvtoolkit.cache.state.block_table import (
     CLOSED,
@@ -33,14 +33,13 @@ from kvtoolkit.cache.state.block_table import (
 )
 from kvtoolkit.cache.state.cache_state import CacheState
 from kvtoolkit.cache.state.identity import as_extras, as_salts, as_text, forget_prefixes
-from kvtoolkit.cache.state.prefix_index import match, reusable_length
+from kvtoolkit.cache.state.prefix_index import match
 from kvtoolkit.cache.state.repair import Repairs
 from kvtoolkit.cache.state.sizes import require_tables_fit
 from kvtoolkit.cache.state.step_arrays import SpareArrays
 from kvtoolkit.cache.stats import CacheStats, collect
 from kvtoolkit.cache.step import Step
 from kvtoolkit.cache.storage.upload import make_upload
-from kvtoolkit.cache.tiering import rules
 from kvtoolkit.cache.tiering.demoter import Demoter
 from kvtoolkit.config.cache import CacheConfig
 from kvtoolkit.cuda.pool import DevicePool
@@ -118,7 +117,8 @@ class KVCache:
         Returns:
             ``(seq_ids, cached_lens)``: ``[batch]`` int64, and ``[batch]`` int32 numbers of tokens that need not be
             computed, multiples of 8 that are shorter than the prompt. With quantized tiers only hot tokens are found,
-            unless ``prefix_reuse_tiers`` is ``"all"``.
+            unless ``prefix_reuse_tiers`` is ``"all"``. Layers with a window must still have the last window of these
+            tokens.
 
         Raises:
             CacheFullError: more than ``max_seqs`` sequences would be open.
@@ -134,21 +134,20 @@ class KVCache:
         origins = state.identities.origins(salts, extras)
         opened = state.new_rows(len(tokens), "open", origins)
         state.tick()
-        table, nodes, granules = self._group.table, self._group.blocks.nodes, self._group.blocks.granules
-        cached_lens = np.zeros(len(tokens), np.int32)
+        nodes, cached_lens = self._group.blocks.nodes, np.zeros(len(tokens), np.int32)
         found = np.empty(max((len(prompt) for prompt in tokens), default=0) // 8 + 1, np.int32)
         for i, (row, prompt) in enumerate(zip(opened, tokens, strict=True)):
-            most = max(0, (min(len(prompt), self.config.seq_len_limit) - 1) // 8)
-            most = most if self.config.finds_prefixes else 0
+            limit = self.config.seq_len_limit if self.config.prefix_caching else 0
+            most = max(0, (min(len(prompt), limit) - 1) // 8)
             keys = state.identities.extras[origins[i, FIRST_EXTRA] : origins[i, END_EXTRA]]
-            count = match(nodes, origins[i, ROOT_OF], keys, prompt, most, found)
-            count = reusable_length(nodes, granules, found, count, state.takes_quantized)
-            cached_lens[i] = 8 * block_table.attach_prefix(table, row, found, count, nodes, granules)
+            hit = prefix_hits.longest(state, found, match(nodes, origins[i, ROOT_OF], keys, prompt, most, found))
+            prefix_hits.attach(state, row, hit)
+            cached_lens[i] = 8 * hit.length
             counters.prompt_tokens += len(prompt)
             counters.reused_tokens += int(cached_lens[i])
             counters.num_prefix_hits += bool(cached_lens[i])
             counters.num_prefix_misses += most > 0 and not cached_lens[i]
-        self._group.update_peak()
+        state.update_peaks()
         return state.ids_of(opened), cached_lens
 
     @exclusive_or_later
@@ -262,15 +261,14 @@ class KVCache:
             step._require_all_layers()
         table, blocks, batch = self._group.table, self._group.blocks, len(step.seq_ids)
         tokens = None if token_ids is None else as_tokens(token_ids, step._num_tokens)
-        period = 1 if self._group.storage.device < 0 else rules.DEVICE_PERIOD
-        if step._mass is not None and (masses := step._mass.mean) is not None:
-            rules.note_masses(table, step._arrays, batch, masses, period)
-        if step._parts is not None:
-            group_steps.note_masses(step._parts, batch, period)
+        step._note_masses()
         num_freed = 0
         self._end(step)
         if step._parts is not None:
-            group_steps.end(step._parts, batch, step._num_tokens)
+            if tokens is None or not self.config.prefix_caching:
+                group_steps.end(step._parts, batch, step._num_tokens)
+            else:
+                group_steps.end_and_publish(self._state, step._parts, batch, step._num_tokens, tokens)
             self._state.counters.num_steps += 1
             return
         if tokens is None or not self.config.prefix_caching:
@@ -457,6 +455,7 @@ class KVCache:
         if salt is not None and root_uid is None:
             return
         blocks.free_listed(forget_prefixes(self._group.table, salt is None, root_uid or 0, blocks.holdings))
+        self._state.forget_lost()
 
     @exclusive
     def compact(self, max_tokens: int) -> int:
@@ -560,7 +559,7 @@ class KVCache:
 
     @property
     def allocator(self) -> Any:
-        """The allocator of the hot tier; with ``layer_groups``, of the first group.
+        """The allocator of the hot tier; with ``layer_groups``, of the first group that keeps all tokens, if one does.
 
         Blocks that a caller takes from it belong to the caller, who must free them. With ``lockfree`` on a GPU it is a
         `DevicePool`, and kernels can take blocks from ``allocator.memory``. They get granule numbers, which are indices

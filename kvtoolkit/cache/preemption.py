@@ -7,13 +7,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtoolkit.arrays.types import Int32Array, Int64Array
-from kvtoolkit.cache.state import block_table, returning
+from kvtoolkit.cache import prefix_hits
+from kvtoolkit.cache.state import block_table, prefix_windows, returning
 from kvtoolkit.cache.state.block_manager import BlockManager, Runs, granules_of
 from kvtoolkit.cache.state.block_table import LENGTH, OPEN, ROOT_OF, STATE
 from kvtoolkit.cache.state.cache_group import CacheGroup
 from kvtoolkit.cache.state.cache_state import CacheState, Preempted
 from kvtoolkit.cache.state.host_copies import Copy, copy_tiers, numbers_of
-from kvtoolkit.cache.state.prefix_index import BROKEN, reusable_length
+from kvtoolkit.cache.state.prefix_index import BROKEN
 from kvtoolkit.formats.entry import MAX_BLOCK_GRANULES, TIER_HOT
 
 
@@ -43,7 +44,8 @@ def _save(group: CacheGroup, row: int, to: str, others: Sequence[CacheGroup] = (
     block_table.list_granules(table, row, len(held), held)
     copies = group.copies.save(held, max(0, length // 8 - first))
     parts = tuple(_save(other, row, to) for other in others)
-    return Preempted(chain[:0], uids[:0], copies, nodes.tokens[chain], first, parts)
+    tokens = nodes.tokens[chain if first == 0 else chain[:0]]  # a row cannot be published without its beginning
+    return Preempted(chain[:0], uids[:0], copies, tokens, first, parts)
 
 
 def restore(state: CacheState, batch: Int32Array, keep_free: int) -> NDArray[np.bool_]:
@@ -60,22 +62,33 @@ def _restore(state: CacheState, row: int, keep_free: int) -> bool:
     saved = state.preempted[row]
     # the first group comes last, because a row is open once it is back there
     for group, part in zip(state.others, saved.others, strict=False):
-        if not _restore_copied(group, row, part, _keep_free_of(group, keep_free)):
+        if not _restore_copied(state, group, row, part, _keep_free_of(group, keep_free)):
             break
     else:
         if saved.copies is None:
             is_back = _restore_dropped(state, row, saved, keep_free)
         else:
-            is_back = _restore_copied(state.group, row, saved, _keep_free_of(state.group, keep_free))
+            is_back = _restore_copied(state, state.group, row, saved, _keep_free_of(state.group, keep_free))
         if is_back:
-            state.follow(np.array([row], np.int32))
-            for group in state.groups:
-                group.update_peak()
+            _follow(state, np.array([row], np.int32))
+            state.update_peaks()
             return True
     for group in state.others:
         num_freed = block_table.preempt_rows(group.table, np.array([row], np.int32), False, group.blocks.holdings)
         group.blocks.free_listed(num_freed)
     return False
+
+
+def _follow(state: CacheState, which: Int32Array) -> None:
+    """Open rows in the other groups that are back in the first one, and let prompts find what they hold there."""
+    state.follow(which)
+    state.forget_lost()
+    lead = state.group
+    for group in state.others:
+        blocks = group.blocks
+        blocks.free_listed(
+            prefix_windows.publish_chain(lead.table, lead.blocks.nodes, which, group.table, blocks.holdings)
+        )
 
 
 def _keep_free_of(group: CacheGroup, keep_free: int) -> int:
@@ -87,17 +100,15 @@ def _keep_free_of(group: CacheGroup, keep_free: int) -> int:
 def _restore_dropped(state: CacheState, row: int, saved: Preempted, keep_free: int) -> bool:
     """Let a row hold the prefix of it that is still cached; False if ``keep_free`` leaves no room for it."""
     blocks, table = state.group.blocks, state.group.table
-    if keep_free and not all(one.blocks.can_have(-(-_keep_free_of(one, keep_free) // 8)) for one in state.others):
-        return False
     lost = np.flatnonzero(blocks.nodes.uid[saved.nodes] != saved.uids)
     count = int(lost[0]) if len(lost) else len(saved.nodes)
-    count = int(reusable_length(blocks.nodes, blocks.granules, saved.nodes, count, state.takes_quantized))
-    held = blocks.nodes.granule[saved.nodes[:count]]
-    taken = int(np.count_nonzero((blocks.granules.refs[held] == 0) & (blocks.tiers_of(held) == TIER_HOT)))
-    if keep_free and not blocks.can_have(taken + -(-keep_free // 8)):
-        return False
-    count = block_table.attach_prefix(table, row, saved.nodes, count, blocks.nodes, blocks.granules)
-    state.counters.restored_tokens += 8 * count
+    hit = prefix_hits.longest(state, saved.nodes, count)
+    if keep_free:
+        for i, group in enumerate(state.groups):
+            if not group.blocks.can_have(hit.num_taken(state, i) + -(-_keep_free_of(group, keep_free) // 8)):
+                return False
+    prefix_hits.attach(state, row, hit)
+    state.counters.restored_tokens += 8 * hit.length
     table.info[row, STATE] = OPEN
     return True
 
@@ -119,7 +130,7 @@ class _Return:
     runs: Runs
 
 
-def _restore_copied(group: CacheGroup, row: int, saved: Preempted, keep_free: int) -> bool:
+def _restore_copied(state: CacheState, group: CacheGroup, row: int, saved: Preempted, keep_free: int) -> bool:
     """Let a row hold the granules of it that are still in the pool, and fresh ones filled from copies for the rest.
 
     The granules still in the pool may keep blocks from being freed that the rest needs. If so, the row gets only fresh
@@ -128,21 +139,24 @@ def _restore_copied(group: CacheGroup, row: int, saved: Preempted, keep_free: in
     copies = saved.copies or ()
     num_full = max(0, int(group.table.info[row, LENGTH]) // 8 - saved.first)
     found, tiers = _find(group, row, saved, copies, num_full), copy_tiers(copies)
-    if _restore_with(group, row, saved, copies, _Return(found, found < 0, tiers, []), keep_free):
+    if _restore_with(state, group, row, saved, copies, _Return(found, found < 0, tiers, []), keep_free):
         return True
     nothing = np.full(len(found), -1, np.int32)
     is_other = bool((found >= 0).any())
-    return is_other and _restore_with(group, row, saved, copies, _Return(nothing, nothing < 0, tiers, []), keep_free)
+    back = _Return(nothing, nothing < 0, tiers, [])
+    return is_other and _restore_with(state, group, row, saved, copies, back, keep_free)
 
 
 def _restore_with(
-    group: CacheGroup, row: int, saved: Preempted, copies: tuple[Copy, ...], back: _Return, keep_free: int
-) -> bool:
+    state: CacheState, group: CacheGroup, row: int, saved: Preempted, copies: tuple[Copy, ...], back: _Return,
+    keep_free: int,
+) -> bool:  # fmt: skip
     """Let a row hold what ``back`` says; False, with nothing done, if there is no memory for it."""
     blocks, num_full = group.blocks, max(0, int(group.table.info[row, LENGTH]) // 8 - saved.first)
     held = back.granules[~back.is_fresh]
     returning.incref_listed(blocks.granules, held)  # so that nothing of it is evicted to make room for the rest
     if _allocate(blocks, back, keep_free) and _fill(group, back, copies):
+        state.forget_lost()  # what was evicted for the row, before it is published
         num_freed = _attach(group, row, saved, back, numbers_of(copies)[:num_full])
         if num_freed >= 0:
             blocks.free_listed(num_freed)

@@ -11,6 +11,7 @@ import numpy as np
 
 from kvtoolkit.attention.calls import merge_states
 from kvtoolkit.cache.kv_cache import KVCache
+from kvtoolkit.cache.state.block_table import find_entry
 from kvtoolkit.cache.state.shared_reads import SharedReads
 from kvtoolkit.config.cache import CacheConfig
 
@@ -124,6 +125,7 @@ class _Rehearsal:
         self.cache.reorder(both, [1, 1])
         self.cache.truncate(both, [20, 13])
         self.cache.pin(both).abort()
+        find_entry(self.cache._group.table, 0, 0)  # which only rows with more granules than entries need
         self.cache.close(both)
 
     def preemption(self) -> None:
@@ -200,8 +202,7 @@ class _Rehearsal:
         ids = self.open(self.prompt(20))
         self.feed(ids, [20])
         self.cache.repair()
-        if not self.config.is_grouped:
-            KVCache.from_snapshot(self.config, self.cache.snapshot())
+        KVCache.from_snapshot(self.config, self.cache.snapshot())
         self.cache.end_orphans([])
 
     def tightest(self) -> Any:

@@ -93,6 +93,7 @@ def truncate(state: CacheState, batch: Int32Array, lengths: Int64Array) -> None:
         table, holdings = state.group.table, state.group.blocks.holdings
         num_freed = [row_sharing.truncate_all(table, batch, lengths, cuts[0].keeps, cuts[0].tails, holdings)]
     _free(state, num_freed)
+    state.forget_lost()
 
 
 class _Cut(NamedTuple):

@@ -115,7 +115,7 @@ class CacheStats:
         metadata_nbytes: bytes of the block table, the index and the allocator.
         nbytes: bytes of keys and values.
         tiers: figures of each tier by its name; with several groups of layers, of all groups that have it.
-        groups: figures of each group of layers.
+        groups: figures of each group of layers, in the order of `CacheConfig.layer_groups`.
         num_demoted_warm: tiles of 64 tokens that went to the warm tier.
         num_demoted_cold: tiles that went to the cold tier.
         num_failed_demotions: tiles that were due, but found no room in a colder tier.
@@ -165,6 +165,7 @@ class CacheStats:
 
 def collect(state: CacheState) -> CacheStats:
     """Collect all figures."""
+    state.forget_lost()
     info = state.group.table.info
     live = np.flatnonzero((info[:, STATE] != CLOSED) & (info[:, STATE] != PREEMPTED)).astype(np.int32)
     counters = {name: sum(getattr(group.counters, name) for group in state.groups) for name in vars(state.counters)}
@@ -182,6 +183,8 @@ def collect(state: CacheState) -> CacheStats:
         filled += _num_filled(group, live)
         sizes.append(_entry_sizes(group, live))
     everywhere = np.concatenate(sizes)
+    given = [group.layers for group in state.config.groups]
+    figures = [_group(*pair) for pair in zip(state.groups, by_group, strict=True)]
     return CacheStats(
         num_seqs=len(live),
         num_preempted_seqs=int(np.count_nonzero(info[:, STATE] == PREEMPTED)),
@@ -194,7 +197,7 @@ def collect(state: CacheState) -> CacheStats:
         **counters,
         metadata_nbytes=sum(_metadata_nbytes(group) for group in state.groups),
         tiers=tiers,
-        groups=tuple(_group(*pair) for pair in zip(state.groups, by_group, strict=True)),
+        groups=tuple(sorted(figures, key=lambda one: given.index(one.layers))),
     )
 
 

@@ -16,7 +16,7 @@ from kvtoolkit.cache.state.cache_group import CacheGroup
 from kvtoolkit.cache.state.shared_reads import MAX_ROWS, SharedReads
 from kvtoolkit.cache.state.step_passes import OK, OUT_OF_BLOCKS, STATUS_NAMES, StepArrays
 from kvtoolkit.cache.storage.upload import DeviceTables
-from kvtoolkit.cache.tiering.rules import DEVICE_PERIOD, MOST_QUERIES
+from kvtoolkit.cache.tiering.rules import DEVICE_PERIOD, MOST_QUERIES, note_masses
 from kvtoolkit.errors import StepError, UnsupportedError
 from kvtoolkit.runtime import current_stream, is_capturing
 
@@ -46,8 +46,9 @@ class GroupTables(NamedTuple):
 class Step:
     """What `KVCache.begin_step` returns; serves all layers, until `KVCache.end_step`.
 
-    In a cache with several groups of layers, tables and slots are those of the first one, not cut at
-    chunks; `tables_of` and `tables_on_device` have what kernels read.
+    In a cache with several groups of layers, tables and slots are those of the first one that keeps all tokens (or, if
+    none does, of the one with the largest window or chunk), not cut at chunks; `tables_of` and
+    `tables_on_device` have what kernels read.
 
     The arrays are NumPy's. They are read-only because the kernels trust them; ``torch.from_numpy`` warns about such
     arrays, so give it a copy. `on_device` has the arrays that kernels read on a GPU, which cannot be protected: do not
@@ -281,6 +282,17 @@ class Step:
             order = cache._arenas.backend.describe(cache._upload.one(found.order), "order")
             found.uploaded[stream] = order
         return Sharing(order)
+
+    def _note_masses(self) -> None:
+        """Note the attention masses that this step has collected, in each group."""
+        period = 1 if self._cache._arenas.device < 0 else DEVICE_PERIOD
+        if self._parts is None:
+            collected = [(self._cache._group.table, self._arrays, self._mass)]
+        else:
+            collected = [(part.steps.table, part.arrays, part.mass) for part in self._parts]
+        for table, arrays, mass in collected:
+            if mass is not None and (masses := mass.mean) is not None:
+                note_masses(table, arrays, len(self.seq_ids), masses, period)
 
     def _make_mass(self, group: CacheGroup) -> MassSum | None:
         """Where the masses of this step are summed up in a group; None if it collects none."""

@@ -62,6 +62,10 @@ class CacheConfig:
         growth: a growth policy, see `kvtoolkit.config.growth`. Default: ``adaptive``, or if there is only one block
             size, the fixed policy of that size.
         prefix_caching: whether later prompts can find full granules.
+        keep_prefix_windows: what happens, in a group of layers with a window or chunks, to tokens that no query of
+            their sequence sees any more. True: prompts can find them until their memory is needed, so that a prompt may
+            begin at any point of an earlier one. False: they are freed at once, and prompts find little but the
+            prefixes of sequences that were no longer than the window. Has no effect without such a group.
         eviction: which cached prefix goes first when memory is needed: ``lru``, ``lfu``, a policy registered in
             `kvtoolkit.config.eviction`, or ``"package.module:Class"``.
         max_seqs: most sequences that can be open at once. Each has a row of ``max_entries`` entries in host memory.
@@ -90,9 +94,8 @@ class CacheConfig:
             every group (and none for the cache); by ``share``, a part of ``memory``, in every group; or by default so
             that sequences of 4096 tokens (or ``max_seq_len``, or ``num_tokens``, if that is less) fill all groups at
             the same time, if they hold ``window + 256`` or ``chunk + 256`` tokens in such a group. Then ``num_tokens``
-            is what a group that keeps all tokens has. With several groups, a window or chunks, prompts find no prefixes
-            (``prefix_caching`` has no effect). A group that keeps all tokens can have ``tiers`` of its own, or has
-            those of the cache; the others keep 16 bit. ``num_tokens`` and ``share`` of a group count all its tiers.
+            is what a group that keeps all tokens has. A group that keeps all tokens can have ``tiers`` of its own, or
+            has those of the cache; the others keep 16 bit. ``num_tokens`` and ``share`` of a group count all its tiers.
             Default: all layers keep all tokens.
         backend: ``cpu``; ``cuda``: memory and kernels on a GPU; ``numba``: memory on a GPU, and the readable kernels.
         device: CUDA device of the GPU backends. Default: the one that is current when the cache is made.
@@ -109,6 +112,7 @@ class CacheConfig:
     block_sizes: tuple[int, ...] | None = None
     growth: str | None = None
     prefix_caching: bool = True
+    keep_prefix_windows: bool = True
     eviction: str = "lru"
     max_seqs: int = 256
     max_seq_len: int | None = None
@@ -136,7 +140,7 @@ class CacheConfig:
             raise ConfigError(f"head_dim: expected a multiple of 8, got {self.head_dim}")
         require_one_of("dtype", self.dtype, tuple(DTYPES))
         require_one_of("backend", self.backend, _BACKENDS)
-        for name in ("prefix_caching", "shared_reads"):
+        for name in ("prefix_caching", "keep_prefix_windows", "shared_reads"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: expected true or false, got {getattr(self, name)!r}")
         options = self.allocator_options
@@ -269,11 +273,6 @@ class CacheConfig:
     def is_grouped(self) -> bool:
         """Whether there are several groups of layers, or layers with a window."""
         return len(self.groups) > 1 or self.groups[0].span != 0
-
-    @property
-    def finds_prefixes(self) -> bool:
-        """Whether prompts find what is cached: `prefix_caching`, unless there are groups, which keep nothing for it."""
-        return self.prefix_caching and not self.is_grouped
 
     @property
     def has_tiers(self) -> bool:

@@ -88,6 +88,12 @@ def parse_groups(values: Any, num_layers: int) -> tuple[LayerGroup, ...]:
     return groups
 
 
+def lead_of(groups: Sequence[LayerGroup]) -> int:
+    """Which group's granules name prefixes: the first that keeps all tokens, or else the one that keeps most."""
+    kept = [abs(group.span) or 9 * MAX_GRANULES for group in groups]
+    return kept.index(max(kept))
+
+
 def _parse(value: Any, name: str, num_layers: int) -> LayerGroup:
     if not isinstance(value, Mapping):
         raise ConfigError(f"{name}: expected a table with layers, got {value!r:.80}")

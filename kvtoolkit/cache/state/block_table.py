@@ -28,9 +28,9 @@ from kvtoolkit.cache.state.prefix_index import (
     Holdings,
     Nodes,
     decref,
-    decref_unpublished,
     incref,
     tier_of,
+    unpublish,
 )
 from kvtoolkit.formats.entry import entry_granule, entry_length, entry_tier, pack_entry
 
@@ -266,18 +266,38 @@ def attach_prefix(
     table: BlockTable, row: int, found: Int32Array, count: int, nodes: Nodes, granules: GranuleState
 ) -> Any:
     """Let an empty row hold the granules of the first ``count`` nodes found, or as many as fit; returns how many."""
+    count = fitting(nodes, found, 0, count, table.entries.shape[1])
+    hold_found(table, row, found, 0, count, nodes, granules)
+    table.chain[row] = found[count - 1] if count else ROOT
+    table.origin[row, CHAIN_UID] = nodes.uid[found[count - 1]] if count else table.origin[row, ROOT_OF]
+    return count
+
+
+@jit
+def fitting(nodes: Nodes, found: Int32Array, first: int, count: int, most: int) -> Any:
+    """The end, at most ``count``, up to which the granules of nodes found, from ``first`` on, fit into a row.
+
+    ``most`` is the number of entries that a row has.
+    """
     entries, previous = 0, -2
-    for i in range(count):
+    for i in range(first, count):
         granule = nodes.granule[found[i]]
         joins = granule == previous + 1 and granule & 7 != 0
         if not joins:
-            if entries == table.entries.shape[1]:
-                count = i
-                break
+            if entries == most:
+                return i
             entries += 1
         previous = granule
+    return count
+
+
+@jit
+def hold_found(
+    table: BlockTable, row: int, found: Int32Array, first: int, count: int, nodes: Nodes, granules: GranuleState
+) -> None:
+    """Let an empty row be ``count`` granules long, and hold those of the nodes found from ``first`` on; they fit."""
     held = 0
-    for i in range(count):
+    for i in range(first, count):
         node = found[i]
         granule = nodes.granule[node]
         incref(granules, granule)
@@ -286,11 +306,8 @@ def attach_prefix(
     table.info[row, NUM_ENTRIES] = held
     table.info[row, CAPACITY] = count
     table.info[row, LENGTH] = 8 * count
-    table.chain[row] = found[count - 1] if count else ROOT
-    table.origin[row, CHAIN_UID] = nodes.uid[found[count - 1]] if count else table.origin[row, ROOT_OF]
     table.scanned[row] = -1
     touch(table, row)
-    return count
 
 
 @jit
@@ -322,20 +339,23 @@ def shrink(table: BlockTable, row: int, keep: int, holdings: Holdings, num_freed
 
 
 @jit
-def drop_past(
-    table: BlockTable, row: int, first: int, granules: GranuleState, freed: Int32Array, num_freed: int
-) -> Any:
+def drop_past(table: BlockTable, row: int, first: int, keeps: bool, holdings: Holdings, num_freed: int) -> Any:
     """Let go of a row's granules before ``first``, where the row may end; returns the new length of ``freed``.
 
-    They are not in the prefix index, because prompts find nothing where there is a window.
+    Those that can be found stay findable if ``keeps``, as when the row is closed; otherwise they are freed, too, unless
+    other rows hold them.
     """
+    granules = holdings.granules
     count, gone = table.info[row, NUM_ENTRIES], 0
     while gone < count and table.starts[row, gone] < first:
         entry, start = table.entries[row, gone], table.starts[row, gone]
         length = entry_length(entry)
         passed = min(first - start, length)
         for i in range(passed):
-            num_freed = decref_unpublished(granules, entry_granule(entry) + i, freed, num_freed)
+            granule = entry_granule(entry) + i
+            num_freed = decref(holdings, granule, num_freed)
+            if not keeps and granules.refs[granule] == 0 and granules.node[granule] >= 0:
+                num_freed = unpublish(holdings, granules.node[granule], num_freed)
         if passed < length:
             table.entries[row, gone] = pack_entry(entry_granule(entry) + passed, length - passed, entry_tier(entry))
             table.starts[row, gone] = first

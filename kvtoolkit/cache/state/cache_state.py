@@ -20,15 +20,16 @@ from numpy.typing import ArrayLike
 
 from allocators._calls import Calls
 from kvtoolkit.arrays.types import Int32Array, Int64Array
-from kvtoolkit.cache.state import block_table, repair
+from kvtoolkit.cache.state import block_table, prefix_windows, repair
 from kvtoolkit.cache.state.arguments import as_ids
 from kvtoolkit.cache.state.block_manager import Counters
 from kvtoolkit.cache.state.block_table import GENERATION, ID_BITS, LENGTH, OPEN, STATE, STATE_NAMES
 from kvtoolkit.cache.state.cache_group import CacheGroup
 from kvtoolkit.cache.state.host_copies import Copy
 from kvtoolkit.cache.state.identity import Identities
-from kvtoolkit.cache.state.prefix_index import CLOCK, ROOT, ROOT_UID
+from kvtoolkit.cache.state.prefix_index import CLOCK, NUM_SPARE, ROOT, ROOT_UID
 from kvtoolkit.config.cache import CacheConfig
+from kvtoolkit.config.groups import lead_of
 from kvtoolkit.errors import ArgumentError, BusyError, CacheFullError, SequenceError, StepError
 
 
@@ -58,14 +59,19 @@ class CacheState:
     def __init__(self, config: CacheConfig) -> None:
         self.config = config
         self.counters = Counters()
-        kinds = zip(config.group_configs, config.groups, strict=True)
+        kinds = list(zip(config.group_configs, config.groups, strict=True))
+        kinds.insert(0, kinds.pop(lead_of(config.groups)))
         self.groups = [CacheGroup(*kind, self.counters if i == 0 else Counters()) for i, kind in enumerate(kinds)]
         self.group = self.groups[0]
-        """The first one, whose rows say what sequences there are, in which state and how long."""
+        """The first one, which leads: its rows say what sequences there are, in which state and how long, and its index
+        names prefixes (`kvtoolkit.cache.state.prefix_windows`)."""
         self.others = self.groups[1:]
+        for group in self.others:
+            group.blocks.evictor.evict_whole_blocks()
         self.tables = tuple(group.table for group in self.groups)
         self.holdings = tuple(group.blocks.holdings for group in self.groups)
-        self.takes_quantized = config.tier_config is not None and config.tier_config.prefix_reuse_tiers == "all"
+        tiers = self.group.config.tier_config
+        self.takes_quantized = tiers is not None and tiers.prefix_reuse_tiers == "all"
         self.identities = Identities(self.group.table, self.group.blocks.nodes)
         self.closed_rows = list(range(config.max_seqs))[::-1]
         self.repairs = repair.Repairs()
@@ -75,6 +81,8 @@ class CacheState:
         """Serial of a call, and the rows that it has opened. If it breaks off, nobody has their ids."""
         self.handles: dict[int, weakref.ref[Any]] = {}
         """The open steps and leases, by the mark that their rows have as OWNER."""
+        self.num_spare = int(self.group.blocks.nodes.counts[NUM_SPARE])
+        """Nodes of the first group's index that were not in use when `forget_lost` was called last."""
         refusals = (ArgumentError, CacheFullError, SequenceError, StepError)
         self.calls = Calls(self, repair.settle, repair.end_lost, BusyError, refusals)
 
@@ -154,9 +162,29 @@ class CacheState:
         for group in self.others:
             group.blocks.free_listed(block_table.close_rows(group.table, closing, group.blocks.holdings))
 
+    def update_peaks(self) -> None:
+        """See `CacheGroup.update_peak`."""
+        for group in self.groups:
+            group.update_peak()
+
     def tick(self) -> None:
-        """Advance the clock of the prefix index, by which granules are dated."""
-        self.group.blocks.nodes.counts[CLOCK] += 1
+        """Advance the clocks of the prefix indices, by which granules are dated."""
+        for group in self.groups:
+            group.blocks.nodes.counts[CLOCK] += 1
+
+    def forget_lost(self) -> None:
+        """Free in the other groups what nothing can find any more, because the first one's index has lost its node.
+
+        This must be called before anything is published in the first one, and after that.
+        """
+        lead = self.group.blocks.nodes
+        num_spare = int(lead.counts[NUM_SPARE])
+        if num_spare > self.num_spare:
+            for group in self.others:
+                nodes, granules, freed = group.blocks.holdings
+                num_freed = prefix_windows.forget_lost(lead, self.num_spare, nodes, granules, freed)
+                group.blocks.free_listed(num_freed)
+        self.num_spare = num_spare
 
     # -- steps and leases --------------------------------------------------------------------------------------------
 

@@ -38,6 +38,7 @@ from kvtoolkit.cache.state.prefix_index import (
 from kvtoolkit.config.eviction import CachedGranules, EvictionPolicy
 from kvtoolkit.config.tiers import TIER_NAMES
 from kvtoolkit.errors import ConfigError
+from kvtoolkit.formats.entry import MAX_BLOCK_GRANULES, TIER_HOT
 
 _DEEPEST = 1 << 25
 
@@ -78,6 +79,7 @@ class Evictor:
         self._ledger = ledger
         self.smallest = np.array(smallest, np.int32)  # smallest block that the cache asks of each tier, in granules
         self.is_single = [size == 1 and ledger.frees_singly(tier) for tier, size in enumerate(smallest)]
+        self._widens = False
         self.forget()
 
     def forget(self) -> None:
@@ -88,6 +90,14 @@ class Evictor:
         self._highest = -np.inf
         self._serial = 0
         self._known = [(-1, 0) for _ in TIER_NAMES]  # a change number, and how much could be freed then
+
+    def evict_whole_blocks(self) -> None:
+        """From now on evict with a granule all that is cached of its 64 tokens; for an index without parents.
+
+        Sequences let go of a window's past granule by granule, so the oldest ones of all sequences are in as many
+        blocks. Evicting just these would leave no block free.
+        """
+        self._widens = self.is_single[TIER_HOT]
 
     def can_free(self, tier: int, wanted: int) -> bool:
         """Whether evicting would make ``wanted`` granules of a tier available; evicts nothing."""
@@ -118,7 +128,7 @@ class Evictor:
             return 0
         self._score_listed()
         flags = self._ledger.granted, self._ledger.callers
-        return int(_evict(self._heaps[tier], self._scores.latest, self._holdings, *flags, wanted))
+        return int(_evict(self._heaps[tier], self._scores.latest, self._holdings, *flags, wanted, self._widens))
 
     def _score_listed(self) -> None:
         """Score what became cached since the last call, and push the units in which rows let go of something."""
@@ -352,8 +362,12 @@ def _evict(
     granted: Flags,
     callers: Flags,
     wanted: int,
+    widens: bool,
 ) -> Any:
-    """Evict the lowest units until ``wanted`` granules are available, which the caller has found possible."""
+    """Evict the lowest units until ``wanted`` granules are available, which the caller has found possible.
+
+    ``widens`` is that of `Evictor.evict_whole_blocks`.
+    """
     granules = holdings.granules
     total, num_freed = 0, 0
     while total < wanted and heap.counts[0] > 0:
@@ -364,6 +378,12 @@ def _evict(
             if granules.node[granule] >= 0:
                 num_freed = unpublish(holdings, granules.node[granule], num_freed)
         total += gain
+        if widens and gain > 0:
+            block = start // MAX_BLOCK_GRANULES * MAX_BLOCK_GRANULES
+            for granule in range(block, block + MAX_BLOCK_GRANULES):
+                if granules.node[granule] >= 0 and granules.refs[granule] == 0:
+                    num_freed = unpublish(holdings, granules.node[granule], num_freed)
+                    total += 1
     return num_freed
 
 

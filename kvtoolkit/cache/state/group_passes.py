@@ -19,29 +19,33 @@ from kvtoolkit.cache.state.block_table import (
     first_held,
     shrink,
 )
-from kvtoolkit.cache.state.prefix_index import GranuleState, Holdings
+from kvtoolkit.cache.state.prefix_index import CLOCK, GranuleState, Holdings, Nodes
 from kvtoolkit.cache.state.step_passes import OK, StepArrays, copy_row, first_seen, holds, stall
 from kvtoolkit.formats.entry import entry_granule, entry_length, entry_tier, pack_entry
 
 
 @jit
 def free_past(
-    table: BlockTable, granules: GranuleState, freed: Int32Array, step: StepArrays, batch: int, span: int,
-    num_merge: int,
+    table: BlockTable, nodes: Nodes, granules: GranuleState, freed: Int32Array, step: StepArrays, batch: int, span: int,
+    keeps: bool, num_merge: int,
 ) -> Any:  # fmt: skip
     """Let the rows of a step that get new tokens go of what no later query sees, and bring their tables up to date.
+
+    ``keeps`` is that of `drop_past`.
 
     Returns:
         ``(num_freed, num_merge)``: the granules in ``freed``, and how many rows of ``step.work[1]`` still hold the 64
         tokens that may be merged; they come first there.
     """
+    holdings = Holdings(nodes, granules, freed)
     num_freed, num_kept = 0, 0
+    nodes.counts[CLOCK] += 1  # what earlier steps have let go of is older
     for b in range(batch):
         row = step.rows[b]
         if step.counts[b] > 0:
             first = first_seen(table.info[row, LENGTH], span)
             if first > first_held(table, row):
-                num_freed = drop_past(table, row, first, granules, freed, num_freed)
+                num_freed = drop_past(table, row, first, keeps, holdings, num_freed)
                 if table.info[row, NUM_ENTRIES] <= step.table.shape[1]:
                     copy_row(table, step, b, row)
     for k in range(num_merge):

@@ -337,18 +337,6 @@ def decref(holdings: Holdings, granule: int, num_freed: int) -> Any:
 
 
 @jit
-def decref_unpublished(granules: GranuleState, granule: int, freed: Int32Array, num_freed: int) -> Any:
-    """`decref` for a granule that is not published and has no twins; without the index, which is large to pass on."""
-    granules.refs[granule] -= 1
-    if granules.refs[granule] > 0:
-        return num_freed
-    granules.cached[HELD + tier_of(granules, granule)] -= 1
-    note_let_go(granules, granule)
-    freed[num_freed] = granule
-    return num_freed + 1
-
-
-@jit
 def note_let_go(granules: GranuleState, granule: int) -> None:
     """Tell the evictor about a granule that no row holds any more: it or its neighbours may now be evictable."""
     granules.cached[NUM_CHANGES] += 1

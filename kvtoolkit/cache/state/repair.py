@@ -13,6 +13,7 @@ import numpy as np
 
 from allocators._jit import jit
 from kvtoolkit.arrays.types import Int32Array, Int64Array
+from kvtoolkit.cache.state import prefix_windows
 from kvtoolkit.cache.state.block_table import (
     CAPACITY,
     CLOSED,
@@ -28,7 +29,7 @@ from kvtoolkit.cache.state.block_table import (
     BlockTable,
     touch,
 )
-from kvtoolkit.cache.state.prefix_index import GranuleState, reindex
+from kvtoolkit.cache.state.prefix_index import NUM_SPARE, GranuleState, reindex
 from kvtoolkit.cache.state.twins import find_twins
 from kvtoolkit.formats.entry import MAX_BLOCK_GRANULES, entry_granule, entry_length
 
@@ -79,7 +80,8 @@ def settle(state: "CacheState") -> None:
     state.closed_rows = np.flatnonzero(states == CLOSED)[::-1].tolist()
     for group in state.others:
         follow_all(table, group.table)
-    num_freed = sum(_settle_group(group) for group in state.groups)
+    num_freed = sum(_settle_group(group, state.group) for group in state.groups)
+    state.num_spare = int(state.group.blocks.nodes.counts[NUM_SPARE])
     unresolved = [sentence for group in state.groups for sentence in group.blocks.ledger.unresolved]
     before = state.repairs
     state.repairs = Repairs(
@@ -88,12 +90,10 @@ def settle(state: "CacheState") -> None:
     )  # fmt: skip
 
 
-def _settle_group(group: "CacheGroup") -> int:
+def _settle_group(group: "CacheGroup", lead: "CacheGroup") -> int:
     """Derive from its rows what a group knows of its granules; returns how many granules were freed."""
-    table, blocks = group.table, group.blocks
-    count_refs(table, blocks.granules)
-    reindex(blocks.nodes, blocks.granules)
-    find_twins(table, np.flatnonzero(table.info[:, STATE] != CLOSED).astype(np.int32), blocks.holdings)
+    blocks = group.blocks
+    rebuild_index(group, lead)
     owned = (blocks.granules.refs > 0) | (blocks.granules.node >= 0)
     blocks.reserve = [
         start for start in dict.fromkeys(blocks.reserve)
@@ -104,6 +104,25 @@ def _settle_group(group: "CacheGroup") -> int:
     num_freed = blocks.ledger.settle(owned)
     blocks.evictor.forget()
     return num_freed
+
+
+def rebuild_index(group: "CacheGroup", lead: "CacheGroup") -> None:
+    """Rebuild what follows from a group's rows and the nodes of its index; that of the first group, ``lead``, first."""
+    blocks = group.blocks
+    count_refs(group.table, blocks.granules)
+    if group is not lead:
+        prefix_windows.drop_lost(lead.blocks.nodes, blocks.nodes)
+    reindex(blocks.nodes, blocks.granules)
+    publish_again(group, lead)
+
+
+def publish_again(group: "CacheGroup", lead: "CacheGroup") -> None:
+    """After `reindex` find the twins in a group, and publish what its rows hold of prefixes that ``lead`` knows."""
+    rows = np.flatnonzero(group.table.info[:, STATE] != CLOSED).astype(np.int32)
+    if group is lead:
+        find_twins(group.table, rows, group.blocks.holdings)
+    else:
+        prefix_windows.publish_chain(lead.table, lead.blocks.nodes, rows, group.table, group.blocks.holdings)
 
 
 def end_lost(state: "CacheState") -> None:

@@ -306,15 +306,21 @@ def advance(table: BlockTable, step: StepArrays, batch: int, mark: int) -> None:
 @jit
 def advance_rows(
     info: Int64Array, marks: Int64Array, chain: Int32Array, rows: Int32Array, counts: Int32Array, batch: int, mark: int
-) -> None:
-    """`advance` for the rows of a step in one of several groups; few arrays, because each costs time at every call."""
+) -> Any:
+    """`advance` for the rows of a step in one of several groups; returns how many granules have become full.
+
+    It takes few arrays, because each costs time at every call.
+    """
+    num_full = 0
     for b in range(batch):
         row = rows[b]
         if info[row, STATE] == IN_STEP and marks[row, OWNER] == mark:
+            num_full += ((info[row, LENGTH] + counts[b]) >> 3) - (info[row, LENGTH] >> 3)
             info[row, LENGTH] += counts[b]
             info[row, STATE] = OPEN
             if counts[b] > 0:
                 chain[row] = BROKEN
+    return num_full
 
 
 @jit

@@ -37,6 +37,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
             {"layers": 2, "num_tokens": 4608, "tiers": {"hot": 64, "warm": "int8", "pinned_tokens": 64}},
         ],
     },
+    "windows": {
+        "num_layers": 2,
+        "num_tokens": None,
+        "layer_groups": [{"layers": i, "window": (100, 91)[i], "num_tokens": (1024, 896)[i]} for i in (1, 0)],
+    },
 }
 _DEVICE = {"backend": "cuda", "dtype": "float16", "head_dim": 16, "growth": "append", "allocator": "lockfree"}
 DEVICE_CONFIGS: dict[str, dict[str, Any]] = {
@@ -90,12 +95,14 @@ def seen(cache: KVCache, seq: int) -> Any:
     try:
         with cache.begin_step([seq], 0) as step:
             length = int(step.seq_lens[0])
-            held = read(cache, step.block_table[0], length)
+            begin = 8 * max(0, int(step.block_starts[0, 0]))
+            held = read(cache, step.block_table[0], length - begin)
             for layer in range(1, cache.config.num_layers):
                 tables = step.tables_of(layer)
                 first = 8 * max(0, int(tables.block_starts[0, 0]))
-                assert read(cache, tables.block_table[0], length - first, layer) == held[first:]
-            return held
+                assert read(cache, tables.block_table[0], length - first, layer) == held[first - begin :]
+            span = cache._state.group.layers.span
+            return held[-span:] if span else held  # what is further back may be freed whatever comes of a call
     except SequenceError as error:
         return "preempted" if "is preempted" in str(error) else "closed" if "closed" in str(error) else str(error)
 

@@ -76,7 +76,12 @@ PARTS = {
     "buddy": {"allocator": f"{HERE}:BreakingBuddy", "growth": "lazy_merge", "eviction": f"{HERE}:BreakingPolicy"},
     "slab": {**CONFIGS["slab"], "allocator": f"{HERE}:BreakingSlab"},
     "tiers": {**CONFIGS["tiers"], "allocator": f"{HERE}:BreakingBuddy"},
-    "groups": {**CONFIGS["groups"], "allocator": f"{HERE}:BreakingBuddy", "growth": "lazy_merge"},
+    "groups": {
+        **CONFIGS["groups"],
+        "allocator": f"{HERE}:BreakingBuddy",
+        "growth": "lazy_merge",
+        "eviction": f"{HERE}:BreakingPolicy",
+    },
     "tiers in groups": {**CONFIGS["tiers in groups"], "allocator": f"{HERE}:BreakingBuddy"},
 }
 

@@ -6,9 +6,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from kvtoolkit import CacheConfig, CacheFullError, CacheSnapshotError, KVCache
+from kvtoolkit import ArgumentError, CacheConfig, CacheFullError, CacheSnapshotError, KVCache, SequenceError
 from kvtoolkit.cache.array_file import pack_arrays, unpack_arrays
-from tests.kvtoolkit.cache.broken_calls import CONFIGS, make_world, prompt, put, seen
+from tests.kvtoolkit.cache.broken_calls import CONFIGS, make, make_world, prompt, put, seen
 
 OWN = {"salt": ["tenant", 7], "extra_keys": [[(10, "image"), (30, b"other")], [(45, 5)]]}
 
@@ -45,7 +45,7 @@ OTHER = [
 ]
 
 
-@pytest.mark.parametrize("name", ["buddy", "slab", "paged", "tiers"])
+@pytest.mark.parametrize("name", ["buddy", "slab", "paged", "tiers", "groups", "windows", "tiers in groups"])
 @pytest.mark.parametrize("other", OTHER, ids=lambda other: "-".join(map(str, other.values())))
 def test_a_snapshot_resumes_in_another_cache(name, other):
     world = quiet_world(**CONFIGS[name])
@@ -53,6 +53,9 @@ def test_a_snapshot_resumes_in_another_cache(name, other):
     fields = {**world.cache.config.to_dict(), "allocator_options": {}, "block_sizes": None, "growth": None, **other}
     if "num_tokens" in other and name == "tiers":
         fields["num_tokens"] = 16384
+    if "num_tokens" in other and "layer_groups" in fields:
+        fields["num_tokens"] = None
+        fields["layer_groups"] = [{**group, "num_tokens": 8192} for group in fields["layer_groups"]]
     again = KVCache.from_snapshot(CacheConfig(**fields), world.cache.snapshot())
     again.check_integrity()
     assert contents(again, world.known) == before
@@ -65,11 +68,30 @@ def test_a_snapshot_resumes_in_another_cache(name, other):
     again.check_integrity()
 
 
-@pytest.mark.parametrize("name", ["buddy", "tiers"])
+@pytest.mark.parametrize("name", ["buddy", "tiers", "groups", "windows", "tiers in groups"])
 def test_a_resumed_cache_gives_the_same_snapshot(name):
     cache = quiet_world(**CONFIGS[name]).cache
     data = KVCache.from_snapshot(cache.config, cache.snapshot()).snapshot()  # index nodes are numbered from 0 there
     assert KVCache.from_snapshot(cache.config, data).snapshot() == data
+
+
+def test_a_snapshot_of_groups_with_tiers_of_other_formats_is_refused():
+    cache = make_world(**CONFIGS["tiers in groups"]).cache
+    cache.end_orphans([])
+    fields, data = cache.config.to_dict(), cache.snapshot()
+    first, window, own = fields["layer_groups"]
+    other = {**own, "tiers": {"cold": "int4", "hot": 64}}
+    for changed in (
+        {"layer_groups": [first, window, other]},
+        {"layer_groups": [{**first, "tiers": own["tiers"]}, window, own]},
+        {"tiers": other["tiers"]},
+    ):
+        with pytest.raises(CacheSnapshotError, match=r"expected one of a cache with tiers .*, got one with tiers"):
+            KVCache.from_snapshot(CacheConfig(**{**fields, **changed}), data)
+    same = [{**first, "tiers": fields["tiers"]}, window, own]
+    KVCache.from_snapshot(
+        CacheConfig(**{**fields, "tiers": own["tiers"], "layer_groups": same}), data
+    ).check_integrity()
 
 
 @pytest.mark.parametrize(
@@ -86,6 +108,55 @@ def test_a_cache_that_has_no_place_for_a_snapshot_refuses_it(other, message):
     world = quiet_world(**CONFIGS["buddy"])
     with pytest.raises(CacheSnapshotError, match=message):
         KVCache.from_snapshot(CacheConfig(**{**world.cache.config.to_dict(), **other}), world.cache.snapshot())
+
+
+def test_a_snapshot_of_other_groups_of_layers_is_refused():
+    world = quiet_world(**CONFIGS["groups"])
+    fields, data = world.cache.config.to_dict(), world.cache.snapshot()
+    whole, window = fields["layer_groups"]
+    for groups in (
+        [whole, {**window, "window": 92}],
+        [{**whole, "layers": 1}, {**window, "layers": 0}],
+        [window, whole],
+        [whole, {"layers": 1, "chunk": 96, "num_tokens": 896}],
+        [{"layers": [0, 1], "num_tokens": 1024}],
+    ):
+        with pytest.raises(CacheSnapshotError, match=r"expected one of a cache with layer_groups .*, got one with"):
+            KVCache.from_snapshot(CacheConfig(**{**fields, "layer_groups": groups}), data)
+    plain = make(num_layers=2).snapshot()
+    with pytest.raises(CacheSnapshotError, match="with layer_groups .*, got one with layer_groups None"):
+        KVCache.from_snapshot(world.cache.config, plain)
+    smaller = [whole, {**window, "num_tokens": 192}]
+    with pytest.raises(CacheSnapshotError, match="expected a pool with granule .*, got one of 24"):
+        KVCache.from_snapshot(CacheConfig(**{**fields, "layer_groups": smaller}), data)
+
+
+@pytest.mark.parametrize("name", ["groups", "windows"])
+def test_a_snapshot_whose_rows_lack_what_their_next_token_sees_is_refused(name):
+    world = quiet_world(**CONFIGS[name])
+    for count in (100, 1):
+        put(world.cache, world.open[:1], [[5] * count])
+    good = unpack_arrays(world.cache.snapshot())
+    where = next(key for key in good if key.endswith("firsts") and (good[key] > 0).any())
+    firsts = good[where].copy()
+    row = int(np.flatnonzero(firsts)[0])
+    firsts[row] += 2
+    message = f"row {good['rows'][row]} has let go of tokens that its next one sees"
+    with pytest.raises(CacheSnapshotError, match=message):
+        KVCache.from_snapshot(world.cache.config, pack_arrays({**good, where: firsts}))
+
+
+def test_a_snapshot_with_prefixes_that_only_a_window_group_knows_is_refused():
+    world = quiet_world(**CONFIGS["groups"])
+    good = unpack_arrays(world.cache.snapshot())
+    uids = good["group1.node.parent_uid"].copy()
+    for other in (10**6, uids[-2]):
+        uids[-1] = other
+        tokens = good["group1.node.tokens"].copy()
+        tokens[-1] = tokens[-2]
+        changed = {**good, "group1.node.parent_uid": uids, "group1.node.tokens": tokens}
+        with pytest.raises(CacheSnapshotError, match="nodes of another group have keys"):
+            KVCache.from_snapshot(world.cache.config, pack_arrays(changed))
 
 
 def test_blocks_of_callers_resume_in_the_same_pool_only():
@@ -142,16 +213,24 @@ def damaged(arrays, rng):
     return arrays, name
 
 
+def is_open(cache, seq):
+    try:
+        with cache.begin_step([seq], 0):
+            return True
+    except SequenceError:
+        return False
+
+
 def use(cache, ids):
     """What an engine does with a resumed cache; sequences may be other ones than before, but nothing may go wrong."""
     cache.check_integrity()
     cache.open([prompt(0, 80), prompt(30, 100)])
-    open_ids = [seq for seq in cache.seq_ids().tolist() if seen(cache, seq) != "preempted"]
+    open_ids = [seq for seq in cache.seq_ids().tolist() if is_open(cache, seq)]
     with contextlib.suppress(CacheFullError):
         cache.fork(open_ids[:3], 1)
     put(cache, open_ids, [[5] * 30] * len(open_ids))
     lengths = cache.lengths(open_ids)
-    with contextlib.suppress(CacheFullError):
+    with contextlib.suppress(CacheFullError, ArgumentError):  # where a window's past is gone
         cache.truncate(open_ids, lengths // 2)
     cache.compact(512)
     cache.preempt(open_ids[:2], "host")
@@ -182,7 +261,7 @@ def damage_snapshots(name, tries, seed):
     return counts
 
 
-@pytest.mark.parametrize("name", ["buddy", "slab", "tiers"])
+@pytest.mark.parametrize("name", ["buddy", "slab", "tiers", "groups", "windows"])
 def test_a_snapshot_with_wrong_numbers_is_refused_or_harmless(name):
     counts = damage_snapshots(name, 150, seed=3)
     assert counts["refused"] > 50

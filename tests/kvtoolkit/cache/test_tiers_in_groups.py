@@ -101,13 +101,13 @@ def test_a_sequence_is_cut_inside_a_quantized_tile_in_all_groups():
 
 def test_masses_are_those_of_the_layers_with_tiers():
     caches = Caches({**TIERS, "demote": "mass"})
-    first, _, alone = (cache._state.groups for cache in caches.caches)
-    assert first[0].table.masses.size == first[2].table.masses.size == 0
+    tables = {group.layers.layers: group.table for group in caches.caches[0]._state.groups}
+    assert tables[0, 2].masses.size == tables[3,].masses.size == 0
     for _ in range(2):  # rows that are opened again know nothing of what was there
         for counts in ([300, 3, 64], [200, 100, 1], [1, 1, 1]):
             caches.step(counts)
-        np.testing.assert_array_equal(first[1].table.masses, alone[0].table.masses)
-        assert first[1].table.masses.any()
+        np.testing.assert_array_equal(tables[1,].masses, caches.caches[2]._state.group.table.masses)
+        assert tables[1,].masses.any()
         caches.all(lambda cache, ids: cache.close(ids))
         caches.ids = [cache.open([[]] * 3)[0] for cache in caches.caches]
 

@@ -124,3 +124,21 @@ def test_each_group_is_as_a_cache_of_its_layers_alone(demote, fields):
     assert refused in ([], ["truncate far"])
     twins.check_tiers()
     assert min(twins.grouped.stats().num_demoted_warm, twins.grouped.stats().num_demoted_cold) > 0
+
+
+@pytest.mark.parametrize("others", [{"window": 50}, {"tiers": WARM}])
+@pytest.mark.parametrize(("kind", "hit"), [("hot", 0), ("all", 384)])
+def test_prompts_find_quantized_tiles_where_the_first_groups_own_tiers_say_so(kind, hit, others):
+    groups = [{"layers": 0, "tiers": {**BOTH, "prefix_reuse_tiers": kind}}, {"layers": 1, **others}]
+    shape = {**SHAPE, "prefix_caching": True, "num_layers": 2, "num_tokens": 9600}
+    cache = KVCache(CacheConfig(**shape, layer_groups=groups))
+    prompt = np.arange(400)
+    ids, _ = cache.open([prompt])
+    cache.end_step(cache.begin_step(ids, 400), prompt)
+    for token in range(40):
+        cache.end_step(cache.begin_step(ids, 1), [token])
+    assert cache.stats().groups[0].tiers["cold"].used > 0
+    found = int(cache.open([prompt[:390]])[1][0])
+    # the other group with tiers gives what it has in 16 bit: what is pinned
+    assert found == (min(hit, 64) if "tiers" in others else hit)
+    cache.check_integrity()

@@ -29,7 +29,6 @@ def test_a_configuration_with_groups_travels_through_its_dict():
 def test_one_group_without_a_window_changes_nothing():
     plain, config = CacheConfig(**SHAPE, num_tokens=1000), make([{"layers": range(6)}], num_tokens=1000)
     assert not config.is_grouped
-    assert config.finds_prefixes
     for name in ("tier_granules", "seq_len_limit", "entries_limit", "nbytes_per_token", "block_nbytes"):
         assert getattr(config, name) == getattr(plain, name)
 
@@ -207,7 +206,6 @@ def test_each_group_is_configured_as_a_cache_of_its_layers():
     assert (window.num_layers, window.num_granules, window.growth, window.max_seqs) == (3, 80, "append", 3)
     assert (full.num_layers, full.num_granules) == (3, 800)
     assert config.seq_len_limit == 6400
-    assert not config.finds_prefixes
 
 
 def test_a_cache_in_which_all_layers_have_a_window_takes_sequences_longer_than_its_pool():

@@ -102,6 +102,21 @@ def spans_of(config):
     return [of[layer] for layer in range(config.num_layers)]
 
 
+@pytest.mark.parametrize("name", ["gemma3_text", "gpt_oss", "mistral", "llama4_text"])
+def test_a_prompt_goes_on_from_what_an_earlier_one_has_left_in_all_groups(name, quiet):
+    model, expected = tiny(name)
+    scale = max(logits.abs().max().item() for logits in expected.logits)
+    prompt = {key: value[:1] for key, value in prompts().items()}
+    cache = TransformersCache.for_model(model, num_tokens=1024, **POOL)
+    for found in (0, 32):
+        assert cache.open(**prompt) == found
+        options = {"max_new_tokens": 1, "pad_token_id": 0, "return_dict_in_generate": True, "output_logits": True}
+        got = model.generate(**prompt, past_key_values=cache, do_sample=False, **options)
+        torch.testing.assert_close(got.logits[0], expected.logits[0][:1], rtol=0, atol=2e-5 * scale)
+        cache.reset()
+        cache.kv_cache.check_integrity()
+
+
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_generates_what_it_generates_on_its_own_cache(name, pool, quiet):
