@@ -19,7 +19,7 @@ struct AttentionParams {
   unsigned* counters;        // all 0 between kernels
   unsigned* group_counters;  // one for each partial result, all 0 between kernels
   unsigned* mass_counters;   // [batch, num_kv_heads], all 0 between kernels
-  const int4* ranges;       // made by kvt_plan, see plan.cu; null if the schedule is even
+  const int4* ranges;        // made by kvt_plan, see plan.cu; null if the schedule is even
   const int2* sequences;
   float* masses;    // [batch, max_tiles, num_kv_heads], see decode/masses.cuh; lse is given then
   float* unit_lse;  // [batch, num_kv_heads, slots, unit_rows] log2, see decode/masses.cuh
