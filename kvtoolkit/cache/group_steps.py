@@ -7,7 +7,7 @@ from kvtoolkit.arrays.types import Int64Array
 from kvtoolkit.cache.grants import BlockGranter
 from kvtoolkit.cache.layers.masses import MassSum
 from kvtoolkit.cache.state import group_passes, prefix_windows, step_passes
-from kvtoolkit.cache.state.block_table import CAPACITY, OPEN
+from kvtoolkit.cache.state.block_table import CAPACITY, OPEN, RowTable
 from kvtoolkit.cache.state.cache_group import CacheGroup
 from kvtoolkit.cache.state.cache_state import CacheState
 from kvtoolkit.cache.state.group_passes import ChunkTables
@@ -51,6 +51,7 @@ class GroupSteps:
     def __init__(self, group: CacheGroup, arenas: Arenas, granter: BlockGranter, arrays: SpareArrays) -> None:
         self.group, self.arenas, self.granter, self.arrays = group, arenas, granter, arrays
         self.table, self.blocks, self.span = group.table, group.blocks, group.layers.span
+        self.rows = RowTable.of(group.table)
         tiers = group.config.tier_config
         self.demoter = None if tiers is None else Demoter(group, tiers)
         self.merges, self.keeps = group.blocks.policy.merges, group.config.keep_prefix_windows
@@ -103,16 +104,23 @@ def begin(
 ) -> list[StepPart]:
     """Begin a step: each row gets room for its new tokens in all groups, or in none; see `KVCache.begin_step`."""
     state.forget_lost()
-    batch, parts, is_done = len(ids), [], True
+    batch, is_done = len(ids), True
+    parts: list[StepPart] = []
     for steps in groups:
         arrays = steps.arrays.take(batch, total)
-        arrays.counts[:batch] = counts
-        code, where, num_need, num_merge, width, mark, num_past = step_passes.begin(
-            steps.table, arrays, ids, limit, steps.merges, steps.span
-        )
-        if code:  # only in the first group, because the others have the same rows
-            steps.arrays.give_back(arrays, batch, total)
-            raise state.bad_id(code, int(ids[where]), (OPEN,))
+        if parts:
+            lead = parts[0].arrays
+            num_need, num_merge, width, mark, num_past = step_passes.begin_too(
+                steps.rows, arrays, lead.rows, lead.counts, batch, limit, steps.merges, steps.span
+            )
+        else:
+            arrays.counts[:batch] = counts
+            code, where, num_need, num_merge, width, mark, num_past = step_passes.begin(
+                steps.rows, arrays, ids, limit, steps.merges, steps.span
+            )
+            if code:
+                steps.arrays.give_back(arrays, batch, total)
+                raise state.bad_id(code, int(ids[where]), (OPEN,))
         if num_past:
             num_merge = steps.free_past(arrays, batch, num_merge)
         has_moved = steps.demoter is not None and steps.demoter.run(arrays, num_need)

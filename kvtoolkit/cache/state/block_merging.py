@@ -4,13 +4,13 @@ from typing import Any
 
 from allocators._jit import jit
 from kvtoolkit.arrays.types import Int32Array
-from kvtoolkit.cache.state.block_table import NUM_ENTRIES, BlockTable, granule_at, touch_private
+from kvtoolkit.cache.state.block_table import NUM_ENTRIES, AnyTable, BlockTable, granule_at, touch_private
 from kvtoolkit.cache.state.prefix_index import GranuleState, Nodes, move_granule
 from kvtoolkit.formats.entry import entry_granule, entry_length, pack_entry
 
 
 @jit
-def mergeable(table: BlockTable, row: int, end: int) -> Any:
+def mergeable(table: AnyTable, row: int, end: int) -> Any:
     """The first of several entries that together cover exactly the granules ``[end - 8, end)``, or -1."""
     e = table.info[row, NUM_ENTRIES] - 1
     while e >= 0 and table.starts[row, e] >= end:

@@ -84,6 +84,25 @@ class BlockTable(NamedTuple):
     """``[max_seqs, 2]`` mass and tile of the lightest tile that may stay warm; for demotion by mass."""
 
 
+class RowTable(NamedTuple):
+    """What beginning a step needs of a `BlockTable`, with the same names. It has few arrays, because each of them costs
+    time at every call of compiled code."""
+
+    info: Int64Array
+    entries: Int32Array
+    starts: Int32Array
+    marks: Int64Array
+    clock: Int64Array
+
+    @classmethod
+    def of(cls, table: BlockTable) -> "RowTable":
+        """Views of a table's arrays."""
+        return cls(table.info, table.entries, table.starts, table.marks, table.clock)
+
+
+AnyTable = BlockTable | RowTable
+
+
 def make_block_table(max_seqs: int, max_entries: int, num_tiles: int = 0) -> BlockTable:
     """A table of closed rows, with room for the masses of ``num_tiles`` tiles in each."""
     return BlockTable(
@@ -206,7 +225,7 @@ def touch_all(table: BlockTable, which: Int32Array) -> None:
 
 
 @jit
-def find_entry(table: BlockTable, row: int, granule: int) -> Any:
+def find_entry(table: AnyTable, row: int, granule: int) -> Any:
     """The entry that holds a logical granule below the row's capacity."""
     return entry_that_holds(table.starts, row, table.info[row, NUM_ENTRIES], granule)
 
@@ -225,7 +244,7 @@ def entry_that_holds(starts: Int32Array, row: int, num_entries: int, granule: in
 
 
 @jit
-def first_held(table: BlockTable, row: int) -> Any:
+def first_held(table: AnyTable, row: int) -> Any:
     """The first logical granule that a row holds, or will hold next."""
     return table.starts[row, 0] if table.info[row, NUM_ENTRIES] > 0 else table.info[row, CAPACITY]
 

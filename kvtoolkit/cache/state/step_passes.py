@@ -32,6 +32,7 @@ from kvtoolkit.cache.state.block_table import (
     STATE,
     TAIL_BASE,
     TAIL_FIRST,
+    AnyTable,
     BlockTable,
     attach,
     find_entry,
@@ -72,7 +73,7 @@ class StepArrays(NamedTuple):
 
 
 @jit
-def begin(table: BlockTable, step: StepArrays, ids: Int64Array, max_len: int, merges: bool, span: int) -> Any:
+def begin(table: AnyTable, step: StepArrays, ids: Int64Array, max_len: int, merges: bool, span: int) -> Any:
     """Check the ids and counts of a step, complete the rows that need no memory, and list those that do.
 
     Rows in ``step.work[0]`` need blocks, and `complete` afterwards. The tails of rows in ``step.work[1]`` may be
@@ -105,35 +106,85 @@ def begin(table: BlockTable, step: StepArrays, ids: Int64Array, max_len: int, me
             reopen(table, step, b, mark)
             return code, b, 0, 0, 0, mark, 0
         table.marks[row, NAMED] = mark
-        step.rows[b] = row
-        length = table.info[row, LENGTH]
-        first = total
         total += count
         step.cu_seqlens_q[b + 1] = total
         width = max(width, table.info[row, NUM_ENTRIES])
-        step.status[b] = OK
-        if length + count > max_len:
-            stall(step, b, AT_MAX_LEN)
-        elif length + count > 8 * table.info[row, CAPACITY]:
+        found = _begin_row(table, step, b, row, max_len, merges, span)
+        if found & _NEEDS:
             step.work[0, num_need] = b
             num_need += 1
-        else:
-            _take(table, row)
-            step.seq_lens[b] = length + count
-            if length >= table.info[row, TAIL_FIRST]:
-                base = table.info[row, TAIL_BASE] + length
-                for i in range(count):
-                    step.slot_mapping[first + i] = base + i
-            else:
-                _fill_slots(table, step, row, first, count)
-        if step.stamps[b] != table.info[row, STAMP] and table.info[row, NUM_ENTRIES] <= step.table.shape[1]:
-            copy_row(table, step, b, row)
-        if merges and length & 63 == 0 and length > 0 and mergeable(table, row, length >> 3) >= 0:
+        if found & _MERGES:
             step.work[1, num_merge] = b
             num_merge += 1
-        if span != 0 and count > 0 and first_seen(length, span) > first_held(table, row):
+        if found & _HAS_PAST:
             num_past += 1
     return 0, 0, num_need, num_merge, width, mark, num_past
+
+
+@jit
+def begin_too(
+    table: AnyTable, step: StepArrays, rows: Int32Array, counts: Int32Array, batch: int, max_len: int, merges: bool,
+    span: int,
+) -> Any:  # fmt: skip
+    """`begin` in a further group, whose rows are those of the first one: their ids and counts are known to be right.
+
+    Args:
+        rows, counts: of the first group's arrays.
+
+    Returns:
+        ``(num_need, num_merge, width, mark, num_past)`` as `begin`.
+    """
+    table.clock[LAST_MARK] += 1
+    mark = table.clock[LAST_MARK]
+    num_need, num_merge, total, width, num_past = 0, 0, 0, 0, 0
+    step.cu_seqlens_q[0] = 0
+    for b in range(batch):
+        row, count = rows[b], counts[b]
+        step.counts[b] = count
+        total += count
+        step.cu_seqlens_q[b + 1] = total
+        width = max(width, table.info[row, NUM_ENTRIES])
+        found = _begin_row(table, step, b, row, max_len, merges, span)
+        if found & _NEEDS:
+            step.work[0, num_need] = b
+            num_need += 1
+        if found & _MERGES:
+            step.work[1, num_merge] = b
+            num_merge += 1
+        if found & _HAS_PAST:
+            num_past += 1
+    return num_need, num_merge, width, mark, num_past
+
+
+_NEEDS, _MERGES, _HAS_PAST = 1, 2, 4  # a row needs blocks; its tail may be merged; it holds what no later query sees
+
+
+@jit
+def _begin_row(table: AnyTable, step: StepArrays, b: int, row: int, max_len: int, merges: bool, span: int) -> Any:
+    """Complete row ``b``, unless it needs blocks; returns what else is to be done with it."""
+    step.rows[b] = row
+    step.status[b] = OK
+    first, count, length, found = step.cu_seqlens_q[b], step.counts[b], table.info[row, LENGTH], 0
+    if length + count > max_len:
+        stall(step, b, AT_MAX_LEN)
+    elif length + count > 8 * table.info[row, CAPACITY]:
+        found = _NEEDS
+    else:
+        _take(table, row)
+        step.seq_lens[b] = length + count
+        if length >= table.info[row, TAIL_FIRST]:
+            base = table.info[row, TAIL_BASE] + length
+            for i in range(count):
+                step.slot_mapping[first + i] = base + i
+        else:
+            _fill_slots(table, step, row, first, count)
+    if step.stamps[b] != table.info[row, STAMP] and table.info[row, NUM_ENTRIES] <= step.table.shape[1]:
+        copy_row(table, step, b, row)
+    if merges and length & 63 == 0 and length > 0 and mergeable(table, row, length >> 3) >= 0:
+        found |= _MERGES
+    if span != 0 and count > 0 and first_seen(length, span) > first_held(table, row):
+        found |= _HAS_PAST
+    return found
 
 
 @jit
@@ -149,20 +200,20 @@ def first_seen(length: int, span: int) -> Any:
 
 
 @jit
-def _take(table: BlockTable, row: int) -> None:
+def _take(table: AnyTable, row: int) -> None:
     """Let the step that begins hold a row."""
     table.info[row, STATE] = IN_STEP
     table.marks[row, OWNER] = table.clock[LAST_MARK]
 
 
 @jit
-def holds(table: BlockTable, row: int, mark: int) -> Any:
+def holds(table: AnyTable, row: int, mark: int) -> Any:
     """Whether a step holds a row. It does not hold rows that stalled, so a later step or another call may use them."""
     return table.info[row, STATE] == IN_STEP and table.marks[row, OWNER] == mark
 
 
 @jit
-def reopen(table: BlockTable, step: StepArrays, batch: int, mark: int) -> None:
+def reopen(table: AnyTable, step: StepArrays, batch: int, mark: int) -> None:
     """Release the rows that a step holds."""
     for b in range(batch):
         if holds(table, step.rows[b], mark):
@@ -198,7 +249,7 @@ def complete(table: BlockTable, step: StepArrays, num_need: int) -> Any:
 
 
 @jit
-def _fill_slots(table: BlockTable, step: StepArrays, row: int, first: int, count: int) -> None:
+def _fill_slots(table: AnyTable, step: StepArrays, row: int, first: int, count: int) -> None:
     """Write the slots of a row's next ``count`` positions to ``slot_mapping[first:]``; the row has room for them."""
     if count == 0:
         return
@@ -232,7 +283,7 @@ def widest(table: BlockTable, step: StepArrays, batch: int) -> Any:
 
 
 @jit
-def copy_row(table: BlockTable, step: StepArrays, b: int, row: int) -> None:
+def copy_row(table: AnyTable, step: StepArrays, b: int, row: int) -> None:
     """Copy a row's entries into row ``b`` of the step."""
     count = table.info[row, NUM_ENTRIES]
     for e in range(count):
