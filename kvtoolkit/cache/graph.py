@@ -192,8 +192,8 @@ class GraphRun:
                 written.
         """
         self._require_current()
-        self._graph_step._cache._arenas.require_layer(layer)
-        if self._calls.layers >> int(layer) & 1:
+        layer = self._graph_step._cache._arenas.require_layer(layer)
+        if self._calls.layers >> layer & 1:
             raise StepError(f"layer: expected one that this run has not appended to, got {layer}; `begin` another run")
         self._calls.append(layer, key, value)
 

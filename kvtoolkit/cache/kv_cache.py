@@ -572,17 +572,17 @@ class KVCache:
 
         It is a NumPy array, or on a GPU a CuPy array, of which ``torch.from_dlpack`` makes a tensor.
         """
-        self._arenas.require_layer(layer)
+        layer = self._arenas.require_layer(layer)
         return self._state.key_values_of(layer)[0]
 
     def value_cache(self, layer: int) -> Any:
         """The hot values of a layer, in the form of `key_cache`."""
-        self._arenas.require_layer(layer)
+        layer = self._arenas.require_layer(layer)
         return self._state.key_values_of(layer)[1]
 
     def tier_caches(self, layer: int) -> TierCaches:
         """The arrays of a layer, all tiers, in the form that `kvtoolkit.tiered_attention` takes. Views, not copies."""
-        self._arenas.require_layer(layer)
+        layer = self._arenas.require_layer(layer)
         (group,) = (one for one in self._state.groups if layer in one.layers.layers)
         storage, index = group.storage, group.layers.layers.index(layer)
         warm, cold = (None if one is None else one[index] for one in (storage.warm, storage.cold))

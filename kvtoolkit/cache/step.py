@@ -154,7 +154,7 @@ class Step:
         ``block_starts`` says where in the sequence that is. Where it has chunks, there is a row for each chunk in which
         a row of the step has new tokens, as if it were a sequence of its own; slots are in the order of the step.
         """
-        self._cache._arenas.require_layer(layer)
+        layer = self._cache._arenas.require_layer(layer)
         if self._parts is None:
             return self._all_tables()[0]
         (part,) = (one for one in self._parts if layer in one.steps.group.layers.layers)
@@ -321,7 +321,7 @@ class Step:
     def tables_on_device(self, layer: int) -> DeviceTables:
         """What `tables_of` has for a layer, as CuPy arrays on the cache's device; see `on_device`."""
         self._require_open()
-        self._cache._arenas.require_layer(layer)
+        layer = self._cache._arenas.require_layer(layer)
         if self._cache._upload is None:
             raise UnsupportedError("on_device: expected a cache with backend 'cuda' or 'numba', got 'cpu'")
         tables, groups = self._tables_on_device(self._all_tables()), self._cache._state.groups

@@ -36,19 +36,19 @@ class GroupCalls:
 
     def append(self, layer: int, key: Any, value: Any) -> None:
         """See `LayerCalls.append`."""
-        self._arenas.require_layer(layer)
+        layer = self._arenas.require_layer(layer)
         self._calls[self._of[layer]].append(layer, key, value)
 
     def attend_prepared(self, layer: int, key: int, value: int, q: int, out: int) -> bool:
         """See `LayerCalls.attend_prepared`; also False if the layer before was in another group."""
-        self._arenas.require_layer(layer)
+        layer = self._arenas.require_layer(layer)
         index = self._of[layer]
         return index == self._last and self._calls[index].attend_prepared(layer, key, value, q, out)
 
     def attend(self, layer: int, q: Any, **options: Any) -> Any:
         """See `LayerCalls.attend`; also ArgumentError unless the queries see no more than the group's window."""
-        self._arenas.require_layer(layer)
-        if self._num_tokens and (layers := self.layers) and not layers >> int(layer) & 1:
+        layer = self._arenas.require_layer(layer)
+        if self._num_tokens and (layers := self.layers) and not layers >> layer & 1:
             raise StepError(
                 f"layer: expected one that this step has appended to, got {layer}; append its keys and values"
             )

@@ -82,7 +82,7 @@ class LayerCalls:
     def append(self, layer: int, key: Any, value: Any) -> None:
         """Check a layer's new keys and values, and store them."""
         arenas = self._arenas
-        arenas.require_layer(layer)
+        layer = arenas.require_layer(layer)
         describe, raw = self._backend.describe, arenas.raw_dtype
         keys, values = describe(key, "key", raw), describe(value, "value", raw)
         form = (keys[1:4], values[1:4], keys.device, values.device)
@@ -105,7 +105,7 @@ class LayerCalls:
         prepared = self._backend.append(keys, values, arenas.keys[layer], arenas.values[layer], self._slots)
         if prepared is not None:
             self._appended = form, prepared
-        self.layers |= 1 << int(layer)  # NumPy shifts within 64 bits
+        self.layers |= 1 << layer
 
     def attend_prepared(self, layer: int, key: int, value: int, q: int, out: int) -> bool:
         """Append and attend as the layer before did, with arrays of the same shapes, strides and dtypes elsewhere.
@@ -120,7 +120,7 @@ class LayerCalls:
         arenas = self._arenas
         if self._appended is None or not self._attended or (key | value | q | out) & (arenas.alignment - 1):
             return False
-        arenas.require_layer(layer)
+        layer = arenas.require_layer(layer)
         if self._attended[0][0][_IN_PLACE] != (q == out) or not self._may_repeat(layer):
             return False
         self._append_again(layer, key, value)
@@ -132,7 +132,7 @@ class LayerCalls:
         keys = self._appended_keys = self._arenas.keys[layer].address
         values = self._arenas.values[layer].address
         self._backend.append_prepared(self._appended[1], key, value, keys, values, overlaps=self._overlaps)
-        self.layers |= 1 << int(layer)  # NumPy shifts within 64 bits
+        self.layers |= 1 << layer
 
     def attend(
         self,
@@ -152,8 +152,8 @@ class LayerCalls:
     ) -> Any:
         """Check a layer's queries and the options, and attend; see `kvtoolkit.variable_block_attention`."""
         arenas = self._arenas
-        arenas.require_layer(layer)
-        if self.layers and not self.layers >> int(layer) & 1 and self._num_tokens:
+        layer = arenas.require_layer(layer)
+        if self.layers and not self.layers >> layer & 1 and self._num_tokens:
             raise StepError(
                 f"layer: expected one that this step has appended to, got {layer}; append its keys and values"
             )
@@ -239,7 +239,7 @@ class LayerCalls:
         Not where a graph is captured after an eager run of the same step: the graph would follow the plan of that run,
         whatever the tables hold in a replay. Then everything is prepared anew, in the graph.
         """
-        bit = 1 << int(layer)
+        bit = 1 << layer
         if not self._seen & bit:
             self._seen |= bit
             return True

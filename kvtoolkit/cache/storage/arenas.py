@@ -56,11 +56,12 @@ class Arenas:
             expected = self.backend.name
             raise UnsupportedError(f"backend: expected None or {expected!r}, that of the cache, got {backend!r}")
 
-    def require_layer(self, layer: int) -> None:
-        """ArgumentError unless there is such a layer."""
+    def require_layer(self, layer: int) -> int:
+        """The layer as an int; ArgumentError unless there is such a layer."""
         index = layer if type(layer) is int else as_int(layer)
         if index is None or not 0 <= index < self.num_layers:
             raise ArgumentError(f"layer: expected 0 to {self.num_layers - 1}, got {layer!r}")
+        return index
 
     def check_apart(self, layer: int, written: Operand, q: Operand) -> None:
         """UnsupportedError if the output of attention shares memory with what it reads; it may be ``q`` itself."""

@@ -40,13 +40,15 @@ def tiered(first_granules):
     return tiered_attention(case.q, caches, table, starts, case.lengths)
 
 
-def append(layer):
-    cache = KVCache(CacheConfig(**SHAPE))
+def append(layer, **options):
+    cache = KVCache(CacheConfig(**SHAPE, **options))
     new = np.zeros((1, 2, 64), np.float32)
     with cache.begin_step(cache.open([[1]])[0], 1) as step:
         step.append(layer, new, new)
         step.attend(layer, new)
-    cache.key_cache(layer)
+        step.tables_of(layer)
+    for taken_by in (cache.key_cache, cache.value_cache, cache.tier_caches):
+        taken_by(layer)
 
 
 TAKERS = {
@@ -55,6 +57,7 @@ TAKERS = {
     "window_size right": (lambda n: paged(window_size=(1, n), causal=False), 1),
     "first_granules": (lambda n: tiered((n, 64, 64)), 0),
     "layer": (append, 1),
+    "layer of a group": (lambda n: append(n, layer_groups=[{"layers": 0}, {"layers": 1, "chunk": 64}]), 1),
     "memory": (lambda n: CacheConfig(**{**SHAPE, "num_tokens": None, "memory": as_large(n)}), 1),
     "device": (lambda n: CacheConfig(**{**SHAPE, "dtype": "float16", "backend": "cuda", "device": n}), 1),
     "tiers.warm_tokens": (lambda n: TierConfig(warm="int8", warm_tokens=n), 0),

@@ -113,7 +113,8 @@ __device__ __forceinline__ bool is_last_to_arrive(unsigned* counter, int count) 
 
 // Partial results that a thread loads together, since what counts is how long the last CTA is alone. Twice as many pieces,
 // or more, are merged in two rounds: groups of so many, each by the CTA of it that arrives last, then the groups.
-constexpr int kMergedAtOnce = kHeadDim > 64 ? 16 : 8;
+// The tiered kernel is short of registers on older architectures.
+constexpr int kMergedAtOnce = kHeadDim > 64 && (!KVT_TIERED || __CUDA_ARCH__ >= 900) ? 16 : 8;
 
 __device__ __forceinline__ int pieces_of_group(const Piece& piece) {
   return piece.num_pieces >= 2 * kMergedAtOnce ? kMergedAtOnce : 1;
