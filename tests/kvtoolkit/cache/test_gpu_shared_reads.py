@@ -67,7 +67,8 @@ def test_eager_steps_give_what_they_give_without_shared_reads(caches):
         for cache, held in zip(both, ids, strict=True):
             with cache.begin_step(held, 1) as step:
                 outs.append(feed(step, 100 + turn))
-                assert (step._find_sharing() is not None) is cache.config.shared_reads
+                sharing = step._find_sharing(cache._group.shared_reads, step._arrays)
+                assert (sharing is not None) is cache.config.shared_reads
                 cache.end_step(step)
         assert_near(*outs)
 
