@@ -583,10 +583,9 @@ class KVCache:
     def tier_caches(self, layer: int) -> TierCaches:
         """The arrays of a layer, all tiers, in the form that `kvtoolkit.tiered_attention` takes. Views, not copies."""
         layer = self._arenas.require_layer(layer)
-        (group,) = (one for one in self._state.groups if layer in one.layers.layers)
-        storage, index = group.storage, group.layers.layers.index(layer)
+        storage, index = self._state.storage_of(layer)
         warm, cold = (None if one is None else one[index] for one in (storage.warm, storage.cold))
-        hot = self._state.key_values_of(layer)
+        hot = storage.key_values[index]
         return TierCaches(hot[0], hot[1], warm, cold, storage.first)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:

@@ -88,8 +88,13 @@ class CacheState:
 
     def key_values_of(self, layer: int) -> Any:
         """``[2, num_granules, num_kv_heads, 8, head_dim]`` the hot keys and values of a layer."""
+        storage, index = self.storage_of(layer)
+        return storage.key_values[index]
+
+    def storage_of(self, layer: int) -> tuple[Any, int]:
+        """The storage of the group that has a layer, and the layer's place in it."""
         (group,) = (one for one in self.groups if layer in one.layers.layers)
-        return group.storage.key_values[group.layers.layers.index(layer)]
+        return group.storage, group.layers.layers.index(layer)
 
     # -- ids ---------------------------------------------------------------------------------------------------------
 
