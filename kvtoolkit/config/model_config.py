@@ -31,7 +31,7 @@ class ModelShape(NamedTuple):
     Attributes:
         num_layers, num_kv_heads, head_dim: as in `CacheConfig`.
         dtype: of the weights, by its name; None if the configuration does not say.
-        spans: of each layer: its window, minus its chunk, or 0 if it sees all tokens.
+        spans: for each layer: the window, the chunk as a negative number, or 0 if it sees all tokens.
     """
 
     num_layers: int

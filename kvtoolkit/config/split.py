@@ -45,7 +45,7 @@ class Split:
     """The blocks of 64 tokens that each group has.
 
     Args:
-        spans: of each group: its window, minus its chunk, or 0.
+        spans: for each group: the window, the chunk as a negative number, or 0 if it keeps all tokens.
         lengths: expected lengths of sequences.
         step_tokens: most new tokens in a step.
     """

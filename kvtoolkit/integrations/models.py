@@ -143,7 +143,7 @@ class Trial(NamedTuple):
 
     shape: CacheShape
     spans: tuple[int, ...]
-    """Of each layer: its window, minus its chunk, or 0 if it sees all tokens."""
+    """For each layer: the window, the chunk as a negative number, or 0 if it sees all tokens."""
 
 
 def trial_forward(model: PreTrainedModel) -> Trial:

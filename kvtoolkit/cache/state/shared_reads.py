@@ -138,7 +138,7 @@ def make_shared_reads(config: CacheConfig, table: BlockTable) -> SharedReads | N
     return SharedReads(table, nbytes, 0.0 if config.tiers is None else LEAST_SHARE_OF_CODES)
 
 
-# `work` is the memory of a search. Each of its rows holds one number for every row of the step:
+# The rows of `work`, the memory of a search. Each holds one number for every row of the step:
 (
     _ENDS,  # granules of the row that others may share
     _BEGIN,  # groups to look at: where they begin in the order,
