@@ -10,10 +10,10 @@ import math
 from functools import partial
 from typing import Any
 
-from allocators._command_line import integer, number
+from allocators._command_line import integer
 from kvtoolkit.bench.attention_cases import KINDS, SHAPES, Case, Contender
 from kvtoolkit.bench.peers import PEERS, peers_of
-from kvtoolkit.bench.timing import device_line, read_ceiling, require_device, time_graph
+from kvtoolkit.bench.timing import add_sustained, device_line, read_ceiling, require_device, time_graph
 from kvtoolkit.commands.json_file import add_json, write_json
 from kvtoolkit.errors import ConfigError, UnsupportedError
 
@@ -31,10 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block-size", type=integer(1), default=16, help="tokens to a block")
     parser.add_argument("--layout", choices=["HND", "NHD"], default="HND", help="of the blocks, for all kernels")
     parser.add_argument("--replays", type=integer(1), default=40)
-    parser.add_argument(
-        "--sustained", type=number(0), default=0.05, metavar="SECONDS",
-        help="of load before a kernel is timed; default 0.05",
-    )  # fmt: skip
+    add_sustained(parser)
     add_json(parser)
 
 

@@ -1,10 +1,12 @@
-"""What groups of layers cost a captured decode step on a GPU: beside one group whose calls have the same windows.
+"""What groups of layers cost a decode step, beside one group: a captured step on a GPU, and the host.
 
 Both caches hold the same tokens, and the results of all layers are compared, to the bit, before the steps are timed. A
-step appends to all layers and attends in all of them; replays of the two graphs take turns.
+captured step appends to all layers and attends in all of them, with the same windows; replays of the two graphs take
+turns. The host's figure is that of ``begin_step`` and ``end_step`` alone, the best of 20 runs of 20 steps, in turns.
 """
 
 import argparse
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +17,7 @@ from kvtoolkit import CacheConfig, GraphStep, KVCache
 from kvtoolkit.bench.timing import Timing, device_line, require_device, time_graph
 from kvtoolkit.commands.json_file import add_json, write_json
 
+_STEPS = 20
 _PIECE = 64  # tokens of each sequence that are fed at once
 
 
@@ -58,8 +61,36 @@ def main(options: argparse.Namespace) -> int:
     rows = [_report(name, times[name], caches[name]) for name in times]
     ratio = rows[1]["us"] / rows[0]["us"]
     print(f"\ntwo groups / one group: {ratio:.4f}")
-    write_json(options.json, {**vars(options), "rows": rows, "ratio": ratio})
+    del steps, caches
+    print(f"\n{'us of the host, 2 layers':<28}{'sequences':>10}{'one group':>11}{'two groups':>12}{'ratio':>8}")
+    host = [_host(backend, batch) for backend in ("cuda", "cpu") for batch in (1, 256)]
+    write_json(options.json, {**vars(options), "rows": rows, "ratio": ratio, "host": host})
     return 0
+
+
+def _host(backend: str, batch: int) -> dict[str, Any]:
+    """Host time of a step without the calls of its layers, where one of two layers has a window of 128."""
+    length, runs = 512, 20
+    room = length + (runs + 1) * _STEPS
+    shape: dict[str, Any] = {"num_layers": 2, "num_kv_heads": 1, "head_dim": 16, "dtype": "float16"}
+    shape |= {"max_seqs": batch, "max_seq_len": room, "backend": backend}
+    groups: list[dict[str, Any]] = [{"layers": [0], "window": 128}, {"layers": [1]}]
+    one = KVCache(CacheConfig(**shape, num_tokens=2 * batch * room))
+    two = KVCache(CacheConfig(**shape, layer_groups=[{**group, "num_tokens": 2 * batch * room} for group in groups]))
+    best = {}
+    for cache in (one, two):
+        ids, _ = cache.open([[]] * batch)
+        cache.end_step(cache.begin_step(ids, length))
+        best[cache] = ids, float("inf")
+    for _ in range(runs):
+        for cache, (ids, us) in best.items():
+            start = time.perf_counter()
+            for _ in range(_STEPS):
+                cache.end_step(cache.begin_step(ids, 1))
+            best[cache] = ids, min(us, (time.perf_counter() - start) / _STEPS * 1e6)
+    of_one, of_two = (us for _, us in best.values())
+    print(f"{backend:<28}{batch:>10}{of_one:>11.2f}{of_two:>12.2f}{of_two / of_one:>8.3f}")
+    return {"backend": backend, "batch": batch, "one_group_us": of_one, "two_groups_us": of_two}
 
 
 def _fill(options: argparse.Namespace, full: list[int] | None) -> KVCache:

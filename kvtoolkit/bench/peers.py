@@ -1,4 +1,4 @@
-"""Other people's paged decode kernels on the tensors of a `Case`. Each needs its own package."""
+"""Other people's paged attention on the tensors of a `Case`. Each needs its own package."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -25,8 +25,9 @@ def peers_of(case: Case, peers: Sequence[str]) -> list[Contender]:
             raise ConfigError(f"--peer: expected some of {', '.join(PEERS)}, got {peer!r}")
     made: list[Contender] = []
     kernels = _KERNELS if max(case.shape.new_tokens) == 1 else _KERNELS_FOR_MORE
+    shared = _KERNELS_FOR_SHARED if case.shape.beginnings else {}
     for peer in peers:
-        for name, make in kernels.get(peer, {}).items():
+        for name, make in (kernels.get(peer, {}) | shared.get(peer, {})).items():
             try:
                 made.append(make(case, name))
             except Exception as error:  # not installed, or no kernel for this shape
@@ -84,6 +85,68 @@ def _flashinfer(case: Case, name: str) -> Contender:
         return wrapper.run(case.q, case.storage)
 
     return Contender(name, [partial(run, which) for which in range(case.num_sets)])
+
+
+def _flashinfer_more(case: Case, name: str) -> Contender:
+    import torch
+    from flashinfer import BatchPrefillWithPagedKVCacheWrapper
+
+    shape = case.shape
+    wrapper = BatchPrefillWithPagedKVCacheWrapper(_scratch(), case.layout, backend="fa2")
+    wrapper.plan(
+        case.cu_seqlens_q, *_pages(case, range(shape.batch), 0, max(shape.lengths)), shape.num_q_heads,
+        shape.num_kv_heads, shape.head_dim, case.block_size, causal=True, q_data_type=torch.bfloat16,
+    )  # fmt: skip
+
+    def run(which: int) -> Any:
+        wrapper._paged_kv_indices_buf = case.indices[which]
+        return wrapper.run(case.q, case.storage)
+
+    return Contender(name, [partial(run, which) for which in range(case.num_sets)])
+
+
+def _cascade(case: Case, name: str) -> Contender:
+    """What sequences have in common, level by level, then what is their own; all levels are merged."""
+    import torch
+    from flashinfer import MultiLevelCascadeAttentionWrapper
+
+    shape = case.shape
+    levels = [*shape.beginnings, (1, max(shape.lengths))]
+    wrapper = MultiLevelCascadeAttentionWrapper(len(levels), _scratch(), case.layout)
+    starts, pages, first = [], [], 0
+    for one, (rows, tokens) in zip(wrapper._batch_prefill_wrappers, levels, strict=True):
+        one._backend = "fa2"
+        heads = range(0, shape.batch, rows)
+        starts.append(torch.tensor([*heads, shape.batch], dtype=torch.int32, device="cuda"))
+        pages.append([_pages(case, heads, first, tokens, which) for which in range(case.num_sets)])
+        first += tokens
+    wrapper.plan(
+        starts, *([of_level[0][part] for of_level in pages] for part in range(3)), shape.num_q_heads,
+        shape.num_kv_heads, shape.head_dim, case.block_size, q_data_type=torch.bfloat16,
+    )  # fmt: skip
+
+    def run(which: int) -> Any:
+        for one, of_level in zip(wrapper._batch_prefill_wrappers, pages, strict=True):
+            one._paged_kv_indices_buf = of_level[which][1]
+        return wrapper.run(case.q, case.storage)
+
+    return Contender(name, [partial(run, which) for which in range(case.num_sets)])
+
+
+def _pages(case: Case, rows: Sequence[int], first: int, tokens: int, which: int = 0) -> tuple[Any, Any, Any]:
+    """At most so many tokens of some rows as FlashInfer has them: starts, ids of blocks, tokens in the last block."""
+    import torch
+
+    found, starts, last = [], [0], []
+    for row in rows:
+        held = min(tokens, case.shape.lengths[row] - first)
+        blocks = -(-held // case.block_size)
+        begin = first // case.block_size
+        found.append(case.tables[which][row, begin : begin + blocks])
+        starts.append(starts[-1] + blocks)
+        last.append(held - (blocks - 1) * case.block_size)
+    bounds, ends = (torch.tensor(one, dtype=torch.int32, device="cuda") for one in (starts, last))
+    return bounds, torch.cat(found), ends
 
 
 def _xqa(case: Case, name: str) -> Contender:
@@ -156,9 +219,15 @@ def _fa3_more(case: Case, name: str) -> Contender:
 
 
 _KERNELS_FOR_MORE: dict[str, dict[str, Callable[[Case, str], Contender]]] = {
+    "flashinfer": {"FlashInfer fa2": _flashinfer_more},
     "fa3": {"FA3": _fa3_more, "FA3, unpacked": _fa3_more},
 }
 """For batches with more than one query token in a row."""
+
+_KERNELS_FOR_SHARED: dict[str, dict[str, Callable[[Case, str], Contender]]] = {
+    "flashinfer": {"FlashInfer cascade": _cascade},
+}
+"""For sequences that begin with the same blocks, besides those of any batch."""
 
 _KERNELS: dict[str, dict[str, Callable[[Case, str], Contender]]] = {
     "flashinfer": dict.fromkeys(_FLASHINFER, _flashinfer),

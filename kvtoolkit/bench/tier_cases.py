@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtoolkit.bench.attention_cases import SHAPES, Shape
+from kvtoolkit.bench.attention_cases import SHAPES, SHARED, Shape
 from kvtoolkit.formats.entry import TIER_COLD, TIER_HOT, TIER_WARM
 from kvtoolkit.formats.quantized import BLOCK, FORMATS, INT4, INT8
 
@@ -33,6 +33,7 @@ TIER_SHAPES = {
         *(Shape(f"b64_8k_verify_{n}", (8192,) * 64, num_queries=n) for n in (2, 3, 4, 8)),
         Shape("2k_on_8k", (10240,), new=(2048,)),
         Shape("d64_2k_on_8k", (10240,), head_dim=64, new=(2048,)),
+        *SHARED,
     )
 }
 
@@ -82,7 +83,15 @@ class TierCase:
 
         self.shape, self.mix, self.dtype = shape, mix, dtype
         tiers = [mix.tiers_of(length) for length in shape.lengths]
-        counts = {tier: sum(int((one == tier).sum()) for one in tiers) for tier in (TIER_HOT, TIER_WARM, TIER_COLD)}
+        places = [np.array(row) for row in shape.places(BLOCK)]
+        tier_of, rank = np.empty((2, 1 + max(int(row.max()) for row in places)), np.int32)
+        for at, one in zip(places, tiers, strict=True):
+            tier_of[at] = one  # sequences of one length have what they share in the same tiers
+        counts = {}
+        for tier in (TIER_HOT, TIER_WARM, TIER_COLD):
+            held = tier_of == tier
+            counts[tier] = int(held.sum())
+            rank[held] = np.arange(counts[tier])
         sizes = {TIER_HOT: BLOCK * shape.head_dim * 4} | {t: f.nbytes(shape.head_dim) for t, f in _FORMATS.items()}
         self.nbytes = shape.num_kv_heads * sum(counts[tier] * sizes[tier] for tier in counts)
         self.num_sets = max(1, min(_MAX_SETS, -(-_POOL_NBYTES // self.nbytes)))
@@ -108,14 +117,11 @@ class TierCase:
         self.entries = []
         for which in range(self.num_sets):
             table = np.full((shape.batch, width), -1, np.int32)
-            next_block = {tier: which * count for tier, count in counts.items()}
-            for row, one in enumerate(tiers):
+            for row, (at, one) in enumerate(zip(places, tiers, strict=True)):
                 for tier in np.unique(one):
-                    places = np.flatnonzero(one == tier)
-                    first = next_block[tier]
-                    blocks = order[tier][first : first + len(places)]
-                    next_block[tier] = first + len(places)
-                    table[row, places] = (8 * blocks) | (7 << 24) | (int(tier) << 27)
+                    tiles = np.flatnonzero(one == tier)
+                    blocks = order[tier][which * counts[tier] + rank[at[tiles]]]
+                    table[row, tiles] = (8 * blocks) | (7 << 24) | (int(tier) << 27)
             self.entries.append(table)
         self.tables = [torch.from_numpy(table).cuda() for table in self.entries]
 

@@ -14,13 +14,14 @@ from kvtoolkit.bench.attention import ours
 from kvtoolkit.bench.attention_cases import Case, Contender
 from kvtoolkit.bench.peers import PEERS, peers_of
 from kvtoolkit.bench.tier_cases import MIXES, TIER_SHAPES, TierCase
-from kvtoolkit.bench.timing import device_line, read_ceiling, require_device, time_graph
+from kvtoolkit.bench.timing import add_sustained, device_line, read_ceiling, require_device, time_graph
 from kvtoolkit.commands.json_file import add_json, write_json
-from kvtoolkit.errors import ConfigError
+from kvtoolkit.errors import ConfigError, UnsupportedError
 
 _MAX_ERROR = 4e-3  # relative L2; bfloat16's rounding alone is 1.7e-3
-_MAX_PROMPT_ERROR = 8e-3  # there keys and values become 16 bits again
+_MAX_PROMPT_ERROR = 8e-3  # in the prompt kernel keys and values become 16 bits again
 _PLAIN, _DEPENDENT, _MASS = "kvtoolkit", "kvtoolkit, dependent", "kvtoolkit, with mass"
+_SHARED = "kvtoolkit, shared reads"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mix", nargs="+", default=list(MIXES), help=f"of {', '.join(MIXES)}")
     parser.add_argument("--peer", action="append", default=[], help=f"one of {', '.join(PEERS)}; repeat it for several")
     parser.add_argument("--replays", type=integer(1), default=20)
+    add_sustained(parser)
     add_json(parser)
 
 
@@ -47,7 +49,8 @@ def main(options: argparse.Namespace) -> int:
     print(device_line())
     print(f"bfloat16; a large read: {ceiling:.0f} GB/s\n")
     print(
-        f"{'shape':<14}{'tiers':<20}{'kernel':<24}{'us':>9}{'p10':>9}{'p90':>9}{'of read':>9}{'error':>10}{'gain':>8}"
+        f"{'shape':<14}{'tiers':<20}{'kernel':<24}{'us':>9}{'p10':>9}{'p90':>9}{'of read':>9}{'error':>10}"
+        f"{'MHz':>6}{'W':>5}{'gain':>8}"
     )
     rows: list[dict[str, Any]] = []
     for name in options.shape:
@@ -55,7 +58,7 @@ def main(options: argparse.Namespace) -> int:
         found = peers_of(base, options.peer)
         reference: dict[str, float] = {}
         for contender in [*ours(base), *found]:
-            row = _time(base, contender, base.shape.kv_nbytes, "16 bit, paged", options.replays, ceiling)
+            row = _time(base, contender, base.shape.kv_nbytes, "16 bit, paged", options, ceiling)
             if row is not None:
                 reference[contender.name] = row["us"]
                 rows.append(_told(row, reference))
@@ -64,7 +67,7 @@ def main(options: argparse.Namespace) -> int:
         for mix in options.mix:
             case = TierCase(TIER_SHAPES[name], MIXES[mix])
             for contender in tiered(case):
-                row = _time(case, contender, case.nbytes, mix, options.replays, ceiling)
+                row = _time(case, contender, case.nbytes, mix, options, ceiling)
                 assert row is not None
                 rows.append(_told(row, reference))
             del case
@@ -74,11 +77,15 @@ def main(options: argparse.Namespace) -> int:
 
 
 def tiered(case: TierCase) -> list[Contender]:
-    """The tiered kernel as the layers of a step run it: lists and plan are made once and shared."""
+    """The tiered kernel as the layers of a step run it: lists and plan are made once and shared.
+
+    Where sequences begin with the same tiles, ``shared reads`` reads these once.
+    """
     import torch
 
     from kvtoolkit import cuda
-    from kvtoolkit.arrays.call import Hints, QuantizedTiers, attention_call
+    from kvtoolkit.arrays.call import Hints, QuantizedTiers, Sharing, attention_call
+    from kvtoolkit.cuda.shared import SharedAttention
 
     shape = case.shape
     outs = [torch.empty_like(case.q) for _ in range(case.num_sets)]
@@ -93,7 +100,7 @@ def tiered(case: TierCase) -> list[Contender]:
     counts = min(shape.new_tokens), max(shape.new_tokens)
     stream = torch.cuda.current_stream().cuda_stream
 
-    def prepare(block_mass: Any) -> list[Any]:
+    def prepare(block_mass: Any = None, sharing: Sharing | None = None) -> list[Any]:
         return [
             cuda.attend(
                 attention_call(
@@ -102,12 +109,11 @@ def tiered(case: TierCase) -> list[Contender]:
                     tiers=QuantizedTiers(warm, cold, (0, 0, 0)),
                     block_mass=block_mass,
                 ),
-                Hints(counts, max(shape.lengths), kept={}), stream=stream,
+                Hints(counts, max(shape.lengths), {}, sharing), stream=stream,
             )
             for table, out in zip(case.tables, outs, strict=True)
         ]  # fmt: skip
 
-    plain, with_mass = prepare(None), prepare(masses) if is_decode else []
     addresses = {"warm": warm.address if warm else 0, "cold": cold.address if cold else 0}
 
     def call(prepared: Any, which: int, dependent: bool, mass: Any) -> Any:
@@ -118,27 +124,37 @@ def tiered(case: TierCase) -> list[Contender]:
         )  # fmt: skip
         return outs[which]
 
+    plain = prepare()
+    kinds: list[tuple[str, list[Any], bool, Any]] = [(_PLAIN, plain, False, None)]
+    if shape.beginnings:
+        kinds.append((_SHARED, prepare(sharing=Sharing()), False, None))
+        if not isinstance(kinds[1][1][0], SharedAttention):
+            raise UnsupportedError("shapes that share: expected sm_90")
+    else:
+        kinds.append((_DEPENDENT, plain, True, None))
+        if is_decode:
+            kinds.append((_MASS, prepare(masses), False, mass))
     sets = range(case.num_sets)
     return [
-        Contender(_PLAIN, [partial(call, plain, which, False, None) for which in sets]),
-        Contender(_DEPENDENT, [partial(call, plain, which, True, None) for which in sets]),
-        *([Contender(_MASS, [partial(call, with_mass, which, False, mass) for which in sets])] if is_decode else []),
+        Contender(name, [partial(call, prepared, which, dependent, mass) for which in sets])
+        for name, prepared, dependent, mass in kinds
     ]
 
 
 def _time(
-    case: Any, contender: Contender, nbytes: int, tiers: str, replays: int, ceiling: float
+    case: Any, contender: Contender, nbytes: int, tiers: str, options: argparse.Namespace, ceiling: float
 ) -> dict[str, Any] | None:
     import torch
 
     is_ours = contender.name.startswith("kvtoolkit")
     try:
         error = max(case.error(which, contender.calls[which]()) for which in {0, case.num_sets - 1})
-        most = _MAX_ERROR if set(case.shape.new_tokens) == {1} else _MAX_PROMPT_ERROR
+        by_decode = set(case.shape.new_tokens) == {1} and contender.name != _SHARED
+        most = _MAX_ERROR if by_decode else _MAX_PROMPT_ERROR
         if is_ours and not error <= most:
             raise AssertionError(f"{case.shape.name}, {tiers}: {contender.name} is off by {error:.1e}")
         torch.cuda.synchronize()
-        timing = time_graph(contender.calls, replays)
+        timing = time_graph(contender.calls, options.replays, options.sustained)
     except Exception as failure:  # a peer without a kernel for this shape
         if is_ours:
             raise
@@ -160,11 +176,12 @@ def _time(
 
 def _told(row: dict[str, Any], reference: dict[str, float]) -> dict[str, Any]:
     """Print a row, with its gain over our 16-bit kernel, launched in the same way."""
-    base = reference[_DEPENDENT if row["kernel"] == _DEPENDENT else _PLAIN]
+    base = reference[row["kernel"] if row["kernel"] in (_DEPENDENT, _SHARED) else _PLAIN]
     row["gain"] = base / row["us"]
     print(
         f"{row['shape']:<14}{row['tiers']:<20}{row['kernel']:<24}{row['us']:>9.2f}{row['p10']:>9.2f}{row['p90']:>9.2f}"
-        f"{row['share_of_read']:>9.1%}{row['error']:>10.1e}{row['gain']:>8.3f}",
+        f"{row['share_of_read']:>9.1%}{row['error']:>10.1e}{row['mhz']:>6}{row['watts']:>5.0f}{row['gain']:>8.3f}"
+        f"{'  clock moved' if row['clock_moved'] else ''}",
         flush=True,
     )
     return row

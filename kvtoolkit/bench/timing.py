@@ -4,6 +4,7 @@ Many data sets make the second-level cache cold; the graph leaves out what the h
 reaches is of what this GPU does in the same run: reading for kernels that read, copying for those that copy.
 """
 
+import argparse
 import ctypes
 import functools
 import time
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from allocators._command_line import number
 from kvtoolkit.cuda.launching import Launch
 from kvtoolkit.errors import UnsupportedError
 from kvtoolkit.runtime import load
@@ -37,6 +39,14 @@ class Timing(NamedTuple):
     watts: float
     clock_moved: bool
     """Whether it was more than 2 % apart before and after: the median is of no one clock then."""
+
+
+def add_sustained(parser: argparse.ArgumentParser) -> None:
+    """The option that heats the GPU before each kernel is timed."""
+    parser.add_argument(
+        "--sustained", type=number(0), default=0.05, metavar="SECONDS",
+        help="of load before a kernel is timed; default 0.05",
+    )  # fmt: skip
 
 
 def require_device(what: str) -> None:
