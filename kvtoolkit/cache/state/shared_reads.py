@@ -27,9 +27,11 @@ LEAST_TOKENS = 128
 """A common beginning pays only if it has so many tokens,"""
 LEAST_NBYTES = 32_000_000
 """and if a layer reads so many bytes less: what an H200 reads in 7 us, about as long as merging takes."""
-LEAST_SHARE_OF_CODES = 0.75
-"""With quantized tiers it pays only if so much of what is read is saved: the kernel that shares reads takes about four
-times as long for a code as the one that decodes."""
+LEAST_NBYTES_OF_CODES = 400_000_000
+"""As `LEAST_NBYTES`, of a cache with quantized tiers, counted as if all tokens had 16 bits,"""
+LEAST_SHARE_OF_CODES = 0.82
+"""and it pays only if so much of what is read is saved. The kernel that shares reads is several times slower at making
+numbers of codes than the one that decodes, and takes 16 us longer to begin: see `docs/results/gpu_shared.md`."""
 _GOLDEN = 2654435761  # 2**32 over the golden ratio: granules of blocks have the same low bits
 _MOST_KEPT = 4  # results: batches that take turns each have one
 
@@ -85,13 +87,13 @@ class SharedReads:
     Args:
         table: of the group.
         nbytes_per_token: of keys and values of 16 bits, of one layer.
-        least_share: of the tokens that a step reads, to be saved.
+        has_codes: whether the cache has quantized tiers.
     """
 
-    def __init__(self, table: BlockTable, nbytes_per_token: int, least_share: float = 0.0) -> None:
+    def __init__(self, table: BlockTable, nbytes_per_token: int, has_codes: bool = False) -> None:
         self._clock = table.clock
-        self._least_saved = -(-LEAST_NBYTES // nbytes_per_token)
-        self._least_share = least_share
+        self._least_saved = -(-(LEAST_NBYTES_OF_CODES if has_codes else LEAST_NBYTES) // nbytes_per_token)
+        self._least_share = LEAST_SHARE_OF_CODES if has_codes else 0.0
         self._kept: tuple[_Kept, ...] = ()
         self._last_rows = _Rows(0, b"", b"", b"")
 
@@ -135,7 +137,7 @@ def make_shared_reads(config: CacheConfig, table: BlockTable) -> SharedReads | N
     if not config.shared_reads or config.backend != "cuda":
         return None
     nbytes = config.nbytes_per_token // config.num_layers
-    return SharedReads(table, nbytes, 0.0 if config.tiers is None else LEAST_SHARE_OF_CODES)
+    return SharedReads(table, nbytes, config.tiers is not None)
 
 
 # The rows of `work`, the memory of a search. Each holds one number for every row of the step:

@@ -142,7 +142,7 @@ def test_codes_that_rows_share_are_read_once(monkeypatch):
 
     from kvtoolkit.cuda.launching import Launch
 
-    monkeypatch.setattr(shared_reads, "LEAST_NBYTES", 1)
+    monkeypatch.setattr(shared_reads, "LEAST_NBYTES_OF_CODES", 1)
     monkeypatch.setattr(shared_reads, "LEAST_SHARE_OF_CODES", 0.3)
     tiers = {"hot": 64, "pinned_tokens": 0, "warm": "int8", "warm_tokens": 128, "cold": "int4"}
     both = [KVCache(CacheConfig(**SHAPE, backend="cuda", tiers=tiers, shared_reads=shares)) for shares in (True, False)]

@@ -176,9 +176,10 @@ def test_no_hint_where_it_is_not_wanted_or_does_not_pay(device, fields, shape):
     assert sharing_of(cache, families(cache, **shape).ravel()) is None
 
 
-@pytest.mark.parametrize(("members", "hint"), [(4, None), (5, Sharing())])
-def test_tiers_get_the_hint_where_three_quarters_are_saved(device, members, hint):
-    cache = make(tiers=TIERS, num_tokens=1 << 14)
+@pytest.mark.parametrize(("members", "least", "hint"), [(5, 1, None), (7, 1, Sharing()), (7, 1 << 30, None)])
+def test_tiers_get_the_hint_where_more_is_saved(device, monkeypatch, members, least, hint):
+    monkeypatch.setattr(shared_reads, "LEAST_NBYTES_OF_CODES", least)
+    cache = make(tiers=TIERS, num_tokens=1 << 15)
     ids = families(cache, count=4, members=members, length=800).ravel()
     assert 4 * (members - 1) * 800 > NEEDED
     assert sharing_of(cache, ids) == hint

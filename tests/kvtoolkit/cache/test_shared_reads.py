@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtoolkit import CacheConfig, KVCache
-from kvtoolkit.cache.state.shared_reads import LEAST_NBYTES, MOST_QUERIES, SharedReads, find_common
+from kvtoolkit.cache.state.shared_reads import (
+    LEAST_NBYTES,
+    LEAST_NBYTES_OF_CODES,
+    MOST_QUERIES,
+    SharedReads,
+    find_common,
+)
 from kvtoolkit.cache.state.step_arrays import SpareArrays
 from kvtoolkit.cache.state.step_passes import OK, OUT_OF_BLOCKS
 from kvtoolkit.formats.entry import pack_entry, unpack_entries
@@ -368,4 +374,21 @@ def test_only_large_savings_pay(length, nbytes_per_token, pays):
     ids = run.family(3, length)
     with run.cache.begin_step(ids, 1) as step:
         reads = SharedReads(run.cache._group.table, nbytes_per_token)
+        assert reads.find(step.seq_ids, step._arrays).pays is pays
+
+
+@pytest.mark.parametrize(
+    ("rows", "nbytes_per_token", "pays"),
+    [
+        (16, -(-LEAST_NBYTES_OF_CODES // (15 * 400)), True),
+        (16, -(-LEAST_NBYTES_OF_CODES // (15 * 400)) - 1, False),
+        (8, LEAST_NBYTES_OF_CODES, True),  # 7 * 400 of 8 * 421 tokens saved, 83 %
+        (7, LEAST_NBYTES_OF_CODES, False),  # 81 %
+    ],
+)
+def test_codes_need_larger_savings(rows, nbytes_per_token, pays):
+    run = Run()
+    ids = run.family(rows, 400)
+    with run.cache.begin_step(ids, 1) as step:
+        reads = SharedReads(run.cache._group.table, nbytes_per_token, has_codes=True)
         assert reads.find(step.seq_ids, step._arrays).pays is pays
