@@ -4,7 +4,7 @@ from allocators import BlockAllocator, create, register
 from kvtoolkit._version import __version__
 from kvtoolkit.attention.calls import append, merge_states, paged_attention, tiered_attention, variable_block_attention
 from kvtoolkit.attention.plan import AttentionPlan, plan_attention
-from kvtoolkit.cache.graph import GraphStep
+from kvtoolkit.cache.graph import GraphRun, GraphStep
 from kvtoolkit.cache.kv_cache import KVCache
 from kvtoolkit.cache.lease import Lease
 from kvtoolkit.cache.stats import CacheStats
@@ -27,8 +27,9 @@ from kvtoolkit.errors import (
     UnsupportedError,
 )
 from kvtoolkit.formats.tier_caches import TierCaches
+from kvtoolkit.integrations import operators
 from kvtoolkit.runtime.sources import get_include
-from kvtoolkit.untraced import untraced
+from kvtoolkit.tracing import untraced
 
 __all__ = [
     "ArgumentError",
@@ -72,5 +73,6 @@ for _call in (
     append, merge_states, paged_attention, plan_attention, tiered_attention, variable_block_attention, warmup,
 ):  # fmt: skip
     untraced(_call)
-for _class in (AttentionPlan, DevicePool, GraphStep, KVCache, Lease, Step):
+for _class in (AttentionPlan, DevicePool, GraphRun, GraphStep, KVCache, Lease, Step):
     untraced(_class)
+operators.install()

@@ -29,6 +29,7 @@ from kvtoolkit.attention.options import Options
 from kvtoolkit.backends import BACKENDS
 from kvtoolkit.errors import ArgumentError, UnsupportedError
 from kvtoolkit.formats.tier_caches import TierCaches
+from kvtoolkit.handles import handle_of
 from kvtoolkit.runtime.streams import capture_id, current_stream
 
 _NAMES = ("block_table", "block_starts", "seq_lens", "cu_seqlens_q")
@@ -60,7 +61,17 @@ class AttentionPlan:
     One thread at a time may use it, on one stream at a time. It keeps its arrays alive.
     """
 
-    __slots__ = ("__weakref__", "_given", "_kept", "_max_seqlen_k", "_max_seqlen_q", "_prepared", "_read", "_tables")
+    __slots__ = (
+        "__weakref__",
+        "_given",
+        "_handle",
+        "_kept",
+        "_max_seqlen_k",
+        "_max_seqlen_q",
+        "_prepared",
+        "_read",
+        "_tables",
+    )
 
     def __init__(
         self, given: tuple[Any, ...], tables: _Tables, max_seqlen_q: int | None, max_seqlen_k: int | None
@@ -69,6 +80,7 @@ class AttentionPlan:
         self._max_seqlen_q, self._max_seqlen_k = max_seqlen_q, max_seqlen_k
         self._prepared: dict[_Form, _Prepared] = {}
         self._kept: dict[Any, dict[Any, Any]] = {}  # memory of plans on a GPU, which captured graphs refer to
+        self._handle = handle_of(self)
         self._read: _Tables | None = None  # what calls read: on the CPU, copies that nobody can change
 
     def renew(self) -> None:

@@ -158,9 +158,12 @@ def _planning(batches: list[int]) -> dict[str, list[float]]:
 def _host() -> dict[str, float]:
     """What calls cost the host, checks included."""
     import torch
+    import torch._dynamo  # so that steps can be named in graphs
 
     from kvtoolkit.attention.calls import variable_block_attention
 
+    operators = torch.ops.kvtoolkit
+    plain = (None, -1, -1)  # scale and window
     shape: dict[str, Any] = {"num_layers": 4, "num_kv_heads": 8, "head_dim": 128, "dtype": "bfloat16"}
     cache = KVCache(CacheConfig(**shape, num_tokens=1 << 15, backend="cuda"))
     ids, _ = cache.open([[]] * 64)
@@ -178,6 +181,13 @@ def _host() -> dict[str, float]:
         keys, values, *tables = (torch.from_dlpack(array) for array in arrays)
         keys, values = keys.view(torch.bfloat16), values.view(torch.bfloat16)
         found["variable_block_attention"] = host_us(lambda: variable_block_attention(q, keys, values, *tables, out=out))
+        assert step._in_graphs is not None
+        handle, arenas = step._in_graphs
+        found["operator step_append"] = host_us(lambda: operators.step_append(arenas[1], handle, 1, new, new))
+        found["operator step_attend"] = host_us(lambda: operators.step_attend(out, arenas[1], handle, 1, q, *plain))
+        found["operator variable_block_attention"] = host_us(
+            lambda: operators.variable_block_attention(out, q, keys, values, *tables, None, None, None, *plain)
+        )
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for layer in range(4):

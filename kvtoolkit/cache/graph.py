@@ -8,12 +8,14 @@ from kvtoolkit.arrays.types import Array
 from kvtoolkit.attention.options import AttendOptions
 from kvtoolkit.cache.fixed_tables import Bounds, FixedTables, Move, bounds_of
 from kvtoolkit.cache.kv_cache import KVCache
+from kvtoolkit.cache.layers import traced
 from kvtoolkit.cache.layers.group_calls import GroupCalls
 from kvtoolkit.cache.layers.layers import LayerCalls
 from kvtoolkit.cache.state.shared_reads import MAX_ROWS
 from kvtoolkit.cache.step import Step
 from kvtoolkit.cache.storage.upload import DeviceTables, PinnedRing
 from kvtoolkit.errors import StepError, UnsupportedError
+from kvtoolkit.tracing import is_traced, traceable
 
 
 class GraphStep:
@@ -180,10 +182,12 @@ class GraphRun:
 
     def __init__(self, graph_step: GraphStep, calls: LayerCalls | GroupCalls) -> None:
         self._graph_step, self._calls = graph_step, calls
+        self._in_graphs = graph_step._cache._in_graphs(self)
         self.cu_seqlens_q: Any = graph_step._cu_seqlens_q
         if graph_step._max_new_tokens == 1:
             self.cu_seqlens_q = np.arange(graph_step._batch + 1, dtype=np.int32)
 
+    @traceable
     def append(self, layer: int, key: Array, value: Array) -> None:
         """Store keys and values as `Step.append` does; rows beyond those of the step are skipped.
 
@@ -191,12 +195,16 @@ class GraphRun:
             StepError: there is no such layer, this run has appended to it before, or another run has begun; nothing was
                 written.
         """
+        if is_traced():
+            traced.append(self, layer, key, value)
+            return
         self._require_current()
         layer = self._graph_step._cache._arenas.require_layer(layer)
         if self._calls.layers >> layer & 1:
             raise StepError(f"layer: expected one that this run has not appended to, got {layer}; `begin` another run")
         self._calls.append(layer, key, value)
 
+    @traceable
     def attend(self, layer: int, q: Array, **options: "Unpack[AttendOptions]") -> Any:
         """Attend as `Step.attend` does; rows beyond those of the step give zeros.
 
@@ -204,6 +212,8 @@ class GraphRun:
             StepError: there is no such layer, this run has appended to other layers but not to this one, or another run
                 has begun.
         """
+        if is_traced():
+            return traced.attend(self, layer, q, **options)
         self._require_current()
         return self._calls.attend(layer, q, **options)
 

@@ -9,6 +9,7 @@ from kvtoolkit.arrays.call import Hints, Sharing
 from kvtoolkit.arrays.types import Array, Int32Array, Int64Array
 from kvtoolkit.attention.options import AttendOptions
 from kvtoolkit.cache.group_steps import StepPart
+from kvtoolkit.cache.layers import traced
 from kvtoolkit.cache.layers.group_calls import GroupCalls
 from kvtoolkit.cache.layers.layers import LayerCalls
 from kvtoolkit.cache.layers.masses import MassSum
@@ -19,6 +20,7 @@ from kvtoolkit.cache.storage.upload import DeviceTables
 from kvtoolkit.cache.tiering.rules import DEVICE_PERIOD, MOST_QUERIES, note_masses
 from kvtoolkit.errors import StepError, UnsupportedError
 from kvtoolkit.runtime import current_stream, is_capturing
+from kvtoolkit.tracing import is_traced, traceable
 
 if TYPE_CHECKING:
     from kvtoolkit.cache.graph import GraphStep
@@ -78,6 +80,7 @@ class Step:
         "_calls",
         "_device_tables",
         "_graph_step",
+        "_in_graphs",
         "_is_open",
         "_mark",
         "_mass",
@@ -104,6 +107,7 @@ class Step:
         self._mass: MassSum | None = None
         self._device_tables: list[DeviceTables] | None = None  # of each group
         self._graph_step: GraphStep | None = None  # which has loaded it
+        self._in_graphs = cache._in_graphs(self)
 
     # made only when they are asked for, because an integration may need none of them
     @property
@@ -177,6 +181,7 @@ class Step:
             shown.slot_mapping[: self._num_tokens],
         )  # fmt: skip
 
+    @traceable
     def append(self, layer: int, key: Array, value: Array) -> None:
         """Store the keys and values of this step's new tokens.
 
@@ -192,9 +197,13 @@ class Step:
             ArgumentError: there is no such layer.
             StepError: the step has ended.
         """
+        if is_traced():
+            traced.append(self, layer, key, value)
+            return
         self._require_open()
         (self._calls or self._make_calls()).append(layer, key, value)
 
+    @traceable
     def attend(self, layer: int, q: Array, **options: "Unpack[AttendOptions]") -> Any:
         """Attend the new tokens to everything their sequences hold, these tokens included: `append` them first.
 
@@ -214,6 +223,8 @@ class Step:
             ArgumentError: there is no such layer.
             StepError: the step has ended, or has appended to other layers but not to this one.
         """
+        if is_traced():
+            return traced.attend(self, layer, q, **options)
         self._require_open()
         return (self._calls or self._make_calls()).attend(layer, q, **options)
 

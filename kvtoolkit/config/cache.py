@@ -80,7 +80,7 @@ class CacheConfig:
             only where it saves more memory traffic than it costs. A row's results then may differ in the last place
             from those of a step in which it shares nothing, because parts of its softmax are merged in 16 bit. False:
             every row reads its own tokens in every step. Captured steps choose by themselves, see `GraphStep`. With
-            ``tiers`` it is done only where three quarters of what a step reads are saved. Has no effect on other
+            ``tiers`` it is done only where 82 % of what a step reads are saved. Has no effect on other
             backends, and on GPUs that are not sm_90.
         tiers: quantized tiers for older tokens: a table with the fields of `kvtoolkit.config.tiers.TierConfig`. With
             ``layer_groups`` they are those of each group that keeps all tokens and has none of its own.

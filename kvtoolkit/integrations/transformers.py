@@ -32,7 +32,7 @@ from kvtoolkit.integrations.layer_groups import check_kept, grouped_config
 from kvtoolkit.integrations.marks import Mask, NewKeys, make_mask, mark_keys, span_of
 from kvtoolkit.integrations.models import Columns, check_call, check_structure, trial_forward
 from kvtoolkit.integrations.padded import PaddedBatch
-from kvtoolkit.untraced import untraced
+from kvtoolkit.tracing import untraced
 
 NAME = "kvtoolkit"
 """What the attention implementation is called in transformers, where it is put over SDPA."""

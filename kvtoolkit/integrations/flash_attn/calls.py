@@ -58,7 +58,7 @@ from kvtoolkit.integrations.flash_attn.step_plan import (
     step_plan_of,
     worked_out,
 )
-from kvtoolkit.untraced import untraced
+from kvtoolkit.tracing import untraced
 
 __all__ = [
     "StepPlan",

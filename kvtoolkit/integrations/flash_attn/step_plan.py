@@ -11,7 +11,7 @@ from kvtoolkit.attention.plan import AttentionPlan, plan_attention
 from kvtoolkit.errors import ArgumentError
 from kvtoolkit.integrations.flash_attn.arguments import check_tensor, indices
 from kvtoolkit.runtime.streams import capture_id, current_stream
-from kvtoolkit.untraced import untraced
+from kvtoolkit.tracing import untraced
 
 _entered = threading.local()
 

@@ -62,7 +62,7 @@ def test_results_are_where_the_queries_are_and_a_cache_counts_as_changed():
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
-def test_dynamo_does_not_trace_into_a_call(backend: str):
+def test_a_compiled_call_gives_what_it_gives_as_it_is(backend: str):
     arguments = good()
     q = arguments.pop("q")
     del arguments["out"]

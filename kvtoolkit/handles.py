@@ -1,0 +1,39 @@
+"""Numbers by which compiled graphs name objects of the library, since a graph takes tensors and nothing else.
+
+The number is in a tensor, not an integer, because a graph that took an integer would be compiled anew for each one.
+"""
+
+import itertools
+import sys
+import weakref
+from typing import Any
+
+import numpy as np
+
+from kvtoolkit.errors import ArgumentError
+from kvtoolkit.tracing import is_dynamo_loaded
+
+_owners: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+def handle_of(owner: Any) -> Any:
+    """A tensor with a number of its own for ``owner``, int64 without axes, on the host.
+
+    Returns:
+        None while nothing can be compiled, because Dynamo is not loaded.
+    """
+    if not is_dynamo_loaded():
+        return None
+    number = next(_numbers)
+    _owners[number] = owner
+    return sys.modules["torch"].from_numpy(np.array(number))
+
+
+def owner_of(handle: Any, name: str) -> Any:
+    """The object that a handle stands for; ArgumentError, with its ``name``, if it is gone."""
+    number = int(handle)
+    owner = _owners.get(number)
+    if owner is None:
+        raise ArgumentError(f"{name}: expected one that is still in use, got handle {number}, whose owner is gone")
+    return owner
