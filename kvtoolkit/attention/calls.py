@@ -13,10 +13,10 @@ caches at multiples of 16 bytes. The contents of index arrays are not checked, u
 kvtoolkit was imported: a wrong index reads or writes foreign memory.
 
 bfloat16 is ``torch.bfloat16`` or ``ml_dtypes.bfloat16``. No gradient is recorded; a tensor that a call writes to counts
-as changed for autograd. ``torch.autocast`` changes nothing: arrays keep their dtypes, which must agree. Under
-``torch.compile`` a call is a graph break and runs as without it. Tensors must have memory of their own: fake, meta and
-freed tensors, wrapper subclasses such as DTensor, and negated views raise UnsupportedError, as do arrays to write to
-that overlap themselves or another argument.
+as changed for autograd. ``torch.autocast`` changes nothing: arrays keep their dtypes, which must agree. In what
+``torch.compile`` compiles, a call on tensors is an operator, see `kvtoolkit.integrations.operators`. Tensors must have
+memory of their own: fake, meta and freed tensors, wrapper subclasses such as DTensor, and negated views raise
+UnsupportedError, as do arrays to write to that overlap themselves or another argument.
 """
 
 from collections.abc import Callable

@@ -182,7 +182,7 @@ class GraphRun:
 
     def __init__(self, graph_step: GraphStep, calls: LayerCalls | GroupCalls) -> None:
         self._graph_step, self._calls = graph_step, calls
-        self._in_graphs = graph_step._cache._in_graphs(self)
+        self._in_graphs = graph_step._cache._graph_names.of(self)
         self.cu_seqlens_q: Any = graph_step._cu_seqlens_q
         if graph_step._max_new_tokens == 1:
             self.cu_seqlens_q = np.arange(graph_step._batch + 1, dtype=np.int32)

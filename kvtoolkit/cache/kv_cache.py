@@ -15,6 +15,7 @@ from kvtoolkit.arrays.types import ArrayLike, Int32Array, Int64Array
 from kvtoolkit.cache import compaction, group_steps, integrity, preemption, prefix_hits, sharing, snapshot
 from kvtoolkit.cache.grants import BlockGranter
 from kvtoolkit.cache.group_steps import GroupSteps
+from kvtoolkit.cache.layers.graph_names import GraphNames
 from kvtoolkit.cache.lease import Lease
 from kvtoolkit.cache.shared_allocator import SharedAllocator
 from kvtoolkit.cache.state import repair, step_passes
@@ -45,7 +46,6 @@ from kvtoolkit.config.cache import CacheConfig
 from kvtoolkit.cuda.pool import DevicePool
 from kvtoolkit.errors import ArgumentError, ConfigError, StepError
 from kvtoolkit.formats.tier_caches import TierCaches
-from kvtoolkit.handles import handle_of
 
 _LEAST_TOKENS_REFUSED = 1 << 20
 """So many new tokens a step may always ask for, however small the pool is; rows without room just stall."""
@@ -89,7 +89,7 @@ class KVCache:
         if config.is_grouped:
             first = GroupSteps(self._group, self._arenas, self._granter, self._arrays)
             self._group_steps = [first, *(group_steps.make(config, group) for group in self._state.others)]
-        self._tensors: list[Any] = []  # what compiled graphs write to, for each layer, once it was asked for
+        self._graph_names = GraphNames([self._arenas, *(part.arenas for part in self._group_steps or ())], config)
         hot = self._group.blocks.allocator
         is_on_device = isinstance(hot, DevicePool)  # kernels take blocks of it, too
         self._allocator = hot if is_on_device else SharedAllocator(self._group.blocks.ledger, self._calls)
@@ -295,18 +295,6 @@ class KVCache:
             return
         step_passes.reopen(self._group.table, step._arrays, batch, step._mark)
         self._arrays.give_back(step._arrays, batch, step._num_tokens)
-
-    def _in_graphs(self, owner: Any) -> tuple[Any, list[Any]] | None:
-        """What compiled graphs have of a step or a run: its handle, and what each layer writes to; None: no graphs."""
-        handle = handle_of(owner)
-        if handle is None:
-            return None
-        if not self._tensors:
-            parts = self._group_steps
-            arenas = [self._arenas] if parts is None else [part.arenas for part in parts]
-            layers = range(self.config.num_layers)
-            self._tensors = [next(one.tensor() for one in arenas if one.has_layer(layer)) for layer in layers]
-        return handle, self._tensors
 
     def _end(self, step: Step) -> None:
         """Mark a step as ended. This comes first, so that a step whose end is interrupted is not open any more."""

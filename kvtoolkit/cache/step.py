@@ -107,7 +107,7 @@ class Step:
         self._mass: MassSum | None = None
         self._device_tables: list[DeviceTables] | None = None  # of each group
         self._graph_step: GraphStep | None = None  # which has loaded it
-        self._in_graphs = cache._in_graphs(self)
+        self._in_graphs = cache._graph_names.of(self)
 
     # made only when they are asked for, because an integration may need none of them
     @property

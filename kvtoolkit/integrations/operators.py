@@ -12,6 +12,7 @@ says all that torch has to know of a call, which is what it writes to. A graph w
 from typing import Any
 
 from kvtoolkit.attention import calls, traced
+from kvtoolkit.attention.options import make_options
 from kvtoolkit.formats.tier_caches import TierCaches
 from kvtoolkit.handles import owner_of
 from kvtoolkit.tracing import traced_as, when_dynamo_loads
@@ -82,10 +83,10 @@ def _paged_attention(
     out: Any, q: Any, k_cache: Any, v_cache: Any, table: Any, seq_lens: Any, layout: str, bounds: Any, most: Any,
     plan: Any, scale: Any, left: int, right: int,
 ) -> None:  # fmt: skip
-    calls.paged_attention(
-        q, k_cache, v_cache, table, seq_lens, layout=layout, cu_seqlens_q=bounds, max_seqlen_q=most, plan=_plan(plan),
-        softmax_scale=scale, window_size=(left, right), out=out,
-    )  # fmt: skip
+    options = make_options(
+        (bounds, scale, True, (left, right), 0.0, None, None, out, False, 0, None, most, _plan(plan))
+    )
+    calls.attend(q, k_cache, v_cache, table, None, seq_lens, options, has_entries=False, layout=layout)
 
 
 def _paged_attention_with_options(
@@ -103,10 +104,10 @@ def _variable_block_attention(
     out: Any, q: Any, k_cache: Any, v_cache: Any, table: Any, starts: Any, seq_lens: Any, bounds: Any, most: Any,
     plan: Any, scale: Any, left: int, right: int,
 ) -> None:  # fmt: skip
-    calls.variable_block_attention(
-        q, k_cache, v_cache, table, starts, seq_lens, cu_seqlens_q=bounds, max_seqlen_q=most, plan=_plan(plan),
-        softmax_scale=scale, window_size=(left, right), out=out,
-    )  # fmt: skip
+    options = make_options(
+        (bounds, scale, True, (left, right), 0.0, None, None, out, False, 0, None, most, _plan(plan))
+    )
+    calls.attend(q, k_cache, v_cache, table, starts, seq_lens, options, has_entries=True)
 
 
 def _variable_block_attention_with_options(

@@ -112,7 +112,7 @@ def test_the_compiler_makes_no_copy_of_a_cache():
 
     cache = make_cache("cpu")
     ids, _ = cache.open([[]])
-    whole = cache._in_graphs(cache)[1][0]
+    whole = cache._graph_names.of(cache)[1][0]
     flat = torch.zeros(64, KV_HEADS, 8, DIM), torch.zeros(64, KV_HEADS, 8, DIM)
     slots, table = torch.arange(8), torch.zeros(8, 1, dtype=torch.int32)
 
