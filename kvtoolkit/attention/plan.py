@@ -147,6 +147,7 @@ class AttentionPlan:
         hints: Hints, keep: Callable[[Any], None], **others: Any,
     ) -> Any:  # fmt: skip
         """Attend with every check, and with a plan of its own in memory that calls of the same plan share."""
+        is_first = self._read is None
         if self._read is None:
             self._read = self._tables if self._tables[0].device >= 0 else self._copies()
         table, starts, lengths, bounds = self._read
@@ -157,7 +158,12 @@ class AttentionPlan:
             hints = hints._replace(max_seq_len=self._max_seqlen_k)
         options = options._replace(cu_seqlens_q=bounds, max_seqlen_q=self._max_seqlen_q, plan=None)
         hints = hints._replace(kept=kept)
-        return full(q, k_cache, v_cache, table, starts, lengths, options, hints=hints, keep=keep, **others)
+        try:
+            return full(q, k_cache, v_cache, table, starts, lengths, options, hints=hints, keep=keep, **others)
+        except BaseException:
+            if is_first:  # nothing was attended by these copies, so the caller may mend the arrays and call again
+                self.renew()
+            raise
 
     def _copies(self) -> _Tables:
         """Copies of the arrays on the host, which stay as they are checked."""
