@@ -465,7 +465,7 @@ class KVCache:
         result of 0 only means that there was nothing to do in that part of the table.
 
         Args:
-            max_tokens: budget, the most tokens to copy.
+            max_tokens: budget, the most tokens to copy; one above the slots of all groups is taken as these.
 
         Returns:
             The number of tokens copied; with several groups of layers, of all groups.
