@@ -540,10 +540,10 @@ class KVCache:
     def from_snapshot(cls, config: CacheConfig, data: bytes) -> "KVCache":
         """Make a cache in the state that `snapshot` saved; sequence ids stay valid.
 
-        The new configuration must have the same layers, heads, head_dim, dtype and formats of tiers. Everything else
-        may differ as long as all that is held has a place: the allocator, growth, eviction and backend; a pool size
-        that cuts off nothing but free granules; a ``max_seqs`` above every row in use. If callers or kernels hold
-        blocks, the allocator and the pool size must also be the same.
+        The new configuration must have the same layers, in the same groups in the same order, and the same heads,
+        head_dim, dtype and formats of tiers. Everything else may differ if all that is held has a place: the allocator,
+        growth, eviction and backend; a pool size that cuts off nothing but free granules; a ``max_seqs`` above every
+        row in use. If callers or kernels hold blocks, the allocator and the pool size must also be the same.
 
         Args:
             config: of the new cache.
