@@ -22,7 +22,7 @@ from kvtoolkit.config.groups import (
     parse_groups,
 )  # fmt: skip
 from kvtoolkit.config.growth import FIXED, GrowthPolicy, growth_policy
-from kvtoolkit.config.model_config import read_model
+from kvtoolkit.config.model_config import MOST_LAYERS, read_model
 from kvtoolkit.config.split import Split, as_lengths, groups_of
 from kvtoolkit.config.tiers import TIER_NAMES, TierConfig
 from kvtoolkit.errors import ConfigError, UnsupportedError
@@ -125,7 +125,8 @@ class CacheConfig:
     device: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "num_kv_heads", "head_dim"):
+        settle_int(self, "num_layers", 1, MOST_LAYERS)
+        for name in ("num_kv_heads", "head_dim"):
             settle_int(self, name, 1, 1 << 16)
         settle_int(self, "max_seqs", 1, 1 << 20)
         settle_int(self, "migrate_budget", 0)
