@@ -301,7 +301,8 @@ class KVCache:
 
     def _require_own(self, step: Step) -> None:
         if not isinstance(step, Step) or step._cache is not self:
-            raise StepError(f"step: expected one of this cache, got {step!r}")
+            got = "one of another cache" if isinstance(step, Step) else repr(step)
+            raise StepError(f"step: expected one of this cache, got {got:.80}")
         step._require_open()
 
     # -- forks, beams, speculation -----------------------------------------------------------------------------------

@@ -50,8 +50,10 @@ def pack(state: CacheState) -> bytes:
     """See `KVCache.snapshot`; the caller holds the lock."""
     table = state.group.table
     for held_by, name in ((IN_STEP, "step"), (PINNED, "lease")):
-        if np.any(table.info[:, STATE] == held_by):
-            raise StepError(f"snapshot: expected no open {name}; end it first")
+        held = np.flatnonzero(table.info[:, STATE] == held_by).astype(np.int32)
+        if len(held):
+            ids = f"{', '.join(map(str, state.ids_of(held[:8])))}{', ...' if len(held) > 8 else ''}"
+            raise StepError(f"snapshot: expected no open {name}, got sequences {ids} in one; end it first")
     state.forget_lost()
     state.identities.forget_unused(at_once=True)
     rows = np.flatnonzero(table.info[:, STATE] != CLOSED)
