@@ -30,6 +30,7 @@ from kvtoolkit.formats.entry import MAX_GRANULES
 from kvtoolkit.formats.quantized import check_head_dim
 
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_NBYTES = re.compile(r"\s*(\d{1,1000}(?:\.\d{1,1000})?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
 _BACKENDS = ("cpu", "cuda", "numba")
 _TOKENS_PER_SUPERBLOCK = 64
 _BLOCK_TABLE_NBYTES = 256 << 20
@@ -532,16 +533,16 @@ def parse_nbytes(value: int | str) -> int:
     if (nbytes := as_int(value)) is not None:
         if nbytes <= 0:
             raise ConfigError(f"memory: expected a positive number of bytes, got {value}")
-        return nbytes
-    match = (
-        re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", value, re.IGNORECASE)
-        if isinstance(value, str)
-        else None
-    )
-    if match is None:
-        raise ConfigError(f"memory: expected bytes or a text such as '512 MiB', got {value!r}")
-    from fractions import Fraction
+    else:
+        match = _NBYTES.fullmatch(value) if isinstance(value, str) else None
+        if match is None:
+            raise ConfigError(f"memory: expected bytes or a text such as '512 MiB', got {value!r:.80}")
+        from fractions import Fraction
 
-    number, prefix, binary = match.groups()
-    base = 1024 if binary else 1000
-    return int(Fraction(number) * base ** " KMGT".index(prefix.upper() or " "))
+        number, prefix, binary = match.groups()
+        base = 1024 if binary else 1000
+        nbytes = int(Fraction(number) * base ** " KMGT".index(prefix.upper() or " "))
+    if nbytes >= 1 << 63:
+        # the number itself may be too long to be printed
+        raise ConfigError(f"memory: expected fewer than 2**63 bytes, got at least 2**{nbytes.bit_length() - 1}")
+    return nbytes
