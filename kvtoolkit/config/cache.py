@@ -92,12 +92,14 @@ class CacheConfig:
             included; with ``"chunk": 8192`` a query sees what is in its own chunk of 8192 tokens, up to itself; without
             either the layers see all tokens. Each group has its own memory and block table, and one with
             a window frees tokens that no later query can see. How memory is divided is fixed here: by ``num_tokens`` in
-            every group (and none for the cache); by ``share``, a part of ``memory``, in every group; or by default so
-            that sequences of 4096 tokens (or ``max_seq_len``, or ``num_tokens``, if that is less) fill all groups at
-            the same time, if they hold ``window + 256`` or ``chunk + 256`` tokens in such a group. Then ``num_tokens``
-            is what a group that keeps all tokens has. A group that keeps all tokens can have ``tiers`` of its own, or
-            has those of the cache; the others keep 16 bit. ``num_tokens`` and ``share`` of a group count all its tiers.
-            Default: all layers keep all tokens.
+            every group (and none for the cache); by ``share``, a part of ``memory``, in every group, which sum to 1; or
+            by default so that sequences of 4096 tokens (or ``max_seq_len``, or ``num_tokens``, if that is less) fill
+            all groups at the same time, if they hold ``window + 256`` or ``chunk + 256`` tokens in such a group. Then
+            ``num_tokens`` is what a group that keeps all tokens has, or would have if there is none: the tokens of all
+            these sequences together. One group of all layers has ``num_tokens`` slots. A group with a window or chunks
+            needs ``window + 64`` or ``chunk + 64`` slots, or room for the longest sequence if that is shorter. A group
+            that keeps all tokens can have ``tiers`` of its own, or has those of the cache; the others keep 16 bit.
+            ``num_tokens`` and ``share`` of a group count all its tiers. Default: all layers keep all tokens.
         backend: ``cpu``; ``cuda``: memory and kernels on a GPU; ``numba``: memory on a GPU, and the readable kernels.
         device: CUDA device of the GPU backends. Default: the one that is current when the cache is made.
     """
@@ -427,13 +429,14 @@ class CacheConfig:
 
         Args:
             model_config: the configuration object of a model of transformers, or the dict of its config.json, of which
-                a ``text_config`` counts if there is one. It says the shape, the dtype and ``layer_groups``.
+                a ``text_config`` counts if there is one. It says the shape, the dtype and ``layer_groups``. A dict must
+                have the common names (``num_hidden_layers``); for GPT-2, T5 and others give the object.
             lengths: how many tokens sequences have while they are in the cache: one number, or a sample. Memory is
                 divided so that such sequences fill all groups at the same time.
             step_tokens: most new tokens in a step, all sequences together. Groups with a window or chunks have room
                 for so many beside what sequences hold.
             options: other fields, of which ``num_tokens`` or ``memory`` must be there; they take precedence over what
-                the model says. With several groups ``num_tokens`` is what one that keeps all tokens has.
+                the model says. With several groups ``num_tokens`` is what one that keeps all tokens has or would have.
                 ``layer_groups=None``: all layers keep all tokens.
 
         Raises:
