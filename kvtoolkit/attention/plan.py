@@ -159,6 +159,7 @@ class AttentionPlan:
         hints: Hints, keep: Callable[[Any], None], **others: Any,
     ) -> Any:  # fmt: skip
         """Attend with every check, and with a plan of its own in memory that calls of the same plan share."""
+        is_first = self._read is None
         if self._read is None:
             self._read = self._tables if self._tables[0].device >= 0 else self._copies()
         table, starts, lengths, bounds = self._read
@@ -169,7 +170,12 @@ class AttentionPlan:
             hints = hints._replace(max_seq_len=self._max_seqlen_k)
         options = options._replace(cu_seqlens_q=bounds, max_seqlen_q=self._max_seqlen_q, plan=None)
         hints = hints._replace(kept=kept)
-        return full(q, k_cache, v_cache, table, starts, lengths, options, hints=hints, keep=keep, **others)
+        try:
+            return full(q, k_cache, v_cache, table, starts, lengths, options, hints=hints, keep=keep, **others)
+        except BaseException:
+            if is_first:  # nothing was attended by these copies, so the caller may mend the arrays and call again
+                self.renew()
+            raise
 
     def _copies(self) -> _Tables:
         """Copies of the arrays on the host, which stay as they are checked."""
@@ -317,7 +323,8 @@ def plan_attention(
 
     The calls get the arrays of the plan again. Their contents must not change while the plan is in use; when they have
     changed, as in the next step of a captured graph, call `AttentionPlan.renew`. On the CPU calls read copies, made by
-    the first call; on a GPU calls after a change that was not renewed may read foreign memory.
+    the first call that is not refused, and see no change until then; on a GPU calls after a change that was not renewed
+    may read foreign memory.
 
     A plan may be used while a CUDA graph is captured: the first call of a capture plans in the graph, so every replay
     plans anew, for what the arrays hold then. Run the calls with this plan once before, so that it has its memory, and
@@ -328,7 +335,7 @@ def plan_attention(
         seq_lens: ``[batch]`` int32, tokens in the cache, the new ones included.
         block_starts: as `variable_block_attention` and `tiered_attention` take it; None for `paged_attention`.
         cu_seqlens_q: ``[batch + 1]`` int32; None = one query per row.
-        max_seqlen_q: as in `paged_attention`.
+        max_seqlen_q: as in `paged_attention`; calls with this plan may give the same one, or none.
         max_seqlen_k: most tokens of a row, whenever the plan is used or a graph captured with it is replayed; None =
             what the table has room for. Checked on the CPU and with ``KVTOOLKIT_CHECK=1``, else trusted.
 

@@ -23,7 +23,9 @@ _LEAST_LOOKED_AT = 4096
 
 
 def compact_all(groups: list[CacheGroup], max_tokens: int) -> int:
-    """`compact` in each group, until ``max_tokens`` are copied."""
+    """`compact` in each group, until ``max_tokens`` are copied, or as many as all groups have slots."""
+    # a budget decides how much is allocated, and no pool has use for more than its size
+    max_tokens = min(max_tokens, sum(8 * group.config.num_granules for group in groups))
     copied = 0
     for group in groups:
         copied += compact(group, max_tokens - copied)

@@ -90,9 +90,8 @@ class KVCache:
             first = GroupSteps(self._group, self._arenas, self._granter, self._arrays)
             self._group_steps = [first, *(group_steps.make(config, group) for group in self._state.others)]
         self._graph_names = GraphNames([self._arenas, *(part.arenas for part in self._group_steps or ())], config)
-        hot = self._group.blocks.allocator
-        is_on_device = isinstance(hot, DevicePool)  # kernels take blocks of it, too
-        self._allocator = hot if is_on_device else SharedAllocator(self._group.blocks.ledger, self._calls)
+        hot, shared = self._group.blocks.allocator, SharedAllocator(self._group.blocks.ledger, self._calls)
+        self._allocator = hot if isinstance(hot, DevicePool) else shared  # kernels take blocks of a pool, too
 
     # -- opening and closing -----------------------------------------------------------------------------------------
 
@@ -303,7 +302,8 @@ class KVCache:
 
     def _require_own(self, step: Step) -> None:
         if not isinstance(step, Step) or step._cache is not self:
-            raise StepError(f"step: expected one of this cache, got {step!r}")
+            got = "one of another cache" if isinstance(step, Step) else repr(step)
+            raise StepError(f"step: expected one of this cache, got {got:.80}")
         step._require_open()
 
     # -- forks, beams, speculation -----------------------------------------------------------------------------------
@@ -467,7 +467,7 @@ class KVCache:
         result of 0 only means that there was nothing to do in that part of the table.
 
         Args:
-            max_tokens: budget, the most tokens to copy.
+            max_tokens: budget, the most tokens to copy; one above the slots of all groups is taken as these.
 
         Returns:
             The number of tokens copied; with several groups of layers, of all groups.
@@ -542,10 +542,10 @@ class KVCache:
     def from_snapshot(cls, config: CacheConfig, data: bytes) -> "KVCache":
         """Make a cache in the state that `snapshot` saved; sequence ids stay valid.
 
-        The new configuration must have the same layers, heads, head_dim, dtype and formats of tiers. Everything else
-        may differ as long as all that is held has a place: the allocator, growth, eviction and backend; a pool size
-        that cuts off nothing but free granules; a ``max_seqs`` above every row in use. If callers or kernels hold
-        blocks, the allocator and the pool size must also be the same.
+        The new configuration must have the same layers, in the same groups in the same order, and the same heads,
+        head_dim, dtype and formats of tiers. Everything else may differ if all that is held has a place: the allocator,
+        growth, eviction and backend; a pool size that cuts off nothing but free granules; a ``max_seqs`` above every
+        row in use. If callers or kernels hold blocks, the allocator and the pool size must also be the same.
 
         Args:
             config: of the new cache.

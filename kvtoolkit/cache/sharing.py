@@ -16,7 +16,6 @@ from kvtoolkit.cache.state.block_table import LENGTH, NUM_ENTRIES, BlockTable
 from kvtoolkit.cache.state.cache_group import CacheGroup
 from kvtoolkit.cache.state.cache_state import CacheState
 from kvtoolkit.cache.state.row_sharing import Tails
-from kvtoolkit.cache.state.step_passes import first_seen
 from kvtoolkit.errors import ArgumentError, CacheFullError
 from kvtoolkit.formats.entry import MAX_BLOCK_GRANULES
 
@@ -65,19 +64,29 @@ def reorder(state: CacheState, batch: Int32Array, origin: Int32Array) -> None:
 
 def require_past(state: CacheState, batch: Int32Array, lengths: Int64Array) -> None:
     """ArgumentError if a row cut to its new length would miss tokens of a window, because they are gone."""
-    for group in state.groups:
-        span = group.layers.span
-        if not span:
+    windowed = [group for group in state.groups if group.layers.span]
+    if not windowed:
+        return
+    for i, (row, length) in enumerate(zip(batch.tolist(), lengths.tolist(), strict=True)):
+        if length in (0, state.group.table.info[row, LENGTH]):
             continue
-        for i, (row, length) in enumerate(zip(batch.tolist(), lengths.tolist(), strict=True)):
+        leasts = [_least_length(group, row) for group in windowed]
+        least = max(leasts)
+        if length < least:
+            group = windowed[leasts.index(least)]
             first = int(block_table.first_held(group.table, row))
-            if length in (0, group.table.info[row, LENGTH]) or first <= first_seen(length, span):
-                continue
             raise ArgumentError(
-                f"new_lens[{i}]: expected 0 or at least {8 * first + max(span - 1, 0)}, since layers with "
-                f"{group.layers} hold nothing before token {8 * first} any more, got {length}; truncate to 0 and "
-                "compute the sequence again from there"
+                f"new_lens[{i}]: expected 0 or at least {least}, since layers with {group.layers} hold nothing before "
+                f"token {8 * first} any more, got {length}; truncate to 0 and compute the sequence again from there"
             )
+
+
+def _least_length(group: CacheGroup, row: int) -> int:
+    """The least length at which the next token sees only what a row still holds in a group with a window or chunks."""
+    first, layers = 8 * int(block_table.first_held(group.table, row)), group.layers
+    if layers.chunk:
+        return -(-first // layers.chunk) * layers.chunk
+    return first + layers.window - 1 if first else 0
 
 
 def truncate(state: CacheState, batch: Int32Array, lengths: Int64Array) -> None:

@@ -10,7 +10,7 @@ The bytes are not trusted: every number is checked before it is used as an index
 
 import json
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,8 +50,10 @@ def pack(state: CacheState) -> bytes:
     """See `KVCache.snapshot`; the caller holds the lock."""
     table = state.group.table
     for held_by, name in ((IN_STEP, "step"), (PINNED, "lease")):
-        if np.any(table.info[:, STATE] == held_by):
-            raise StepError(f"snapshot: expected no open {name}; end it first")
+        held = np.flatnonzero(table.info[:, STATE] == held_by).astype(np.int32)
+        if len(held):
+            ids = f"{', '.join(map(str, state.ids_of(held[:8])))}{', ...' if len(held) > 8 else ''}"
+            raise StepError(f"snapshot: expected no open {name}, got sequences {ids} in one; end it first")
     state.forget_lost()
     state.identities.forget_unused(at_once=True)
     rows = np.flatnonzero(table.info[:, STATE] != CLOSED)
@@ -273,21 +275,48 @@ def _config_of(arrays: Arrays) -> dict[str, Any]:
 def _require_same(expected: dict[str, Any], found: dict[str, Any]) -> None:
     """CacheSnapshotError unless a snapshot of a cache with the configuration ``found`` has the same layout."""
     differing = [name for name in _SAME if found.get(name) != expected.get(name)]
-    if not differing:
-        there, here = (_groups_of(fields, expected["num_layers"]) for fields in (found, expected))
-        if [group[:2] for group in there] != [group[:2] for group in here]:
-            differing.append("layer_groups")
-        elif there != here:
-            differing += ["tiers"] if len(here) == 1 else ["tiers", "layer_groups"]
     if differing:
         wanted, got = (
             ", ".join(f"{name} {fields.get(name)!r:.80}" for name in differing) for fields in (expected, found)
         )
         raise CacheSnapshotError(f"snapshot: expected one of a cache with {wanted}, got one with {got}")
+    there, here = (_groups_of(fields, expected["num_layers"]) for fields in (found, expected))
+    if there != here:
+        wanted, got = _difference(here, there)
+        raise CacheSnapshotError(f"snapshot: expected one of a cache with {wanted}, got one with {got}")
 
 
-def _groups_of(config: dict[str, Any], num_layers: int) -> list[tuple[tuple[int, ...], int, list[Any]]]:
-    """The layers of each group, what they see, and the formats of its tiers."""
+class _Kept(NamedTuple):
+    """What a group of layers keeps."""
+
+    layers: tuple[int, ...]
+    seen: str
+    """What its layers see: all tokens, a window or chunks, in words."""
+    formats: tuple[Any, Any]
+    """Of its warm and its cold tier; None = it has none."""
+
+
+def _difference(here: list[_Kept], there: list[_Kept]) -> tuple[str, str]:
+    """What the groups of this cache, and of the cache of a snapshot, have first that the others have not."""
+    if len(here) != len(there):
+        return f"{len(here)} group{'s' * (len(here) > 1)} of layers", str(len(there))
+    i = next(i for i, (mine, other) in enumerate(zip(here, there, strict=True)) if mine != other)
+    mine, other = here[i], there[i]
+    if sorted(there, key=lambda group: group.layers) == sorted(here, key=lambda group: group.layers):
+        return "layer_groups in the same order", f"layer_groups[{there.index(mine)}] where here is layer_groups[{i}]"
+    if mine.layers != other.layers:
+        layer = min(set(mine.layers) ^ set(other.layers))
+        ours, theirs = (next(j for j, one in enumerate(all_) if layer in one.layers) for all_ in (here, there))
+        return f"layer {layer} in layer_groups[{ours}]", f"it in layer_groups[{theirs}]"
+    if mine.seen != other.seen:
+        return f"{mine.seen} in layer_groups[{i}]", other.seen
+    where = f" in layer_groups[{i}]" if len(here) > 1 else ""
+    wanted, got = (f"tiers of {one.formats[0]!r:.20} and {one.formats[1]!r:.20}" for one in (mine, other))
+    return f"{wanted} (warm and cold){where}", got
+
+
+def _groups_of(config: dict[str, Any], num_layers: int) -> list[_Kept]:
+    """What each group keeps."""
     given, tiers = config.get("layer_groups"), config.get("tiers") or {}
     if not isinstance(tiers, dict):
         raise CacheSnapshotError(f"snapshot: expected tiers in its configuration, got {tiers!r:.80}")
@@ -297,7 +326,8 @@ def _groups_of(config: dict[str, Any], num_layers: int) -> list[tuple[tuple[int,
         raise CacheSnapshotError(f"snapshot: expected layer_groups in its configuration, got: {error}") from error
     own = [group.tiers or ({} if group.span else tiers) for group in groups]
     return [
-        (group.layers, group.span, [one.get("warm"), one.get("cold")]) for group, one in zip(groups, own, strict=True)
+        _Kept(group.layers, str(group), (one.get("warm"), one.get("cold")))
+        for group, one in zip(groups, own, strict=True)
     ]
 
 

@@ -22,7 +22,7 @@ from kvtoolkit.config.groups import (
     parse_groups,
 )  # fmt: skip
 from kvtoolkit.config.growth import FIXED, GrowthPolicy, growth_policy
-from kvtoolkit.config.model_config import read_model
+from kvtoolkit.config.model_config import MOST_LAYERS, read_model
 from kvtoolkit.config.split import Split, as_lengths, groups_of
 from kvtoolkit.config.tiers import TIER_NAMES, TierConfig
 from kvtoolkit.errors import ConfigError, UnsupportedError
@@ -30,6 +30,7 @@ from kvtoolkit.formats.entry import MAX_GRANULES
 from kvtoolkit.formats.quantized import check_head_dim
 
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_NBYTES = re.compile(r"\s*(\d{1,1000}(?:\.\d{1,1000})?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
 _BACKENDS = ("cpu", "cuda", "numba")
 _TOKENS_PER_SUPERBLOCK = 64
 _BLOCK_TABLE_NBYTES = 256 << 20
@@ -91,12 +92,14 @@ class CacheConfig:
             included; with ``"chunk": 8192`` a query sees what is in its own chunk of 8192 tokens, up to itself; without
             either the layers see all tokens. Each group has its own memory and block table, and one with
             a window frees tokens that no later query can see. How memory is divided is fixed here: by ``num_tokens`` in
-            every group (and none for the cache); by ``share``, a part of ``memory``, in every group; or by default so
-            that sequences of 4096 tokens (or ``max_seq_len``, or ``num_tokens``, if that is less) fill all groups at
-            the same time, if they hold ``window + 256`` or ``chunk + 256`` tokens in such a group. Then ``num_tokens``
-            is what a group that keeps all tokens has. A group that keeps all tokens can have ``tiers`` of its own, or
-            has those of the cache; the others keep 16 bit. ``num_tokens`` and ``share`` of a group count all its tiers.
-            Default: all layers keep all tokens.
+            every group (and none for the cache); by ``share``, a part of ``memory``, in every group, which sum to 1; or
+            by default so that sequences of 4096 tokens (or ``max_seq_len``, or ``num_tokens``, if that is less) fill
+            all groups at the same time, if they hold ``window + 256`` or ``chunk + 256`` tokens in such a group. Then
+            ``num_tokens`` is what a group that keeps all tokens has, or would have if there is none: the tokens of all
+            these sequences together. One group of all layers has ``num_tokens`` slots. A group with a window or chunks
+            needs ``window + 64`` or ``chunk + 64`` slots, or room for the longest sequence if that is shorter. A group
+            that keeps all tokens can have ``tiers`` of its own, or has those of the cache; the others keep 16 bit.
+            ``num_tokens`` and ``share`` of a group count all its tiers. Default: all layers keep all tokens.
         backend: ``cpu``; ``cuda``: memory and kernels on a GPU; ``numba``: memory on a GPU, and the readable kernels.
         device: CUDA device of the GPU backends. Default: the one that is current when the cache is made.
     """
@@ -125,7 +128,8 @@ class CacheConfig:
     device: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "num_kv_heads", "head_dim"):
+        settle_int(self, "num_layers", 1, MOST_LAYERS)
+        for name in ("num_kv_heads", "head_dim"):
             settle_int(self, name, 1, 1 << 16)
         settle_int(self, "max_seqs", 1, 1 << 20)
         settle_int(self, "migrate_budget", 0)
@@ -425,13 +429,14 @@ class CacheConfig:
 
         Args:
             model_config: the configuration object of a model of transformers, or the dict of its config.json, of which
-                a ``text_config`` counts if there is one. It says the shape, the dtype and ``layer_groups``.
+                a ``text_config`` counts if there is one. It says the shape, the dtype and ``layer_groups``. A dict must
+                have the common names (``num_hidden_layers``); for GPT-2, T5 and others give the object.
             lengths: how many tokens sequences have while they are in the cache: one number, or a sample. Memory is
                 divided so that such sequences fill all groups at the same time.
             step_tokens: most new tokens in a step, all sequences together. Groups with a window or chunks have room
                 for so many beside what sequences hold.
             options: other fields, of which ``num_tokens`` or ``memory`` must be there; they take precedence over what
-                the model says. With several groups ``num_tokens`` is what one that keeps all tokens has.
+                the model says. With several groups ``num_tokens`` is what one that keeps all tokens has or would have.
                 ``layer_groups=None``: all layers keep all tokens.
 
         Raises:
@@ -531,16 +536,16 @@ def parse_nbytes(value: int | str) -> int:
     if (nbytes := as_int(value)) is not None:
         if nbytes <= 0:
             raise ConfigError(f"memory: expected a positive number of bytes, got {value}")
-        return nbytes
-    match = (
-        re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", value, re.IGNORECASE)
-        if isinstance(value, str)
-        else None
-    )
-    if match is None:
-        raise ConfigError(f"memory: expected bytes or a text such as '512 MiB', got {value!r}")
-    from fractions import Fraction
+    else:
+        match = _NBYTES.fullmatch(value) if isinstance(value, str) else None
+        if match is None:
+            raise ConfigError(f"memory: expected bytes or a text such as '512 MiB', got {value!r:.80}")
+        from fractions import Fraction
 
-    number, prefix, binary = match.groups()
-    base = 1024 if binary else 1000
-    return int(Fraction(number) * base ** " KMGT".index(prefix.upper() or " "))
+        number, prefix, binary = match.groups()
+        base = 1024 if binary else 1000
+        nbytes = int(Fraction(number) * base ** " KMGT".index(prefix.upper() or " "))
+    if nbytes >= 1 << 63:
+        # the number itself may be too long to be printed
+        raise ConfigError(f"memory: expected fewer than 2**63 bytes, got at least 2**{nbytes.bit_length() - 1}")
+    return nbytes

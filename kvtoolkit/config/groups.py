@@ -157,7 +157,10 @@ def has_own_sizes(groups: tuple[LayerGroup, ...], memory: Any) -> bool:
     shares = [group.share for group in groups if group.share is not None]
     has_tokens = groups[0].num_tokens is not None
     if shares and (has_tokens or memory is None):
-        raise ConfigError("layer_groups: expected shares only with memory, and without num_tokens in the groups")
+        got = "num_tokens beside them" if has_tokens else f"memory {memory!r}"
+        raise ConfigError(
+            f"layer_groups: expected shares only with memory, and without num_tokens in the groups, got {got}"
+        )
     if shares and abs(sum(shares) - 1) > 1e-6:
         raise ConfigError(f"layer_groups: expected shares that sum to 1, got {sum(shares):g}")
     return has_tokens

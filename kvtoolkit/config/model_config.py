@@ -4,13 +4,15 @@ Read from an object of transformers or from the dict of a config.json, which may
 the rules here are those of transformers 5.24.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from kvtoolkit.arrays.types import as_int
 from kvtoolkit.config.fields import require_int
 from kvtoolkit.errors import ConfigError, UnsupportedError
 
+MOST_LAYERS = 1 << 16
+"""More than any model has."""
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 
 _EVERY_LAYER = ("ministral3", "mistral", "mixtral", "phi3", "phimoe", "qwen3_moe", "starcoder2")
@@ -48,37 +50,56 @@ def read_model(model_config: Any) -> ModelShape:
         ConfigError: something is missing, or makes no sense.
         UnsupportedError: layers of a kind for which there is no cache.
     """
-    outer = _getter(model_config)
+    outer = _getter(model_config, "model_config")
     inner = outer("text_config")
-    get = outer if inner is None else _getter(inner)
+    get = outer if inner is None else _getter(inner, "text_config")
     for name, reason in _UNUSUAL.items():
         if get(name):
             raise UnsupportedError(f"{name}: expected a model without it, because {reason}, got {get(name)!r}")
-    num_layers = _size(get, "num_hidden_layers")
+    num_layers = _size(get, "num_hidden_layers", MOST_LAYERS)
     head_dim = get("head_dim")
     if head_dim is None:
         head_dim = _size(get, "hidden_size") // _size(get, "num_attention_heads")
     dtype = next((value for one in (get, outer) for value in (one("dtype"), one("torch_dtype")) if value), None)
     return ModelShape(
         num_layers,
-        require_int("num_key_value_heads", get("num_key_value_heads") or _size(get, "num_attention_heads"), 1),
+        _num_kv_heads(get),
         require_int("head_dim", head_dim, 1),
         None if dtype is None else str(dtype).removeprefix("torch."),
         tuple(_span(kind, get) for kind in _kinds(get, num_layers)),
     )
 
 
-def _getter(config: Any) -> Callable[[str], Any]:
+def _getter(config: Any, name: str) -> Callable[[str], Any]:
     """A function that reads a field of a configuration, None if there is no such field."""
     if config is None or isinstance(config, str | bytes | int | float | list | tuple):
-        raise ConfigError(f"model_config: expected a configuration of transformers, or a dict, got {config!r:.80}")
+        raise ConfigError(f"{name}: expected a configuration of transformers, or a dict, got {config!r:.80}")
     if isinstance(config, Mapping):
         return config.get
     return lambda name: getattr(config, name, None)
 
 
-def _size(get: Callable[[str], Any], name: str) -> int:
-    return require_int(name, get(name), 1)
+def _size(get: Callable[[str], Any], name: str, most: int | None = None) -> int:
+    return require_int(name, get(name), 1, most)
+
+
+def _flag(get: Callable[[str], Any], name: str) -> bool | None:
+    value = get(name)
+    if value is not None and not isinstance(value, bool):
+        raise ConfigError(f"{name}: expected true or false, got {value!r:.80}")
+    return value
+
+
+def _num_kv_heads(get: Callable[[str], Any]) -> int:
+    """Those of the configuration, or as many as query heads."""
+    if get("num_key_value_heads") is None:
+        return _size(get, "num_attention_heads")
+    found, num_heads = _size(get, "num_key_value_heads"), as_int(get("num_attention_heads"))
+    if num_heads is not None and num_heads % found:
+        raise ConfigError(
+            f"num_key_value_heads: expected a divisor of num_attention_heads, which is {num_heads}, got {found}"
+        )
+    return found
 
 
 def _kinds(get: Callable[[str], Any], num_layers: int) -> list[str]:
@@ -86,54 +107,83 @@ def _kinds(get: Callable[[str], Any], num_layers: int) -> list[str]:
     kinds = get("layer_types")
     if kinds is None:
         return _kinds_by_type(get, num_layers)
-    if not isinstance(kinds, list | tuple) or len(kinds) < num_layers:
-        raise ConfigError(f"layer_types: expected a list of {num_layers} kinds of attention, got {kinds!r:.80}")
-    return list(kinds[:num_layers])
+    _require_of_each_layer("layer_types", kinds, num_layers, "kinds of attention")
+    return list(kinds)
+
+
+def _require_of_each_layer(name: str, values: Any, num_layers: int, what: str) -> None:
+    """ConfigError unless there is one value for each layer."""
+    if not isinstance(values, list | tuple) or len(values) != num_layers:
+        got = f"{len(values)}: " if isinstance(values, list | tuple) else ""
+        raise ConfigError(f"{name}: expected a list of {num_layers} {what}, one a layer, got {got}{values!r:.80}")
 
 
 def _kinds_by_type(get: Callable[[str], Any], num_layers: int) -> list[str]:
     """The kind of attention of each layer by what the model is, where a configuration has no list of them."""
     name = get("model_type")
     if name == "llama4_text":
-        interval = require_int("no_rope_layer_interval", get("no_rope_layer_interval") or 4, 1)
-        has_rope = get("no_rope_layers") or [(i + 1) % interval for i in range(num_layers)]
         chunked = CHUNKED if get("attention_chunk_size") else FULL
-        return [chunked if rope else FULL for rope in has_rope[:num_layers]]
+        return [chunked if rope else FULL for rope in _layers_with_rope(get, num_layers)]
     if get("attention_chunk_size"):
         raise ConfigError(f"layer_types: expected them in a configuration of {name!r} with chunks, got none")
-    if not get("sliding_window") or get("use_sliding_window") is False:
+    is_used = _flag(get, "use_sliding_window")
+    if not get("sliding_window") or is_used is False:
         return [FULL] * num_layers
     if name in ("qwen2", "qwen3", "qwen2_moe"):
-        if not get("use_sliding_window"):
+        if not is_used:
             return [FULL] * num_layers
         bound = require_int("max_window_layers", get("max_window_layers"), 0)
         if name == "qwen2_moe":
             return [SLIDING if i < bound and i % 2 == 0 else FULL for i in range(num_layers)]
         return [SLIDING if i >= bound else FULL for i in range(num_layers)]
-    if name == "qwen3_moe" and not get("use_sliding_window"):
+    if name == "qwen3_moe" and not is_used:
         return [FULL] * num_layers
     if name in _EVERY_LAYER:
         return [SLIDING] * num_layers
     if name in _EVERY_NTH:
-        pattern = get("sliding_window_pattern") or _EVERY_NTH[name]
-        if isinstance(pattern, str):  # such as "LLLG"
-            return [SLIDING if pattern[i % len(pattern)] == "L" else FULL for i in range(num_layers)]
-        every = require_int("sliding_window_pattern", pattern, 1)
-        return [SLIDING if (i + 1) % every else FULL for i in range(num_layers)]
+        pattern = _pattern(get, _EVERY_NTH[name])
+        return [SLIDING if pattern[i % len(pattern)] == "L" else FULL for i in range(num_layers)]
     raise ConfigError(
         f"layer_types: expected them in a configuration of {name!r} with a sliding_window, got none; give the "
         "configuration object of transformers, or layer_groups"
     )
 
 
+def _layers_with_rope(get: Callable[[str], Any], num_layers: int) -> Sequence[int]:
+    """For each layer of a Llama 4 whether it has rotary embedding, and so chunks."""
+    given = get("no_rope_layers")  # has 1 where there is one, in spite of its name
+    if given is None or given == []:
+        every = get("no_rope_layer_interval")
+        every = 4 if every is None else require_int("no_rope_layer_interval", every, 1)
+        return [(i + 1) % every for i in range(num_layers)]
+    _require_of_each_layer("no_rope_layers", given, num_layers, "numbers")
+    if not all(isinstance(one, int) and one in (0, 1) for one in given):
+        raise ConfigError(f"no_rope_layers: expected 0 or 1 for each layer, got {given!r:.80}")
+    found: Sequence[int] = given
+    return found
+
+
+def _pattern(get: Callable[[str], Any], every: int) -> str:
+    """Which layers have the window, by turns: L those that have it, G the others."""
+    name = "sliding_window_pattern"
+    given = get(name)
+    if isinstance(given, str):
+        if not given or not set(given) <= {"L", "G"}:
+            raise ConfigError(f"{name}: expected an int, or a text of L and G such as 'LLLG', got {given!r:.80}")
+        return given
+    return "L" * ((every if given is None else require_int(name, given, 1, MOST_LAYERS)) - 1) + "G"
+
+
 def _span(kind: Any, get: Callable[[str], Any]) -> int:
     """The window of a layer of this kind, minus its chunk, or 0."""
     if kind == FULL:
         return 0
-    name = {SLIDING: "sliding_window", CHUNKED: "attention_chunk_size"}.get(kind)
+    name = {SLIDING: "sliding_window", CHUNKED: "attention_chunk_size"}.get(kind) if isinstance(kind, str) else None
     if name is None:
         raise UnsupportedError(f"layer_types: expected {FULL}, {SLIDING} or {CHUNKED}, got {kind!r}")
     span = as_int(get(name))
     if span is None or span < 1:
         raise ConfigError(f"{name}: expected a number of tokens, because there are layers of {kind}, got {get(name)!r}")
+    if kind == CHUNKED and span % 8:
+        raise ConfigError(f"{name}: expected a multiple of 8, got {span}")
     return span if kind == SLIDING else -span

@@ -23,7 +23,7 @@ def grouped_config(
         UnsupportedError: chunks, or ``lengths``, where a cache cannot have groups.
     """
     if fields.get("layer_groups") is not None:
-        config = CacheConfig(**fields)
+        config = CacheConfig.from_dict(fields)
         of = {layer: group.span for group in config.groups for layer in group.layers}
         for layer, span in enumerate(spans):
             if not _fits(span, of[layer]):
@@ -36,15 +36,15 @@ def grouped_config(
     if "layer_groups" in fields and needs_groups:
         raise ConfigError("layer_groups: expected groups with chunks for a model that attends in chunks, got None")
     if "layer_groups" in fields or not any(spans):
-        return CacheConfig(**fields)
+        return CacheConfig.from_dict(fields)
     if lengths is not None:
         return CacheConfig.for_spans(spans, lengths, step_tokens, **fields)
     try:
-        return CacheConfig(**_of_one_size(spans, fields))
+        return CacheConfig.from_dict(_of_one_size(spans, fields))
     except UnsupportedError:
         if needs_groups:
             raise
-        return CacheConfig(**fields)
+        return CacheConfig.from_dict(fields)
 
 
 def check_kept(layer: int, span: int, kept: int) -> None:

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvtoolkit.config.model_config import CHUNKED, FULL, SLIDING
+from kvtoolkit.errors import ArgumentError
 from kvtoolkit.integrations.marks import Mask, mark_keys
 
 LAYER_TYPES = (FULL, SLIDING, CHUNKED)
@@ -22,7 +23,14 @@ class CacheShape(NamedTuple):
 
 
 def check_structure(model: PreTrainedModel) -> None:
-    """NotImplementedError, with the reason, if the configuration or the class of a model rules it out."""
+    """NotImplementedError, with the reason, if the configuration or the class of a model rules it out.
+
+    Raises:
+        ArgumentError: it is no model of transformers.
+    """
+    # wrappers, as of adapters, are no PreTrainedModel but pass on what one has
+    if not isinstance(model, torch.nn.Module) or not hasattr(getattr(model, "config", None), "get_text_config"):
+        raise ArgumentError(f"model: expected a model of transformers, got {type(model).__name__}")
     config = model.config.get_text_config(decoder=True)
     types = set(getattr(config, "layer_types", None) or LAYER_TYPES[:1])
     if model.config.is_encoder_decoder or not types <= set(LAYER_TYPES):

@@ -24,10 +24,12 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvtoolkit.arrays.host import as_numpy_view, tensor_operand
+from kvtoolkit.arrays.types import as_int
 from kvtoolkit.attention.options import AttendOptions
 from kvtoolkit.cache.kv_cache import KVCache
 from kvtoolkit.config.cache import DTYPES, CacheConfig
 from kvtoolkit.cpu import Operand
+from kvtoolkit.errors import ArgumentError, ConfigError, ShapeError
 from kvtoolkit.integrations.layer_groups import check_kept, grouped_config
 from kvtoolkit.integrations.marks import Mask, NewKeys, make_mask, mark_keys, span_of
 from kvtoolkit.integrations.models import Columns, check_call, check_structure, trial_forward
@@ -47,6 +49,7 @@ def use_kvtoolkit(model: PreTrainedModel) -> None:
     """Make a model attend through kvtoolkit wherever it is given a `TransformersCache`, and as before elsewhere.
 
     Raises:
+        ArgumentError: it is no model of transformers.
         NotImplementedError: the model cannot run on a `TransformersCache`; says why.
     """
     check_structure(model)
@@ -105,13 +108,15 @@ class TransformersCache(Cache):  # type: ignore[misc]
     """
 
     def __init__(self, kv_cache: KVCache) -> None:
+        if not isinstance(kv_cache, KVCache):
+            raise ArgumentError(f"kv_cache: expected a KVCache, got {type(kv_cache).__name__}")
         self._batch = PaddedBatch(kv_cache)
         super().__init__(layers=[CacheLayer(self._batch, i) for i in range(kv_cache.config.num_layers)])
 
     @classmethod
     def for_model(
-        cls, model: PreTrainedModel, *, lengths: int | Sequence[int] | None = None, step_tokens: int = 512,
-        **options: Any,
+        cls, model: PreTrainedModel, *, lengths: int | Sequence[int] | None = None,
+        step_tokens: int | None = None, **options: Any,
     ) -> "TransformersCache":  # fmt: skip
         """A cache of its own for a model, where the model is.
 
@@ -123,14 +128,16 @@ class TransformersCache(Cache):  # type: ignore[misc]
             model: a decoder-only model, on the CPU or on one CUDA device.
             lengths: how many tokens sequences have while they are in the cache, as in `CacheConfig.for_model`; memory
                 is then divided as there.
-            step_tokens: with ``lengths``, most new tokens in a forward, all rows together: rows times
-                ``prefill_chunk_size``.
+            step_tokens: only with ``lengths``: most new tokens in a forward, all rows together, so rows times
+                ``prefill_chunk_size``; None = 512.
             options: as `CacheConfig` takes them; ``num_tokens`` or ``memory`` must be there, and what says the shape
                 of the model (``num_layers`` and so on) and where it is (``backend``, ``device``) need not. With
                 ``layer_groups=None`` all layers keep all tokens.
 
         Raises:
-            ConfigError: an option makes no sense, or ``layer_groups`` do not fit the windows of the model.
+            ArgumentError: ``model`` is no model of transformers.
+            ConfigError: an option makes no sense or is unknown, ``step_tokens`` without ``lengths``, a shape that is
+                not the model's, or ``layer_groups`` that do not fit its windows.
             UnsupportedError: no kernels for the model's dtype or head_dim on a GPU; or ``lengths`` or a model with
                 chunks, with options that exclude groups of layers, such as ``tiers`` if no layer keeps all tokens.
             NotImplementedError: the model cannot run on a `TransformersCache`; says why.
@@ -138,12 +145,17 @@ class TransformersCache(Cache):  # type: ignore[misc]
         Two forwards of a few tokens show how the model's layers attend. A 16-bit ``dtype`` with a float32 model is
         fine: keys, values and queries are rounded.
         """
+        if step_tokens is not None and lengths is None:
+            raise ConfigError(f"step_tokens: expected it only with lengths, got {step_tokens!r:.80} without them")
         check_structure(model)
         _check_place(model)
         with _using_kvtoolkit(model):
             shape, spans = trial_forward(model)
+        for name, value in shape._asdict().items():
+            if name in options and as_int(options[name]) != value:
+                raise ConfigError(f"{name}: expected {value}, which the model has, or none, got {options[name]!r:.80}")
         fields = _fitting(model, **{**shape._asdict(), **options})
-        return cls(KVCache(grouped_config(spans, lengths, step_tokens, fields)))
+        return cls(KVCache(grouped_config(spans, lengths, 512 if step_tokens is None else step_tokens, fields)))
 
     def __deepcopy__(self, memo: Any) -> "TransformersCache":
         """A fork: a cache in the same `KVCache` that goes on from the same columns and shares their memory.
@@ -185,7 +197,14 @@ class TransformersCache(Cache):  # type: ignore[misc]
 
         Returns:
             Columns that need not be computed: the fewest over the rows.
+
+        Raises:
+            ShapeError: ``input_ids`` or ``attention_mask`` is not as above.
+            CacheFullError: too few rows for the batch.
         """
+        for name, given in (("input_ids", input_ids), ("attention_mask", attention_mask)):
+            if not isinstance(given, torch.Tensor) and (given is not None or name == "input_ids"):
+                raise ShapeError(f"{name}: expected a tensor [batch, columns], got {type(given).__name__}")
         mask = None if attention_mask is None else as_numpy_view(attention_mask.cpu(), "attention_mask")
         tokens = as_numpy_view(input_ids.cpu(), "input_ids")
         return self._batch.open(tokens, mask, salt=salt, extra_keys=extra_keys)
@@ -483,7 +502,7 @@ def cache_config(model: PreTrainedModel, **options: Any) -> CacheConfig:
     """The `CacheConfig` for a model, by its configuration, in which all layers keep all tokens."""
     check_structure(model)
     _check_place(model)
-    return CacheConfig(**_fitting(model, **options))
+    return CacheConfig.from_dict(_fitting(model, **options))
 
 
 def _fitting(model: PreTrainedModel, **options: Any) -> dict[str, Any]:

@@ -53,6 +53,7 @@ from kvtoolkit.integrations.flash_attn.run import (
 )
 from kvtoolkit.integrations.flash_attn.step_plan import (
     StepPlan,
+    UndoneIfRefused,
     get_scheduler_metadata,
     plan_for_step,
     step_plan_of,
@@ -153,7 +154,8 @@ def flash_attn_with_kvcache(
     )  # fmt: skip
     rotation = RotationArguments(rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved)
     step = step_plan_of(scheduler_metadata, ("cache_seqlens", cache_seqlens), cu_seqlens_q)
-    return attend_to_cache(q, k, v, cache, rotation, cu_seqlens_q, max_seqlen_q, options, out, step)
+    with UndoneIfRefused(step):
+        return attend_to_cache(q, k, v, cache, rotation, cu_seqlens_q, max_seqlen_q, options, out, step)
 
 
 @untraced
@@ -215,18 +217,19 @@ def flash_attn_varlen_func(
     name, table = one_of(("block_table", block_table), ("page_table", page_table))
     step = step_plan_of(scheduler_metadata, ("seqused_k", seqused_k), cu_seqlens_q)
     longest = None if max_seqlen_k is None else count("max_seqlen_k", max_seqlen_k)
-    blocks, lengths, length_name = _rows_of_keys(
-        k, v, len(bounds) - 1, q.device, (name, table), cu_seqlens_k, seqused_k, longest, step
-    )
-    names = {"seq_lens": length_name, "k_cache": "k", "v_cache": "v", "sinks": "s_aux", "block_table": name}
-    with renamed(names):
-        options = common_options(
-            softmax_scale, causal, window_size, softcap, num_splits, alibi_slopes, s_aux,
-            return_attn_probs or return_softmax_lse, len(bounds) - 1, q.device,
-        )  # fmt: skip
-        result, lse = run(
-            q, blocks, lengths, bounds, query_counts, out, options, max_seqlen_k=longest, step=step
-        )  # fmt: skip
+    with UndoneIfRefused(step):
+        blocks, lengths, length_name = _rows_of_keys(
+            k, v, len(bounds) - 1, q.device, (name, table), cu_seqlens_k, seqused_k, longest, step
+        )
+        names = {"seq_lens": length_name, "k_cache": "k", "v_cache": "v", "sinks": "s_aux", "block_table": name}
+        with renamed(names):
+            options = common_options(
+                softmax_scale, causal, window_size, softcap, num_splits, alibi_slopes, s_aux,
+                return_attn_probs or return_softmax_lse, len(bounds) - 1, q.device,
+            )  # fmt: skip
+            result, lse = run(
+                q, blocks, lengths, bounds, query_counts, out, options, max_seqlen_k=longest, step=step
+            )  # fmt: skip
     if return_attn_probs:
         return result, lse.t().contiguous(), q.new_empty(0)
     return (result, lse.t().contiguous()) if return_softmax_lse else result

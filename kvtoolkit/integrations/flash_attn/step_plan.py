@@ -69,6 +69,17 @@ class StepPlan:
             self._captured.append(plan)
         return plan
 
+    def num_made(self) -> tuple[int, int]:
+        """How much has been made since the last renewal; `forget_since` takes it."""
+        return len(self._made), len(self._plans)
+
+    def forget_since(self, num_made: tuple[int, int]) -> None:
+        """Forget what was made after `num_made` gave this."""
+        while len(self._made) > num_made[0]:
+            self._made.popitem()  # the latest
+        while len(self._plans) > num_made[1]:
+            self._plans.popitem()
+
     def check(self, lengths: tuple[str, Any], cu_seqlens_q: Any) -> None:
         """ArgumentError if `get_scheduler_metadata` was given other tensors.
 
@@ -103,6 +114,23 @@ def worked_out(
     Where the calls of a step share a plan it is made once, because the plan needs it at one address.
     """
     return make() if step is None else step.once(what, sources, device, make)
+
+
+class UndoneIfRefused:
+    """Lets a plan, if there is one, forget what a call inside has made of tensors, if it raises: they may be mended."""
+
+    __slots__ = ("_num_made", "_step")
+
+    def __init__(self, step: StepPlan | None) -> None:
+        self._step = step
+
+    def __enter__(self) -> None:
+        if self._step is not None:
+            self._num_made = self._step.num_made()
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is not None and self._step is not None:
+            self._step.forget_since(self._num_made)
 
 
 def _stack() -> list[StepPlan]:

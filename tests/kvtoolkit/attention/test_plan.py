@@ -194,6 +194,25 @@ def test_a_plan_stays_as_it_is_until_it_is_renewed(batch: Batch) -> None:
     assert not np.array_equal(batch.attend(), before)
 
 
+@pytest.mark.parametrize("name", ["a block", "a length", "k_cache", "q", "sinks"])
+def test_a_first_call_that_is_refused_leaves_nothing_in_the_plan(batch: Batch, name: str) -> None:
+    good, right = batch.attend(plan=None), (batch.table.copy(), batch.lengths.copy())
+    batch.plan.renew()
+    batch.table[0, 0] = 1 << 30 if name == "a block" else batch.table[0, 1]
+    batch.lengths[1] = -1 if name == "a length" else 8
+    changed: Any = {
+        "k_cache": {"k_cache": batch.k_cache[:0]}, "q": {"q": batch.case.q[:1]}, "sinks": {"sinks": batch.lengths},
+    }.get(name, {})  # fmt: skip
+    with pytest.raises(ShapeError):
+        batch.attend(**changed)
+    batch.table[...], batch.lengths[...] = right
+    assert np.array_equal(batch.attend(), good)
+    batch.lengths[...] = 0  # from the first call that is not refused on, a plan stays as it is
+    with pytest.raises(ShapeError):
+        batch.attend(q=batch.case.q[:1])
+    assert np.array_equal(batch.attend(), good)
+
+
 def test_what_a_plan_is_told_is_checked(batch: Batch) -> None:
     for name, most in (("max_seqlen_q", -1), ("max_seqlen_k", 2.5)):
         with pytest.raises(ShapeError, match=f"{name}: expected a number of tokens"):

@@ -85,7 +85,7 @@ CALLS = [
     (lambda c: c.compact(-1), ArgumentError, "max_tokens: expected a number of tokens, got -1"),
     (lambda c: c.compact(1.5), ArgumentError, "max_tokens: expected a number of tokens, got 1.5"),
     (lambda c: c.end_step("step"), StepError, "step: expected one of this cache, got 'step'"),
-    (lambda c: c.end_step(make().begin_step([], 1)), StepError, "step: expected one of this cache"),
+    (lambda c: c.end_step(make().begin_step([], 1)), StepError, "step: expected one of this cache, got one of another"),
     (lambda c: c.open(None), ArgumentError, "prompts: expected a sequence of prompts, got None"),
     (lambda c: c.fork(c.ids[:1], 10**11), CacheFullError, "fork: expected at most 2 new sequences"),
     (lambda c: c.lengths([[1], [2, 3]]), ArgumentError, "seq_ids: expected integers, got something that is no array"),
@@ -177,7 +177,7 @@ def test_a_sequence_in_a_step_is_left_alone_until_it_ends(cache):
         ):
             with pytest.raises(SequenceError, match="in a step"):
                 call()
-        with pytest.raises(StepError, match="snapshot: expected no open step"):
+        with pytest.raises(StepError, match=f"snapshot: expected no open step, got sequences {seq[0]} in one; end it"):
             cache.snapshot()
     cache.close(seq)
 
@@ -233,7 +233,8 @@ def test_a_damaged_snapshot_is_refused(cache, damage):
 
 def test_an_ended_lease_is_refused(cache):
     lease = cache.pin(cache.ids[:1])
-    with pytest.raises(StepError, match="snapshot: expected no open lease"):
+    message = f"snapshot: expected no open lease, got sequences {lease.seq_ids[0]} in one; end it first"
+    with pytest.raises(StepError, match=message):
         cache.snapshot()
     lease.abort()
     with pytest.raises(SequenceError, match="expected an open lease, got one that has ended"):

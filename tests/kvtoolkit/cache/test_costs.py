@@ -23,9 +23,9 @@ def step(cache, seq_ids, counts):
     cache.end_step(cache.begin_step(seq_ids, counts))
 
 
-def fragmented():
+def fragmented(**fields):
     """Sequences of four tiles each, some of them in small blocks."""
-    cache = make(growth="append", prefix_caching=False)
+    cache = make(growth="append", prefix_caching=False, **fields)
     seq_ids, _ = cache.open([[]] * 12)
     for i in range(32):
         step(cache, seq_ids[i % 3 :: 1 + i // 16], 8)
@@ -79,6 +79,22 @@ def test_small_budgets_merge_what_a_large_one_does():
             cache.check_integrity()
         copied.append(cache.stats().copied_tokens)
     assert copied[0] == copied[1] == copied[2]
+
+
+@pytest.mark.parametrize("layer_groups", [None, [{"layers": 0, "window": 100}, {"layers": 1}]])
+def test_an_absurd_budget_takes_no_more_memory_than_one_as_large_as_the_pool(layer_groups):
+    copied, peaks = set(), []
+    for budget in (None, 1 << 33, 1 << 40, 1 << 63, 1 << 70):
+        cache, _ = fragmented(num_layers=2, layer_groups=layer_groups)
+        pool = sum(group.capacity for group in cache.stats().groups)
+        cache.compact(64)  # what is compiled is not counted
+        tracemalloc.start()
+        copied.add(cache.compact(budget or pool))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        cache.check_integrity()
+    assert len(copied) == 1
+    assert max(peaks) < peaks[0] + 4096
 
 
 @pytest.mark.parametrize("counts", [1 << 25, [1 << 25] * 4])

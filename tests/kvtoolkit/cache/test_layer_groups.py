@@ -1,5 +1,7 @@
 """Groups of layers: outputs are those of a cache that frees nothing, and a window bounds what a sequence holds."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -164,6 +166,34 @@ def test_rejected_tokens_are_cut_off_right_after_their_step_but_never_below_what
     assert held_of(cache, seq, 0) == held_of(cache, seq, 1) == 0
     cache.end_step(cache.begin_step([seq], 100))
     cache.check_integrity()
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        [{"layers": 0, "window": 64}, {"layers": [1, 2], "window": 1}],
+        [{"layers": 0, "window": 1}, {"layers": 1}, {"layers": 2, "window": 64}],
+        [{"layers": 0, "chunk": 48}, {"layers": [1, 2], "window": 40}],
+        [{"layers": 0, "chunk": 48}, {"layers": [1, 2], "chunk": 64}],
+    ],
+)
+@pytest.mark.parametrize("num_steps", [70, 97, 151])
+def test_a_refused_length_comes_with_the_least_that_all_groups_accept(groups, num_steps):
+    cache = make(groups)
+    seq_ids, _ = cache.open([[]])
+    for _ in range(num_steps):
+        cache.end_step(cache.begin_step(seq_ids, 1))
+    named, accepted = set(), set()
+    for length in range(1, num_steps + 1):
+        child = cache.fork(seq_ids, 1).ravel()
+        try:
+            cache.truncate(child, [length])
+            accepted.add(length)
+        except ArgumentError as error:
+            named.add(int(re.search(r"at least (\d+)", str(error))[1]))
+        cache.close(child)
+    assert named == {min(accepted)}
+    assert accepted == set(range(min(accepted), num_steps + 1))
 
 
 def test_reading_frees_nothing():

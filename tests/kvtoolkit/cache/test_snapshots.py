@@ -1,6 +1,7 @@
 """Snapshots that resume elsewhere, and bytes that are no snapshots although their checksum is right."""
 
 import contextlib
+import re
 from collections import Counter
 
 import numpy as np
@@ -81,12 +82,13 @@ def test_a_snapshot_of_groups_with_tiers_of_other_formats_is_refused():
     fields, data = cache.config.to_dict(), cache.snapshot()
     first, window, own = fields["layer_groups"]
     other = {**own, "tiers": {"cold": "int4", "hot": 64}}
-    for changed in (
-        {"layer_groups": [first, window, other]},
-        {"layer_groups": [{**first, "tiers": own["tiers"]}, window, own]},
-        {"tiers": other["tiers"]},
+    for changed, group in (
+        ({"layer_groups": [first, window, other]}, 2),
+        ({"layer_groups": [{**first, "tiers": own["tiers"]}, window, own]}, 0),
+        ({"tiers": other["tiers"]}, 0),
     ):
-        with pytest.raises(CacheSnapshotError, match=r"expected one of a cache with tiers .*, got one with tiers"):
+        message = rf"cache with tiers of .* \(warm and cold\) in layer_groups\[{group}\], got one with tiers of .* and"
+        with pytest.raises(CacheSnapshotError, match=message):
             KVCache.from_snapshot(CacheConfig(**{**fields, **changed}), data)
     same = [{**first, "tiers": fields["tiers"]}, window, own]
     KVCache.from_snapshot(
@@ -114,17 +116,21 @@ def test_a_snapshot_of_other_groups_of_layers_is_refused():
     world = quiet_world(**CONFIGS["groups"])
     fields, data = world.cache.config.to_dict(), world.cache.snapshot()
     whole, window = fields["layer_groups"]
-    for groups in (
-        [whole, {**window, "window": 92}],
-        [{**whole, "layers": 1}, {**window, "layers": 0}],
-        [window, whole],
-        [whole, {"layers": 1, "chunk": 96, "num_tokens": 896}],
-        [{"layers": [0, 1], "num_tokens": 1024}],
-    ):
-        with pytest.raises(CacheSnapshotError, match=r"expected one of a cache with layer_groups .*, got one with"):
+    for groups, wanted, got in (
+        ([whole, {**window, "window": 92}], "a window of 92 in layer_groups[1]", "a window of 91"),
+        ([{**whole, "layers": 1}, {**window, "layers": 0}], "layer 0 in layer_groups[1]", "it in layer_groups[0]"),
+        ([window, whole], "layer_groups in the same order", "layer_groups[1] where here is layer_groups[0]"),
+        (
+            [whole, {"layers": 1, "chunk": 96, "num_tokens": 896}],
+            "chunks of 96 in layer_groups[1]", "a window of 91",
+        ),
+        ([{"layers": [0, 1], "num_tokens": 1024}], "1 group of layers", "2"),
+    ):  # fmt: skip
+        message = f"snapshot: expected one of a cache with {wanted}, got one with {got}"
+        with pytest.raises(CacheSnapshotError, match=f"^{re.escape(message)}$"):
             KVCache.from_snapshot(CacheConfig(**{**fields, "layer_groups": groups}), data)
     plain = make(num_layers=2).snapshot()
-    with pytest.raises(CacheSnapshotError, match="with layer_groups .*, got one with layer_groups None"):
+    with pytest.raises(CacheSnapshotError, match="with 2 groups of layers, got one with 1$"):
         KVCache.from_snapshot(world.cache.config, plain)
     smaller = [whole, {**window, "num_tokens": 192}]
     with pytest.raises(CacheSnapshotError, match="expected a pool with granule .*, got one of 24"):

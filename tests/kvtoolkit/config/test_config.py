@@ -227,7 +227,7 @@ def test_an_allocator_of_ones_own_serves_a_cache():
     ("fields", "message"),
     [
         ({"block_sizes": (16.0,)}, "block_sizes: expected some of 8, 16, 32, 64"),
-        ({"num_tokens": None, "memory": "9" * 400}, "expected a pool of 64 to"),
+        ({"num_tokens": None, "memory": 1 << 62}, "expected a pool of 64 to"),
         ({"num_layers": 10**30}, "num_layers: expected an int from 1 to 65536"),
         ({"max_entries": 10**20}, "max_entries: expected an int from 1 to"),
         ({"device": "banana"}, "device: expected an int of at least 0, got 'banana'"),
@@ -241,6 +241,21 @@ def test_an_allocator_of_ones_own_serves_a_cache():
 def test_odd_values_are_refused_when_the_configuration_is_made(fields, message):
     with pytest.raises(ConfigError, match=message):
         make(**fields)
+
+
+@pytest.mark.parametrize("memory", [1 << 63, 10**400, 10**5000, "9" * 400, "9223373 TB", "9" * 5000], ids=range(6))
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"tiers": {"warm": "int8"}, "head_dim": 64},
+        {"layer_groups": [{"layers": 0, "share": 0.5}, {"layers": 1, "share": 0.5}]},
+        {"layer_groups": [{"layers": 0, "window": 64}, {"layers": 1}]},
+    ],
+)
+def test_more_memory_than_there_can_be_is_refused_by_name(fields, memory):
+    with pytest.raises(ConfigError, match=r"^memory: expected .*, got"):
+        make(**{"num_tokens": None, "memory": memory, **fields})
 
 
 @pytest.mark.parametrize("path", [None, 5, "a\0b"])

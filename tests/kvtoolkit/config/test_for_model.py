@@ -20,6 +20,9 @@ GPT_OSS_20B = {
     "num_key_value_heads": 8, "hidden_size": 2880, "head_dim": 64, "sliding_window": 128,
     "layer_types": ["sliding_attention", "full_attention"] * 12,
 }  # fmt: skip
+LLAMA4 = {"model_type": "llama4_text", "attention_chunk_size": 64}
+SLIDING = {"model_type": "qwen2", "sliding_window": 32}
+GEMMA3 = {"model_type": "gemma3_text", "sliding_window": 32}
 USE = {"use_sliding_window": True, "max_window_layers": 2}
 TINY = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64}
 
@@ -80,7 +83,7 @@ def test_windows_and_chunks_are_read(fields, expected):
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
-        ({"num_hidden_layers": None}, ConfigError, "num_hidden_layers: expected an int of at least 1, got None"),
+        ({"num_hidden_layers": None}, ConfigError, "num_hidden_layers: expected an int from 1 to 65536, got None"),
         ({"hidden_size": None}, ConfigError, "hidden_size: expected an int of at least 1, got None"),
         ({"layer_types": ["full_attention"]}, ConfigError, "layer_types: expected a list of 4 kinds"),
         ({"layer_types": ["linear_attention"] * 4}, UnsupportedError, "expected .*full_attention.*, got 'linear_atten"),
@@ -88,6 +91,26 @@ def test_windows_and_chunks_are_read(fields, expected):
         ({"layer_types": ["chunked_attention"] * 4}, ConfigError, "attention_chunk_size: expected a number of tokens"),
         ({"model_type": "other", "sliding_window": 8}, ConfigError, "layer_types: expected them in .* of 'other'"),
         ({"model_type": "other", "attention_chunk_size": 8}, ConfigError, "layer_types: expected .* with chunks"),
+        ({"num_hidden_layers": 10**8}, ConfigError, "num_hidden_layers: expected an int from 1 to 65536, got 1000"),
+        ({"layer_types": ["full_attention"] * 5}, ConfigError, "layer_types: expected a list of 4 kinds.*, got 5: "),
+        ({"layer_types": [["full_attention"]] * 4}, UnsupportedError, r"layer_types: expected .*, got \['full_att"),
+        ({"num_key_value_heads": 3}, ConfigError, "num_key_value_heads: expected a divisor of num_attention_heads, wh"),
+        ({"num_key_value_heads": 0}, ConfigError, "num_key_value_heads: expected an int of at least 1, got 0"),
+        ({"text_config": 5}, ConfigError, "text_config: expected a configuration of transformers, or a dict, got 5"),
+        (LLAMA4 | {"no_rope_layers": 3}, ConfigError, "no_rope_layers: expected a list of 4 .*, got 3$"),
+        (LLAMA4 | {"no_rope_layers": "1010"}, ConfigError, "no_rope_layers: expected a list of 4 .*, got '1010'"),
+        (LLAMA4 | {"no_rope_layers": [1, 1]}, ConfigError, r"no_rope_layers: expected a list of 4 .*, got 2: \[1, 1\]"),
+        (LLAMA4 | {"no_rope_layers": [1] * 5}, ConfigError, "no_rope_layers: expected a list of 4 .*, got 5: "),
+        (LLAMA4 | {"no_rope_layers": [1, 1, 1, "0"]}, ConfigError, "no_rope_layers: expected 0 or 1 for each layer"),
+        (LLAMA4 | {"no_rope_layer_interval": 0}, ConfigError, "no_rope_layer_interval: expected an int of at least 1"),
+        (LLAMA4 | {"attention_chunk_size": 63}, ConfigError, "attention_chunk_size: expected a multiple of 8, got 63"),
+        (SLIDING | {"use_sliding_window": "false"}, ConfigError, "use_sliding_window: expected true or false, got 'fa"),
+        (SLIDING | {"sliding_window": "32"} | USE, ConfigError, "sliding_window: expected a number .*got '32'"),
+        (SLIDING | USE | {"max_window_layers": None}, ConfigError, "max_window_layers: expected an int of at least 0"),
+        (GEMMA3 | {"sliding_window_pattern": "3"}, ConfigError, "sliding_window_pattern: expected an int, or a text"),
+        (GEMMA3 | {"sliding_window_pattern": ""}, ConfigError, "sliding_window_pattern: expected an int, or a text"),
+        (GEMMA3 | {"sliding_window_pattern": 0}, ConfigError, "sliding_window_pattern: expected an int from 1 to"),
+        (GEMMA3 | {"sliding_window_pattern": 2.5}, ConfigError, "sliding_window_pattern: expected an int from 1 to"),
         ({"kv_lora_rank": 512}, UnsupportedError, "kv_lora_rank: expected a model without it, because latent"),
     ],
 )  # fmt: skip

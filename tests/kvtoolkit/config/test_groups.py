@@ -59,7 +59,11 @@ HALVES = [{"layers": range(3), "window": 64}, {"layers": range(3, 6)}]
         ([{"layers": range(6), "share": 1}], {}, r"layer_groups\[0\].share: expected a number .* below 1, got 1"),
         ([{**HALVES[0], "num_tokens": 640}, HALVES[1]], {}, "num_tokens in every group or in none, got it in 1"),
         ([{**one, "num_tokens": 640} for one in HALVES], {}, "num_tokens in the groups, or num_tokens or memory"),
-        ([{**one, "share": 0.5} for one in HALVES], {}, "expected shares only with memory"),
+        ([{**one, "share": 0.5} for one in HALVES], {}, "expected shares only with memory, .*, got memory None"),
+        (
+            [{**one, "share": 0.5, "num_tokens": 640} for one in HALVES], {"num_tokens": None, "memory": "1 GB"},
+            "expected shares only with memory, .*, got num_tokens beside them",
+        ),
         ([{**one, "share": 0.4} for one in HALVES], {"num_tokens": None, "memory": "1 MiB"}, "sum to 1, got 0.8"),
         ([{**one, "num_tokens": n} for one, n in zip(HALVES, (64, 640), strict=True)], {"num_tokens": None},
          r"layer_groups\[0\]: expected room for 128 tokens, a window or chunk and a block .*, got 64"),

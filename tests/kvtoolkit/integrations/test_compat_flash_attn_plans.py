@@ -129,6 +129,32 @@ def test_what_follows_from_the_callers_tensors_is_renewed_too():
         assert torch.equal(batch.varlen(0, **options), good)
 
 
+@pytest.mark.parametrize("with_metadata", [True, False])
+@pytest.mark.parametrize("name", ["decode", "new tokens", "varlen", "varlen, lengths as sums"])
+def test_a_call_that_is_refused_leaves_nothing_in_the_step(name, with_metadata):
+    batch = Batch()
+    sums = int32(0, 90, 99, 164)
+    attend, options, changing = {
+        "decode": (batch.with_kvcache, {}, batch.lengths),
+        "new tokens": (batch.with_kvcache, {"k": batch.new[0], "v": batch.new[1]}, batch.lengths),
+        "varlen": (batch.varlen, {}, batch.lengths),
+        "varlen, lengths as sums": (batch.varlen, {"seqused_k": None, "cu_seqlens_k": sums}, sums),
+    }[name]
+    batch.lengths -= 2
+    plan = plan_for_step()
+    if with_metadata and changing is batch.lengths:
+        plan = metadata(batch, cu_seqlens_q=batch.bounds() if attend == batch.varlen else None)
+    with pytest.raises(ShapeError):
+        attend(0, **options, out=batch.q[:1], scheduler_metadata=plan)
+    batch.table += 100
+    with pytest.raises(ShapeError):
+        attend(0, **options, scheduler_metadata=plan)
+    batch.table -= 100
+    changing[1:] -= 3
+    good = attend(0, **options)
+    assert torch.equal(attend(0, **options, scheduler_metadata=plan), good)
+
+
 def test_other_tensors_have_plans_of_their_own(counted):
     batch, other = Batch(), Batch()
     other.lengths = int32(50, 60, 70)

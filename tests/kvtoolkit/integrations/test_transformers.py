@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers")
 
 from transformers import DynamicCache  # noqa: E402
 
-from kvtoolkit import ArgumentError, CacheFullError, KVCache, ShapeError, UnsupportedError  # noqa: E402
+from kvtoolkit import ArgumentError, CacheFullError, ConfigError, KVCache, ShapeError, UnsupportedError  # noqa: E402
 from kvtoolkit.integrations.smollm2 import load_smollm2, missing_packages  # noqa: E402
 from kvtoolkit.integrations.transformers import TransformersCache, cache_config, use_kvtoolkit  # noqa: E402
 
@@ -575,30 +575,63 @@ def test_models_that_cannot_run_are_refused_with_the_reason(family, options, mat
     ],
 )
 def test_models_of_another_make_are_refused(family, options, match):
-    config = getattr(transformers, f"{family}Config")(**options)
-
-    class Model:
-        dtype = torch.float32
-
-    Model.config = config
+    model = torch.nn.Module()
+    model.config = getattr(transformers, f"{family}Config")(**options)
     with pytest.raises(NotImplementedError, match=match):
-        cache_config(Model, num_tokens=64)
+        cache_config(model, num_tokens=64)
+
+
+@pytest.mark.parametrize("call", [use_kvtoolkit, cache_for, functools.partial(cache_config, num_tokens=64)])
+def test_what_is_no_model_is_refused(model, call):
+    for wrong in (None, 5, "model", model.config, torch.nn.Linear(2, 2), type(model)):
+        with pytest.raises(ArgumentError, match="model: expected a model of transformers, got"):
+            call(wrong)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"foo": 1}, "'foo': expected one of num_layers, "),
+        ({"num_token": 1}, "'num_token': expected one of .*; did you mean 'num_tokens'"),
+        ({"foo": 1, "layer_groups": None}, "'foo': expected one of"),
+        ({"foo": 1, "layer_groups": [{"layers": [0, 1]}]}, "'foo': expected one of"),
+        ({"foo": 1, "lengths": 64}, "'foo': expected one of"),
+        ({"step_tokens": 64}, "step_tokens: expected it only with lengths, got 64 without them"),
+        ({"head_dim": 32}, "head_dim: expected 64, which the model has, or none, got 32"),
+        ({"head_dim": "64"}, "head_dim: expected 64, .*, got '64'"),
+        ({"num_kv_heads": 4}, "num_kv_heads: expected 2, which the model has, or none, got 4"),
+        ({"num_layers": 3}, "num_layers: expected 2, which the model has, or none, got 3"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_before_a_cache_is_made(model, options, message):
+    with pytest.raises(ConfigError, match=message):
+        cache_for(model, **options)
+
+
+def test_what_is_no_cache_and_what_are_no_tokens_is_refused(model):
+    with pytest.raises(ArgumentError, match="kv_cache: expected a KVCache, got CacheConfig"):
+        TransformersCache(cache_for(model).kv_cache.config)
+    cache, ids = cache_for(model), torch.ones((1, 9), dtype=torch.long)
+    cache.open(ids)
+    for name, arguments in (("input_ids", (None,)), ("input_ids", ([[1]],)), ("attention_mask", (ids, [[1]]))):
+        with pytest.raises(ShapeError, match=rf"{name}: expected a tensor \[batch, columns\], got"):
+            cache.open(*arguments)
+    assert cache.batch_size == 1
 
 
 def test_a_model_on_a_gpu_gets_a_cache_beside_it():
-    class Model:
-        config, dtype, device = tiny().config, torch.bfloat16, torch.device("cuda", 1)
-
-    config = cache_config(Model, num_tokens=64)
+    model = torch.nn.Module()
+    model.config, model.dtype, model.device = tiny().config, torch.bfloat16, torch.device("cuda", 1)
+    config = cache_config(model, num_tokens=64)
     assert (config.backend, config.device, config.dtype) == ("cuda", 1, "bfloat16")
-    assert (cache_config(Model, num_tokens=64, backend="numba").backend, config.device) == ("numba", 1)
-    assert cache_config(Model, num_tokens=64, backend="cpu").device is None
-    Model.dtype = torch.float32
+    assert (cache_config(model, num_tokens=64, backend="numba").backend, config.device) == ("numba", 1)
+    assert cache_config(model, num_tokens=64, backend="cpu").device is None
+    model.dtype = torch.float32
     with pytest.raises(UnsupportedError, match="dtype: expected float16 or bfloat16 with backend 'cuda', got float32"):
-        cache_config(Model, num_tokens=64)
-    Model.hf_device_map = {"model.layers.0": 0, "model.layers.1": "cpu"}
+        cache_config(model, num_tokens=64)
+    model.hf_device_map = {"model.layers.0": 0, "model.layers.1": "cpu"}
     with pytest.raises(NotImplementedError, match="expected a model on one device"):
-        cache_config(Model, num_tokens=64)
+        cache_config(model, num_tokens=64)
 
 
 def test_a_model_elsewhere_than_its_cache_is_refused(model):
