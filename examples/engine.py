@@ -1,4 +1,4 @@
-"""An inference engine in 240 lines: continuous batching, chunked prefill, prefix reuse, preemption.
+"""An inference engine in 250 lines: continuous batching, chunked prefill, prefix reuse, preemption.
 
 What it leaves to kvtoolkit is everything about memory. What it decides is who runs: requests are admitted in order
 while there is room, every step feeds each running request its next tokens (a part of its prompt, or the token it just
@@ -15,6 +15,8 @@ import numpy as np
 import torch
 
 from examples.llama import PackedLlama
+from examples.sampling import Choice
+from examples.steps import CapturedSteps, EagerSteps
 from kvtoolkit import CacheConfig, CacheFullError, CacheStats, KVCache
 
 
@@ -25,6 +27,7 @@ class Request:
     prompt: list[int]
     max_new_tokens: int
     temperature: float = 0.0
+    top_p: float = 1.0
     seed: int = 0
     output: list[int] = field(default_factory=list)
     seq_id: int | None = None
@@ -73,6 +76,7 @@ class Engine:
         eos_token_id: ends a request.
         max_batch: requests that run at once.
         max_step_tokens: new tokens in one step; longer prompts are computed in parts.
+        captured: whether steps are captured in CUDA graphs; for caches with backend ``"cuda"``.
     """
 
     def __init__(
@@ -83,12 +87,14 @@ class Engine:
         eos_token_id: int | None = None,
         max_batch: int = 16,
         max_step_tokens: int = 512,
+        captured: bool = False,
     ) -> None:
         for name, value in (("max_batch", max_batch), ("max_step_tokens", max_step_tokens)):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
         self.model = model
         self.cache = KVCache(config)
+        self.steps = CapturedSteps(model, self.cache, max_step_tokens) if captured else EagerSteps(model)
         self.eos_token_id = eos_token_id
         self.max_batch = min(max_batch, config.max_seqs)
         self.max_step_tokens = max_step_tokens
@@ -112,6 +118,8 @@ class Engine:
             raise ValueError("prompt: expected at least one token, got none")
         if request.max_new_tokens < 1 or not 0 <= request.temperature < float("inf"):
             raise ValueError(f"expected max_new_tokens from 1 and a finite temperature from 0 on, got {request!r:.300}")
+        if not 0 < request.top_p <= 1:
+            raise ValueError(f"top_p: expected more than 0 and at most 1, got {request.top_p}")
         limit = self.cache.config.seq_len_limit
         if len(request.prompt) + request.max_new_tokens > limit:
             raise ValueError(
@@ -188,15 +196,15 @@ class Engine:
             [request.seq_id for request, _ in batch], [len(chunk) for _, chunk in batch]
         ) as step:
             if step.ok.any():
-                tokens = torch.tensor([token for _, chunk in batch for token in chunk])
-                positions = torch.cat([torch.arange(len(c)) + request.num_held for request, c in batch])
-                logits = self.model.forward(tokens, positions, step).cpu()  # once a step: sampling is done here
-                self.cache.end_step(step, tokens.numpy())
+                tokens = np.array([token for _, chunk in batch for token in chunk])
+                positions = np.concatenate([request.num_held + np.arange(len(chunk)) for request, chunk in batch])
+                chosen = self.steps.run(step, tokens, positions, choice_of([request for request, _ in batch])).tolist()
+                self.cache.end_step(step, tokens)
             fed, stalled = step.ok.copy(), step.explain()
             self.block_tables = dict(zip(step.seq_ids.tolist(), step.block_table.copy(), strict=True))
         for row, (request, chunk) in enumerate(batch):
             if fed[row]:
-                self.accept(request, len(chunk), logits[row])
+                self.accept(request, len(chunk), chosen[row])
         num_running = len(self.running)
         self.running = [request for request in self.running if request.seq_id is not None]
         self.has_stalled = bool(stalled)
@@ -205,28 +213,18 @@ class Engine:
         elif len(self.running) == num_running:  # if one has finished there is memory now
             self.make_room(stalled, sum(len(chunk) for _, chunk in batch))
 
-    def accept(self, request: Request, num_fed: int, logits: torch.Tensor) -> None:
-        """Count the tokens that were fed. If none of the request are left, choose its next token."""
+    def accept(self, request: Request, num_fed: int, token: int) -> None:
+        """Count the tokens that were fed. If none of the request are left, ``token`` is its next one."""
         request.num_held += num_fed
         self.num_prefilled += num_fed
         if request.num_held < len(request.tokens):
             return
         self.num_prefilled -= 1
         self.num_decoded += 1
-        token = self.sample(request, logits)
         request.output.append(token)
         if token == self.eos_token_id or len(request.output) == request.max_new_tokens:
             self.cache.close([request.seq_id])
             request.seq_id = None
-
-    def sample(self, request: Request, logits: torch.Tensor) -> int:
-        """The next token: the likeliest, or drawn. A draw depends only on the request, not on the rest of the batch."""
-        if not request.temperature:
-            return int(logits.argmax())
-        scores = logits.double() - logits.max()  # at most 0, so that a tiny temperature makes none of them infinite
-        chances = torch.softmax(scores / request.temperature, dim=-1).cumsum(-1).numpy()
-        draw = np.random.default_rng([request.seed, len(request.output)]).random() * chances[-1]
-        return int(np.searchsorted(chances, draw, side="right"))
 
     def make_room(self, stalled: list[str], num_tokens: int) -> None:
         """Preempt the request that was admitted last. If there is only one, feed it fewer tokens at a time."""
@@ -245,3 +243,13 @@ class Engine:
             request.reuses = False
         else:
             raise CacheFullError(f"the pool is too small for one request: {'; '.join(stalled)}")
+
+
+def choice_of(requests: list[Request]) -> Choice:
+    """How the next token of each request is chosen."""
+    return Choice(
+        torch.tensor([request.temperature for request in requests], dtype=torch.float32),
+        torch.tensor([request.top_p for request in requests], dtype=torch.float32),
+        torch.tensor([request.seed for request in requests]),
+        torch.tensor([len(request.output) for request in requests]),
+    )

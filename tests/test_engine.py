@@ -345,6 +345,38 @@ def test_16_bit_tokens_are_right_in_a_quarter_of_the_memory(half, options):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("fused", [False, True])
+def test_captured_steps_give_the_likeliest_tokens(model, fused):
+    """Prompts in parts beside decode, in a quarter of the memory; every step is a graph."""
+    on_device = copy.deepcopy(model).half().to("cuda")
+    packed = PackedLlama(on_device, fused=fused)
+    engine = Engine(packed, packed.cache_config(num_tokens=704), max_batch=8, max_step_tokens=128, captured=True)
+    wanted = requests()
+    for request in wanted:
+        engine.add(request)
+    engine.run()
+    assert_likeliest(on_device, [request.output for request in wanted])
+    assert {most == 0 for _, most, _ in engine.steps.shapes} == {True, False}
+    assert engine.cache.stats().num_preempted
+
+
+@pytest.mark.gpu
+def test_captured_draws_are_those_of_eager_steps(model):
+    packed = PackedLlama(copy.deepcopy(model).half().to("cuda"))
+    outputs = []
+    for captured in (False, True):
+        engine = Engine(packed, packed.cache_config(num_tokens=4096), max_batch=8, captured=captured)
+        wanted = requests(0.8)
+        for request in wanted:
+            request.top_p = 0.9
+            engine.add(request)
+        engine.run()
+        outputs.append([request.output[:3] for request in wanted])  # later ones go apart by rounding
+    same = sum(one == other for one, other in zip(*outputs, strict=True))
+    assert same >= 10
+
+
+@pytest.mark.gpu
 def test_the_cache_lies_beside_the_model(model):
     on_device = PackedLlama(copy.deepcopy(model).half().to("cuda"))
     config = on_device.cache_config(num_tokens=64)

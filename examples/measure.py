@@ -1,0 +1,112 @@
+"""What a step of the example engine takes on a GPU, beside transformers: `python -m examples.measure --help`.
+
+The model has the shape of SmolLM2-135M and drawn weights. A step is that of `Engine.step`: room in the cache, the model,
+sampling, and the tokens back on the host. Its figure is the mean over many steps, the best of three rounds.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+import transformers
+
+from allocators._command_line import Parser, integer
+from examples.engine import Engine, Request
+from examples.llama import PackedLlama
+
+_ROUNDS, _STEPS = 3, 32
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = Parser(prog="python -m examples.measure", description=__doc__)
+    parser.add_argument("--batch", type=integer(1), nargs="+", default=[1, 8, 64], help="sequences")
+    parser.add_argument("--context", type=integer(1), default=1024, help="tokens of each when the measurement begins")
+    parser.add_argument(
+        "--peers", action="store_true", help="transformers, too: dynamic cache, and static with compile"
+    )
+    options = parser.parse_args(arguments)
+    model = make_model()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, transformers {transformers.__version__}")
+    print(f"{'ms a step, context ' + str(options.context):<44}" + "".join(f"{f'batch {n}':>12}" for n in options.batch))
+    for name, measure in kinds(model, options).items():
+        times = []
+        for batch in options.batch:
+            try:
+                times.append(f"{measure(batch):>12.3f}")
+            except Exception as error:  # of a peer
+                if not name.startswith("transformers"):
+                    raise
+                times.append(f"{type(error).__name__:>12.11}")
+        print(f"{name:<44}" + "".join(times), flush=True)
+    return 0
+
+
+def make_model() -> torch.nn.Module:
+    """Of SmolLM2-135M's shape, in bfloat16, on the GPU."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).to("cuda", torch.bfloat16).eval()
+
+
+def kinds(model: torch.nn.Module, options: argparse.Namespace) -> dict[str, Callable[[int], float]]:
+    """What is measured, by name: each takes a batch and gives milliseconds."""
+    fused = PackedLlama(model, fused=True)
+    found: dict[str, Callable[[int], float]] = {
+        "engine, eager": lambda batch: ours(PackedLlama(model), batch, options, captured=False),
+        "engine, captured": lambda batch: ours(PackedLlama(model), batch, options, captured=True),
+        "engine, captured and fused": lambda batch: ours(fused, batch, options, captured=True),
+        "engine, captured and fused, drawn (top_p 0.9)": lambda batch: ours(fused, batch, options, 0.8, captured=True),
+    }
+    if options.peers:
+        found["transformers, dynamic cache"] = lambda batch: peer(model, batch, options, None)
+        found["transformers, static cache and compile"] = lambda batch: peer(model, batch, options, "static")
+    return found
+
+
+def ours(
+    model: PackedLlama, batch: int, options: argparse.Namespace, temperature: float = 0.0, *, captured: bool
+) -> float:
+    """Milliseconds of a decode step of the engine."""
+    length = options.context + 8 + _ROUNDS * _STEPS
+    size = {"num_tokens": batch * (-(-length // 64) + 1) * 64, "max_seqs": batch, "max_seq_len": length + 8}
+    engine = Engine(model, model.cache_config(**size), max_batch=batch, max_step_tokens=2048, captured=captured)
+    for i in range(batch):
+        prompt = [(7 * i + 3 * k) % 49152 for k in range(options.context)]
+        engine.add(Request(prompt, length - options.context, temperature, 0.9 if temperature else 1.0, i))
+    while len(engine.running) < batch or engine.num_decoded < batch:
+        engine.admit()
+        engine.step()
+    for _ in range(4):
+        engine.step()
+    best = float("inf")
+    for _ in range(_ROUNDS):
+        begin = time.perf_counter()
+        for _ in range(_STEPS - 4):
+            engine.step()
+        best = min(best, (time.perf_counter() - begin) / (_STEPS - 4) * 1e3)
+    return best
+
+
+@torch.inference_mode()
+def peer(model: torch.nn.Module, batch: int, options: argparse.Namespace, cache: str | None) -> float:
+    """Milliseconds of a decode step of transformers: from the times of a long and a short generation."""
+    prompts = torch.randint(49152, (batch, options.context), device="cuda")
+    fixed = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "cache_implementation": cache}
+
+    def seconds(count: int) -> float:
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        model.generate(prompts, max_new_tokens=count, min_new_tokens=count, **fixed)
+        torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    seconds(1 + _STEPS)
+    return min(seconds(1 + _STEPS) - seconds(1) for _ in range(_ROUNDS)) / _STEPS * 1e3
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
