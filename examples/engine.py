@@ -1,4 +1,4 @@
-"""An inference engine in 250 lines: continuous batching, chunked prefill, prefix reuse, preemption.
+"""An inference engine in 260 lines: continuous batching, chunked prefill, prefix reuse, preemption.
 
 What it leaves to kvtoolkit is everything about memory. What it decides is who runs: requests are admitted in order
 while there is room, every step feeds each running request its next tokens (a part of its prompt, or the token it just
@@ -27,8 +27,8 @@ class Request:
     prompt: list[int]
     max_new_tokens: int
     temperature: float = 0.0
-    top_p: float = 1.0
     seed: int = 0
+    top_p: float = 1.0
     output: list[int] = field(default_factory=list)
     seq_id: int | None = None
     """Its sequence in the cache; None before it is admitted."""
@@ -39,8 +39,15 @@ class Request:
     """Whether it may start from a cached prefix of its prompt."""
 
     @property
-    def tokens(self) -> list[int]:
-        return self.prompt + self.output
+    def num_tokens(self) -> int:
+        return len(self.prompt) + len(self.output)
+
+    def pending(self, most: int) -> list[int]:
+        """The next tokens that the cache does not hold, at most so many."""
+        first = self.num_held - len(self.prompt)
+        if first >= 0:  # as in most steps, without putting the two together
+            return self.output[first : first + most]
+        return (self.prompt[self.num_held :] + self.output)[:most]
 
 
 @dataclass
@@ -188,17 +195,17 @@ class Engine:
         """Feed every running request its next tokens."""
         chunks, budget = [], self.step_tokens
         for request in self.running:
-            chunk = request.tokens[request.num_held :][: max(budget, 0)]
+            chunk = request.pending(max(budget, 0))
             budget -= len(chunk)
             chunks.append((request, chunk))
         batch = [(request, chunk) for request, chunk in chunks if chunk]
-        with self.cache.begin_step(
-            [request.seq_id for request, _ in batch], [len(chunk) for _, chunk in batch]
-        ) as step:
+        requests, counts = [request for request, _ in batch], np.array([len(chunk) for _, chunk in batch])
+        tokens = np.array([token for _, chunk in batch for token in chunk])
+        with self.cache.begin_step([request.seq_id for request in requests], counts) as step:
             if step.ok.any():
-                tokens = np.array([token for _, chunk in batch for token in chunk])
-                positions = np.concatenate([request.num_held + np.arange(len(chunk)) for request, chunk in batch])
-                chosen = self.steps.run(step, tokens, positions, choice_of([request for request, _ in batch])).tolist()
+                held = np.array([request.num_held for request in requests])
+                positions = np.arange(len(tokens)) + np.repeat(held - (counts.cumsum() - counts), counts)
+                chosen = self.steps.run(step, tokens, positions, choice_of(requests)).tolist()
                 self.cache.end_step(step, tokens)
             fed, stalled = step.ok.copy(), step.explain()
             self.block_tables = dict(zip(step.seq_ids.tolist(), step.block_table.copy(), strict=True))
@@ -217,7 +224,7 @@ class Engine:
         """Count the tokens that were fed. If none of the request are left, ``token`` is its next one."""
         request.num_held += num_fed
         self.num_prefilled += num_fed
-        if request.num_held < len(request.tokens):
+        if request.num_held < request.num_tokens:
             return
         self.num_prefilled -= 1
         self.num_decoded += 1
@@ -247,9 +254,6 @@ class Engine:
 
 def choice_of(requests: list[Request]) -> Choice:
     """How the next token of each request is chosen."""
-    return Choice(
-        torch.tensor([request.temperature for request in requests], dtype=torch.float32),
-        torch.tensor([request.top_p for request in requests], dtype=torch.float32),
-        torch.tensor([request.seed for request in requests]),
-        torch.tensor([len(request.output) for request in requests]),
-    )
+    floats = np.array([(request.temperature, request.top_p) for request in requests], np.float32)
+    integers = np.array([(request.seed % (1 << 63), len(request.output)) for request in requests])
+    return Choice(*(torch.from_numpy(part) for part in (*floats.T.copy(), *integers.T.copy())))

@@ -68,7 +68,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=integer(1), help="default 128, with --tiers 192")
     parser.add_argument("--max-batch", type=integer(1), default=16, help="requests that run at once")
     parser.add_argument("--temperature", type=number(0), default=0.0, help="0 takes the likeliest token")
+    parser.add_argument(
+        "--top-p", type=number(0.01), default=1.0, help="draw of the likeliest tokens that have so much"
+    )
     parser.add_argument("--seed", type=integer(0), default=0)
+    parser.add_argument("--eager", action="store_true", help="capture no graphs, and fuse no layers, on a GPU")
     options = parser.parse_args(arguments)
     if options.max_new_tokens is None:
         options.max_new_tokens = 192 if options.tiers else 128  # tiers are for what is older than 64 tokens
@@ -82,7 +86,9 @@ def main(arguments: list[str] | None = None) -> int:
         with Progress() as progress:
             engine, tokenizer = make_engine(options, progress)
         requests = [
-            Request(encode(tokenizer, prompt), options.max_new_tokens, options.temperature, options.seed + i)
+            Request(
+                encode(tokenizer, prompt), options.max_new_tokens, options.temperature, options.seed + i, options.top_p
+            )
             for i, prompt in enumerate(options.prompts)
         ]
         for request in requests:
@@ -100,7 +106,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raise for what no cache can be made of, before the model is loaded."""
+    """Raise for what no cache can be made of, and no token drawn by, before the model is loaded."""
+    if options.top_p > 1:
+        raise ArgumentError(f"--top-p: expected at most 1, got {options.top_p:g}")
     backend = backend_of(options)
     dtype = options.dtype or dtype_of(backend)
     config = configure(options, backend=backend, dtype=dtype)
@@ -130,7 +138,8 @@ def make_engine(options: argparse.Namespace, progress: "Progress") -> tuple[Engi
         options.dtype or dtype_of(backend),
         progress=lambda text: progress.show(f"SmolLM2: {text}", next(stages), 5),
     )
-    packed = PackedLlama(model.to(device))
+    captures = backend == "cuda" and not options.eager
+    packed = PackedLlama(model.to(device), fused=captures)
     config = packed.cache_config(options.config, backend=backend, **cache_options(options))
     if backend != "numba":
         warmup(
@@ -138,7 +147,8 @@ def make_engine(options: argparse.Namespace, progress: "Progress") -> tuple[Engi
             model.config.num_attention_heads,
             progress=lambda part, done, total: progress.show(f"compiled code, kept for next time: {part}", done, total),
         )
-    return Engine(packed, config, eos_token_id=tokenizer.eos_token_id, max_batch=options.max_batch), tokenizer
+    limits = {"eos_token_id": tokenizer.eos_token_id, "max_batch": options.max_batch}
+    return Engine(packed, config, captured=captures, **limits), tokenizer
 
 
 def backend_of(options: argparse.Namespace) -> str:

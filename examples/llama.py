@@ -31,6 +31,7 @@ class PackedLlama:
         window = getattr(model.config, "sliding_window", None)
         kinds = getattr(model.config, "layer_types", None) or ["sliding_attention"] * model.config.num_hidden_layers
         self.windows = [window if kind == "sliding_attention" else None for kind in kinds]
+        self.layers = [Layer(layer, self.head_dim) for layer in model.model.layers]
         # one graph serves all layers and numbers of tokens
         self.between = torch.compile(between, dynamic=True) if fused else between
 
@@ -61,21 +62,72 @@ class PackedLlama:
             positions: ``[num_tokens]`` int64, their positions in their sequences.
             step: a `kvtoolkit.Step`, or the run of a captured one.
         """
-        decoder, head_dim = self.model.model, self.head_dim
+        decoder, layers = self.model.model, self.layers
         hidden = decoder.embed_tokens(tokens.to(self.device))
         cos, sin = decoder.rotary_emb(hidden, positions.to(self.device).unsqueeze(0))
         cos, sin = cos[0].unsqueeze(1), sin[0].unsqueeze(1)
-        layers = decoder.layers
-        q, k, v = project(layers[0], hidden, cos, sin, head_dim)
+        q, k, v = layers[0].project(hidden, cos, sin)
         for index, layer in enumerate(layers):
             step.append(index, k, v)
             window = self.windows[index]  # the token itself and those before it
             attended = step.attend(index, q, window_size=(window - 1, 0) if window else (-1, -1))
             if index + 1 < len(layers):
-                hidden, q, k, v = self.between(layer, layers[index + 1], hidden, attended, cos, sin, head_dim)
+                hidden, q, k, v = self.between(layer, layers[index + 1], hidden, attended, cos, sin)
             else:
-                hidden = finish(layer, hidden, attended)
+                hidden = layer.finish(hidden, attended)
         return self.model.lm_head(decoder.norm(hidden[last_of_rows(step.cu_seqlens_q, self.device)]))
+
+
+class Layer(torch.nn.Module):
+    """A layer of transformers, with the products of one input joined: small ones cost about as much as large ones."""
+
+    def __init__(self, layer: torch.nn.Module, head_dim: int) -> None:
+        super().__init__()
+        attention, mlp = layer.self_attn, layer.mlp
+        self.head_dim, self.has_norms = head_dim, hasattr(attention, "q_norm")  # Qwen 3 has
+        self.norm_before, self.norm_after = layer.input_layernorm, layer.post_attention_layernorm
+        if self.has_norms:
+            self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
+        parts = [attention.q_proj, attention.k_proj, attention.v_proj]
+        self.heads = [part.out_features // head_dim for part in parts]
+        self.qkv, self.out = join(parts), attention.o_proj
+        self.gate_up, self.activation, self.down = join([mlp.gate_proj, mlp.up_proj]), mlp.act_fn, mlp.down_proj
+
+    def project(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> list[torch.Tensor]:
+        """Queries, keys and values, ``[num_tokens, heads, head_dim]``."""
+        joined = self.qkv(self.norm_before(hidden)).view(len(hidden), -1, self.head_dim)
+        q, k, v = joined.split(self.heads, 1)
+        if self.has_norms:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return [rotate(q, cos, sin), rotate(k, cos, sin), v]
+
+    def finish(self, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """What is after attention."""
+        hidden = hidden + self.out(attended.reshape(len(hidden), -1))
+        gate, up = self.gate_up(self.norm_after(hidden)).chunk(2, -1)
+        return hidden + self.down(self.activation(gate) * up)
+
+
+def join(parts: list[torch.nn.Linear]) -> torch.nn.Linear:
+    """One product instead of several of the same input. The parts keep their weights, as views of the joined ones."""
+    first, sizes = parts[0], [part.out_features for part in parts]
+    joined = torch.nn.Linear(
+        first.in_features, sum(sizes), first.bias is not None, first.weight.device, first.weight.dtype
+    )
+    for name in ("weight", "bias")[: 1 if first.bias is None else 2]:
+        whole = torch.cat([getattr(part, name).detach() for part in parts])
+        setattr(joined, name, torch.nn.Parameter(whole, requires_grad=False))
+        for part, view in zip(parts, whole.split(sizes), strict=True):
+            getattr(part, name).data = view
+    return joined
+
+
+def between(
+    layer: Layer, following: Layer, hidden: torch.Tensor, attended: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """What is between the attention of a layer and that of the following one."""
+    hidden = layer.finish(hidden, attended)
+    return hidden, *following.project(hidden, cos, sin)
 
 
 def last_of_rows(bounds: Any, device: torch.device) -> slice | torch.Tensor:
@@ -85,35 +137,6 @@ def last_of_rows(bounds: Any, device: torch.device) -> slice | torch.Tensor:
     if (np.diff(bounds) == 1).all():
         return slice(None)
     return torch.from_numpy(bounds[1:] - 1).to(device)
-
-
-def project(
-    layer: torch.nn.Module, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, head_dim: int
-) -> list[torch.Tensor]:
-    """Queries, keys and values of a layer, ``[num_tokens, heads, head_dim]``."""
-    attention, normed = layer.self_attn, layer.input_layernorm(hidden)
-    q, k, v = (
-        linear(normed).view(len(hidden), -1, head_dim)
-        for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
-    )
-    if hasattr(attention, "q_norm"):  # Qwen 3
-        q, k = attention.q_norm(q), attention.k_norm(k)
-    return [rotate(q, cos, sin), rotate(k, cos, sin), v]
-
-
-def finish(layer: torch.nn.Module, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-    """What is after a layer's attention."""
-    hidden = hidden + layer.self_attn.o_proj(attended.reshape(len(hidden), -1))
-    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-
-
-def between(
-    layer: torch.nn.Module, following: torch.nn.Module, hidden: torch.Tensor, attended: torch.Tensor,
-    cos: torch.Tensor, sin: torch.Tensor, head_dim: int,
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    """What is between the attention of a layer and that of the following one."""
-    hidden = finish(layer, hidden, attended)
-    return hidden, *project(following, hidden, cos, sin, head_dim)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

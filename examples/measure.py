@@ -1,7 +1,8 @@
 """What a step of the example engine takes on a GPU, beside transformers: `python -m examples.measure --help`.
 
-The model has the shape of SmolLM2-135M and drawn weights. A step is that of `Engine.step`: room in the cache, the model,
-sampling, and the tokens back on the host. Its figure is the mean over many steps, the best of three rounds.
+The model has the shape of SmolLM2-135M and drawn weights. A step is that of `Engine.step`: room in the cache, the
+model, sampling, and the tokens back on the host. Its figure is the mean over many steps, the best of three rounds.
+"Replay" is the graph of such a step alone.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import transformers
 from allocators._command_line import Parser, integer
 from examples.engine import Engine, Request
 from examples.llama import PackedLlama
+from examples.steps import power_of_two
 
 _ROUNDS, _STEPS = 3, 32
 
@@ -59,6 +61,7 @@ def kinds(model: torch.nn.Module, options: argparse.Namespace) -> dict[str, Call
         "engine, eager": lambda batch: ours(PackedLlama(model), batch, options, captured=False),
         "engine, captured": lambda batch: ours(PackedLlama(model), batch, options, captured=True),
         "engine, captured and fused": lambda batch: ours(fused, batch, options, captured=True),
+        "... its replay": lambda batch: ours(fused, batch, options, captured=True, replay=True),
         "engine, captured and fused, drawn (top_p 0.9)": lambda batch: ours(fused, batch, options, 0.8, captured=True),
     }
     if options.peers:
@@ -68,9 +71,10 @@ def kinds(model: torch.nn.Module, options: argparse.Namespace) -> dict[str, Call
 
 
 def ours(
-    model: PackedLlama, batch: int, options: argparse.Namespace, temperature: float = 0.0, *, captured: bool
-) -> float:
-    """Milliseconds of a decode step of the engine."""
+    model: PackedLlama, batch: int, options: argparse.Namespace, temperature: float = 0.0, *, captured: bool,
+    replay: bool = False,
+) -> float:  # fmt: skip
+    """Milliseconds of a decode step of the engine, or of the replay in it."""
     length = options.context + 8 + _ROUNDS * _STEPS
     size = {"num_tokens": batch * (-(-length // 64) + 1) * 64, "max_seqs": batch, "max_seq_len": length + 8}
     engine = Engine(model, model.cache_config(**size), max_batch=batch, max_step_tokens=2048, captured=captured)
@@ -82,11 +86,16 @@ def ours(
         engine.step()
     for _ in range(4):
         engine.step()
+    run = engine.step
+    if replay:  # over the tables of the last step
+        run = engine.steps.shapes[power_of_two(batch), 0, "greedy"].graph.replay
     best = float("inf")
     for _ in range(_ROUNDS):
+        torch.cuda.synchronize()
         begin = time.perf_counter()
         for _ in range(_STEPS - 4):
-            engine.step()
+            run()
+        torch.cuda.synchronize()
         best = min(best, (time.perf_counter() - begin) / (_STEPS - 4) * 1e3)
     return best
 

@@ -173,7 +173,7 @@ def status_of(arguments):
         return end.code
 
 
-NUMBERS = ["--num-tokens", "--max-new-tokens", "--max-batch", "--temperature", "--seed"]
+NUMBERS = ["--num-tokens", "--max-new-tokens", "--max-batch", "--temperature", "--top-p", "--seed"]
 
 
 @pytest.mark.parametrize("value", ["-1", "nan", "inf", "some", ""])
@@ -192,6 +192,7 @@ def test_a_number_that_makes_no_sense_is_named_before_the_model_is_loaded(option
         (["--max-new-tokens", "0"], "--max-new-tokens: expected at least 1, got 0"),
         (["--max-new-tokens", "704"], "--max-new-tokens: expected at most 703, for sequences of this cache have"),
         (["--num-tokens", "0"], "--num-tokens: expected at least 1, got 0"),
+        (["--top-p", "1.5"], "--top-p: expected at most 1, got 1.5"),
         (["--num-tokens", "999999999999"], "num_tokens: expected an int from 1 to"),
         (["--allocator", "none"], "allocator: expected one of"),
         (["--growth", "none"], "growth: expected one of"),
