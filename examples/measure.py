@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def make_model() -> torch.nn.Module:
-    """Of SmolLM2-135M's shape, in bfloat16, on the GPU."""
+    """A model of the shape of SmolLM2-135M, in bfloat16, on the GPU."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
@@ -80,8 +80,8 @@ def ours(
     engine = Engine(model, model.cache_config(**size), max_batch=batch, max_step_tokens=2048, captured=captured)
     for i in range(batch):
         prompt = [(7 * i + 3 * k) % 49152 for k in range(options.context)]
-        engine.add(Request(prompt, length - options.context, temperature, 0.9 if temperature else 1.0, i))
-    while len(engine.running) < batch or engine.num_decoded < batch:
+        engine.add(Request(prompt, length - options.context, temperature, i, 0.9 if temperature else 1.0))
+    while engine.waiting or any(not request.output for request in engine.running):
         engine.admit()
         engine.step()
     for _ in range(4):
