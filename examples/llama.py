@@ -103,9 +103,9 @@ class Layer(torch.nn.Module):
 
     def finish(self, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """What is after attention."""
-        hidden = hidden + self.out(attended.reshape(len(hidden), -1))
+        hidden = add(hidden, self.out(attended.reshape(len(hidden), -1)))
         gate, up = self.gate_up(self.norm_after(hidden)).chunk(2, -1)
-        return hidden + self.down(self.activation(gate) * up)
+        return add(hidden, self.down(self.activation(gate) * up))
 
 
 def join(parts: list[torch.nn.Linear]) -> torch.nn.Linear:
@@ -120,6 +120,11 @@ def join(parts: list[torch.nn.Linear]) -> torch.nn.Linear:
         for part, view in zip(parts, whole.split(sizes), strict=True):
             getattr(part, name).data = view
     return joined
+
+
+def add(hidden: torch.Tensor, product: torch.Tensor) -> torch.Tensor:
+    """The sum, rounded as always, but not as a part of the product, for which a compiler would copy ``hidden`` first."""
+    return (hidden.float() + product.float()).to(hidden.dtype)
 
 
 def between(

@@ -12,7 +12,7 @@ import numpy as np
 from kvtoolkit.arrays.types import Int32Array, Int64Array
 from kvtoolkit.cache.state import block_table, row_sharing
 from kvtoolkit.cache.state.block_manager import Runs
-from kvtoolkit.cache.state.block_table import LENGTH, NUM_ENTRIES, BlockTable
+from kvtoolkit.cache.state.block_table import CAPACITY, LENGTH, NUM_ENTRIES, BlockTable
 from kvtoolkit.cache.state.cache_group import CacheGroup
 from kvtoolkit.cache.state.cache_state import CacheState
 from kvtoolkit.cache.state.row_sharing import Tails
@@ -67,26 +67,28 @@ def require_past(state: CacheState, batch: Int32Array, lengths: Int64Array) -> N
     windowed = [group for group in state.groups if group.layers.span]
     if not windowed:
         return
-    for i, (row, length) in enumerate(zip(batch.tolist(), lengths.tolist(), strict=True)):
-        if length in (0, state.group.table.info[row, LENGTH]):
-            continue
-        leasts = [_least_length(group, row) for group in windowed]
-        least = max(leasts)
-        if length < least:
-            group = windowed[leasts.index(least)]
-            first = int(block_table.first_held(group.table, row))
-            raise ArgumentError(
-                f"new_lens[{i}]: expected 0 or at least {least}, since layers with {group.layers} hold nothing before "
-                f"token {8 * first} any more, got {length}; truncate to 0 and compute the sequence again from there"
-            )
+    leasts = np.stack([_least_lengths(group, batch) for group in windowed])
+    misses = (lengths < leasts.max(0)) & (lengths != 0) & (lengths != state.group.table.info[batch, LENGTH])
+    if not misses.any():
+        return
+    i = int(misses.argmax())
+    group = windowed[int(leasts[:, i].argmax())]
+    first = int(block_table.first_held(group.table, int(batch[i])))
+    raise ArgumentError(
+        f"new_lens[{i}]: expected 0 or at least {leasts[:, i].max()}, since layers with {group.layers} hold nothing "
+        f"before token {8 * first} any more, got {lengths[i]}; truncate to 0 and compute the sequence again from there"
+    )
 
 
-def _least_length(group: CacheGroup, row: int) -> int:
-    """The least length at which the next token sees only what a row still holds in a group with a window or chunks."""
-    first, layers = 8 * int(block_table.first_held(group.table, row)), group.layers
+def _least_lengths(group: CacheGroup, batch: Int32Array) -> Int64Array:
+    """The least length of each row at which the next token sees only what it still holds, with a window or chunks."""
+    table, layers = group.table, group.layers
+    is_empty = table.info[batch, NUM_ENTRIES] == 0
+    first = 8 * np.where(is_empty, table.info[batch, CAPACITY], table.starts[batch, 0]).astype(np.int64)
     if layers.chunk:
-        return -(-first // layers.chunk) * layers.chunk
-    return first + layers.window - 1 if first else 0
+        found: Int64Array = -(-first // layers.chunk) * layers.chunk
+        return found
+    return np.where(first > 0, first + layers.window - 1, 0)
 
 
 def truncate(state: CacheState, batch: Int32Array, lengths: Int64Array) -> None:

@@ -134,7 +134,9 @@ def test_the_compiler_makes_no_copy_of_a_cache():
         assert not [line for line in made if shape in line]
 
 
-@pytest.mark.parametrize("call", [call for call in CALLS if not (call.torch_only or call.numpy_only)][:5], ids=str)
+@pytest.mark.parametrize(
+    "call", [call for call in CALLS if not (call.torch_only or call.numpy_only)][:5], ids=lambda call: call.name
+)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_every_call_is_an_operator(call, backend):
     """With all its options, whole, and in what it writes to."""
