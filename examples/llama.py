@@ -123,7 +123,7 @@ def join(parts: list[torch.nn.Linear]) -> torch.nn.Linear:
 
 
 def add(hidden: torch.Tensor, product: torch.Tensor) -> torch.Tensor:
-    """The sum, rounded as always, but not as a part of the product, for which a compiler would copy ``hidden`` first."""
+    """The sum, rounded as always, but no part of the product: a compiler would copy ``hidden`` for that."""
     return (hidden.float() + product.float()).to(hidden.dtype)
 
 
