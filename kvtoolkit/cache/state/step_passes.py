@@ -88,9 +88,7 @@ def begin(table: AnyTable, step: StepArrays, ids: Int64Array, max_len: int, merg
     """
     table.clock[LAST_MARK] += 1
     mark = table.clock[LAST_MARK]
-    num_need, num_merge, total, width, num_past = 0, 0, 0, 0, 0
-    num_rows = len(table.info)
-    step.cu_seqlens_q[0] = 0
+    num_rows, total = len(table.info), 0
     for b in range(len(ids)):
         row, count = ids[b] & ((1 << ID_BITS) - 1), step.counts[b]
         code = 0
@@ -103,21 +101,11 @@ def begin(table: AnyTable, step: StepArrays, ids: Int64Array, max_len: int, merg
         elif count < 0 or total + count > len(step.slot_mapping):
             code = BAD_COUNT
         if code != 0:
-            reopen(table, step, b, mark)
             return code, b, 0, 0, 0, mark, 0
         table.marks[row, NAMED] = mark
+        step.rows[b] = row
         total += count
-        step.cu_seqlens_q[b + 1] = total
-        width = max(width, table.info[row, NUM_ENTRIES])
-        found = _begin_row(table, step, b, row, max_len, merges, span)
-        if found & _NEEDS:
-            step.work[0, num_need] = b
-            num_need += 1
-        if found & _MERGES:
-            step.work[1, num_merge] = b
-            num_merge += 1
-        if found & _HAS_PAST:
-            num_past += 1
+    num_need, num_merge, width, num_past = _begin_rows(table, step, len(ids), max_len, merges, span)
     return 0, 0, num_need, num_merge, width, mark, num_past
 
 
@@ -135,56 +123,53 @@ def begin_too(
         ``(num_need, num_merge, width, mark, num_past)`` as `begin`.
     """
     table.clock[LAST_MARK] += 1
-    mark = table.clock[LAST_MARK]
-    num_need, num_merge, total, width, num_past = 0, 0, 0, 0, 0
-    step.cu_seqlens_q[0] = 0
     for b in range(batch):
-        row, count = rows[b], counts[b]
-        step.counts[b] = count
-        total += count
-        step.cu_seqlens_q[b + 1] = total
-        width = max(width, table.info[row, NUM_ENTRIES])
-        found = _begin_row(table, step, b, row, max_len, merges, span)
-        if found & _NEEDS:
-            step.work[0, num_need] = b
-            num_need += 1
-        if found & _MERGES:
-            step.work[1, num_merge] = b
-            num_merge += 1
-        if found & _HAS_PAST:
-            num_past += 1
-    return num_need, num_merge, width, mark, num_past
-
-
-_NEEDS, _MERGES, _HAS_PAST = 1, 2, 4  # a row needs blocks; its tail may be merged; it holds what no later query sees
+        step.rows[b], step.counts[b] = rows[b], counts[b]
+    num_need, num_merge, width, num_past = _begin_rows(table, step, batch, max_len, merges, span)
+    return num_need, num_merge, width, table.clock[LAST_MARK], num_past
 
 
 @jit
-def _begin_row(table: AnyTable, step: StepArrays, b: int, row: int, max_len: int, merges: bool, span: int) -> Any:
-    """Complete row ``b``, unless it needs blocks; returns what else is to be done with it."""
-    step.rows[b] = row
-    step.status[b] = OK
-    first, count, length, found = step.cu_seqlens_q[b], step.counts[b], table.info[row, LENGTH], 0
-    if length + count > max_len:
-        stall(step, b, AT_MAX_LEN)
-    elif length + count > 8 * table.info[row, CAPACITY]:
-        found = _NEEDS
-    else:
-        _take(table, row)
-        step.seq_lens[b] = length + count
-        if length >= table.info[row, TAIL_FIRST]:
-            base = table.info[row, TAIL_BASE] + length
-            for i in range(count):
-                step.slot_mapping[first + i] = base + i
+def _begin_rows(table: AnyTable, step: StepArrays, batch: int, max_len: int, merges: bool, span: int) -> Any:
+    """Complete the rows ``step.rows`` with ``step.counts`` new tokens that need no blocks, and list the others.
+
+    All of it is in one function, because a call for each row would hand over all these arrays by value.
+
+    Returns:
+        ``(num_need, num_merge, width, num_past)`` as `begin`.
+    """
+    num_need, num_merge, total, width, num_past = 0, 0, 0, 0, 0
+    step.cu_seqlens_q[0] = 0
+    for b in range(batch):
+        row, count, first = step.rows[b], step.counts[b], total
+        total += count
+        step.cu_seqlens_q[b + 1] = total
+        step.status[b] = OK
+        length, entries = table.info[row, LENGTH], table.info[row, NUM_ENTRIES]
+        width = max(width, entries)
+        if length + count > max_len:
+            stall(step, b, AT_MAX_LEN)
+        elif length + count > 8 * table.info[row, CAPACITY]:
+            step.work[0, num_need] = b
+            num_need += 1
         else:
-            _fill_slots(table, step, row, first, count)
-    if step.stamps[b] != table.info[row, STAMP] and table.info[row, NUM_ENTRIES] <= step.table.shape[1]:
-        copy_row(table, step, b, row)
-    if merges and length & 63 == 0 and length > 0 and mergeable(table, row, length >> 3) >= 0:
-        found |= _MERGES
-    if span != 0 and count > 0 and first_seen(length, span) > first_held(table, row):
-        found |= _HAS_PAST
-    return found
+            _take(table, row)
+            step.seq_lens[b] = length + count
+            if length >= table.info[row, TAIL_FIRST]:
+                base = table.info[row, TAIL_BASE] + length
+                for i in range(count):
+                    step.slot_mapping[first + i] = base + i
+            else:
+                _fill_slots(table, step, row, first, count)
+        if step.stamps[b] != table.info[row, STAMP] and entries <= step.table.shape[1]:
+            copy_row(table, step, b, row)
+        if merges and length & 63 == 0 and length > 0 and mergeable(table, row, length >> 3) >= 0:
+            step.work[1, num_merge] = b
+            num_merge += 1
+        may_hide = span != 0 and count > 0 and (count > 1 or _begins_to_hide(length, span))
+        if may_hide and first_seen(length, span) > first_held(table, row):
+            num_past += 1
+    return num_need, num_merge, width, num_past
 
 
 @jit
@@ -197,6 +182,15 @@ def first_seen(length: int, span: int) -> Any:
     if span < 0:
         return (length - length % -span) >> 3
     return max(length - span + 1, 0) >> 3 if span > 0 else 0
+
+
+@jit
+def _begins_to_hide(length: int, span: int) -> Any:
+    """Whether `first_seen` is another one than with a token less, so that a row may hold what it has not freed yet.
+
+    Steps of one token meet every length. So they look for the first entry, which is a cache miss, at these alone.
+    """
+    return length % -span == 0 if span < 0 else (length - span + 1) & 7 == 0
 
 
 @jit
