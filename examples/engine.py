@@ -8,6 +8,7 @@ Every request finishes: the oldest one is never preempted, and nobody is let in 
 no memory and one in which all did. So the oldest gets what the others give up before anybody else can take it.
 """
 
+import operator
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -121,11 +122,20 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Queue a request."""
+        try:  # whatever kind of integers they are
+            request.prompt = [operator.index(token) for token in request.prompt]
+            request.max_new_tokens, request.seed = map(operator.index, (request.max_new_tokens, request.seed))
+        except TypeError as error:
+            raise ValueError(f"prompt, max_new_tokens, seed: expected integers, got {request!r:.300}") from error
         if not request.prompt:
             raise ValueError("prompt: expected at least one token, got none")
+        vocab_size = getattr(self.model, "vocab_size", float("inf"))
+        if not 0 <= min(request.prompt) <= max(request.prompt) < vocab_size:
+            got = f"{min(request.prompt)} to {max(request.prompt)}"
+            raise ValueError(f"prompt: expected tokens from 0 to {vocab_size - 1}, got {got}")
         if request.max_new_tokens < 1 or not 0 <= request.temperature < float("inf"):
             raise ValueError(f"expected max_new_tokens from 1 and a finite temperature from 0 on, got {request!r:.300}")
-        if not 0 < request.top_p <= 1:
+        if not 0 < np.float32(request.top_p) <= 1:
             raise ValueError(f"top_p: expected more than 0 and at most 1, got {request.top_p}")
         limit = self.cache.config.seq_len_limit
         if len(request.prompt) + request.max_new_tokens > limit:
@@ -254,6 +264,6 @@ class Engine:
 
 def choice_of(requests: list[Request]) -> Choice:
     """How the next token of each request is chosen."""
-    floats = np.array([(request.temperature, request.top_p) for request in requests], np.float32)
+    floats = np.array([(min(request.temperature, 1e30), request.top_p) for request in requests], np.float32)
     integers = np.array([(request.seed % (1 << 63), len(request.output)) for request in requests])
     return Choice(*(torch.from_numpy(part) for part in (*floats.T.copy(), *integers.T.copy())))

@@ -23,7 +23,7 @@ class PackedLlama:
     def __init__(self, model: torch.nn.Module, *, fused: bool = False) -> None:
         self.model = model.eval()
         self.device = model.device
-        self.config = model.config
+        self.config, self.vocab_size = model.config, model.config.vocab_size
         self.head_dim = getattr(model.config, "head_dim", None) or (
             model.config.hidden_size // model.config.num_attention_heads
         )

@@ -42,9 +42,10 @@ def draw(logits: torch.Tensor, choice: Choice, nucleus: bool) -> torch.Tensor:
     scaled = scores / choice.temperature.clamp(1e-30, 1e30)[:, None]
     if nucleus:
         chances = torch.softmax(scaled, -1)
-        scaled = scaled.masked_fill(chances < _threshold(chances, choice.top_p)[:, None], -torch.inf)
+        is_cut = (choice.top_p < 1)[:, None]  # other rows are as they are without such a neighbour
+        scaled = scaled.masked_fill(is_cut & (chances < _threshold(chances, choice.top_p)[:, None]), -torch.inf)
     noise = -(-uniform(choice.seed, choice.count, logits.shape[-1]).log()).log()
-    return torch.where(choice.temperature > 0, (scaled + noise).argmax(-1), scores.argmax(-1))
+    return torch.where(choice.temperature > 0, (scaled + noise).argmax(-1), likeliest(logits))
 
 
 def _threshold(chances: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:

@@ -30,10 +30,15 @@ def handle_of(owner: Any) -> Any:
     return sys.modules["torch"].from_numpy(np.array(number))
 
 
-def owner_of(handle: Any, name: str) -> Any:
-    """The object that a handle stands for; ArgumentError, with its ``name``, if it is gone."""
+def owner_of(handle: Any, name: str, *kinds: type) -> Any:
+    """The object of one of these kinds that a handle stands for; ArgumentError, with its ``name``, if there is none."""
+    if handle.numel() != 1 or handle.is_floating_point():
+        raise ArgumentError(f"{name}: expected a handle, one integer, got {tuple(handle.shape)} {handle.dtype}")
     number = int(handle)
     owner = _owners.get(number)
     if owner is None:
         raise ArgumentError(f"{name}: expected one that is still in use, got handle {number}, whose owner is gone")
+    if not isinstance(owner, kinds):
+        expected = " or ".join(kind.__name__ for kind in kinds)
+        raise ArgumentError(f"{name}: expected the handle of a {expected}, got that of a {type(owner).__name__}")
     return owner

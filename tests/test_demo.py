@@ -229,7 +229,15 @@ def test_the_engine_refuses_what_would_never_end():
     for request in (Request([1], 0), Request([1], 1, temperature=float("nan")), Request([1], 1, temperature=-1.0)):
         with pytest.raises(ValueError, match="expected max_new_tokens from 1 and a finite temperature from 0 on"):
             Engine(Counting(), config).add(request)
-    for top_p in (0.0, -0.5, 1.5, float("nan")):
+    for request in (Request([1], 2.5), Request([1, "a"], 1), Request([1.5], 1), Request([1], 1, seed=1.5)):
+        with pytest.raises(ValueError, match="prompt, max_new_tokens, seed: expected integers"):
+            Engine(Counting(), config).add(request)
+    small = Counting()
+    small.vocab_size = 4
+    for prompt in ([-1], [3, 4]):
+        with pytest.raises(ValueError, match="prompt: expected tokens from 0 to 3"):
+            Engine(small, config).add(Request(prompt, 1))
+    for top_p in (0.0, -0.5, 1.5, float("nan"), 1e-50):
         with pytest.raises(ValueError, match="top_p: expected more than 0 and at most 1, got"):
             Engine(Counting(), config).add(Request([1], 1, top_p=top_p))
 

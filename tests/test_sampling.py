@@ -53,6 +53,15 @@ def test_a_draw_depends_on_its_request_alone():
     assert (draw(logits, later, True) != together).float().mean() > 0.5
 
 
+def test_a_row_without_top_p_is_as_it_is_alone_beside_one_that_has_it():
+    """Its rarest tokens stay, though the chances of the others may round to 1."""
+    logits = torch.tensor([[0.0, -17.5]]).expand(2, -1)
+    pair = choices(2)
+    pair.top_p[1] = 0.5
+    pair.seed[:] = 109361614
+    assert draw(logits, pair, True)[0] == draw(logits, pair, False)[0] == 1
+
+
 def test_a_temperature_of_0_takes_the_likeliest():
     logits = torch.randn(8, 100)
     mixed = choices(8)

@@ -83,6 +83,9 @@ class AttentionPlan:
         self._handle = handle_of(self)
         self._read: _Tables | None = None  # what calls read: on the CPU, copies that nobody can change
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("AttentionPlan: expected no copy, because a plan belongs to its arrays; make another one")
+
     def renew(self) -> None:
         """Forget what was planned, because the contents of the arrays have changed: the next call plans anew.
 

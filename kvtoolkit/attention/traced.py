@@ -3,6 +3,7 @@
 from typing import Any
 
 from kvtoolkit.attention import calls as public
+from kvtoolkit.attention.plan import AttentionPlan
 from kvtoolkit.tracing import untraced
 
 
@@ -19,34 +20,59 @@ def are_tensors(*arrays: Any) -> bool:
     return all(array is None or isinstance(array, torch.Tensor) for array in arrays)
 
 
-def attend(
-    name: str, q: Any, arguments: tuple[Any, ...], *, softmax_scale: float | None = None, causal: bool = True,
-    window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0, sinks: Any = None, alibi_slopes: Any = None,
-    out: Any = None, return_lse: bool = False, num_splits: int = 0, backend: str | None = None,
-    **mass: Any,
-) -> Any:  # fmt: skip
+_DEFAULTS = {
+    "softmax_scale": None, "causal": True, "window_size": (-1, -1), "softcap": 0.0, "sinks": None, "alibi_slopes": None,
+    "out": None, "return_lse": False, "num_splits": 0, "backend": None,
+}  # fmt: skip
+
+
+def are_plain(options: dict[str, Any]) -> bool:
+    """Whether a schema can take the options of an attention call as they are; all others are left to the call itself.
+
+    The call converts or refuses them, with its own words. A schema would take some for what they are not.
+    """
+    if any(name not in _DEFAULTS for name in options):
+        return False
+    given = {**_DEFAULTS, **options}
+    window, scale = given["window_size"], given["softmax_scale"]
+    return (
+        are_tensors(given["sinks"], given["alibi_slopes"], given["out"])
+        and (scale is None or type(scale) in (int, float))
+        and type(given["causal"]) is bool
+        and type(given["return_lse"]) is bool
+        and type(window) in (tuple, list)
+        and len(window) == 2
+        and all(type(one) is int for one in window)
+        and type(given["softcap"]) in (int, float)
+        and type(given["num_splits"]) is int
+        and (given["backend"] is None or type(given["backend"]) is str)
+    )
+
+
+def attend(name: str, q: Any, arguments: tuple[Any, ...], options: dict[str, Any], masses: tuple[Any, ...] = ()) -> Any:
     """Run the operator of an attention call: the short one, unless an option asks for more.
 
     Args:
         name: of the operator.
         q: the queries.
         arguments: of the operator, from behind its results to its options.
-        mass: ``block_mass``, for a call that has it.
+        options: of the call, see `are_plain`.
+        masses: ``block_mass``, for a call that has it.
     """
     import torch
 
-    operators = torch.ops.kvtoolkit
+    given = {**_DEFAULTS, **options}
+    out, return_lse = given["out"], given["return_lse"]
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    common = (*arguments, softmax_scale, window_size[0], window_size[1])
-    is_plain = causal is True and softcap == 0 and sinks is None and alibi_slopes is None and num_splits == 0
-    if is_plain and not return_lse and backend is None and mass.get("block_mass") is None:
+    common = (*arguments, given["softmax_scale"], given["window_size"][0], given["window_size"][1])
+    others = [given[name] for name in ("causal", "softcap", "sinks", "alibi_slopes", "num_splits", "backend")]
+    operators = torch.ops.kvtoolkit
+    if not return_lse and all(mass is None for mass in masses) and others == [True, 0, None, None, 0, None]:
         getattr(operators, name)(out, *common)
         return out
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device) if return_lse else None
-    getattr(operators, name + "_with_options")(
-        out, lse, *mass.values(), *common, causal, softcap, sinks, alibi_slopes, num_splits, backend
-    )
+    getattr(operators, name + "_with_options")(out, lse, *masses, *common, *others)
     return (out, lse) if return_lse else out
 
 
@@ -79,13 +105,15 @@ def paged_attention(
     cu_seqlens_q: Any = None, max_seqlen_q: int | None = None, plan: Any = None, **options: Any,
 ) -> Any:  # fmt: skip
     """See `kvtoolkit.paged_attention`."""
-    if not are_tensors(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, *_arrays_of(options)):
+    arrays = (q, k_cache, v_cache, block_table, seq_lens)
+    fits = are_tensors(*arrays, cu_seqlens_q) and type(layout) is str and _are_shared(max_seqlen_q, plan)
+    if not fits or not are_plain(options):
         return outside(
-            public.paged_attention, q, k_cache, v_cache, block_table, seq_lens, layout=layout,
-            cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q, plan=plan, **options,
+            public.paged_attention, *arrays, layout=layout, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
+            plan=plan, **options,
         )  # fmt: skip
-    arguments = (q, k_cache, v_cache, block_table, seq_lens, layout, cu_seqlens_q, max_seqlen_q, _handle_of(plan))
-    return attend("paged_attention", q, arguments, **options)
+    arguments = (*arrays, layout, cu_seqlens_q, max_seqlen_q, _handle_of(plan))
+    return attend("paged_attention", q, arguments, options)
 
 
 def variable_block_attention(
@@ -94,13 +122,14 @@ def variable_block_attention(
 ) -> Any:  # fmt: skip
     """See `kvtoolkit.variable_block_attention`."""
     arrays = (q, k_cache, v_cache, block_table, block_starts, seq_lens)
-    if not are_tensors(*arrays, block_mass, cu_seqlens_q, *_arrays_of(options)):
+    fits = are_tensors(*arrays, block_mass, cu_seqlens_q) and _are_shared(max_seqlen_q, plan)
+    if not fits or not are_plain(options):
         return outside(
             public.variable_block_attention, *arrays, block_mass=block_mass, cu_seqlens_q=cu_seqlens_q,
             max_seqlen_q=max_seqlen_q, plan=plan, **options,
         )  # fmt: skip
     arguments = (*arrays, cu_seqlens_q, max_seqlen_q, _handle_of(plan))
-    return attend("variable_block_attention", q, arguments, block_mass=block_mass, **options)
+    return attend("variable_block_attention", q, arguments, options, (block_mass,))
 
 
 def tiered_attention(
@@ -109,18 +138,26 @@ def tiered_attention(
 ) -> Any:  # fmt: skip
     """See `kvtoolkit.tiered_attention`."""
     tables = (block_table, block_starts, seq_lens)
-    *caches, first_granules = tier_caches
-    if not are_tensors(q, *caches, *tables, block_mass, cu_seqlens_q, *_arrays_of(options)):
+    fits = are_tensors(q, *tables, block_mass, cu_seqlens_q) and _are_shared(max_seqlen_q, plan)
+    fits = fits and isinstance(tier_caches, tuple) and len(tier_caches) == 5 and are_tensors(*tier_caches[:4])
+    if not fits or not _are_integers(tier_caches[4]) or not are_plain(options):
         return outside(
             public.tiered_attention, q, tier_caches, *tables, block_mass=block_mass, cu_seqlens_q=cu_seqlens_q,
             max_seqlen_q=max_seqlen_q, plan=plan, **options,
         )  # fmt: skip
-    arguments = (q, *caches, first_granules, *tables, cu_seqlens_q, max_seqlen_q, _handle_of(plan))
-    return attend("tiered_attention", q, arguments, block_mass=block_mass, **options)
+    arguments = (q, *tier_caches, *tables, cu_seqlens_q, max_seqlen_q, _handle_of(plan))
+    return attend("tiered_attention", q, arguments, options, (block_mass,))
 
 
-def _arrays_of(options: dict[str, Any]) -> list[Any]:
-    return [options.get(name) for name in ("sinks", "alibi_slopes", "out")]
+def _are_integers(values: Any) -> bool:
+    return type(values) in (tuple, list) and all(type(one) is int for one in values)
+
+
+def _are_shared(max_seqlen_q: Any, plan: Any) -> bool:
+    """Whether a graph can name what the layers of a step share."""
+    if plan is not None and (type(plan) is not AttentionPlan or plan._handle is None):
+        return False
+    return max_seqlen_q is None or type(max_seqlen_q) is int
 
 
 def _handle_of(plan: Any) -> Any:

@@ -187,6 +187,9 @@ class GraphRun:
         if graph_step._max_new_tokens == 1:
             self.cu_seqlens_q = np.arange(graph_step._batch + 1, dtype=np.int32)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("GraphRun: expected no copy, because a run ends when another one begins")
+
     @traceable
     def append(self, layer: int, key: Array, value: Array) -> None:
         """Store keys and values as `Step.append` does; rows beyond those of the step are skipped.

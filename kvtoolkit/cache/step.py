@@ -109,6 +109,9 @@ class Step:
         self._graph_step: GraphStep | None = None  # which has loaded it
         self._in_graphs = cache._graph_names.of(self)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("Step: expected no copy, because a step ends once")
+
     # made only when they are asked for, because an integration may need none of them
     @property
     def num_new_tokens(self) -> Int32Array:

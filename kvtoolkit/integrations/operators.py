@@ -12,7 +12,12 @@ says all that torch has to know of a call, which is what it writes to. A graph w
 from typing import Any
 
 from kvtoolkit.attention import calls, traced
+from kvtoolkit.attention.arguments import check_layout
 from kvtoolkit.attention.options import make_options
+from kvtoolkit.attention.plan import AttentionPlan
+from kvtoolkit.cache.graph import GraphRun
+from kvtoolkit.cache.step import Step
+from kvtoolkit.errors import ArgumentError
 from kvtoolkit.formats.tier_caches import TierCaches
 from kvtoolkit.handles import owner_of
 from kvtoolkit.tracing import traced_as, when_dynamo_loads
@@ -64,25 +69,35 @@ def _merge_states(out: Any, lse: Any, out_a: Any, lse_a: Any, out_b: Any, lse_b:
 
 
 def _step_append(arena: Any, step: Any, layer: int, key: Any, value: Any) -> None:
-    owner = owner_of(step, "step")
-    owner.append(layer, key, value)
+    owner = owner_of(step, "step", Step, GraphRun)
     own = owner._in_graphs[1][layer]
+    if arena.shape != own.shape or arena.dtype != own.dtype:
+        raise ArgumentError(
+            f"arena: expected that of the step, {tuple(own.shape)} {own.dtype}, got {tuple(arena.shape)} {arena.dtype}"
+        )
+    owner.append(layer, key, value)
     if arena.data_ptr() != own.data_ptr():
         arena.copy_(own)  # a copy that a compiler without in-place operators has made, and writes back afterwards
 
 
 def _step_attend(out: Any, arena: Any, step: Any, layer: int, q: Any, scale: Any, left: int, right: int) -> None:
-    owner_of(step, "step").attend(layer, q, softmax_scale=scale, window_size=(left, right), out=out)
+    owner_of(step, "step", Step, GraphRun).attend(layer, q, softmax_scale=scale, window_size=(left, right), out=out)
 
 
 def _step_attend_with_options(out: Any, lse: Any, arena: Any, step: Any, layer: int, q: Any, *options: Any) -> None:
-    _store(lse, owner_of(step, "step").attend(layer, q, out=out, return_lse=lse is not None, **_options(*options)))
+    _store(
+        lse,
+        owner_of(step, "step", Step, GraphRun).attend(
+            layer, q, out=out, return_lse=lse is not None, **_options(*options)
+        ),
+    )
 
 
 def _paged_attention(
     out: Any, q: Any, k_cache: Any, v_cache: Any, table: Any, seq_lens: Any, layout: str, bounds: Any, most: Any,
     plan: Any, scale: Any, left: int, right: int,
 ) -> None:  # fmt: skip
+    check_layout(layout)
     options = make_options(
         (bounds, scale, True, (left, right), 0.0, None, None, out, False, 0, None, most, _plan(plan))
     )
@@ -145,7 +160,7 @@ def _tiered_attention_with_options(
 
 
 def _plan(handle: Any) -> Any:
-    return None if handle is None else owner_of(handle, "plan")
+    return None if handle is None else owner_of(handle, "plan", AttentionPlan)
 
 
 def _options(

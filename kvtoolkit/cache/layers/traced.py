@@ -3,14 +3,14 @@
 from typing import Any
 
 from kvtoolkit.attention import traced
-from kvtoolkit.attention.traced import are_tensors, outside
+from kvtoolkit.attention.traced import are_plain, are_tensors, outside
 
 
 def append(self: Any, layer: int, key: Any, value: Any) -> None:
     """See `kvtoolkit.Step.append`."""
     import torch
 
-    if self._in_graphs is None or not are_tensors(key, value):
+    if not _is_named(self, layer) or not are_tensors(key, value):
         outside(type(self).append, self, layer, key, value)
         return
     handle, arenas = self._in_graphs
@@ -19,8 +19,12 @@ def append(self: Any, layer: int, key: Any, value: Any) -> None:
 
 def attend(self: Any, layer: int, q: Any, **options: Any) -> Any:
     """See `kvtoolkit.Step.attend`."""
-    arrays = [options.get(name) for name in ("sinks", "alibi_slopes", "out")]
-    if self._in_graphs is None or not are_tensors(q, *arrays):
+    if not _is_named(self, layer) or not are_tensors(q) or not are_plain(options):
         return outside(type(self).attend, self, layer, q, **options)
     handle, arenas = self._in_graphs
-    return traced.attend("step_attend", q, (arenas[layer], handle, layer, q), **options)
+    return traced.attend("step_attend", q, (arenas[layer], handle, layer, q), options)
+
+
+def _is_named(step: Any, layer: Any) -> bool:
+    """Whether a graph can name a step, and has such a layer."""
+    return step._in_graphs is not None and type(layer) is int and 0 <= layer < len(step._in_graphs[1])

@@ -59,8 +59,9 @@ class Arenas:
             torch, array = sys.modules["torch"], self._key_values
             if self.raw_dtype is not None:
                 array = array.view(np.int16)
-            made = torch.from_numpy(array) if self.device < 0 else torch.from_dlpack(array)
-            self._tensor = made if self.raw_dtype is None else made.view(torch.bfloat16)
+            with torch.inference_mode(False):  # graphs outside of that mode write to it, too
+                made = torch.from_numpy(array) if self.device < 0 else torch.from_dlpack(array)
+                self._tensor = made if self.raw_dtype is None else made.view(torch.bfloat16)
         return self._tensor
 
     def check_backend(self, backend: str | None) -> None:

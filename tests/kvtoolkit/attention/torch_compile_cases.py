@@ -78,8 +78,16 @@ def steps_from_before() -> None:
         return step.attend(0, x) * 2
 
     x = torch.randn(5, 2, 32)
+    keys = torch.zeros(4, 8, 2, 32)
+    table, lengths = torch.zeros(5, 1, dtype=torch.int32), torch.full((5,), 8, dtype=torch.int32)
+    plan = kvtoolkit.plan_attention(table, lengths)
     with cache.begin_step(ids, 5) as step:
         good = run(x, step)
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="works on the addresses of arrays"):
+            torch.compile(
+                lambda x, plan: kvtoolkit.paged_attention(x, keys, keys, table, lengths, plan=plan), backend="eager",
+                fullgraph=True,
+            )(x, plan)  # fmt: skip
         with pytest.raises(torch._dynamo.exc.Unsupported, match="works on the addresses of arrays"):
             torch.compile(run, backend="eager", fullgraph=True)(x, step)
         assert torch.equal(torch.compile(run, backend="eager")(x, step), good)

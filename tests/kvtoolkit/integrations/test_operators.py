@@ -1,6 +1,8 @@
 """The library in compiled torch programs: results and caches are those of the same program as it is."""
 
+import copy
 import gc
+import pickle
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import kvtoolkit  # noqa: E402
-from kvtoolkit import ArgumentError, CacheConfig, GraphStep, KVCache, StepError, plan_attention  # noqa: E402
+from kvtoolkit import ArgumentError, CacheConfig, GraphStep, KVCache, Step, StepError, plan_attention  # noqa: E402
 from kvtoolkit.handles import handle_of, owner_of  # noqa: E402
 from kvtoolkit.integrations.operators import _OPERATORS, define  # noqa: E402
 from tests.kvtoolkit.attention.bad_input_calls import CALLS, with_tensors  # noqa: E402
@@ -205,6 +207,92 @@ def test_a_plan_serves_compiled_layers():
     assert len(plan._prepared) == prepared + 1
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sofcap": 4.0}, {"scale": 2.0}, {"block_starts": None}, {"layout": "XYZ"}, {"causal": None}, {"plan": 7},
+        {"num_splits": 1.0}, {"window_size": (7, 0, 3)}, {"window_size": (True, 0)}, {"return_lse": None},
+        {"softcap": None},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_option_is_refused_or_counts_as_outside(options):
+    """A schema would drop some of these, or take them for something else."""
+    arguments, function = CALLS[0].make()
+    tensors = with_tensors({name: arguments[name] for name in ("q", "k_cache", "v_cache", "block_table", "seq_lens")})
+    given = tensors | {"layout": "NHD", "cu_seqlens_q": with_tensors(arguments)["cu_seqlens_q"]} | options
+    with pytest.raises(Exception) as outside:  # noqa: PT011 - whatever it is
+        function(**given)
+    for backend in ("eager", "aot_eager"):
+        with pytest.raises(type(outside.value)) as inside:
+            torch.compile(lambda **arrays: function(**arrays), backend=backend)(**given)
+        assert str(inside.value).split("\n")[0] == str(outside.value).split("\n")[0]
+        with pytest.raises((torch._dynamo.exc.Unsupported, kvtoolkit.ShapeError)):
+            compile_whole(lambda **arrays: function(**arrays), backend)(**given)
+
+
+@pytest.mark.parametrize("options", [{"windowsize": (0, 0)}, {"plan": None}, {"max_seqlen_q": 3}], ids=str)
+def test_a_step_refuses_unknown_options_as_outside(options):
+    cache = make_cache("cpu")
+    ids, _ = cache.open([[]])
+    x = torch.randn(4, KV_HEADS, DIM)
+    with cache.begin_step(ids, 4) as step:
+        step.append(0, x, x)
+        with pytest.raises(TypeError, match=next(iter(options))):
+            torch.compile(lambda x, step: step.attend(0, x, **options), backend="eager")(x, step)
+        for layer in (False, -1, 3, 0.5):
+            with pytest.raises(ArgumentError, match="layer: expected 0 to 2"):
+                torch.compile(lambda x, step, layer=layer: step.append(layer, x, x), backend="eager")(x, step)
+
+
+def test_numbers_of_numpy_count_as_outside():
+    cache = make_cache("cpu")
+    ids, _ = cache.open([[]])
+    x = torch.randn(4, KV_HEADS, DIM)
+    options = {"softmax_scale": 1 / np.sqrt(DIM), "window_size": (np.int64(2), 0), "num_splits": np.int64(2)}
+    with cache.begin_step(ids, 4) as step:
+        step.append(0, x, x)
+        for name, value in options.items():
+            run = torch.compile(lambda x, step, given: step.attend(0, x, **given), backend="eager")
+            assert torch.equal(run(x, step, {name: value}), step.attend(0, x, **{name: value}))
+
+
+def test_what_graphs_name_is_not_copied():
+    table, lengths = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    cache = make_cache("cpu")
+    for one in (plan_attention(table, lengths), cache.begin_step(cache.open([[]])[0], 1)):
+        for make in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match="expected no copy"):
+                make(one)
+
+
+def test_a_step_begun_in_inference_mode_can_be_written_outside_of_it():
+    cache = make_cache("cpu")
+    ids, _ = cache.open([[]])
+    x = torch.randn(4, KV_HEADS, DIM)
+    with torch.inference_mode():
+        step = cache.begin_step(ids, 4)
+    compile_whole(lambda x, step: step.append(0, x, x), "aot_eager")(x, step)
+    assert torch.equal(step.attend(0, x), compile_whole(lambda x, step: step.attend(0, x), "aot_eager")(x, step))
+    cache.abort_step(step)
+
+
+def test_operators_refuse_what_names_no_step():
+    step = (cache := make_cache("cpu")).begin_step(cache.open([[]])[0], 1)
+    plan = plan_attention(torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32))
+    new, (handle, arenas) = torch.randn(1, KV_HEADS, DIM), step._in_graphs
+    append = torch.ops.kvtoolkit.step_append
+    for arena, given, message in (
+        (arenas[0], plan._handle, "step: expected the handle of a Step or GraphRun, got that of a AttentionPlan"),
+        (arenas[0], torch.zeros(2, dtype=torch.int64), "step: expected a handle, one integer"),
+        (arenas[0], torch.tensor(1.5), "step: expected a handle, one integer"),
+        (arenas[0].half(), handle, "arena: expected that of the step"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            append(arena, given, 0, new, new)
+    assert not cache.key_cache(0).any()
+
+
 def test_bad_input_is_refused_as_outside():
     cache = make_cache("cpu")
     ids, _ = cache.open([[]])
@@ -221,12 +309,12 @@ def test_bad_input_is_refused_as_outside():
 def test_a_handle_outlives_nothing():
     step = (cache := make_cache("cpu")).begin_step(cache.open([[]])[0], 1)
     handle = step._in_graphs[0]
-    assert owner_of(handle, "step") is step
+    assert owner_of(handle, "step", Step) is step
     assert int(handle_of(step)) != int(handle)
     del step
     gc.collect()
     with pytest.raises(ArgumentError, match="step: expected one that is still in use"):
-        owner_of(handle, "step")
+        owner_of(handle, "step", Step)
 
 
 @pytest.mark.gpu
