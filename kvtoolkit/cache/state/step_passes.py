@@ -166,8 +166,7 @@ def _begin_rows(table: AnyTable, step: StepArrays, batch: int, max_len: int, mer
         if merges and length & 63 == 0 and length > 0 and mergeable(table, row, length >> 3) >= 0:
             step.work[1, num_merge] = b
             num_merge += 1
-        may_hide = span != 0 and count > 0 and (count > 1 or _begins_to_hide(length, span))
-        if may_hide and first_seen(length, span) > first_held(table, row):
+        if span != 0 and count > 0 and first_seen(length, span) > first_held(table, row):
             num_past += 1
     return num_need, num_merge, width, num_past
 
@@ -182,15 +181,6 @@ def first_seen(length: int, span: int) -> Any:
     if span < 0:
         return (length - length % -span) >> 3
     return max(length - span + 1, 0) >> 3 if span > 0 else 0
-
-
-@jit
-def _begins_to_hide(length: int, span: int) -> Any:
-    """Whether `first_seen` is another one than with a token less, so that a row may hold what it has not freed yet.
-
-    Steps of one token meet every length. So they look for the first entry, which is a cache miss, at these alone.
-    """
-    return length % -span == 0 if span < 0 else (length - span + 1) & 7 == 0
 
 
 @jit
