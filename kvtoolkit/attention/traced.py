@@ -3,6 +3,7 @@
 from typing import Any
 
 from kvtoolkit.attention import calls as public
+from kvtoolkit.attention.options import AttendOptions, Options
 from kvtoolkit.attention.plan import AttentionPlan
 from kvtoolkit.tracing import untraced
 
@@ -20,10 +21,7 @@ def are_tensors(*arrays: Any) -> bool:
     return all(array is None or isinstance(array, torch.Tensor) for array in arrays)
 
 
-_DEFAULTS = {
-    "softmax_scale": None, "causal": True, "window_size": (-1, -1), "softcap": 0.0, "sinks": None, "alibi_slopes": None,
-    "out": None, "return_lse": False, "num_splits": 0, "backend": None,
-}  # fmt: skip
+_DEFAULTS = {name: Options._field_defaults[name] for name in AttendOptions.__annotations__}
 
 
 def are_plain(options: dict[str, Any]) -> bool:
@@ -161,5 +159,5 @@ def _are_shared(max_seqlen_q: Any, plan: Any) -> bool:
 
 
 def _handle_of(plan: Any) -> Any:
-    """The tensor that stands for a plan in a graph."""
+    """The handle of a plan, by which a graph names it."""
     return None if plan is None else plan._handle
