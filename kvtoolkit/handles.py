@@ -31,7 +31,7 @@ def handle_of(owner: Any) -> Any:
 
 
 def owner_of(handle: Any, name: str, *kinds: type) -> Any:
-    """The object of one of these kinds that a handle stands for; ArgumentError, with its ``name``, if there is none."""
+    """Look up the object that a handle names. ArgumentError, with ``name``, if it is gone or of none of these kinds."""
     if handle.numel() != 1 or handle.is_floating_point():
         raise ArgumentError(f"{name}: expected a handle, one integer, got {tuple(handle.shape)} {handle.dtype}")
     number = int(handle)

@@ -293,7 +293,7 @@ class _Kept(NamedTuple):
     seen: str
     """What its layers see: all tokens, a window or chunks, in words."""
     formats: tuple[Any, Any]
-    """Of its warm and its cold tier; None = it has none."""
+    """Formats of the warm and the cold tier; None where there is no such tier."""
 
 
 def _difference(here: list[_Kept], there: list[_Kept]) -> tuple[str, str]:

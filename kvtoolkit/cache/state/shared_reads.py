@@ -28,10 +28,10 @@ LEAST_TOKENS = 128
 LEAST_NBYTES = 32_000_000
 """and if a layer reads so many bytes less: what an H200 reads in 7 us, about as long as merging takes."""
 LEAST_NBYTES_OF_CODES = 400_000_000
-"""As `LEAST_NBYTES`, of a cache with quantized tiers, counted as if all tokens had 16 bits,"""
+"""`LEAST_NBYTES` of a cache with quantized tiers, where bytes are counted as if all tokens had 16 bits."""
 LEAST_SHARE_OF_CODES = 0.82
-"""and it pays only if so much of what is read is saved. The kernel that shares reads is several times slower at making
-numbers of codes than the one that decodes, and takes 16 us longer to begin: see `docs/results/gpu_shared.md`."""
+"""With quantized tiers it also pays only if so much of what is read is saved, since the kernel that shares reads is
+several times slower at making numbers of codes, and takes 16 us longer to begin: see `docs/results/gpu_shared.md`."""
 _GOLDEN = 2654435761  # 2**32 over the golden ratio: granules of blocks have the same low bits
 _MOST_KEPT = 4  # results: batches that take turns each have one
 
@@ -140,7 +140,7 @@ def make_shared_reads(config: CacheConfig, table: BlockTable) -> SharedReads | N
     return SharedReads(table, nbytes, config.tiers is not None)
 
 
-# The rows of `work`, the memory of a search. Each holds one number for every row of the step:
+# Rows of the scratch array `work`. Each has one number for every row of the step:
 (
     _ENDS,  # granules of the row that others may share
     _BEGIN,  # groups to look at: where they begin in the order,
