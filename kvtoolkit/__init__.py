@@ -4,6 +4,7 @@ from allocators import BlockAllocator, create, register
 from kvtoolkit._version import __version__
 from kvtoolkit.attention.calls import append, merge_states, paged_attention, tiered_attention, variable_block_attention
 from kvtoolkit.attention.plan import AttentionPlan, plan_attention
+from kvtoolkit.cache.device_steps import DeviceSteps, DeviceTurn
 from kvtoolkit.cache.graph import GraphRun, GraphStep
 from kvtoolkit.cache.kv_cache import KVCache
 from kvtoolkit.cache.lease import Lease
@@ -43,6 +44,8 @@ __all__ = [
     "CompileError",
     "ConfigError",
     "DevicePool",
+    "DeviceSteps",
+    "DeviceTurn",
     "GraphStep",
     "KVCache",
     "KVToolkitError",
@@ -73,6 +76,6 @@ for _call in (
     append, merge_states, paged_attention, plan_attention, tiered_attention, variable_block_attention, warmup,
 ):  # fmt: skip
     untraced(_call)
-for _class in (AttentionPlan, DevicePool, GraphRun, GraphStep, KVCache, Lease, Step):
+for _class in (AttentionPlan, DevicePool, DeviceSteps, GraphRun, GraphStep, KVCache, Lease, Step):
     untraced(_class)
 operators.install()

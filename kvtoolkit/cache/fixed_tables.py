@@ -106,6 +106,10 @@ class FixedTables:
         """The moves are made, in the order of the stream."""
         self._found = self._next
 
+    def expect_growth(self, more: int) -> None:
+        """The device will append up to so many entries to rows of the tables loaded last."""
+        self._width = min(self._width + more, self.tables.block_table.shape[1])
+
     def calls(self) -> LayerCalls:
         """The calls of one run of the model."""
         sharing = None if self._order is None else Sharing(self._arenas.backend.describe(self._order, "order"))

@@ -143,8 +143,13 @@ class GraphStep:
         longest = int(step.seq_lens.max(initial=0))
         if longest > self._max_seq_len:
             raise StepError(f"step: expected sequences of up to {self._max_seq_len} tokens, got {longest}")
+        self._bring(step, [])
+
+    def _bring(self, step: Step, others: list[Move]) -> None:
+        """Bring the tables of a step to the fixed places, and other arrays to theirs, by one copy."""
+        num_tokens = len(step.slot_mapping)
         parts = [step._arrays] if step._parts is None else [part.arrays for part in step._parts]
-        moves: list[Move] = []
+        moves = others
         if self._own_bounds is not None:
             moves.append((bounds_of(step.cu_seqlens_q, self._batch, num_tokens), self._own_bounds))
         for fixed, one, arrays in zip(self._fixed, step._all_tables(), parts, strict=True):

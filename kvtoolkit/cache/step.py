@@ -369,14 +369,8 @@ class Step:
         layers = 0 if self._calls is None else self._calls.layers
         if self._graph_step is not None:
             layers |= self._graph_step.layers
-        num_layers = self._cache.config.num_layers
-        if not layers or layers == (1 << num_layers) - 1 or not self._num_tokens:
-            return
-        missing = [layer for layer in range(num_layers) if not layers >> layer & 1]
-        raise StepError(
-            f"end_step: expected all {num_layers} layers appended to, or none, got none for layer "
-            f"{', '.join(map(str, missing))}; append them and end the step again, or abort it"
-        )
+        if self._num_tokens:
+            require_all_layers(layers, self._cache.config.num_layers)
 
     def _require_open(self) -> None:
         if not self._is_open:
@@ -388,3 +382,14 @@ class Step:
     def __exit__(self, *exception: object) -> None:
         if self._is_open:
             self._cache.abort_step(self)
+
+
+def require_all_layers(layers: int, num_layers: int) -> None:
+    """StepError if some layers were appended to, those whose bits are set, and others were not."""
+    if not layers or layers == (1 << num_layers) - 1:
+        return
+    missing = [layer for layer in range(num_layers) if not layers >> layer & 1]
+    raise StepError(
+        f"end_step: expected all {num_layers} layers appended to, or none, got none for layer "
+        f"{', '.join(map(str, missing))}; append them and end the step again, or abort it"
+    )

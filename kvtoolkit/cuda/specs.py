@@ -264,6 +264,7 @@ EXPAND = Spec("attention/expand.cu", "kvt_expand", (), 256)
 UNITS = Spec("attention/units.cu", "kvt_units", (), 256)
 MOVE = Spec("cache/move.cu", "kvt_move", (), 256)
 CHECK = Spec("cache/check.cu", "kvt_check", (), 256)
+GROW = Spec("cache/grow.cu", "kvt_grow", (), 1024)
 
 
 def merge_states(dtype: str) -> Spec:

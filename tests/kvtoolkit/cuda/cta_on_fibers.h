@@ -36,7 +36,7 @@ struct alignas(16) uint4 {
 struct Index {
   unsigned x = 0, y = 0, z = 0;
 };
-inline Index threadIdx, blockIdx, gridDim;
+inline Index threadIdx, blockIdx, gridDim, blockDim;
 
 namespace fibers {
 
@@ -129,6 +129,7 @@ bool run(Kernel kernel, Index grid, unsigned threads, unsigned smem_nbytes, unsi
   stacks.resize(max(stacks.size(), kStack * threads));
   dynamic_shared.assign(smem_nbytes + 16, 0x55);
   gridDim = grid;
+  blockDim.x = threads;
   for (unsigned block = 0; block < grid.x * grid.y; ++block) {
     blockIdx.x = block % grid.x;
     blockIdx.y = block / grid.x;

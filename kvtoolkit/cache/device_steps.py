@@ -1,0 +1,366 @@
+"""Steps that the device drives: one captured CUDA graph grows the sequences and runs the model, token after token."""
+
+import sys
+import weakref
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from allocators._calls import Calls, exclusive
+from kvtoolkit.arrays.types import ArrayLike, Int32Array, Int64Array
+from kvtoolkit.cache.fixed_tables import Move
+from kvtoolkit.cache.graph import GraphRun, GraphStep
+from kvtoolkit.cache.kv_cache import KVCache
+from kvtoolkit.cache.state.arguments import as_ids, as_vector
+from kvtoolkit.cache.state.block_table import LENGTH
+from kvtoolkit.cache.step import Step, require_all_layers
+from kvtoolkit.cache.supply import Supply, most_grants
+from kvtoolkit.cuda.grow import MAX_GROUPS, GrowingGroup, GrowingRows, make_growth
+from kvtoolkit.errors import ArgumentError, StepError, UnsupportedError
+from kvtoolkit.runtime import current_stream
+from kvtoolkit.runtime.devices import using
+
+STATUS_NAMES = ("ok", "out of blocks", "row full", "at max_len", "finished", "out of steps")
+
+
+class DeviceTurn(NamedTuple):
+    """What the device has done between two turns of the host; see `DeviceSteps.finish`."""
+
+    num_new: Int32Array
+    """``[batch]`` tokens that each sequence has got."""
+    history: Int64Array
+    """``[batch, most]`` int64 these tokens, from the left; ``most`` is the largest of ``num_new``."""
+    next_tokens: Int64Array
+    """``[batch]`` int64 what the graph has chosen last: it is in no sequence yet."""
+    finished: NDArray[np.bool_]
+    """``[batch]`` the caller's mask."""
+    status: Int32Array
+    """``[batch]`` of the last step, see `kvtoolkit.cache.device_steps.STATUS_NAMES`."""
+
+
+class DeviceSteps:
+    """Decode steps without the host: a captured graph gives each sequence its next slot, and blocks where it needs some.
+
+        steps = DeviceSteps(cache, batch=8, max_steps=32)
+        with torch.cuda.graph(graph):                         # after one eager run on another stream
+            logits = model(steps.tokens, steps.positions, steps.begin())
+            chosen = logits.argmax(-1)
+            steps.tokens.copy_(torch.where(steps.status == 0, chosen, steps.tokens))
+            steps.finished.logical_or_(steps.tokens == eos)
+        ...
+        steps.load(seq_ids, tokens, num_steps=32)             # the host's turn: blocks for 32 tokens
+        for _ in range(32):
+            graph.replay()                                    # the host copies nothing and waits for nothing
+        turn = steps.finish()                                 # the sequences have their tokens
+
+    `load` takes blocks ahead, as many as the growth policy will ask for if no sequence ends early. In each replay a kernel
+    looks at every row: a row that is finished, or at its ``max_lens``, gets no token; any other gets the next slot, and a
+    block if it has no room left. Blocks go to rows in their order, so equal states grow equally on every GPU. A row for
+    which no block is left stalls. It gives zeros and keeps what it holds, and asks again in the next replay; after a turn
+    in which the host finds memory it goes on. `finish` reads what happened, gives the sequences their blocks and tokens,
+    and frees what was not taken.
+
+    What only the host does waits for its turn: freeing what windows do not see, moving tiles to colder tiers, merging
+    blocks and publishing prefixes. So these are behind by up to ``num_steps`` tokens of each sequence.
+
+    Args:
+        cache: with backend ``"cuda"``; no group of its layers may have chunks.
+        batch: rows; a turn may have fewer sequences.
+        max_steps: tokens of a sequence in one turn, at most.
+        max_seq_len: tokens of the longest sequence. Default: the cache's limit.
+        shared_reads: as in `GraphStep`.
+
+    Attributes:
+        tokens: ``[batch]`` int64 on the device: the new token of each row. The graph writes the next ones here.
+        positions: ``[batch]`` int64: the place of each new token in its sequence, made by `begin`.
+        finished: ``[batch]`` bool: the graph sets it where a sequence has ended. Padding rows have.
+        status: ``[batch]`` int32, made by `begin`: 0 = the row has a new token. Results of other rows mean nothing.
+
+    The four are tensors if torch has been imported, else CuPy arrays. Between `load` and `finish` the sequences are in a
+    step, and so refused by all other calls. Memory that was taken ahead counts as ``callers`` in `KVCache.stats`. If
+    nothing refers to the object any more, its turn is aborted. Not thread-safe; use one stream for `load`, replays and
+    `finish`.
+
+    Raises:
+        UnsupportedError: the cache is not on a GPU, has chunks, more than four groups of layers, or ``demote = "mass"``.
+        StepError: a number is below 1.
+
+    Source: prefix sums over rows in place of a free list, see ``cuda_src/cache/grow.cu``.
+    """
+
+    def __init__(
+        self, cache: KVCache, batch: int, max_steps: int = 32, *, max_seq_len: int | None = None,
+        shared_reads: bool = False,
+    ) -> None:  # fmt: skip
+        if max_steps < 1:
+            raise StepError(f"max_steps: expected at least 1, got {max_steps}")
+        groups = cache._state.groups
+        if len(groups) > MAX_GROUPS or any(group.layers.chunk for group in groups):
+            raise UnsupportedError(
+                f"cache: expected up to {MAX_GROUPS} groups of layers, none with chunks, got {len(groups)}"
+            )
+        if any(group.collects_mass for group in groups):
+            raise UnsupportedError("cache: expected tiles demoted by age, because graphs collect no masses, got by mass")
+        self._graph_step = GraphStep(cache, batch, max_seq_len=max_seq_len, shared_reads=shared_reads)
+        self._cache, self._batch, self.max_steps = cache, batch, max_steps
+        self._calls: Calls = cache._calls
+        self._most_grants = most_grants(max_steps)
+        self._supplies = [Supply(group, batch, max_steps) for group in groups]
+        self._step: Step | None = None  # holds the rows
+        self._release = weakref.finalize(self, _release_later, self._calls, self._supplies)
+        from kvtoolkit.runtime.streams import cupy_on_current_stream
+
+        with cupy_on_current_stream(cache._arenas.device) as cupy:
+            self._make_arrays(cupy)
+        self._launch: Any = None
+
+    def _make_arrays(self, cupy: Any) -> None:
+        batch, steps, num_groups = self._batch, self.max_steps, len(self._supplies)
+        grants = (num_groups, batch, self._most_grants + 1)
+        # in one piece of memory: first what `load` clears, then what it does not; `finish` reads all of it
+        self._back = {
+            "num_new": ((batch,), np.int32), "status": ((batch,), np.int32), "taken": ((num_groups, 5), np.int32),
+            "grants": (grants, np.int32), "finished": ((batch,), np.bool_), "tokens": ((batch,), np.int64),
+            "history": ((batch, steps), np.int64),
+        }  # fmt: skip
+        self._places, end = {}, 0
+        for name, (shape, dtype) in self._back.items():
+            self._places[name] = end
+            end += -(-int(np.prod(shape)) * np.dtype(dtype).itemsize // 256) * 256
+        self._memory = cupy.zeros(end, np.uint8)
+        self._there = {
+            name: cupy.ndarray(shape, dtype, self._memory.data + self._places[name])
+            for name, (shape, dtype) in self._back.items()
+        }
+        self._there["finished"].fill(True)
+        self._pinned = np.frombuffer(cupy.cuda.alloc_pinned_memory(end), np.uint8, end)
+        self._lengths, self._max_lens = cupy.zeros((2, batch), np.int32)
+        self._positions = cupy.zeros(batch, np.int64)
+        self._of_groups = [
+            (
+                cupy.zeros((batch, 4), np.int32), cupy.zeros((4, supply.most), np.int32), cupy.zeros(5, np.int32),
+            )
+            for supply in self._supplies
+        ]  # fmt: skip
+        arrays = (self._there["tokens"], self._positions, self._there["finished"], self._there["status"])
+        self.tokens, self.positions, self.finished, self.status = map(_as_tensor, arrays)
+
+    def load(
+        self, seq_ids: ArrayLike, tokens: ArrayLike, num_steps: int | None = None, *, max_lens: ArrayLike | None = None
+    ) -> None:
+        """The host's turn: hold sequences, take blocks for their next tokens, and bring all that to the device.
+
+        Asynchronous on the current stream.
+
+        Args:
+            seq_ids: ``[n]`` open sequences, at most ``batch``, in the order of the rows.
+            tokens: ``[n]`` integers: the next token of each, which the first replay appends.
+            num_steps: replays until the next turn, for which blocks are taken; default ``max_steps``. In later ones rows
+                that need a block stall.
+            max_lens: ``[n]`` tokens at which each sequence ends; default and upper bound: ``max_seq_len``.
+
+        Raises:
+            SequenceError: an id is not that of an open sequence, or is given twice.
+            ArgumentError: an argument is not as above.
+            StepError: the last turn has not ended.
+        """
+        if self._step is not None:
+            raise StepError("load: expected a turn that has ended, by `finish` or `abort`")
+        ids = as_ids(seq_ids)
+        if len(ids) > self._batch:
+            raise ArgumentError(f"seq_ids: expected up to {self._batch}, got {len(ids)}")
+        steps = self.max_steps if num_steps is None else num_steps
+        if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or not 1 <= steps <= self.max_steps:
+            raise ArgumentError(f"num_steps: expected 1 to {self.max_steps}, got {steps!r}")
+        first = as_vector(tokens, "tokens", len(ids))
+        limits = np.full(len(ids), self._graph_step._max_seq_len, np.int64)
+        if max_lens is not None:
+            limits = np.minimum(as_vector(max_lens, "max_lens", len(ids)), limits)
+        self._demote(int(steps))
+        self._step = self._cache.begin_step(ids, 0)
+        try:
+            self._fill(limits.astype(np.int32), int(steps))
+            self._bring(first, limits.astype(np.int32))
+        except BaseException:
+            self.abort()
+            raise
+
+    @exclusive
+    def _demote(self, steps: int) -> None:
+        """Move as many tiles to colder tiers as so many steps would have moved."""
+        cache = self._cache
+        pairs = [(cache._demoter, cache._arrays)]
+        if cache._group_steps is not None:
+            pairs = [(part.demoter, part.arrays) for part in cache._group_steps]
+        for demoter, spare in pairs:
+            if demoter is not None:
+                arrays = spare.take(0, 0)
+                for _ in range(steps):
+                    if not demoter.run(arrays, 0):
+                        break
+                spare.give_back(arrays, 0, 0)
+
+    @exclusive
+    def _fill(self, limits: Int32Array, steps: int) -> None:
+        for supply in self._supplies:
+            supply.fill(self._rows(), limits, steps)
+
+    def _rows(self) -> Int32Array:
+        """The rows of the block table."""
+        assert self._step is not None
+        return self._step._arrays.rows[: len(self._step.seq_ids)]
+
+    def _bring(self, tokens: Int64Array, limits: Int32Array) -> None:
+        step, rows, there = self._step, self._rows(), self._there
+        assert step is not None
+        num_rows, batch = len(rows), self._batch
+        if self._launch is None:
+            self._launch = self._make_launch()
+        is_padding = np.arange(batch) >= num_rows
+        lengths = self._cache._group.table.info[rows, LENGTH].astype(np.int32)
+        moves: list[Move] = [
+            (_padded(tokens, batch), there["tokens"]), (is_padding, there["finished"]),
+            (_padded(lengths, batch), self._lengths), (_padded(limits, batch), self._max_lens),
+        ]  # fmt: skip
+        for supply, (tails, lists, held) in zip(self._supplies, self._of_groups, strict=True):
+            listed, counts = supply.lists()
+            used = max(1, int(counts[:4].max()))
+            moves += [(supply.tails(rows), tails), (listed[:, :used], lists), (counts, held)]
+        from kvtoolkit.runtime.streams import cupy_on_current_stream
+
+        with cupy_on_current_stream(self._cache._arenas.device) as cupy:
+            stream = cupy.cuda.get_current_stream().ptr
+            cupy.cuda.runtime.memsetAsync(self._memory.data.ptr, 0, self._places["finished"], stream)
+        self._graph_step._bring(step, moves)
+        for fixed in self._graph_step._fixed:
+            fixed.expect_growth(self._most_grants)
+
+    def _make_launch(self) -> Any:
+        there, cache = self._there, self._cache
+        shared = (
+            there["finished"], there["tokens"], self._max_lens, self._lengths, there["num_new"], there["status"],
+            self._positions, there["history"],
+        )  # fmt: skip
+        groups = []
+        for i, (fixed, supply, own) in enumerate(
+            zip(self._graph_step._fixed, self._supplies, self._of_groups, strict=True)
+        ):
+            tables, blocks = fixed.tables, cache._state.groups[i].blocks
+            arrays = (
+                tables.block_table, tables.block_starts, tables.seq_lens, tables.slot_mapping, *own,
+                there["taken"][i], there["grants"][i],
+            )  # fmt: skip
+            groups.append(
+                GrowingGroup(
+                    *(array.data.ptr for array in arrays), tables.block_table.shape[1], blocks.num_hot, blocks.policy,
+                    blocks.offered.tolist(), supply.most,
+                )  # fmt: skip
+            )
+        rows = GrowingRows(*(array.data.ptr for array in shared))
+        return make_growth(rows, groups, self._batch, self.max_steps, self._most_grants, cache._arenas.device)
+
+    def begin(self) -> GraphRun:
+        """Begin a step, eager or captured: every row gets its place. Returns what serves the layers, as a `Step` does.
+
+        Every run of the model needs a call of its own. Earlier runs end.
+        """
+        if self._launch is None:
+            with using(self._cache._arenas.device):
+                self._launch = self._make_launch()
+        self._launch.run(current_stream(self._cache._arenas.device))
+        return self._graph_step.begin()
+
+    def finish(self) -> DeviceTurn:
+        """Wait for the device; give the sequences the tokens and blocks that they have got, and free the other blocks.
+
+        Later prompts can find the new tokens. Returns what happened in this turn.
+
+        Raises:
+            StepError: no turn is under way, or the graph appends to some layers but not to all. Then the turn is still
+                under way.
+        """
+        if self._step is None:
+            raise StepError("finish: expected a turn under way, after `load`")
+        read, num_rows = self._read(), len(self._step.seq_ids)
+        num_new = read["num_new"][:num_rows].copy()
+        history = read["history"][:num_rows, : num_new.max(initial=0)].copy()
+        turn = DeviceTurn(
+            num_new, history, read["tokens"][:num_rows].copy(), read["finished"][:num_rows].copy(),
+            read["status"][:num_rows].copy(),
+        )  # fmt: skip
+        ids, total = self._step.seq_ids.copy(), int(num_new.sum())
+        if total:
+            require_all_layers(self._graph_step.layers, self._cache.config.num_layers)
+        self._settle(read["grants"][:, :num_rows], num_new)
+        self._end_hold()
+        if total:
+            is_new = np.arange(history.shape[1]) < num_new[:, None]
+            step = self._cache.begin_step(ids, num_new)
+            step._graph_step = self._graph_step
+            self._cache.end_step(step, history[is_new])
+        return turn
+
+    def abort(self) -> None:
+        """End the turn as if the device had done nothing. It must not be running the graph any more."""
+        if self._step is None:
+            raise StepError("abort: expected a turn under way, after `load`")
+        self._release_supplies()
+        self._end_hold()
+
+    def _end_hold(self) -> None:
+        step, self._step = self._step, None
+        assert step is not None
+        self._cache.abort_step(step)
+
+    def _read(self) -> dict[str, NDArray[Any]]:
+        """What is on the device, once it has finished."""
+        from kvtoolkit.runtime.streams import cupy_on_current_stream
+
+        with cupy_on_current_stream(self._cache._arenas.device) as cupy:
+            stream, runtime = cupy.cuda.get_current_stream(), cupy.cuda.runtime
+            address, size = self._pinned.ctypes.data, self._pinned.nbytes
+            runtime.memcpyAsync(address, self._memory.data.ptr, size, runtime.memcpyDeviceToHost, stream.ptr)
+            stream.synchronize()
+        found = {}
+        for name, (shape, dtype) in self._back.items():
+            nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            place = self._places[name]
+            found[name] = self._pinned[place : place + nbytes].view(dtype).reshape(shape)
+        return found
+
+    @exclusive
+    def _settle(self, grants: Int32Array, num_new: Int32Array) -> None:
+        rows = self._rows()
+        for supply, granted in zip(self._supplies, grants, strict=True):
+            supply.settle(rows, granted)
+            supply.merge(rows, num_new, self._cache.config.migrate_budget * int(num_new.max(initial=0)))
+
+    @exclusive
+    def _release_supplies(self) -> None:
+        for supply in self._supplies:
+            supply.release()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("DeviceSteps: expected no copy, because graphs have the addresses of this one")
+
+
+def _release_later(calls: Calls, supplies: list[Supply]) -> None:
+    """Let the next call free what a lost turn has taken."""
+    if any(len(supply.starts) for supply in supplies):
+        calls.do_later(lambda: [supply.release() for supply in supplies])
+
+
+def _padded(array: NDArray[Any], length: int) -> NDArray[Any]:
+    """An array with zeros after it."""
+    out = np.zeros(length, array.dtype)
+    out[: len(array)] = array
+    return out
+
+
+def _as_tensor(array: Any) -> Any:
+    """A tensor on the memory of a CuPy array, if the program uses torch."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return array
+    return torch.as_tensor(array, device=f"cuda:{array.device.id}")

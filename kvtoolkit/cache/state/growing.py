@@ -1,0 +1,90 @@
+"""The compiled passes of steps that the device drives: which blocks they will want, and what they have taken."""
+
+from typing import Any
+
+from allocators._jit import jit
+from kvtoolkit.arrays.types import Int32Array, Int64Array
+from kvtoolkit.cache.state.block_merging import mergeable
+from kvtoolkit.cache.state.block_table import (
+    CAPACITY,
+    LENGTH,
+    NUM_ENTRIES,
+    TAIL_BASE,
+    TAIL_FIRST,
+    BlockTable,
+    attach,
+)
+from kvtoolkit.cache.state.prefix_index import GranuleState
+from kvtoolkit.config.growth import split_into_blocks, tail_size
+
+
+@jit
+def choose_ahead(
+    info: Int64Array, rows: Int32Array, limits: Int32Array, steps: int, available: int, most: int, num_granules: int,
+    rule: int, tail: int, largest: int, offered: Int32Array, capacities: Int64Array, sizes: Int32Array,
+) -> Any:  # fmt: skip
+    """Choose blocks as that many steps of one token for each row would, in the order in which they would ask.
+
+    Args:
+        limits: ``[batch]`` tokens at which a row ends.
+        available: granules that are free or cached, by which growth policies decide.
+        most: granules that can be had; it stops there.
+        capacities: ``[batch]`` scratch.
+        sizes: receives the sizes, in granules.
+
+    Returns:
+        ``(number of blocks, their granules)``.
+    """
+    count, total = 0, 0
+    for b in range(len(rows)):
+        capacities[b] = info[rows[b], CAPACITY]
+    for step in range(steps):
+        for b in range(len(rows)):
+            length = info[rows[b], LENGTH] + step
+            if length >= limits[b] or length < 8 * capacities[b]:
+                continue
+            size = min(tail_size(rule, tail, length + 1, available / num_granules), largest, offered[0])
+            end = split_into_blocks(1, size, largest, offered, sizes, count)
+            for k in range(count, end):
+                if total + sizes[k] > most:
+                    return k, total
+                total += sizes[k]
+                available = max(available - sizes[k], 0)
+                capacities[b] += sizes[k]
+            count = end
+    return count, total
+
+
+@jit
+def list_tails(info: Int64Array, rows: Int32Array, out: Int32Array) -> None:
+    """Write granules, entries, first token of the last entry, and its slot minus its number, of each row."""
+    for b in range(len(rows)):
+        out[b, 0], out[b, 1] = info[rows[b], CAPACITY], info[rows[b], NUM_ENTRIES]
+        out[b, 2], out[b, 3] = info[rows[b], TAIL_FIRST], info[rows[b], TAIL_BASE]
+
+
+@jit
+def attach_granted(
+    table: BlockTable, granules: GranuleState, rows: Int32Array, starts: Int32Array, sizes: Int32Array,
+    counts: Int32Array,
+) -> None:  # fmt: skip
+    """Append to each row the first ``counts`` of its blocks ``[batch, most]``, as the device has done in its tables."""
+    for b in range(len(rows)):
+        if counts[b] > 0:
+            attach(table, granules, rows[b], starts[b, : counts[b]], sizes[b, : counts[b]])
+
+
+@jit
+def list_merges(table: BlockTable, rows: Int32Array, counts: Int32Array, out_rows: Int32Array, ends: Int32Array) -> Any:
+    """List the tiles in small blocks that ``counts`` new tokens of each row have filled; returns how many there are.
+
+    ``ends`` receives the logical granule at which each ends. It stops where ``ends`` is full.
+    """
+    count = 0
+    for b in range(len(rows)):
+        length = table.info[rows[b], LENGTH]
+        for tile in range((length >> 6) + 1, ((length + counts[b]) >> 6) + 1):
+            if count < len(ends) and mergeable(table, rows[b], 8 * tile) >= 0:
+                out_rows[count], ends[count] = rows[b], 8 * tile
+                count += 1
+    return count

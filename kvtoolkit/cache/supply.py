@@ -1,0 +1,130 @@
+"""Blocks that the host takes ahead for steps that the device drives, in one group of layers."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtoolkit.arrays.types import Int32Array
+from kvtoolkit.cache.state import growing
+from kvtoolkit.cache.state.cache_group import CacheGroup
+from kvtoolkit.formats.entry import TIER_HOT
+
+_NOTHING: Int32Array = np.empty(0, np.int32)
+
+
+def most_grants(max_steps: int) -> int:
+    """Blocks that a row gets in so many steps at most: it asks every 8 tokens, and may get 8 blocks at once."""
+    return max_steps // 8 + 9
+
+
+class Supply:
+    """Hot blocks for the next tokens of some rows: just those that they will want if none of them ends early.
+
+    While kernels may take them, the blocks are lent by the ledger, as those of callers are. The caller of all methods
+    holds the lock of the cache.
+
+    Args:
+        group: of layers.
+        batch: rows, at most.
+        max_steps: new tokens of a row, at most.
+
+    Attributes:
+        most: blocks of each size, at most.
+        starts: ``[n]`` int32 first granules; ``sizes``: ``[n]`` int32 granules.
+        num_available: granules that were free or cached before they were taken; growth policies look at it.
+    """
+
+    def __init__(self, group: CacheGroup, batch: int, max_steps: int) -> None:
+        self._group = group
+        self.most = min(group.blocks.num_hot, batch * most_grants(max_steps))
+        self.starts, self.sizes = _NOTHING, _NOTHING
+        self.num_available = 0
+
+    def fill(self, rows: Int32Array, limits: Int32Array, steps: int) -> None:
+        """Take the blocks that ``steps`` tokens more of each row will want, or as many as there are.
+
+        It evicts what is cached where that is needed. Rows ask step by step, and in one step in their order.
+        """
+        blocks = self._group.blocks
+        policy, num_free = blocks.policy, blocks.allocator.num_free
+        self.num_available = num_free + 8 * len(blocks.reserve) + blocks.num_cached
+        sizes = np.empty(self.most, np.int32)
+        count, wanted = growing.choose_ahead(
+            self._group.table.info, rows, limits, steps, self.num_available, min(self.num_available, self.most),
+            blocks.num_hot, policy.rule, policy.tail, policy.largest, blocks.offered, np.empty(len(rows), np.int64),
+            sizes,
+        )  # fmt: skip
+        if wanted > num_free:
+            _ = blocks.evict(wanted - num_free) or blocks.evict(blocks.num_evictable(TIER_HOT))
+        sizes = sizes[:count]
+        starts = blocks.allocate_some(sizes)
+        has_got = starts >= 0
+        missing = int(wanted - sizes[has_got].sum())
+        smaller = [(int(start), int(size)) for start, size in self._take_pieces(missing)]
+        self.starts = np.concatenate([starts[has_got], np.array([start for start, _ in smaller], np.int32)])
+        self.sizes = np.concatenate([sizes[has_got], np.array([size for _, size in smaller], np.int32)])
+        blocks.ledger.lend(self.starts, self.sizes)
+
+    def _take_pieces(self, missing: int) -> list[tuple[int, int]]:
+        """Up to so many granules in blocks of other sizes, the smallest first, so that many rows get some."""
+        blocks, runs = self._group.blocks, []
+        for size in blocks.offered[::-1].tolist():
+            starts = blocks.allocate_some(np.full(max(missing, 0) // size, size, np.int32))
+            found = starts[starts >= 0].tolist()
+            runs += [(start, size) for start in found]
+            missing -= size * len(found)
+        return runs
+
+    def lists(self) -> tuple[Int32Array, Int32Array]:
+        """``([4, most], [5])``: for each size the first granules, and how many there are; then `num_available`."""
+        listed, counts = np.zeros((4, self.most), np.int32), np.zeros(5, np.int32)
+        for code in range(4):
+            starts = self.starts[self.sizes == 1 << code]
+            listed[code, : len(starts)], counts[code] = starts, len(starts)
+        counts[4] = self.num_available
+        return listed, counts
+
+    def settle(self, rows: Int32Array, grants: Int32Array) -> None:
+        """Give rows the blocks that the device has granted, and free all others.
+
+        Args:
+            rows: ``[batch]`` of the block table.
+            grants: ``[batch, 1 + most]`` int32, the number of blocks of a row, then their first granule | code of the
+                size << 24.
+        """
+        group, blocks = self._group, self._group.blocks
+        counts, words = grants[:, 0].copy(), grants[:, 1:]
+        starts, sizes = (words & 0xFFFFFF).astype(np.int32), (1 << (words >> 24 & 3)).astype(np.int32)
+        is_granted = np.arange(words.shape[1]) < counts[:, None]
+        left = np.setdiff1d(self.starts, starts[is_granted])
+        taken = self._take_back()
+        growing.attach_granted(group.table, blocks.granules, rows, starts, sizes, counts)
+        blocks.free_runs([(start, taken[start]) for start in left.tolist()])
+        group.update_peak()
+
+    def release(self) -> None:
+        """Free all blocks."""
+        blocks = self._group.blocks
+        blocks.free_runs(list(self._take_back().items()))
+
+    def _take_back(self) -> dict[int, int]:
+        """End the loan; returns the size of the block at each first granule."""
+        starts, sizes = self.starts, self.sizes
+        self.starts, self.sizes = _NOTHING, _NOTHING
+        self._group.blocks.ledger.take_back(starts, sizes)
+        return dict(zip(starts.tolist(), sizes.tolist(), strict=True))
+
+    def merge(self, rows: Int32Array, counts: Int32Array, budget: int) -> None:
+        """Merge small blocks that the next ``counts`` tokens of each row fill; their keys and values are there."""
+        group = self._group
+        if not group.blocks.policy.merges:
+            return
+        candidates, ends = np.empty(budget, np.int32), np.empty(budget, np.int32)
+        found = growing.list_merges(group.table, rows, counts, candidates, ends)
+        if found:
+            group.merge_blocks(candidates[:found], ends[:found])
+
+    def tails(self, rows: Int32Array) -> NDArray[np.int32]:
+        """``[batch, 4]`` int32: where each row ends, as ``GrowParams`` has it."""
+        out = np.zeros((len(rows), 4), np.int32)
+        growing.list_tails(self._group.table.info, rows, out)
+        return out

@@ -1,0 +1,82 @@
+"""The launch that begins a step on the device: lengths, blocks from a supply, entries and slots, for all rows at once."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from kvtoolkit.config.growth import GrowthPolicy
+from kvtoolkit.cuda import specs
+from kvtoolkit.cuda.launching import Launch, load_spec
+from kvtoolkit.runtime.structs import ParameterStruct
+
+MAX_GROUPS = 4  # as in grow.cu
+NUM_SIZES = 4
+"""Sizes of blocks: 1, 2, 4 and 8 granules."""
+FINISHED, OUT_OF_STEPS = 4, 5
+"""Values of a row's status besides those of `kvtoolkit.cache.state.step_passes`."""
+
+_params = ParameterStruct("cache/grow.cu", "kvt_grow")
+_MOST_THREADS = 1024
+
+
+class GrowingRows(NamedTuple):
+    """Addresses of what there is of each row, whatever the groups of layers; see ``GrowParams``."""
+
+    finished: int
+    tokens: int
+    max_lens: int
+    lengths: int
+    num_new: int
+    status: int
+    positions: int
+    history: int
+
+
+class GrowingGroup(NamedTuple):
+    """Addresses of what a group of layers has, and how it grows; see ``GrowParams``."""
+
+    block_table: int
+    block_starts: int
+    seq_lens: int
+    slot_mapping: int
+    tails: int
+    supply: int
+    held: int
+    taken: int
+    grants: int
+    width: int
+    """Entries of a row."""
+    num_granules: int
+    """Of the pool."""
+    policy: GrowthPolicy
+    offered: Sequence[int]
+    """Sizes of blocks in granules."""
+    most_supply: int
+    """Blocks of each size in the supply."""
+
+
+def make_growth(
+    rows: GrowingRows, groups: Sequence[GrowingGroup], batch: int, max_steps: int, most_grants: int, device: int
+) -> Launch:
+    """The launch that gives each row a place for its next token; nothing is launched yet.
+
+    Args:
+        groups: of layers, up to `MAX_GROUPS`.
+        batch: rows.
+        max_steps: tokens of a row in the history.
+        most_grants: blocks of a row that are noted.
+        device: the current one.
+    """
+    columns = list(zip(*(_fields(group) for group in groups), strict=True))
+    by_group = [value for column in columns for value in (*column, *[0] * (MAX_GROUPS - len(groups)))]
+    parameters = _params.pack(*rows, *by_group, batch, len(groups), max_steps, most_grants)
+    threads = min(_MOST_THREADS, -(-batch // 32) * 32)
+    return Launch(load_spec(specs.GROW, device), (1,), threads, 0, parameters)
+
+
+def _fields(group: GrowingGroup) -> list[Any]:
+    """The values of a group, in the order of ``GrowParams``."""
+    policy = group.policy
+    return [
+        *group[: GrowingGroup._fields.index("policy")], policy.rule, policy.tail, policy.largest, sum(group.offered),
+        group.most_supply,
+    ]  # fmt: skip

@@ -1,0 +1,81 @@
+"""A device made of host memory: what `DeviceSteps` and `GraphStep` use of CuPy, and a cache that they take for one on it.
+
+Kernels of ``cuda_src`` run on the host, see `tests.kvtoolkit.cuda.host_kernels`; attention is that of the CPU.
+"""
+
+import contextlib
+import ctypes
+from types import SimpleNamespace
+
+import numpy as np
+
+from kvtoolkit import CacheConfig, KVCache
+from kvtoolkit.cache import device_steps
+from kvtoolkit.cuda import grow
+from kvtoolkit.runtime import streams
+from tests.kvtoolkit.cuda.host_kernels import on_the_host
+
+
+class Pointer:
+    def __init__(self, ptr):
+        self.ptr = ptr
+
+    def __add__(self, offset):
+        return Pointer(self.ptr + offset)
+
+
+class Array(np.ndarray):
+    """A NumPy array that has its address where CuPy has it."""
+
+    @property
+    def data(self):
+        return Pointer(self.ctypes.data)
+
+
+def _array(shape, dtype, pointer):
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = (ctypes.c_char * size).from_address(pointer.ptr)
+    return np.frombuffer(memory, dtype).reshape(shape).view(Array)
+
+
+def _copy(target, source, nbytes, *_):
+    ctypes.memmove(target, source, nbytes)
+
+
+def _copy_rows(target, target_row, source, source_row, nbytes, rows, *_):
+    for i in range(rows):
+        ctypes.memmove(target + i * target_row, source + i * source_row, nbytes)
+
+
+_nothing = SimpleNamespace(ptr=0, synchronize=lambda: None, record=lambda stream: None)
+CUPY = SimpleNamespace(
+    zeros=lambda shape, dtype: np.zeros(shape, dtype).view(Array),
+    full=lambda shape, value, dtype: np.full(shape, value, dtype).view(Array),
+    arange=lambda n, dtype: np.arange(n, dtype=dtype).view(Array),
+    ndarray=_array,
+    cuda=SimpleNamespace(
+        Event=lambda disable_timing: _nothing,
+        get_current_stream=lambda: _nothing,
+        alloc_pinned_memory=lambda size: bytearray(size),
+        runtime=SimpleNamespace(
+            memcpyAsync=_copy, memcpy2DAsync=_copy_rows, memcpyHostToDevice=1, memcpyDeviceToHost=2,
+            memsetAsync=lambda address, value, nbytes, stream: ctypes.memset(address, value, nbytes),
+        ),
+    ),
+)  # fmt: skip
+
+
+def use_host(monkeypatch):
+    """Let `DeviceSteps` work in host memory."""
+    monkeypatch.setattr(streams, "cupy_on_current_stream", lambda device: contextlib.nullcontext(CUPY))
+    monkeypatch.setattr(device_steps, "current_stream", lambda device: 0)
+    monkeypatch.setattr(device_steps, "using", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(device_steps, "_as_tensor", lambda array: array)
+    on_the_host(monkeypatch, grow)
+
+
+def make_cache(**options):
+    """A cache on the CPU that says it is on a GPU."""
+    cache = KVCache(CacheConfig(**{"num_layers": 2, "num_kv_heads": 1, "head_dim": 8, "dtype": "float32"} | options))
+    object.__setattr__(cache.config, "backend", "cuda")
+    return cache

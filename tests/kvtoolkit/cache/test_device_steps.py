@@ -1,0 +1,338 @@
+"""Steps that the device drives, in host memory: kernels of ``cuda_src`` by g++, attention of the CPU."""
+
+import gc
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvtoolkit import ArgumentError, CacheFullError, DeviceSteps, SequenceError, StepError, UnsupportedError
+from kvtoolkit.config.growth import names
+from kvtoolkit.formats.entry import unpack_entries
+from tests.kvtoolkit.cache.host_device import make_cache, use_host
+from tests.kvtoolkit.cuda.host_kernels import HostLaunch, needs_compiler
+
+pytestmark = needs_compiler
+LAYERS = 2
+WINDOW = [{"layers": [0]}, {"layers": [1], "window": 24}]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def host():
+    with pytest.MonkeyPatch.context() as patch:
+        use_host(patch)
+        yield
+
+
+def prefill(cache, prompts, ids=None):
+    """Open sequences with these prompts, of tokens whose keys and values are functions of token and layer."""
+    if ids is None:
+        ids, held = cache.open(prompts)
+        assert not held.any()
+    with cache.begin_step(ids, [len(prompt) for prompt in prompts]) as step:
+        assert step.ok.all()
+        tokens = np.concatenate([np.asarray(prompt, np.int64) for prompt in prompts])
+        for layer in range(LAYERS):
+            step.append(layer, *keys_of(tokens, layer))
+        cache.end_step(step, tokens)
+    return ids
+
+
+def keys_of(tokens, layer):
+    grid = np.sin(tokens[:, None, None] * (1 + np.arange(8)) + layer)
+    return grid.astype(np.float32), np.cos(3 * grid).astype(np.float32)
+
+
+def run(step, tokens):
+    """A model of two layers: results of the last one, and the next token of each row."""
+    x = keys_of(tokens, 7)[0]
+    for layer in range(LAYERS):
+        step.append(layer, *keys_of(tokens, layer))
+        x = x + step.attend(layer, x, window_size=(23, 0) if layer else (-1, -1))
+    return x, (np.abs(x[:, 0, 0]) * 1000).astype(np.int64) % 97
+
+
+def form_of(tables, rows):
+    """The lengths and starts of the entries of rows, and the lengths that attention reads."""
+    found = []
+    for row in range(rows):
+        entries = np.asarray(tables.block_table[row])
+        used = entries[entries >= 0]
+        _, lengths, tiers = unpack_entries(used)
+        found.append((lengths.tolist(), tiers.tolist(), np.asarray(tables.block_starts[row])[: len(used)].tolist()))
+    return found
+
+
+class Twins:
+    """Two equal caches, of which one is driven by the host and the other by the device."""
+
+    def __init__(self, prompts, max_steps=16, seed=0, **options):
+        self.caches = [make_cache(**options) for _ in range(2)]
+        self.ids = [prefill(cache, prompts) for cache in self.caches]
+        self.steps = DeviceSteps(self.caches[1], len(prompts) + 1, max_steps)
+        self.tokens = np.arange(len(prompts)) + 5
+
+    def turn(self, num_steps, stops, max_lens):
+        """Run both; everything must be equal at every step."""
+        by_host, by_device = self.caches
+        num = len(self.tokens)
+        self.steps.load(self.ids[1], self.tokens, num_steps, max_lens=max_lens)
+        tokens, finished, history = self.tokens.copy(), np.zeros(num, bool), [[] for _ in range(num)]
+        for i in range(num_steps):
+            run_of_device = self.steps.begin()
+            padded = np.asarray(self.steps.tokens)
+            out, chosen = run(run_of_device, padded)
+            is_ok = np.asarray(self.steps.status) == 0
+            assert not is_ok[num:].any()
+            wanted = ~finished & (by_host.lengths(self.ids[0]) < max_lens)
+            assert is_ok[:num].tolist() == wanted.tolist()
+            some = np.flatnonzero(wanted)
+            if len(some):
+                with by_host.begin_step(self.ids[0][some], 1) as step:
+                    assert step.ok.all()
+                    expected, _ = run(step, tokens[some])
+                    assert (out[some] == expected).all()
+                    fixed = [one.tables for one in self.steps._graph_step._fixed]
+                    for own, layer in zip(fixed, range(LAYERS), strict=False):
+                        theirs = step.tables_of(layer)
+                        assert np.asarray(own.seq_lens)[some].tolist() == theirs.seq_lens.tolist()
+                        if self.is_settled_by_turn():
+                            continue
+                        forms = form_of(own, num)
+                        assert [forms[row] for row in some] == form_of(theirs, len(some))
+                    by_host.end_step(step, tokens[some])
+            for row in some:
+                history[row].append(int(tokens[row]))
+            tokens[some] = chosen[some]
+            self.steps.tokens[:] = np.where(is_ok, chosen, padded)
+            finished |= stops[:, i]
+            self.steps.finished[:num] |= stops[:, i]
+        turn = self.steps.finish()
+        assert turn.next_tokens.tolist() == tokens.tolist()
+        assert turn.num_new.tolist() == list(map(len, history))
+        for row, own in enumerate(history):
+            assert turn.history[row, : len(own)].tolist() == own
+        assert turn.finished.tolist() == finished.tolist()
+        self.tokens = tokens
+        assert by_host.lengths(self.ids[0]).tolist() == by_device.lengths(self.ids[1]).tolist()
+        for cache in self.caches:
+            cache.check_integrity()
+        stats = by_device.stats()
+        assert stats.callers == 0
+        assert stats.num_tokens == by_host.stats().num_tokens
+
+    def is_settled_by_turn(self):
+        """Whether the host moves blocks only in its turns, and so later than it would in steps of its own."""
+        config = self.caches[0].config
+        return config.growth_policy.merges or config.tier_config is not None or config.is_grouped
+
+
+@pytest.mark.parametrize("growth", sorted(set(names()) & {"fixed8", "fixed16", "fixed64", "append", "proportional",
+                                                          "lazy_merge", "adaptive"}))  # fmt: skip
+@pytest.mark.parametrize("allocator", ["buddy", "slab"])
+def test_policies_grow_as_they_do_by_the_host(growth, allocator):
+    sizes = [8 * abs(int(growth[5:]) // 8)] if growth.startswith("fixed") else [8, 16, 32, 64]
+    rng = np.random.default_rng(len(growth))
+    prompts = [rng.integers(0, 97, n).tolist() for n in (1, 8, 63, 120, 250)]
+    twins = Twins(prompts, num_tokens=4096, growth=growth, allocator=allocator, block_sizes=sizes)
+    for _ in range(4):
+        stops = rng.random((5, 16)) < 0.03
+        twins.turn(16, stops, np.full(5, 1 << 20))
+    # and later prompts find the same
+    found = [cache.open([prompt + [5, 6, 7] * 20 for prompt in prompts])[1].tolist() for cache in twins.caches]
+    assert found[0] == found[1]
+    assert max(found[0]) > 0
+
+
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_drawn_turns_equal_steps_of_the_host(data):
+    options = data.draw(
+        st.sampled_from(
+            [
+                {"growth": "adaptive", "num_tokens": 1536},  # thresholds of free memory are passed
+                {"growth": "proportional", "num_tokens": 2048, "block_sizes": [8, 64]},
+                {"growth": "fixed16", "num_tokens": 2048, "allocator": "paged", "block_sizes": [16]},
+                {"growth": "lazy_merge", "num_tokens": 2048, "layer_groups": WINDOW},
+                {"growth": "fixed8", "num_tokens": 2048, "layer_groups": WINDOW},
+            ]
+        )
+    )
+    num = data.draw(st.integers(1, 6))
+    lengths = data.draw(st.lists(st.integers(1, 90), min_size=num, max_size=num))
+    prompts = [[(7 * i + 3 * k) % 97 for k in range(n)] for i, n in enumerate(lengths)]
+    HostLaunch.seed = data.draw(st.integers(0, 3))
+    twins = Twins(prompts, **options)
+    for _ in range(data.draw(st.integers(1, 3))):
+        num_steps = data.draw(st.integers(1, 16))
+        stops = np.array([[data.draw(st.integers(0, 19)) == 0 for _ in range(num_steps)] for _ in prompts])
+        held = twins.caches[0].lengths(twins.ids[0])
+        max_lens = held + data.draw(st.lists(st.integers(0, 20), min_size=num, max_size=num))
+        twins.turn(num_steps, stops, max_lens)
+
+
+def test_tiers_move_between_turns():
+    tiers = {"hot": 64, "pinned_tokens": 0, "warm": "int8", "cold": "int4"}
+    cache = make_cache(num_tokens=4096, head_dim=64, tiers=tiers)
+    ids, _ = cache.open([[], []])
+    with cache.begin_step(ids, 300) as step:
+        x = np.random.default_rng(0).standard_normal((600, 1, 64)).astype(np.float32)
+        for layer in range(LAYERS):
+            step.append(layer, x, x)
+        cache.end_step(step)
+    steps = DeviceSteps(cache, 2, 32)
+    before = cache.stats().converted_tokens
+    for _ in range(4):
+        steps.load(ids, [1, 2])
+        for _ in range(32):
+            run_of_device = steps.begin()
+            for layer in range(LAYERS):
+                run_of_device.append(layer, x[:2], x[:2])
+                assert np.isfinite(run_of_device.attend(layer, x[:2])).all()
+        assert steps.finish().num_new.tolist() == [32, 32]
+        cache.check_integrity()
+    assert cache.lengths(ids).tolist() == [428, 428]
+    assert cache.stats().converted_tokens > before
+
+
+def test_rows_without_memory_stall_and_go_on_later():
+    cache = make_cache(num_tokens=64, growth="fixed8", block_sizes=[8])
+    ids = prefill(cache, [[1] * 16, [2] * 16, [3] * 16])
+    steps = DeviceSteps(cache, 3, 16)
+    steps.load(ids, [1, 2, 3], 16)  # 16 slots are free, and 48 are wanted
+    for _ in range(16):
+        _, chosen = run(steps.begin(), np.asarray(steps.tokens))
+        is_ok = np.asarray(steps.status) == 0
+        steps.tokens[:] = np.where(is_ok, chosen, steps.tokens)
+    assert cache.stats().callers == 16
+    turn = steps.finish()
+    assert turn.num_new.tolist() == [8, 8, 0]
+    assert turn.status.tolist() == [1, 1, 1]
+    assert cache.stats().callers == 0
+    cache.check_integrity()
+    cache.close(ids[:1])
+    steps.load(ids[1:], turn.next_tokens[1:], 16)
+    for _ in range(16):
+        _, chosen = run(steps.begin(), np.asarray(steps.tokens))
+        steps.tokens[:] = np.where(np.asarray(steps.status) == 0, chosen, steps.tokens)
+    assert steps.finish().num_new.tolist() == [16, 8]
+    cache.check_integrity()
+
+
+def test_cached_prefixes_make_way():
+    cache = make_cache(num_tokens=64, growth="fixed8", block_sizes=[8])
+    cache.close(prefill(cache, [list(range(48))]))
+    assert cache.stats().cached == 48
+    ids = prefill(cache, [[1] * 8])
+    steps = DeviceSteps(cache, 1, 32)
+    steps.load(ids, [1], 32)
+    for _ in range(32):
+        run(steps.begin(), np.asarray(steps.tokens))
+    assert steps.finish().num_new.tolist() == [32]
+    cache.check_integrity()
+
+
+def test_many_rows_are_grown_in_turn():
+    num = 1100  # a CTA has 1024 threads
+    cache = make_cache(num_tokens=num * 16, max_seqs=num, growth="fixed8", block_sizes=[8], num_layers=LAYERS)
+    ids, _ = cache.open([[]] * num)
+    steps = DeviceSteps(cache, num, 2)
+    steps.load(ids, np.arange(num), 2)
+    run(steps.begin(), np.asarray(steps.tokens))
+    granted = steps._there["grants"][0, :, 1]
+    assert (steps._there["grants"][0, :, 0] == 1).all()
+    assert len(np.unique(granted)) == num
+    assert granted[1024] == steps._of_groups[0][1][0, 1024]  # rows take what the supply lists, in their order
+    turn = steps.finish()
+    assert turn.history[:, 0].tolist() == list(range(num))
+    cache.check_integrity()
+
+
+@pytest.mark.parametrize("how", ["abort", "drop"])
+def test_turns_that_are_given_up_lose_nothing(how):
+    cache = make_cache(num_tokens=1024)
+    ids = prefill(cache, [[1] * 20, [2] * 64])
+    before = cache.stats()
+    steps = DeviceSteps(cache, 2, 16)
+    steps.load(ids, [1, 2])
+    run(steps.begin(), np.asarray(steps.tokens))
+    assert cache.stats().callers > 0
+    if how == "abort":
+        steps.abort()
+    else:
+        del steps
+        gc.collect()
+    after = cache.stats()
+    assert (after.free, after.used, after.callers) == (before.free, before.used, 0)
+    cache.check_integrity()
+    assert cache.lengths(ids).tolist() == [20, 64]
+    prefill(cache, [[3], [4]], ids)  # the rows are open
+
+
+def test_a_turn_that_breaks_off_in_the_allocator_loses_nothing(monkeypatch):
+    cache = make_cache(num_tokens=1024, growth="fixed8", block_sizes=[8])
+    ids = prefill(cache, [[1] * 8])
+    steps = DeviceSteps(cache, 1, 16)
+    allocator = cache._group.blocks.allocator
+    monkeypatch.setattr(type(allocator), "allocate", lambda *_, **__: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        steps.load(ids, [1])
+    monkeypatch.undo()
+    cache.repair()
+    cache.check_integrity()
+    assert cache.stats().callers == 0
+    steps.load(ids, [1])
+    steps.abort()
+
+
+def test_bad_input_is_refused():
+    cache = make_cache(num_tokens=512)
+    ids = prefill(cache, [[1] * 8, [2] * 8])
+    steps = DeviceSteps(cache, 2, 8)
+    for arguments, error in (
+        ((ids, [1]), ArgumentError),
+        ((ids, [1.0, 2.0]), ArgumentError),
+        ((ids, [1, 2], 0), ArgumentError),
+        ((ids, [1, 2], 9), ArgumentError),
+        ((ids, [1, 2], True), ArgumentError),
+        (([*ids, ids[0] + 1], [1, 2, 3]), ArgumentError),
+        (([ids[0], ids[0]], [1, 2]), SequenceError),
+        (([123456789, ids[0]], [1, 2]), SequenceError),
+    ):
+        with pytest.raises(error):
+            steps.load(*arguments)
+    with pytest.raises(ArgumentError, match="max_lens"):
+        steps.load(ids, [1, 2], max_lens=[1])
+    for call in (steps.finish, steps.abort):
+        with pytest.raises(StepError, match="load"):
+            call()
+    steps.load(ids, [1, 2])
+    with pytest.raises(StepError, match="ended"):
+        steps.load(ids, [1, 2])
+    with pytest.raises(SequenceError):
+        cache.begin_step(ids, 1)
+    steps.begin().append(0, *keys_of(np.arange(2), 0))
+    with pytest.raises(StepError, match="layer"):
+        steps.finish()
+    run(steps.begin(), np.arange(2))
+    assert steps.finish().num_new.tolist() == [2, 2]
+    with pytest.raises(StepError, match="max_steps"):
+        DeviceSteps(cache, 2, 0)
+    with pytest.raises(UnsupportedError, match="chunks"):
+        DeviceSteps(make_cache(num_tokens=512, layer_groups=[{"layers": [0]}, {"layers": [1], "chunk": 64}]), 1)
+    with pytest.raises(CacheFullError):
+        cache.open([[]] * 10_000)
+
+
+def test_replays_beyond_the_turn_change_nothing():
+    cache = make_cache(num_tokens=512)
+    ids = prefill(cache, [[1] * 8])
+    steps = DeviceSteps(cache, 1, 4)
+    steps.load(ids, [1])
+    for _ in range(6):
+        run(steps.begin(), np.asarray(steps.tokens))
+    turn = steps.finish()
+    assert turn.num_new.tolist() == [4]
+    assert turn.status.tolist() == [5]
+    cache.check_integrity()
