@@ -17,7 +17,7 @@ import torch
 
 from examples.llama import PackedLlama
 from examples.sampling import Choice
-from examples.steps import CapturedSteps, EagerSteps
+from examples.steps import MOST_AHEAD, CapturedSteps, EagerSteps
 from kvtoolkit import CacheConfig, CacheFullError, CacheStats, KVCache
 
 
@@ -85,6 +85,7 @@ class Engine:
         max_batch: requests that run at once.
         max_step_tokens: new tokens in one step; longer prompts are computed in parts.
         captured: whether steps are captured in CUDA graphs; for caches with backend ``"cuda"``.
+        ahead: tokens of each request that captured steps decode at most before the host looks again.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class Engine:
         max_batch: int = 16,
         max_step_tokens: int = 512,
         captured: bool = False,
+        ahead: int = MOST_AHEAD,
     ) -> None:
         for name, value in (("max_batch", max_batch), ("max_step_tokens", max_step_tokens)):
             if value < 1:
@@ -103,6 +105,7 @@ class Engine:
         self.model = model
         self.cache = KVCache(config)
         self.steps = CapturedSteps(model, self.cache, max_step_tokens) if captured else EagerSteps(model)
+        self.ahead = ahead if captured else 1
         self.eos_token_id = eos_token_id
         self.max_batch = min(max_batch, config.max_seqs)
         self.max_step_tokens = max_step_tokens
@@ -203,6 +206,9 @@ class Engine:
 
     def step(self) -> None:
         """Feed every running request its next tokens."""
+        if self.ahead > 1 and self.running and all(one.num_tokens == one.num_held + 1 for one in self.running):
+            self.decode_ahead()
+            return
         chunks, budget = [], self.step_tokens
         for request in self.running:
             chunk = request.pending(max(budget, 0))
@@ -229,6 +235,28 @@ class Engine:
             self.step_tokens = min(2 * self.step_tokens, self.max_step_tokens)
         elif len(self.running) == num_running:  # if one has finished there is memory now
             self.make_room(stalled, sum(len(chunk) for _, chunk in batch))
+
+    def decode_ahead(self) -> None:
+        """Let the device decode several tokens of every running request, of which only the next one is missing."""
+        requests = self.running
+        left = [request.max_new_tokens - len(request.output) for request in requests]
+        # whoever waits may come in when the first one ends
+        num_steps = min(self.ahead, min(left) if self.waiting else max(left))
+        max_lens = [request.num_held + count for request, count in zip(requests, left, strict=True)]
+        eos = -1 if self.eos_token_id is None else self.eos_token_id
+        turn = self.steps.run_ahead(
+            [request.seq_id for request in requests], [request.output[-1] for request in requests], max_lens,
+            choice_of(requests), num_steps, eos,
+        )  # fmt: skip
+        for row, request in enumerate(requests):
+            fed = turn.history[row, : turn.num_new[row]].tolist()
+            for token in [*fed[1:], int(turn.next_tokens[row])] if fed else []:
+                self.accept(request, 1, token)
+        num_running = len(requests)
+        self.running = [request for request in requests if request.seq_id is not None]
+        self.has_stalled = bool((turn.status == 1).any())
+        if self.has_stalled and len(self.running) == num_running:
+            self.make_room(["out of blocks"], 1)
 
     def accept(self, request: Request, num_fed: int, token: int) -> None:
         """Count the tokens that were fed. If none of the request are left, ``token`` is its next one."""

@@ -1,8 +1,8 @@
-"""What a step of the example engine takes on a GPU, beside transformers: `python -m examples.measure --help`.
+"""What a token takes in the example engine on a GPU, beside transformers: `python -m examples.measure --help`.
 
-The model has the shape of SmolLM2-135M and drawn weights. A step is that of `Engine.step`: room in the cache, the
-model, sampling, and the tokens back on the host. Its figure is the mean over many steps, the best of three rounds.
-"Replay" is the graph of such a step alone.
+The model has the shape of SmolLM2-135M and drawn weights. A step gives every sequence one more token: room in the
+cache, the model, sampling, and the tokens back on the host. Its figure is the mean over many steps, the best of three
+rounds. "Ahead": the device decodes 32 tokens of each sequence before the host looks again.
 """
 
 import argparse
@@ -15,9 +15,8 @@ import transformers
 from allocators._command_line import Parser, integer
 from examples.engine import Engine, Request
 from examples.llama import PackedLlama
-from examples.steps import power_of_two
 
-_ROUNDS, _STEPS = 3, 32
+_ROUNDS, _STEPS = 3, 64
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -59,10 +58,11 @@ def kinds(model: torch.nn.Module, options: argparse.Namespace) -> dict[str, Call
     fused = PackedLlama(model, fused=True)
     found: dict[str, Callable[[int], float]] = {
         "engine, eager": lambda batch: ours(PackedLlama(model), batch, options, captured=False),
-        "engine, captured": lambda batch: ours(PackedLlama(model), batch, options, captured=True),
-        "engine, captured and fused": lambda batch: ours(fused, batch, options, captured=True),
-        "... its replay": lambda batch: ours(fused, batch, options, captured=True, replay=True),
-        "engine, captured and fused, drawn (top_p 0.9)": lambda batch: ours(fused, batch, options, 0.8, captured=True),
+        "captured": lambda batch: ours(PackedLlama(model), batch, options, ahead=1),
+        "captured, fused": lambda batch: ours(fused, batch, options, ahead=1),
+        "captured, fused, ahead": lambda batch: ours(fused, batch, options),
+        "captured, fused, ahead, drawn": lambda batch: ours(fused, batch, options, 0.8),
+        "captured, fused, ahead, drawn, top_p 0.9": lambda batch: ours(fused, batch, options, 0.8, 0.9),
     }
     if options.peers:
         found["transformers, dynamic cache"] = lambda batch: peer(model, batch, options, None)
@@ -71,32 +71,36 @@ def kinds(model: torch.nn.Module, options: argparse.Namespace) -> dict[str, Call
 
 
 def ours(
-    model: PackedLlama, batch: int, options: argparse.Namespace, temperature: float = 0.0, *, captured: bool,
-    replay: bool = False,
+    model: PackedLlama, batch: int, options: argparse.Namespace, temperature: float = 0.0, top_p: float = 1.0, *,
+    captured: bool = True, ahead: int = 32,
 ) -> float:  # fmt: skip
-    """Milliseconds of a decode step of the engine, or of the replay in it."""
-    length = options.context + 8 + _ROUNDS * _STEPS
+    """Milliseconds of a decode step of the engine."""
+    length = options.context + 34 + _ROUNDS * _STEPS
     size = {"num_tokens": batch * (-(-length // 64) + 1) * 64, "max_seqs": batch, "max_seq_len": length + 8}
-    engine = Engine(model, model.cache_config(**size), max_batch=batch, max_step_tokens=2048, captured=captured)
+    engine = Engine(
+        model, model.cache_config(**size), max_batch=batch, max_step_tokens=2048, captured=captured, ahead=ahead
+    )
     for i in range(batch):
         prompt = [(7 * i + 3 * k) % 49152 for k in range(options.context)]
-        engine.add(Request(prompt, length - options.context, temperature, i, 0.9 if temperature else 1.0))
+        engine.add(Request(prompt, length - options.context, temperature, i, top_p))
+
+    def decode(count: int) -> None:
+        """Give every sequence so many tokens, or a few more."""
+        wanted = engine.num_decoded + batch * count
+        while engine.num_decoded < wanted:
+            engine.step()
+
     while engine.waiting or any(not request.output for request in engine.running):
         engine.admit()
         engine.step()
-    for _ in range(4):
-        engine.step()
-    run = engine.step
-    if replay:  # over the tables of the last step
-        run = engine.steps.shapes[power_of_two(batch), 0, "greedy"].graph.replay
+    decode(1)  # everything is captured now
     best = float("inf")
     for _ in range(_ROUNDS):
         torch.cuda.synchronize()
-        begin = time.perf_counter()
-        for _ in range(_STEPS - 4):
-            run()
+        before, begin = engine.num_decoded, time.perf_counter()
+        decode(_STEPS)
         torch.cuda.synchronize()
-        best = min(best, (time.perf_counter() - begin) / (_STEPS - 4) * 1e3)
+        best = min(best, (time.perf_counter() - begin) / (engine.num_decoded - before) * batch * 1e3)
     return best
 
 

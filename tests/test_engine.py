@@ -345,19 +345,58 @@ def test_16_bit_tokens_are_right_in_a_quarter_of_the_memory(half, options):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("fused", [False, True])
-def test_captured_steps_give_the_likeliest_tokens(model, fused):
+@pytest.mark.parametrize(("fused", "ahead"), [(False, 1), (False, 5), (True, 32)])
+def test_captured_steps_give_the_likeliest_tokens(model, fused, ahead):
     """Prompts in parts beside decode, in a quarter of the memory; every step is a graph."""
     on_device = copy.deepcopy(model).half().to("cuda")
     packed = PackedLlama(on_device, fused=fused)
-    engine = Engine(packed, packed.cache_config(num_tokens=704), max_batch=8, max_step_tokens=128, captured=True)
+    limits = {"max_batch": 8, "max_step_tokens": 128, "captured": True, "ahead": ahead}
+    engine = Engine(packed, packed.cache_config(num_tokens=704), **limits)
     wanted = requests()
     for request in wanted:
         engine.add(request)
     engine.run()
     assert_likeliest(on_device, [request.output for request in wanted])
-    assert {most == 0 for _, most, _ in engine.steps.shapes} == {True, False}
+    assert {most == 0 for _, most, _ in engine.steps.shapes} == ({True, False} if ahead == 1 else {False})
+    assert bool(engine.steps.loops) == (ahead > 1)
     assert engine.cache.stats().num_preempted
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("allocator", ["buddy", "lockfree"])
+def test_tokens_decoded_ahead_are_those_of_steps_of_the_host(model, temperature, allocator):
+    packed = PackedLlama(copy.deepcopy(model).half().to("cuda"))
+    outputs = []
+    for ahead in (1, 32):
+        config = packed.cache_config(num_tokens=4096, allocator=allocator, max_seqs=4)
+        engine = Engine(packed, config, max_batch=4, captured=True, ahead=ahead)
+        wanted = [Request(list(range(i, i + 30)), 70, temperature, i, 0.9) for i in range(4)]
+        for request in wanted:
+            engine.add(request)
+        engine.run()
+        engine.cache.check_integrity()
+        outputs.append([request.output for request in wanted])
+    assert outputs[0] == outputs[1]
+
+
+@pytest.mark.gpu
+def test_requests_end_on_the_device_at_their_last_token(model):
+    packed = PackedLlama(copy.deepcopy(model).half().to("cuda"))
+    outputs = []
+    for eos in (None, -2):
+        if eos is not None:  # a token that came up amid the first run
+            eos = outputs[0][0][7]
+        engine = Engine(packed, packed.cache_config(num_tokens=4096), eos_token_id=eos, max_batch=4, captured=True)
+        wanted = [Request(list(range(i, i + 30)), 20 + i, 0.0, i) for i in range(4)]
+        for request in wanted:
+            engine.add(request)
+        engine.run()
+        outputs.append([request.output for request in wanted])
+    assert [len(output) for output in outputs[0]] == [20, 21, 22, 23]
+    for whole, ended in zip(*outputs, strict=True):
+        end = whole.index(eos) + 1 if eos in whole else len(whole)
+        assert ended == whole[:end]
 
 
 @pytest.mark.gpu

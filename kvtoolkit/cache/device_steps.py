@@ -40,7 +40,7 @@ class DeviceTurn(NamedTuple):
 
 
 class DeviceSteps:
-    """Decode steps without the host: a captured graph gives each sequence its next slot, and blocks where it needs some.
+    """Decode steps without the host: a captured graph gives each sequence a slot, and blocks where it needs some.
 
         steps = DeviceSteps(cache, batch=8, max_steps=32)
         with torch.cuda.graph(graph):                         # after one eager run on another stream
@@ -54,12 +54,12 @@ class DeviceSteps:
             graph.replay()                                    # the host copies nothing and waits for nothing
         turn = steps.finish()                                 # the sequences have their tokens
 
-    `load` takes blocks ahead, as many as the growth policy will ask for if no sequence ends early. In each replay a kernel
-    looks at every row: a row that is finished, or at its ``max_lens``, gets no token; any other gets the next slot, and a
-    block if it has no room left. Blocks go to rows in their order, so equal states grow equally on every GPU. A row for
-    which no block is left stalls. It gives zeros and keeps what it holds, and asks again in the next replay; after a turn
-    in which the host finds memory it goes on. `finish` reads what happened, gives the sequences their blocks and tokens,
-    and frees what was not taken.
+    `load` takes blocks ahead, as many as the growth policy will ask for if no sequence ends early. In each replay a
+    kernel looks at every row. A row that is finished, or at its ``max_lens``, gets no token. Any other gets the next
+    slot, and a block if it has no room left. Blocks go to rows in their order, so equal states grow equally on every
+    GPU. A row for which no block is left stalls: it gives zeros and keeps what it holds, and asks again in the next
+    replay. After a turn in which the host finds memory it goes on. `finish` reads what happened, gives the sequences
+    their blocks and tokens, and frees what was not taken.
 
     What only the host does waits for its turn: freeing what windows do not see, moving tiles to colder tiers, merging
     blocks and publishing prefixes. So these are behind by up to ``num_steps`` tokens of each sequence.
@@ -77,13 +77,13 @@ class DeviceSteps:
         finished: ``[batch]`` bool: the graph sets it where a sequence has ended. Padding rows have.
         status: ``[batch]`` int32, made by `begin`: 0 = the row has a new token. Results of other rows mean nothing.
 
-    The four are tensors if torch has been imported, else CuPy arrays. Between `load` and `finish` the sequences are in a
-    step, and so refused by all other calls. Memory that was taken ahead counts as ``callers`` in `KVCache.stats`. If
+    The four are tensors if torch has been imported, else CuPy arrays. Between `load` and `finish` the sequences are in
+    a step, and so refused by all other calls. Memory that was taken ahead counts as ``callers`` in `KVCache.stats`. If
     nothing refers to the object any more, its turn is aborted. Not thread-safe; use one stream for `load`, replays and
     `finish`.
 
     Raises:
-        UnsupportedError: the cache is not on a GPU, has chunks, more than four groups of layers, or ``demote = "mass"``.
+        UnsupportedError: the cache is not on a GPU, has chunks or more than four groups of layers, or demotes by mass.
         StepError: a number is below 1.
 
     Source: prefix sums over rows in place of a free list, see ``cuda_src/cache/grow.cu``.
@@ -101,7 +101,9 @@ class DeviceSteps:
                 f"cache: expected up to {MAX_GROUPS} groups of layers, none with chunks, got {len(groups)}"
             )
         if any(group.collects_mass for group in groups):
-            raise UnsupportedError("cache: expected tiles demoted by age, because graphs collect no masses, got by mass")
+            raise UnsupportedError(
+                "cache: expected tiles demoted by age, because graphs collect no masses, got by mass"
+            )
         self._graph_step = GraphStep(cache, batch, max_seq_len=max_seq_len, shared_reads=shared_reads)
         self._cache, self._batch, self.max_steps = cache, batch, max_steps
         self._calls: Calls = cache._calls
@@ -137,12 +139,10 @@ class DeviceSteps:
         self._pinned = np.frombuffer(cupy.cuda.alloc_pinned_memory(end), np.uint8, end)
         self._lengths, self._max_lens = cupy.zeros((2, batch), np.int32)
         self._positions = cupy.zeros(batch, np.int64)
-        self._of_groups = [
-            (
-                cupy.zeros((batch, 4), np.int32), cupy.zeros((4, supply.most), np.int32), cupy.zeros(5, np.int32),
-            )
+        self._of_groups = [  # tails of rows, the supply's lists, how many blocks they have
+            (cupy.zeros((batch, 4), np.int32), cupy.zeros((4, supply.most), np.int32), cupy.zeros(5, np.int32))
             for supply in self._supplies
-        ]  # fmt: skip
+        ]
         arrays = (self._there["tokens"], self._positions, self._there["finished"], self._there["status"])
         self.tokens, self.positions, self.finished, self.status = map(_as_tensor, arrays)
 
@@ -156,8 +156,8 @@ class DeviceSteps:
         Args:
             seq_ids: ``[n]`` open sequences, at most ``batch``, in the order of the rows.
             tokens: ``[n]`` integers: the next token of each, which the first replay appends.
-            num_steps: replays until the next turn, for which blocks are taken; default ``max_steps``. In later ones rows
-                that need a block stall.
+            num_steps: replays until the next turn, for which blocks are taken; default ``max_steps``. In later ones
+                rows that need a block stall.
             max_lens: ``[n]`` tokens at which each sequence ends; default and upper bound: ``max_seq_len``.
 
         Raises:
@@ -243,20 +243,15 @@ class DeviceSteps:
             self._positions, there["history"],
         )  # fmt: skip
         groups = []
-        for i, (fixed, supply, own) in enumerate(
-            zip(self._graph_step._fixed, self._supplies, self._of_groups, strict=True)
-        ):
-            tables, blocks = fixed.tables, cache._state.groups[i].blocks
+        for i, fixed in enumerate(self._graph_step._fixed):
+            tables, blocks, supply = fixed.tables, cache._state.groups[i].blocks, self._supplies[i]
             arrays = (
-                tables.block_table, tables.block_starts, tables.seq_lens, tables.slot_mapping, *own,
+                tables.block_table, tables.block_starts, tables.seq_lens, tables.slot_mapping, *self._of_groups[i],
                 there["taken"][i], there["grants"][i],
             )  # fmt: skip
-            groups.append(
-                GrowingGroup(
-                    *(array.data.ptr for array in arrays), tables.block_table.shape[1], blocks.num_hot, blocks.policy,
-                    blocks.offered.tolist(), supply.most,
-                )  # fmt: skip
-            )
+            places = [array.data.ptr for array in arrays]
+            width, offered = tables.block_table.shape[1], blocks.offered.tolist()
+            groups.append(GrowingGroup(places, width, blocks.num_hot, blocks.policy, offered, supply.most))
         rows = GrowingRows(*(array.data.ptr for array in shared))
         return make_growth(rows, groups, self._batch, self.max_steps, self._most_grants, cache._arenas.device)
 
@@ -322,7 +317,7 @@ class DeviceSteps:
             address, size = self._pinned.ctypes.data, self._pinned.nbytes
             runtime.memcpyAsync(address, self._memory.data.ptr, size, runtime.memcpyDeviceToHost, stream.ptr)
             stream.synchronize()
-        found = {}
+        found: dict[str, NDArray[Any]] = {}
         for name, (shape, dtype) in self._back.items():
             nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
             place = self._places[name]
@@ -347,8 +342,9 @@ class DeviceSteps:
 
 def _release_later(calls: Calls, supplies: list[Supply]) -> None:
     """Let the next call free what a lost turn has taken."""
-    if any(len(supply.starts) for supply in supplies):
-        calls.do_later(lambda: [supply.release() for supply in supplies])
+    for supply in supplies:
+        if len(supply.starts):
+            calls.do_later(supply.release)
 
 
 def _padded(array: NDArray[Any], length: int) -> NDArray[Any]:

@@ -1,4 +1,4 @@
-"""The launch that begins a step on the device: lengths, blocks from a supply, entries and slots, for all rows at once."""
+"""The launch that begins a step on the device: lengths, blocks from a supply, entries and slots of all rows."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -32,17 +32,10 @@ class GrowingRows(NamedTuple):
 
 
 class GrowingGroup(NamedTuple):
-    """Addresses of what a group of layers has, and how it grows; see ``GrowParams``."""
+    """What a group of layers has, and how it grows; see ``GrowParams``."""
 
-    block_table: int
-    block_starts: int
-    seq_lens: int
-    slot_mapping: int
-    tails: int
-    supply: int
-    held: int
-    taken: int
-    grants: int
+    addresses: Sequence[int]
+    """From ``block_table`` to ``grants``."""
     width: int
     """Entries of a row."""
     num_granules: int
@@ -76,7 +69,5 @@ def make_growth(
 def _fields(group: GrowingGroup) -> list[Any]:
     """The values of a group, in the order of ``GrowParams``."""
     policy = group.policy
-    return [
-        *group[: GrowingGroup._fields.index("policy")], policy.rule, policy.tail, policy.largest, sum(group.offered),
-        group.most_supply,
-    ]  # fmt: skip
+    sizes = (policy.rule, policy.tail, policy.largest, sum(group.offered), group.most_supply)
+    return [*group.addresses, group.width, group.num_granules, *sizes]

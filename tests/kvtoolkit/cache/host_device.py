@@ -1,4 +1,4 @@
-"""A device made of host memory: what `DeviceSteps` and `GraphStep` use of CuPy, and a cache that they take for one on it.
+"""A device made of host memory: what `DeviceSteps` and `GraphStep` use of CuPy, and a cache that seems to be there.
 
 Kernels of ``cuda_src`` run on the host, see `tests.kvtoolkit.cuda.host_kernels`; attention is that of the CPU.
 """
