@@ -311,4 +311,4 @@ def of_model(
         yield from (FIND_SHARED, PLAN_SHARED, GATHER)
     kernel = prefill(head_dim, dtype, smem_limit, has_rules=False)
     yield from (kernel, plan_prompts(kernel.keys))
-    yield from (plan(1), EXPAND, append(16), MOVE, CHECK, merge_states(dtype))
+    yield from (plan(1), EXPAND, append(16), MOVE, CHECK, GROW, merge_states(dtype))

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from kvtoolkit.cuda import copy
+from kvtoolkit.cuda import copy, grow
 from kvtoolkit.runtime.compiler import read_source
 from kvtoolkit.runtime.sources import source_folder
 from kvtoolkit.runtime.structs import ParameterStruct
@@ -22,7 +22,7 @@ KERNELS = [
 def test_every_kernel_takes_a_struct_that_can_be_read():
     kernels = sum(path.read_text().count('extern "C" __global__') for path in source_folder().rglob("*.cu"))
     assert len(KERNELS) == kernels >= 20
-    assert len({ParameterStruct(*kernel).name for kernel in KERNELS}) == 21
+    assert len({ParameterStruct(*kernel).name for kernel in KERNELS}) == 23
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -37,7 +37,7 @@ def test_sizes_and_offsets_are_those_of_a_compiler(tmp_path):
             continue
         for name in names:
             structs.setdefault(name, re.search(rf"struct (?:alignas\(\d+\) )?{name}\b.*?\n}};", text, re.DOTALL)[0])
-        for name, number in re.findall(r"constexpr int (kMaxMoves) = (\d+);", text):
+        for name, number in re.findall(r"constexpr int (kMaxMoves|kMaxGroups) = (\d+);", text):
             structs[read.name] = structs[read.name].replace(name, number)
             constants[read.name] = int(number)
         checks.append(f"static_assert(sizeof({read.name}) == {read.nbytes});")
@@ -46,7 +46,8 @@ def test_sizes_and_offsets_are_those_of_a_compiler(tmp_path):
             checks.append(f"static_assert(__builtin_offsetof({of}) == {field.offset});")
             size = {"q": 8, "Q": 8, "i": 4, "I": 4, "f": 4}[field.code] * (field.length or 1)
             checks.append(f"static_assert(sizeof({read.name}::{field.name}) == {size});")
-    assert constants == {"MoveParams": copy.MAX_MOVES, "ConvertParams": copy.MAX_CONVERSIONS}
+    most = {"MoveParams": copy.MAX_MOVES, "ConvertParams": copy.MAX_CONVERSIONS, "GrowParams": grow.MAX_GROUPS}
+    assert constants == most
     head = "struct int2 { int x, y; }; struct alignas(16) int4 { int x, y, z, w; }; struct uint4 {};\n"
     head += "using Word = unsigned long long;\n"
     program = tmp_path / "structs.cpp"

@@ -1,0 +1,161 @@
+"""What it costs to grow the sequences of a batch: on the device in a captured step, and on the host.
+
+On the device: nodes of a graph, one after the other, in us. "Few" is a step in which no row needs a block, "all" one in
+which every row does. The ring is one thread that does the same without policies, sizes, limits or checks. On the host:
+`begin_step`, the copy of the tables and `end_step`, by allocator; "rebuilt" also makes and copies the whole tables in
+every step. The host's turn is `DeviceSteps.load` and `finish`, without what the device does between them.
+"""
+
+import argparse
+import time
+from typing import Any
+
+import numpy as np
+
+from allocators._command_line import integer
+from kvtoolkit.bench.timing import device_line, event_times, require_device
+from kvtoolkit.cache.device_steps import DeviceSteps
+from kvtoolkit.cache.graph import GraphStep
+from kvtoolkit.cache.kv_cache import KVCache
+from kvtoolkit.commands.json_file import add_json, write_json
+from kvtoolkit.config.cache import CacheConfig
+from kvtoolkit.cuda.launching import Launch
+from kvtoolkit.runtime import load
+from kvtoolkit.runtime.structs import ParameterStruct
+
+_NODES = 48  # of a graph; a multiple of 8
+_CONTEXT = 1024
+_params = ParameterStruct("bench/ring.cu", "kvt_ring")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``kvtoolkit bench device``."""
+    parser.add_argument("--batch", type=integer(1), nargs="+", default=[64, 256, 1024, 4096], help="sequences")
+    parser.add_argument("--repeats", type=integer(1), default=20)
+    add_json(parser)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Measure and print."""
+    require_device("device")
+    print(device_line())
+    print(f"\n{'us of a node':<12}{'few':>9}{'all':>9}{'ring, few':>12}{'ring, all':>12}{'turn of the host':>20}")
+    rows = []
+    for batch in options.batch:
+        few, turn = _growth(batch, "fixed64", options.repeats)
+        mixed, _ = _growth(batch, "fixed8", options.repeats)
+        ring_few, ring_all = _ring(batch, options.repeats)
+        row = {"batch": batch, "few": few, "all": 8 * mixed - 7 * few, "ring_few": ring_few, "ring_all": ring_all}
+        rows.append(row | {"turn": turn})
+        print(f"{batch:<12}{few:>9.2f}{row['all']:>9.2f}{ring_few:>12.2f}{ring_all:>12.2f}{turn:>20.0f}", flush=True)
+    print(f"\n{'us of a step of the host, 256 sequences':<42}{'few':>9}{'64 rows':>9}{'rebuilt':>9}")
+    steps = {}
+    for name in ("buddy", "lockfree"):
+        steps[name] = _steps(name)
+        print(f"{name:<42}" + "".join(f"{us:>9.0f}" for us in steps[name]), flush=True)
+    write_json(options.json, {"rows": rows, "steps": steps})
+    return 0
+
+
+def _growth(batch: int, growth: str, repeats: int) -> tuple[float, float]:
+    """``(us of a node, us of the host's turn)``."""
+    import torch
+
+    cache = KVCache(
+        CacheConfig(
+            num_layers=1, num_kv_heads=1, head_dim=16, num_tokens=batch * (_CONTEXT + 192), max_seqs=batch,
+            max_seq_len=_CONTEXT + 128, growth=growth, backend="cuda",
+        )
+    )  # fmt: skip
+    seq_ids, _ = cache.open([[]] * batch)
+    with cache.begin_step(seq_ids, _CONTEXT) as step:
+        cache.end_step(step)
+    steps = DeviceSteps(cache, batch, 64)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        steps.begin()
+    torch.cuda.synchronize()
+    first, graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(first, stream=stream):
+        steps.begin()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(_NODES):
+            steps.begin()
+    times, turns, tokens = [], [], np.zeros(batch, np.int64)
+    for _ in range(repeats + 2):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        steps.load(seq_ids, tokens)
+        loaded = time.perf_counter()
+        first.replay()  # every row gets a block
+        torch.cuda.synchronize()
+        times += event_times(graph.replay, 1)
+        ran = time.perf_counter()
+        steps.finish()
+        turns.append(1e6 * (time.perf_counter() - ran + loaded - begin))
+        cache.truncate(seq_ids, np.full(batch, _CONTEXT))
+    return float(np.median(times[2:])) / _NODES, float(np.median(turns[2:]))
+
+
+def _ring(batch: int, repeats: int) -> tuple[float, float]:
+    import torch
+
+    width, size = 2, max(batch, 8)
+    zeros = [torch.zeros(batch * n, dtype=torch.int32, device="cuda") for n in (1, width, width, 1)]
+    slots = torch.zeros(batch, dtype=torch.int64, device="cuda")
+    ring = torch.randperm(size, device="cuda", dtype=torch.int32)
+    head = torch.zeros(1, dtype=torch.int32, device="cuda")
+    addresses = [array.data_ptr() for array in (*zeros, slots, ring, head)]
+    launch = Launch(load("bench/ring.cu", "kvt_ring", {}, 0), (1,), 32, 0, _params.pack(*addresses, batch, width, size))
+
+    def us(length: int) -> float:
+        def step() -> None:
+            zeros[0].fill_(length)
+            torch.cuda.synchronize()
+            times.extend(event_times(lambda: launch.run(torch.cuda.current_stream().cuda_stream), 1))
+
+        times: list[float] = []
+        for _ in range(repeats + 2):
+            step()
+        return float(np.median(times[2:]))
+
+    return us(9), us(8)
+
+
+def _steps(allocator: str) -> tuple[float, float, float]:
+    """Host time of steps: where no row needs a block, where a quarter of them do, and with tables made anew."""
+    batch, num_steps = 256, 160
+    cache = KVCache(
+        CacheConfig(
+            num_layers=1, num_kv_heads=8, head_dim=128, num_tokens=batch * 512, max_seqs=batch, growth="append",
+            backend="cuda", allocator=allocator,
+        )
+    )  # fmt: skip
+    seq_ids, _ = cache.open([[]] * batch)
+    fixed, lengths = GraphStep(cache, batch, max_seq_len=512), np.arange(batch) // 64 + 1
+    times: dict[Any, list[float]] = {False: [], True: [], "rebuilt": []}
+    lists: list[list[int]] = []
+    for i, counts in enumerate([lengths, *[np.ones(batch, np.int64)] * num_steps]):
+        is_rebuilt = i > num_steps // 2
+        needs = bool(((lengths + i - 1) % 8 == 0).any())
+        begin = time.perf_counter()
+        with cache.begin_step(seq_ids, counts) as step:
+            if is_rebuilt:
+                _rebuild(lists, step.block_table.shape[1])
+            if i > 0:
+                fixed.load(step)
+            cache.end_step(step)
+        spent = 1e6 * (time.perf_counter() - begin)
+        lists = [row[row >= 0].tolist() for row in step.block_table]
+        if i > num_steps // 4 and not (is_rebuilt and needs):
+            times["rebuilt" if is_rebuilt else needs].append(spent)
+    few, some, rebuilt = (float(np.median(times[kind])) for kind in (False, True, "rebuilt"))
+    return few, some, rebuilt
+
+
+def _rebuild(lists: list[list[int]], width: int) -> None:
+    """Make the tables of a step from lists of blocks, as engines do that keep a list for each request."""
+    for _ in range(2):  # entries, and where they begin
+        made = np.full((len(lists), width), -1, np.int32)
+        for row, values in enumerate(lists):
+            made[row, : len(values)] = values
