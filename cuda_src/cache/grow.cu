@@ -6,15 +6,17 @@
 // is left, and if there is none, the row stalls: it gets no token in this step, keeps all that it holds, and asks again in
 // the next one. With several groups of layers a row needs room in all of them; what it got in some stays with it as room.
 //
-// Launch:   one CTA of up to 1024 threads, a multiple of 32, a row to each; further rows in turn. Any architecture.
+// Launch:   one CTA of up to 1024 threads, a multiple of 32, with up to KVT_EACH (1, 2 or 4) neighbouring rows each; further
+//           rows in turn. Any architecture.
 // Source:   the policies of kvtoolkit/config/growth.py, which `tail_size` and `split` repeat.
-#include <kvt/base/cta.cuh>
+#include <kvt/base/warp.cuh>
 #include <kvt/entry.cuh>
 #include <kvt/ptx/cluster.cuh>
 
 namespace kvt {
 
 constexpr int kMaxGroups = 4;  // of layers
+constexpr int kMostEach = KVT_EACH;  // rows of a thread
 constexpr int kNumSizes = 4;   // of blocks: 1, 2, 4 and 8 granules
 
 // as in kvtoolkit/cache/state/step_passes.py, and two more
@@ -120,20 +122,38 @@ __device__ __forceinline__ long long slot_of(const GrowParams& p, int group, int
   return static_cast<long long>(entry.granule() - starts[e]) * kGranule + token;
 }
 
-// What a row wants of a group's supply. The policy looks at how much is free, and rows make that less one after the other;
-// where it matters, one thread chooses for all.
-__device__ __forceinline__ Want choose(const GrowParams& p, int group, int length, bool is_waiting) {
-  __shared__ unsigned char chosen[1024];
-  const int free = p.held[group][kNumSizes] - p.taken[group][kNumSizes];
-  const int least_free = free - kMaxBlockGranules * static_cast<int>(blockDim.x);
-  if (p.rule[group] != kByFreeMemory || tail_size(p, group, 0, free) == tail_size(p, group, 0, least_free)) {
-    return split(p, group, tail_size(p, group, length, free));
+// The rows of a thread, one after the other in the batch.
+struct Rows {
+  int first, count;
+  int length[kMostEach], status[kMostEach];
+  RowTail tail[kMostEach];  // of one group
+  Want want[kMostEach];
+  bool is_waiting[kMostEach];  // for blocks
+};
+
+// A group's supply as the CTA knows it: `gone` and `held` have the blocks of each size, then granules.
+struct Supply {
+  int gone[kNumSizes + 1], held[kNumSizes + 1], ends[kNumSizes];
+};
+
+// Let the policy choose. It looks at how much is free, and rows make that less one after the other; where it matters, one
+// thread chooses for all.
+__device__ __forceinline__ void choose(const GrowParams& p, int group, const Supply& supply, int begin, Rows& rows) {
+  __shared__ unsigned char chosen[1024 * kMostEach];
+  const int free = supply.held[kNumSizes] - supply.gone[kNumSizes];
+  const int least_free = free - kMaxBlockGranules * kMostEach * static_cast<int>(blockDim.x);
+  const bool matters =
+      p.rule[group] == kByFreeMemory && tail_size(p, group, 0, free) != tail_size(p, group, 0, least_free);
+#pragma unroll
+  for (int i = 0; i < kMostEach; ++i) {
+    rows.want[i] = split(p, group, tail_size(p, group, rows.length[i] + 1, free));
+    if (matters && i < rows.count) chosen[rows.first - begin + i] = rows.is_waiting[i];
   }
-  chosen[threadIdx.x] = is_waiting;
+  if (!matters) return;
   __syncthreads();
   if (threadIdx.x == 0) {
     int left = free;
-    for (int i = 0; i < static_cast<int>(blockDim.x); ++i) {
+    for (int i = 0; i < min(p.batch - begin, kMostEach * static_cast<int>(blockDim.x)); ++i) {
       if (!chosen[i]) continue;
       const Want want = split(p, group, tail_size(p, group, 0, left));
       chosen[i] = want.size | want.count << 4;
@@ -141,7 +161,12 @@ __device__ __forceinline__ Want choose(const GrowParams& p, int group, int lengt
     }
   }
   __syncthreads();
-  return {chosen[threadIdx.x] & 15, chosen[threadIdx.x] >> 4};
+#pragma unroll
+  for (int i = 0; i < kMostEach; ++i) {
+    if (i >= rows.count) continue;
+    const int code = chosen[rows.first - begin + i];
+    rows.want[i] = {code & 15, code >> 4};
+  }
 }
 
 // Attach blocks of the supply, from place `begin` of its list on, to a row. Does nothing if the row has too few entries.
@@ -160,94 +185,157 @@ __device__ __forceinline__ bool take(const GrowParams& p, int group, int row, Wa
   return true;
 }
 
-// Give blocks to the threads whose rows wait for some; returns the status of the own row.
-__device__ __forceinline__ int give(
-    const GrowParams& p, int group, int row, int length, bool is_waiting, RowTail& tail, int* warp_sums) {
-  __shared__ int ends[kNumSizes];  // how much of each list is gone then
-  int* const taken = p.taken[group];
-  const int* const held = p.held[group];
-  int status = kOk;
-  Want want = choose(p, group, length + 1, is_waiting);
+// The sum of `value` over the threads before this one; `total` becomes that over all. It has four sums of 16 bits in it.
+__device__ __forceinline__ unsigned long long sum_before(
+    unsigned long long value, unsigned long long* warp_sums, unsigned long long& total) {
+  const int lane = lane_id();
+  unsigned long long up_to_here = value;
+#pragma unroll
+  for (int d = 1; d < 32; d <<= 1) {
+    const unsigned long long below = __shfl_up_sync(kAllLanes, up_to_here, d);
+    if (lane >= d) up_to_here += below;
+  }
+  if (lane == 31) warp_sums[threadIdx.x >> 5] = up_to_here;
+  __syncthreads();
+  unsigned long long before = up_to_here - value;
+  total = 0;
+  for (int warp = 0; warp < static_cast<int>(blockDim.x >> 5); ++warp) {
+    if (warp == static_cast<int>(threadIdx.x >> 5)) before += total;
+    total += warp_sums[warp];
+  }
+  return before;
+}
+
+// Give blocks to the rows that wait for some. One that gets none has a status that says why.
+__device__ __forceinline__ void give(const GrowParams& p, int group, Supply& supply, int begin, Rows& rows) {
+  __shared__ unsigned long long warp_sums[32];
+  choose(p, group, supply, begin, rows);
   while (true) {
-    if (threadIdx.x < kNumSizes) ends[threadIdx.x] = taken[threadIdx.x];
-    int begin = 0;
+    unsigned long long own = 0;
+#pragma unroll
+    for (int i = 0; i < kMostEach; ++i) {
+      if (rows.is_waiting[i]) own += static_cast<unsigned long long>(rows.want[i].count) << 16 * rows.want[i].size;
+    }
+    if (threadIdx.x < kNumSizes) supply.ends[threadIdx.x] = supply.gone[threadIdx.x];
+    unsigned long long total;
+    unsigned long long before = sum_before(own, warp_sums, total);
+    bool is_short = false;
 #pragma unroll
     for (int size = 0; size < kNumSizes; ++size) {
-      int total;
-      const bool is_mine = is_waiting && want.size == size;
-      const int before = sum_before(is_mine ? want.count : 0, warp_sums, total);
-      if (is_mine) begin = taken[size] + before;
+      is_short = is_short || supply.gone[size] + static_cast<int>(total >> 16 * size & 0xFFFF) > supply.held[size];
     }
-    if (is_waiting && begin + want.count <= held[want.size]) {
-      is_waiting = false;
-      if (take(p, group, row, want, begin, tail)) {
-        atomicMax(&ends[want.size], begin + want.count);
-      } else {
-        status = kRowFull;  // what it was to get is left out, and is the host's again at its next turn
+    bool goes_on = false;
+#pragma unroll
+    for (int i = 0; i < kMostEach; ++i) {
+      if (!rows.is_waiting[i]) continue;
+      const Want want = rows.want[i];
+      const int at = supply.gone[want.size] + static_cast<int>(before >> 16 * want.size & 0xFFFF);
+      before += static_cast<unsigned long long>(want.count) << 16 * want.size;
+      if (at + want.count > supply.held[want.size]) {
+        goes_on = true;
+        continue;
       }
+      rows.is_waiting[i] = false;
+      // what a row without entries was to get is left out, and is the host's again at its next turn
+      if (!take(p, group, rows.first + i, want, at, rows.tail[i])) rows.status[i] = kRowFull;
+      if (is_short) atomicMax(&supply.ends[want.size], at + want.count);
+    }
+    const bool is_left = __syncthreads_or(goes_on);
+    if (threadIdx.x == 0) {
+#pragma unroll
+      for (int size = 0; size < kNumSizes; ++size) {
+        const int gone = supply.gone[size];
+        const int end = is_short ? supply.ends[size] : gone + static_cast<int>(total >> 16 * size & 0xFFFF);
+        supply.gone[kNumSizes] += end - gone << size;
+        p.taken[group][size] = supply.gone[size] = end;
+      }
+      p.taken[group][kNumSizes] = supply.gone[kNumSizes];
     }
     __syncthreads();
-    if (threadIdx.x < kNumSizes) {
-      const int gone = ends[threadIdx.x] - taken[threadIdx.x] << threadIdx.x;
-      taken[threadIdx.x] = ends[threadIdx.x];
-      atomicAdd(&taken[kNumSizes], gone);
-    }
-    if (!__syncthreads_or(is_waiting)) return status;
+    if (!is_left) return;
     int smallest = 0;  // size of which some are left
-    while (smallest < kNumSizes && taken[smallest] == held[smallest]) ++smallest;
-    if (smallest == kNumSizes) return is_waiting ? kOutOfBlocks : status;
-    want = {smallest, 1};
-    __syncthreads();
+    while (smallest < kNumSizes && supply.gone[smallest] == supply.held[smallest]) ++smallest;
+#pragma unroll
+    for (int i = 0; i < kMostEach; ++i) {
+      if (!rows.is_waiting[i]) continue;
+      rows.want[i] = {smallest, 1};
+      if (smallest == kNumSizes) rows.status[i] = kOutOfBlocks;
+    }
+    if (smallest == kNumSizes) return;
   }
 }
 
-// One row, whose thread takes part in all barriers even where there is none.
-__device__ __forceinline__ void grow_row(const GrowParams& p, int row, bool is_row, int* warp_sums) {
-  int length = 0, num_new = 0, status = kFinished;
-  if (is_row) {
-    length = p.lengths[row];
-    num_new = p.num_new[row];
-    if (!p.finished[row]) {
-      status = length >= p.max_lens[row] ? kAtMaxLen : num_new == p.max_steps ? kOutOfSteps : kOk;
-    }
+// The rows of a thread, from row `begin` of the CTA's on; threads without rows take part in all barriers.
+__device__ __forceinline__ void grow_rows(const GrowParams& p, int begin, Rows& rows) {
+  __shared__ Supply supply;
+  int num_new[kMostEach];
+#pragma unroll
+  for (int i = 0; i < kMostEach; ++i) {
+    rows.status[i] = kFinished;
+    rows.length[i] = num_new[i] = 0;
+    if (i >= rows.count) continue;
+    const int row = rows.first + i;
+    rows.length[i] = p.lengths[row];
+    num_new[i] = p.num_new[row];
+    rows.status[i] = p.finished[row]                     ? kFinished
+                     : rows.length[i] >= p.max_lens[row] ? kAtMaxLen
+                     : num_new[i] == p.max_steps         ? kOutOfSteps
+                                                         : kOk;
   }
   for (int group = 0; group < p.num_groups; ++group) {
-    RowTail tail{0, 0, 0, 0};
-    if (status == kOk) {
-      const int4 read = p.tails[group][row];
-      tail = {read.x, read.y, read.z, read.w};
+    if (threadIdx.x <= kNumSizes) {
+      supply.gone[threadIdx.x] = p.taken[group][threadIdx.x];
+      supply.held[threadIdx.x] = p.held[group][threadIdx.x];
     }
-    const bool is_waiting = status == kOk && length == tail.capacity * kGranule;
-    if (__syncthreads_or(is_waiting)) {
-      const int given = give(p, group, row, length, is_waiting, tail, warp_sums);
-      if (is_waiting) status = given;
+    bool waits = false;
+#pragma unroll
+    for (int i = 0; i < kMostEach; ++i) {
+      rows.is_waiting[i] = false;
+      if (i >= rows.count) continue;
+      const int4 tail = p.tails[group][rows.first + i];
+      rows.tail[i] = {tail.x, tail.y, tail.z, tail.w};
+      rows.is_waiting[i] = rows.status[i] == kOk && rows.length[i] == tail.x * kGranule;
+      waits = waits || rows.is_waiting[i];
     }
-    if (status != kOk) continue;
-    p.seq_lens[group][row] = length + 1;
-    p.slot_mapping[group][row] = slot_of(p, group, row, length, tail);
+    if (__syncthreads_or(waits)) give(p, group, supply, begin, rows);
+#pragma unroll
+    for (int i = 0; i < kMostEach; ++i) {
+      if (i >= rows.count || rows.status[i] != kOk) continue;
+      const int row = rows.first + i;
+      p.seq_lens[group][row] = rows.length[i] + 1;
+      p.slot_mapping[group][row] = slot_of(p, group, row, rows.length[i], rows.tail[i]);
+    }
   }
-  if (!is_row) return;
-  p.status[row] = status;
-  p.positions[row] = status == kOk ? length : 0;
-  if (status == kOk) {
-    p.lengths[row] = length + 1;
-    p.num_new[row] = num_new + 1;
-    p.history[static_cast<long long>(row) * p.max_steps + num_new] = p.tokens[row];
-    return;
-  }
-  for (int group = 0; group < p.num_groups; ++group) {
-    p.seq_lens[group][row] = 0;
-    p.slot_mapping[group][row] = -1;
+#pragma unroll
+  for (int i = 0; i < kMostEach; ++i) {
+    if (i >= rows.count) continue;
+    const int row = rows.first + i;
+    const bool is_ok = rows.status[i] == kOk;
+    p.status[row] = rows.status[i];
+    p.positions[row] = is_ok ? rows.length[i] : 0;
+    if (is_ok) {
+      p.lengths[row] = rows.length[i] + 1;
+      p.num_new[row] = num_new[i] + 1;
+      p.history[static_cast<long long>(row) * p.max_steps + num_new[i]] = p.tokens[row];
+      continue;
+    }
+    for (int group = 0; group < p.num_groups; ++group) {
+      p.seq_lens[group][row] = 0;
+      p.slot_mapping[group][row] = -1;
+    }
   }
 }
 
 extern "C" __global__ void __launch_bounds__(1024) kvt_grow(const __grid_constant__ GrowParams p) {
-  __shared__ int warp_sums[32];
-  if (threadIdx.x < 32) warp_sums[threadIdx.x] = 0;  // there may be fewer warps
   ptx::wait_for_dependencies();
-  for (int first = 0; first < p.batch; first += blockDim.x) {
-    const int row = first + static_cast<int>(threadIdx.x);
-    grow_row(p, row, row < p.batch, warp_sums);
+  const int threads = static_cast<int>(blockDim.x);
+  const int each = min(kMostEach, (p.batch + threads - 1) / threads);
+  for (int begin = 0; begin < p.batch; begin += threads * each) {
+    Rows rows;
+    rows.first = begin + static_cast<int>(threadIdx.x) * each;
+    rows.count = max(0, min(each, p.batch - rows.first));
+    grow_rows(p, begin, rows);
+    __syncthreads();  // before the next rows look at the supply
   }
 }
 

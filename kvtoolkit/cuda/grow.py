@@ -63,7 +63,7 @@ def make_growth(
     by_group = [value for column in columns for value in (*column, *[0] * (MAX_GROUPS - len(groups)))]
     parameters = _params.pack(*rows, *by_group, batch, len(groups), max_steps, most_grants)
     threads = min(_MOST_THREADS, -(-batch // 32) * 32)
-    return Launch(load_spec(specs.GROW, device), (1,), threads, 0, parameters)
+    return Launch(load_spec(specs.grow(batch), device), (1,), threads, 0, parameters)
 
 
 def _fields(group: GrowingGroup) -> list[Any]:

@@ -264,7 +264,11 @@ EXPAND = Spec("attention/expand.cu", "kvt_expand", (), 256)
 UNITS = Spec("attention/units.cu", "kvt_units", (), 256)
 MOVE = Spec("cache/move.cu", "kvt_move", (), 256)
 CHECK = Spec("cache/check.cu", "kvt_check", (), 256)
-GROW = Spec("cache/grow.cu", "kvt_grow", (), 1024)
+
+
+def grow(batch: int) -> Spec:
+    """The kernel that begins a step of ``batch`` rows on the device."""
+    return Spec("cache/grow.cu", "kvt_grow", (("KVT_EACH", 1 if batch <= 1024 else 4),), 1024)
 
 
 def merge_states(dtype: str) -> Spec:
@@ -311,4 +315,4 @@ def of_model(
         yield from (FIND_SHARED, PLAN_SHARED, GATHER)
     kernel = prefill(head_dim, dtype, smem_limit, has_rules=False)
     yield from (kernel, plan_prompts(kernel.keys))
-    yield from (plan(1), EXPAND, append(16), MOVE, CHECK, GROW, merge_states(dtype))
+    yield from (plan(1), EXPAND, append(16), MOVE, CHECK, grow(1), merge_states(dtype))
