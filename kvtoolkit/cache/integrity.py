@@ -223,7 +223,7 @@ def _check_rows(table: BlockTable, granules: GranuleState, ends: Int32Array, see
             if tier > 0:
                 quantized_end = expected
         for e in range(count, table.entries.shape[1]):
-            if table.entries[row, e] != -1:
+            if table.entries[row, e] != -1 or table.starts[row, e] != -1:
                 return 7, row
         if table.info[row, CAPACITY] != expected:
             return 8, row

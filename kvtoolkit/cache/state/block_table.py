@@ -30,7 +30,6 @@ from kvtoolkit.cache.state.prefix_index import (
     decref,
     incref,
     tier_of,
-    unpublish,
 )
 from kvtoolkit.formats.entry import entry_granule, entry_length, entry_tier, pack_entry
 
@@ -59,9 +58,9 @@ class BlockTable(NamedTuple):
     info: Int64Array
     """``[max_seqs, 8]``, columns above. STAMP changes whenever the entries do."""
     entries: Int32Array
-    """``[max_seqs, max_entries]``"""
+    """``[max_seqs, max_entries]``, -1 beyond the last one."""
     starts: Int32Array
-    """``[max_seqs, max_entries]`` first logical granule of each entry."""
+    """``[max_seqs, max_entries]`` first logical granule of each entry; -1 beyond the last one."""
     marks: Int64Array
     """``[max_seqs, 2]``, columns above: the last call that named the row, by which an id given twice is found; the step
     or lease that holds the row while STATE is IN_STEP or PINNED. Every call has a mark of its own."""
@@ -354,38 +353,6 @@ def shrink(table: BlockTable, row: int, keep: int, holdings: Holdings, num_freed
         touch(table, row)
     else:
         touch_private(table, row)
-    return num_freed
-
-
-@jit
-def drop_past(table: BlockTable, row: int, first: int, keeps: bool, holdings: Holdings, num_freed: int) -> Any:
-    """Let go of a row's granules before ``first``, where the row may end; returns the new length of ``freed``.
-
-    Those that can be found stay findable if ``keeps``, as when the row is closed; otherwise they are freed, too, unless
-    other rows hold them.
-    """
-    granules = holdings.granules
-    count, gone = table.info[row, NUM_ENTRIES], 0
-    while gone < count and table.starts[row, gone] < first:
-        entry, start = table.entries[row, gone], table.starts[row, gone]
-        length = entry_length(entry)
-        passed = min(first - start, length)
-        for i in range(passed):
-            granule = entry_granule(entry) + i
-            num_freed = decref(holdings, granule, num_freed)
-            if not keeps and granules.refs[granule] == 0 and granules.node[granule] >= 0:
-                num_freed = unpublish(holdings, granules.node[granule], num_freed)
-        if passed < length:
-            table.entries[row, gone] = pack_entry(entry_granule(entry) + passed, length - passed, entry_tier(entry))
-            table.starts[row, gone] = first
-            break
-        gone += 1
-    for e in range(count - gone):
-        table.entries[row, e], table.starts[row, e] = table.entries[row, e + gone], table.starts[row, e + gone]
-    for e in range(count - gone, count):
-        table.entries[row, e] = table.starts[row, e] = -1
-    table.info[row, NUM_ENTRIES] = count - gone
-    touch(table, row)
     return num_freed
 
 

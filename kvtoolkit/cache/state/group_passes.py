@@ -14,12 +14,12 @@ from kvtoolkit.cache.state.block_table import (
     OPEN,
     STATE,
     BlockTable,
-    drop_past,
     entry_that_holds,
     first_held,
     shrink,
+    touch,
 )
-from kvtoolkit.cache.state.prefix_index import CLOCK, GranuleState, Holdings, Nodes
+from kvtoolkit.cache.state.prefix_index import CLOCK, GranuleState, Holdings, Nodes, decref, unpublish
 from kvtoolkit.cache.state.step_passes import OK, StepArrays, copy_row, first_seen, holds, stall
 from kvtoolkit.formats.entry import entry_granule, entry_length, entry_tier, pack_entry
 
@@ -31,7 +31,8 @@ def free_past(
 ) -> Any:  # fmt: skip
     """Let the rows of a step that get new tokens go of what no later query sees, and bring their tables up to date.
 
-    ``keeps`` is that of `drop_past`.
+    Rows may end before what a later query sees. Granules that can be found stay findable if ``keeps``, as when a row is
+    closed; otherwise they are freed, too, unless other rows hold them.
 
     Returns:
         ``(num_freed, num_merge)``: the granules in ``freed``, and how many rows of ``step.work[1]`` still hold the 64
@@ -40,14 +41,33 @@ def free_past(
     holdings = Holdings(nodes, granules, freed)
     num_freed, num_kept = 0, 0
     nodes.counts[CLOCK] += 1  # what earlier steps have let go of is older
-    for b in range(batch):
+    for b in range(batch):  # in one loop, because a call for each row would hand over all these arrays by value
         row = step.rows[b]
-        if step.counts[b] > 0:
-            first = first_seen(table.info[row, LENGTH], span)
-            if first > first_held(table, row):
-                num_freed = drop_past(table, row, first, keeps, holdings, num_freed)
-                if table.info[row, NUM_ENTRIES] <= step.table.shape[1]:
-                    copy_row(table, step, b, row)
+        first = first_seen(table.info[row, LENGTH], span)
+        if step.counts[b] == 0 or first <= first_held(table, row):
+            continue
+        count, gone = table.info[row, NUM_ENTRIES], 0
+        while gone < count and table.starts[row, gone] < first:
+            entry, start = table.entries[row, gone], table.starts[row, gone]
+            length = entry_length(entry)
+            passed = min(first - start, length)
+            for granule in range(entry_granule(entry), entry_granule(entry) + passed):
+                num_freed = decref(holdings, granule, num_freed)
+                if not keeps and granules.refs[granule] == 0 and granules.node[granule] >= 0:
+                    num_freed = unpublish(holdings, granules.node[granule], num_freed)
+            if passed < length:
+                table.entries[row, gone] = pack_entry(entry_granule(entry) + passed, length - passed, entry_tier(entry))
+                table.starts[row, gone] = first
+                break
+            gone += 1
+        for e in range(count - gone):
+            table.entries[row, e], table.starts[row, e] = table.entries[row, e + gone], table.starts[row, e + gone]
+        for e in range(count - gone, count):
+            table.entries[row, e] = table.starts[row, e] = -1
+        table.info[row, NUM_ENTRIES] = count - gone
+        touch(table, row)
+        if count - gone <= step.table.shape[1]:
+            copy_row(table, step, b, row)
     for k in range(num_merge):
         row = step.rows[step.work[1, k]]
         if mergeable(table, row, table.info[row, LENGTH] >> 3) >= 0:

@@ -268,14 +268,11 @@ def widest(table: BlockTable, step: StepArrays, batch: int) -> Any:
 
 @jit
 def copy_row(table: AnyTable, step: StepArrays, b: int, row: int) -> None:
-    """Copy a row's entries into row ``b`` of the step."""
+    """Copy a row's entries into row ``b`` of the step; beyond them both have -1."""
     count = table.info[row, NUM_ENTRIES]
-    for e in range(count):
+    for e in range(max(count, step.filled[b])):
         step.table[b, e] = table.entries[row, e]
         step.starts[b, e] = table.starts[row, e]
-    for e in range(count, step.filled[b]):
-        step.table[b, e] = -1
-        step.starts[b, e] = -1
     step.filled[b] = count
     step.stamps[b] = table.info[row, STAMP]
 
