@@ -51,18 +51,18 @@ class GroupSteps:
     def __init__(self, group: CacheGroup, arenas: Arenas, granter: BlockGranter, arrays: SpareArrays) -> None:
         self.group, self.arenas, self.granter, self.arrays = group, arenas, granter, arrays
         self.table, self.blocks, self.span = group.table, group.blocks, group.layers.span
-        self.rows = RowTable.of(group.table)
+        self.plain_table = tuple(RowTable.of(group.table))
+        self.plain_holdings = tuple(self.blocks.nodes), tuple(self.blocks.granules), self.blocks.freed
         tiers = group.config.tier_config
         self.demoter = None if tiers is None else Demoter(group, tiers)
         self.merges, self.keeps = group.blocks.policy.merges, group.config.keep_prefix_windows
 
     def free_past(self, arrays: StepArrays, batch: int, num_merge: int) -> int:
         """Free what no later query sees; returns how many rows still hold a tile that may be merged."""
-        blocks = self.blocks
         num_freed, num_merge = group_passes.free_past(
-            self.table, blocks.nodes, blocks.granules, blocks.freed, arrays, batch, self.span, self.keeps, num_merge
+            self.plain_table, tuple(arrays), *self.plain_holdings, batch, self.span, self.keeps, num_merge
         )
-        blocks.free_listed(num_freed)
+        self.blocks.free_listed(num_freed)
         return num_merge
 
     def cut_chunks(self, arrays: StepArrays, batch: int) -> ChunkTables:
@@ -111,12 +111,12 @@ def begin(
         if parts:
             lead = parts[0].arrays
             num_need, num_merge, width, mark, num_past = step_passes.begin_too(
-                steps.rows, arrays, lead.rows, lead.counts, batch, limit, steps.merges, steps.span
+                steps.plain_table, tuple(arrays), lead.rows, lead.counts, batch, limit, steps.merges, steps.span
             )
         else:
             arrays.counts[:batch] = counts
-            code, where, num_need, num_merge, width, mark, num_past = step_passes.begin(
-                steps.rows, arrays, ids, limit, steps.merges, steps.span
+            code, where, num_need, num_merge, width, mark, num_past = step_passes.begin_first(
+                steps.plain_table, tuple(arrays), ids, limit, steps.merges, steps.span
             )
             if code:
                 steps.arrays.give_back(arrays, batch, total)

@@ -299,6 +299,8 @@ class Step:
 
     def _note_masses(self) -> None:
         """Note the attention masses that this step has collected, in each group."""
+        if self._calls is None:  # no layer has been called
+            return
         period = 1 if self._cache._arenas.device < 0 else DEVICE_PERIOD
         if self._parts is None:
             collected = [(self._cache._group.table, self._arrays, self._mass)]

@@ -193,7 +193,7 @@ def _append_run(table: BlockTable, row: int, count: int, capacity: int, start: i
 
 
 @jit
-def touch(table: BlockTable, row: int) -> None:
+def touch(table: AnyTable, row: int) -> None:
     """Give a row whose entries have changed a new stamp, update its tail, and advance the version.
 
     While the version stays, the same rows have the same beginnings in common; `kvtoolkit.cache.state.shared_reads`
@@ -204,7 +204,7 @@ def touch(table: BlockTable, row: int) -> None:
 
 
 @jit
-def touch_private(table: BlockTable, row: int) -> None:
+def touch_private(table: AnyTable, row: int) -> None:
     """`touch` where only granules were added, moved or let go that no other row holds: the version stays."""
     table.clock[LAST_STAMP] += 1
     table.info[row, STAMP] = table.clock[LAST_STAMP]

@@ -14,6 +14,7 @@ from kvtoolkit.cache.state.block_table import (
     OPEN,
     STATE,
     BlockTable,
+    RowTable,
     entry_that_holds,
     first_held,
     shrink,
@@ -26,18 +27,24 @@ from kvtoolkit.formats.entry import entry_granule, entry_length, entry_tier, pac
 
 @jit
 def free_past(
-    table: BlockTable, nodes: Nodes, granules: GranuleState, freed: Int32Array, step: StepArrays, batch: int, span: int,
-    keeps: bool, num_merge: int,
+    plain_table: tuple[Any, ...], plain_step: tuple[Any, ...], plain_nodes: tuple[Any, ...],
+    plain_granules: tuple[Any, ...], freed: Int32Array, batch: int, span: int, keeps: bool, num_merge: int,
 ) -> Any:  # fmt: skip
     """Let the rows of a step that get new tokens go of what no later query sees, and bring their tables up to date.
 
     Rows may end before what a later query sees. Granules that can be found stay findable if ``keeps``, as when a row is
     closed; otherwise they are freed, too, unless other rows hold them.
 
+    Args:
+        plain_table, plain_step, plain_nodes, plain_granules: a `RowTable`, `StepArrays`, `Nodes` and `GranuleState` as
+            plain tuples, see `step_passes.begin_first`.
+
     Returns:
         ``(num_freed, num_merge)``: the granules in ``freed``, and how many rows of ``step.work[1]`` still hold the 64
         tokens that may be merged; they come first there.
     """
+    table, step = RowTable(*plain_table), StepArrays(*plain_step)
+    nodes, granules = Nodes(*plain_nodes), GranuleState(*plain_granules)
     holdings = Holdings(nodes, granules, freed)
     num_freed, num_kept = 0, 0
     nodes.counts[CLOCK] += 1  # what earlier steps have let go of is older

@@ -34,6 +34,7 @@ from kvtoolkit.cache.state.block_table import (
     TAIL_FIRST,
     AnyTable,
     BlockTable,
+    RowTable,
     attach,
     find_entry,
     first_held,
@@ -110,18 +111,32 @@ def begin(table: AnyTable, step: StepArrays, ids: Int64Array, max_len: int, merg
 
 
 @jit
+def begin_first(
+    plain_table: tuple[Any, ...], plain_step: tuple[Any, ...], ids: Int64Array, max_len: int, merges: bool, span: int
+) -> Any:
+    """`begin` in the first of several groups, or in one with a window.
+
+    ``plain_table`` and ``plain_step`` are a `RowTable` and `StepArrays` as plain tuples: when compiled code is called,
+    finding the type of a tuple with names takes twice as long as for one without.
+    """
+    return begin(RowTable(*plain_table), StepArrays(*plain_step), ids, max_len, merges, span)
+
+
+@jit
 def begin_too(
-    table: AnyTable, step: StepArrays, rows: Int32Array, counts: Int32Array, batch: int, max_len: int, merges: bool,
-    span: int,
+    plain_table: tuple[Any, ...], plain_step: tuple[Any, ...], rows: Int32Array, counts: Int32Array, batch: int,
+    max_len: int, merges: bool, span: int,
 ) -> Any:  # fmt: skip
     """`begin` in a further group, whose rows are those of the first one: their ids and counts are known to be right.
 
     Args:
+        plain_table, plain_step: as for `begin_first`.
         rows, counts: of the first group's arrays.
 
     Returns:
         ``(num_need, num_merge, width, mark, num_past)`` as `begin`.
     """
+    table, step = RowTable(*plain_table), StepArrays(*plain_step)
     table.clock[LAST_MARK] += 1
     for b in range(batch):
         step.rows[b], step.counts[b] = rows[b], counts[b]
