@@ -26,11 +26,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--peers", action="store_true", help="transformers, too: dynamic cache, and static with compile"
     )
+    parser.add_argument("--only", nargs="+", help="what has one of these in its name")
     options = parser.parse_args(arguments)
     model = make_model()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, transformers {transformers.__version__}")
     print(f"{'ms a step, context ' + str(options.context):<44}" + "".join(f"{f'batch {n}':>12}" for n in options.batch))
     for name, measure in kinds(model, options).items():
+        if options.only and not any(part in name for part in options.only):
+            continue
         times = []
         for batch in options.batch:
             try:
