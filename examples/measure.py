@@ -78,7 +78,8 @@ def ours(
     captured: bool = True, ahead: int = 32,
 ) -> float:  # fmt: skip
     """Milliseconds of a decode step of the engine."""
-    length = options.context + 34 + _ROUNDS * _STEPS
+    # the first sequences decode while the last prompts are fed
+    length = options.context + _ROUNDS * _STEPS + 64 + batch * options.context // 2048
     size = {"num_tokens": batch * (-(-length // 64) + 1) * 64, "max_seqs": batch, "max_seq_len": length + 8}
     engine = Engine(
         model, model.cache_config(**size), max_batch=batch, max_step_tokens=2048, captured=captured, ahead=ahead
@@ -90,7 +91,7 @@ def ours(
     def decode(count: int) -> None:
         """Give every sequence so many tokens, or a few more."""
         wanted = engine.num_decoded + batch * count
-        while engine.num_decoded < wanted:
+        while engine.running and engine.num_decoded < wanted:
             engine.step()
 
     while engine.waiting or any(not request.output for request in engine.running):

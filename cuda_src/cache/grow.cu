@@ -6,8 +6,8 @@
 // is left, and if there is none, the row stalls: it gets no token in this step, keeps all that it holds, and asks again in
 // the next one. With several groups of layers a row needs room in all of them; what it got in some stays with it as room.
 //
-// Launch:   one CTA of up to 1024 threads, a multiple of 32, with up to KVT_EACH (1, 2 or 4) neighbouring rows each; further
-//           rows in turn. Any architecture.
+// Launch:   one CTA of up to KVT_THREADS threads, a multiple of 32, with KVT_EACH rows each; further rows in turn. Any
+//           architecture. Macros: these two; their product is at most 4096.
 // Source:   the policies of kvtoolkit/config/growth.py, which `tail_size` and `split` repeat.
 #include <kvt/base/warp.cuh>
 #include <kvt/entry.cuh>
@@ -15,9 +15,9 @@
 
 namespace kvt {
 
-constexpr int kMaxGroups = 4;  // of layers
-constexpr int kMostEach = KVT_EACH;  // rows of a thread
-constexpr int kNumSizes = 4;   // of blocks: 1, 2, 4 and 8 granules
+constexpr int kMaxGroups = 4;    // of layers
+constexpr int kEach = KVT_EACH;  // rows of a thread
+constexpr int kNumSizes = 4;     // of blocks: 1, 2, 4 and 8 granules
 
 // as in kvtoolkit/cache/state/step_passes.py, and two more
 constexpr int kOk = 0;
@@ -45,7 +45,7 @@ struct GrowParams {
   int* num_new;                   // [batch] tokens that the row has got since the host's last turn
   int* status;                    // [batch]
   long long* positions;           // [batch] of the new tokens
-  long long* history;             // [batch, max_steps] the tokens that rows have got
+  long long* history;             // [max_steps, batch] the tokens that rows have got
   // of each group of layers
   int* block_table[kMaxGroups];         // [batch, width] entries
   int* block_starts[kMaxGroups];        // [batch, width]
@@ -55,7 +55,7 @@ struct GrowParams {
   const int* supply[kMaxGroups];        // [kNumSizes, most_supply] first granules
   const int* held[kMaxGroups];  // [kNumSizes] blocks in the supply, then granules that were free at the host's turn
   int* taken[kMaxGroups];       // [kNumSizes] blocks of it that are gone, then granules of these
-  int* grants[kMaxGroups];      // [batch, most_grants + 1] number of blocks of a row; first granule | size << 24
+  int* grants[kMaxGroups];      // [most_grants + 1, batch] number of blocks of a row; first granule | size << 24
   int width[kMaxGroups], num_granules[kMaxGroups];
   int rule[kMaxGroups], tail[kMaxGroups], largest[kMaxGroups];
   int offered[kMaxGroups];  // bit i: blocks of 2^i granules
@@ -88,29 +88,24 @@ __device__ __forceinline__ Want split(const GrowParams& p, int group, int granul
   return {size, granules >> size};
 }
 
-// Append a block to a row. The row has an entry left, or the block continues the last one.
-__device__ __forceinline__ bool attach(
+// Append a block to a row, as a new entry or as part of the last one. The row has an entry left.
+__device__ __forceinline__ void attach(
     const GrowParams& p, int group, int row, int start, int granules, RowTail& tail) {
-  int* const entries = p.block_table[group] + static_cast<long long>(row) * p.width[group];
-  int* const starts = p.block_starts[group] + static_cast<long long>(row) * p.width[group];
-  if (tail.num_entries > 0) {
-    const Entry last{entries[tail.num_entries - 1]};
-    const int length = last.num_granules();
-    // an entry stays inside one superblock of 8 granules
-    if (last.granule() + length == start && last.granule() >> 3 == (start + granules - 1) >> 3) {
-      entries[tail.num_entries - 1] = Entry::pack(last.granule(), length + granules, last.tier()).bits;
-      tail.capacity += granules;
-      return true;
-    }
+  const long long at = static_cast<long long>(row) * p.width[group] + tail.num_entries;
+  const int first = tail.first / kGranule;
+  const int granule = tail.base / kGranule + first;  // of the last entry
+  const int length = tail.capacity - first;
+  // an entry stays inside one superblock of 8 granules; with an empty row nothing joins
+  if (tail.num_entries > 0 && granule + length == start && granule >> 3 == (start + granules - 1) >> 3) {
+    p.block_table[group][at - 1] = Entry::pack(granule, length + granules, Tier::kHot).bits;
+  } else {
+    p.block_table[group][at] = Entry::pack(start, granules, Tier::kHot).bits;
+    p.block_starts[group][at] = tail.capacity;
+    tail.first = tail.capacity * kGranule;
+    tail.base = (start - tail.capacity) * kGranule;
+    ++tail.num_entries;
   }
-  if (tail.num_entries == p.width[group]) return false;
-  entries[tail.num_entries] = Entry::pack(start, granules, Tier::kHot).bits;
-  starts[tail.num_entries] = tail.capacity;
-  tail.first = tail.capacity * kGranule;
-  tail.base = (start - tail.capacity) * kGranule;
   tail.capacity += granules;
-  ++tail.num_entries;
-  return true;
 }
 
 // The slot of a row's token. The row has room for it, usually in its last entry.
@@ -122,141 +117,159 @@ __device__ __forceinline__ long long slot_of(const GrowParams& p, int group, int
   return static_cast<long long>(entry.granule() - starts[e]) * kGranule + token;
 }
 
-// The rows of a thread, one after the other in the batch.
-struct Rows {
-  int first, count;
-  int length[kMostEach], status[kMostEach];
-  RowTail tail[kMostEach];  // of one group
-  Want want[kMostEach];
-  bool is_waiting[kMostEach];  // for blocks
+// What the threads of the CTA share. A thread has kEach rows, blockDim.x apart.
+struct Shared {
+  int gone[kNumSizes + 1], held[kNumSizes + 1];  // of a group's supply: blocks of each size, then granules
+  int ends[kNumSizes];
+  unsigned long long sums[kEach][33];  // of each warp's rows; then of all rows before these, the last one of all rows
+  unsigned char chosen[kEach * KVT_THREADS];
 };
 
-// A group's supply as the CTA knows it: `gone` and `held` have the blocks of each size, then granules.
-struct Supply {
-  int gone[kNumSizes + 1], held[kNumSizes + 1], ends[kNumSizes];
+// The rows of a thread.
+struct Rows {
+  int row[kEach], length[kEach], status[kEach];
+  Want want[kEach];
+  bool is_waiting[kEach];  // for blocks
 };
 
 // Let the policy choose. It looks at how much is free, and rows make that less one after the other; where it matters, one
 // thread chooses for all.
-__device__ __forceinline__ void choose(const GrowParams& p, int group, const Supply& supply, int begin, Rows& rows) {
-  __shared__ unsigned char chosen[1024 * kMostEach];
-  const int free = supply.held[kNumSizes] - supply.gone[kNumSizes];
-  const int least_free = free - kMaxBlockGranules * kMostEach * static_cast<int>(blockDim.x);
+__device__ __forceinline__ void choose(const GrowParams& p, int group, int begin, Shared& shared, Rows& rows) {
+  const int free = shared.held[kNumSizes] - shared.gone[kNumSizes];
+  const int least_free = free - kMaxBlockGranules * kEach * static_cast<int>(blockDim.x);
   const bool matters =
       p.rule[group] == kByFreeMemory && tail_size(p, group, 0, free) != tail_size(p, group, 0, least_free);
 #pragma unroll
-  for (int i = 0; i < kMostEach; ++i) {
+  for (int i = 0; i < kEach; ++i) {
     rows.want[i] = split(p, group, tail_size(p, group, rows.length[i] + 1, free));
-    if (matters && i < rows.count) chosen[rows.first - begin + i] = rows.is_waiting[i];
+    if (matters) shared.chosen[rows.row[i] - begin] = rows.is_waiting[i];
   }
   if (!matters) return;
   __syncthreads();
   if (threadIdx.x == 0) {
     int left = free;
-    for (int i = 0; i < min(p.batch - begin, kMostEach * static_cast<int>(blockDim.x)); ++i) {
-      if (!chosen[i]) continue;
+    for (int i = 0; i < kEach * static_cast<int>(blockDim.x); ++i) {
+      if (!shared.chosen[i]) continue;
       const Want want = split(p, group, tail_size(p, group, 0, left));
-      chosen[i] = want.size | want.count << 4;
+      shared.chosen[i] = want.size | want.count << 4;
       left -= want.count << want.size;
     }
   }
   __syncthreads();
 #pragma unroll
-  for (int i = 0; i < kMostEach; ++i) {
-    if (i >= rows.count) continue;
-    const int code = chosen[rows.first - begin + i];
+  for (int i = 0; i < kEach; ++i) {
+    const int code = shared.chosen[rows.row[i] - begin];
     rows.want[i] = {code & 15, code >> 4};
   }
 }
 
 // Attach blocks of the supply, from place `begin` of its list on, to a row. Does nothing if the row has too few entries.
-__device__ __forceinline__ bool take(const GrowParams& p, int group, int row, Want want, int begin, RowTail& tail) {
-  int* const grants = p.grants[group] + static_cast<long long>(row) * (p.most_grants + 1);
+__device__ __forceinline__ bool take(const GrowParams& p, int group, int row, Want want, int begin) {
+  int* const grants = p.grants[group] + row;
   const int* const supply = p.supply[group] + static_cast<long long>(want.size) * p.most_supply[group];
   const int granted = grants[0];
+  const int4 read = p.tails[group][row];
+  RowTail tail{read.x, read.y, read.z, read.w};
   if (granted + want.count > p.most_grants || tail.num_entries + want.count > p.width[group]) return false;
   for (int k = 0; k < want.count; ++k) {
     const int start = supply[begin + k];
     attach(p, group, row, start, 1 << want.size, tail);
-    grants[1 + granted + k] = start | want.size << 24;
+    grants[static_cast<long long>(1 + granted + k) * p.batch] = start | want.size << 24;
   }
   grants[0] = granted + want.count;
   p.tails[group][row] = {tail.capacity, tail.num_entries, tail.first, tail.base};
   return true;
 }
 
-// The sum of `value` over the threads before this one; `total` becomes that over all. It has four sums of 16 bits in it.
-__device__ __forceinline__ unsigned long long sum_before(
-    unsigned long long value, unsigned long long* warp_sums, unsigned long long& total) {
+// Replace `values` of the rows of a thread by the sums over all rows before; returns the sum over all. Each value has four
+// numbers of 16 bits.
+__device__ __forceinline__ unsigned long long sum_before(unsigned long long (&values)[kEach], Shared& shared) {
   const int lane = lane_id();
-  unsigned long long up_to_here = value;
+  const int warp = threadIdx.x >> 5;
+  const auto sum_up = [lane](unsigned long long sum) {
 #pragma unroll
-  for (int d = 1; d < 32; d <<= 1) {
-    const unsigned long long below = __shfl_up_sync(kAllLanes, up_to_here, d);
-    if (lane >= d) up_to_here += below;
+    for (int d = 1; d < 32; d <<= 1) {
+      const unsigned long long below = __shfl_up_sync(kAllLanes, sum, d);
+      if (lane >= d) sum += below;
+    }
+    return sum;
+  };
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const unsigned long long sum = sum_up(values[i]);
+    if (lane == 31) shared.sums[i][warp] = sum;
+    values[i] = sum - values[i];
   }
-  if (lane == 31) warp_sums[threadIdx.x >> 5] = up_to_here;
   __syncthreads();
-  unsigned long long before = up_to_here - value;
-  total = 0;
-  for (int warp = 0; warp < static_cast<int>(blockDim.x >> 5); ++warp) {
-    if (warp == static_cast<int>(threadIdx.x >> 5)) before += total;
-    total += warp_sums[warp];
+  if (warp == 0) {
+    unsigned long long before = 0;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const unsigned long long own = lane < static_cast<int>(blockDim.x >> 5) ? shared.sums[i][lane] : 0;
+      const unsigned long long sum = sum_up(own);
+      shared.sums[i][lane] = before + sum - own;
+      before += __shfl_sync(kAllLanes, sum, 31);
+    }
+    if (lane == 0) shared.sums[0][32] = before;
   }
-  return before;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) values[i] += shared.sums[i][warp];
+  return shared.sums[0][32];
+}
+
+__device__ __forceinline__ int of_size(unsigned long long sums, int size) {
+  return static_cast<int>(sums >> 16 * size & 0xFFFF);
 }
 
 // Give blocks to the rows that wait for some. One that gets none has a status that says why.
-__device__ __forceinline__ void give(const GrowParams& p, int group, Supply& supply, int begin, Rows& rows) {
-  __shared__ unsigned long long warp_sums[32];
-  choose(p, group, supply, begin, rows);
+__device__ __forceinline__ void give(const GrowParams& p, int group, int begin, Shared& shared, Rows& rows) {
+  choose(p, group, begin, shared, rows);
   while (true) {
-    unsigned long long own = 0;
+    unsigned long long sums[kEach];
 #pragma unroll
-    for (int i = 0; i < kMostEach; ++i) {
-      if (rows.is_waiting[i]) own += static_cast<unsigned long long>(rows.want[i].count) << 16 * rows.want[i].size;
+    for (int i = 0; i < kEach; ++i) {
+      sums[i] = rows.is_waiting[i] ? static_cast<unsigned long long>(rows.want[i].count) << 16 * rows.want[i].size : 0;
     }
-    if (threadIdx.x < kNumSizes) supply.ends[threadIdx.x] = supply.gone[threadIdx.x];
-    unsigned long long total;
-    unsigned long long before = sum_before(own, warp_sums, total);
+    if (threadIdx.x < kNumSizes) shared.ends[threadIdx.x] = shared.gone[threadIdx.x];
+    const unsigned long long total = sum_before(sums, shared);
     bool is_short = false;
 #pragma unroll
     for (int size = 0; size < kNumSizes; ++size) {
-      is_short = is_short || supply.gone[size] + static_cast<int>(total >> 16 * size & 0xFFFF) > supply.held[size];
+      is_short = is_short || shared.gone[size] + of_size(total, size) > shared.held[size];
     }
     bool goes_on = false;
 #pragma unroll
-    for (int i = 0; i < kMostEach; ++i) {
+    for (int i = 0; i < kEach; ++i) {
       if (!rows.is_waiting[i]) continue;
       const Want want = rows.want[i];
-      const int at = supply.gone[want.size] + static_cast<int>(before >> 16 * want.size & 0xFFFF);
-      before += static_cast<unsigned long long>(want.count) << 16 * want.size;
-      if (at + want.count > supply.held[want.size]) {
+      const int at = shared.gone[want.size] + of_size(sums[i], want.size);
+      if (at + want.count > shared.held[want.size]) {
         goes_on = true;
         continue;
       }
       rows.is_waiting[i] = false;
       // what a row without entries was to get is left out, and is the host's again at its next turn
-      if (!take(p, group, rows.first + i, want, at, rows.tail[i])) rows.status[i] = kRowFull;
-      if (is_short) atomicMax(&supply.ends[want.size], at + want.count);
+      if (!take(p, group, rows.row[i], want, at)) rows.status[i] = kRowFull;
+      if (is_short) atomicMax(&shared.ends[want.size], at + want.count);
     }
     const bool is_left = __syncthreads_or(goes_on);
     if (threadIdx.x == 0) {
 #pragma unroll
       for (int size = 0; size < kNumSizes; ++size) {
-        const int gone = supply.gone[size];
-        const int end = is_short ? supply.ends[size] : gone + static_cast<int>(total >> 16 * size & 0xFFFF);
-        supply.gone[kNumSizes] += end - gone << size;
-        p.taken[group][size] = supply.gone[size] = end;
+        const int gone = shared.gone[size];
+        const int end = is_short ? shared.ends[size] : gone + of_size(total, size);
+        shared.gone[kNumSizes] += end - gone << size;
+        p.taken[group][size] = shared.gone[size] = end;
       }
-      p.taken[group][kNumSizes] = supply.gone[kNumSizes];
+      p.taken[group][kNumSizes] = shared.gone[kNumSizes];
     }
-    __syncthreads();
     if (!is_left) return;
+    __syncthreads();
     int smallest = 0;  // size of which some are left
-    while (smallest < kNumSizes && supply.gone[smallest] == supply.held[smallest]) ++smallest;
+    while (smallest < kNumSizes && shared.gone[smallest] == shared.held[smallest]) ++smallest;
 #pragma unroll
-    for (int i = 0; i < kMostEach; ++i) {
+    for (int i = 0; i < kEach; ++i) {
       if (!rows.is_waiting[i]) continue;
       rows.want[i] = {smallest, 1};
       if (smallest == kNumSizes) rows.status[i] = kOutOfBlocks;
@@ -265,58 +278,56 @@ __device__ __forceinline__ void give(const GrowParams& p, int group, Supply& sup
   }
 }
 
-// The rows of a thread, from row `begin` of the CTA's on; threads without rows take part in all barriers.
-__device__ __forceinline__ void grow_rows(const GrowParams& p, int begin, Rows& rows) {
-  __shared__ Supply supply;
-  int num_new[kMostEach];
+// The rows from `begin` on; threads without rows take part in all barriers.
+__device__ __forceinline__ void grow_rows(const GrowParams& p, int begin, Shared& shared) {
+  Rows rows;
+  int num_new[kEach];
 #pragma unroll
-  for (int i = 0; i < kMostEach; ++i) {
+  for (int i = 0; i < kEach; ++i) {
+    const int row = rows.row[i] = begin + i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
     rows.status[i] = kFinished;
     rows.length[i] = num_new[i] = 0;
-    if (i >= rows.count) continue;
-    const int row = rows.first + i;
+    if (row >= p.batch) continue;
     rows.length[i] = p.lengths[row];
     num_new[i] = p.num_new[row];
-    rows.status[i] = p.finished[row]                     ? kFinished
-                     : rows.length[i] >= p.max_lens[row] ? kAtMaxLen
-                     : num_new[i] == p.max_steps         ? kOutOfSteps
-                                                         : kOk;
+    const bool is_finished = p.finished[row];
+    const bool is_at_end = rows.length[i] >= p.max_lens[row];
+    rows.status[i] = is_finished ? kFinished : is_at_end ? kAtMaxLen : num_new[i] == p.max_steps ? kOutOfSteps : kOk;
   }
   for (int group = 0; group < p.num_groups; ++group) {
     if (threadIdx.x <= kNumSizes) {
-      supply.gone[threadIdx.x] = p.taken[group][threadIdx.x];
-      supply.held[threadIdx.x] = p.held[group][threadIdx.x];
+      shared.gone[threadIdx.x] = p.taken[group][threadIdx.x];
+      shared.held[threadIdx.x] = p.held[group][threadIdx.x];
     }
     bool waits = false;
 #pragma unroll
-    for (int i = 0; i < kMostEach; ++i) {
-      rows.is_waiting[i] = false;
-      if (i >= rows.count) continue;
-      const int4 tail = p.tails[group][rows.first + i];
-      rows.tail[i] = {tail.x, tail.y, tail.z, tail.w};
-      rows.is_waiting[i] = rows.status[i] == kOk && rows.length[i] == tail.x * kGranule;
+    for (int i = 0; i < kEach; ++i) {
+      const int capacity = rows.row[i] < p.batch ? p.tails[group][rows.row[i]].x : 0;
+      rows.is_waiting[i] = rows.status[i] == kOk && rows.length[i] == capacity * kGranule;
       waits = waits || rows.is_waiting[i];
     }
-    if (__syncthreads_or(waits)) give(p, group, supply, begin, rows);
+    if (__syncthreads_or(waits)) give(p, group, begin, shared, rows);
 #pragma unroll
-    for (int i = 0; i < kMostEach; ++i) {
-      if (i >= rows.count || rows.status[i] != kOk) continue;
-      const int row = rows.first + i;
+    for (int i = 0; i < kEach; ++i) {
+      const int row = rows.row[i];
+      if (rows.status[i] != kOk) continue;
+      const int4 tail = p.tails[group][row];
       p.seq_lens[group][row] = rows.length[i] + 1;
-      p.slot_mapping[group][row] = slot_of(p, group, row, rows.length[i], rows.tail[i]);
+      p.slot_mapping[group][row] = slot_of(p, group, row, rows.length[i], {tail.x, tail.y, tail.z, tail.w});
     }
+    __syncthreads();  // all know what is left, before the next group's supply takes its place
   }
 #pragma unroll
-  for (int i = 0; i < kMostEach; ++i) {
-    if (i >= rows.count) continue;
-    const int row = rows.first + i;
+  for (int i = 0; i < kEach; ++i) {
+    const int row = rows.row[i];
+    if (row >= p.batch) continue;
     const bool is_ok = rows.status[i] == kOk;
     p.status[row] = rows.status[i];
     p.positions[row] = is_ok ? rows.length[i] : 0;
     if (is_ok) {
       p.lengths[row] = rows.length[i] + 1;
       p.num_new[row] = num_new[i] + 1;
-      p.history[static_cast<long long>(row) * p.max_steps + num_new[i]] = p.tokens[row];
+      p.history[static_cast<long long>(num_new[i]) * p.batch + row] = p.tokens[row];
       continue;
     }
     for (int group = 0; group < p.num_groups; ++group) {
@@ -326,17 +337,10 @@ __device__ __forceinline__ void grow_rows(const GrowParams& p, int begin, Rows& 
   }
 }
 
-extern "C" __global__ void __launch_bounds__(1024) kvt_grow(const __grid_constant__ GrowParams p) {
+extern "C" __global__ void __launch_bounds__(KVT_THREADS) kvt_grow(const __grid_constant__ GrowParams p) {
+  __shared__ Shared shared;
   ptx::wait_for_dependencies();
-  const int threads = static_cast<int>(blockDim.x);
-  const int each = min(kMostEach, (p.batch + threads - 1) / threads);
-  for (int begin = 0; begin < p.batch; begin += threads * each) {
-    Rows rows;
-    rows.first = begin + static_cast<int>(threadIdx.x) * each;
-    rows.count = max(0, min(each, p.batch - rows.first));
-    grow_rows(p, begin, rows);
-    __syncthreads();  // before the next rows look at the supply
-  }
+  for (int begin = 0; begin < p.batch; begin += kEach * static_cast<int>(blockDim.x)) grow_rows(p, begin, shared);
 }
 
 }  // namespace kvt

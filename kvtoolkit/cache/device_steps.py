@@ -119,12 +119,12 @@ class DeviceSteps:
 
     def _make_arrays(self, cupy: Any) -> None:
         batch, steps, num_groups = self._batch, self.max_steps, len(self._supplies)
-        grants = (num_groups, batch, self._most_grants + 1)
+        grants = (num_groups, self._most_grants + 1, batch)
         # in one piece of memory: first what `load` clears, then what it does not; `finish` reads all of it
         self._back = {
             "num_new": ((batch,), np.int32), "status": ((batch,), np.int32), "taken": ((num_groups, 5), np.int32),
             "grants": (grants, np.int32), "finished": ((batch,), np.bool_), "tokens": ((batch,), np.int64),
-            "history": ((batch, steps), np.int64),
+            "history": ((steps, batch), np.int64),
         }  # fmt: skip
         self._places, end = {}, 0
         for name, (shape, dtype) in self._back.items():
@@ -279,7 +279,7 @@ class DeviceSteps:
             raise StepError("finish: expected a turn under way, after `load`")
         read, num_rows = self._read(), len(self._step.seq_ids)
         num_new = read["num_new"][:num_rows].copy()
-        history = read["history"][:num_rows, : num_new.max(initial=0)].copy()
+        history = read["history"][: num_new.max(initial=0), :num_rows].T.copy()
         turn = DeviceTurn(
             num_new, history, read["tokens"][:num_rows].copy(), read["finished"][:num_rows].copy(),
             read["status"][:num_rows].copy(),
@@ -287,7 +287,7 @@ class DeviceSteps:
         ids, total = self._step.seq_ids.copy(), int(num_new.sum())
         if total:
             require_all_layers(self._graph_step.layers, self._cache.config.num_layers)
-        self._settle(read["grants"][:, :num_rows], num_new)
+        self._settle(read["grants"][:, :, :num_rows], num_new)
         self._end_hold()
         if total:
             is_new = np.arange(history.shape[1]) < num_new[:, None]

@@ -88,11 +88,12 @@ class Supply:
 
         Args:
             rows: ``[batch]`` of the block table.
-            grants: ``[batch, 1 + most]`` int32, the number of blocks of a row, then their first granule | code of the
+            grants: ``[1 + most, batch]`` int32, the number of blocks of a row, then their first granule | code of the
                 size << 24.
         """
         group, blocks = self._group, self._group.blocks
-        counts, words = grants[:, 0].copy(), grants[:, 1:]
+        counts = grants[0].copy()
+        words = np.ascontiguousarray(grants[1 : 1 + counts.max(initial=0)].T)
         starts, sizes = (words & 0xFFFFFF).astype(np.int32), (1 << (words >> 24 & 3)).astype(np.int32)
         is_granted = np.arange(words.shape[1]) < counts[:, None]
         left = np.setdiff1d(self.starts, starts[is_granted])

@@ -15,7 +15,6 @@ FINISHED, OUT_OF_STEPS = 4, 5
 """Values of a row's status besides those of `kvtoolkit.cache.state.step_passes`."""
 
 _params = ParameterStruct("cache/grow.cu", "kvt_grow")
-_MOST_THREADS = 1024
 
 
 class GrowingRows(NamedTuple):
@@ -62,8 +61,9 @@ def make_growth(
     columns = list(zip(*(_fields(group) for group in groups), strict=True))
     by_group = [value for column in columns for value in (*column, *[0] * (MAX_GROUPS - len(groups)))]
     parameters = _params.pack(*rows, *by_group, batch, len(groups), max_steps, most_grants)
-    threads = min(_MOST_THREADS, -(-batch // 32) * 32)
-    return Launch(load_spec(specs.grow(batch), device), (1,), threads, 0, parameters)
+    spec = specs.grow(batch)
+    threads = min(spec.threads, -(-batch // 32) * 32)
+    return Launch(load_spec(spec, device), (1,), threads, 0, parameters)
 
 
 def _fields(group: GrowingGroup) -> list[Any]:

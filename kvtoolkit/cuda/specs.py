@@ -268,7 +268,8 @@ CHECK = Spec("cache/check.cu", "kvt_check", (), 256)
 
 def grow(batch: int) -> Spec:
     """The kernel that begins a step of ``batch`` rows on the device."""
-    return Spec("cache/grow.cu", "kvt_grow", (("KVT_EACH", 1 if batch <= 1024 else 4),), 1024)
+    threads, each = (1024, 1) if batch <= 1024 else (512, 8)  # registers for more rows of a thread
+    return Spec("cache/grow.cu", "kvt_grow", (("KVT_THREADS", threads), ("KVT_EACH", each)), threads)
 
 
 def merge_states(dtype: str) -> Spec:

@@ -15,7 +15,7 @@ from tests.kvtoolkit.cuda.host_kernels import HostLaunch, needs_compiler
 
 pytestmark = needs_compiler
 LAYERS = 2
-WINDOW = [{"layers": [0]}, {"layers": [1], "window": 24}]
+WINDOW = [{"layers": [0], "num_tokens": 2048}, {"layers": [1], "window": 24, "num_tokens": 2048}]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -154,8 +154,8 @@ def test_drawn_turns_equal_steps_of_the_host(data):
                 {"growth": "adaptive", "num_tokens": 1536},  # thresholds of free memory are passed
                 {"growth": "proportional", "num_tokens": 2048, "block_sizes": [8, 64]},
                 {"growth": "fixed16", "num_tokens": 2048, "allocator": "paged", "block_sizes": [16]},
-                {"growth": "lazy_merge", "num_tokens": 2048, "layer_groups": WINDOW},
-                {"growth": "fixed8", "num_tokens": 2048, "layer_groups": WINDOW},
+                {"growth": "lazy_merge", "layer_groups": WINDOW},
+                {"growth": "fixed8", "layer_groups": WINDOW},
             ]
         )
     )
@@ -240,8 +240,8 @@ def test_many_rows_are_grown_in_turn():
     steps = DeviceSteps(cache, num, 2)
     steps.load(ids, np.arange(num), 2)
     run(steps.begin(), np.asarray(steps.tokens))
-    granted = steps._there["grants"][0, :, 1]
-    assert (steps._there["grants"][0, :, 0] == 1).all()
+    granted = steps._there["grants"][0, 1]
+    assert (steps._there["grants"][0, 0] == 1).all()
     assert len(np.unique(granted)) == num
     assert granted[1024] == steps._of_groups[0][1][0, 1024]  # rows take what the supply lists, in their order
     turn = steps.finish()
