@@ -1,6 +1,7 @@
 """Numbers by which compiled graphs name objects of the library, since a graph takes tensors and nothing else.
 
 The number is in a tensor, not an integer, because a graph that took an integer would be compiled anew for each one.
+For compilers that tensor also stands for what its object stores: operators that write there say that they write to it.
 """
 
 import itertools
@@ -27,14 +28,16 @@ def handle_of(owner: Any) -> Any:
         return None
     number = next(_numbers)
     _owners[number] = owner
-    return sys.modules["torch"].from_numpy(np.array(number))
+    torch = sys.modules["torch"]
+    with torch.inference_mode(False):  # graphs outside of that mode count as writing to it, too
+        return torch.from_numpy(np.array(number))
 
 
 def owner_of(handle: Any, name: str, *kinds: type) -> Any:
     """Look up the object that a handle names. ArgumentError, with ``name``, if it is gone or of none of these kinds."""
-    if handle.numel() != 1 or handle.is_floating_point():
+    number = handle.item() if handle.numel() == 1 else None
+    if type(number) is not int:
         raise ArgumentError(f"{name}: expected a handle, one integer, got {tuple(handle.shape)} {handle.dtype}")
-    number = int(handle)
     owner = _owners.get(number)
     if owner is None:
         raise ArgumentError(f"{name}: expected one that is still in use, got handle {number}, whose owner is gone")

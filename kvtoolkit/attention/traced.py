@@ -63,7 +63,8 @@ def attend(name: str, q: Any, arguments: tuple[Any, ...], options: dict[str, Any
     out, return_lse = given["out"], given["return_lse"]
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    common = (*arguments, given["softmax_scale"], given["window_size"][0], given["window_size"][1])
+    window = tuple(given["window_size"])
+    common = (*arguments, given["softmax_scale"], None if window == (-1, -1) else window)
     others = [given[name] for name in ("causal", "softcap", "sinks", "alibi_slopes", "num_splits", "backend")]
     operators = torch.ops.kvtoolkit
     if not return_lse and all(mass is None for mass in masses) and others == [True, 0, None, None, 0, None]:

@@ -163,7 +163,7 @@ def _host() -> dict[str, float]:
     from kvtoolkit.attention.calls import variable_block_attention
 
     operators = torch.ops.kvtoolkit
-    plain = (None, -1, -1)  # scale and window
+    plain = (None, None)  # scale and window
     shape: dict[str, Any] = {"num_layers": 4, "num_kv_heads": 8, "head_dim": 128, "dtype": "bfloat16"}
     cache = KVCache(CacheConfig(**shape, num_tokens=1 << 15, backend="cuda"))
     ids, _ = cache.open([[]] * 64)
@@ -181,12 +181,11 @@ def _host() -> dict[str, float]:
         keys, values, *tables = (torch.from_dlpack(array) for array in arrays)
         keys, values = keys.view(torch.bfloat16), values.view(torch.bfloat16)
         found["variable_block_attention"] = host_us(lambda: variable_block_attention(q, keys, values, *tables, out=out))
-        assert step._in_graphs is not None
-        handle, arenas = step._in_graphs
-        found["operator step_append"] = host_us(lambda: operators.step_append(arenas[1], handle, 1, new, new))
-        found["operator step_attend"] = host_us(lambda: operators.step_attend(out, arenas[1], handle, 1, q, *plain))
+        handle = step._handle
+        found["operator step_append"] = host_us(lambda: operators.step_append.default(handle, 1, new, new))
+        found["operator step_attend"] = host_us(lambda: operators.step_attend.default(out, handle, 1, q, *plain))
         found["operator variable_block_attention"] = host_us(
-            lambda: operators.variable_block_attention(out, q, keys, values, *tables, None, None, None, *plain)
+            lambda: operators.variable_block_attention.default(out, q, keys, values, *tables, None, None, None, *plain)
         )
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

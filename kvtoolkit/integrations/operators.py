@@ -6,7 +6,8 @@ Everything else, such as `KVCache.begin_step`, stays outside: pass the step to t
 defined as soon as Dynamo is imported.
 
 They return nothing and write to tensors that the graph has made: ``out`` and, where it is wanted, ``lse``. So a schema
-says all that torch has to know of a call, which is what it writes to. A graph without a backward pass is expected.
+says all that torch has to know of a call, which is what it writes to. What a step stores is no tensor of the graph: an
+append counts as a write to the handle of the step. A graph without a backward pass is expected.
 """
 
 from typing import Any
@@ -17,12 +18,11 @@ from kvtoolkit.attention.options import make_options
 from kvtoolkit.attention.plan import AttentionPlan
 from kvtoolkit.cache.graph import GraphRun
 from kvtoolkit.cache.step import Step
-from kvtoolkit.errors import ArgumentError
 from kvtoolkit.formats.tier_caches import TierCaches
 from kvtoolkit.handles import owner_of
 from kvtoolkit.tracing import traced_as, when_dynamo_loads
 
-_COMMON = "float? softmax_scale, int window_left, int window_right"
+_COMMON = "float? softmax_scale, int[]? window_size"
 _OTHERS = "bool causal, float softcap, Tensor? sinks, Tensor? alibi_slopes, int num_splits, str? backend"
 _PLAN = "Tensor? cu_seqlens_q, SymInt? max_seqlen_q, Tensor? plan"
 
@@ -68,23 +68,15 @@ def _merge_states(out: Any, lse: Any, out_a: Any, lse_a: Any, out_b: Any, lse_b:
     lse.copy_(made[1])
 
 
-def _step_append(arena: Any, step: Any, layer: int, key: Any, value: Any) -> None:
-    owner = owner_of(step, "step", Step, GraphRun)
-    own = owner._in_graphs[1][layer]
-    if arena.shape != own.shape or arena.dtype != own.dtype:
-        raise ArgumentError(
-            f"arena: expected that of the step, {tuple(own.shape)} {own.dtype}, got {tuple(arena.shape)} {arena.dtype}"
-        )
-    owner.append(layer, key, value)
-    if arena.data_ptr() != own.data_ptr():
-        arena.copy_(own)  # a copy that a compiler without in-place operators has made, and writes back afterwards
+def _step_append(step: Any, layer: int, key: Any, value: Any) -> None:
+    owner_of(step, "step", Step, GraphRun).append(layer, key, value)
 
 
-def _step_attend(out: Any, arena: Any, step: Any, layer: int, q: Any, scale: Any, left: int, right: int) -> None:
-    owner_of(step, "step", Step, GraphRun).attend(layer, q, softmax_scale=scale, window_size=(left, right), out=out)
+def _step_attend(out: Any, step: Any, layer: int, q: Any, scale: Any, window: Any) -> None:
+    owner_of(step, "step", Step, GraphRun).attend(layer, q, softmax_scale=scale, window_size=_window(window), out=out)
 
 
-def _step_attend_with_options(out: Any, lse: Any, arena: Any, step: Any, layer: int, q: Any, *options: Any) -> None:
+def _step_attend_with_options(out: Any, lse: Any, step: Any, layer: int, q: Any, *options: Any) -> None:
     _store(
         lse,
         owner_of(step, "step", Step, GraphRun).attend(
@@ -95,11 +87,11 @@ def _step_attend_with_options(out: Any, lse: Any, arena: Any, step: Any, layer: 
 
 def _paged_attention(
     out: Any, q: Any, k_cache: Any, v_cache: Any, table: Any, seq_lens: Any, layout: str, bounds: Any, most: Any,
-    plan: Any, scale: Any, left: int, right: int,
+    plan: Any, scale: Any, window: Any,
 ) -> None:  # fmt: skip
     check_layout(layout)
     options = make_options(
-        (bounds, scale, True, (left, right), 0.0, None, None, out, False, 0, None, most, _plan(plan))
+        (bounds, scale, True, _window(window), 0.0, None, None, out, False, 0, None, most, _plan(plan))
     )
     calls.attend(q, k_cache, v_cache, table, None, seq_lens, options, has_entries=False, layout=layout)
 
@@ -117,10 +109,10 @@ def _paged_attention_with_options(
 
 def _variable_block_attention(
     out: Any, q: Any, k_cache: Any, v_cache: Any, table: Any, starts: Any, seq_lens: Any, bounds: Any, most: Any,
-    plan: Any, scale: Any, left: int, right: int,
+    plan: Any, scale: Any, window: Any,
 ) -> None:  # fmt: skip
     options = make_options(
-        (bounds, scale, True, (left, right), 0.0, None, None, out, False, 0, None, most, _plan(plan))
+        (bounds, scale, True, _window(window), 0.0, None, None, out, False, 0, None, most, _plan(plan))
     )
     calls.attend(q, k_cache, v_cache, table, starts, seq_lens, options, has_entries=True)
 
@@ -138,12 +130,12 @@ def _variable_block_attention_with_options(
 
 def _tiered_attention(
     out: Any, q: Any, k_cache: Any, v_cache: Any, warm: Any, cold: Any, first_granules: Any, table: Any, starts: Any,
-    seq_lens: Any, bounds: Any, most: Any, plan: Any, scale: Any, left: int, right: int,
+    seq_lens: Any, bounds: Any, most: Any, plan: Any, scale: Any, window: Any,
 ) -> None:  # fmt: skip
     caches = TierCaches(k_cache, v_cache, warm, cold, tuple(first_granules))
     calls.tiered_attention(
         q, caches, table, starts, seq_lens, cu_seqlens_q=bounds, max_seqlen_q=most, plan=_plan(plan),
-        softmax_scale=scale, window_size=(left, right), out=out,
+        softmax_scale=scale, window_size=_window(window), out=out,
     )  # fmt: skip
 
 
@@ -163,13 +155,17 @@ def _plan(handle: Any) -> Any:
     return None if handle is None else owner_of(handle, "plan", AttentionPlan)
 
 
+def _window(given: Any) -> tuple[int, int]:
+    """The window of a call. None is unbounded, which most calls are, because two integers cost the host 0.5 us."""
+    return (-1, -1) if given is None else tuple(given)
+
+
 def _options(
-    scale: Any, left: int, right: int, causal: bool, softcap: float, sinks: Any, slopes: Any, num_splits: int,
-    backend: Any,
+    scale: Any, window: Any, causal: bool, softcap: float, sinks: Any, slopes: Any, num_splits: int, backend: Any
 ) -> dict[str, Any]:  # fmt: skip
     """All options but those for results, by their public names."""
     return {
-        "softmax_scale": scale, "window_size": (left, right), "causal": causal, "softcap": softcap, "sinks": sinks,
+        "softmax_scale": scale, "window_size": _window(window), "causal": causal, "softcap": softcap, "sinks": sinks,
         "alibi_slopes": slopes, "num_splits": num_splits, "backend": backend,
     }  # fmt: skip
 
@@ -201,9 +197,9 @@ _OPERATORS: dict[str, tuple[str, Any]] = {
         "Tensor(a!) out, Tensor(b!) lse, Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, str? backend",
         _merge_states,
     ),
-    # the arena says that what one of them writes the other reads
-    "step_append": ("Tensor(a!) arena, Tensor step, int layer, Tensor key, Tensor value", _step_append),
-    **_pair("step_attend", "Tensor arena, Tensor step, int layer, Tensor q", _step_attend, _step_attend_with_options),
+    # an append leaves the handle as it is, but counts as a write to it, so that it stays in front of what reads it
+    "step_append": ("Tensor(a!) step, int layer, Tensor key, Tensor value", _step_append),
+    **_pair("step_attend", "Tensor step, int layer, Tensor q", _step_attend, _step_attend_with_options),
     **_pair(
         "paged_attention",
         f"{_CACHES}, Tensor block_table, Tensor seq_lens, str layout, {_PLAN}",
