@@ -47,8 +47,11 @@ def are_plain(options: dict[str, Any]) -> bool:
     )
 
 
-def attend(name: str, q: Any, arguments: tuple[Any, ...], options: dict[str, Any], masses: tuple[Any, ...] = ()) -> Any:
-    """Run the operator of an attention call: the short one, unless an option asks for more.
+def attend(
+    name: str, q: Any, arguments: tuple[Any, ...], options: dict[str, Any], masses: tuple[Any, ...] = (),
+    rows: tuple[Any, ...] = (),
+) -> Any:  # fmt: skip
+    """Run the operator of an attention call: the shortest one that takes what is asked for.
 
     Args:
         name: of the operator.
@@ -56,6 +59,7 @@ def attend(name: str, q: Any, arguments: tuple[Any, ...], options: dict[str, Any
         arguments: of the operator, from behind its results to its options.
         options: of the call, see `are_plain`.
         masses: ``block_mass``, for a call that has it.
+        rows: ``cu_seqlens_q``, ``max_seqlen_q`` and the handle of a plan, for a call that has them.
     """
     import torch
 
@@ -68,10 +72,13 @@ def attend(name: str, q: Any, arguments: tuple[Any, ...], options: dict[str, Any
     others = [given[name] for name in ("causal", "softcap", "sinks", "alibi_slopes", "num_splits", "backend")]
     operators = torch.ops.kvtoolkit
     if not return_lse and all(mass is None for mass in masses) and others == [True, 0, None, None, 0, None]:
-        getattr(operators, name)(out, *common)
+        if any(one is not None for one in rows):
+            getattr(operators, name + "_of_rows")(out, *common, *rows)
+        else:
+            getattr(operators, name)(out, *common)
         return out
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device) if return_lse else None
-    getattr(operators, name + "_with_options")(out, lse, *masses, *common, *others)
+    getattr(operators, name + "_with_options")(out, lse, *masses, *common, *others, *rows)
     return (out, lse) if return_lse else out
 
 
@@ -111,8 +118,7 @@ def paged_attention(
             public.paged_attention, *arrays, layout=layout, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
             plan=plan, **options,
         )  # fmt: skip
-    arguments = (*arrays, layout, cu_seqlens_q, max_seqlen_q, _handle_of(plan))
-    return attend("paged_attention", q, arguments, options)
+    return attend("paged_attention", q, (*arrays, layout), options, (), (cu_seqlens_q, max_seqlen_q, _handle_of(plan)))
 
 
 def variable_block_attention(
@@ -127,8 +133,8 @@ def variable_block_attention(
             public.variable_block_attention, *arrays, block_mass=block_mass, cu_seqlens_q=cu_seqlens_q,
             max_seqlen_q=max_seqlen_q, plan=plan, **options,
         )  # fmt: skip
-    arguments = (*arrays, cu_seqlens_q, max_seqlen_q, _handle_of(plan))
-    return attend("variable_block_attention", q, arguments, options, (block_mass,))
+    rows = (cu_seqlens_q, max_seqlen_q, _handle_of(plan))
+    return attend("variable_block_attention", q, arrays, options, (block_mass,), rows)
 
 
 def tiered_attention(
@@ -144,8 +150,8 @@ def tiered_attention(
             public.tiered_attention, q, tier_caches, *tables, block_mass=block_mass, cu_seqlens_q=cu_seqlens_q,
             max_seqlen_q=max_seqlen_q, plan=plan, **options,
         )  # fmt: skip
-    arguments = (q, *tier_caches, *tables, cu_seqlens_q, max_seqlen_q, _handle_of(plan))
-    return attend("tiered_attention", q, arguments, options, (block_mass,))
+    rows = (cu_seqlens_q, max_seqlen_q, _handle_of(plan))
+    return attend("tiered_attention", q, (q, *tier_caches, *tables), options, (block_mass,), rows)
 
 
 def _are_integers(values: Any) -> bool:

@@ -185,7 +185,7 @@ def _host() -> dict[str, float]:
         found["operator step_append"] = host_us(lambda: operators.step_append.default(handle, 1, new, new))
         found["operator step_attend"] = host_us(lambda: operators.step_attend.default(out, handle, 1, q, *plain))
         found["operator variable_block_attention"] = host_us(
-            lambda: operators.variable_block_attention.default(out, q, keys, values, *tables, None, None, None, *plain)
+            lambda: operators.variable_block_attention.default(out, q, keys, values, *tables, *plain)
         )
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

@@ -24,7 +24,7 @@ from kvtoolkit.tracing import traced_as, when_dynamo_loads
 
 _COMMON = "float? softmax_scale, int[]? window_size"
 _OTHERS = "bool causal, float softcap, Tensor? sinks, Tensor? alibi_slopes, int num_splits, str? backend"
-_PLAN = "Tensor? cu_seqlens_q, SymInt? max_seqlen_q, Tensor? plan"
+_ROWS = ", Tensor? cu_seqlens_q, SymInt? max_seqlen_q, Tensor? plan"
 
 _library: Any = None  # operators are defined as long as it lives
 
@@ -86,8 +86,8 @@ def _step_attend_with_options(out: Any, lse: Any, step: Any, layer: int, q: Any,
 
 
 def _paged_attention(
-    out: Any, q: Any, k_cache: Any, v_cache: Any, table: Any, seq_lens: Any, layout: str, bounds: Any, most: Any,
-    plan: Any, scale: Any, window: Any,
+    out: Any, q: Any, k_cache: Any, v_cache: Any, table: Any, seq_lens: Any, layout: str, scale: Any,
+    window: Any, bounds: Any = None, most: Any = None, plan: Any = None,
 ) -> None:  # fmt: skip
     check_layout(layout)
     options = make_options(
@@ -97,19 +97,17 @@ def _paged_attention(
 
 
 def _paged_attention_with_options(
-    out: Any, lse: Any, q: Any, k_cache: Any, v_cache: Any, table: Any, seq_lens: Any, layout: str, bounds: Any,
-    most: Any, plan: Any, *options: Any,
-) -> None:  # fmt: skip
+    out: Any, lse: Any, q: Any, k_cache: Any, v_cache: Any, table: Any, seq_lens: Any, layout: str, *options: Any
+) -> None:
     made = calls.paged_attention(
-        q, k_cache, v_cache, table, seq_lens, layout=layout, cu_seqlens_q=bounds, max_seqlen_q=most, plan=_plan(plan),
-        out=out, return_lse=lse is not None, **_options(*options),
-    )  # fmt: skip
+        q, k_cache, v_cache, table, seq_lens, layout=layout, out=out, return_lse=lse is not None, **_options(*options)
+    )
     _store(lse, made)
 
 
 def _variable_block_attention(
-    out: Any, q: Any, k_cache: Any, v_cache: Any, table: Any, starts: Any, seq_lens: Any, bounds: Any, most: Any,
-    plan: Any, scale: Any, window: Any,
+    out: Any, q: Any, k_cache: Any, v_cache: Any, table: Any, starts: Any, seq_lens: Any, scale: Any, window: Any,
+    bounds: Any = None, most: Any = None, plan: Any = None,
 ) -> None:  # fmt: skip
     options = make_options(
         (bounds, scale, True, _window(window), 0.0, None, None, out, False, 0, None, most, _plan(plan))
@@ -119,18 +117,18 @@ def _variable_block_attention(
 
 def _variable_block_attention_with_options(
     out: Any, lse: Any, mass: Any, q: Any, k_cache: Any, v_cache: Any, table: Any, starts: Any, seq_lens: Any,
-    bounds: Any, most: Any, plan: Any, *options: Any,
+    *options: Any,
 ) -> None:  # fmt: skip
     made = calls.variable_block_attention(
-        q, k_cache, v_cache, table, starts, seq_lens, block_mass=mass, cu_seqlens_q=bounds, max_seqlen_q=most,
-        plan=_plan(plan), out=out, return_lse=lse is not None, **_options(*options),
+        q, k_cache, v_cache, table, starts, seq_lens, block_mass=mass, out=out, return_lse=lse is not None,
+        **_options(*options),
     )  # fmt: skip
     _store(lse, made)
 
 
 def _tiered_attention(
     out: Any, q: Any, k_cache: Any, v_cache: Any, warm: Any, cold: Any, first_granules: Any, table: Any, starts: Any,
-    seq_lens: Any, bounds: Any, most: Any, plan: Any, scale: Any, window: Any,
+    seq_lens: Any, scale: Any, window: Any, bounds: Any = None, most: Any = None, plan: Any = None,
 ) -> None:  # fmt: skip
     caches = TierCaches(k_cache, v_cache, warm, cold, tuple(first_granules))
     calls.tiered_attention(
@@ -141,13 +139,12 @@ def _tiered_attention(
 
 def _tiered_attention_with_options(
     out: Any, lse: Any, mass: Any, q: Any, k_cache: Any, v_cache: Any, warm: Any, cold: Any, first_granules: Any,
-    table: Any, starts: Any, seq_lens: Any, bounds: Any, most: Any, plan: Any, *options: Any,
+    table: Any, starts: Any, seq_lens: Any, *options: Any,
 ) -> None:  # fmt: skip
     caches = TierCaches(k_cache, v_cache, warm, cold, tuple(first_granules))
     made = calls.tiered_attention(
-        q, caches, table, starts, seq_lens, block_mass=mass, cu_seqlens_q=bounds, max_seqlen_q=most, plan=_plan(plan),
-        out=out, return_lse=lse is not None, **_options(*options),
-    )  # fmt: skip
+        q, caches, table, starts, seq_lens, block_mass=mass, out=out, return_lse=lse is not None, **_options(*options)
+    )
     _store(lse, made)
 
 
@@ -161,13 +158,17 @@ def _window(given: Any) -> tuple[int, int]:
 
 
 def _options(
-    scale: Any, window: Any, causal: bool, softcap: float, sinks: Any, slopes: Any, num_splits: int, backend: Any
+    scale: Any, window: Any, causal: bool, softcap: float, sinks: Any, slopes: Any, num_splits: int, backend: Any,
+    *rows: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """All options but those for results, by their public names."""
-    return {
+    """All options but those for results, by their public names; a step has no ``rows``, see `_ROWS`."""
+    options = {
         "softmax_scale": scale, "window_size": _window(window), "causal": causal, "softcap": softcap, "sinks": sinks,
         "alibi_slopes": slopes, "num_splits": num_splits, "backend": backend,
     }  # fmt: skip
+    if rows:
+        options |= {"cu_seqlens_q": rows[0], "max_seqlen_q": rows[1], "plan": _plan(rows[2])}
+    return options
 
 
 def _store(lse: Any, made: Any) -> None:
@@ -176,12 +177,17 @@ def _store(lse: Any, made: Any) -> None:
         lse.copy_(made[1])
 
 
-def _pair(name: str, arrays: str, short: Any, full: Any, mass: str = "") -> dict[str, tuple[str, Any]]:
-    """A call as two operators: a short one for most layers, since each argument costs some 0.3 us, and one for all."""
-    return {
+def _forms(
+    name: str, arrays: str, short: Any, full: Any, *, mass: str = "", rows: str = ""
+) -> dict[str, tuple[str, Any]]:
+    """A call as several operators, of which most layers need a short one, because each argument costs some 0.3 us."""
+    forms = {
         name: (f"Tensor(a!) out, {arrays}, {_COMMON}", short),
-        f"{name}_with_options": (f"Tensor(a!) out, Tensor(b!)? lse, {mass}{arrays}, {_COMMON}, {_OTHERS}", full),
+        f"{name}_with_options": (f"Tensor(a!) out, Tensor(b!)? lse, {mass}{arrays}, {_COMMON}, {_OTHERS}{rows}", full),
     }
+    if rows:
+        forms[f"{name}_of_rows"] = f"Tensor(a!) out, {arrays}, {_COMMON}{rows}", short
+    return forms
 
 
 _MASS = "Tensor(c!)? block_mass, "
@@ -199,26 +205,29 @@ _OPERATORS: dict[str, tuple[str, Any]] = {
     ),
     # an append leaves the handle as it is, but counts as a write to it, so that it stays in front of what reads it
     "step_append": ("Tensor(a!) step, int layer, Tensor key, Tensor value", _step_append),
-    **_pair("step_attend", "Tensor step, int layer, Tensor q", _step_attend, _step_attend_with_options),
-    **_pair(
+    **_forms("step_attend", "Tensor step, int layer, Tensor q", _step_attend, _step_attend_with_options),
+    **_forms(
         "paged_attention",
-        f"{_CACHES}, Tensor block_table, Tensor seq_lens, str layout, {_PLAN}",
+        f"{_CACHES}, Tensor block_table, Tensor seq_lens, str layout",
         _paged_attention,
         _paged_attention_with_options,
+        rows=_ROWS,
     ),
-    **_pair(
+    **_forms(
         "variable_block_attention",
-        f"{_CACHES}, {_TABLES}, {_PLAN}",
+        f"{_CACHES}, {_TABLES}",
         _variable_block_attention,
         _variable_block_attention_with_options,
-        _MASS,
+        mass=_MASS,
+        rows=_ROWS,
     ),
-    **_pair(
+    **_forms(
         "tiered_attention",
-        f"{_CACHES}, Tensor? warm, Tensor? cold, SymInt[] first_granules, {_TABLES}, {_PLAN}",
+        f"{_CACHES}, Tensor? warm, Tensor? cold, SymInt[] first_granules, {_TABLES}",
         _tiered_attention,
         _tiered_attention_with_options,
-        _MASS,
+        mass=_MASS,
+        rows=_ROWS,
     ),
 }
 """The parameters of each operator, and what it runs."""

@@ -188,22 +188,25 @@ def test_operators_are_what_torch_expects_of_them():
     handle = step._handle
     out, lse, mass = torch.zeros_like(q), torch.zeros(2, Q_HEADS), torch.zeros(2, 2, KV_HEADS)
     caches = (q, cache, cache)
-    paged, variable = (*caches, table, lengths, "HND", None, 1, None), (*caches, table, starts, lengths, None, 1, None)
-    tiered = (*caches, None, None, [0, 8, 8], table, starts, lengths, None, 1, None)
+    paged, variable = (*caches, table, lengths, "HND"), (*caches, table, starts, lengths)
+    tiered = (*caches, None, None, [0, 8, 8], table, starts, lengths)
     layer = (handle, 0, q)
-    common, others = (None, None), (True, 1.0, None, None, 0, None)
+    common, others, rows = (0.5, [4, 0]), (True, 1.0, None, None, 0, None), (None, 1, None)
     cases = [
         (calls.append, (new, new, cache.clone(), cache.clone(), torch.tensor([1, 9]), "HND", None)),
         (calls.merge_states, (out.clone(), lse.clone(), q, lse, q + 1, lse, None)),
         (calls.step_append, (handle, 0, new, new)),
-        (calls.step_attend, (out, *layer, *common)),
+        (calls.step_attend, (out, *layer, None, None)),
         (calls.step_attend_with_options, (out, lse.clone(), *layer, *common, *others)),
         (calls.paged_attention, (out, *paged, *common)),
-        (calls.paged_attention_with_options, (out, lse.clone(), *paged, *common, *others)),
+        (calls.paged_attention_of_rows, (out, *paged, *common, *rows)),
+        (calls.paged_attention_with_options, (out, lse.clone(), *paged, *common, *others, *rows)),
         (calls.variable_block_attention, (out, *variable, *common)),
-        (calls.variable_block_attention_with_options, (out, lse.clone(), mass, *variable, *common, *others)),
+        (calls.variable_block_attention_of_rows, (out, *variable, *common, *rows)),
+        (calls.variable_block_attention_with_options, (out, lse.clone(), mass, *variable, *common, *others, *rows)),
         (calls.tiered_attention, (out, *tiered, *common)),
-        (calls.tiered_attention_with_options, (out, None, mass, *tiered, *common, *others)),
+        (calls.tiered_attention_of_rows, (out, *tiered, *common, *rows)),
+        (calls.tiered_attention_with_options, (out, None, mass, *tiered, *common, *others, *rows)),
     ]
     assert {operator.__name__ for operator, _ in cases} == set(_OPERATORS)
     for operator, arguments in cases:
