@@ -1,7 +1,6 @@
 """Numbers by which compiled graphs name objects of the library, since a graph takes tensors and nothing else.
 
 The number is in a tensor, not an integer, because a graph that took an integer would be compiled anew for each one.
-For compilers that tensor also stands for what its object stores: operators that write there say that they write to it.
 """
 
 import itertools
@@ -28,9 +27,7 @@ def handle_of(owner: Any) -> Any:
         return None
     number = next(_numbers)
     _owners[number] = weakref.ref(owner, lambda _: _owners.pop(number, None))
-    torch = sys.modules["torch"]
-    with torch.inference_mode(False):  # graphs outside of that mode count as writing to it, too
-        return torch.from_numpy(np.array(number))
+    return sys.modules["torch"].from_numpy(np.array(number))
 
 
 def owner_of(handle: Any, name: str, *kinds: type) -> Any:

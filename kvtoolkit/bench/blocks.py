@@ -181,9 +181,12 @@ def _host() -> dict[str, float]:
         keys, values, *tables = (torch.from_dlpack(array) for array in arrays)
         keys, values = keys.view(torch.bfloat16), values.view(torch.bfloat16)
         found["variable_block_attention"] = host_us(lambda: variable_block_attention(q, keys, values, *tables, out=out))
-        handle = step._handle
-        found["operator step_append"] = host_us(lambda: operators.step_append.default(handle, 1, new, new))
-        found["operator step_attend"] = host_us(lambda: operators.step_attend.default(out, handle, 1, q, *plain))
+        assert step._in_graphs is not None
+        handle, arenas = step._in_graphs
+        found["operator step_append"] = host_us(lambda: operators.step_append.default(arenas[1], handle, 1, new, new))
+        found["operator step_attend"] = host_us(
+            lambda: operators.step_attend.default(out, arenas[1], handle, 1, q, *plain)
+        )
         found["operator variable_block_attention"] = host_us(
             lambda: operators.variable_block_attention.default(out, q, keys, values, *tables, *plain)
         )

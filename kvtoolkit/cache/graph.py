@@ -15,7 +15,6 @@ from kvtoolkit.cache.state.shared_reads import MAX_ROWS
 from kvtoolkit.cache.step import Step
 from kvtoolkit.cache.storage.upload import DeviceTables, PinnedRing
 from kvtoolkit.errors import StepError, UnsupportedError
-from kvtoolkit.handles import handle_of
 from kvtoolkit.tracing import is_traced, traceable
 
 
@@ -188,7 +187,7 @@ class GraphRun:
 
     def __init__(self, graph_step: GraphStep, calls: LayerCalls | GroupCalls) -> None:
         self._graph_step, self._calls = graph_step, calls
-        self._handle = handle_of(self)
+        self._in_graphs = graph_step._cache._graph_names.of(self)
         self.cu_seqlens_q: Any = graph_step._cu_seqlens_q
         if graph_step._max_new_tokens == 1:
             self.cu_seqlens_q = np.arange(graph_step._batch + 1, dtype=np.int32)

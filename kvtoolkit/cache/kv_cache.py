@@ -15,6 +15,7 @@ from kvtoolkit.arrays.types import ArrayLike, Int32Array, Int64Array
 from kvtoolkit.cache import compaction, group_steps, integrity, preemption, prefix_hits, sharing, snapshot
 from kvtoolkit.cache.grants import BlockGranter
 from kvtoolkit.cache.group_steps import GroupSteps
+from kvtoolkit.cache.layers.graph_names import GraphNames
 from kvtoolkit.cache.lease import Lease
 from kvtoolkit.cache.shared_allocator import SharedAllocator
 from kvtoolkit.cache.state import repair, step_passes
@@ -88,6 +89,7 @@ class KVCache:
         if config.is_grouped:
             first = GroupSteps(self._group, self._arenas, self._granter, self._arrays)
             self._group_steps = [first, *(group_steps.make(config, group) for group in self._state.others)]
+        self._graph_names = GraphNames([self._arenas, *(part.arenas for part in self._group_steps or ())], config)
         hot, shared = self._group.blocks.allocator, SharedAllocator(self._group.blocks.ledger, self._calls)
         self._allocator = hot if isinstance(hot, DevicePool) else shared  # kernels take blocks of a pool, too
 

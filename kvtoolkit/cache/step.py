@@ -19,7 +19,6 @@ from kvtoolkit.cache.state.step_passes import OK, OUT_OF_BLOCKS, STATUS_NAMES, S
 from kvtoolkit.cache.storage.upload import DeviceTables
 from kvtoolkit.cache.tiering.rules import DEVICE_PERIOD, MOST_QUERIES, note_masses
 from kvtoolkit.errors import StepError, UnsupportedError
-from kvtoolkit.handles import handle_of
 from kvtoolkit.runtime import current_stream, is_capturing
 from kvtoolkit.tracing import is_traced, traceable
 
@@ -81,7 +80,7 @@ class Step:
         "_calls",
         "_device_tables",
         "_graph_step",
-        "_handle",
+        "_in_graphs",
         "_is_open",
         "_mark",
         "_mass",
@@ -108,7 +107,7 @@ class Step:
         self._mass: MassSum | None = None
         self._device_tables: list[DeviceTables] | None = None  # of each group
         self._graph_step: GraphStep | None = None  # which has loaded it
-        self._handle = handle_of(self)
+        self._in_graphs = cache._graph_names.of(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError("Step: expected no copy, because a step ends once")

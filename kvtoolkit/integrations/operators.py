@@ -6,8 +6,7 @@ Everything else, such as `KVCache.begin_step`, stays outside: pass the step to t
 defined as soon as Dynamo is imported.
 
 They return nothing and write to tensors that the graph has made: ``out`` and, where it is wanted, ``lse``. So a schema
-says all that torch has to know of a call, which is what it writes to. What a step stores is no tensor of the graph: an
-append counts as a write to the handle of the step. A graph without a backward pass is expected.
+says all that torch has to know of a call, which is what it writes to. A graph without a backward pass is expected.
 """
 
 from typing import Any
@@ -18,6 +17,7 @@ from kvtoolkit.attention.options import make_options
 from kvtoolkit.attention.plan import AttentionPlan
 from kvtoolkit.cache.graph import GraphRun
 from kvtoolkit.cache.step import Step
+from kvtoolkit.errors import ArgumentError
 from kvtoolkit.formats.tier_caches import TierCaches
 from kvtoolkit.handles import owner_of
 from kvtoolkit.tracing import traced_as, when_dynamo_loads
@@ -68,15 +68,26 @@ def _merge_states(out: Any, lse: Any, out_a: Any, lse_a: Any, out_b: Any, lse_b:
     lse.copy_(made[1])
 
 
-def _step_append(step: Any, layer: int, key: Any, value: Any) -> None:
-    owner_of(step, "step", Step, GraphRun).append(layer, key, value)
+def _step_append(arena: Any, step: Any, layer: int, key: Any, value: Any) -> None:
+    owner = owner_of(step, "step", Step, GraphRun)
+    own = owner._in_graphs[1][layer]
+    if arena is own:
+        owner.append(layer, key, value)
+        return
+    if arena.shape != own.shape or arena.dtype != own.dtype:
+        raise ArgumentError(
+            f"arena: expected that of the step, {tuple(own.shape)} {own.dtype}, got {tuple(arena.shape)} {arena.dtype}"
+        )
+    owner.append(layer, key, value)
+    if arena.data_ptr() != own.data_ptr():
+        arena.copy_(own)  # a copy that a compiler without in-place operators has made, and writes back afterwards
 
 
-def _step_attend(out: Any, step: Any, layer: int, q: Any, scale: Any, window: Any) -> None:
+def _step_attend(out: Any, arena: Any, step: Any, layer: int, q: Any, scale: Any, window: Any) -> None:
     owner_of(step, "step", Step, GraphRun).attend(layer, q, softmax_scale=scale, window_size=_window(window), out=out)
 
 
-def _step_attend_with_options(out: Any, lse: Any, step: Any, layer: int, q: Any, *options: Any) -> None:
+def _step_attend_with_options(out: Any, lse: Any, arena: Any, step: Any, layer: int, q: Any, *options: Any) -> None:
     _store(
         lse,
         owner_of(step, "step", Step, GraphRun).attend(
@@ -203,9 +214,9 @@ _OPERATORS: dict[str, tuple[str, Any]] = {
         "Tensor(a!) out, Tensor(b!) lse, Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, str? backend",
         _merge_states,
     ),
-    # an append leaves the handle as it is, but counts as a write to it, so that it stays in front of what reads it
-    "step_append": ("Tensor(a!) step, int layer, Tensor key, Tensor value", _step_append),
-    **_forms("step_attend", "Tensor step, int layer, Tensor q", _step_attend, _step_attend_with_options),
+    # the arena says that what one of them writes the other reads
+    "step_append": ("Tensor(a!) arena, Tensor step, int layer, Tensor key, Tensor value", _step_append),
+    **_forms("step_attend", "Tensor arena, Tensor step, int layer, Tensor q", _step_attend, _step_attend_with_options),
     **_forms(
         "paged_attention",
         f"{_CACHES}, Tensor block_table, Tensor seq_lens, str layout",

@@ -1,5 +1,6 @@
 """The arenas of a cache as the kernels take them: the keys and values of every layer, described once."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +28,8 @@ class Arenas:
     def __init__(
         self, storage: Storage, dtype: str, backend: str, layers: Sequence[int] | None = None, num_layers: int = 0
     ) -> None:
+        self._key_values = storage.key_values
+        self._tensor: Any = None
         self.keys: Any = storage.keys
         self.values: Any = storage.values
         self.num_layers = num_layers or len(storage.keys)
@@ -50,11 +53,26 @@ class Arenas:
             for name in ("keys", "values", "tiers", "tier_addresses"):
                 setattr(self, name, dict(zip(layers, getattr(self, name), strict=True)))
 
+    def tensor(self) -> Any:
+        """The hot tier of all layers as a torch tensor, which compiled graphs name as what they write to."""
+        if self._tensor is None:
+            torch, array = sys.modules["torch"], self._key_values
+            if self.raw_dtype is not None:
+                array = array.view(np.int16)
+            with torch.inference_mode(False):  # graphs outside of that mode write to it, too
+                made = torch.from_numpy(array) if self.device < 0 else torch.from_dlpack(array)
+                self._tensor = made if self.raw_dtype is None else made.view(torch.bfloat16)
+        return self._tensor
+
     def check_backend(self, backend: str | None) -> None:
         """UnsupportedError unless it is None or the cache's own."""
         if backend not in (None, self.backend.name):
             expected = self.backend.name
             raise UnsupportedError(f"backend: expected None or {expected!r}, that of the cache, got {backend!r}")
+
+    def has_layer(self, layer: int) -> bool:
+        """Whether a layer of the model is one of these."""
+        return layer in self.keys if isinstance(self.keys, dict) else layer < len(self.keys)
 
     def require_layer(self, layer: int) -> int:
         """The layer as an int; ArgumentError unless there is such a layer."""

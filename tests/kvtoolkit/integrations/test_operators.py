@@ -114,6 +114,7 @@ def test_the_compiler_makes_no_copy_of_a_cache():
 
     cache = make_cache("cpu")
     ids, _ = cache.open([[]])
+    whole = cache._graph_names.of(cache)[1][0]
     flat = torch.zeros(64, KV_HEADS, 8, DIM), torch.zeros(64, KV_HEADS, 8, DIM)
     slots, table = torch.arange(8), torch.zeros(8, 1, dtype=torch.int32)
 
@@ -130,29 +131,9 @@ def test_the_compiler_makes_no_copy_of_a_cache():
     assert "kvtoolkit.step_append" in code
     made = [line for line in code.splitlines() if "empty_strided" in line and " = " in line]
     assert made
-    for array in flat:
+    for array in (whole, *flat):
         shape = ", ".join(map(str, array.shape))
         assert not [line for line in made if shape in line]
-
-
-def test_a_graph_is_not_given_what_a_step_writes_to():
-    """So no compiler copies a cache for it."""
-    cache = make_cache("cpu")
-    ids, _ = cache.open([[]])
-    seen = []
-
-    def look(graph: Any, inputs: Any) -> Any:
-        seen.extend(inputs)
-        return graph
-
-    def run(x: Any, step: Any) -> Any:
-        step.append(0, x, x)
-        return step.attend(0, x)
-
-    x = torch.randn(8, KV_HEADS, DIM)
-    with cache.begin_step(ids, 8) as step:
-        compile_whole(run, look)(x, step)
-        assert {id(one) for one in seen} == {id(x), id(step._handle)}
 
 
 @pytest.mark.parametrize(
@@ -185,17 +166,17 @@ def test_operators_are_what_torch_expects_of_them():
     starts, lengths = torch.tensor([[0, 1]] * 2, dtype=torch.int32), torch.tensor([9, 16], dtype=torch.int32)
     held = make_cache("cpu")
     step = held.begin_step(held.open([[], []])[0], 1)
-    handle = step._handle
+    handle, arenas = step._in_graphs
     out, lse, mass = torch.zeros_like(q), torch.zeros(2, Q_HEADS), torch.zeros(2, 2, KV_HEADS)
     caches = (q, cache, cache)
     paged, variable = (*caches, table, lengths, "HND"), (*caches, table, starts, lengths)
     tiered = (*caches, None, None, [0, 8, 8], table, starts, lengths)
-    layer = (handle, 0, q)
+    layer = (arenas[0], handle, 0, q)
     common, others, rows = (0.5, [4, 0]), (True, 1.0, None, None, 0, None), (None, 1, None)
     cases = [
         (calls.append, (new, new, cache.clone(), cache.clone(), torch.tensor([1, 9]), "HND", None)),
         (calls.merge_states, (out.clone(), lse.clone(), q, lse, q + 1, lse, None)),
-        (calls.step_append, (handle, 0, new, new)),
+        (calls.step_append, (arenas[0], handle, 0, new, new)),
         (calls.step_attend, (out, *layer, None, None)),
         (calls.step_attend_with_options, (out, lse.clone(), *layer, *common, *others)),
         (calls.paged_attention, (out, *paged, *common)),
@@ -302,17 +283,16 @@ def test_a_step_begun_in_inference_mode_can_be_written_outside_of_it():
 def test_operators_refuse_what_names_no_step():
     step = (cache := make_cache("cpu")).begin_step(cache.open([[]])[0], 1)
     plan = plan_attention(torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32))
-    new = torch.randn(1, KV_HEADS, DIM)
+    new, (handle, arenas) = torch.randn(1, KV_HEADS, DIM), step._in_graphs
     append = torch.ops.kvtoolkit.step_append
-    for given, message in (
-        (plan._handle, "step: expected the handle of a Step or GraphRun, got that of a AttentionPlan"),
-        (torch.zeros(2, dtype=torch.int64), "step: expected a handle, one integer"),
-        (torch.tensor(1.5), "step: expected a handle, one integer"),
+    for arena, given, message in (
+        (arenas[0], plan._handle, "step: expected the handle of a Step or GraphRun, got that of a AttentionPlan"),
+        (arenas[0], torch.zeros(2, dtype=torch.int64), "step: expected a handle, one integer"),
+        (arenas[0], torch.tensor(1.5), "step: expected a handle, one integer"),
+        (arenas[0].half(), handle, "arena: expected that of the step"),
     ):
         with pytest.raises(ArgumentError, match=message):
-            append(given, 0, new, new)
-    with pytest.raises(ArgumentError, match="layer: expected 0 to 2, got 3"):
-        append(step._handle, 3, new, new)
+            append(arena, given, 0, new, new)
     assert not cache.key_cache(0).any()
 
 
@@ -331,7 +311,7 @@ def test_bad_input_is_refused_as_outside():
 
 def test_a_handle_outlives_nothing():
     step = (cache := make_cache("cpu")).begin_step(cache.open([[]])[0], 1)
-    handle = step._handle
+    handle = step._in_graphs[0]
     assert owner_of(handle, "step", Step) is step
     assert int(handle_of(step)) != int(handle)
     del step
