@@ -18,7 +18,8 @@ _UNLIMITED = 0x7FFFFFFF
 _MAX_ROW_BLOCKS = 65535  # CTAs along the second axis of a grid
 # in tokens, both by measurement
 _MAX_CLUSTERED = 12288  # longer sequences need more CTAs than clusters have
-_MAX_SHORT = 320  # up to here two CTAs share an SM, since beginning and ending a sequence takes as long as reading it
+# up to here two CTAs share an SM, or eight, since beginning and ending a sequence takes as long as reading it
+_MAX_SHORT, _MAX_SHORTEST = 320, 256
 
 
 class Route(NamedTuple):
@@ -99,23 +100,23 @@ def choose_schedule(call: AttentionCall, route: Route, hints: Hints) -> Schedule
     return _schedule(
         (num_tokens, num_q_heads, head_dim), q.dtype, q.device, num_kv_heads, batch, call.cu_seqlens_q is not None,
         num_q_heads // num_kv_heads * most, call.num_splits, call.tiers is not None, most_late(batch, longest),
-        longest <= _MAX_SHORT, longest <= _MAX_CLUSTERED,
+        8 if longest <= _MAX_SHORTEST else 2 if longest <= _MAX_SHORT else 1, longest <= _MAX_CLUSTERED,
     )  # fmt: skip
 
 
 @functools.lru_cache(4096)
 def _schedule(
     shape: tuple[int, int, int], dtype: str, device: int, num_kv_heads: int, batch: int, has_bounds: bool,
-    most_rows: int, num_splits: int, is_tiered: bool, most_late: int, are_short: bool, may_cluster: bool,
+    most_rows: int, num_splits: int, is_tiered: bool, most_late: int, sharers: int, may_cluster: bool,
 ) -> Schedule:  # fmt: skip
     if num_splits == 0 and (batch > 1 or is_tiered) and batch <= specs.MAX_PLANNED:
-        return _planned(shape, dtype, device, num_kv_heads, batch, most_rows, is_tiered, most_late, are_short)
+        return _planned(shape, dtype, device, num_kv_heads, batch, most_rows, is_tiered, most_late, sharers)
     return _even(shape, dtype, device, num_kv_heads, batch, has_bounds, most_rows, num_splits, is_tiered, may_cluster)
 
 
 def _planned(
     shape: tuple[int, int, int], dtype: str, device: int, num_kv_heads: int, batch: int, most_rows: int,
-    is_tiered: bool, most_late: int, are_short: bool,
+    is_tiered: bool, most_late: int, sharers: int,
 ) -> Schedule:  # fmt: skip
     """Ranges of about equal cost, which a plan made on the device cuts; see `kvtoolkit.cuda.plan`."""
     head_dim, limit = shape[2], smem_limit(device)
@@ -124,8 +125,8 @@ def _planned(
         # whether there is a whole sequence for nearly every CTA of two to an SM
         spec = specs.tiered(head_dim, dtype, most_rows, limit, shares_sm=10 * pairs >= 18 * num_sms(device))
     else:
-        may_share = head_dim > 64 and batch * num_kv_heads >= 2 * num_sms(device)
-        spec = specs.decode(head_dim, dtype, most_rows, limit, shares_sm=are_short and may_share)
+        most_sharers = _most_sharers(head_dim, batch * num_kv_heads, num_sms(device))
+        spec = specs.decode(head_dim, dtype, most_rows, limit, sharers=min(sharers, most_sharers))
     row_blocks = -(-most_rows // spec.rows)
     if row_blocks > _MAX_ROW_BLOCKS:
         raise UnsupportedError(
@@ -139,13 +140,20 @@ def _planned(
     even = whole_sequences(ranges, batch) if is_tiered else ranges
     # a single range cuts nothing; others as if with late ones, so that a call on short sequences can be captured
     slots = 2 * ranges * (1 + may_be_late) if ranges > 1 else 0
-    if not is_tiered and may_share:  # and as if with two CTAs to an SM, so that shorter ones can be, too
-        slots = max(slots, 4 * (2 * num_sms(device) // heads))
+    if not is_tiered and most_sharers > 1:  # and as if so many CTAs shared an SM, so that shorter ones can be, too
+        slots = max(slots, 4 * (most_sharers * num_sms(device) // heads))
     ranges += late
     grid = (num_kv_heads, row_blocks, ranges)
     partials = slots * heads * _partial_nbytes(spec, head_dim)
     counters = 4 * batch * heads, 4 * slots * heads
     return Schedule(spec, grid, 1, False, row_blocks, ranges, late, even, partials, *counters)
+
+
+def _most_sharers(head_dim: int, pairs: int, num_sms: int) -> int:
+    """CTAs that may share an SM where sequences are short: as many as have a sequence and kv head each, or nearly."""
+    if head_dim <= 64 or pairs < 2 * num_sms:
+        return 1
+    return 8 if pairs >= 7 * num_sms else 2
 
 
 def _even(

@@ -20,7 +20,8 @@ MAX_DECODE_QUERIES = 8
 
 _RESERVED = 256  # static shared memory
 _CODE_SLOTS = 7  # as in prompt/shape.cuh
-_SHORT_SHAPE = (4, 2)  # warps and stages of the decode kernel for many short sequences
+_SHORT_SHAPES = {2: (4, 2), 8: (1, 2)}
+"""Warps and stages of the decode kernel for many short sequences, by how many CTAs are to share an SM."""
 
 TIERED_SHAPES = ((8, 2, 1), (4, 1, 2), (4, 2, 1), (2, 2, 1), (2, 1, 1))
 """Warps, stages and CTAs of an SM for the tiered kernel; the first that fits."""
@@ -78,13 +79,13 @@ def _share_of_sm(smem_limit: int, per_sm: int) -> int:
 
 def decode(
     head_dim: int, dtype: str, most_rows: int, smem_limit: int, *, planned: bool = True, cluster: int = 1,
-    shares_sm: bool = False,
+    sharers: int = 1,
 ) -> Spec:  # fmt: skip
     """The decode kernel for blocks of up to ``most_rows`` query rows.
 
     Args:
-        shares_sm: many short sequences: while one CTA begins or ends a sequence, the other of its SM keeps the memory
-            busy.
+        sharers: CTAs that are to share an SM, 2 or 8, where there are many short sequences: while some begin or end a
+            sequence, the others keep the memory busy. With 8 each is one warp, which merges with no other.
     """
     row_tiles = 2 if most_rows > 8 and head_dim <= 128 else 1
     step = 2 * 16 * row_bytes(head_dim)
@@ -102,8 +103,8 @@ def decode(
 
     # the first that fits; more bytes under way than 64 KiB of an SM gain nothing, and cost at a sequence's end
     widths = next(shapes[most] for most in shapes if head_dim <= most)
-    if shares_sm:
-        widths = (_SHORT_SHAPE, *widths)
+    if sharers > 1:
+        widths = (_SHORT_SHAPES[sharers], *widths)
     # by the most rows there may be, so that a sequence's bits do not depend on who has how many beside it
     widest = 2 if head_dim <= 128 else 1
     shape = next((shape for shape in widths if nbytes(shape, widest) + _RESERVED <= smem_limit), None)
@@ -112,7 +113,8 @@ def decode(
             f"no decode kernel for head_dim {head_dim} in {smem_limit} bytes of shared memory; expected a device of "
             "compute capability 8.0 or later"
         )
-    per_sm = min(3, (smem_limit + 1024) // (nbytes(shape, row_tiles) + 1024))  # the driver takes 1 KiB of each CTA
+    fitting = (smem_limit + 1024) // (nbytes(shape, row_tiles) + 1024)  # the driver takes 1 KiB of each CTA
+    per_sm = min(max(3, sharers), fitting)
     defines = (
         ("KVT_HEAD_DIM", head_dim), ("KVT_BF16", int(dtype == "bfloat16")), ("KVT_ROW_TILES", row_tiles),
         ("KVT_WARPS", shape[0]), ("KVT_STAGES", shape[1]),

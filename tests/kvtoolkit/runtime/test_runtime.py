@@ -313,7 +313,7 @@ def schedule(
     shape, most_late = (tokens or batch, num_heads, head_dim), plan.most_late(batch, longest)
     return scheduling._schedule(
         shape, "float16", 0, num_kv_heads, batch, tokens is not None, most_rows, num_splits, is_tiered, most_late,
-        longest <= scheduling._MAX_SHORT, longest <= scheduling._MAX_CLUSTERED,
+        8 if longest <= 256 else 2 if longest <= 320 else 1, longest <= scheduling._MAX_CLUSTERED,
     )  # fmt: skip
 
 
@@ -323,7 +323,8 @@ def test_ctas_share_an_sm_where_sequences_are_many_and_short():
         found = schedule(batch, is_tiered=False, longest=longest, head_dim=head_dim)
         return dict(found.spec.defines)["KVT_WARPS"], found.spec.per_sm
 
-    assert shape(384, 256) == shape(64, 320) == (4, 2)
+    assert shape(384, 256) == shape(116, 256) == (1, 8)
+    assert shape(384, 257) == shape(64, 320) == shape(115, 256) == (4, 2)
     assert shape(384, 321) == shape(32, 256) == (8, 1)  # too long, too few
     assert shape(384, 256, 64) == shape(384, 4096, 64)  # these share an SM anyway
 
