@@ -59,7 +59,8 @@ class DeviceSteps:
     slot, and a block if it has no room left. Blocks go to rows in their order, so equal states grow equally on every
     GPU. A row for which no block is left stalls: it gives zeros and keeps what it holds, and asks again in the next
     replay. After a turn in which the host finds memory it goes on. `finish` reads what happened, gives the sequences
-    their blocks and tokens, and frees what was not taken.
+    their blocks and tokens, and frees what was not taken. `refill` takes more blocks while replays are under way, and
+    `poll` asks how far they are; neither waits, so the host's turn may come after many hundred tokens.
 
     What only the host does waits for its turn: freeing what windows do not see, moving tiles to colder tiers, merging
     blocks and publishing prefixes. So these are behind by up to ``num_steps`` tokens of each sequence.
@@ -110,6 +111,7 @@ class DeviceSteps:
         self._most_grants = most_grants(max_steps)
         self._supplies = [Supply(group, batch, max_steps) for group in groups]
         self._step: Step | None = None  # holds the rows
+        self._num_steps, self._limits, self._is_asked = 0, np.empty(0, np.int32), False  # of the turn
         self._release = weakref.finalize(self, _release_later, self._calls, self._supplies)
         from kvtoolkit.runtime.streams import cupy_on_current_stream
 
@@ -120,10 +122,10 @@ class DeviceSteps:
     def _make_arrays(self, cupy: Any) -> None:
         batch, steps, num_groups = self._batch, self.max_steps, len(self._supplies)
         grants = (num_groups, self._most_grants + 1, batch)
-        # in one piece of memory: first what `load` clears, then what it does not; `finish` reads all of it
+        # in one piece of memory, of which `poll` reads a part and `finish` all
         self._back = {
-            "num_new": ((batch,), np.int32), "status": ((batch,), np.int32), "taken": ((num_groups, 5), np.int32),
-            "grants": (grants, np.int32), "finished": ((batch,), np.bool_), "tokens": ((batch,), np.int64),
+            "finished": ((batch,), np.bool_), "tokens": ((batch,), np.int64), "num_new": ((batch,), np.int32),
+            "status": ((batch,), np.int32), "taken": ((num_groups, 5), np.int32), "grants": (grants, np.int32),
             "history": ((steps, batch), np.int64),
         }  # fmt: skip
         self._places, end = {}, 0
@@ -136,7 +138,10 @@ class DeviceSteps:
             for name, (shape, dtype) in self._back.items()
         }
         self._there["finished"].fill(True)
-        self._pinned = np.frombuffer(cupy.cuda.alloc_pinned_memory(end), np.uint8, end)
+        self._pinned, self._polled = (
+            np.frombuffer(cupy.cuda.alloc_pinned_memory(size), np.uint8, size) for size in (end, self._places["taken"])
+        )
+        self._arrival = cupy.cuda.Event(disable_timing=True)  # of what was asked for last
         self._lengths, self._max_lens = cupy.zeros((2, batch), np.int32)
         self._positions = cupy.zeros(batch, np.int64)
         self._of_groups = [  # tails of rows, the supply's lists, how many blocks they have
@@ -178,10 +183,11 @@ class DeviceSteps:
         if max_lens is not None:
             limits = np.minimum(as_vector(max_lens, "max_lens", len(ids)), limits)
         self._demote(int(steps))
+        self._num_steps, self._limits, self._is_asked = int(steps), limits.astype(np.int32), False
         self._step = self._cache.begin_step(ids, 0)
         try:
-            self._fill(limits.astype(np.int32), int(steps))
-            self._bring(first, limits.astype(np.int32))
+            self._fill()
+            self._bring(first)
         except BaseException:
             self.abort()
             raise
@@ -202,16 +208,16 @@ class DeviceSteps:
                 spare.give_back(arrays, 0, 0)
 
     @exclusive
-    def _fill(self, limits: Int32Array, steps: int) -> None:
+    def _fill(self) -> None:
         for supply in self._supplies:
-            supply.fill(self._rows(), limits, steps)
+            supply.fill(self._rows(), self._limits, self._num_steps)
 
     def _rows(self) -> Int32Array:
         """The rows of the block table."""
         assert self._step is not None
         return self._step._arrays.rows[: len(self._step.seq_ids)]
 
-    def _bring(self, tokens: Int64Array, limits: Int32Array) -> None:
+    def _bring(self, tokens: Int64Array) -> None:
         step, rows, there = self._step, self._rows(), self._there
         assert step is not None
         num_rows, batch = len(rows), self._batch
@@ -221,20 +227,77 @@ class DeviceSteps:
         lengths = self._cache._group.table.info[rows, LENGTH].astype(np.int32)
         moves: list[Move] = [
             (_padded(tokens, batch), there["tokens"]), (is_padding, there["finished"]),
-            (_padded(lengths, batch), self._lengths), (_padded(limits, batch), self._max_lens),
+            (_padded(lengths, batch), self._lengths), (_padded(self._limits, batch), self._max_lens),
         ]  # fmt: skip
-        for supply, (tails, lists, held) in zip(self._supplies, self._of_groups, strict=True):
-            listed, counts = supply.lists()
-            used = max(1, int(counts[:4].max()))
-            moves += [(supply.tails(rows), tails), (listed[:, :used], lists), (counts, held)]
+        for supply, (tails, _, _) in zip(self._supplies, self._of_groups, strict=True):
+            moves.append((supply.tails(rows), tails))
+        moves += self._moves_of_supplies()
         from kvtoolkit.runtime.streams import cupy_on_current_stream
 
         with cupy_on_current_stream(self._cache._arenas.device) as cupy:
-            stream = cupy.cuda.get_current_stream().ptr
-            cupy.cuda.runtime.memsetAsync(self._memory.data.ptr, 0, self._places["finished"], stream)
+            stream, (begin, end) = cupy.cuda.get_current_stream().ptr, (self._places[n] for n in ("num_new", "history"))
+            cupy.cuda.runtime.memsetAsync(self._memory.data.ptr + begin, 0, end - begin, stream)
         self._graph_step._bring(step, moves)
         for fixed in self._graph_step._fixed:
             fixed.expect_growth(self._most_grants)
+
+    def _moves_of_supplies(self) -> list[Move]:
+        moves: list[Move] = []
+        for supply, (_, lists, held) in zip(self._supplies, self._of_groups, strict=True):
+            listed, counts = supply.lists()
+            used = max(1, int(counts[:4].max()))
+            moves += [(listed[:, :used], lists), (counts, held)]
+        return moves
+
+    def refill(self, num_steps: int) -> None:
+        """Take blocks for so many tokens more of each sequence, while the device goes on with those that it has.
+
+        Asynchronous on the current stream, and waits for nothing: the host need not know which sequences have ended.
+        Replays after this have the new blocks.
+
+        Raises:
+            ArgumentError: with those of before these are more than ``max_steps``.
+            StepError: no turn is under way.
+        """
+        if self._step is None:
+            raise StepError("refill: expected a turn under way, after `load`")
+        left = self.max_steps - self._num_steps
+        if isinstance(num_steps, bool) or not isinstance(num_steps, int | np.integer) or not 1 <= num_steps <= left:
+            raise ArgumentError(f"num_steps: expected 1 to {left}, what is left of max_steps, got {num_steps!r}")
+        self._extend(int(num_steps))
+        self._num_steps += int(num_steps)
+        from kvtoolkit.runtime.streams import cupy_on_current_stream
+
+        with cupy_on_current_stream(self._cache._arenas.device) as cupy:
+            self._graph_step._ring.copy(cupy, self._moves_of_supplies())
+
+    @exclusive
+    def _extend(self, steps: int) -> None:
+        for supply in self._supplies:
+            supply.extend(self._rows(), self._limits, steps)
+
+    def poll(self) -> DeviceTurn | None:
+        """How far the device was when this was called before; None if that is not known yet. Waits for nothing.
+
+        Each call that brings an answer, and the first one, asks the device anew: for a copy to the host, behind what is
+        on the current stream by then. The answer has no ``history``.
+        """
+        if self._step is None:
+            raise StepError("poll: expected a turn under way, after `load`")
+        if self._is_asked and not self._arrival.done:
+            return None
+        answer, num_rows = None, len(self._step.seq_ids)
+        if self._is_asked:
+            read = {name: array[:num_rows].copy() for name, array in self._parts(self._polled, "taken").items()}
+            nothing = np.empty((num_rows, 0), np.int64)
+            answer = DeviceTurn(read["num_new"], nothing, read["tokens"], read["finished"], read["status"])
+        from kvtoolkit.runtime.streams import cupy_on_current_stream
+
+        with cupy_on_current_stream(self._cache._arenas.device) as cupy:
+            self._copy_back(cupy, self._polled)
+            self._arrival.record(cupy.cuda.get_current_stream())
+        self._is_asked = True
+        return answer
 
     def _make_launch(self) -> Any:
         there, cache = self._there, self._cache
@@ -313,15 +376,23 @@ class DeviceSteps:
         from kvtoolkit.runtime.streams import cupy_on_current_stream
 
         with cupy_on_current_stream(self._cache._arenas.device) as cupy:
-            stream, runtime = cupy.cuda.get_current_stream(), cupy.cuda.runtime
-            address, size = self._pinned.ctypes.data, self._pinned.nbytes
-            runtime.memcpyAsync(address, self._memory.data.ptr, size, runtime.memcpyDeviceToHost, stream.ptr)
-            stream.synchronize()
+            self._copy_back(cupy, self._pinned)
+            cupy.cuda.get_current_stream().synchronize()
+        return self._parts(self._pinned)
+
+    def _copy_back(self, cupy: Any, to: NDArray[np.uint8]) -> None:
+        """Copy the first part of the memory to the host, asynchronously."""
+        runtime, stream = cupy.cuda.runtime, cupy.cuda.get_current_stream().ptr
+        runtime.memcpyAsync(to.ctypes.data, self._memory.data.ptr, to.nbytes, runtime.memcpyDeviceToHost, stream)
+
+    def _parts(self, memory: NDArray[np.uint8], end: str = "") -> dict[str, NDArray[Any]]:
+        """The arrays in a copy of the memory, before the one called ``end``."""
         found: dict[str, NDArray[Any]] = {}
         for name, (shape, dtype) in self._back.items():
-            nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-            place = self._places[name]
-            found[name] = self._pinned[place : place + nbytes].view(dtype).reshape(shape)
+            if name == end:
+                break
+            place, nbytes = self._places[name], int(np.prod(shape)) * np.dtype(dtype).itemsize
+            found[name] = memory[place : place + nbytes].view(dtype).reshape(shape)
         return found
 
     @exclusive

@@ -3,8 +3,9 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtoolkit.arrays.types import Int32Array
+from kvtoolkit.arrays.types import Int32Array, Int64Array
 from kvtoolkit.cache.state import growing
+from kvtoolkit.cache.state.block_table import CAPACITY
 from kvtoolkit.cache.state.cache_group import CacheGroup
 from kvtoolkit.formats.entry import TIER_HOT
 
@@ -38,20 +39,28 @@ class Supply:
         self.most = min(group.blocks.num_hot, batch * most_grants(max_steps))
         self.starts, self.sizes = _NOTHING, _NOTHING
         self.num_available = 0
+        self._capacities: Int64Array = np.empty(0, np.int64)  # of the rows, once they have taken all this
+        self._num_steps = 0
 
     def fill(self, rows: Int32Array, limits: Int32Array, steps: int) -> None:
         """Take the blocks that ``steps`` tokens more of each row will want, or as many as there are.
 
         It evicts what is cached where that is needed. Rows ask step by step, and in one step in their order.
         """
+        self._capacities, self._num_steps = self._group.table.info[rows, CAPACITY], 0
+        self.extend(rows, limits, steps)
+
+    def extend(self, rows: Int32Array, limits: Int32Array, steps: int) -> None:
+        """`fill` for so many tokens after those of before."""
         blocks = self._group.blocks
-        policy, num_free = blocks.policy, blocks.allocator.num_free
-        self.num_available = num_free + 8 * len(blocks.reserve) + blocks.num_cached
-        sizes = np.empty(self.most, np.int32)
+        policy, num_free, held = blocks.policy, blocks.allocator.num_free, int(self.sizes.sum())
+        left = num_free + 8 * len(blocks.reserve) + blocks.num_cached
+        self.num_available = left + held
+        first, self._num_steps = self._num_steps, self._num_steps + steps
+        sizes = np.empty(self.most - len(self.sizes), np.int32)
         count, wanted = growing.choose_ahead(
-            self._group.table.info, rows, limits, steps, self.num_available, min(self.num_available, self.most),
-            blocks.num_hot, policy.rule, policy.tail, policy.largest, blocks.offered, np.empty(len(rows), np.int64),
-            sizes,
+            self._group.table.info, rows, limits, first, self._num_steps, left, min(left, len(sizes)), blocks.num_hot,
+            policy.rule, policy.tail, policy.largest, blocks.offered, self._capacities, sizes,
         )  # fmt: skip
         if wanted > num_free:
             _ = blocks.evict(wanted - num_free) or blocks.evict(blocks.num_evictable(TIER_HOT))
@@ -59,10 +68,11 @@ class Supply:
         starts = blocks.allocate_some(sizes)
         has_got = starts >= 0
         missing = int(wanted - sizes[has_got].sum())
-        smaller = [(int(start), int(size)) for start, size in self._take_pieces(missing)]
-        self.starts = np.concatenate([starts[has_got], np.array([start for start, _ in smaller], np.int32)])
-        self.sizes = np.concatenate([sizes[has_got], np.array([size for _, size in smaller], np.int32)])
-        blocks.ledger.lend(self.starts, self.sizes)
+        pieces = np.array(self._take_pieces(missing), np.int32).reshape(-1, 2)
+        starts = np.concatenate([starts[has_got], pieces[:, 0]])
+        sizes = np.concatenate([sizes[has_got], pieces[:, 1]])
+        self.starts, self.sizes = np.concatenate([self.starts, starts]), np.concatenate([self.sizes, sizes])
+        blocks.ledger.lend(starts, sizes)
 
     def _take_pieces(self, missing: int) -> list[tuple[int, int]]:
         """Up to so many granules in blocks of other sizes, the smallest first, so that many rows get some."""

@@ -20,25 +20,25 @@ from kvtoolkit.config.growth import split_into_blocks, tail_size
 
 @jit
 def choose_ahead(
-    info: Int64Array, rows: Int32Array, limits: Int32Array, steps: int, available: int, most: int, num_granules: int,
-    rule: int, tail: int, largest: int, offered: Int32Array, capacities: Int64Array, sizes: Int32Array,
+    info: Int64Array, rows: Int32Array, limits: Int32Array, first: int, end: int, available: int, most: int,
+    num_granules: int, rule: int, tail: int, largest: int, offered: Int32Array, capacities: Int64Array,
+    sizes: Int32Array,
 ) -> Any:  # fmt: skip
-    """Choose blocks as that many steps of one token for each row would, in the order in which they would ask.
+    """Choose blocks as steps of one token for each row would, in the order in which they would ask.
 
     Args:
         limits: ``[batch]`` tokens at which a row ends.
+        first, end: which steps, if no row has ended before.
         available: granules that are free or cached, by which growth policies decide.
         most: granules that can be had; it stops there.
-        capacities: ``[batch]`` scratch.
+        capacities: ``[batch]`` granules that each row has room for by then; kept up to date.
         sizes: receives the sizes, in granules.
 
     Returns:
         ``(number of blocks, their granules)``.
     """
     count, total = 0, 0
-    for b in range(len(rows)):
-        capacities[b] = info[rows[b], CAPACITY]
-    for step in range(steps):
+    for step in range(first, end):
         for b in range(len(rows)):
             length = info[rows[b], LENGTH] + step
             if length >= limits[b] or length < 8 * capacities[b]:

@@ -47,7 +47,7 @@ def _copy_rows(target, target_row, source, source_row, nbytes, rows, *_):
         ctypes.memmove(target + i * target_row, source + i * source_row, nbytes)
 
 
-_nothing = SimpleNamespace(ptr=0, synchronize=lambda: None, record=lambda stream: None)
+_nothing = SimpleNamespace(ptr=0, synchronize=lambda: None, record=lambda stream: None, done=True)
 CUPY = SimpleNamespace(
     zeros=lambda shape, dtype: np.zeros(shape, dtype).view(Array),
     full=lambda shape, value, dtype: np.full(shape, value, dtype).view(Array),

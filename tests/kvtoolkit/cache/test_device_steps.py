@@ -172,6 +172,52 @@ def test_drawn_turns_equal_steps_of_the_host(data):
         twins.turn(num_steps, stops, max_lens)
 
 
+@pytest.mark.parametrize("growth", ["adaptive", "fixed8", "proportional"])
+def test_refilled_turns_equal_one_long_turn(growth):
+    """And what was polled is how far the device was by then."""
+    found = []
+    for pieces in ([64], [16, 8, 40], [1] * 64):
+        cache = make_cache(num_tokens=1024, growth=growth)
+        ids = prefill(cache, [[1] * 20, [2] * 64, [3]])
+        steps = DeviceSteps(cache, 4, 64)
+        assert steps.load(ids, [1, 2, 3], pieces[0], max_lens=[500, 90, 500]) is None
+        assert steps.poll() is None
+        num_new = []
+        for i, piece in enumerate(pieces):
+            if i:
+                steps.refill(piece)
+            for _ in range(piece):
+                _, chosen = run(steps.begin(), np.asarray(steps.tokens))
+                steps.tokens[:] = np.where(np.asarray(steps.status) == 0, chosen, steps.tokens)
+            num_new.append(steps.poll().num_new.tolist())
+        assert cache.stats().callers > 0
+        turn = steps.finish()
+        assert num_new[0] == [0, 0, 0]  # asked for before the first step
+        ends = np.cumsum([0, *pieces])[:-1]
+        assert num_new == [[end, min(end, 26), end] for end in ends.tolist()]
+        cache.check_integrity()
+        assert cache.stats().callers == 0
+        found.append([part.tolist() for part in turn] + [cache.stats().blocks, cache.stats().used])
+    assert found[0] == found[1] == found[2]
+
+
+def test_refill_and_poll_refuse_what_they_cannot_do():
+    cache = make_cache(num_tokens=512)
+    ids = prefill(cache, [[1] * 8])
+    steps = DeviceSteps(cache, 1, 8)
+    for call in (lambda: steps.refill(1), steps.poll):
+        with pytest.raises(StepError, match="load"):
+            call()
+    steps.load(ids, [1], 5)
+    for wrong in (0, 4, True, 1.0):
+        with pytest.raises(ArgumentError, match="max_steps"):
+            steps.refill(wrong)
+    steps.refill(3)
+    steps.abort()
+    cache.check_integrity()
+    assert cache.stats().callers == 0
+
+
 def test_tiers_move_between_turns():
     tiers = {"hot": 64, "pinned_tokens": 0, "warm": "int8", "cold": "int4"}
     cache = make_cache(num_tokens=4096, head_dim=64, tiers=tiers)

@@ -220,6 +220,27 @@ def test_a_turn_needs_no_copies_and_waits_for_nothing():
     one.cache.check_integrity()
 
 
+def test_refilling_beside_replays_changes_nothing():
+    model, found = Model(), []
+    for piece in (512, 32):
+        one = ByDevice(make(num_tokens=1 << 17), model, 40, max_steps=512)
+        ids = prefill(one.cache, model, np.arange(1, 41))
+        one.steps.load(ids, np.arange(40), piece)
+        polled = []
+        for step in range(512):
+            if step and step % piece == 0:
+                one.steps.refill(piece)
+                polled.append(one.steps.poll())
+            one.graph.replay()
+        known = [turn.num_new.max() for turn in polled if turn is not None]
+        assert known == sorted(known)
+        turn = one.steps.finish()
+        assert turn.num_new.tolist() == [512] * 40
+        one.cache.check_integrity()
+        found.append(turn)
+    assert all(np.array_equal(*pair) for pair in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("batch", [1024, 2500])
 def test_large_batches(batch):
     model = Model()
