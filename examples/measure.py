@@ -6,6 +6,7 @@ rounds. "Ahead": the device decodes 32 tokens of each sequence before the host l
 """
 
 import argparse
+import contextlib
 import time
 from collections.abc import Callable
 
@@ -13,6 +14,7 @@ import torch
 import transformers
 
 from allocators._command_line import Parser, integer
+from examples.busy import busy_cores
 from examples.engine import Engine, Request
 from examples.llama import PackedLlama
 
@@ -26,24 +28,30 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--peers", action="store_true", help="transformers, too: dynamic cache, and static with compile"
     )
+    parser.add_argument("--busy", action="store_true", help="beside one process for each core that never rests")
     parser.add_argument("--only", nargs="+", help="what has one of these in its name")
     options = parser.parse_args(arguments)
     model = make_model()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, transformers {transformers.__version__}")
     print(f"{'ms a step, context ' + str(options.context):<44}" + "".join(f"{f'batch {n}':>12}" for n in options.batch))
-    for name, measure in kinds(model, options).items():
-        if options.only and not any(part in name for part in options.only):
-            continue
-        times = []
-        for batch in options.batch:
-            try:
-                times.append(f"{measure(batch):>12.3f}")
-            except Exception as error:  # of a peer
-                if not name.startswith("transformers"):
-                    raise
-                times.append(f"{type(error).__name__:>12.11}")
-        print(f"{name:<44}" + "".join(times), flush=True)
+    with busy_cores() if options.busy else contextlib.nullcontext():
+        for name, measure in kinds(model, options).items():
+            if not options.only or any(part in name for part in options.only):
+                print(f"{name:<44}" + "".join(times_of(name, measure, options.batch)), flush=True)
     return 0
+
+
+def times_of(name: str, measure: Callable[[int], float], batches: list[int]) -> list[str]:
+    """A column for each batch: milliseconds, or the error of a peer."""
+    times = []
+    for batch in batches:
+        try:
+            times.append(f"{measure(batch):>12.3f}")
+        except Exception as error:  # of a peer
+            if not name.startswith("transformers"):
+                raise
+            times.append(f"{type(error).__name__:>12.11}")
+    return times
 
 
 def make_model() -> torch.nn.Module:
