@@ -32,8 +32,11 @@ class PackedLlama:
         kinds = getattr(model.config, "layer_types", None) or ["sliding_attention"] * model.config.num_hidden_layers
         self.windows = [window if kind == "sliding_attention" else None for kind in kinds]
         self.layers = [Layer(layer, self.head_dim) for layer in model.model.layers]
-        # one graph serves all layers and numbers of tokens
-        self.between = torch.compile(between, dynamic=True) if fused else between
+        self.is_fused = fused
+        self.before, self.between, self.after = before, between, after
+        if fused:  # one graph of each serves all layers and numbers of tokens
+            parts = (torch.compile(part, dynamic=True) for part in (before, between, after))
+            self.before, self.between, self.after = parts
 
     def cache_config(self, path: str | None = None, **options) -> CacheConfig:
         """Configure a cache for this model, on the model's device, from the TOML file at ``path`` and ``options``.
@@ -62,20 +65,16 @@ class PackedLlama:
             positions: ``[num_tokens]`` int64, their positions in their sequences.
             step: a `kvtoolkit.Step`, or the run of a captured one.
         """
-        decoder, layers = self.model.model, self.layers
-        hidden = decoder.embed_tokens(tokens.to(self.device))
-        cos, sin = decoder.rotary_emb(hidden, positions.to(self.device).unsqueeze(0))
-        cos, sin = cos[0].unsqueeze(1), sin[0].unsqueeze(1)
-        q, k, v = layers[0].project(hidden, cos, sin)
+        layers, device = self.layers, self.device
+        hidden, cos, sin, q, k, v = self.before(self.model.model, layers[0], tokens.to(device), positions.to(device))
         for index, layer in enumerate(layers):
             step.append(index, k, v)
             window = self.windows[index]  # the token itself and those before it
             attended = step.attend(index, q, window_size=(window - 1, 0) if window else (-1, -1))
             if index + 1 < len(layers):
                 hidden, q, k, v = self.between(layer, layers[index + 1], hidden, attended, cos, sin)
-            else:
-                hidden = layer.finish(hidden, attended)
-        return self.model.lm_head(decoder.norm(hidden[last_of_rows(step.cu_seqlens_q, self.device)]))
+        last = last_of_rows(step.cu_seqlens_q, device)
+        return self.after(layers[-1], self.model.model.norm, self.model.lm_head, hidden, attended, last)
 
 
 class Layer(torch.nn.Module):
@@ -125,6 +124,23 @@ def join(parts: list[torch.nn.Linear]) -> torch.nn.Linear:
 def add(hidden: torch.Tensor, product: torch.Tensor) -> torch.Tensor:
     """The sum, rounded as always, but no part of the product: a compiler would copy ``hidden`` for that."""
     return (hidden.float() + product.float()).to(hidden.dtype)
+
+
+def before(
+    decoder: torch.nn.Module, layer: Layer, tokens: torch.Tensor, positions: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """What is before the first attention."""
+    hidden = decoder.embed_tokens(tokens)
+    cos, sin = (part[0].unsqueeze(1) for part in decoder.rotary_emb(hidden, positions.unsqueeze(0)))
+    return hidden, cos, sin, *layer.project(hidden, cos, sin)
+
+
+def after(
+    layer: Layer, norm: torch.nn.Module, head: torch.nn.Module, hidden: torch.Tensor, attended: torch.Tensor,
+    last: Any,
+) -> torch.Tensor:  # fmt: skip
+    """What is after the last attention."""
+    return head(norm(layer.finish(hidden, attended)[last]))
 
 
 def between(

@@ -111,6 +111,7 @@ class DecodeLoop:
         self.model, self.kind = model, kind
         self.steps = DeviceSteps(cache, rows, MOST_AHEAD)
         self.given = Given([rows] * 4 + [1], model.device)
+        self.take = torch.compile(take, dynamic=True) if model.is_fused else take
         self.graph = capture(self.compute)  # without rows, of which each replay would take one token further
 
     def run(
@@ -126,10 +127,19 @@ class DecodeLoop:
     def compute(self) -> None:
         steps, (*words, eos) = self.steps, self.given.parts
         logits = self.model.forward(steps.tokens, steps.positions, steps.begin())
-        is_ok = steps.status == 0
-        steps.tokens.copy_(torch.where(is_ok, choose(logits, choice_from(words), self.kind), steps.tokens))
-        words[-1].add_(is_ok)  # the count of tokens
-        steps.finished.logical_or_(is_ok & (steps.tokens == eos))
+        chosen = choose(logits, choice_from(words), self.kind)
+        self.take(chosen, steps.status, eos, steps.tokens, words[-1], steps.finished)
+
+
+def take(
+    chosen: torch.Tensor, status: torch.Tensor, eos: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor,
+    finished: torch.Tensor,
+) -> None:  # fmt: skip
+    """Make the chosen tokens those of the next step, in rows that had one in this step."""
+    is_ok = status == 0
+    counts.add_(is_ok)
+    finished.logical_or_(is_ok & (chosen == eos))
+    tokens.copy_(torch.where(is_ok, chosen, tokens))
 
 
 class Given:
