@@ -1,4 +1,5 @@
-// Grow: begin one step of a batch on the device. Each row gets a place for one new token, and a block where it has none.
+// Grow: begin one step of a batch on the device. Each row gets places for its new tokens, one or a fixed number of them, and
+// blocks where it lacks room. Of several new tokens the model may reject some: `kept` of the last step's stay.
 //
 // Blocks come from a supply that the host has filled: for each size a list, of which the first `taken` are gone. Rows take
 // from it in their order, by prefix sums over what each of them wants, so the same state gives the same blocks on every
@@ -39,18 +40,20 @@ struct RowTail {
 // Packed by kvtoolkit/cuda/grow.py, field by field in this order.
 struct GrowParams {
   const unsigned char* finished;  // [batch] not 0: the row gets no more tokens
-  const long long* tokens;        // [batch] the new token of each row
+  const long long* tokens;        // [batch, most_new] the new tokens of each row
+  const int* kept;                // [batch] how many of the last step's tokens stay; not read where most_new is 1
+  int* pending;                   // [batch] tokens that the last step gave a row, if it had several; or 0
   const int* max_lens;            // [batch] tokens
-  int* lengths;                   // [batch] tokens before this step; then with the new one
+  int* lengths;                   // [batch] tokens that stay; a single new one counts at once
   int* num_new;                   // [batch] tokens that the row has got since the host's last turn
   int* status;                    // [batch]
-  long long* positions;           // [batch] of the new tokens
+  long long* positions;           // [batch, most_new] of the new tokens
   long long* history;             // [max_steps, batch] the tokens that rows have got
   // of each group of layers
   int* block_table[kMaxGroups];         // [batch, width] entries
   int* block_starts[kMaxGroups];        // [batch, width]
   int* seq_lens[kMaxGroups];            // [batch] for attention; 0 for a row without a new token
-  long long* slot_mapping[kMaxGroups];  // [batch]
+  long long* slot_mapping[kMaxGroups];  // [batch, most_new]
   int4* tails[kMaxGroups];              // [batch] RowTail
   const int* supply[kMaxGroups];        // [kNumSizes, most_supply] first granules
   const int* held[kMaxGroups];  // [kNumSizes] blocks in the supply, then granules that were free at the host's turn
@@ -60,7 +63,7 @@ struct GrowParams {
   int rule[kMaxGroups], tail[kMaxGroups], largest[kMaxGroups];
   int offered[kMaxGroups];  // bit i: blocks of 2^i granules
   int most_supply[kMaxGroups];
-  int batch, num_groups, max_steps, most_grants;
+  int batch, num_groups, max_steps, most_grants, most_new;
 };
 
 // Blocks of one size.
@@ -141,7 +144,7 @@ __device__ __forceinline__ void choose(const GrowParams& p, int group, int begin
       p.rule[group] == kByFreeMemory && tail_size(p, group, 0, free) != tail_size(p, group, 0, least_free);
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
-    rows.want[i] = split(p, group, tail_size(p, group, rows.length[i] + 1, free));
+    rows.want[i] = split(p, group, tail_size(p, group, rows.length[i] + p.most_new, free));
     if (matters) shared.chosen[rows.row[i] - begin] = rows.is_waiting[i];
   }
   if (!matters) return;
@@ -291,29 +294,41 @@ __device__ __forceinline__ void grow_rows(const GrowParams& p, int begin, Shared
     rows.length[i] = p.lengths[row];
     num_new[i] = p.num_new[row];
     const bool is_finished = p.finished[row];
-    const bool is_at_end = rows.length[i] >= p.max_lens[row];
-    rows.status[i] = is_finished ? kFinished : is_at_end ? kAtMaxLen : num_new[i] == p.max_steps ? kOutOfSteps : kOk;
+    if (p.most_new > 1) {
+      const int stay = max(0, min(p.kept[row], p.pending[row]));
+      rows.length[i] += stay;
+      num_new[i] += stay;
+    }
+    const bool is_at_end = rows.length[i] + p.most_new > p.max_lens[row];
+    const bool is_over = num_new[i] + p.most_new > p.max_steps;
+    rows.status[i] = is_finished ? kFinished : is_at_end ? kAtMaxLen : is_over ? kOutOfSteps : kOk;
   }
   for (int group = 0; group < p.num_groups; ++group) {
     if (threadIdx.x <= kNumSizes) {
       shared.gone[threadIdx.x] = p.taken[group][threadIdx.x];
       shared.held[threadIdx.x] = p.held[group][threadIdx.x];
     }
-    bool waits = false;
+    while (true) {  // several tokens may need several blocks
+      bool waits = false;
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const int capacity = rows.row[i] < p.batch ? p.tails[group][rows.row[i]].x : 0;
-      rows.is_waiting[i] = rows.status[i] == kOk && rows.length[i] == capacity * kGranule;
-      waits = waits || rows.is_waiting[i];
+      for (int i = 0; i < kEach; ++i) {
+        const int capacity = rows.row[i] < p.batch ? p.tails[group][rows.row[i]].x : 0;
+        rows.is_waiting[i] = rows.status[i] == kOk && rows.length[i] + p.most_new > capacity * kGranule;
+        waits = waits || rows.is_waiting[i];
+      }
+      if (!__syncthreads_or(waits)) break;
+      give(p, group, begin, shared, rows);
     }
-    if (__syncthreads_or(waits)) give(p, group, begin, shared, rows);
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int row = rows.row[i];
       if (rows.status[i] != kOk) continue;
-      const int4 tail = p.tails[group][row];
-      p.seq_lens[group][row] = rows.length[i] + 1;
-      p.slot_mapping[group][row] = slot_of(p, group, row, rows.length[i], {tail.x, tail.y, tail.z, tail.w});
+      const int4 read = p.tails[group][row];
+      const RowTail tail{read.x, read.y, read.z, read.w};
+      p.seq_lens[group][row] = rows.length[i] + p.most_new;
+      for (int k = 0; k < p.most_new; ++k) {
+        p.slot_mapping[group][row * p.most_new + k] = slot_of(p, group, row, rows.length[i] + k, tail);
+      }
     }
     __syncthreads();  // all know what is left, before the next group's supply takes its place
   }
@@ -322,17 +337,20 @@ __device__ __forceinline__ void grow_rows(const GrowParams& p, int begin, Shared
     const int row = rows.row[i];
     if (row >= p.batch) continue;
     const bool is_ok = rows.status[i] == kOk;
+    const int advance = is_ok && p.most_new == 1 ? 1 : 0;
     p.status[row] = rows.status[i];
-    p.positions[row] = is_ok ? rows.length[i] : 0;
-    if (is_ok) {
-      p.lengths[row] = rows.length[i] + 1;
-      p.num_new[row] = num_new[i] + 1;
-      p.history[static_cast<long long>(num_new[i]) * p.batch + row] = p.tokens[row];
-      continue;
+    p.lengths[row] = rows.length[i] + advance;
+    p.num_new[row] = num_new[i] + advance;
+    p.pending[row] = is_ok ? p.most_new - advance : 0;
+    for (int k = 0; k < p.most_new; ++k) {
+      const int token = row * p.most_new + k;
+      p.positions[token] = is_ok ? rows.length[i] + k : 0;
+      if (is_ok) p.history[static_cast<long long>(num_new[i] + k) * p.batch + row] = p.tokens[token];
     }
+    if (is_ok) continue;
     for (int group = 0; group < p.num_groups; ++group) {
       p.seq_lens[group][row] = 0;
-      p.slot_mapping[group][row] = -1;
+      for (int k = 0; k < p.most_new; ++k) p.slot_mapping[group][row * p.most_new + k] = -1;
     }
   }
 }

@@ -28,7 +28,7 @@ class DeviceTurn(NamedTuple):
     """What the device has done between two turns of the host; see `DeviceSteps.finish`."""
 
     num_new: Int32Array
-    """``[batch]`` tokens that each sequence has got."""
+    """``[batch]`` tokens that each sequence has got; from `poll` without those of the last step, if it had several."""
     history: Int64Array
     """``[batch, most]`` int64 these tokens, from the left; ``most`` is the largest of ``num_new``."""
     next_tokens: Int64Array
@@ -68,17 +68,22 @@ class DeviceSteps:
     Args:
         cache: with backend ``"cuda"``; no group of its layers may have chunks.
         batch: rows; a turn may have fewer sequences.
-        max_steps: tokens of a sequence in one turn, at most.
+        max_steps: steps of one turn, at most.
+        num_new_tokens: of each row in a step. With several, the model may reject some, such as wrong drafts: those of
+            the last step of which `kept` says how many stay. A row that has no room for so many below its ``max_lens``
+            ends there.
         max_seq_len: tokens of the longest sequence. Default: the cache's limit.
         shared_reads: as in `GraphStep`.
 
     Attributes:
-        tokens: ``[batch]`` int64 on the device: the new token of each row. The graph writes the next ones here.
-        positions: ``[batch]`` int64: the place of each new token in its sequence, made by `begin`.
+        tokens: ``[batch * num_new_tokens]`` int64 on the device: the new tokens, row after row. The graph writes the
+            next ones here, before `begin`; `load` brings the first of each row.
+        positions: ``[batch * num_new_tokens]`` int64: the place of each in its sequence, made by `begin`.
         finished: ``[batch]`` bool: the graph sets it where a sequence has ended. Padding rows have.
-        status: ``[batch]`` int32, made by `begin`: 0 = the row has a new token. Results of other rows mean nothing.
+        status: ``[batch]`` int32, made by `begin`: 0 = the row has new tokens. Results of other rows mean nothing.
+        kept: ``[batch]`` int32: with several new tokens, the graph writes here how many of them stay.
 
-    The four are tensors if torch has been imported, else CuPy arrays. Between `load` and `finish` the sequences are in
+    These are tensors if torch has been imported, else CuPy arrays. Between `load` and `finish` the sequences are in
     a step, and so refused by all other calls. Memory that was taken ahead counts as ``callers`` in `KVCache.stats`. If
     nothing refers to the object any more, its turn is aborted. Not thread-safe; use one stream for `load`, replays and
     `finish`.
@@ -91,11 +96,11 @@ class DeviceSteps:
     """
 
     def __init__(
-        self, cache: KVCache, batch: int, max_steps: int = 32, *, max_seq_len: int | None = None,
-        shared_reads: bool = False,
+        self, cache: KVCache, batch: int, max_steps: int = 32, *, num_new_tokens: int = 1,
+        max_seq_len: int | None = None, shared_reads: bool = False,
     ) -> None:  # fmt: skip
-        if max_steps < 1:
-            raise StepError(f"max_steps: expected at least 1, got {max_steps}")
+        if max_steps < 1 or num_new_tokens < 1:
+            raise StepError(f"max_steps, num_new_tokens: expected at least 1, got {max_steps} and {num_new_tokens}")
         groups = cache._state.groups
         if len(groups) > MAX_GROUPS or any(group.layers.chunk for group in groups):
             raise UnsupportedError(
@@ -105,11 +110,12 @@ class DeviceSteps:
             raise UnsupportedError(
                 "cache: expected tiles demoted by age, because graphs collect no masses, got by mass"
             )
-        self._graph_step = GraphStep(cache, batch, max_seq_len=max_seq_len, shared_reads=shared_reads)
-        self._cache, self._batch, self.max_steps = cache, batch, max_steps
+        self._graph_step = GraphStep(cache, batch, num_new_tokens, max_seq_len=max_seq_len, shared_reads=shared_reads)
+        self._cache, self._batch, self.max_steps, self.num_new_tokens = cache, batch, max_steps, num_new_tokens
         self._calls: Calls = cache._calls
-        self._most_grants = most_grants(max_steps)
-        self._supplies = [Supply(group, batch, max_steps) for group in groups]
+        most_tokens = max_steps * num_new_tokens
+        self._most_grants = most_grants(most_tokens)
+        self._supplies = [Supply(group, batch, most_tokens) for group in groups]
         self._step: Step | None = None  # holds the rows
         self._num_steps, self._limits, self._is_asked = 0, np.empty(0, np.int32), False  # of the turn
         self._release = weakref.finalize(self, _release_later, self._calls, self._supplies)
@@ -120,13 +126,14 @@ class DeviceSteps:
         self._launch: Any = None
 
     def _make_arrays(self, cupy: Any) -> None:
-        batch, steps, num_groups = self._batch, self.max_steps, len(self._supplies)
+        batch, each, num_groups = self._batch, self.num_new_tokens, len(self._supplies)
+        steps = self.max_steps * each
         grants = (num_groups, self._most_grants + 1, batch)
         # in one piece of memory, of which `poll` reads a part and `finish` all
         self._back = {
-            "finished": ((batch,), np.bool_), "tokens": ((batch,), np.int64), "num_new": ((batch,), np.int32),
-            "status": ((batch,), np.int32), "taken": ((num_groups, 5), np.int32), "grants": (grants, np.int32),
-            "history": ((steps, batch), np.int64),
+            "finished": ((batch,), np.bool_), "tokens": ((batch * each,), np.int64), "num_new": ((batch,), np.int32),
+            "status": ((batch,), np.int32), "kept": ((batch,), np.int32), "pending": ((batch,), np.int32),
+            "taken": ((num_groups, 5), np.int32), "grants": (grants, np.int32), "history": ((steps, batch), np.int64),
         }  # fmt: skip
         self._places, end = {}, 0
         for name, (shape, dtype) in self._back.items():
@@ -139,17 +146,21 @@ class DeviceSteps:
         }
         self._there["finished"].fill(True)
         self._pinned, self._polled = (
-            np.frombuffer(cupy.cuda.alloc_pinned_memory(size), np.uint8, size) for size in (end, self._places["taken"])
+            np.frombuffer(cupy.cuda.alloc_pinned_memory(size), np.uint8, size) for size in (end, self._places["kept"])
         )
         self._arrival = cupy.cuda.Event(disable_timing=True)  # of what was asked for last
         self._lengths, self._max_lens = cupy.zeros((2, batch), np.int32)
-        self._positions = cupy.zeros(batch, np.int64)
+        self._positions = cupy.zeros(batch * each, np.int64)
         self._of_groups = [  # tails of rows, the supply's lists, how many blocks they have
             (cupy.zeros((batch, 4), np.int32), cupy.zeros((4, supply.most), np.int32), cupy.zeros(5, np.int32))
             for supply in self._supplies
         ]
-        arrays = (self._there["tokens"], self._positions, self._there["finished"], self._there["status"])
-        self.tokens, self.positions, self.finished, self.status = map(_as_tensor, arrays)
+        self._bounds = np.arange(batch + 1, dtype=np.int32) * each
+        for fixed in self._graph_step._fixed:
+            fixed.tables.cu_seqlens_q[:] = cupy.asarray(self._bounds)
+        there = self._there
+        arrays = (there["tokens"], self._positions, there["finished"], there["status"], there["kept"])
+        self.tokens, self.positions, self.finished, self.status, self.kept = map(_as_tensor, arrays)
 
     def load(
         self, seq_ids: ArrayLike, tokens: ArrayLike, num_steps: int | None = None, *, max_lens: ArrayLike | None = None
@@ -210,7 +221,7 @@ class DeviceSteps:
     @exclusive
     def _fill(self) -> None:
         for supply in self._supplies:
-            supply.fill(self._rows(), self._limits, self._num_steps)
+            supply.fill(self._rows(), self._limits, self._num_steps * self.num_new_tokens)
 
     def _rows(self) -> Int32Array:
         """The rows of the block table."""
@@ -225,13 +236,16 @@ class DeviceSteps:
             self._launch = self._make_launch()
         is_padding = np.arange(batch) >= num_rows
         lengths = self._cache._group.table.info[rows, LENGTH].astype(np.int32)
+        first = np.zeros((batch, self.num_new_tokens), np.int64)
+        first[:num_rows, 0] = tokens
         moves: list[Move] = [
-            (_padded(tokens, batch), there["tokens"]), (is_padding, there["finished"]),
+            (first.ravel(), there["tokens"]), (is_padding, there["finished"]),
             (_padded(lengths, batch), self._lengths), (_padded(self._limits, batch), self._max_lens),
         ]  # fmt: skip
         for supply, (tails, _, _) in zip(self._supplies, self._of_groups, strict=True):
             moves.append((supply.tails(rows), tails))
         moves += self._moves_of_supplies()
+        moves += [(self._bounds, fixed.tables.cu_seqlens_q) for fixed in self._graph_step._fixed]
         from kvtoolkit.runtime.streams import cupy_on_current_stream
 
         with cupy_on_current_stream(self._cache._arenas.device) as cupy:
@@ -274,7 +288,7 @@ class DeviceSteps:
     @exclusive
     def _extend(self, steps: int) -> None:
         for supply in self._supplies:
-            supply.extend(self._rows(), self._limits, steps)
+            supply.extend(self._rows(), self._limits, steps * self.num_new_tokens)
 
     def poll(self) -> DeviceTurn | None:
         """How far the device was when this was called before; None if that is not known yet. Waits for nothing.
@@ -288,9 +302,10 @@ class DeviceSteps:
             return None
         answer, num_rows = None, len(self._step.seq_ids)
         if self._is_asked:
-            read = {name: array[:num_rows].copy() for name, array in self._parts(self._polled, "taken").items()}
+            read = {name: array.copy() for name, array in self._parts(self._polled, "kept").items()}
+            finished, num_new, status = (read[name][:num_rows] for name in ("finished", "num_new", "status"))
             nothing = np.empty((num_rows, 0), np.int64)
-            answer = DeviceTurn(read["num_new"], nothing, read["tokens"], read["finished"], read["status"])
+            answer = DeviceTurn(num_new, nothing, self._first(read["tokens"], num_rows), finished, status)
         from kvtoolkit.runtime.streams import cupy_on_current_stream
 
         with cupy_on_current_stream(self._cache._arenas.device) as cupy:
@@ -302,8 +317,8 @@ class DeviceSteps:
     def _make_launch(self) -> Any:
         there, cache = self._there, self._cache
         shared = (
-            there["finished"], there["tokens"], self._max_lens, self._lengths, there["num_new"], there["status"],
-            self._positions, there["history"],
+            there["finished"], there["tokens"], there["kept"], there["pending"], self._max_lens, self._lengths,
+            there["num_new"], there["status"], self._positions, there["history"],
         )  # fmt: skip
         groups = []
         for i, fixed in enumerate(self._graph_step._fixed):
@@ -316,7 +331,8 @@ class DeviceSteps:
             width, offered = tables.block_table.shape[1], blocks.offered.tolist()
             groups.append(GrowingGroup(places, width, blocks.num_hot, blocks.policy, offered, supply.most))
         rows = GrowingRows(*(array.data.ptr for array in shared))
-        return make_growth(rows, groups, self._batch, self.max_steps, self._most_grants, cache._arenas.device)
+        each, device = self.num_new_tokens, cache._arenas.device
+        return make_growth(rows, groups, self._batch, self.max_steps * each, self._most_grants, each, device)
 
     def begin(self) -> GraphRun:
         """Begin a step, eager or captured: every row gets its place. Returns what serves the layers, as a `Step` does.
@@ -341,10 +357,10 @@ class DeviceSteps:
         if self._step is None:
             raise StepError("finish: expected a turn under way, after `load`")
         read, num_rows = self._read(), len(self._step.seq_ids)
-        num_new = read["num_new"][:num_rows].copy()
+        num_new = read["num_new"][:num_rows] + read["kept"][:num_rows].clip(0, read["pending"][:num_rows])
         history = read["history"][: num_new.max(initial=0), :num_rows].T.copy()
         turn = DeviceTurn(
-            num_new, history, read["tokens"][:num_rows].copy(), read["finished"][:num_rows].copy(),
+            num_new, history, self._first(read["tokens"], num_rows), read["finished"][:num_rows].copy(),
             read["status"][:num_rows].copy(),
         )  # fmt: skip
         ids, total = self._step.seq_ids.copy(), int(num_new.sum())
@@ -379,6 +395,10 @@ class DeviceSteps:
             self._copy_back(cupy, self._pinned)
             cupy.cuda.get_current_stream().synchronize()
         return self._parts(self._pinned)
+
+    def _first(self, tokens: Int64Array, num_rows: int) -> Int64Array:
+        """The first token of each row."""
+        return tokens[:: self.num_new_tokens][:num_rows].copy()
 
     def _copy_back(self, cupy: Any, to: NDArray[np.uint8]) -> None:
         """Copy the first part of the memory to the host, asynchronously."""

@@ -146,10 +146,10 @@ class GraphStep:
         self._bring(step, [])
 
     def _bring(self, step: Step, others: list[Move]) -> None:
-        """Bring the tables of a step to the fixed places, and other arrays to theirs, by one copy."""
+        """Bring the tables of a step to the fixed places, and after them other arrays to theirs."""
         num_tokens = len(step.slot_mapping)
         parts = [step._arrays] if step._parts is None else [part.arrays for part in step._parts]
-        moves = others
+        moves: list[Move] = []
         if self._own_bounds is not None:
             moves.append((bounds_of(step.cu_seqlens_q, self._batch, num_tokens), self._own_bounds))
         for fixed, one, arrays in zip(self._fixed, step._all_tables(), parts, strict=True):
@@ -157,7 +157,7 @@ class GraphStep:
         from kvtoolkit.runtime.streams import cupy_on_current_stream
 
         with cupy_on_current_stream(self._cache._arenas.device) as cupy:
-            self._ring.copy(cupy, moves)
+            self._ring.copy(cupy, moves + others)
         for fixed in self._fixed:
             fixed.loaded()
         step._graph_step = self

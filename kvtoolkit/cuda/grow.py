@@ -22,6 +22,8 @@ class GrowingRows(NamedTuple):
 
     finished: int
     tokens: int
+    kept: int
+    pending: int
     max_lens: int
     lengths: int
     num_new: int
@@ -47,20 +49,22 @@ class GrowingGroup(NamedTuple):
 
 
 def make_growth(
-    rows: GrowingRows, groups: Sequence[GrowingGroup], batch: int, max_steps: int, most_grants: int, device: int
-) -> Launch:
-    """The launch that gives each row a place for its next token; nothing is launched yet.
+    rows: GrowingRows, groups: Sequence[GrowingGroup], batch: int, max_steps: int, most_grants: int, most_new: int,
+    device: int,
+) -> Launch:  # fmt: skip
+    """The launch that gives each row places for its next tokens; nothing is launched yet.
 
     Args:
         groups: of layers, up to `MAX_GROUPS`.
         batch: rows.
         max_steps: tokens of a row in the history.
         most_grants: blocks of a row that are noted.
+        most_new: new tokens of a row.
         device: the current one.
     """
     columns = list(zip(*(_fields(group) for group in groups), strict=True))
     by_group = [value for column in columns for value in (*column, *[0] * (MAX_GROUPS - len(groups)))]
-    parameters = _params.pack(*rows, *by_group, batch, len(groups), max_steps, most_grants)
+    parameters = _params.pack(*rows, *by_group, batch, len(groups), max_steps, most_grants, most_new)
     spec = specs.grow(batch)
     threads = min(spec.threads, -(-batch // 32) * 32)
     return Launch(load_spec(spec, device), (1,), threads, 0, parameters)

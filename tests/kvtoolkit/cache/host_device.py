@@ -52,6 +52,7 @@ CUPY = SimpleNamespace(
     zeros=lambda shape, dtype: np.zeros(shape, dtype).view(Array),
     full=lambda shape, value, dtype: np.full(shape, value, dtype).view(Array),
     arange=lambda n, dtype: np.arange(n, dtype=dtype).view(Array),
+    asarray=lambda array: array,
     ndarray=_array,
     cuda=SimpleNamespace(
         Event=lambda disable_timing: _nothing,

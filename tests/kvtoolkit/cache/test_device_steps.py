@@ -218,6 +218,69 @@ def test_refill_and_poll_refuse_what_they_cannot_do():
     assert cache.stats().callers == 0
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_tokens": 4096, "growth": "adaptive"}, {"num_tokens": 4096, "growth": "fixed8"},
+        {"num_tokens": 4096, "growth": "proportional", "block_sizes": [8, 64]}, {"layer_groups": WINDOW},
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("each", [2, 5, 9])
+def test_tokens_that_are_not_kept_are_as_truncated_ones(options, each):
+    """Steps of several tokens, some of which stay, equal steps of the host that are truncated."""
+    rng, num = np.random.default_rng(each), 5
+    prompts = [rng.integers(0, 97, n).tolist() for n in (1, 8, 23, 62, 100)]
+    by_host, by_device = (make_cache(**options) for _ in range(2))
+    ids = [prefill(cache, prompts) for cache in (by_host, by_device)]
+    steps = DeviceSteps(by_device, num + 1, 8, num_new_tokens=each)
+    first = rng.integers(0, 97, num)
+    for _ in range(3):
+        steps.load(ids[1], first)
+        fed = [[] for _ in range(num)]
+        for _ in range(8):
+            tokens = np.asarray(steps.tokens).reshape(num + 1, each)
+            tokens[:, 1:] = (tokens[:, :1] + 7 * np.arange(1, each)) % 97  # drafts
+            out, chosen = run(steps.begin(), tokens.ravel())
+            assert (np.asarray(steps.status) == [0] * num + [4]).all()
+            kept = rng.integers(1, each + 1, num)
+            held = by_host.lengths(ids[0])
+            own = tokens[:num].ravel().copy()
+            with by_host.begin_step(ids[0], each) as step:
+                expected, _ = run(step, own)
+                by_host.end_step(step, own)
+            by_host.truncate(ids[0], held + kept)
+            assert (out[: num * each] == expected).all()
+            assert (
+                np.asarray(steps.positions)[: num * each].tolist() == (held[:, None] + np.arange(each)).ravel().tolist()
+            )
+            for row in range(num):
+                fed[row] += tokens[row, : kept[row]].tolist()
+                tokens[row, 0] = chosen.reshape(num + 1, each)[row, kept[row] - 1]
+            steps.kept[:num] = kept
+        first = np.asarray(steps.tokens).reshape(num + 1, each)[:num, 0].copy()
+        turn = steps.finish()
+        assert turn.next_tokens.tolist() == first.tolist()
+        assert [turn.history[row, :n].tolist() for row, n in enumerate(turn.num_new)] == fed
+        assert by_device.lengths(ids[1]).tolist() == by_host.lengths(ids[0]).tolist()
+        by_device.check_integrity()
+        assert by_device.stats().callers == 0
+
+
+def test_a_row_without_room_for_all_its_tokens_ends():
+    cache = make_cache(num_tokens=512)
+    ids = prefill(cache, [[1] * 8, [2] * 8])
+    steps = DeviceSteps(cache, 2, 4, num_new_tokens=4)
+    steps.load(ids, [1, 2], max_lens=[19, 100])
+    for _ in range(5):
+        run(steps.begin(), np.asarray(steps.tokens))
+        steps.kept[:] = 4
+    turn = steps.finish()
+    assert turn.num_new.tolist() == [8, 16]
+    assert turn.status.tolist() == [3, 5]
+    cache.check_integrity()
+
+
 def test_tiers_move_between_turns():
     tiers = {"hot": 64, "pinned_tokens": 0, "warm": "int8", "cold": "int4"}
     cache = make_cache(num_tokens=4096, head_dim=64, tiers=tiers)
