@@ -57,8 +57,8 @@ class PackedLlama:
         return CacheConfig.for_model(self.config, **fitting)
 
     @torch.inference_mode()
-    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, step: Any) -> torch.Tensor:
-        """Logits ``[batch, vocab_size]`` after the last new token of each row of the step.
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, step: Any, *, every: bool = False) -> torch.Tensor:
+        """Logits ``[batch, vocab_size]`` after the last new token of each row of the step; after ``every`` new token.
 
         Args:
             tokens: ``[num_tokens]`` int64, the new tokens of all rows, one row after the other, on any device.
@@ -73,7 +73,7 @@ class PackedLlama:
             attended = step.attend(index, q, window_size=(window - 1, 0) if window else (-1, -1))
             if index + 1 < len(layers):
                 hidden, q, k, v = self.between(layer, layers[index + 1], hidden, attended, cos, sin)
-        last = last_of_rows(step.cu_seqlens_q, device)
+        last = slice(None) if every else last_of_rows(step.cu_seqlens_q, device)
         return self.after(layers[-1], self.model.model.norm, self.model.lm_head, hidden, attended, last)
 
 
