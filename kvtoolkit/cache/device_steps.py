@@ -159,6 +159,8 @@ class DeviceSteps:
         for fixed in self._graph_step._fixed:
             fixed.tables.cu_seqlens_q[:] = cupy.asarray(self._bounds)
         there = self._there
+        if self._graph_step._tokens is not None:
+            self._graph_step._tokens = there["tokens"]
         arrays = (there["tokens"], self._positions, there["finished"], there["status"], there["kept"])
         self.tokens, self.positions, self.finished, self.status, self.kept = map(_as_tensor, arrays)
 

@@ -110,10 +110,10 @@ class FixedTables:
         """The device will append up to so many entries to rows of the tables loaded last."""
         self._width = min(self._width + more, self.tables.block_table.shape[1])
 
-    def calls(self) -> LayerCalls:
-        """The calls of one run of the model."""
+    def calls(self, tokens: Any = None) -> LayerCalls:
+        """The calls of one run of the model, whose new tokens are there, if anybody wants to know."""
         sharing = None if self._order is None else Sharing(self._arenas.backend.describe(self._order, "order"))
         most = self._bounds.most
         counts = (1, 1) if most == 1 else (0, most)
         hints = Hints(counts, self._max_seq_len, self._kept, sharing, counts_are_bounds=most > 1)
-        return LayerCalls(self._arenas, self.tables, hints, is_fixed=True, begin_late=self._begin_late)
+        return LayerCalls(self._arenas, self.tables, hints, is_fixed=True, begin_late=self._begin_late, tokens=tokens)

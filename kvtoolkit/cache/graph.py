@@ -105,6 +105,7 @@ class GraphStep:
             self._fixed = [FixedTables(group, arenas, bounds, shares, cupy) for group, arenas in groups]
             whole = [fixed for fixed in self._fixed if not fixed.is_cut]
             self._own_bounds = None if whole else cupy.zeros(batch + 1, np.int32)
+            self._tokens = None if cache._arenas.canary is None else cupy.zeros(tokens, np.int64)
         self._cu_seqlens_q = whole[0].tables.cu_seqlens_q if whole else self._own_bounds
         self._ring = PinnedRing()
         self._run: GraphRun | None = None  # the one that was begun last
@@ -150,6 +151,10 @@ class GraphStep:
         num_tokens = len(step.slot_mapping)
         parts = [step._arrays] if step._parts is None else [part.arrays for part in step._parts]
         moves: list[Move] = []
+        if self._tokens is not None and step._tokens is not None:
+            known = np.zeros(self._max_tokens, np.int64)
+            known[:num_tokens] = step._tokens
+            moves.append((known, self._tokens))
         if self._own_bounds is not None:
             moves.append((bounds_of(step.cu_seqlens_q, self._batch, num_tokens), self._own_bounds))
         for fixed, one, arrays in zip(self._fixed, step._all_tables(), parts, strict=True):
@@ -168,7 +173,7 @@ class GraphStep:
         The first layer of the run launches kernels that plan the work of all layers, so these kernels are part of the
         graph in which the run is captured. Earlier runs end.
         """
-        calls = [fixed.calls() for fixed in self._fixed]
+        calls = [fixed.calls(self._tokens) for fixed in self._fixed]
         cache = self._cache
         if cache.config.is_grouped:
             self._run = GraphRun(self, GroupCalls(cache._arenas, calls, self._groups, self._max_tokens))

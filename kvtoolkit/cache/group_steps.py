@@ -5,6 +5,7 @@ from numpy.typing import NDArray
 
 from kvtoolkit.arrays.types import Int64Array
 from kvtoolkit.cache.grants import BlockGranter
+from kvtoolkit.cache.layers.canary import Canary
 from kvtoolkit.cache.layers.masses import MassSum
 from kvtoolkit.cache.state import group_passes, prefix_windows, step_passes
 from kvtoolkit.cache.state.block_table import CAPACITY, OPEN, RowTable
@@ -91,7 +92,10 @@ class GroupSteps:
 def arenas_of(config: CacheConfig, group: CacheGroup) -> Arenas:
     """The keys and values of a group, by the numbers that its layers have in the model."""
     layers = group.layers.layers if config.is_grouped else None
-    return Arenas(group.storage, config.dtype, config.backend, layers, config.num_layers)
+    arenas = Arenas(group.storage, config.dtype, config.backend, layers, config.num_layers)
+    if group.storage.records is not None:
+        arenas.canary = Canary(group.storage)
+    return arenas
 
 
 def make(config: CacheConfig, group: CacheGroup) -> GroupSteps:

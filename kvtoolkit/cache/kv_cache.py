@@ -178,7 +178,9 @@ class KVCache:
     # -- steps -------------------------------------------------------------------------------------------------------
 
     @exclusive
-    def begin_step(self, seq_ids: ArrayLike, num_new_tokens: int | ArrayLike) -> Step:
+    def begin_step(
+        self, seq_ids: ArrayLike, num_new_tokens: int | ArrayLike, token_ids: ArrayLike | None = None
+    ) -> Step:
         """Make room for the new tokens of a batch, and say where they go.
 
         With quantized tiers, older tokens of any open sequence change their tier here: a few tiles of 64 tokens in each
@@ -188,6 +190,7 @@ class KVCache:
         Args:
             seq_ids: ``[batch]`` ids of open sequences, each once, in the order of the step's rows.
             num_new_tokens: one number for all rows, or ``[batch]`` of them; 0 to read only.
+            token_ids: what `end_step` takes, for canaries (``KVTOOLKIT_CHECK=canary``), and for `end_step` itself.
 
         Returns:
             The `Step`. Rows that got no memory are not ``ok`` and stay as they were; the others can go on. Memory is
@@ -212,11 +215,10 @@ class KVCache:
             raise ArgumentError(
                 f"num_new_tokens: expected at most {self._most_new_tokens} in all, 16 times the pool, got {total}"
             )
+        tokens = None if token_ids is None else as_tokens(token_ids, total)
         if self._group_steps is not None:
             parts = group_steps.begin(self._state, self._group_steps, ids, counts, total, self._most_tokens_of_one)
-            step = Step(self, ids, parts[0].arrays, total, parts[0].mark, parts)
-            self._state.register_handle(step, step._mark)
-            return step
+            return Step(self, ids, parts[0].arrays, total, parts[0].mark, parts, tokens)
         table, arrays = self._group.table, self._arrays.take(batch, total)
         arrays.counts[:batch] = counts
         code, where, num_need, num_merge, width, mark, _ = step_passes.begin(
@@ -237,9 +239,7 @@ class KVCache:
             step_passes.sync_tables(table, arrays, batch)
         elif num_merge or has_moved:
             step_passes.sync_tables(table, arrays, batch)
-        step = Step(self, ids, arrays, total, mark)
-        self._state.register_handle(step, mark)
-        return step
+        return Step(self, ids, arrays, total, mark, None, tokens)
 
     @exclusive
     def end_step(self, step: Step, token_ids: ArrayLike | None = None) -> None:
@@ -248,7 +248,7 @@ class KVCache:
         Args:
             step: the open step. It must have appended to all layers (`Step.append`, or the run of a `GraphStep`), or to
                 none; in the latter case the engine's own kernels are taken to have written the cache.
-            token_ids: ``[num_tokens]`` the tokens whose keys and values the step appended, in its order. Without them
+            token_ids: ``[num_tokens]`` the tokens whose keys and values the step appended, in its order. Without any
                 later prompts find neither these tokens nor what the sequences append afterwards.
 
         Raises:
@@ -261,7 +261,7 @@ class KVCache:
         if step._calls is not None or step._graph_step is not None:
             step._require_all_layers()
         table, blocks, batch = self._group.table, self._group.blocks, len(step.seq_ids)
-        tokens = None if token_ids is None else as_tokens(token_ids, step._num_tokens)
+        tokens = step._tokens if token_ids is None else as_tokens(token_ids, step._num_tokens)
         step._note_masses()
         num_freed = 0
         self._end(step)

@@ -87,12 +87,13 @@ class Step:
         "_num_tokens",
         "_parts",
         "_shown",
+        "_tokens",
         "seq_ids",
     )
 
     def __init__(
         self, cache: "KVCache", seq_ids: NDArray[np.int64], arrays: StepArrays, num_tokens: int, mark: int,
-        parts: list[StepPart] | None = None,
+        parts: list[StepPart] | None, tokens: Int64Array | None,
     ) -> None:  # fmt: skip
         self._cache = cache
         self._arrays = arrays
@@ -103,11 +104,13 @@ class Step:
         seq_ids.setflags(write=False)
         self.seq_ids = seq_ids
         self._parts = parts  # of all groups; None: there is one, without a window
+        self._tokens = tokens  # the new ones, if they were told
         self._calls: LayerCalls | GroupCalls | None = None
         self._mass: MassSum | None = None
         self._device_tables: list[DeviceTables] | None = None  # of each group
         self._graph_step: GraphStep | None = None  # which has loaded it
         self._in_graphs = cache._graph_names.of(self)
+        cache._state.register_handle(self, mark)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError("Step: expected no copy, because a step ends once")
@@ -251,11 +254,12 @@ class Step:
         self._mass = self._make_mass(self._cache._group)
         if arenas.device < 0:
             tables = self.block_table, self.block_starts, self.seq_lens, self.cu_seqlens_q, self.slot_mapping
-            self._calls = LayerCalls(arenas, tables, mass=self._mass)
+            self._calls = LayerCalls(arenas, tables, mass=self._mass, tokens=self._tokens)
             return self._calls
         sharing = self._find_sharing(self._cache._group.shared_reads, self._arrays)
         hints = _hints_of(self.num_new_tokens, self.seq_lens, sharing)
-        self._calls = LayerCalls(arenas, self._tables_on_device(self._all_tables())[0], hints, mass=self._mass)
+        tables = self._tables_on_device(self._all_tables())[0]
+        self._calls = LayerCalls(arenas, tables, hints, mass=self._mass, tokens=self._tokens_on_device())
         return self._calls
 
     def _calls_of_groups(self) -> list[LayerCalls]:
@@ -263,20 +267,37 @@ class Step:
         assert self._parts is not None
         for part in self._parts:
             part.mass = self._make_mass(part.steps.group)
-        return [LayerCalls(part.steps.arenas, self._tables_of(part), mass=part.mass) for part in self._parts]
+        return [
+            LayerCalls(part.steps.arenas, self._tables_of(part), mass=part.mass, tokens=self._tokens)
+            for part in self._parts
+        ]
 
     def _device_calls_of_groups(self) -> list[LayerCalls]:
         """The calls of each group on a device. Each group has its own hints, and keeps its own plan and list."""
         assert self._parts is not None
-        calls, tables = [], self._all_tables()
+        calls, tables, tokens = [], self._all_tables(), self._tokens_on_device()
         for part, one, on_device in zip(self._parts, tables, self._tables_on_device(tables), strict=True):
             group = part.steps.group
             sharing = self._find_sharing(group.shared_reads, part.arrays)
             hints = _hints_of(np.diff(one.cu_seqlens_q), one.seq_lens, sharing)
             part.mass = self._make_mass(group)
             begin_late = group.layers.window > 0
-            calls.append(LayerCalls(part.steps.arenas, on_device, hints, begin_late=begin_late, mass=part.mass))
+            options = {"begin_late": begin_late, "mass": part.mass, "tokens": tokens}
+            calls.append(LayerCalls(part.steps.arenas, on_device, hints, **options))
         return calls
+
+    def _tokens_on_device(self) -> Any:
+        """The new tokens, if they were told and somebody wants to know."""
+        if self._tokens is None or self._cache._arenas.canary is None:
+            return None
+        assert self._cache._upload is not None
+        return self._cache._upload.one(self._tokens)
+
+    def _require_clean(self) -> None:
+        """IntegrityError if a canary has found something."""
+        for arenas in [self._cache._arenas, *(part.steps.arenas for part in self._parts or ())]:
+            if arenas.canary is not None:
+                arenas.canary.require_clean()
 
     def _find_sharing(self, reads: SharedReads | None, arrays: StepArrays) -> Sharing | None:
         """That rows have enough in common to read it once for all of them; None if they have not."""
@@ -299,6 +320,7 @@ class Step:
 
     def _note_masses(self) -> None:
         """Note the attention masses that this step has collected, in each group."""
+        self._require_clean()
         if self._calls is None:  # no layer has been called
             return
         period = 1 if self._cache._arenas.device < 0 else DEVICE_PERIOD

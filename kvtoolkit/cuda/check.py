@@ -16,6 +16,8 @@ from kvtoolkit.runtime.structs import ParameterStruct
 
 ENABLED = os.environ.get("KVTOOLKIT_CHECK", "") not in ("", "0")
 """Whether every launch is preceded by a check. Read from the environment at import."""
+CANARY = os.environ.get("KVTOOLKIT_CHECK", "") == "canary"
+"""Whether caches keep a record beside each slot, see `kvtoolkit.cache.layers.canary`."""
 
 _params = ParameterStruct("cache/check.cu", "kvt_check")
 

@@ -266,6 +266,7 @@ EXPAND = Spec("attention/expand.cu", "kvt_expand", (), 256)
 UNITS = Spec("attention/units.cu", "kvt_units", (), 256)
 MOVE = Spec("cache/move.cu", "kvt_move", (), 256)
 CHECK = Spec("cache/check.cu", "kvt_check", (), 256)
+CANARY = Spec("cache/canary.cu", "kvt_canary", (), 256)
 
 
 def grow(batch: int) -> Spec:
@@ -318,4 +319,4 @@ def of_model(
         yield from (FIND_SHARED, PLAN_SHARED, GATHER)
     kernel = prefill(head_dim, dtype, smem_limit, has_rules=False)
     yield from (kernel, plan_prompts(kernel.keys))
-    yield from (plan(1), EXPAND, append(16), MOVE, CHECK, grow(1), merge_states(dtype))
+    yield from (plan(1), EXPAND, append(16), MOVE, CHECK, CANARY, grow(1), merge_states(dtype))

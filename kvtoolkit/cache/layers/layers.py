@@ -4,6 +4,7 @@ The cache's arrays and the step's tables are valid by construction, so they are 
 checked; the step's tables on the host are read-only to callers.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from kvtoolkit.arrays.call import NO_HINTS, Hints, attention_call
@@ -45,6 +46,7 @@ class LayerCalls:
         is_fixed: whether ``hints.max_seq_len`` holds for all replays of a graph that captures the calls, too.
         begin_late: whether rows may begin after token 0, so that the size of the table says nothing of their lengths.
         mass: where attention masses are summed up; None = none are wanted.
+        tokens: the new tokens, where the backend works, for canaries; None = not known.
 
     Attributes:
         layers: bit ``i`` is set once layer ``i`` has been appended to.
@@ -52,12 +54,12 @@ class LayerCalls:
 
     __slots__ = (
         "_appended", "_appended_keys", "_arenas", "_attended", "_backend", "_begin_late", "_hints", "_is_fixed",
-        "_mass", "_num_tokens", "_overlaps", "_seen", "_slots", "_tables", "layers",
+        "_mass", "_num_tokens", "_overlaps", "_seen", "_slots", "_tables", "_watch", "_watched", "layers",
     )  # fmt: skip
 
     def __init__(
         self, arenas: Arenas, tables: StepTables, hints: Hints = NO_HINTS, *, is_fixed: bool = False,
-        begin_late: bool = False, mass: MassSum | None = None,
+        begin_late: bool = False, mass: MassSum | None = None, tokens: Any = None,
     ) -> None:  # fmt: skip
         self._arenas, self._backend, self._hints, self._is_fixed = arenas, arenas.backend, hints, is_fixed
         self._begin_late = begin_late
@@ -77,6 +79,11 @@ class LayerCalls:
         self._attended: list[tuple[Any, Any]] = []  # forms and prepared calls, the one used last first
         self._seen = 0  # bit i: layer i has been attended to
         self._mass = mass
+        self._watched = -1  # the layer whose append calls for a check
+        self._watch: Callable[[], None] | None = None
+        if arenas.canary is not None:
+            self._watched = min(arenas.keys) if isinstance(arenas.keys, dict) else 0
+            self._watch = arenas.canary.watch(tables[:4], self._tables, tokens)
         self.layers = 0
 
     def append(self, layer: int, key: Any, value: Any) -> None:
@@ -106,6 +113,8 @@ class LayerCalls:
         if prepared is not None:
             self._appended = form, prepared
         self.layers |= 1 << layer
+        if layer == self._watched and self._watch is not None:
+            self._watch()
 
     def attend_prepared(self, layer: int, key: int, value: int, q: int, out: int) -> bool:
         """Append and attend as the layer before did, with arrays of the same shapes, strides and dtypes elsewhere.
@@ -133,6 +142,8 @@ class LayerCalls:
         values = self._arenas.values[layer].address
         self._backend.append_prepared(self._appended[1], key, value, keys, values, overlaps=self._overlaps)
         self.layers |= 1 << layer
+        if layer == self._watched and self._watch is not None:
+            self._watch()
 
     def attend(
         self,

@@ -28,6 +28,8 @@ class Arenas:
     def __init__(
         self, storage: Storage, dtype: str, backend: str, layers: Sequence[int] | None = None, num_layers: int = 0
     ) -> None:
+        self.canary: Any = None
+        """See `kvtoolkit.cache.layers.canary`; whoever makes the arenas of a cache sets it."""
         self._key_values = storage.key_values
         self._tensor: Any = None
         self.keys: Any = storage.keys

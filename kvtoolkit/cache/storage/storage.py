@@ -11,6 +11,7 @@ from kvtoolkit.arrays.types import Int32Array, Int64Array
 from kvtoolkit.backends import BACKENDS
 from kvtoolkit.config.cache import CacheConfig
 from kvtoolkit.cpu.convert import all_finite
+from kvtoolkit.cuda import check
 from kvtoolkit.errors import UnsupportedError
 from kvtoolkit.formats.entry import GRANULE, MAX_BLOCK_GRANULES, TIER_COLD, TIER_HOT, TIER_WARM
 
@@ -37,6 +38,7 @@ class HostStorage:
         warm, cold: ``[num_layers, num_blocks, num_kv_heads, nbytes]`` uint8; None: no such tier.
         keys, values: an `Operand` for each layer.
         quantized: the `QuantizedTiers` of each layer; None: no quantized tiers.
+        records: keys of one layer more, for `kvtoolkit.cache.layers.canary`; None: there is no such layer.
         device: CUDA ordinal; -1 = host.
     """
 
@@ -46,8 +48,9 @@ class HostStorage:
         self._backend = BACKENDS[config.backend]
         # zeros, not empty: the system hands out zeroed pages only when they are touched
         self.key_values: NDArray[Any] = np.zeros(shape_of(config), DTYPES[config.dtype])
-        self.keys = [operand(layer[0], "k_cache", config.dtype) for layer in self.key_values]
-        self.values = [operand(layer[1], "v_cache", config.dtype) for layer in self.key_values]
+        keys = [operand(layer[0], "k_cache", config.dtype) for layer in self.key_values]
+        self.keys, self.records = keys[: config.num_layers], keys[-1] if check.CANARY else None
+        self.values = [operand(layer[1], "v_cache", config.dtype) for layer in self.key_values[: config.num_layers]]
         self.first = config.first_granules
         self.warm, self.cold = (None if shape is None else np.zeros(shape, np.uint8) for shape in block_shapes(config))
         self.quantized: list[QuantizedTiers] | None = None
@@ -68,10 +71,12 @@ class HostStorage:
     def convert_tiles(self, sources: Int32Array, targets: Int32Array) -> None:
         """Write the tokens of tiles to other tiers; see `kvtoolkit.arrays.call.Backend.convert`."""
         self._backend.convert(self.key_values, self.warm, self.cold, self.first, sources, targets)
+        if self.records is not None:
+            _forget_records(self.key_values, targets)
 
     def all_finite(self, granules: Int32Array) -> bool:
         """Whether these 16-bit granules hold neither infinities nor NaN, in all layers."""
-        return all_finite(self.key_values[:, :, granules])
+        return all_finite(self.key_values[: len(self.keys), :, granules])
 
     def read(self, granules: ArrayLike) -> Contents:
         """A copy of the contents of granules; for quantized ones, of their whole blocks."""
@@ -125,9 +130,10 @@ class DeviceStorage:
             address = base + (2 * layer + which) * half
             return Operand(address, shape[2:], strides[2:], config.dtype, self.key_values, True, self.device)
 
+        self.records = described(config.num_layers, 0) if check.CANARY else None
         self.keys = [described(layer, 0) for layer in range(config.num_layers)]
         self.values = [described(layer, 1) for layer in range(config.num_layers)]
-        arrays = (2 * config.num_layers, *shape[2:])
+        arrays = (2 * shape[0], *shape[2:])
         self._arena = Operand(base, arrays, strides[1:], config.dtype, self.key_values, True, self.device)
         self._make_quantized(config)
 
@@ -157,6 +163,9 @@ class DeviceStorage:
         """See `HostStorage.convert_tiles`; asynchronous. Tokens that hold an infinity or NaN become NaN."""
         warm, cold = self._blocks
         self._backend.convert(self._arena, warm, cold, self.first, sources, targets)
+        if self.records is not None:
+            with self._on_current_stream():
+                _forget_records(self.key_values, targets)
 
     def all_finite(self, granules: Int32Array) -> bool:
         """Always True: to know, the host would have to wait. The conversion deals with such tokens instead."""
@@ -200,7 +209,20 @@ def make_storage(config: CacheConfig) -> Storage:
 
 def shape_of(config: CacheConfig) -> tuple[int, ...]:
     """The shape of ``key_values``."""
-    return (config.num_layers, 2, config.tier_granules[0], config.num_kv_heads, GRANULE, config.head_dim)
+    return (_num_layers(config), 2, config.tier_granules[0], config.num_kv_heads, GRANULE, config.head_dim)
+
+
+def _num_layers(config: CacheConfig) -> int:
+    """Layers in the arrays: those of the model, and one for records if there are some."""
+    return config.num_layers + check.CANARY
+
+
+def _forget_records(key_values: Any, targets: Int32Array) -> None:
+    """Make records unknown where tiles became hot again: their keys are not what they were."""
+    granules = np.asarray(targets, np.int64).ravel()
+    hot = granules[(granules >= 0) & (granules < key_values.shape[2])]
+    if len(hot):
+        key_values[-1, 0].view(np.uint8)[hot] = 0xFF
 
 
 def block_shapes(config: CacheConfig) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
@@ -209,7 +231,7 @@ def block_shapes(config: CacheConfig) -> tuple[tuple[int, ...] | None, tuple[int
     warm, cold = (
         None
         if one is None
-        else (config.num_layers, count // MAX_BLOCK_GRANULES, config.num_kv_heads, one.nbytes(config.head_dim))
+        else (_num_layers(config), count // MAX_BLOCK_GRANULES, config.num_kv_heads, one.nbytes(config.head_dim))
         for one, count in zip(formats, config.tier_granules[1:], strict=True)
     )
     return warm, cold

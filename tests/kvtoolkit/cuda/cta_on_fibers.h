@@ -226,6 +226,13 @@ inline int __clz(unsigned x) { return x == 0 ? 32 : __builtin_clz(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
 template <typename T>
+T atomicCAS(T* at, T compare, T value) {
+  const T old = *at;
+  if (old == compare) *at = value;
+  return old;
+}
+
+template <typename T>
 T atomicAdd(T* at, T value) {
   const T old = *at;
   *at = old + value;
