@@ -6,7 +6,7 @@ import pytest
 from allocators import IntegrityError
 from kvtoolkit import ArgumentError, CacheConfig, DeviceSteps, KVCache
 from kvtoolkit.arrays.host import operand
-from kvtoolkit.cache.state.block_table import touch
+from kvtoolkit.cache.state.block_table import ID_BITS, touch
 from kvtoolkit.cpu import canary as on_host
 from kvtoolkit.cuda import canary as on_device
 from kvtoolkit.cuda import check
@@ -41,7 +41,7 @@ def feed(cache, ids, tokens, told=True):
 
 
 def entries_of(cache, seq_id):
-    return cache._group.table.entries[seq_id & 0xFFFF]
+    return cache._group.table.entries[int(seq_id) & ((1 << ID_BITS) - 1)]
 
 
 @pytest.mark.parametrize("told", [True, False])
@@ -64,7 +64,7 @@ def test_blocks_that_change_hands_too_early_are_found():
         feed(cache, ids, [np.arange(8) + begin, np.arange(8) + begin + 100])
     mine, others = (entries_of(cache, one) for one in ids)
     mine[1] = others[1]  # as if it had been freed, granted again and written
-    touch(cache._group.table, ids[0] & 0xFFFF)
+    touch(cache._group.table, int(ids[0]) & ((1 << ID_BITS) - 1))
     with pytest.raises(IntegrityError, match="row 0 of a step, token 8.*another sequence"):
         feed(cache, ids, np.arange(len(ids)) + 50)
 
@@ -76,7 +76,7 @@ def test_entries_that_lead_to_another_position_are_found():
         feed(cache, ids, [np.arange(8) + begin, np.arange(8) + begin + 100])
     mine = entries_of(cache, ids[0])
     mine[0], mine[1] = int(mine[1]), int(mine[0])
-    touch(cache._group.table, ids[0] & 0xFFFF)
+    touch(cache._group.table, int(ids[0]) & ((1 << ID_BITS) - 1))
     with pytest.raises(IntegrityError, match="row 0 of a step, token 0.*another position"):
         feed(cache, ids, np.arange(len(ids)) + 50)
 

@@ -108,13 +108,15 @@ def form_of(tables, rows=None):
     return found
 
 
-def prefill(cache, model, lengths):
+def prefill(cache, model, lengths, ids=None, *, tell=False):
+    """Feed prompts of these lengths; ``tell``: their tokens are known when the step begins."""
     import torch
 
     prompts = [[(7 * i + 3 * k) % 512 for k in range(n)] for i, n in enumerate(lengths)]
-    ids, _ = cache.open(prompts)
+    if ids is None:
+        ids, _ = cache.open(prompts)
     tokens = np.concatenate([np.array(prompt, np.int64) for prompt in prompts])
-    with cache.begin_step(ids, lengths) as step:
+    with cache.begin_step(ids, lengths, tokens if tell else None) as step:
         assert step.ok.all()
         model(torch.from_numpy(tokens).cuda(), step)
         cache.end_step(step, tokens)
