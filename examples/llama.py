@@ -131,8 +131,19 @@ def before(
 ) -> tuple[torch.Tensor, ...]:
     """What is before the first attention."""
     hidden = decoder.embed_tokens(tokens)
-    cos, sin = (part[0].unsqueeze(1) for part in decoder.rotary_emb(hidden, positions.unsqueeze(0)))
+    cos, sin = angles_of(decoder.rotary_emb, positions, hidden)
     return hidden, cos, sin, *layer.project(hidden, cos, sin)
+
+
+def angles_of(
+    rotary: torch.nn.Module, positions: torch.Tensor, hidden: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of rotary position embedding, ``[num_tokens, 1, head_dim]``."""
+    if rotary.rope_type in ("dynamic", "longrope"):  # whose frequencies depend on the longest position
+        return tuple(part[0].unsqueeze(1) for part in rotary(hidden, positions.unsqueeze(0)))
+    angles = positions.float()[:, None] * rotary.inv_freq.float()  # transformers makes a matrix product of it
+    angles = torch.cat((angles, angles), -1).unsqueeze(1)
+    return tuple((part * rotary.attention_scaling).to(hidden.dtype) for part in (angles.cos(), angles.sin()))
 
 
 def after(

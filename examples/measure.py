@@ -17,6 +17,8 @@ from allocators._command_line import Parser, integer
 from examples.busy import busy_cores
 from examples.engine import Engine, Request
 from examples.llama import PackedLlama
+from examples.steps import capture
+from kvtoolkit import GraphStep, KVCache
 
 _ROUNDS, _STEPS = 3, 64
 
@@ -28,17 +30,52 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--peers", action="store_true", help="transformers, too: dynamic cache, and static with compile"
     )
+    parser.add_argument(
+        "--logits", action="store_true", help="how far those of captured, fused steps are from eager ones"
+    )
     parser.add_argument("--busy", action="store_true", help="beside one process for each core that never rests")
     parser.add_argument("--only", nargs="+", help="what has one of these in its name")
     options = parser.parse_args(arguments)
     model = make_model()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, transformers {transformers.__version__}")
     print(f"{'ms a step, context ' + str(options.context):<44}" + "".join(f"{f'batch {n}':>12}" for n in options.batch))
+    for batch in options.batch if options.logits else ():
+        largest, relative = difference(model, batch, options.context)
+        print(f"logits of batch {batch}: at most {largest:.4f} apart, {relative:.5f} in L2")
     with busy_cores() if options.busy else contextlib.nullcontext():
         for name, measure in kinds(model, options).items():
             if not options.only or any(part in name for part in options.only):
                 print(f"{name:<44}" + "".join(times_of(name, measure, options.batch)), flush=True)
     return 0
+
+
+def difference(model: torch.nn.Module, batch: int, context: int) -> tuple[float, float]:
+    """How far the logits of a captured, fused step are from those of an eager one: the largest, and relative in L2."""
+    eager, fused = (
+        logits_of(packed, batch, context) for packed in (PackedLlama(model), PackedLlama(model, fused=True))
+    )
+    apart = (eager - fused).abs()
+    return float(apart.max()), float(apart.norm() / eager.norm())
+
+
+@torch.inference_mode()
+def logits_of(model: PackedLlama, batch: int, context: int) -> torch.Tensor:
+    """``[batch, vocab_size]`` float32 logits of a decode step after prompts; a fused model runs it as a graph."""
+    cache = KVCache(model.cache_config(num_tokens=batch * (context + 64), max_seqs=batch))
+    seq_ids, _ = cache.open([[]] * batch)
+    for i, row in enumerate(seq_ids):
+        with cache.begin_step([row], context) as step:
+            prompt = torch.tensor([(7 * i + 3 * k) % 49152 for k in range(context)])
+            model.forward(prompt, torch.arange(context), step)
+            cache.end_step(step)
+    tokens, positions = torch.arange(batch, device="cuda"), torch.full((batch,), context, device="cuda")
+    with cache.begin_step(seq_ids, 1) as step:
+        if not model.is_fused:
+            return model.forward(tokens, positions, step).float()
+        fixed, out = GraphStep(cache, batch), torch.empty(batch, model.vocab_size, device="cuda")
+        fixed.load(step)
+        capture(lambda: out.copy_(model.forward(tokens, positions, fixed.begin()))).replay()
+        return out
 
 
 def times_of(name: str, measure: Callable[[int], float], batches: list[int]) -> list[str]:

@@ -27,6 +27,7 @@ constexpr unsigned kUnknown = 0xFFFFFFFFu;
 constexpr int kWrongPosition = 1;
 constexpr int kWrongChain = 2;
 constexpr int kWrongKey = 3;
+constexpr int kNoSlot = 4;
 
 struct CanaryParams {
   const unsigned* keys;
@@ -72,13 +73,15 @@ struct CanaryRow {
     first = low > 0 ? starts[0] : 0;
   }
 
-  // The place of a token in 4-byte words, in keys and in records; -1 if it is not held in 16 bits.
+  // The place of a token in 4-byte words, in keys and in records; -1 if it is not held in 16 bits, -2 if not at all.
   __device__ __forceinline__ long long place(const CanaryParams& p, int token) const {
     const int granule = token / kGranule;
-    if (token < 0 || num_entries == 0 || granule < first) return -1;
+    if (token < 0 || granule < first) return -1;
+    if (num_entries == 0) return -2;
     const int e = find_entry(starts, num_entries, granule);
     const Entry entry{entries[e]};
-    if (entry.tier() != Tier::kHot || granule - starts[e] >= entry.num_granules()) return -1;
+    if (granule - starts[e] >= entry.num_granules()) return -2;
+    if (entry.tier() != Tier::kHot) return -1;
     return ((entry.granule() + granule - starts[e]) * p.granule_nbytes + token % kGranule * p.slot_nbytes) / 4;
   }
 };
@@ -114,6 +117,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) kvt_canary(const __grid_c
   };
   for (int token = tokens.first * kGranule + static_cast<int>(threadIdx.x); token < length - num_new;
        token += kThreads) {
+    if (tokens.place(p, token) == -2) report(p, row, token, kNoSlot, 0, 0, 0);
     const unsigned* const record = record_of(token);
     if (record == nullptr) continue;
     const long long place = record - p.records;

@@ -13,7 +13,7 @@ Words = NDArray[np.uint32]
 UNKNOWN = 0xFFFFFFFF
 _MASK = 0xFFFFFFFF
 _int: Any = np.int64  # a cast in compiled code
-_WRONG_POSITION, _WRONG_CHAIN, _WRONG_KEY = 1, 2, 3
+_WRONG_POSITION, _WRONG_CHAIN, _WRONG_KEY, _NO_SLOT = 1, 2, 3, 4
 
 
 @jit
@@ -38,14 +38,16 @@ def _hash_of_key(keys: Words, granule: int, i: int) -> Any:
 
 @jit
 def _granule_of(table: Int32Array, starts: Int32Array, row: int, token: int) -> Any:
-    """The granule that has a token of a row in 16 bits; -1 if none has."""
+    """The granule that has a token of a row; -1 if it is quantized, or before the row's beginning; -2 if none has."""
     e, index = table.shape[1] - 1, token >> 3
     while e >= 0 and (table[row, e] < 0 or starts[row, e] > index):
         e -= 1
-    if token < 0 or e < 0 or entry_tier(table[row, e]) != TIER_HOT:
+    if token < 0 or (e < 0 and table.shape[1] > 0 and table[row, 0] >= 0):
         return -1
     inside = index - starts[row, e]
-    return entry_granule(table[row, e]) + inside if inside < entry_length(table[row, e]) else -1
+    if e < 0 or inside >= entry_length(table[row, e]):
+        return -2
+    return entry_granule(table[row, e]) + inside if entry_tier(table[row, e]) == TIER_HOT else -1
 
 
 @jit
@@ -75,6 +77,9 @@ def check_rows(
         begin = 8 * starts[row, 0] if table.shape[1] > 0 and table[row, 0] >= 0 else 0
         for token in range(begin, length - num_new):
             granule = _granule_of(table, starts, row, token)
+            if granule == -2 and report[0] == 0:
+                report[:] = 0
+                report[0], report[1], report[2] = row + 1, token, _NO_SLOT
             if granule < 0 or records[granule, 0, token & 7, 1] == UNKNOWN:
                 continue
             record, before = records[granule, 0, token & 7], _chain_of(records, table, starts, row, token - 1)

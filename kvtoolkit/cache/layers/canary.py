@@ -21,6 +21,7 @@ _FAULTS = {
     1: "a slot that was written for another position",
     2: "a slot that was written for another sequence",
     3: "a slot whose key has changed since it was stored",
+    4: "a block table without a place for it",
 }
 
 

@@ -81,6 +81,18 @@ def test_entries_that_lead_to_another_position_are_found():
         feed(cache, ids, np.arange(len(ids)) + 50)
 
 
+def test_a_hole_in_a_block_table_is_found():
+    cache = make(num_tokens=512, growth="fixed8", block_sizes=[8])
+    ids, _ = cache.open([[], []])
+    for begin in (0, 8, 16):
+        feed(cache, ids, [np.arange(8) + begin, np.arange(8) + begin + 100])
+    table, row = cache._group.table, int(ids[1]) & ((1 << ID_BITS) - 1)
+    table.starts[row, 1] = 2  # the second block claims the place of the third
+    touch(table, row)
+    with pytest.raises(IntegrityError, match="row 1 of a step, token 8.*without a place"):
+        feed(cache, ids, [50, 51])
+
+
 @pytest.mark.parametrize(
     "options",
     [
