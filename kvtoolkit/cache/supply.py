@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from kvtoolkit.arrays.types import Int32Array
 from kvtoolkit.cache.state import growing
 from kvtoolkit.cache.state.cache_group import CacheGroup
-from kvtoolkit.formats.entry import TIER_HOT
+from kvtoolkit.formats.entry import MAX_BLOCK_GRANULES, TIER_HOT
 
 _NOTHING: Int32Array = np.empty(0, np.int32)
 
@@ -47,7 +47,7 @@ class Supply:
         blocks = self._group.blocks
         policy, num_free = blocks.policy, blocks.allocator.num_free
         self.num_available = num_free + 8 * len(blocks.reserve) + blocks.num_cached
-        sizes = np.empty(self.most, np.int32)
+        sizes = np.empty(self.most + MAX_BLOCK_GRANULES, np.int32)  # those of the row that gets no more are there, too
         count, wanted = growing.choose_ahead(
             self._group.table.info, rows, limits, steps, self.num_available, min(self.num_available, self.most),
             blocks.num_hot, policy.rule, policy.tail, policy.largest, blocks.offered, np.empty(len(rows), np.int64),

@@ -30,7 +30,7 @@ def choose_ahead(
         available: granules that are free or cached, by which growth policies decide.
         most: granules that can be had; it stops there.
         capacities: ``[batch]`` scratch.
-        sizes: receives the sizes, in granules.
+        sizes: receives the sizes, in granules; it has room for 8 more than ``most``.
 
     Returns:
         ``(number of blocks, their granules)``.

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtoolkit import ArgumentError, CacheFullError, DeviceSteps, SequenceError, StepError, UnsupportedError
+from kvtoolkit.cache.state import growing
 from kvtoolkit.config.growth import names
 from kvtoolkit.formats.entry import unpack_entries
 from tests.kvtoolkit.cache.host_device import make_cache, use_host
@@ -231,6 +232,26 @@ def test_cached_prefixes_make_way():
         run(steps.begin(), np.asarray(steps.tokens))
     assert steps.finish().num_new.tolist() == [32]
     cache.check_integrity()
+
+
+def test_choosing_blocks_ahead_stays_inside_its_array(monkeypatch):
+    cache = make_cache(num_tokens=64, max_seqs=16, growth="fixed8", block_sizes=[8])
+    ids, _ = cache.open([[]] * 16)
+    steps, choose, lengths = DeviceSteps(cache, 16, 8), growing.choose_ahead, []
+
+    def note(*arguments):
+        sizes = arguments[-1]
+        wide = np.full(len(sizes) + 64, -7, np.int32)
+        found = choose(*arguments[:-1], wide)
+        lengths.append((np.count_nonzero(wide != -7), len(sizes)))
+        sizes[: found[0]] = wide[: found[0]]
+        return found
+
+    monkeypatch.setattr(growing, "choose_ahead", note)
+    steps.load(ids, np.arange(16))  # the pool has room for 8 of them
+    ((written, length),) = lengths
+    assert 8 < written <= length
+    steps.abort()
 
 
 def test_many_rows_are_grown_in_turn():
