@@ -112,7 +112,8 @@ __device__ __forceinline__ void attach(
 __device__ __forceinline__ long long slot_of(const GrowParams& p, int group, int row, int token, const RowTail& tail) {
   if (token >= tail.first) return tail.base + token;
   const int* const starts = p.block_starts[group] + static_cast<long long>(row) * p.width[group];
-  const int e = find_entry(starts, tail.num_entries, token / kGranule);
+  // a row may have more entries than the table, of room beyond the longest length that there is here
+  const int e = find_entry(starts, min(tail.num_entries, p.width[group]), token / kGranule);
   const Entry entry{p.block_table[group][static_cast<long long>(row) * p.width[group] + e]};
   return static_cast<long long>(entry.granule() - starts[e]) * kGranule + token;
 }

@@ -234,6 +234,24 @@ def test_cached_prefixes_make_way():
     cache.check_integrity()
 
 
+def test_rows_with_more_entries_than_the_tables_write_to_their_own_slots():
+    cache = make_cache(num_tokens=512, growth="fixed8", block_sizes=[8])
+    ids = prefill(cache, [[1] * 4, [2] * 4])
+    for length in range(16, 130, 8):  # room in turn, so that each granule is an entry
+        for seq in ids:
+            cache.abort_step(cache.begin_step([seq], length - 4))
+    steps = DeviceSteps(cache, 2, 16, max_seq_len=16)
+    steps.load(ids, [1, 2])
+    for i in range(12):
+        run(steps.begin(), np.asarray(steps.tokens))
+        with_granules = cache._group.table.entries[:2, (4 + i) // 8] & 0xFFFFFF
+        assert steps._graph_step.tables.slot_mapping.tolist() == (8 * with_granules + (4 + i) % 8).tolist()
+    run(steps.begin(), np.asarray(steps.tokens))
+    turn = steps.finish()
+    assert (turn.num_new.tolist(), turn.status.tolist()) == ([12, 12], [3, 3])
+    cache.check_integrity()
+
+
 def test_choosing_blocks_ahead_stays_inside_its_array(monkeypatch):
     cache = make_cache(num_tokens=64, max_seqs=16, growth="fixed8", block_sizes=[8])
     ids, _ = cache.open([[]] * 16)
