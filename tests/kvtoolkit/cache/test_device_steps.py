@@ -252,6 +252,49 @@ def test_rows_with_more_entries_than_the_tables_write_to_their_own_slots():
     cache.check_integrity()
 
 
+def replay(steps, count):
+    """Run the model some times, as replays of a graph do."""
+    for _ in range(count):
+        _, chosen = run(steps.begin(), np.asarray(steps.tokens))
+        steps.tokens[:] = np.where(np.asarray(steps.status) == 0, chosen, steps.tokens)
+
+
+@pytest.mark.parametrize(("growth", "length"), [("fixed8", 8), ("proportional", 136)])  # one block at once, and two
+def test_full_rows_leave_blocks_to_others(growth, length):
+    cache = make_cache(num_tokens=2048, growth=growth, block_sizes=[8], max_entries=6)
+    ids = prefill(cache, [[1] * length, [2] * length, [3] * 8])
+    steps = DeviceSteps(cache, 3, 128)
+    steps.load(ids, [1, 2, 3], 120, max_lens=[1000, 1000, 25])
+    replay(steps, 120)
+    turn = steps.finish()
+    assert turn.status.tolist() == [2, 2, 3]
+    assert turn.num_new[2] == 17
+    cache.check_integrity()
+
+
+def test_entries_are_used_up_as_by_the_host():
+    options = {"num_tokens": 2048, "growth": "fixed8", "block_sizes": [8], "max_entries": 3}
+    found = []
+    for by_device in (False, True):
+        cache = make_cache(**options)
+        ids = prefill(cache, [[1] * 8])
+        if by_device:
+            steps = DeviceSteps(cache, 1, 256)
+            steps.load(ids, [1])
+            replay(steps, 256)
+            turn = steps.finish()
+            assert turn.status.tolist() == [2]
+            found.append(int(turn.num_new[0]))
+            continue
+        for count in range(256):
+            with cache.begin_step(ids, 1) as step:
+                if not step.ok[0]:
+                    found.append(count)
+                    break
+                cache.end_step(step, [1])
+    assert found == [184, 184]  # three entries of eight granules that follow each other
+
+
 def test_choosing_blocks_ahead_stays_inside_its_array(monkeypatch):
     cache = make_cache(num_tokens=64, max_seqs=16, growth="fixed8", block_sizes=[8])
     ids, _ = cache.open([[]] * 16)
