@@ -5,6 +5,7 @@ from numpy.typing import NDArray
 
 from kvtoolkit.arrays.types import Int32Array
 from kvtoolkit.cache.state import growing
+from kvtoolkit.cache.state.block_manager import Runs
 from kvtoolkit.cache.state.cache_group import CacheGroup
 from kvtoolkit.formats.entry import MAX_BLOCK_GRANULES, TIER_HOT
 
@@ -45,6 +46,10 @@ class Supply:
         It evicts what is cached where that is needed. Rows ask step by step, and in one step in their order.
         """
         blocks = self._group.blocks
+        if len(blocks.reserve) < blocks.wanted_reserve:
+            blocks.replenish()
+        if len(blocks.ledger.left):
+            blocks.ledger.free_left()
         policy, num_free = blocks.policy, blocks.allocator.num_free
         self.num_available = num_free + 8 * len(blocks.reserve) + blocks.num_cached
         sizes = np.empty(self.most + MAX_BLOCK_GRANULES, np.int32)  # those of the row that gets no more are there, too
@@ -58,20 +63,32 @@ class Supply:
         sizes = sizes[:count]
         starts = blocks.allocate_some(sizes)
         has_got = starts >= 0
-        missing = int(wanted - sizes[has_got].sum())
-        smaller = [(int(start), int(size)) for start, size in self._take_pieces(missing)]
-        self.starts = np.concatenate([starts[has_got], np.array([start for start, _ in smaller], np.int32)])
-        self.sizes = np.concatenate([sizes[has_got], np.array([size for _, size in smaller], np.int32)])
+        pieces = self._take_pieces(int(wanted - sizes[has_got].sum()), len(rows))
+        self.starts = np.concatenate([starts[has_got], np.array([start for start, _ in pieces], np.int32)])
+        self.sizes = np.concatenate([sizes[has_got], np.array([size for _, size in pieces], np.int32)])
         blocks.ledger.lend(self.starts, self.sizes)
 
-    def _take_pieces(self, missing: int) -> list[tuple[int, int]]:
-        """Up to so many granules in blocks of other sizes, the smallest first, so that many rows get some."""
-        blocks, runs = self._group.blocks, []
-        for size in blocks.offered[::-1].tolist():
-            starts = blocks.allocate_some(np.full(max(missing, 0) // size, size, np.int32))
-            found = starts[starts >= 0].tolist()
-            runs += [(start, size) for start in found]
-            missing -= size * len(found)
+    def _take_pieces(self, missing: int, num_rows: int) -> Runs:
+        """About so many granules in blocks of any sizes, the smallest first, so that many rows get some.
+
+        Of larger ones it takes one for each row, because a row cannot take a part of one. The reserve for merging comes
+        last.
+        """
+        blocks = self._group.blocks
+        runs: Runs = []
+        while missing > 0:
+            for size in blocks.offered[::-1].tolist():
+                count = min(max(missing, 0), max(-(-missing // size), num_rows))
+                starts = blocks.allocate_some(np.full(count, size, np.int32))
+                found = starts[starts >= 0].tolist()
+                runs += [(start, size) for start in found]
+                missing -= size * len(found)
+            # what was evicted may be of no use, as granules of a slab for another size
+            part = missing
+            while part > 0 and not blocks.make_way(part):
+                part //= 2
+            if part <= 0:
+                break
         return runs
 
     def lists(self) -> tuple[Int32Array, Int32Array]:

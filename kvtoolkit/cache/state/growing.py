@@ -28,12 +28,13 @@ def choose_ahead(
     Args:
         limits: ``[batch]`` tokens at which a row ends.
         available: granules that are free or cached, by which growth policies decide.
-        most: granules that can be had; it stops there.
+        most: granules that can be had; it stops there, also in the middle of a row.
         capacities: ``[batch]`` scratch.
         sizes: receives the sizes, in granules; it has room for 8 more than ``most``.
 
     Returns:
-        ``(number of blocks, their granules)``.
+        ``(number of blocks, granules wanted)``. That is ``most`` if there is more to ask for, even where the next block
+        would be larger than what is left: rows take smaller ones then.
     """
     count, total = 0, 0
     for b in range(len(rows)):
@@ -47,7 +48,7 @@ def choose_ahead(
             end = split_into_blocks(1, size, largest, offered, sizes, count)
             for k in range(count, end):
                 if total + sizes[k] > most:
-                    return k, total
+                    return k, most
                 total += sizes[k]
                 available = max(available - sizes[k], 0)
                 capacities[b] += sizes[k]

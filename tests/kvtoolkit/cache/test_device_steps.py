@@ -295,6 +295,43 @@ def test_entries_are_used_up_as_by_the_host():
     assert found == [184, 184]  # three entries of eight granules that follow each other
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"growth": "fixed64"},
+        {"growth": "proportional"},
+        {"growth": "proportional", "block_sizes": [8, 64]},
+        {"growth": "adaptive"},
+        {"growth": "adaptive", "num_tokens": 25600},  # with a reserve for merging
+        {"growth": "lazy_merge", "allocator": "slab"},
+        {"growth": "fixed32", "allocator": "slab"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_rows_go_on_for_as_long_as_the_host_would(options):
+    cache = make_cache(**{"num_tokens": 2048} | options)
+    ids = prefill(cache, [[1] * 576])
+    cache.close(prefill(cache, [[2] * 64]))
+    smallest, taken = cache.allocator.block_sizes[0] // 8, []
+    while (start := cache.allocator.allocate([smallest], partial=True)[0]) >= 0:
+        taken.append(start)
+    cache.allocator.free(taken[-3:], [smallest] * 3)  # less than most policies want at once
+    steps, total = DeviceSteps(cache, 1, 32), 0
+    while True:
+        steps.load(ids, [1])
+        replay(steps, 32)
+        turn = steps.finish()
+        cache.check_integrity()
+        total += int(turn.num_new[0])
+        if turn.status[0]:
+            break
+    assert turn.status[0] == 1
+    assert cache.stats().cached == cache.stats().kept_back == 0
+    assert total >= 64 + 24 * smallest
+    with cache.begin_step(ids, 1) as step:
+        assert not step.ok[0]
+
+
 def test_choosing_blocks_ahead_stays_inside_its_array(monkeypatch):
     cache = make_cache(num_tokens=64, max_seqs=16, growth="fixed8", block_sizes=[8])
     ids, _ = cache.open([[]] * 16)
