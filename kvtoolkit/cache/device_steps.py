@@ -166,7 +166,9 @@ class DeviceSteps:
             StepError: the last turn has not ended.
         """
         if self._step is not None:
-            raise StepError("load: expected a turn that has ended, by `finish` or `abort`")
+            if self._step._is_open:
+                raise StepError("load: expected a turn that has ended, by `finish` or `abort`")
+            self.abort()  # what is left of one that `end_orphans` has ended
         ids = as_ids(seq_ids)
         if len(ids) > self._batch:
             raise ArgumentError(f"seq_ids: expected up to {self._batch}, got {len(ids)}")
@@ -178,12 +180,13 @@ class DeviceSteps:
         if max_lens is not None:
             limits = np.minimum(as_vector(max_lens, "max_lens", len(ids)), limits)
         self._demote(int(steps))
-        self._step = self._cache.begin_step(ids, 0)
         try:
+            self._step = self._cache.begin_step(ids, 0)
             self._fill(limits.astype(np.int32), int(steps))
             self._bring(first, limits.astype(np.int32))
         except BaseException:
-            self.abort()
+            if self._step is not None:
+                self.abort()
             raise
 
     @exclusive
@@ -272,8 +275,8 @@ class DeviceSteps:
         Later prompts can find the new tokens. Returns what happened in this turn.
 
         Raises:
-            StepError: no turn is under way, or the graph appends to some layers but not to all. Then the turn is still
-                under way.
+            StepError: no turn is under way, or `KVCache.end_orphans` has closed one of its sequences. Then the others
+                are as before it. Or the graph appends to some layers but not to all. Then the turn is still under way.
         """
         if self._step is None:
             raise StepError("finish: expected a turn under way, after `load`")
@@ -287,13 +290,17 @@ class DeviceSteps:
         ids, total = self._step.seq_ids.copy(), int(num_new.sum())
         if total:
             require_all_layers(self._graph_step.layers, self._cache.config.num_layers)
-        self._settle(read["grants"][:, :, :num_rows], num_new)
-        self._end_hold()
-        if total:
-            is_new = np.arange(history.shape[1]) < num_new[:, None]
-            step = self._cache.begin_step(ids, num_new)
-            step._graph_step = self._graph_step
-            self._cache.end_step(step, history[is_new])
+        with self._calls.lock:  # the sequences are open for a moment, in which no other thread may take them
+            if not self._step._is_open:
+                self.abort()
+                raise StepError("finish: expected all sequences of the turn, but `KVCache.end_orphans` has closed some")
+            self._settle(read["grants"][:, :, :num_rows], num_new)
+            self._end_hold()
+            if total:
+                is_new = np.arange(history.shape[1]) < num_new[:, None]
+                step = self._cache.begin_step(ids, num_new)
+                step._graph_step = self._graph_step
+                self._cache.end_step(step, history[is_new])
         return turn
 
     def abort(self) -> None:
@@ -306,7 +313,9 @@ class DeviceSteps:
     def _end_hold(self) -> None:
         step, self._step = self._step, None
         assert step is not None
-        self._cache.abort_step(step)
+        with self._calls.lock:
+            if step._is_open:
+                self._cache.abort_step(step)
 
     def _read(self) -> dict[str, NDArray[Any]]:
         """What is on the device, once it has finished."""

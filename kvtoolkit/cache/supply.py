@@ -7,9 +7,8 @@ from kvtoolkit.arrays.types import Int32Array
 from kvtoolkit.cache.state import growing
 from kvtoolkit.cache.state.block_manager import Runs
 from kvtoolkit.cache.state.cache_group import CacheGroup
+from kvtoolkit.cache.state.growing import Loan
 from kvtoolkit.formats.entry import MAX_BLOCK_GRANULES, TIER_HOT
-
-_NOTHING: Int32Array = np.empty(0, np.int32)
 
 
 def most_grants(max_steps: int) -> int:
@@ -30,15 +29,27 @@ class Supply:
 
     Attributes:
         most: blocks of each size, at most.
-        starts: ``[n]`` int32 first granules; ``sizes``: ``[n]`` int32 granules.
         num_available: granules that were free or cached before they were taken; growth policies look at it.
     """
 
     def __init__(self, group: CacheGroup, batch: int, max_steps: int) -> None:
         self._group = group
         self.most = min(group.blocks.num_hot, batch * most_grants(max_steps))
-        self.starts, self.sizes = _NOTHING, _NOTHING
+        blocks = group.blocks
+        self._flags = blocks.ledger.granted, blocks.ledger.callers
+        self._loan = Loan(np.empty(self.most, np.int32), np.empty(self.most, np.int32), np.zeros(1, np.int64))
+        self._left = np.empty(blocks.num_hot, np.int32)  # scratch: granules to free
         self.num_available = 0
+
+    @property
+    def starts(self) -> Int32Array:
+        """``[n]`` first granules of the blocks."""
+        return self._loan.starts[: self._loan.count[0]]
+
+    @property
+    def sizes(self) -> Int32Array:
+        """``[n]`` granules of the blocks."""
+        return self._loan.sizes[: self._loan.count[0]]
 
     def fill(self, rows: Int32Array, limits: Int32Array, steps: int) -> None:
         """Take the blocks that ``steps`` tokens more of each row will want, or as many as there are.
@@ -64,9 +75,11 @@ class Supply:
         starts = blocks.allocate_some(sizes)
         has_got = starts >= 0
         pieces = self._take_pieces(int(wanted - sizes[has_got].sum()), len(rows))
-        self.starts = np.concatenate([starts[has_got], np.array([start for start, _ in pieces], np.int32)])
-        self.sizes = np.concatenate([sizes[has_got], np.array([size for _, size in pieces], np.int32)])
-        blocks.ledger.lend(self.starts, self.sizes)
+        more = np.array(pieces, np.int32).reshape(-1, 2).T
+        growing.lend(
+            *self._flags, self._loan, np.concatenate([starts[has_got], more[0]]),
+            np.concatenate([sizes[has_got], more[1]]),
+        )  # fmt: skip
 
     def _take_pieces(self, missing: int, num_rows: int) -> Runs:
         """About so many granules in blocks of any sizes, the smallest first, so that many rows get some.
@@ -101,7 +114,7 @@ class Supply:
         return listed, counts
 
     def settle(self, rows: Int32Array, grants: Int32Array) -> None:
-        """Give rows the blocks that the device has granted, and free all others.
+        """Give rows the blocks that the device has granted, and free all others. Doing it again changes nothing.
 
         Args:
             rows: ``[batch]`` of the block table.
@@ -112,24 +125,19 @@ class Supply:
         counts = grants[0].copy()
         words = np.ascontiguousarray(grants[1 : 1 + counts.max(initial=0)].T)
         starts, sizes = (words & 0xFFFFFF).astype(np.int32), (1 << (words >> 24 & 3)).astype(np.int32)
-        is_granted = np.arange(words.shape[1]) < counts[:, None]
-        left = np.setdiff1d(self.starts, starts[is_granted])
-        taken = self._take_back()
-        growing.attach_granted(group.table, blocks.granules, rows, starts, sizes, counts)
-        blocks.free_runs([(start, taken[start]) for start in left.tolist()])
+        count = growing.settle(
+            *self._flags, self._loan, group.table, blocks.granules, rows, starts, sizes, counts, self._left
+        )
+        if count:
+            blocks.free_granules(np.sort(self._left[:count]))
         group.update_peak()
 
     def release(self) -> None:
         """Free all blocks."""
         blocks = self._group.blocks
-        blocks.free_runs(list(self._take_back().items()))
-
-    def _take_back(self) -> dict[int, int]:
-        """End the loan; returns the size of the block at each first granule."""
-        starts, sizes = self.starts, self.sizes
-        self.starts, self.sizes = _NOTHING, _NOTHING
-        self._group.blocks.ledger.take_back(starts, sizes)
-        return dict(zip(starts.tolist(), sizes.tolist(), strict=True))
+        count = growing.take_back(*self._flags, self._loan, blocks.granules.refs, self._left)
+        if count:
+            blocks.free_granules(np.sort(self._left[:count]))
 
     def merge(self, rows: Int32Array, counts: Int32Array, budget: int) -> None:
         """Merge small blocks that the next ``counts`` tokens of each row fill; their keys and values are there."""

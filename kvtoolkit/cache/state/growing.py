@@ -1,6 +1,6 @@
 """The compiled passes of steps that the device drives: which blocks they will want, and what they have taken."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from allocators._jit import jit
 from kvtoolkit.arrays.types import Int32Array, Int64Array
@@ -14,6 +14,7 @@ from kvtoolkit.cache.state.block_table import (
     BlockTable,
     attach,
 )
+from kvtoolkit.cache.state.ledger import Flags, move
 from kvtoolkit.cache.state.prefix_index import GranuleState
 from kvtoolkit.config.growth import split_into_blocks, tail_size
 
@@ -64,15 +65,60 @@ def list_tails(info: Int64Array, rows: Int32Array, out: Int32Array) -> None:
         out[b, 2], out[b, 3] = info[rows[b], TAIL_FIRST], info[rows[b], TAIL_BASE]
 
 
+class Loan(NamedTuple):
+    """The blocks that the device may take.
+
+    Blocks come and go in compiled moves, together with the ledger's flags. So whenever a call breaks off, the blocks
+    here are just those that the ledger counts as lent.
+    """
+
+    starts: Int32Array
+    """``[most]`` first granules."""
+    sizes: Int32Array
+    """``[most]`` in granules."""
+    count: Int64Array
+    """``[1]`` how many there are."""
+
+
 @jit
-def attach_granted(
-    table: BlockTable, granules: GranuleState, rows: Int32Array, starts: Int32Array, sizes: Int32Array,
-    counts: Int32Array,
-) -> None:  # fmt: skip
-    """Append to each row the first ``counts`` of its blocks ``[batch, most]``, as the device has done in its tables."""
+def lend(granted: Flags, callers: Flags, loan: Loan, starts: Int32Array, sizes: Int32Array) -> None:
+    """Lend blocks that were just taken."""
+    move(granted, callers, starts, sizes)
+    for i in range(len(starts)):
+        loan.starts[i], loan.sizes[i] = starts[i], sizes[i]
+    loan.count[0] = len(starts)
+
+
+@jit
+def take_back(granted: Flags, callers: Flags, loan: Loan, refs: Int32Array, out: Int32Array) -> Any:
+    """End a loan; returns how many granules of it no row holds, and writes these to ``out``, for the caller to free."""
+    count = loan.count[0]
+    loan.count[0] = 0
+    move(callers, granted, loan.starts[:count], loan.sizes[:count])
+    num_left = 0
+    for i in range(count):
+        if refs[loan.starts[i]] == 0:
+            for granule in range(loan.starts[i], loan.starts[i] + loan.sizes[i]):
+                out[num_left] = granule
+                num_left += 1
+    return num_left
+
+
+@jit
+def settle(
+    granted: Flags, callers: Flags, loan: Loan, table: BlockTable, granules: GranuleState, rows: Int32Array,
+    starts: Int32Array, sizes: Int32Array, counts: Int32Array, out: Int32Array,
+) -> Any:  # fmt: skip
+    """Append to each row the first ``counts`` of its blocks ``[batch, most]``, as the device has done in its tables.
+
+    Then `take_back` the loan. If there is none, this was done before, in a call that broke off later: nothing happens.
+    """
+    if loan.count[0] == 0:
+        return 0
     for b in range(len(rows)):
         if counts[b] > 0:
             attach(table, granules, rows[b], starts[b, : counts[b]], sizes[b, : counts[b]])
+    return take_back(granted, callers, loan, granules.refs, out)
 
 
 @jit

@@ -1,6 +1,9 @@
 """Steps that the device drives, in host memory: kernels of ``cuda_src`` by g++, attention of the CPU."""
 
+import contextlib
 import gc
+import itertools
+import threading
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from kvtoolkit.cache.state import growing
 from kvtoolkit.config.growth import names
 from kvtoolkit.formats.entry import unpack_entries
 from tests.kvtoolkit.cache.host_device import make_cache, use_host
+from tests.kvtoolkit.cache.test_interruptions import Interrupted, LineBreaker
 from tests.kvtoolkit.cuda.host_kernels import HostLaunch, needs_compiler
 
 pytestmark = needs_compiler
@@ -403,6 +407,133 @@ def test_a_turn_that_breaks_off_in_the_allocator_loses_nothing(monkeypatch):
     assert cache.stats().callers == 0
     steps.load(ids, [1])
     steps.abort()
+
+
+@pytest.mark.parametrize("how", ["finish", "abort", "load", "drop"])
+def test_turns_of_which_a_sequence_was_an_orphan_are_over(how):
+    cache = make_cache(num_tokens=1024, growth="fixed8", block_sizes=[8])
+    ids = prefill(cache, [[1] * 8, [2] * 16])
+    steps = DeviceSteps(cache, 2, 16)
+    steps.load(ids, [1, 2])
+    replay(steps, 9)
+    assert cache.end_orphans(ids[1:]).tolist() == ids[:1].tolist()
+    new = prefill(cache, [[3] * 24])  # in the row of the one that was closed
+    if how == "finish":
+        with pytest.raises(StepError, match="end_orphans"):
+            steps.finish()
+    elif how == "abort":
+        steps.abort()
+    elif how == "drop":
+        del steps
+        gc.collect()
+    if how != "drop":
+        steps.load([*ids[1:], *new], [1, 2])
+        replay(steps, 16)
+        assert steps.finish().num_new.tolist() == [16, 16]
+    cache.check_integrity()
+    assert cache.stats().callers == 0
+    assert cache.lengths([*ids[1:], *new]).tolist() == ([16, 24] if how == "drop" else [32, 40])
+
+
+def test_other_threads_cannot_take_sequences_while_a_turn_ends(monkeypatch):
+    cache = make_cache(num_tokens=1024)
+    ids = prefill(cache, [[1] * 8])
+    steps = DeviceSteps(cache, 1, 8)
+    steps.load(ids, [1])
+    replay(steps, 8)
+    abort, taken = cache.abort_step, []
+
+    def end_hold(step):
+        abort(step)
+        thief = threading.Thread(target=lambda: taken.append(cache.truncate(ids, [0])))
+        thief.start()
+        thief.join(0.1)
+        assert not taken
+
+    monkeypatch.setattr(cache, "abort_step", end_hold)
+    assert steps.finish().num_new.tolist() == [8]
+    monkeypatch.undo()
+    cache.check_integrity()
+
+
+def world_in_a_turn(options):
+    """A cache in the middle of a turn of two sequences that share, with others beside it."""
+    cache = make_cache(max_seqs=8, **options)
+    ids = prefill(cache, [[7] * 60, [8] * 20])
+    ids = np.array([ids[0], cache.fork(ids[:1], 1)[0, 0], ids[1]])
+    cache.close(prefill(cache, [[9] * 40]))
+    steps = DeviceSteps(cache, 2, 32)
+    return cache, ids, steps
+
+
+def tokens_in(cache, ids):
+    """The keys of the first layer of each sequence."""
+    with cache.begin_step(ids, 0) as step:
+        return [keys_held(cache, step.block_table[b], length) for b, length in enumerate(step.seq_lens.tolist())]
+
+
+def keys_held(cache, entries, length):
+    starts, sizes, _ = unpack_entries(entries[entries >= 0])
+    held = [np.arange(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+    granules = cache.key_cache(0)[np.concatenate(held)]
+    return granules.transpose(0, 2, 1, 3).reshape(-1, 8)[:length].tobytes()
+
+
+@pytest.mark.parametrize("call", ["load", "finish", "abort"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_tokens": 512, "growth": "fixed8", "block_sizes": [8]},
+        {"num_tokens": 12800, "growth": "adaptive", "allocator": "slab"},
+        {"growth": "lazy_merge", "layer_groups": WINDOW},
+    ],
+    ids=["buddy", "slab", "groups"],
+)
+def test_turns_can_break_off_at_any_line(call, options):
+    def prepare():
+        cache, ids, steps = world_in_a_turn(options)
+        if call != "load":
+            steps.load(ids[:2], [1, 2])
+            replay(steps, 30)
+        return cache, ids, steps
+
+    def work(steps, ids):
+        steps.load(ids[:2], [1, 2]) if call == "load" else getattr(steps, call)()
+
+    cache, ids, steps = prepare()
+    if call != "load":
+        work(steps, ids)
+    after = tokens_in(cache, ids)
+    num_lines = 0
+    for n in itertools.count(1 + len(options), 17):
+        cache, ids, steps = prepare()
+        breaker = LineBreaker(n)
+        with contextlib.suppress(Interrupted), breaker:
+            work(steps, ids)
+        if not breaker.fired:
+            break
+        num_lines += 1
+        cache.check_integrity()
+        again = None
+        if steps._step is not None:  # the turn is under way, and can be ended again
+            again = steps.abort if call == "load" else getattr(steps, call)
+            again()
+        cache.check_integrity()
+        assert cache.stats().callers == 0
+        found = tokens_in(cache, ids)
+        assert found[2:] == after[2:]
+        for own, whole in zip(found, after, strict=True):
+            assert whole.startswith(own)
+        assert cache.lengths(ids)[0] in (60, 90 if call == "finish" else 60)
+        if call == "finish" and again is not None:
+            assert found == after
+        steps.load(ids[:2], [3, 4])
+        replay(steps, 4)
+        steps.finish()
+        cache.close(ids)
+        cache.check_integrity()
+        assert cache.stats().used == cache.stats().callers == 0
+    assert num_lines > 5
 
 
 def test_bad_input_is_refused():
