@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from allocators._calls import Calls, exclusive
-from kvtoolkit.arrays.types import ArrayLike, Int32Array, Int64Array
+from kvtoolkit.arrays.types import ArrayLike, Int32Array, Int64Array, as_int
 from kvtoolkit.cache.fixed_tables import Move
 from kvtoolkit.cache.graph import GraphRun, GraphStep
 from kvtoolkit.cache.kv_cache import KVCache
 from kvtoolkit.cache.state.arguments import as_ids, as_vector
-from kvtoolkit.cache.state.block_table import LENGTH
+from kvtoolkit.cache.state.block_table import LENGTH, OPEN
 from kvtoolkit.cache.step import Step, require_all_layers
 from kvtoolkit.cache.supply import Supply, most_grants
 from kvtoolkit.cuda.grow import MAX_GROUPS, GrowingGroup, GrowingRows, make_growth
@@ -84,7 +84,8 @@ class DeviceSteps:
 
     Raises:
         UnsupportedError: the cache is not on a GPU, has chunks or more than four groups of layers, or demotes by mass.
-        StepError: a number is below 1.
+        ArgumentError: ``batch``, ``max_steps`` or ``max_seq_len`` is no integer.
+        StepError: one of them is below 1.
 
     Source: prefix sums over rows in place of a free list, see ``cuda_src/cache/grow.cu``.
     """
@@ -93,6 +94,9 @@ class DeviceSteps:
         self, cache: KVCache, batch: int, max_steps: int = 32, *, max_seq_len: int | None = None,
         shared_reads: bool = False,
     ) -> None:  # fmt: skip
+        for name, value in (("batch", batch), ("max_steps", max_steps), ("max_seq_len", max_seq_len)):
+            if as_int(value) is None and (value is not None or name != "max_seq_len"):
+                raise ArgumentError(f"{name}: expected a number, got {value!r:.80}")
         if max_steps < 1:
             raise StepError(f"max_steps: expected at least 1, got {max_steps}")
         groups = cache._state.groups
@@ -179,7 +183,9 @@ class DeviceSteps:
         limits = np.full(len(ids), self._graph_step._max_seq_len, np.int64)
         if max_lens is not None:
             limits = np.minimum(as_vector(max_lens, "max_lens", len(ids)), limits)
-        self._demote(int(steps))
+        if (limits < 0).any():
+            raise ArgumentError(f"max_lens: expected 0 or more, got {limits.min()}")
+        self._demote(ids, int(steps))
         try:
             self._step = self._cache.begin_step(ids, 0)
             self._fill(limits.astype(np.int32), int(steps))
@@ -190,9 +196,10 @@ class DeviceSteps:
             raise
 
     @exclusive
-    def _demote(self, steps: int) -> None:
-        """Move as many tiles to colder tiers as so many steps would have moved."""
+    def _demote(self, ids: Int64Array, steps: int) -> None:
+        """Move as many tiles to colder tiers as so many steps would have moved, if the sequences can have a turn."""
         cache = self._cache
+        cache._state.rows_of(ids, (OPEN,))
         pairs = [(cache._demoter, cache._arrays)]
         if cache._group_steps is not None:
             pairs = [(part.demoter, part.arrays) for part in cache._group_steps]
@@ -206,8 +213,16 @@ class DeviceSteps:
 
     @exclusive
     def _fill(self, limits: Int32Array, steps: int) -> None:
+        assert self._step is not None
+        rows = self._rows()
+        for part in self._step._parts or ():  # a step without new tokens leaves them what later ones do not see
+            if part.steps.span:
+                counts = part.arrays.counts[: len(rows)]
+                counts[:] = part.steps.table.info[rows, LENGTH] < limits
+                part.steps.free_past(part.arrays, len(rows), 0)
+                counts[:] = 0
         for supply in self._supplies:
-            supply.fill(self._rows(), limits, steps)
+            supply.fill(rows, limits, steps)
 
     def _rows(self) -> Int32Array:
         """The rows of the block table."""

@@ -552,8 +552,9 @@ def test_bad_input_is_refused():
     ):
         with pytest.raises(error):
             steps.load(*arguments)
-    with pytest.raises(ArgumentError, match="max_lens"):
-        steps.load(ids, [1, 2], max_lens=[1])
+    for max_lens in ([1], [9, -1], [9, 20 - 2**32], [1.5, 2], 9):
+        with pytest.raises(ArgumentError, match="max_lens"):
+            steps.load(ids, [1, 2], max_lens=max_lens)
     for call in (steps.finish, steps.abort):
         with pytest.raises(StepError, match="load"):
             call()
@@ -569,10 +570,43 @@ def test_bad_input_is_refused():
     assert steps.finish().num_new.tolist() == [2, 2]
     with pytest.raises(StepError, match="max_steps"):
         DeviceSteps(cache, 2, 0)
+    for arguments in ((True, 4), (1.0, 4), ("2", 4), (2, 2.5), (2, None), (2, "3")):
+        with pytest.raises(ArgumentError, match="expected a number"):
+            DeviceSteps(cache, *arguments)
+    with pytest.raises(ArgumentError, match="max_seq_len"):
+        DeviceSteps(cache, 2, 4, max_seq_len=1.5)
     with pytest.raises(UnsupportedError, match="chunks"):
         DeviceSteps(make_cache(num_tokens=512, layer_groups=[{"layers": [0]}, {"layers": [1], "chunk": 64}]), 1)
     with pytest.raises(CacheFullError):
         cache.open([[]] * 10_000)
+
+
+def test_refused_turns_move_no_tiles():
+    cache = make_cache(num_tokens=4096, head_dim=64, tiers={"hot": 64, "pinned_tokens": 0, "warm": "int8"})
+    ids, _ = cache.open([[], []])
+    x = np.ones((600, 1, 64), np.float32)
+    with cache.begin_step(ids, 300) as step:
+        for layer in range(LAYERS):
+            step.append(layer, x, x)
+        cache.end_step(step)
+    steps, before = DeviceSteps(cache, 2, 32), cache.stats().converted_tokens
+    with pytest.raises(SequenceError):
+        steps.load([*ids[:1], 12345], [1, 2])
+    assert cache.stats().converted_tokens == before
+
+
+def test_windows_let_go_of_their_past_in_each_turn():
+    cache = make_cache(growth="fixed8", layer_groups=WINDOW)
+    ids = prefill(cache, [[1] * 100, [2] * 64])
+    steps = DeviceSteps(cache, 2, 32)
+    for _ in range(4):
+        steps.load(ids, [1, 2], max_lens=[10_000, 64])
+        replay(steps, 32)
+        held = cache.stats().groups[1]
+        # the window of 24 and 32 new tokens, each in whole granules, and a sequence that is at its end as it was
+        assert held.used + held.callers <= 24 + 32 + 8 + 64
+        steps.finish()
+        cache.check_integrity()
 
 
 def test_replays_beyond_the_turn_change_nothing():
