@@ -309,6 +309,7 @@ class DeviceSteps:
             if not self._step._is_open:
                 self.abort()
                 raise StepError("finish: expected all sequences of the turn, but `KVCache.end_orphans` has closed some")
+            self._stop_rows()
             self._settle(read["grants"][:, :, :num_rows], num_new)
             self._end_hold()
             if total:
@@ -324,6 +325,15 @@ class DeviceSteps:
             raise StepError("abort: expected a turn under way, after `load`")
         self._release_supplies()
         self._end_hold()
+        self._stop_rows()
+
+    def _stop_rows(self) -> None:
+        """Let replays after this turn find all rows at their ends: the blocks may be those of other sequences by then."""
+        from kvtoolkit.runtime.streams import cupy_on_current_stream
+
+        with cupy_on_current_stream(self._cache._arenas.device) as cupy:
+            stream = cupy.cuda.get_current_stream().ptr
+            cupy.cuda.runtime.memsetAsync(self._max_lens.data.ptr, 0, 4 * self._batch, stream)
 
     def _end_hold(self) -> None:
         step, self._step = self._step, None

@@ -609,6 +609,21 @@ def test_windows_let_go_of_their_past_in_each_turn():
         cache.check_integrity()
 
 
+@pytest.mark.parametrize("how", ["finish", "abort"])
+def test_replays_after_a_turn_write_to_nobody(how):
+    cache = make_cache(num_tokens=512, growth="fixed8", block_sizes=[8])
+    ids = prefill(cache, [[1] * 8])
+    steps = DeviceSteps(cache, 1, 32)
+    steps.load(ids, [1])
+    replay(steps, 4)
+    getattr(steps, how)()
+    prefill(cache, [[5] * 400])  # in blocks that the turn had taken ahead
+    before = cache.key_cache(0).copy()
+    replay(steps, 20)
+    assert steps.status.tolist() == [3]
+    assert (cache.key_cache(0) == before).all()
+
+
 def test_replays_beyond_the_turn_change_nothing():
     cache = make_cache(num_tokens=512)
     ids = prefill(cache, [[1] * 8])
