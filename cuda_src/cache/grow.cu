@@ -91,8 +91,8 @@ __device__ __forceinline__ Want split(const GrowParams& p, int group, int granul
   return {size, granules >> size};
 }
 
-// Append a block to a row, as a new entry or as part of the last one. The row has an entry left.
-__device__ __forceinline__ void attach(
+// Append a block to a row, as a new entry or as part of the last one. Returns false if it has no entry left for it.
+__device__ __forceinline__ bool attach(
     const GrowParams& p, int group, int row, int start, int granules, RowTail& tail) {
   const long long at = static_cast<long long>(row) * p.width[group] + tail.num_entries;
   const int first = tail.first / kGranule;
@@ -101,6 +101,8 @@ __device__ __forceinline__ void attach(
   // an entry stays inside one superblock of 8 granules; with an empty row nothing joins
   if (tail.num_entries > 0 && granule + length == start && granule >> 3 == (start + granules - 1) >> 3) {
     p.block_table[group][at - 1] = Entry::pack(granule, length + granules, Tier::kHot).bits;
+  } else if (tail.num_entries == p.width[group]) {
+    return false;
   } else {
     p.block_table[group][at] = Entry::pack(start, granules, Tier::kHot).bits;
     p.block_starts[group][at] = tail.capacity;
@@ -109,13 +111,15 @@ __device__ __forceinline__ void attach(
     ++tail.num_entries;
   }
   tail.capacity += granules;
+  return true;
 }
 
 // The slot of a row's token. The row has room for it, usually in its last entry.
 __device__ __forceinline__ long long slot_of(const GrowParams& p, int group, int row, int token, const RowTail& tail) {
   if (token >= tail.first) return tail.base + token;
   const int* const starts = p.block_starts[group] + static_cast<long long>(row) * p.width[group];
-  const int e = find_entry(starts, tail.num_entries, token / kGranule);
+  // a row may have more entries than the table, of room beyond the longest length that there is here
+  const int e = find_entry(starts, min(tail.num_entries, p.width[group]), token / kGranule);
   const Entry entry{p.block_table[group][static_cast<long long>(row) * p.width[group] + e]};
   return static_cast<long long>(entry.granule() - starts[e]) * kGranule + token;
 }
@@ -166,22 +170,26 @@ __device__ __forceinline__ void choose(const GrowParams& p, int group, int begin
   }
 }
 
-// Attach blocks of the supply, from place `begin` of its list on, to a row. Does nothing if the row has too few entries.
+// Attach blocks of the supply, from place `begin` of its list on, to a row, as many as it has entries for. Returns false if
+// that is none. From then on the row counts as one with too many entries, so that it asks for no more blocks in this turn:
+// they would be lost to other rows.
 __device__ __forceinline__ bool take(const GrowParams& p, int group, int row, Want want, int begin) {
   int* const grants = p.grants[group] + row;
   const int* const supply = p.supply[group] + static_cast<long long>(want.size) * p.most_supply[group];
   const int granted = grants[0];
   const int4 read = p.tails[group][row];
   RowTail tail{read.x, read.y, read.z, read.w};
-  if (granted + want.count > p.most_grants || tail.num_entries + want.count > p.width[group]) return false;
-  for (int k = 0; k < want.count; ++k) {
-    const int start = supply[begin + k];
-    attach(p, group, row, start, 1 << want.size, tail);
-    grants[static_cast<long long>(1 + granted + k) * p.batch] = start | want.size << 24;
+  int count = 0;
+  while (count < want.count && granted + count < p.most_grants) {
+    const int start = supply[begin + count];
+    if (!attach(p, group, row, start, 1 << want.size, tail)) break;
+    grants[static_cast<long long>(1 + granted + count) * p.batch] = start | want.size << 24;
+    ++count;
   }
-  grants[0] = granted + want.count;
+  if (count == 0) tail.num_entries = p.width[group] + 1;
+  grants[0] = granted + count;
   p.tails[group][row] = {tail.capacity, tail.num_entries, tail.first, tail.base};
-  return true;
+  return count > 0;
 }
 
 // Replace `values` of the rows of a thread by the sums over all rows before; returns the sum over all. Each value has four
@@ -252,7 +260,7 @@ __device__ __forceinline__ void give(const GrowParams& p, int group, int begin, 
         continue;
       }
       rows.is_waiting[i] = false;
-      // what a row without entries was to get is left out, and is the host's again at its next turn
+      // what a row has no entries for is left out, and is the host's again at its next turn
       if (!take(p, group, rows.row[i], want, at)) rows.status[i] = kRowFull;
       if (is_short) atomicMax(&shared.ends[want.size], at + want.count);
     }
@@ -312,8 +320,12 @@ __device__ __forceinline__ void grow_rows(const GrowParams& p, int begin, Shared
       bool waits = false;
 #pragma unroll
       for (int i = 0; i < kEach; ++i) {
-        const int capacity = rows.row[i] < p.batch ? p.tails[group][rows.row[i]].x : 0;
-        rows.is_waiting[i] = rows.status[i] == kOk && rows.length[i] + p.most_new > capacity * kGranule;
+        const int4 tail = rows.row[i] < p.batch ? p.tails[group][rows.row[i]] : int4{};
+        rows.is_waiting[i] = rows.status[i] == kOk && rows.length[i] + p.most_new > tail.x * kGranule;
+        if (rows.is_waiting[i] && tail.y > p.width[group]) {  // an earlier step has found it full
+          rows.is_waiting[i] = false;
+          rows.status[i] = kRowFull;
+        }
         waits = waits || rows.is_waiting[i];
       }
       if (!__syncthreads_or(waits)) break;

@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from allocators._calls import Calls, exclusive
-from kvtoolkit.arrays.types import ArrayLike, Int32Array, Int64Array
+from kvtoolkit.arrays.types import ArrayLike, Int32Array, Int64Array, as_int
 from kvtoolkit.cache.fixed_tables import Move
 from kvtoolkit.cache.graph import GraphRun, GraphStep
 from kvtoolkit.cache.kv_cache import KVCache
 from kvtoolkit.cache.state.arguments import as_ids, as_vector
-from kvtoolkit.cache.state.block_table import LENGTH
+from kvtoolkit.cache.state.block_table import LENGTH, OPEN
 from kvtoolkit.cache.step import Step, require_all_layers
 from kvtoolkit.cache.supply import Supply, most_grants
 from kvtoolkit.cuda.grow import MAX_GROUPS, GrowingGroup, GrowingRows, make_growth
@@ -90,7 +90,8 @@ class DeviceSteps:
 
     Raises:
         UnsupportedError: the cache is not on a GPU, has chunks or more than four groups of layers, or demotes by mass.
-        StepError: a number is below 1.
+        ArgumentError: ``batch``, ``max_steps`` or ``max_seq_len`` is no integer.
+        StepError: one of them is below 1.
 
     Source: prefix sums over rows in place of a free list, see ``cuda_src/cache/grow.cu``.
     """
@@ -99,6 +100,10 @@ class DeviceSteps:
         self, cache: KVCache, batch: int, max_steps: int = 32, *, num_new_tokens: int = 1,
         max_seq_len: int | None = None, shared_reads: bool = False,
     ) -> None:  # fmt: skip
+        sizes = (("batch", batch), ("max_steps", max_steps), ("num_new_tokens", num_new_tokens))
+        for name, value in (*sizes, ("max_seq_len", max_seq_len)):
+            if as_int(value) is None and (value is not None or name != "max_seq_len"):
+                raise ArgumentError(f"{name}: expected a number, got {value!r:.80}")
         if max_steps < 1 or num_new_tokens < 1:
             raise StepError(f"max_steps, num_new_tokens: expected at least 1, got {max_steps} and {num_new_tokens}")
         groups = cache._state.groups
@@ -184,7 +189,9 @@ class DeviceSteps:
             StepError: the last turn has not ended.
         """
         if self._step is not None:
-            raise StepError("load: expected a turn that has ended, by `finish` or `abort`")
+            if self._step._is_open:
+                raise StepError("load: expected a turn that has ended, by `finish` or `abort`")
+            self.abort()  # what is left of one that `end_orphans` has ended
         ids = as_ids(seq_ids)
         if len(ids) > self._batch:
             raise ArgumentError(f"seq_ids: expected up to {self._batch}, got {len(ids)}")
@@ -195,20 +202,24 @@ class DeviceSteps:
         limits = np.full(len(ids), self._graph_step._max_seq_len, np.int64)
         if max_lens is not None:
             limits = np.minimum(as_vector(max_lens, "max_lens", len(ids)), limits)
-        self._demote(int(steps))
+        if (limits < 0).any():
+            raise ArgumentError(f"max_lens: expected 0 or more, got {limits.min()}")
+        self._demote(ids, int(steps))
         self._num_steps, self._limits, self._is_asked = int(steps), limits.astype(np.int32), False
-        self._step = self._cache.begin_step(ids, 0)
         try:
+            self._step = self._cache.begin_step(ids, 0)
             self._fill()
             self._bring(first)
         except BaseException:
-            self.abort()
+            if self._step is not None:
+                self.abort()
             raise
 
     @exclusive
-    def _demote(self, steps: int) -> None:
-        """Move as many tiles to colder tiers as so many steps would have moved."""
+    def _demote(self, ids: Int64Array, steps: int) -> None:
+        """Move as many tiles to colder tiers as so many steps would have moved, if the sequences can have a turn."""
         cache = self._cache
+        cache._state.rows_of(ids, (OPEN,))
         pairs = [(cache._demoter, cache._arrays)]
         if cache._group_steps is not None:
             pairs = [(part.demoter, part.arrays) for part in cache._group_steps]
@@ -222,8 +233,16 @@ class DeviceSteps:
 
     @exclusive
     def _fill(self) -> None:
+        assert self._step is not None
+        rows = self._rows()
+        for part in self._step._parts or ():  # a step without new tokens leaves them what later ones do not see
+            if part.steps.span:
+                counts = part.arrays.counts[: len(rows)]
+                counts[:] = part.steps.table.info[rows, LENGTH] < self._limits
+                part.steps.free_past(part.arrays, len(rows), 0)
+                counts[:] = 0
         for supply in self._supplies:
-            supply.fill(self._rows(), self._limits, self._num_steps * self.num_new_tokens)
+            supply.fill(rows, self._limits, self._num_steps * self.num_new_tokens)
 
     def _rows(self) -> Int32Array:
         """The rows of the block table."""
@@ -353,8 +372,8 @@ class DeviceSteps:
         Later prompts can find the new tokens. Returns what happened in this turn.
 
         Raises:
-            StepError: no turn is under way, or the graph appends to some layers but not to all. Then the turn is still
-                under way.
+            StepError: no turn is under way, or `KVCache.end_orphans` has closed one of its sequences. Then the others
+                are as before it. Or the graph appends to some layers but not to all. Then the turn is still under way.
         """
         if self._step is None:
             raise StepError("finish: expected a turn under way, after `load`")
@@ -368,13 +387,18 @@ class DeviceSteps:
         ids, total = self._step.seq_ids.copy(), int(num_new.sum())
         if total:
             require_all_layers(self._graph_step.layers, self._cache.config.num_layers)
-        self._settle(read["grants"][:, :, :num_rows], num_new)
-        self._end_hold()
-        if total:
-            is_new = np.arange(history.shape[1]) < num_new[:, None]
-            step = self._cache.begin_step(ids, num_new)
-            step._graph_step = self._graph_step
-            self._cache.end_step(step, history[is_new])
+        with self._calls.lock:  # the sequences are open for a moment, in which no other thread may take them
+            if not self._step._is_open:
+                self.abort()
+                raise StepError("finish: expected all sequences of the turn, but `KVCache.end_orphans` has closed some")
+            self._stop_rows()
+            self._settle(read["grants"][:, :, :num_rows], num_new)
+            self._end_hold()
+            if total:
+                is_new = np.arange(history.shape[1]) < num_new[:, None]
+                step = self._cache.begin_step(ids, num_new)
+                step._graph_step = self._graph_step
+                self._cache.end_step(step, history[is_new])
         return turn
 
     def abort(self) -> None:
@@ -383,11 +407,22 @@ class DeviceSteps:
             raise StepError("abort: expected a turn under way, after `load`")
         self._release_supplies()
         self._end_hold()
+        self._stop_rows()
+
+    def _stop_rows(self) -> None:
+        """Let replays after this turn find all rows at their ends, because others may have the blocks by then."""
+        from kvtoolkit.runtime.streams import cupy_on_current_stream
+
+        with cupy_on_current_stream(self._cache._arenas.device) as cupy:
+            stream = cupy.cuda.get_current_stream().ptr
+            cupy.cuda.runtime.memsetAsync(self._max_lens.data.ptr, 0, 4 * self._batch, stream)
 
     def _end_hold(self) -> None:
         step, self._step = self._step, None
         assert step is not None
-        self._cache.abort_step(step)
+        with self._calls.lock:
+            if step._is_open:
+                self._cache.abort_step(step)
 
     def _read(self) -> dict[str, NDArray[Any]]:
         """What is on the device, once it has finished."""

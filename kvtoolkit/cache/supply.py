@@ -5,11 +5,11 @@ from numpy.typing import NDArray
 
 from kvtoolkit.arrays.types import Int32Array, Int64Array
 from kvtoolkit.cache.state import growing
+from kvtoolkit.cache.state.block_manager import Runs
 from kvtoolkit.cache.state.block_table import CAPACITY
 from kvtoolkit.cache.state.cache_group import CacheGroup
-from kvtoolkit.formats.entry import TIER_HOT
-
-_NOTHING: Int32Array = np.empty(0, np.int32)
+from kvtoolkit.cache.state.growing import Loan
+from kvtoolkit.formats.entry import MAX_BLOCK_GRANULES, TIER_HOT
 
 
 def most_grants(max_steps: int) -> int:
@@ -30,17 +30,29 @@ class Supply:
 
     Attributes:
         most: blocks of each size, at most.
-        starts: ``[n]`` int32 first granules; ``sizes``: ``[n]`` int32 granules.
         num_available: granules that were free or cached before they were taken; growth policies look at it.
     """
 
     def __init__(self, group: CacheGroup, batch: int, max_steps: int) -> None:
         self._group = group
         self.most = min(group.blocks.num_hot, batch * most_grants(max_steps))
-        self.starts, self.sizes = _NOTHING, _NOTHING
+        blocks = group.blocks
+        self._flags = blocks.ledger.granted, blocks.ledger.callers
+        self._loan = Loan(np.empty(self.most, np.int32), np.empty(self.most, np.int32), np.zeros(1, np.int64))
+        self._left = np.empty(blocks.num_hot, np.int32)  # scratch: granules to free
         self.num_available = 0
         self._capacities: Int64Array = np.empty(0, np.int64)  # of the rows, once they have taken all this
         self._num_steps = 0
+
+    @property
+    def starts(self) -> Int32Array:
+        """``[n]`` first granules of the blocks."""
+        return self._loan.starts[: self._loan.number[0]]
+
+    @property
+    def sizes(self) -> Int32Array:
+        """``[n]`` granules of the blocks."""
+        return self._loan.sizes[: self._loan.number[0]]
 
     def fill(self, rows: Int32Array, limits: Int32Array, steps: int) -> None:
         """Take the blocks that ``steps`` tokens more of each row will want, or as many as there are.
@@ -53,13 +65,17 @@ class Supply:
     def extend(self, rows: Int32Array, limits: Int32Array, steps: int) -> None:
         """`fill` for so many tokens after those of before."""
         blocks = self._group.blocks
+        if len(blocks.reserve) < blocks.wanted_reserve:
+            blocks.replenish()
+        if len(blocks.ledger.left):
+            blocks.ledger.free_left()
         policy, num_free, held = blocks.policy, blocks.allocator.num_free, int(self.sizes.sum())
-        left = num_free + 8 * len(blocks.reserve) + blocks.num_cached
+        left, room = num_free + 8 * len(blocks.reserve) + blocks.num_cached, self.most - len(self.sizes)
         self.num_available = left + held
         first, self._num_steps = self._num_steps, self._num_steps + steps
-        sizes = np.empty(self.most - len(self.sizes), np.int32)
+        sizes = np.empty(room + MAX_BLOCK_GRANULES, np.int32)  # those of the row that gets no more are there, too
         count, wanted = growing.choose_ahead(
-            self._group.table.info, rows, limits, first, self._num_steps, left, min(left, len(sizes)), blocks.num_hot,
+            self._group.table.info, rows, limits, first, self._num_steps, left, min(left, room), blocks.num_hot,
             policy.rule, policy.tail, policy.largest, blocks.offered, self._capacities, sizes,
         )  # fmt: skip
         if wanted > num_free:
@@ -67,21 +83,34 @@ class Supply:
         sizes = sizes[:count]
         starts = blocks.allocate_some(sizes)
         has_got = starts >= 0
-        missing = int(wanted - sizes[has_got].sum())
-        pieces = np.array(self._take_pieces(missing), np.int32).reshape(-1, 2)
-        starts = np.concatenate([starts[has_got], pieces[:, 0]])
-        sizes = np.concatenate([sizes[has_got], pieces[:, 1]])
-        self.starts, self.sizes = np.concatenate([self.starts, starts]), np.concatenate([self.sizes, sizes])
-        blocks.ledger.lend(starts, sizes)
+        pieces = self._take_pieces(int(wanted - sizes[has_got].sum()), len(rows), room - int(has_got.sum()))
+        more = np.array(pieces, np.int32).reshape(-1, 2).T
+        growing.lend(
+            *self._flags, self._loan, np.concatenate([starts[has_got], more[0]]),
+            np.concatenate([sizes[has_got], more[1]]),
+        )  # fmt: skip
 
-    def _take_pieces(self, missing: int) -> list[tuple[int, int]]:
-        """Up to so many granules in blocks of other sizes, the smallest first, so that many rows get some."""
-        blocks, runs = self._group.blocks, []
-        for size in blocks.offered[::-1].tolist():
-            starts = blocks.allocate_some(np.full(max(missing, 0) // size, size, np.int32))
-            found = starts[starts >= 0].tolist()
-            runs += [(start, size) for start in found]
-            missing -= size * len(found)
+    def _take_pieces(self, missing: int, num_rows: int, most: int) -> Runs:
+        """About so many granules in blocks of any sizes, the smallest first, so that many rows get some.
+
+        Of larger ones it takes one for each row, because a row cannot take a part of one; ``most`` in all. The reserve
+        for merging comes last.
+        """
+        blocks = self._group.blocks
+        runs: Runs = []
+        while missing > 0 and len(runs) < most:
+            for size in blocks.offered[::-1].tolist():
+                count = min(max(missing, 0), max(-(-missing // size), num_rows), most - len(runs))
+                starts = blocks.allocate_some(np.full(count, size, np.int32))
+                found = starts[starts >= 0].tolist()
+                runs += [(start, size) for start in found]
+                missing -= size * len(found)
+            # what was evicted may be of no use, as granules of a slab for another size
+            part = missing
+            while part > 0 and not blocks.make_way(part):
+                part //= 2
+            if part <= 0:
+                break
         return runs
 
     def lists(self) -> tuple[Int32Array, Int32Array]:
@@ -94,7 +123,7 @@ class Supply:
         return listed, counts
 
     def settle(self, rows: Int32Array, grants: Int32Array) -> None:
-        """Give rows the blocks that the device has granted, and free all others.
+        """Give rows the blocks that the device has granted, and free all others. Doing it again changes nothing.
 
         Args:
             rows: ``[batch]`` of the block table.
@@ -105,24 +134,19 @@ class Supply:
         counts = grants[0].copy()
         words = np.ascontiguousarray(grants[1 : 1 + counts.max(initial=0)].T)
         starts, sizes = (words & 0xFFFFFF).astype(np.int32), (1 << (words >> 24 & 3)).astype(np.int32)
-        is_granted = np.arange(words.shape[1]) < counts[:, None]
-        left = np.setdiff1d(self.starts, starts[is_granted])
-        taken = self._take_back()
-        growing.attach_granted(group.table, blocks.granules, rows, starts, sizes, counts)
-        blocks.free_runs([(start, taken[start]) for start in left.tolist()])
+        count = growing.settle(
+            *self._flags, self._loan, group.table, blocks.granules, rows, starts, sizes, counts, self._left
+        )
+        if count:
+            blocks.free_granules(np.sort(self._left[:count]))
         group.update_peak()
 
     def release(self) -> None:
         """Free all blocks."""
         blocks = self._group.blocks
-        blocks.free_runs(list(self._take_back().items()))
-
-    def _take_back(self) -> dict[int, int]:
-        """End the loan; returns the size of the block at each first granule."""
-        starts, sizes = self.starts, self.sizes
-        self.starts, self.sizes = _NOTHING, _NOTHING
-        self._group.blocks.ledger.take_back(starts, sizes)
-        return dict(zip(starts.tolist(), sizes.tolist(), strict=True))
+        count = growing.take_back(*self._flags, self._loan, blocks.granules.refs, self._left)
+        if count:
+            blocks.free_granules(np.sort(self._left[:count]))
 
     def merge(self, rows: Int32Array, counts: Int32Array, budget: int) -> None:
         """Merge small blocks that the next ``counts`` tokens of each row fill; their keys and values are there."""

@@ -164,7 +164,7 @@ class BlockManager:
         while len(runs) < count:
             for size in self.offered[::-1].tolist():
                 runs += self._take_blocks(count - len(runs), size)
-            if len(runs) < count and not self._make_way(int(self.offered[-1]) * (count - len(runs))):
+            if len(runs) < count and not self.make_way(int(self.offered[-1]) * (count - len(runs))):
                 num_found = len(runs)
                 self.free_runs(runs)
                 raise CacheFullError(
@@ -188,7 +188,7 @@ class BlockManager:
                     runs += found
                     break
             else:
-                if not self._make_way(left):
+                if not self.make_way(left):
                     self.free_runs(runs)
                     return None
         return runs
@@ -213,7 +213,7 @@ class BlockManager:
         starts = self.allocate_some(np.full(count, size, np.int32))
         return [(start, size) for start in starts.tolist() if start >= 0]
 
-    def _make_way(self, needed: int) -> bool:
+    def make_way(self, needed: int) -> bool:
         """Evict ``needed`` granules. If that is not enough, give up some reserve, too; if it never is, do nothing."""
         if self.evict(needed):
             return True

@@ -1,6 +1,6 @@
 """The compiled passes of steps that the device drives: which blocks they will want, and what they have taken."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from allocators._jit import jit
 from kvtoolkit.arrays.types import Int32Array, Int64Array
@@ -14,6 +14,7 @@ from kvtoolkit.cache.state.block_table import (
     BlockTable,
     attach,
 )
+from kvtoolkit.cache.state.ledger import Flags, move
 from kvtoolkit.cache.state.prefix_index import GranuleState
 from kvtoolkit.config.growth import split_into_blocks, tail_size
 
@@ -30,12 +31,13 @@ def choose_ahead(
         limits: ``[batch]`` tokens at which a row ends.
         first, end: which steps, if no row has ended before.
         available: granules that are free or cached, by which growth policies decide.
-        most: granules that can be had; it stops there.
+        most: granules that can be had; it stops there, also in the middle of a row.
         capacities: ``[batch]`` granules that each row has room for by then; kept up to date.
-        sizes: receives the sizes, in granules.
+        sizes: receives the sizes, in granules; it has room for 8 more than ``most``.
 
     Returns:
-        ``(number of blocks, their granules)``.
+        ``(number of blocks, granules wanted)``. That is ``most`` if there is more to ask for, even where the next block
+        would be larger than what is left: rows take smaller ones then.
     """
     count, total = 0, 0
     for step in range(first, end):
@@ -47,7 +49,7 @@ def choose_ahead(
             end = split_into_blocks(1, size, largest, offered, sizes, count)
             for k in range(count, end):
                 if total + sizes[k] > most:
-                    return k, total
+                    return k, most
                 total += sizes[k]
                 available = max(available - sizes[k], 0)
                 capacities[b] += sizes[k]
@@ -63,15 +65,61 @@ def list_tails(info: Int64Array, rows: Int32Array, out: Int32Array) -> None:
         out[b, 2], out[b, 3] = info[rows[b], TAIL_FIRST], info[rows[b], TAIL_BASE]
 
 
+class Loan(NamedTuple):
+    """The blocks that the device may take.
+
+    Blocks come and go in compiled moves, together with the ledger's flags. So whenever a call breaks off, the blocks
+    here are just those that the ledger counts as lent.
+    """
+
+    starts: Int32Array
+    """``[most]`` first granules."""
+    sizes: Int32Array
+    """``[most]`` in granules."""
+    number: Int64Array
+    """``[1]`` how many there are."""
+
+
 @jit
-def attach_granted(
-    table: BlockTable, granules: GranuleState, rows: Int32Array, starts: Int32Array, sizes: Int32Array,
-    counts: Int32Array,
-) -> None:  # fmt: skip
-    """Append to each row the first ``counts`` of its blocks ``[batch, most]``, as the device has done in its tables."""
+def lend(granted: Flags, callers: Flags, loan: Loan, starts: Int32Array, sizes: Int32Array) -> None:
+    """Lend blocks that were just taken."""
+    move(granted, callers, starts, sizes)
+    count = loan.number[0]
+    for i in range(len(starts)):
+        loan.starts[count + i], loan.sizes[count + i] = starts[i], sizes[i]
+    loan.number[0] = count + len(starts)
+
+
+@jit
+def take_back(granted: Flags, callers: Flags, loan: Loan, refs: Int32Array, out: Int32Array) -> Any:
+    """End a loan; returns how many granules of it no row holds, and writes these to ``out``, for the caller to free."""
+    count = loan.number[0]
+    loan.number[0] = 0
+    move(callers, granted, loan.starts[:count], loan.sizes[:count])
+    num_left = 0
+    for i in range(count):
+        if refs[loan.starts[i]] == 0:
+            for granule in range(loan.starts[i], loan.starts[i] + loan.sizes[i]):
+                out[num_left] = granule
+                num_left += 1
+    return num_left
+
+
+@jit
+def settle(
+    granted: Flags, callers: Flags, loan: Loan, table: BlockTable, granules: GranuleState, rows: Int32Array,
+    starts: Int32Array, sizes: Int32Array, counts: Int32Array, out: Int32Array,
+) -> Any:  # fmt: skip
+    """Append to each row the first ``counts`` of its blocks ``[batch, most]``, as the device has done in its tables.
+
+    Then `take_back` the loan. If there is none, this was done before, in a call that broke off later: nothing happens.
+    """
+    if loan.number[0] == 0:
+        return 0
     for b in range(len(rows)):
         if counts[b] > 0:
             attach(table, granules, rows[b], starts[b, : counts[b]], sizes[b, : counts[b]])
+    return take_back(granted, callers, loan, granules.refs, out)
 
 
 @jit

@@ -131,11 +131,11 @@ class Ledger:
 
     def lend(self, starts: Int32Array, sizes: Int32Array) -> None:
         """Hand hot blocks that were just taken to a caller."""
-        _move(self.granted, self.callers, starts, sizes)
+        move(self.granted, self.callers, starts, sizes)
 
     def take_back(self, starts: Int32Array, sizes: Int32Array) -> int:
         """Undo `lend` for any runs. Returns -1 or, with nothing done, the index of a run that is not all a caller's."""
-        return int(_move(self.callers, self.granted, starts, sizes))
+        return int(move(self.callers, self.granted, starts, sizes))
 
     def unit_sizes(self, granules: Int32Array) -> Int32Array:
         """`BlockAllocator.unit_sizes` for granules of any tiers that the cache has."""
@@ -372,7 +372,7 @@ def _note_granted(granted: Flags, callers: Flags, first: int, count: int, starts
 
 
 @jit
-def _move(source: Flags, target: Flags, starts: Int32Array, sizes: Int32Array) -> Any:
+def move(source: Flags, target: Flags, starts: Int32Array, sizes: Int32Array) -> Any:
     """Move runs from one set to another, and return -1; or the first run that is not wholly in it. Skips starts < 0."""
     for i in range(len(starts)):
         fits = starts[i] < 0 or (sizes[i] >= 1 and starts[i] + sizes[i] <= len(source))

@@ -1,6 +1,9 @@
 """Steps that the device drives, in host memory: kernels of ``cuda_src`` by g++, attention of the CPU."""
 
+import contextlib
 import gc
+import itertools
+import threading
 
 import numpy as np
 import pytest
@@ -8,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtoolkit import ArgumentError, CacheFullError, DeviceSteps, SequenceError, StepError, UnsupportedError
+from kvtoolkit.cache.state import growing
 from kvtoolkit.config.growth import names
 from kvtoolkit.formats.entry import unpack_entries
 from tests.kvtoolkit.cache.host_device import make_cache, use_host
+from tests.kvtoolkit.cache.test_interruptions import Interrupted, LineBreaker
 from tests.kvtoolkit.cuda.host_kernels import HostLaunch, needs_compiler
 
 pytestmark = needs_compiler
@@ -342,6 +347,124 @@ def test_cached_prefixes_make_way():
     cache.check_integrity()
 
 
+def test_rows_with_more_entries_than_the_tables_write_to_their_own_slots():
+    cache = make_cache(num_tokens=512, growth="fixed8", block_sizes=[8])
+    ids = prefill(cache, [[1] * 4, [2] * 4])
+    for length in range(16, 130, 8):  # room in turn, so that each granule is an entry
+        for seq in ids:
+            cache.abort_step(cache.begin_step([seq], length - 4))
+    steps = DeviceSteps(cache, 2, 16, max_seq_len=16)
+    steps.load(ids, [1, 2])
+    for i in range(12):
+        run(steps.begin(), np.asarray(steps.tokens))
+        with_granules = cache._group.table.entries[:2, (4 + i) // 8] & 0xFFFFFF
+        assert steps._graph_step.tables.slot_mapping.tolist() == (8 * with_granules + (4 + i) % 8).tolist()
+    run(steps.begin(), np.asarray(steps.tokens))
+    turn = steps.finish()
+    assert (turn.num_new.tolist(), turn.status.tolist()) == ([12, 12], [3, 3])
+    cache.check_integrity()
+
+
+def replay(steps, count):
+    """Run the model some times, as replays of a graph do."""
+    for _ in range(count):
+        _, chosen = run(steps.begin(), np.asarray(steps.tokens))
+        steps.tokens[:] = np.where(np.asarray(steps.status) == 0, chosen, steps.tokens)
+
+
+@pytest.mark.parametrize(("growth", "length"), [("fixed8", 8), ("proportional", 136)])  # one block at once, and two
+def test_full_rows_leave_blocks_to_others(growth, length):
+    cache = make_cache(num_tokens=2048, growth=growth, block_sizes=[8], max_entries=6)
+    ids = prefill(cache, [[1] * length, [2] * length, [3] * 8])
+    steps = DeviceSteps(cache, 3, 128)
+    steps.load(ids, [1, 2, 3], 120, max_lens=[1000, 1000, 25])
+    replay(steps, 120)
+    turn = steps.finish()
+    assert turn.status.tolist() == [2, 2, 3]
+    assert turn.num_new[2] == 17
+    cache.check_integrity()
+
+
+def test_entries_are_used_up_as_by_the_host():
+    options = {"num_tokens": 2048, "growth": "fixed8", "block_sizes": [8], "max_entries": 3}
+    found = []
+    for by_device in (False, True):
+        cache = make_cache(**options)
+        ids = prefill(cache, [[1] * 8])
+        if by_device:
+            steps = DeviceSteps(cache, 1, 256)
+            steps.load(ids, [1])
+            replay(steps, 256)
+            turn = steps.finish()
+            assert turn.status.tolist() == [2]
+            found.append(int(turn.num_new[0]))
+            continue
+        for count in range(256):
+            with cache.begin_step(ids, 1) as step:
+                if not step.ok[0]:
+                    found.append(count)
+                    break
+                cache.end_step(step, [1])
+    assert found == [184, 184]  # three entries of eight granules that follow each other
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"growth": "fixed64"},
+        {"growth": "proportional"},
+        {"growth": "proportional", "block_sizes": [8, 64]},
+        {"growth": "adaptive"},
+        {"growth": "adaptive", "num_tokens": 25600},  # with a reserve for merging
+        {"growth": "lazy_merge", "allocator": "slab"},
+        {"growth": "fixed32", "allocator": "slab"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_rows_go_on_for_as_long_as_the_host_would(options):
+    cache = make_cache(**{"num_tokens": 2048} | options)
+    ids = prefill(cache, [[1] * 576])
+    cache.close(prefill(cache, [[2] * 64]))
+    smallest, taken = cache.allocator.block_sizes[0] // 8, []
+    while (start := cache.allocator.allocate([smallest], partial=True)[0]) >= 0:
+        taken.append(start)
+    cache.allocator.free(taken[-3:], [smallest] * 3)  # less than most policies want at once
+    steps, total = DeviceSteps(cache, 1, 32), 0
+    while True:
+        steps.load(ids, [1])
+        replay(steps, 32)
+        turn = steps.finish()
+        cache.check_integrity()
+        total += int(turn.num_new[0])
+        if turn.status[0]:
+            break
+    assert turn.status[0] == 1
+    assert cache.stats().cached == cache.stats().kept_back == 0
+    assert total >= 64 + 24 * smallest
+    with cache.begin_step(ids, 1) as step:
+        assert not step.ok[0]
+
+
+def test_choosing_blocks_ahead_stays_inside_its_array(monkeypatch):
+    cache = make_cache(num_tokens=64, max_seqs=16, growth="fixed8", block_sizes=[8])
+    ids, _ = cache.open([[]] * 16)
+    steps, choose, lengths = DeviceSteps(cache, 16, 8), growing.choose_ahead, []
+
+    def note(*arguments):
+        sizes = arguments[-1]
+        wide = np.full(len(sizes) + 64, -7, np.int32)
+        found = choose(*arguments[:-1], wide)
+        lengths.append((np.count_nonzero(wide != -7), len(sizes)))
+        sizes[: found[0]] = wide[: found[0]]
+        return found
+
+    monkeypatch.setattr(growing, "choose_ahead", note)
+    steps.load(ids, np.arange(16))  # the pool has room for 8 of them
+    ((written, length),) = lengths
+    assert 8 < written <= length
+    steps.abort()
+
+
 def test_many_rows_are_grown_in_turn():
     num = 1100  # a CTA has 1024 threads
     cache = make_cache(num_tokens=num * 16, max_seqs=num, growth="fixed8", block_sizes=[8], num_layers=LAYERS)
@@ -395,6 +518,133 @@ def test_a_turn_that_breaks_off_in_the_allocator_loses_nothing(monkeypatch):
     steps.abort()
 
 
+@pytest.mark.parametrize("how", ["finish", "abort", "load", "drop"])
+def test_turns_of_which_a_sequence_was_an_orphan_are_over(how):
+    cache = make_cache(num_tokens=1024, growth="fixed8", block_sizes=[8])
+    ids = prefill(cache, [[1] * 8, [2] * 16])
+    steps = DeviceSteps(cache, 2, 16)
+    steps.load(ids, [1, 2])
+    replay(steps, 9)
+    assert cache.end_orphans(ids[1:]).tolist() == ids[:1].tolist()
+    new = prefill(cache, [[3] * 24])  # in the row of the one that was closed
+    if how == "finish":
+        with pytest.raises(StepError, match="end_orphans"):
+            steps.finish()
+    elif how == "abort":
+        steps.abort()
+    elif how == "drop":
+        del steps
+        gc.collect()
+    if how != "drop":
+        steps.load([*ids[1:], *new], [1, 2])
+        replay(steps, 16)
+        assert steps.finish().num_new.tolist() == [16, 16]
+    cache.check_integrity()
+    assert cache.stats().callers == 0
+    assert cache.lengths([*ids[1:], *new]).tolist() == ([16, 24] if how == "drop" else [32, 40])
+
+
+def test_other_threads_cannot_take_sequences_while_a_turn_ends(monkeypatch):
+    cache = make_cache(num_tokens=1024)
+    ids = prefill(cache, [[1] * 8])
+    steps = DeviceSteps(cache, 1, 8)
+    steps.load(ids, [1])
+    replay(steps, 8)
+    abort, taken = cache.abort_step, []
+
+    def end_hold(step):
+        abort(step)
+        thief = threading.Thread(target=lambda: taken.append(cache.truncate(ids, [0])))
+        thief.start()
+        thief.join(0.1)
+        assert not taken
+
+    monkeypatch.setattr(cache, "abort_step", end_hold)
+    assert steps.finish().num_new.tolist() == [8]
+    monkeypatch.undo()
+    cache.check_integrity()
+
+
+def world_in_a_turn(options):
+    """A cache in the middle of a turn of two sequences that share, with others beside it."""
+    cache = make_cache(max_seqs=8, **options)
+    ids = prefill(cache, [[7] * 60, [8] * 20])
+    ids = np.array([ids[0], cache.fork(ids[:1], 1)[0, 0], ids[1]])
+    cache.close(prefill(cache, [[9] * 40]))
+    steps = DeviceSteps(cache, 2, 32)
+    return cache, ids, steps
+
+
+def tokens_in(cache, ids):
+    """The keys of the first layer of each sequence."""
+    with cache.begin_step(ids, 0) as step:
+        return [keys_held(cache, step.block_table[b], length) for b, length in enumerate(step.seq_lens.tolist())]
+
+
+def keys_held(cache, entries, length):
+    starts, sizes, _ = unpack_entries(entries[entries >= 0])
+    held = [np.arange(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+    granules = cache.key_cache(0)[np.concatenate(held)]
+    return granules.transpose(0, 2, 1, 3).reshape(-1, 8)[:length].tobytes()
+
+
+@pytest.mark.parametrize("call", ["load", "finish", "abort"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_tokens": 512, "growth": "fixed8", "block_sizes": [8]},
+        {"num_tokens": 12800, "growth": "adaptive", "allocator": "slab"},
+        {"growth": "lazy_merge", "layer_groups": WINDOW},
+    ],
+    ids=["buddy", "slab", "groups"],
+)
+def test_turns_can_break_off_at_any_line(call, options):
+    def prepare():
+        cache, ids, steps = world_in_a_turn(options)
+        if call != "load":
+            steps.load(ids[:2], [1, 2])
+            replay(steps, 30)
+        return cache, ids, steps
+
+    def work(steps, ids):
+        steps.load(ids[:2], [1, 2]) if call == "load" else getattr(steps, call)()
+
+    cache, ids, steps = prepare()
+    if call != "load":
+        work(steps, ids)
+    after = tokens_in(cache, ids)
+    num_lines = 0
+    for n in itertools.count(1 + len(options), 17):
+        cache, ids, steps = prepare()
+        breaker = LineBreaker(n)
+        with contextlib.suppress(Interrupted), breaker:
+            work(steps, ids)
+        if not breaker.fired:
+            break
+        num_lines += 1
+        cache.check_integrity()
+        again = None
+        if steps._step is not None:  # the turn is under way, and can be ended again
+            again = steps.abort if call == "load" else getattr(steps, call)
+            again()
+        cache.check_integrity()
+        assert cache.stats().callers == 0
+        found = tokens_in(cache, ids)
+        assert found[2:] == after[2:]
+        for own, whole in zip(found, after, strict=True):
+            assert whole.startswith(own)
+        assert cache.lengths(ids)[0] in (60, 90 if call == "finish" else 60)
+        if call == "finish" and again is not None:
+            assert found == after
+        steps.load(ids[:2], [3, 4])
+        replay(steps, 4)
+        steps.finish()
+        cache.close(ids)
+        cache.check_integrity()
+        assert cache.stats().used == cache.stats().callers == 0
+    assert num_lines > 5
+
+
 def test_bad_input_is_refused():
     cache = make_cache(num_tokens=512)
     ids = prefill(cache, [[1] * 8, [2] * 8])
@@ -411,8 +661,9 @@ def test_bad_input_is_refused():
     ):
         with pytest.raises(error):
             steps.load(*arguments)
-    with pytest.raises(ArgumentError, match="max_lens"):
-        steps.load(ids, [1, 2], max_lens=[1])
+    for max_lens in ([1], [9, -1], [9, 20 - 2**32], [1.5, 2], 9):
+        with pytest.raises(ArgumentError, match="max_lens"):
+            steps.load(ids, [1, 2], max_lens=max_lens)
     for call in (steps.finish, steps.abort):
         with pytest.raises(StepError, match="load"):
             call()
@@ -428,10 +679,58 @@ def test_bad_input_is_refused():
     assert steps.finish().num_new.tolist() == [2, 2]
     with pytest.raises(StepError, match="max_steps"):
         DeviceSteps(cache, 2, 0)
+    for arguments in ((True, 4), (1.0, 4), ("2", 4), (2, 2.5), (2, None), (2, "3")):
+        with pytest.raises(ArgumentError, match="expected a number"):
+            DeviceSteps(cache, *arguments)
+    with pytest.raises(ArgumentError, match="max_seq_len"):
+        DeviceSteps(cache, 2, 4, max_seq_len=1.5)
     with pytest.raises(UnsupportedError, match="chunks"):
         DeviceSteps(make_cache(num_tokens=512, layer_groups=[{"layers": [0]}, {"layers": [1], "chunk": 64}]), 1)
     with pytest.raises(CacheFullError):
         cache.open([[]] * 10_000)
+
+
+def test_refused_turns_move_no_tiles():
+    cache = make_cache(num_tokens=4096, head_dim=64, tiers={"hot": 64, "pinned_tokens": 0, "warm": "int8"})
+    ids, _ = cache.open([[], []])
+    x = np.ones((600, 1, 64), np.float32)
+    with cache.begin_step(ids, 300) as step:
+        for layer in range(LAYERS):
+            step.append(layer, x, x)
+        cache.end_step(step)
+    steps, before = DeviceSteps(cache, 2, 32), cache.stats().converted_tokens
+    with pytest.raises(SequenceError):
+        steps.load([*ids[:1], 12345], [1, 2])
+    assert cache.stats().converted_tokens == before
+
+
+def test_windows_let_go_of_their_past_in_each_turn():
+    cache = make_cache(growth="fixed8", layer_groups=WINDOW)
+    ids = prefill(cache, [[1] * 100, [2] * 64])
+    steps = DeviceSteps(cache, 2, 32)
+    for _ in range(4):
+        steps.load(ids, [1, 2], max_lens=[10_000, 64])
+        replay(steps, 32)
+        held = cache.stats().groups[1]
+        # the window of 24 and 32 new tokens, each in whole granules, and a sequence that is at its end as it was
+        assert held.used + held.callers <= 24 + 32 + 8 + 64
+        steps.finish()
+        cache.check_integrity()
+
+
+@pytest.mark.parametrize("how", ["finish", "abort"])
+def test_replays_after_a_turn_write_to_nobody(how):
+    cache = make_cache(num_tokens=512, growth="fixed8", block_sizes=[8])
+    ids = prefill(cache, [[1] * 8])
+    steps = DeviceSteps(cache, 1, 32)
+    steps.load(ids, [1])
+    replay(steps, 4)
+    getattr(steps, how)()
+    prefill(cache, [[5] * 400])  # in blocks that the turn had taken ahead
+    before = cache.key_cache(0).copy()
+    replay(steps, 20)
+    assert steps.status.tolist() == [3]
+    assert (cache.key_cache(0) == before).all()
 
 
 def test_replays_beyond_the_turn_change_nothing():
