@@ -445,6 +445,24 @@ def test_rows_go_on_for_as_long_as_the_host_would(options):
         assert not step.ok[0]
 
 
+def test_each_row_gets_one_of_the_larger_blocks_that_are_left():
+    cache = make_cache(num_tokens=1024, growth="append", allocator="slab")
+    ids = prefill(cache, [[1] * 8, [2] * 8, [3] * 8])
+    while (single := cache.allocator.allocate([1], partial=True)[0]) >= 0 and cache.stats().free > 512:
+        pass
+    taken = []
+    while (start := cache.allocator.allocate([4], partial=True)[0]) >= 0:
+        taken.append(start)
+    while single >= 0:
+        single = cache.allocator.allocate([1], partial=True)[0]
+    cache.allocator.free(taken[::2], [4] * len(taken[::2]))  # now slabs have room for blocks of 32 tokens alone
+    steps = DeviceSteps(cache, 3, 8)
+    steps.load(ids, [1, 2, 3])
+    replay(steps, 8)
+    assert steps.finish().num_new.tolist() == [8, 8, 8]
+    cache.check_integrity()
+
+
 def test_choosing_blocks_ahead_stays_inside_its_array(monkeypatch):
     cache = make_cache(num_tokens=64, max_seqs=16, growth="fixed8", block_sizes=[8])
     ids, _ = cache.open([[]] * 16)
