@@ -270,7 +270,8 @@ class DeviceSteps:
         from kvtoolkit.runtime.streams import cupy_on_current_stream
 
         with cupy_on_current_stream(self._cache._arenas.device) as cupy:
-            stream, (begin, end) = cupy.cuda.get_current_stream().ptr, (self._places[n] for n in ("num_new", "history"))
+            stream = cupy.cuda.get_current_stream().ptr
+            begin, end = self._places["num_new"], self._places["history"]
             cupy.cuda.runtime.memsetAsync(self._memory.data.ptr + begin, 0, end - begin, stream)
         self._graph_step._bring(step, moves)
         for fixed in self._graph_step._fixed:
