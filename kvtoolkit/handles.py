@@ -3,6 +3,7 @@
 The number is in a tensor, not an integer, because a graph that took an integer would be compiled anew for each one.
 """
 
+import functools
 import itertools
 import sys
 import weakref
@@ -26,7 +27,8 @@ def handle_of(owner: Any) -> Any:
     if not is_dynamo_loaded():
         return None
     number = next(_numbers)
-    _owners[number] = weakref.ref(owner, lambda _: _owners.pop(number, None))
+    # pops the number, with the reference as what to return if it is gone: in one step that nothing interrupts
+    _owners[number] = weakref.ref(owner, functools.partial(_owners.pop, number))
     return sys.modules["torch"].from_numpy(np.array(number))
 
 
