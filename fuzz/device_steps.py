@@ -43,6 +43,9 @@ class Program:
         if on_host:
             self.cache = make_cache(**{**shape, "dtype": "float16", **config})
         else:
+            import torch
+
+            torch.cuda.init()  # the arrays of the steps are tensors where the program uses torch
             self.cache = KVCache(CacheConfig(**{**shape, "dtype": "bfloat16", "backend": "cuda", **config}))
         self.steps = DeviceSteps(self.cache, BATCH, MOST)
         self.tokens: dict[int, list[int]] = {}  # what each sequence holds
