@@ -94,7 +94,7 @@ def arenas_of(config: CacheConfig, group: CacheGroup) -> Arenas:
     layers = group.layers.layers if config.is_grouped else None
     arenas = Arenas(group.storage, config.dtype, config.backend, layers, config.num_layers)
     if group.storage.records is not None:
-        arenas.canary = Canary(group.storage)
+        arenas.canary = Canary(group.storage, group.layers.layers[0])
     return arenas
 
 

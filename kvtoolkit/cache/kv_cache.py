@@ -190,7 +190,7 @@ class KVCache:
         Args:
             seq_ids: ``[batch]`` ids of open sequences, each once, in the order of the step's rows.
             num_new_tokens: one number for all rows, or ``[batch]`` of them; 0 to read only.
-            token_ids: what `end_step` takes, for canaries (``KVTOOLKIT_CHECK=canary``), and for `end_step` itself.
+            token_ids: what `end_step` takes, which then needs none; canaries (``KVTOOLKIT_CHECK=canary``) note them.
 
         Returns:
             The `Step`. Rows that got no memory are not ``ok`` and stay as they were; the others can go on. Memory is

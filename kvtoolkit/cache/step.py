@@ -295,9 +295,13 @@ class Step:
 
     def _require_clean(self) -> None:
         """IntegrityError if a canary has found something."""
-        for arenas in [self._cache._arenas, *(part.steps.arenas for part in self._parts or ())]:
+        if self._parts is None:
+            groups = [(self._cache._arenas, 0)]
+        else:
+            groups = [(part.steps.arenas, part.steps.group.layers.chunk) for part in self._parts]
+        for arenas, chunk in groups:
             if arenas.canary is not None:
-                arenas.canary.require_clean()
+                arenas.canary.require_clean(None if chunk else self.seq_ids)
 
     def _find_sharing(self, reads: SharedReads | None, arrays: StepArrays) -> Sharing | None:
         """That rows have enough in common to read it once for all of them; None if they have not."""

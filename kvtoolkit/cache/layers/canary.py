@@ -10,6 +10,7 @@ import numpy as np
 
 from allocators.errors import IntegrityError
 from kvtoolkit.arrays.host import Operand
+from kvtoolkit.arrays.types import Int64Array
 from kvtoolkit.cache.storage.storage import Storage
 from kvtoolkit.cpu import canary as on_host
 from kvtoolkit.cuda import canary as on_device
@@ -18,8 +19,8 @@ from kvtoolkit.runtime import current_stream
 from kvtoolkit.runtime.devices import using
 
 _FAULTS = {
-    1: "a slot that was written for another position",
-    2: "a slot that was written for another sequence",
+    1: "a slot that was written for another position, or not by `append`",
+    2: "a slot that was written after other tokens",
     3: "a slot whose key has changed since it was stored",
     4: "a block table without a place for it",
 }
@@ -30,10 +31,12 @@ class Canary:
 
     Args:
         storage: with one layer more than the model has.
+        layer: the number of its first layer in the model.
     """
 
-    def __init__(self, storage: Storage) -> None:
-        self._device = storage.device
+    def __init__(self, storage: Storage, layer: int) -> None:
+        self._device, self._layer = storage.device, layer
+        self._message = ""  # of the first fault; from then on there is no telling what the cache holds
         self._keys: Operand = storage.keys[0]
         assert storage.records is not None
         self._records: Operand = storage.records
@@ -81,21 +84,28 @@ class Canary:
 
         return check
 
-    def require_clean(self) -> None:
-        """Wait for the device, and raise IntegrityError if a check found something; the next call has a clean slate."""
+    def require_clean(self, seq_ids: Int64Array | None) -> None:
+        """Wait for the device, and raise IntegrityError if a check has found something, in this step or before.
+
+        Args:
+            seq_ids: of the rows of the step that ends; None: its rows are pieces of sequences.
+        """
         from kvtoolkit.runtime.streams import cupy_on_current_stream
 
         if self._device < 0:
-            found = self._report.copy()
-            self._report[:] = 0
+            found = self._report
         else:
             with cupy_on_current_stream(self._device):
                 found = self._report.get()
-                if found[0]:
-                    self._report.fill(0)
-        if found[0]:
+        if found[0] and not self._message:
             row, token, fault, granule, held, expected = found.tolist()
-            raise IntegrityError(
-                f"canary: row {row - 1} of a step, token {token}: expected what it stored, got {_FAULTS[fault]}: in "
-                f"granule {granule} {held:#x} was found, {expected:#x} expected"
+            where = f"row {row - 1} of a step"
+            if seq_ids is not None and row <= len(seq_ids):
+                where += f" (sequence {seq_ids[row - 1]})"
+            of_fault = f"{held}, not {expected}" if fault == 1 else f"{held:#x}, not {expected:#x}"
+            self._message = (
+                f"canary: {where}, token {token}, layer {self._layer}: expected what it stored, got {_FAULTS[fault]}: "
+                f"granule {granule} has {of_fault}"
             )
+        if self._message:
+            raise IntegrityError(self._message)

@@ -52,8 +52,15 @@ def test_a_key_that_was_written_over_is_found(told):
     feed(cache, ids, [11, 12], told)
     granule = int(entries_of(cache, ids[1])[0]) & 0xFFFFFF
     cache.key_cache(0)[granule, 0, 2, 3] = 7
-    with pytest.raises(IntegrityError, match=f"row 1 of a step, token 2.*key has changed.*granule {granule}"):
-        feed(cache, ids, [13, 14], told)
+    wanted = f"row 1 of a step .sequence {ids[1]}., token 2, layer 0.*key has changed.*granule {granule}"
+    for _ in range(2):  # and it stays so
+        with pytest.raises(IntegrityError, match=wanted):
+            feed(cache, ids, [13, 14], told)
+    step = cache.begin_step(ids, 0)
+    for _ in range(2):
+        with pytest.raises(IntegrityError, match=wanted):
+            cache.end_step(step)
+    assert cache.lengths(ids).tolist() == [6, 6]
 
 
 def test_blocks_that_change_hands_too_early_are_found():
@@ -65,7 +72,7 @@ def test_blocks_that_change_hands_too_early_are_found():
     mine, others = (entries_of(cache, one) for one in ids)
     mine[1] = others[1]  # as if it had been freed, granted again and written
     touch(cache._group.table, int(ids[0]) & ((1 << ID_BITS) - 1))
-    with pytest.raises(IntegrityError, match="row 0 of a step, token 8.*another sequence"):
+    with pytest.raises(IntegrityError, match="row 0 of a step.*token 8.*after other tokens"):
         feed(cache, ids, np.arange(len(ids)) + 50)
 
 
@@ -77,7 +84,7 @@ def test_entries_that_lead_to_another_position_are_found():
     mine = entries_of(cache, ids[0])
     mine[0], mine[1] = int(mine[1]), int(mine[0])
     touch(cache._group.table, int(ids[0]) & ((1 << ID_BITS) - 1))
-    with pytest.raises(IntegrityError, match="row 0 of a step, token 0.*another position"):
+    with pytest.raises(IntegrityError, match="row 0 of a step.*token 0.*another position"):
         feed(cache, ids, np.arange(len(ids)) + 50)
 
 
@@ -89,7 +96,7 @@ def test_a_hole_in_a_block_table_is_found():
     table, row = cache._group.table, int(ids[1]) & ((1 << ID_BITS) - 1)
     table.starts[row, 1] = 2  # the second block claims the place of the third
     touch(table, row)
-    with pytest.raises(IntegrityError, match="row 1 of a step, token 8.*without a place"):
+    with pytest.raises(IntegrityError, match="row 1 of a step.*token 8.*without a place"):
         feed(cache, ids, [50, 51])
 
 
