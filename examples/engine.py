@@ -1,4 +1,4 @@
-"""An inference engine in 270 lines: continuous batching, chunked prefill, prefix reuse, preemption.
+"""An inference engine in 300 lines: continuous batching, chunked prefill, prefix reuse, preemption.
 
 What it leaves to kvtoolkit is everything about memory. What it decides is who runs: requests are admitted in order
 while there is room, every step feeds each running request its next tokens (a part of its prompt, or the token it just

@@ -7,6 +7,7 @@ rounds. "Ahead": the device decodes 32 tokens of each sequence before the host l
 
 import argparse
 import contextlib
+import sys
 import time
 from collections.abc import Callable
 
@@ -36,6 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--busy", action="store_true", help="beside one process for each core that never rests")
     parser.add_argument("--only", nargs="+", help="what has one of these in its name")
     options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("measure: expected a CUDA device that torch can use, found none", file=sys.stderr)
+        return 2
     model = make_model()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, transformers {transformers.__version__}")
     print(f"{'ms a step, context ' + str(options.context):<44}" + "".join(f"{f'batch {n}':>12}" for n in options.batch))

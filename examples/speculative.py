@@ -2,11 +2,13 @@
 
 Each step feeds a sequence its next token and 7 drafts: what came after the last place where its latest two tokens
 stood before. The model checks all 8 at once. Those before the first wrong one stay, and what the model says there is
-the next token. So the tokens are those of plain decoding, with fewer steps where a text repeats itself (Saxena 2023,
-prompt lookup decoding; Leviathan et al. 2022, arXiv:2211.17192, for the check). On a GPU drafting, checking and
-rejecting are part of one captured graph, which grows the sequences, too. On a CPU the host makes room, and truncates.
+the next token. So the tokens are those of plain decoding, but for rounding, and steps are fewer where a text repeats
+itself (Saxena 2023, prompt lookup decoding; Leviathan et al. 2022, arXiv:2211.17192, for the check). On a GPU drafting,
+checking and rejecting are part of one captured graph, which grows the sequences, too. On a CPU the host makes room, and
+truncates.
 """
 
+import sys
 import time
 
 import numpy as np
@@ -26,8 +28,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="python -m examples.speculative", description=__doc__)
     parser.add_argument("--backend", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=integer(1), default=4, help="sequences")
-    parser.add_argument("--max-new-tokens", type=integer(1), default=128)
+    parser.add_argument("--max-new-tokens", type=integer(1, 100_000), default=128, help="of each; default 128")
     options = parser.parse_args(arguments)
+    if options.backend == "cuda" and not torch.cuda.is_available():
+        print("speculative: expected a CUDA device that torch can use, found none", file=sys.stderr)
+        return 2
     model = make_model(options.backend)
     prompts = [[(7 * row + 3 * i) % 50 for i in range(20 + 9 * row)] for row in range(options.batch)]
     plain, plain_seconds, _ = generate(model, prompts, options.max_new_tokens, 1)

@@ -1,6 +1,7 @@
 """A stream of requests through the example engine on a GPU: `python -m examples.stream --help`.
 
-Requests arrive as a trace says, or at random; prompts have 100 to 2000 tokens, drawn, because a trace has no text. The
+Requests arrive as a trace says, or at random, with prompts of 100 to 2000 tokens and answers of up to 256. Tokens are
+drawn, because a trace has no text. The
 model has the shape of SmolLM2-135M and drawn weights. "First" is the time from arrival to the first token, "each" the
 mean time of a request's further tokens, and "gap" the time between two deliveries of tokens to it, which are many at
 once where the device decodes ahead.
@@ -12,6 +13,7 @@ import csv
 import gzip
 import math
 import random
+import sys
 import time
 from datetime import datetime
 from pathlib import Path
@@ -44,13 +46,22 @@ class Arrival(NamedTuple):
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="python -m examples.stream", description=__doc__)
     parser.add_argument("--trace", type=Path, help="CSV: TIMESTAMP, ContextTokens, GeneratedTokens; may be gzipped")
-    parser.add_argument("--requests", type=integer(1), default=200)
-    parser.add_argument("--rate", type=number(0), default=20.0, help="requests a second; the trace's pauses are scaled")
+    parser.add_argument("--requests", type=integer(1), default=200, help="default 200")
+    parser.add_argument(
+        "--rate", type=number(0.001), default=20.0, help="requests a second, default 20; the trace's pauses are scaled"
+    )
     parser.add_argument("--batch", type=integer(1), default=64, help="requests that run at once, at most")
     parser.add_argument("--ahead", type=integer(1), nargs="+", default=[1, 8, 32], help="tokens without the host")
     parser.add_argument("--busy", action="store_true", help="beside one process for each core that never rests")
     options = parser.parse_args(arguments)
-    arrivals = read_trace(options.trace, options) if options.trace else draw(options)
+    if not torch.cuda.is_available():
+        print("stream: expected a CUDA device that torch can use, found none", file=sys.stderr)
+        return 2
+    try:
+        arrivals = read_trace(options.trace, options) if options.trace else draw(options)
+    except (OSError, ValueError) as error:
+        print(f"stream: {error}", file=sys.stderr)
+        return 2
     model = PackedLlama(make_model(), fused=True)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     print(f"{len(arrivals)} requests in {arrivals[-1].seconds:.1f} s")
@@ -68,7 +79,10 @@ def read_trace(path: Path, options: argparse.Namespace) -> list[Arrival]:
     """The first requests of a trace whose prompts are neither shorter nor longer than a stream's."""
     found = []
     with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
-        for row in csv.DictReader(lines):
+        reader = csv.DictReader(lines)
+        if missing := {"TIMESTAMP", "ContextTokens", "GeneratedTokens"} - set(reader.fieldnames or ()):
+            raise ValueError(f"{path}: expected columns {', '.join(sorted(missing))}, got {reader.fieldnames}")
+        for row in reader:
             prompt, answer = int(row["ContextTokens"]), int(row["GeneratedTokens"])
             if LEAST <= prompt <= MOST and answer > 0:
                 found.append(Arrival(datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp(), prompt, answer))

@@ -1,4 +1,4 @@
-"""Fuzz steps that the device drives: ``python -m fuzz.device_steps [steps] [seed] [--host]``. Prints its seed.
+"""Fuzz steps that the device drives: ``python -m fuzz.device_steps [steps] [--seed N] [--host]``. Prints its seed.
 
 A small pool serves more sequences than it has room for. They finish at random places, stall, go on when there is room
 again, are preempted, forked, cut and opened anew, and their tokens are merged, quantized or let go by windows. Every
@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from allocators._command_line import Parser, integer
 from kvtoolkit import CacheConfig, CacheFullError, DeviceSteps, KVCache
 from kvtoolkit.cuda import check
+from kvtoolkit.cuda.pool import can_be_made
 from tests.kvtoolkit.cache.host_device import make_cache, use_host
 
 BATCH, MOST, EOS = 12, 32, 7
@@ -199,18 +201,23 @@ def run(config: dict[str, Any], num_steps: int, seed: int, on_host: bool) -> Pro
     return program
 
 
-def main(arguments: list[str]) -> int:
-    on_host = "--host" in arguments
-    numbers = [int(one) for one in arguments if one.isdigit()]
-    num_steps, seed = (*numbers, *(10_000, time.time_ns() % 1_000_000)[len(numbers) :])[:2]
-    print(f"seed {seed}")
+def main(arguments: list[str] | None = None) -> int:
+    parser = Parser(prog="python -m fuzz.device_steps", description=__doc__)
+    parser.add_argument("steps", type=integer(len(CONFIGS)), nargs="?", default=10_000, help="in all; default 10000")
+    parser.add_argument("--seed", type=integer(0), default=time.time_ns() % 1_000_000)
+    parser.add_argument("--host", action="store_true", help="run the kernels in host memory; needs g++")
+    options = parser.parse_args(arguments)
+    if not options.host and not can_be_made():
+        print("fuzz.device_steps: expected a CUDA device, found none; --host needs none", file=sys.stderr)
+        return 2
+    print(f"seed {options.seed}", flush=True)
     check.CANARY = True
     with pytest.MonkeyPatch.context() as patch:
-        if on_host:
+        if options.host:
             use_host(patch)
         for i, config in enumerate(CONFIGS):
             begin = time.perf_counter()
-            program = run(config, num_steps // len(CONFIGS), seed + i, on_host)
+            program = run(config, options.steps // len(CONFIGS), options.seed + i, options.host)
             print(
                 f"{config}: {program.num_steps} steps, {program.num_finished} sequences finished, {program.num_stalls} "
                 f"rows stalled at the end of a turn, {time.perf_counter() - begin:.1f} s",
@@ -220,4 +227,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -34,6 +34,9 @@ def test_a_trace_is_scaled_to_a_rate(tmp_path):
     path.write_text(TRACE.splitlines()[0])
     with pytest.raises(ValueError, match="found none"):
         stream.read_trace(path, SimpleNamespace(requests=3, rate=1.5))
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="expected columns ContextTokens"):
+        stream.read_trace(path, SimpleNamespace(requests=3, rate=1.5))
 
 
 def test_every_request_of_a_stream_gets_its_answer():

@@ -79,8 +79,9 @@ class DeviceSteps:
         tokens: ``[batch * num_new_tokens]`` int64 on the device: the new tokens, row after row. The graph writes the
             next ones here, before `begin`; `load` brings the first of each row.
         positions: ``[batch * num_new_tokens]`` int64: the place of each in its sequence, made by `begin`.
-        finished: ``[batch]`` bool: the graph sets it where a sequence has ended. Padding rows have.
-        status: ``[batch]`` int32, made by `begin`: 0 = the row has new tokens. Results of other rows mean nothing.
+        finished: ``[batch]`` bool: the graph sets it where a sequence has ended. `load` clears it but in padding rows.
+        status: ``[batch]`` int32, made by `begin`: 0 = the row has new tokens; else why it has none, a place in
+            ``STATUS_NAMES`` of this module. Results of other rows mean nothing.
         kept: ``[batch]`` int32: with several new tokens, the graph writes here how many of them stay.
 
     These are tensors if torch has been imported, else CuPy arrays. Between `load` and `finish` the sequences are in
@@ -90,7 +91,7 @@ class DeviceSteps:
 
     Raises:
         UnsupportedError: the cache is not on a GPU, has chunks or more than four groups of layers, or demotes by mass.
-        ArgumentError: ``batch``, ``max_steps`` or ``max_seq_len`` is no integer.
+        ArgumentError: ``batch``, ``max_steps``, ``num_new_tokens`` or ``max_seq_len`` is no integer.
         StepError: one of them is below 1.
 
     Source: prefix sums over rows in place of a free list, see ``cuda_src/cache/grow.cu``.
@@ -181,7 +182,7 @@ class DeviceSteps:
             tokens: ``[n]`` integers: the next token of each, which the first replay appends.
             num_steps: replays until the next turn, for which blocks are taken; default ``max_steps``. In later ones
                 rows that need a block stall.
-            max_lens: ``[n]`` tokens at which each sequence ends; default and upper bound: ``max_seq_len``.
+            max_lens: ``[n]`` tokens that each sequence may hold; default and upper bound: ``max_seq_len``.
 
         Raises:
             SequenceError: an id is not that of an open sequence, or is given twice.
@@ -286,7 +287,7 @@ class DeviceSteps:
         return moves
 
     def refill(self, num_steps: int) -> None:
-        """Take blocks for so many tokens more of each sequence, while the device goes on with those that it has.
+        """Take blocks for so many steps more, while the device goes on with those that it has.
 
         Asynchronous on the current stream, and waits for nothing: the host need not know which sequences have ended.
         Replays after this have the new blocks.
@@ -317,6 +318,9 @@ class DeviceSteps:
 
         Each call that brings an answer, and the first one, asks the device anew: for a copy to the host, behind what is
         on the current stream by then. The answer has no ``history``.
+
+        Raises:
+            StepError: no turn is under way.
         """
         if self._step is None:
             raise StepError("poll: expected a turn under way, after `load`")
@@ -375,6 +379,7 @@ class DeviceSteps:
         Raises:
             StepError: no turn is under way, or `KVCache.end_orphans` has closed one of its sequences. Then the others
                 are as before it. Or the graph appends to some layers but not to all. Then the turn is still under way.
+            allocators.IntegrityError: a canary has found a fault (``KVTOOLKIT_CHECK=canary``).
         """
         if self._step is None:
             raise StepError("finish: expected a turn under way, after `load`")
@@ -403,7 +408,11 @@ class DeviceSteps:
         return turn
 
     def abort(self) -> None:
-        """End the turn as if the device had done nothing. It must not be running the graph any more."""
+        """End the turn as if the device had done nothing. It must not be running the graph any more.
+
+        Raises:
+            StepError: no turn is under way.
+        """
         if self._step is None:
             raise StepError("abort: expected a turn under way, after `load`")
         self._release_supplies()
