@@ -94,7 +94,8 @@ def test_an_absurd_budget_takes_no_more_memory_than_one_as_large_as_the_pool(lay
         tracemalloc.stop()
         cache.check_integrity()
     assert len(copied) == 1
-    assert max(peaks) < peaks[0] + 4096
+    # arrays for such a budget would have gigabytes; what Numba notes of arguments varies by some 20 KB
+    assert max(peaks) < peaks[0] + (1 << 17)
 
 
 @pytest.mark.parametrize("counts", [1 << 25, [1 << 25] * 4])
