@@ -40,6 +40,15 @@ def feed(cache, ids, tokens, told=True):
         cache.end_step(step, None if told else flat)
 
 
+def make_interleaved():
+    """A cache with two sequences of three blocks, taken in turn: no two blocks of one are neighbours."""
+    cache = make(num_tokens=512, growth="fixed8", block_sizes=[8])
+    ids, _ = cache.open([[], []])
+    for begin in (0, 8, 16):
+        feed(cache, ids, [np.arange(8) + begin, np.arange(8) + begin + 100])
+    return cache, ids
+
+
 def entries_of(cache, seq_id):
     return cache._group.table.entries[int(seq_id) & ((1 << ID_BITS) - 1)]
 
@@ -65,10 +74,7 @@ def test_a_key_that_was_written_over_is_found(told):
 
 def test_blocks_that_change_hands_too_early_are_found():
     """Another sequence writes into the last block of one that still needs it: other tokens at the same positions."""
-    cache = make(num_tokens=512, growth="fixed8", block_sizes=[8])
-    ids, _ = cache.open([[], []])
-    for begin in (0, 8, 16):  # in turn, so that no two blocks of a row are neighbours
-        feed(cache, ids, [np.arange(8) + begin, np.arange(8) + begin + 100])
+    cache, ids = make_interleaved()
     mine, others = (entries_of(cache, one) for one in ids)
     mine[1] = others[1]  # as if it had been freed, granted again and written
     touch(cache._group.table, int(ids[0]) & ((1 << ID_BITS) - 1))
@@ -77,10 +83,7 @@ def test_blocks_that_change_hands_too_early_are_found():
 
 
 def test_entries_that_lead_to_another_position_are_found():
-    cache = make(num_tokens=512, growth="fixed8", block_sizes=[8])
-    ids, _ = cache.open([[], []])
-    for begin in (0, 8, 16):
-        feed(cache, ids, [np.arange(8) + begin, np.arange(8) + begin + 100])
+    cache, ids = make_interleaved()
     mine = entries_of(cache, ids[0])
     mine[0], mine[1] = int(mine[1]), int(mine[0])
     touch(cache._group.table, int(ids[0]) & ((1 << ID_BITS) - 1))
@@ -89,10 +92,7 @@ def test_entries_that_lead_to_another_position_are_found():
 
 
 def test_a_hole_in_a_block_table_is_found():
-    cache = make(num_tokens=512, growth="fixed8", block_sizes=[8])
-    ids, _ = cache.open([[], []])
-    for begin in (0, 8, 16):
-        feed(cache, ids, [np.arange(8) + begin, np.arange(8) + begin + 100])
+    cache, ids = make_interleaved()
     table, row = cache._group.table, int(ids[1]) & ((1 << ID_BITS) - 1)
     table.starts[row, 1] = 2  # the second block claims the place of the third
     touch(table, row)
