@@ -9,10 +9,6 @@ from kvtoolkit.cuda.launching import Launch, load_spec
 from kvtoolkit.runtime.structs import ParameterStruct
 
 MAX_GROUPS = 4  # as in grow.cu
-NUM_SIZES = 4
-"""Sizes of blocks: 1, 2, 4 and 8 granules."""
-FINISHED, OUT_OF_STEPS = 4, 5
-"""Values of a row's status besides those of `kvtoolkit.cache.state.step_passes`."""
 
 _params = ParameterStruct("cache/grow.cu", "kvt_grow")
 
@@ -40,7 +36,7 @@ class GrowingGroup(NamedTuple):
     width: int
     """Entries of a row."""
     num_granules: int
-    """Of the pool."""
+    """Granules in the group's pool."""
     policy: GrowthPolicy
     offered: Sequence[int]
     """Sizes of blocks in granules."""
