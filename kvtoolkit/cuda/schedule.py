@@ -16,7 +16,7 @@ from kvtoolkit.runtime.kernels import arch_of, num_sms
 MAX_SPLITS = 128
 _UNLIMITED = 0x7FFFFFFF
 _MAX_ROW_BLOCKS = 65535  # CTAs along the second axis of a grid
-# in tokens, both by measurement
+# the bounds below are numbers of tokens, found by measurement
 _MAX_CLUSTERED = 12288  # longer sequences need more CTAs than clusters have
 # up to here two CTAs share an SM, or eight, since beginning and ending a sequence takes as long as reading it
 _MAX_SHORT, _MAX_SHORTEST = 320, 256
