@@ -111,7 +111,11 @@ class FixedTables:
         self._width = min(self._width + more, self.tables.block_table.shape[1])
 
     def calls(self, tokens: Any = None) -> LayerCalls:
-        """The calls of one run of the model, whose new tokens are there, if anybody wants to know."""
+        """The calls of one run of the model.
+
+        Args:
+            tokens: the new tokens, for canaries; None if nobody checks them.
+        """
         sharing = None if self._order is None else Sharing(self._arenas.backend.describe(self._order, "order"))
         most = self._bounds.most
         counts = (1, 1) if most == 1 else (0, most)

@@ -140,7 +140,7 @@ def make_shared_reads(config: CacheConfig, table: BlockTable) -> SharedReads | N
     return SharedReads(table, nbytes, config.tiers is not None)
 
 
-# Rows of the scratch array `work`. Each has one number for every row of the step:
+# Index of each row of the scratch array `work`, whose columns are the rows of the step:
 (
     _ENDS,  # granules of the row that others may share
     _BEGIN,  # groups to look at: where they begin in the order,
