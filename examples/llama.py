@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from examples import few_rows
 from kvtoolkit import CacheConfig
 
 
@@ -17,7 +18,8 @@ class PackedLlama:
 
     Args:
         model: of transformers.
-        fused: whether torch.compile makes few kernels of what is between two attentions.
+        fused: whether what is between two attentions becomes few kernels: by torch.compile, and in steps of few rows by
+            `examples.few_rows`, where that fits the model.
     """
 
     def __init__(self, model: torch.nn.Module, *, fused: bool = False) -> None:
@@ -37,6 +39,7 @@ class PackedLlama:
         if fused:  # one graph of each serves all layers and numbers of tokens
             parts = (torch.compile(part, dynamic=True) for part in (before, between, after))
             self.before, self.between, self.after = parts
+        self.of_few_rows = few_rows_of(model, self.layers) if fused else None
 
     def cache_config(self, path: str | None = None, **options) -> CacheConfig:
         """Configure a cache for this model, on the model's device, from the TOML file at ``path`` and ``options``.
@@ -66,15 +69,16 @@ class PackedLlama:
             step: a `kvtoolkit.Step`, or the run of a captured one.
         """
         layers, device = self.layers, self.device
-        hidden, cos, sin, q, k, v = self.before(self.model.model, layers[0], tokens.to(device), positions.to(device))
+        parts = self.of_few_rows if self.of_few_rows and len(tokens) <= few_rows.MOST_ROWS else self
+        hidden, cos, sin, q, k, v = parts.before(self.model.model, layers[0], tokens.to(device), positions.to(device))
         for index, layer in enumerate(layers):
             step.append(index, k, v)
             window = self.windows[index]  # the token itself and those before it
             attended = step.attend(index, q, window_size=(window - 1, 0) if window else (-1, -1))
             if index + 1 < len(layers):
-                hidden, q, k, v = self.between(layer, layers[index + 1], hidden, attended, cos, sin)
+                hidden, q, k, v = parts.between(layer, layers[index + 1], hidden, attended, cos, sin)
         last = slice(None) if every else last_of_rows(step.cu_seqlens_q, device)
-        return self.after(layers[-1], self.model.model.norm, self.model.lm_head, hidden, attended, last)
+        return parts.after(layers[-1], self.model.model.norm, self.model.lm_head, hidden, attended, last)
 
 
 class Layer(torch.nn.Module):
@@ -130,9 +134,14 @@ def before(
     decoder: torch.nn.Module, layer: Layer, tokens: torch.Tensor, positions: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
     """What is before the first attention."""
-    hidden = decoder.embed_tokens(tokens)
-    cos, sin = angles_of(decoder.rotary_emb, positions, hidden)
+    hidden, cos, sin = embed(decoder, tokens, positions)
     return hidden, cos, sin, *layer.project(hidden, cos, sin)
+
+
+def embed(decoder: torch.nn.Module, tokens: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The rows of tokens, and the cosines and sines of their positions."""
+    hidden = decoder.embed_tokens(tokens)
+    return hidden, *angles_of(decoder.rotary_emb, positions, hidden)
 
 
 def angles_of(
@@ -151,7 +160,12 @@ def after(
     last: Any,
 ) -> torch.Tensor:  # fmt: skip
     """What is after the last attention."""
-    return head(norm(layer.finish(hidden, attended)[last]))
+    return logits(norm, head, layer.finish(hidden, attended)[last])
+
+
+def logits(norm: torch.nn.Module, head: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """What is after the last layer."""
+    return head(norm(hidden))
 
 
 def between(
@@ -160,6 +174,16 @@ def between(
     """What is between the attention of a layer and that of the following one."""
     hidden = layer.finish(hidden, attended)
     return hidden, *following.project(hidden, cos, sin)
+
+
+def few_rows_of(model: torch.nn.Module, layers: list[Layer]) -> few_rows.FewRows | None:
+    """The same three for steps of few rows; None where its kernels do not fit the model."""
+    if not few_rows.fits(model, layers):
+        return None
+    from examples import few_rows_kernels  # where there is no GPU there may be no Triton
+
+    parts = (torch.compile(part, dynamic=True) for part in (embed, logits))
+    return few_rows.FewRows(few_rows_kernels, *parts, overlaps=torch.cuda.get_device_capability(model.device) >= (9, 0))
 
 
 def last_of_rows(bounds: Any, device: torch.device) -> slice | torch.Tensor:

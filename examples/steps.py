@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from examples.few_rows import power_of_two
 from examples.llama import PackedLlama
 from examples.sampling import Choice, draw, likeliest
 from kvtoolkit import DeviceSteps, DeviceTurn, GraphStep, KVCache, Step
@@ -193,8 +194,3 @@ def kind_of(choice: Choice) -> str:
 def choose(logits: torch.Tensor, choice: Choice, kind: str) -> torch.Tensor:
     """The next token of each row."""
     return likeliest(logits) if kind == "greedy" else draw(logits, choice, kind == "nucleus")
-
-
-def power_of_two(n: int) -> int:
-    """The smallest one that is not below ``n``."""
-    return 1 << (n - 1).bit_length()

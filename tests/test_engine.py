@@ -364,9 +364,9 @@ def test_captured_steps_give_the_likeliest_tokens(model, fused, ahead):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.parametrize("allocator", ["buddy", "lockfree"])
-def test_tokens_decoded_ahead_are_those_of_steps_of_the_host(model, temperature, allocator):
-    packed = PackedLlama(copy.deepcopy(model).half().to("cuda"))
+@pytest.mark.parametrize(("allocator", "fused"), [("buddy", False), ("lockfree", False), ("buddy", True)])
+def test_tokens_decoded_ahead_are_those_of_steps_of_the_host(model, temperature, allocator, fused):
+    packed = PackedLlama(copy.deepcopy(model).half().to("cuda"), fused=fused)
     outputs = []
     for ahead in (1, 32):
         config = packed.cache_config(num_tokens=4096, allocator=allocator, max_seqs=4)
