@@ -37,6 +37,7 @@ from allocators.protocol import (
     live_granules,
     pack_snapshot,
     require,
+    runs_of,
     unpack_snapshot,
 )
 
@@ -111,7 +112,7 @@ class EpochPool(BlockAllocator):
         is_held = (self._states == _LIMBO) | (self._states == _LEASED)
         if (live & is_held).any():
             raise InvalidSizeError(f"runs: granule {int(np.argmax(live & is_held))} is in limbo or leased")
-        self.inner.rebuild(*_runs_of(live | is_held))
+        self.inner.rebuild(*runs_of(live | is_held))
         self._states[:] = np.where(live, _LIVE, np.where(is_held, self._states, _NONE))
 
     @exclusive
@@ -274,7 +275,7 @@ class EpochPool(BlockAllocator):
     def _settle(self) -> None:
         """Bring the inner pool, the limbo and the leases in line with the states of the granules."""
         try:
-            self.inner.rebuild(*_runs_of(self._states != _NONE))
+            self.inner.rebuild(*runs_of(self._states != _NONE))
         except NotImplementedError:
             if self._freeing is not None:
                 with contextlib.suppress(InvalidFreeError):  # it had been done
@@ -299,7 +300,7 @@ class EpochPool(BlockAllocator):
         stray = (known == _NONE) & ((self._states == _LIMBO) | (self._states == _LEASED))
         with contextlib.suppress(Exception):  # a refusal of the inner pool must not stop every later call
             if stray.any():  # taken by a call that did not return
-                self._give_back(_runs_of(stray))
+                self._give_back(runs_of(stray))
             self._empty_limbo()
 
     def _abort_lost(self) -> None:
@@ -335,7 +336,7 @@ class EpochPool(BlockAllocator):
         for stream, completed in zip(self._completed, arrays["clock"][1:], strict=True):
             self._completed[stream] = int(completed)
         self._limbo = {
-            int(epoch): [_runs_of(arrays["limbo"] == epoch)] for epoch in np.unique(arrays["limbo"]) if epoch >= 0
+            int(epoch): [runs_of(arrays["limbo"] == epoch)] for epoch in np.unique(arrays["limbo"]) if epoch >= 0
         }
         for journal in self._leases.values():
             journal.ended = "void: the pool was restored"
@@ -463,12 +464,6 @@ class Lease:
     def __exit__(self, *exception: object) -> None:
         if not self._journal.ended:
             self.abort()
-
-
-def _runs_of(flags: NDArray[np.bool_]) -> Runs:
-    """The maximal runs of set flags, as starts and sizes."""
-    edges = np.flatnonzero(np.diff(flags.astype(np.int8), prepend=0, append=0)).astype(np.int32)
-    return edges[::2].copy(), (edges[1::2] - edges[::2]).astype(np.int32)
 
 
 @jit

@@ -390,6 +390,12 @@ def live_granules(starts: Int32Array, sizes: Int32Array, num_granules: int) -> N
     return live
 
 
+def runs_of(flags: NDArray[np.bool_]) -> tuple[Int32Array, Int32Array]:
+    """The maximal runs of set flags, as starts and sizes."""
+    edges = np.flatnonzero(np.diff(flags.astype(np.int8), prepend=0, append=0)).astype(np.int32)
+    return edges[::2].copy(), (edges[1::2] - edges[::2]).astype(np.int32)
+
+
 def require(condition: bool | np.bool_, message: str) -> None:
     """Raise IntegrityError with ``message`` unless ``condition``; `assert` that ``python -O`` keeps."""
     if not condition:

@@ -13,7 +13,8 @@ from kvtoolkit.cache.step import Step
 from kvtoolkit.cache.warmup import warmup
 from kvtoolkit.config import eviction, growth
 from kvtoolkit.config.cache import CacheConfig
-from kvtoolkit.cuda.pool import DevicePool, lockfree
+from kvtoolkit.cuda.pool import DevicePool
+from kvtoolkit.cuda.pool_share import PoolWithShare, lockfree
 from kvtoolkit.errors import (
     ArgumentError,
     BusyError,
@@ -76,6 +77,8 @@ for _call in (
     append, merge_states, paged_attention, plan_attention, tiered_attention, variable_block_attention, warmup,
 ):  # fmt: skip
     untraced(_call)
-for _class in (AttentionPlan, DevicePool, DeviceSteps, GraphRun, GraphStep, KVCache, Lease, Step):
+for _class in (
+    AttentionPlan, DevicePool, DeviceSteps, GraphRun, GraphStep, KVCache, Lease, PoolWithShare, Step,
+):  # fmt: skip
     untraced(_class)
 operators.install()

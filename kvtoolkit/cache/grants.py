@@ -42,7 +42,7 @@ class BlockGranter:
             blocks.replenish()
         if len(blocks.ledger.left):
             blocks.ledger.free_left()
-        num_free = blocks.allocator.num_free
+        num_free = blocks.num_known_free
         available = num_free + 8 * len(blocks.reserve) + blocks.num_cached
         num_blocks, wanted, num_too_large = step_passes.choose_sizes(
             group.table,
@@ -59,7 +59,8 @@ class BlockGranter:
             self._sizes,
             self._ends,
         )
-        if wanted > num_free:
+        # kernels may have freed some since the host last looked
+        if wanted > num_free and wanted > (num_free := blocks.allocator.num_free):
             blocks.evict(wanted - num_free)
         sizes = self._sizes[:num_blocks]
         starts = blocks.allocate_some(sizes)

@@ -39,6 +39,7 @@ from kvtoolkit.cache.state.prefix_index import (
 from kvtoolkit.cache.state.step_passes import first_seen
 from kvtoolkit.config.tiers import TIER_NAMES
 from kvtoolkit.cuda.pool import DevicePool
+from kvtoolkit.cuda.pool_share import PoolWithShare
 from kvtoolkit.formats.entry import MAX_BLOCK_GRANULES, TIER_HOT, entry_granule, entry_length, entry_tier
 
 if TYPE_CHECKING:
@@ -187,6 +188,9 @@ def _require_tier(blocks: "BlockManager", tier: int, allocator: BlockAllocator) 
     known, live = int(np.count_nonzero(granted | callers)), allocator.stats().num_live
     # kernels may have taken blocks of a pool on a device without telling the host
     may_hold_more = isinstance(allocator, DevicePool) or bool(blocks.ledger.unresolved)
+    if isinstance(allocator, PoolWithShare):
+        is_same = np.array_equal(allocator.held & ~allocator.share.free_flags, granted | callers)
+        require(is_same, f"cache: what the {name} pool has granted is not what is held, cached, kept back or lent")
     is_enough = known <= live if may_hold_more else known == live
     require(is_enough, f"cache: {known} {name} granules held, cached, kept back or a caller's, {live} live in the pool")
 

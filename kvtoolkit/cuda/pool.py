@@ -11,12 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from allocators.errors import ContendedError, InvalidFreeError, InvalidSizeError
-from allocators.lockfree import LockFreeAllocator, _fold_all
+from allocators.lockfree import _fold_all
 from allocators.protocol import (
     GRANULE,
     SUPERBLOCK,
     AllocatorBase,
-    BlockAllocator,
     Int32Array,
     require,
     unpack_snapshot,
@@ -43,18 +42,6 @@ _GRANULE_BITS = np.uint64(0xFFFFFFFF)
 
 _MAX_ATTEMPTS = 1000
 _params = ParameterStruct("pool/batch.cu", "kvt_pool_allocate")
-
-
-def lockfree(num_granules: int, *, device: int | None = None, **options: Any) -> BlockAllocator:
-    """What the name ``lockfree`` makes: with a ``device`` a `DevicePool` there, else `LockFreeAllocator` on the host.
-
-    A cache on a GPU gives its own device, so that running kernels can take blocks of its pool.
-    """
-    return (
-        LockFreeAllocator(num_granules, **options)
-        if device is None
-        else DevicePool(num_granules, device=device, **options)
-    )
 
 
 def can_be_made() -> bool:
@@ -123,6 +110,12 @@ class DevicePool(AllocatorBase):
         """``[count, num_words]`` uint64 zeros on the device: journals of ``kvt::PoolLease``."""
         with self._cupy() as cupy:
             return cupy.zeros((count, self.num_words), cupy.uint64)
+
+    def return_share(self) -> None:
+        """Let kernels have all free granules: those too that the host keeps for the steps of a cache.
+
+        A cache keeps at most an eighth of a pool with ``layout="buddy"``, and takes more when it needs some again.
+        """
 
     def _bits(self, granules: NDArray[np.bool_]) -> NDArray[np.uint64]:
         """``[num_words]`` from whether each granule is meant."""
@@ -205,7 +198,7 @@ class DevicePool(AllocatorBase):
                 starts[:] = found
                 return int(granted)
             if partial:
-                self._free(found[:granted], sizes[:granted])
+                DevicePool._free(self, found[:granted], sizes[:granted])  # not what a subclass makes of it
         raise ContendedError(
             f"asked for {len(sizes)} blocks while kernels kept freeing, undecided after {_MAX_ATTEMPTS} attempts"
         )

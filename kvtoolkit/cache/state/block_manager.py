@@ -19,6 +19,7 @@ from kvtoolkit.cache.state.ledger import Ledger, require_allocator
 from kvtoolkit.cache.state.prefix_index import HELD, make_holdings
 from kvtoolkit.config.cache import CacheConfig
 from kvtoolkit.config.eviction import eviction_policy
+from kvtoolkit.cuda.pool_share import PoolWithShare
 from kvtoolkit.errors import CacheFullError, ConfigError
 from kvtoolkit.formats.entry import MAX_BLOCK_GRANULES, TIER_HOT
 
@@ -128,6 +129,15 @@ class BlockManager:
         """First granules of the blocks of 64 tokens that are reserved as targets of merges."""
         for _ in range(0, self.wanted_reserve, _REPLENISHED_AT_ONCE):
             self.replenish()
+
+    @property
+    def num_known_free(self) -> int:
+        """Hot granules that are free as far as the host knows, without waiting for a device.
+
+        Kernels may have taken blocks of a pool there, or freed some, since the host last looked.
+        """
+        hot = self.allocator
+        return hot.num_known_free if isinstance(hot, PoolWithShare) else hot.num_free
 
     @property
     def num_cached(self) -> int:

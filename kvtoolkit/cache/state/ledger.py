@@ -16,10 +16,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from allocators import BlockAllocator, EpochPool, InvalidFreeError
 from allocators._jit import jit
-from allocators.protocol import AllocatorBase
+from allocators.protocol import AllocatorBase, runs_of
 from kvtoolkit.arrays.types import Int32Array
 from kvtoolkit.config.tiers import TIER_NAMES
 from kvtoolkit.cuda.pool import DevicePool
+from kvtoolkit.cuda.pool_share import PoolWithShare
 from kvtoolkit.errors import CacheSnapshotError, ConfigError
 
 Flags = NDArray[np.bool_]
@@ -65,7 +66,10 @@ class Ledger:
         self._freeing, self._kept_its_word = None, False
         self._ask(tier, allocator)
         try:
-            answer = allocator.allocate(wanted.copy(), partial=partial)  # a plug-in may sort what it is given
+            if isinstance(allocator, PoolWithShare) and partial:
+                answer = allocator.take(wanted)
+            else:
+                answer = allocator.allocate(wanted.copy(), partial=partial)  # a plug-in may sort what it is given
         except Exception:
             self._kept_its_word = True
             raise
@@ -119,10 +123,14 @@ class Ledger:
         count = coalesce(listed, len(listed), self._run_starts, self._run_sizes)
         starts, sizes = self._run_starts[:count], self._run_sizes[:count]
         own = starts - np.int32(self.first[tier]) if tier else starts
+        allocator = self._of(tier)
         self._freeing, self._kept_its_word = (starts, sizes), False
-        self._ask(tier, self._of(tier))
+        self._ask(tier, allocator)
         try:
-            self._of(tier).free(own, sizes)
+            if isinstance(allocator, PoolWithShare):
+                allocator.give_back(own, sizes)
+            else:
+                allocator.free(own, sizes)
         except Exception:
             self._kept_its_word = True
             raise
@@ -189,6 +197,10 @@ class Ledger:
         Returns how many more granules are free afterwards.
         """
         allocator, own = self._of(tier), self._slice(tier)
+        if isinstance(allocator, PoolWithShare):
+            num_freed = allocator.settle(owned[own] | self.callers[own])
+            self.granted[own] = owned[own]
+            return num_freed
         if isinstance(allocator, DevicePool):
             receipt = allocator.receipt(self._asked_by)
             if receipt is not None:
@@ -291,6 +303,8 @@ class Ledger:
             fits = not (live & ~allocator.taken()).any()
         else:
             fits = allocator.stats().num_live == int(live.sum())
+        if isinstance(allocator, PoolWithShare):
+            allocator.hold(live)
         if not fits:
             raise CacheSnapshotError(
                 f"snapshot: expected the {TIER_NAMES[tier]} allocator to have granted what is held"
@@ -331,12 +345,6 @@ def require_allocator(allocator: BlockAllocator, num_granules: int, block_sizes:
     if not isinstance(sizes, tuple | list) or not sizes or not set(sizes) <= set(block_sizes):
         expected = ", ".join(map(str, block_sizes))
         raise ConfigError(f"allocator: expected {name} to have block_sizes among {expected}, got {sizes!r:.80}")
-
-
-def runs_of(flags: Flags) -> tuple[Int32Array, Int32Array]:
-    """The maximal runs of set flags, as starts and sizes."""
-    edges = np.flatnonzero(np.diff(flags.astype(np.int8), prepend=0, append=0)).astype(np.int32)
-    return edges[::2].copy(), (edges[1::2] - edges[::2]).astype(np.int32)
 
 
 def runs_of_list(listed: Int32Array) -> tuple[list[int], list[int]]:
