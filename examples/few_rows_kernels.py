@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-_EARLY_ROWS = tl.constexpr(4)  # the next kernel begins at once; with more rows it would take memory that this one needs
+_EARLY_ROWS = tl.constexpr(4)  # up to which the next kernel begins at once; with more rows that is slower
 
 
 @triton.jit
