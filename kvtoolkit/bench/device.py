@@ -49,10 +49,13 @@ def main(options: argparse.Namespace) -> int:
         rows.append(row | {"turn": turn})
         print(f"{batch:<12}{few:>9.2f}{row['all']:>9.2f}{ring_few:>12.2f}{ring_all:>12.2f}{turn:>20.0f}", flush=True)
     print(f"\n{'us of a step of the host, 256 sequences':<42}{'few':>9}{'64 rows':>9}{'(mean)':>9}{'rebuilt':>9}")
-    steps = {}
-    for name in ("buddy", "lockfree"):
-        steps[name] = _steps(name)
-        print(f"{name:<42}" + "".join(f"{us:>9.0f}" for us in steps[name]), flush=True)
+    steps: dict[str, list[tuple[float, ...]]] = {"buddy": [], "lockfree": []}
+    for _ in range(options.repeats):  # in turns, because host times differ from one moment to the next
+        for name in steps:
+            steps[name].append(_steps(name))
+    for name, times in steps.items():
+        for what, us in (("median", np.median(times, axis=0)), ("best", np.min(times, axis=0))):
+            print(f"{f'{name}, {what} of {options.repeats} runs':<42}" + "".join(f"{one:>9.0f}" for one in us))
     write_json(options.json, {"rows": rows, "steps": steps})
     return 0
 

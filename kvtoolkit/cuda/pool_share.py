@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from allocators.buddy import BuddyAllocator
+from allocators._jit import jit
+from allocators.buddy import BuddyAllocator, _set_mask
 from allocators.errors import ContendedError
 from allocators.lockfree import LockFreeAllocator
-from allocators.protocol import GRANULE, BlockAllocator, Int32Array, require, runs_of
+from allocators.protocol import GRANULE, BlockAllocator, Int32Array, require
 from kvtoolkit.cuda.pool import DevicePool
 from kvtoolkit.errors import BusyError
 from kvtoolkit.runtime.streams import current_stream
@@ -48,7 +49,8 @@ class HostShare(BuddyAllocator):
 
     def __init__(self, num_granules: int, *, block_sizes: Any) -> None:
         super().__init__(num_granules, block_sizes=block_sizes)
-        self.set_free(np.zeros(num_granules, np.bool_))
+        self._starts, self._sizes = np.empty((2, num_granules // 2), np.int32)  # scratch: no pool has more runs
+        self.set_runs(*self.runs(num_granules), are_free=False)
 
     @property
     def num_free(self) -> int:
@@ -63,21 +65,20 @@ class HostShare(BuddyAllocator):
         """Keep exactly these granules."""
         self._rebuild(~free)
 
+    def set_runs(self, starts: Int32Array, sizes: Int32Array, *, are_free: bool) -> None:
+        """Make runs free or live, whatever their granules have been."""
+        _set_runs(self._pool, starts, sizes, are_free)
+
+    def runs(self, count: int) -> tuple[Int32Array, Int32Array]:
+        """Starts and sizes of runs of at least ``count`` free granules, or all: whole superblocks first."""
+        number = _list_runs(self._pool.masks, count, self._starts, self._sizes)
+        return self._starts[:number].copy(), self._sizes[:number].copy()
+
     def words(self, num_words: int) -> NDArray[np.uint64]:
         """``[num_words]`` the bits of free granules, 64 a word."""
         words = np.zeros(num_words, np.uint64)
         words.view(np.uint8)[: len(self._pool.masks)] = self._pool.masks
         return words
-
-    def most_free(self, count: int) -> NDArray[np.bool_]:
-        """``[num_granules]`` at least ``count`` of the free granules, out of the superblocks that have most."""
-        masks = self._pool.masks
-        counts = np.bitwise_count(masks).astype(np.int64)
-        order = np.argsort(-counts, kind="stable")
-        number = int(np.searchsorted(np.cumsum(counts[order]), count)) + 1
-        chosen = np.zeros_like(masks)
-        chosen[order[:number]] = masks[order[:number]]
-        return np.unpackbits(chosen, bitorder="little").view(np.bool_)
 
 
 class PoolWithShare(DevicePool):
@@ -123,6 +124,7 @@ class PoolWithShare(DevicePool):
                 # of a run that is free the share may have one part, and the pool the other
                 self.return_share()
                 starts[count:] = self._pop(wanted[count:])
+                self._num_in_pool = None  # if kernels have freed much since the host looked, the next call shall see it
         return starts
 
     def give_back(self, starts: Int32Array, sizes: Int32Array) -> None:
@@ -139,7 +141,7 @@ class PoolWithShare(DevicePool):
                 raise self.share._invalid_free(int(starts[bad]), int(sizes[bad]), bad)
             most = self.num_granules // _PARTS
             if self.share.num_free > most:
-                self._push(self.share.most_free(self.share.num_free - most // 2))
+                self._push(self.share.num_free - most // 2)
 
     def settle(self, live: NDArray[np.bool_]) -> int:
         """After a call of the cache broke off, keep as free all that is held and not ``live``.
@@ -167,13 +169,13 @@ class PoolWithShare(DevicePool):
         with self._lock:
             self._enter()
             if self.share.num_free:
-                self._push(self.share.free_flags)
+                self._push(self.share.num_free)
 
     def _fetch(self, wanted: Int32Array) -> bool:
         """Take blocks for many calls like this one, if the pool has plenty; returns whether the share has grown."""
         missing = int(wanted.sum())
         in_pool, room = self.num_known_free - self.share.num_free, self.num_granules // _PARTS - self.share.num_free
-        ahead = min(_AHEAD * missing, self.num_granules // (2 * _PARTS), room, (in_pool - missing) // 4)
+        ahead = min(_AHEAD * missing, room, (in_pool - missing) // 4)
         if ahead <= 0:
             return False
         left = missing = missing + ahead
@@ -191,15 +193,19 @@ class PoolWithShare(DevicePool):
     def _pop(self, sizes: Int32Array) -> Int32Array:
         """Take blocks out of the pool itself, in order, -1 from the first that does not fit."""
         starts = np.empty(len(sizes), np.int32)
+        in_pool = self._num_in_pool
         self._begin_move()
         count = super()._allocate(sizes, starts, True)
-        self.held[_granules_of(starts[:count], sizes[:count])] = True
+        granules = _granules_of(starts[:count], sizes[:count])
+        self.held[granules] = True
+        if in_pool is not None and count == len(sizes):  # else kernels have taken what the host believed to be there
+            self._num_in_pool = in_pool - len(granules)
         self._mover = None
         return starts
 
-    def _push(self, which: NDArray[np.bool_]) -> None:
-        """Free granules of the share in the pool itself, after all that was launched before the cache freed them."""
-        starts, sizes = runs_of(which)
+    def _push(self, count: int) -> None:
+        """Free about so many granules in the pool itself, after all that was launched before the cache freed them."""
+        starts, sizes = self.share.runs(count)
         if self._streams - {current_stream(self.device)}:  # the pool's kernel waits for its own stream alone
             with self._cupy() as cupy:
                 cupy.cuda.runtime.deviceSynchronize()
@@ -207,7 +213,7 @@ class PoolWithShare(DevicePool):
         bad = super()._free(starts, sizes)
         if bad >= 0:
             raise self._invalid_free(int(starts[bad]), int(sizes[bad]), bad)
-        self._note_moved(which, are_held=False)
+        self._note_moved(starts, sizes, are_held=False)
         self._streams = {current_stream(self.device)} if self.share.num_free else set()
         self._mover = None
 
@@ -216,12 +222,10 @@ class PoolWithShare(DevicePool):
         self._num_in_pool = None
         self._mover = threading.get_ident()
 
-    def _note_moved(self, which: NDArray[np.bool_], *, are_held: bool) -> None:
-        """Note that granules are free in the share, or free in the pool. Doing it again changes nothing."""
-        self.held[which] = are_held
-        free = self.share.free_flags
-        free[which] = are_held
-        self.share.set_free(free)
+    def _note_moved(self, starts: Int32Array, sizes: Int32Array, *, are_held: bool) -> None:
+        """Note that runs are free in the share, or in the pool. Doing it again changes nothing."""
+        self.held[_granules_of(starts, sizes)] = are_held
+        self.share.set_runs(starts, sizes, are_free=are_held)
 
     def _enter(self) -> None:
         """Before anything changes: finish what a call that broke off has left; BusyError if it is still under way."""
@@ -242,9 +246,7 @@ class PoolWithShare(DevicePool):
             receipt = self.receipt(self._mover)
             if receipt is not None:
                 starts, sizes, are_held = receipt
-                which = np.zeros(self.num_granules, np.bool_)
-                which[_granules_of(starts, sizes)] = True
-                self._note_moved(which, are_held=are_held)
+                self._note_moved(starts, sizes, are_held=are_held)
             self._num_in_pool = self._mover = None
 
     def _is_moving(self) -> bool:
@@ -330,6 +332,38 @@ class PoolWithShare(DevicePool):
 
 
 _MOVES = (PoolWithShare._pop.__code__, PoolWithShare._push.__code__)
+
+
+@jit
+def _set_runs(pool: Any, starts: Int32Array, sizes: Int32Array, are_free: bool) -> None:
+    for i in range(len(starts)):
+        granule, end = starts[i], starts[i] + sizes[i]
+        while granule < end:
+            first = granule & 7
+            count = min(8 - first, end - granule)
+            bits, mask = ((1 << count) - 1) << first, pool.masks[granule >> 3]
+            _set_mask(pool, granule >> 3, mask | bits if are_free else mask & ~bits & 0xFF)
+            granule += count
+
+
+@jit
+def _list_runs(masks: NDArray[np.uint8], count: int, starts: Int32Array, sizes: Int32Array) -> Any:
+    """List runs until they have ``count`` granules; returns their number."""
+    number, total = 0, 0
+    for are_whole in (True, False):
+        for i in range(len(masks)):
+            mask = masks[i]
+            if total >= count or mask == 0 or (mask == 0xFF) != are_whole:
+                continue
+            for granule in range(8 * i, 8 * i + 8):
+                if mask >> (granule & 7) & 1:
+                    if number > 0 and starts[number - 1] + sizes[number - 1] == granule:
+                        sizes[number - 1] += 1
+                    else:
+                        starts[number], sizes[number] = granule, 1
+                        number += 1
+                    total += 1
+    return number
 
 
 def _granules_of(starts: Int32Array, sizes: Int32Array) -> NDArray[np.int64]:

@@ -234,7 +234,7 @@ def test_steps_that_take_few_blocks_seldom_wait_for_the_device(device):
     pool = PoolWithShare(16384)
     for _ in range(100):
         assert (pool.take(ones(64)) >= 0).all()
-    assert device.launches == ["kvt_pool_allocate"] * 6  # 64 and a 16th of the pool each time
+    assert device.launches == ["kvt_pool_allocate"] * 4  # 64 and an eighth of the pool each time
     taken = pool.take(ones(600))
     del device.launches[:]
     pool.give_back(taken, ones(600))
@@ -253,6 +253,15 @@ def test_kernels_are_left_most_of_the_pool(device):
     pool = PoolWithShare(1 << 16)
     pool.take(ones(2))
     assert pool.share.num_free <= 32 * 2 + 8
+
+
+def test_fragments_that_are_of_no_use_do_not_let_the_share_grow():
+    pool = PoolWithShare(1024)
+    blocks = np.sort(pool.take(ones(260)))
+    pool.return_share()
+    pool.give_back(blocks[::2][:125], ones(125))
+    assert pool.take(np.array([8] * 4, np.int32)).min() >= 0
+    assert pool.share.num_free <= 1024 // 8 + 7
 
 
 def test_a_run_is_found_of_which_the_share_has_one_part_and_the_pool_the_other():
@@ -320,6 +329,18 @@ def test_blocks_that_kernels_freed_are_found_although_the_host_has_not_looked():
     words.give_back(8, 8)
     assert pool.num_known_free == 0
     assert pool.take(np.array([8], np.int32)).tolist() == [8]
+
+
+def test_once_kernels_have_freed_much_the_share_is_filled_again(device):
+    pool = PoolWithShare(1024)
+    words = words_of(pool)
+    assert all(words.take(8) >= 0 for _ in range(120))
+    assert (pool.take(ones(60)) >= 0).all()
+    assert all(words.give_back(8 * i, 8) for i in range(120))
+    del device.launches[:]
+    for _ in range(20):
+        assert (pool.take(ones(4)) >= 0).all()
+    assert len(device.launches) <= 4
 
 
 def test_a_pool_that_stays_contended_says_so_and_is_whole(device, monkeypatch):
