@@ -61,7 +61,7 @@ class Program:
             return
         import torch
 
-        from tests.kvtoolkit.cache.test_gpu_device_steps import capture
+        from examples.steps import capture
 
         torch.manual_seed(0)
         self.weights = torch.randn(3, 128, 4, 64, device="cuda").bfloat16()

@@ -3,10 +3,11 @@
 //
 //   hot         [2 * num_layers, num_granules, num_kv_heads, 8, head_dim] by strides: keys, then values of each layer
 //   warm, cold  [num_layers, num_blocks, num_kv_heads, bytes of a block], see kvtoolkit/formats/quantized.py
-//   moves       up to kMaxMoves, in the parameters: 8 source granules and 8 target granules; -1 = not wanted. The tiers
-//               share one range of granule numbers.
+//   moves       8 source granules and 8 target granules of each; -1 = not wanted. Up to kMaxMoves in the parameters, or
+//               any number in a list on the device, which migrate.cu makes. The tiers share one range of granule numbers.
 //
-// Launch:   grid (moves, num_kv_heads, num_layers), CTA 256. Any architecture. Macros: KVT_HEAD_DIM, KVT_BF16.
+// Launch:   grid (moves, num_kv_heads, num_layers), for a list any number of CTAs; CTA 256. Any architecture. Macros:
+//           KVT_HEAD_DIM, KVT_BF16.
 // Numerics: in float32, with each operation rounded by itself, so that codes equal those of kvtoolkit.formats to the
 //           bit. A token that holds an infinity or NaN becomes NaN, as in kvtoolkit.formats. The host cannot see such
 //           tokens, so it cannot keep their tiles from being converted.
@@ -15,6 +16,7 @@
 #include <kvt/base/warp.cuh>
 #include <kvt/entry.cuh>
 #include <kvt/format/tiers.cuh>
+#include <kvt/ptx/cluster.cuh>
 
 namespace kvt {
 
@@ -29,8 +31,7 @@ constexpr float kSmallestNormal = 1.0f / (1 << 14);
 constexpr unsigned short kNaN = 0x7E00;  // as a half
 using Sizes = Bytes<kHeadDim>;
 
-// Packed by kvtoolkit/cuda/copy.py, field by field in this order.
-struct ConvertParams {
+struct ConvertArrays {
   unsigned short* hot;
   unsigned char* warm;
   unsigned char* cold;
@@ -38,8 +39,18 @@ struct ConvertParams {
   long long warm_layer, cold_layer;  // bytes
   int num_kv_heads;
   int first_granules[3];
+};
+
+// Packed by kvtoolkit/cuda/copy.py, field by field in this order, those of the base first.
+struct ConvertParams : ConvertArrays {
   int sources[kMaxMoves * 8];
   int targets[kMaxMoves * 8];
+};
+
+struct ListParams : ConvertArrays {
+  const int* num_moves;
+  const int* moves;  // [num_moves, 16] sources, then targets; the first source is -1 where nothing is to be done
+  long long num_layers;
 };
 
 __device__ __forceinline__ unsigned short half_bits(float x) {
@@ -54,7 +65,7 @@ __device__ __forceinline__ unsigned short scale_bits(float x) {
   return x < kSmallestNormal && half_value(nearest) < x ? nearest + 1 : nearest;
 }
 
-__device__ __forceinline__ Tier tier_of(const ConvertParams& p, int granule) {
+__device__ __forceinline__ Tier tier_of(const ConvertArrays& p, int granule) {
   return granule >= p.first_granules[2] ? Tier::kCold : granule >= p.first_granules[1] ? Tier::kWarm : Tier::kHot;
 }
 
@@ -269,13 +280,9 @@ __device__ __forceinline__ void write_cold(unsigned char* block, bool is_value, 
   }
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, 2) kvt_convert(const __grid_constant__ ConvertParams p) {
-  extern __shared__ __align__(16) unsigned char shared[];
-  Tile& tile = *reinterpret_cast<Tile*>(shared);
-  const int* const sources = p.sources + blockIdx.x * 8;
-  const int* const targets = p.targets + blockIdx.x * 8;
-  const int kv_head = blockIdx.y;
-  const int layer = blockIdx.z;
+// Convert the tokens of one kv head in one layer.
+__device__ __forceinline__ void convert_tile(
+    const ConvertArrays& p, const int* sources, const int* targets, int kv_head, int layer, Tile& tile) {
   const auto quantized = [&](int granule, Tier tier) {
     const bool is_warm = tier == Tier::kWarm;
     const long long block = (granule - p.first_granules[static_cast<int>(tier)]) >> 3;
@@ -325,6 +332,25 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) kvt_convert(const __gr
       write_cold(quantized(first_target, to), which == 1, tile);
     }
     __syncthreads();
+  }
+}
+
+extern __shared__ __align__(16) unsigned char shared_tile[];
+
+extern "C" __global__ void __launch_bounds__(kThreads, 2) kvt_convert(const __grid_constant__ ConvertParams p) {
+  Tile& tile = *reinterpret_cast<Tile*>(shared_tile);
+  convert_tile(p, p.sources + blockIdx.x * 8, p.targets + blockIdx.x * 8, blockIdx.y, blockIdx.z, tile);
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, 2) kvt_convert_listed(const __grid_constant__ ListParams p) {
+  ptx::wait_for_dependencies();
+  Tile& tile = *reinterpret_cast<Tile*>(shared_tile);
+  const int of_move = p.num_kv_heads * static_cast<int>(p.num_layers);
+  const int count = *p.num_moves * of_move;
+  for (int i = blockIdx.x; i < count; i += gridDim.x) {
+    const int* const move = p.moves + i / of_move * 16ll;
+    if (move[0] < 0) continue;
+    convert_tile(p, move, move + 8, i % of_move % p.num_kv_heads, i % of_move / p.num_kv_heads, tile);
   }
 }
 

@@ -1,28 +1,41 @@
 // Moves: copy whole granules inside an arena, keys and values of all layers, for forks, merges and compaction.
 //
 //   arena   [num_arrays, num_granules, granule_nbytes] by strides; an array is the keys or the values of one layer
-//   moves   up to kMaxMoves pairs of granules, in the parameters, so that nothing has to be copied to the device first
+//   moves   up to kMaxMoves pairs of granules, in the parameters, so that nothing has to be copied to the device first; or
+//           any number in a list on the device, which migrate.cu makes
 //
 // Launch:   grid = (CTAs of one array, num_arrays), CTA 256, 16 bytes per thread and step. Moves run in any order, so
 //           no granule may be both read and written. Any architecture.
+#include <kvt/ptx/cluster.cuh>
+
 namespace kvt {
 
 constexpr int kMaxMoves = 448;  // the struct stays below the 4 KB that parameters may take
 
-// Packed by kvtoolkit/cuda/copy.py, field by field in this order.
-struct MoveParams {
+struct Arena {
   char* arena;
   long long array_stride, granule_stride;  // bytes
   int granule_vectors;                     // of 16 bytes
-  int num_moves;
+  int num_moves;                           // in the parameters
+};
+
+// Packed by kvtoolkit/cuda/copy.py, field by field in this order, those of the base first.
+struct MoveParams : Arena {
   int sources[kMaxMoves];
   int targets[kMaxMoves];
 };
 
-extern "C" __global__ void __launch_bounds__(256) kvt_move(const __grid_constant__ MoveParams p) {
+struct ListedMoveParams : Arena {
+  const int* num_merges;
+  const int* merges;  // [num_merges, 16] 8 granules to read, 8 to write; the first is -1 where nothing is to be done
+};
+
+// Copy granule source_of(i) to target_of(i) of this CTA's array, for each i below num_moves; a negative one is none.
+template <typename Source, typename Target>
+__device__ __forceinline__ void move_all(const Arena& p, int num_moves, Source source_of, Target target_of) {
   constexpr int kUnroll = 4;  // loads under way in a thread
   char* const array = p.arena + blockIdx.y * p.array_stride;
-  const int total = p.num_moves * p.granule_vectors;
+  const int total = num_moves * p.granule_vectors;
   for (int base = blockIdx.x * 256 * kUnroll + threadIdx.x; base < total; base += gridDim.x * 256 * kUnroll) {
     uint4 words[kUnroll];
 #pragma unroll
@@ -31,7 +44,8 @@ extern "C" __global__ void __launch_bounds__(256) kvt_move(const __grid_constant
       if (index < total) {
         const int move = index / p.granule_vectors;
         const long long inside = (index - move * p.granule_vectors) * 16ll;
-        words[i] = __ldcs(reinterpret_cast<const uint4*>(array + p.sources[move] * p.granule_stride + inside));
+        const long long source = source_of(move);
+        if (source >= 0) words[i] = __ldcs(reinterpret_cast<const uint4*>(array + source * p.granule_stride + inside));
       }
     }
 #pragma unroll
@@ -40,10 +54,25 @@ extern "C" __global__ void __launch_bounds__(256) kvt_move(const __grid_constant
       if (index < total) {
         const int move = index / p.granule_vectors;
         const long long inside = (index - move * p.granule_vectors) * 16ll;
-        *reinterpret_cast<uint4*>(array + p.targets[move] * p.granule_stride + inside) = words[i];
+        const long long target = target_of(move);
+        if (target >= 0) *reinterpret_cast<uint4*>(array + target * p.granule_stride + inside) = words[i];
       }
     }
   }
+}
+
+extern "C" __global__ void __launch_bounds__(256) kvt_move(const __grid_constant__ MoveParams p) {
+  const auto source_of = [&](int i) -> long long { return p.sources[i]; };
+  const auto target_of = [&](int i) -> long long { return p.targets[i]; };
+  move_all(p, p.num_moves, source_of, target_of);
+}
+
+extern "C" __global__ void __launch_bounds__(256) kvt_move_listed(const __grid_constant__ ListedMoveParams p) {
+  ptx::wait_for_dependencies();
+  const auto place_of = [](int i) { return i / 8 * 16ll + i % 8; };
+  const auto source_of = [&](int i) -> long long { return p.merges[place_of(i)]; };
+  const auto target_of = [&](int i) -> long long { return p.merges[place_of(i) + 8]; };
+  move_all(p, *p.num_merges * 8, source_of, target_of);
 }
 
 }  // namespace kvt

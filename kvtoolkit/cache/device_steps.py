@@ -12,6 +12,8 @@ from kvtoolkit.arrays.types import ArrayLike, Int32Array, Int64Array, as_int
 from kvtoolkit.cache.fixed_tables import Move
 from kvtoolkit.cache.graph import GraphRun, GraphStep
 from kvtoolkit.cache.kv_cache import KVCache
+from kvtoolkit.cache.migration import Migration
+from kvtoolkit.cache.migration_launches import MigrationLaunches
 from kvtoolkit.cache.state.arguments import as_ids, as_vector
 from kvtoolkit.cache.state.block_table import LENGTH, OPEN
 from kvtoolkit.cache.step import Step, require_all_layers
@@ -62,8 +64,10 @@ class DeviceSteps:
     their blocks and tokens, and frees what was not taken. `refill` takes more blocks while replays are under way, and
     `poll` asks how far they are; neither waits, so the host's turn may come after many hundred tokens.
 
-    What only the host does waits for its turn: freeing what windows do not see, moving tiles to colder tiers, merging
-    blocks and publishing prefixes. So these are behind by up to ``num_steps`` tokens of each sequence.
+    Tiles that get old move to colder tiers in the steps at which they would have moved if the host had begun them, and
+    small blocks are merged so. What only the host does waits for its turn: freeing what windows do not see and what
+    moves have left, moving tiles that several sequences share, and publishing prefixes. So these are behind by up to
+    ``num_steps`` tokens of each sequence.
 
     Args:
         cache: with backend ``"cuda"``; no group of its layers may have chunks.
@@ -122,14 +126,19 @@ class DeviceSteps:
         most_tokens = max_steps * num_new_tokens
         self._most_grants = most_grants(most_tokens)
         self._supplies = [Supply(group, batch, most_tokens) for group in groups]
+        fixed = self._graph_step._fixed
+        self._migrations = [
+            Migration(group, batch, max_steps, one.tables.block_table.shape[1], self._graph_step._max_seq_len)
+            for group, one in zip(groups, fixed, strict=True)
+        ]
         self._step: Step | None = None  # holds the rows
         self._num_steps, self._limits, self._is_asked = 0, np.empty(0, np.int32), False  # of the turn
-        self._release = weakref.finalize(self, _release_later, self._calls, self._supplies)
+        self._release = weakref.finalize(self, _release_later, self._calls, [*self._supplies, *self._migrations])
         from kvtoolkit.runtime.streams import cupy_on_current_stream
 
         with cupy_on_current_stream(cache._arenas.device) as cupy:
             self._make_arrays(cupy)
-        self._launch: Any = None
+        self._launches: list[Any] = []  # of `begin`, once they are made
 
     def _make_arrays(self, cupy: Any) -> None:
         batch, each, num_groups = self._batch, self.num_new_tokens, len(self._supplies)
@@ -139,7 +148,10 @@ class DeviceSteps:
         self._back = {
             "finished": ((batch,), np.bool_), "tokens": ((batch * each,), np.int64), "num_new": ((batch,), np.int32),
             "status": ((batch,), np.int32), "kept": ((batch,), np.int32), "pending": ((batch,), np.int32),
-            "taken": ((num_groups, 5), np.int32), "grants": (grants, np.int32), "history": ((steps, batch), np.int64),
+            "taken": ((num_groups, 5), np.int32), "moved": ((num_groups, 4), np.int32), "grants": (grants, np.int32),
+            "history": ((steps, batch), np.int64), **{
+                f"journal{i}": ((3, one.most_targets, 4), np.int32) for i, one in enumerate(self._migrations)
+            },
         }  # fmt: skip
         self._places, end = {}, 0
         for name, (shape, dtype) in self._back.items():
@@ -160,6 +172,11 @@ class DeviceSteps:
         self._of_groups = [  # tails of rows, the supply's lists, how many blocks they have
             (cupy.zeros((batch, 4), np.int32), cupy.zeros((4, supply.most), np.int32), cupy.zeros(5, np.int32))
             for supply in self._supplies
+        ]
+        groups = self._cache._state.groups
+        self._moving = [
+            MigrationLaunches(one, group.storage, batch, cupy) if one.most_targets else None
+            for one, group in zip(self._migrations, groups, strict=True)
         ]
         self._bounds = np.arange(batch + 1, dtype=np.int32) * each
         for fixed in self._graph_step._fixed:
@@ -205,8 +222,8 @@ class DeviceSteps:
             limits = np.minimum(as_vector(max_lens, "max_lens", len(ids)), limits)
         if (limits < 0).any():
             raise ArgumentError(f"max_lens: expected 0 or more, got {limits.min()}")
-        self._demote(ids, int(steps))
         self._num_steps, self._limits, self._is_asked = int(steps), limits.astype(np.int32), False
+        self._move_others(ids)
         try:
             self._step = self._cache.begin_step(ids, 0)
             self._fill()
@@ -217,20 +234,22 @@ class DeviceSteps:
             raise
 
     @exclusive
-    def _demote(self, ids: Int64Array, steps: int) -> None:
-        """Move as many tiles to colder tiers as so many steps would have moved, if the sequences can have a turn."""
+    def _move_others(self, ids: Int64Array) -> None:
+        """Move as many tiles as the steps would have, of those that the device will not move, as of other sequences."""
         cache = self._cache
-        cache._state.rows_of(ids, (OPEN,))
+        rows = cache._state.rows_of(ids, (OPEN,))
         pairs = [(cache._demoter, cache._arrays)]
         if cache._group_steps is not None:
             pairs = [(part.demoter, part.arrays) for part in cache._group_steps]
-        for demoter, spare in pairs:
-            if demoter is not None:
-                arrays = spare.take(0, 0)
-                for _ in range(steps):
-                    if not demoter.run(arrays, 0):
-                        break
-                spare.give_back(arrays, 0, 0)
+        for migration, (demoter, spare) in zip(self._migrations, pairs, strict=True):
+            if demoter is None:
+                continue
+            migration.leave_to_device(rows, self._limits, self._num_steps * self.num_new_tokens)
+            arrays = spare.take(0, 0)
+            for _ in range(self._num_steps):
+                if not demoter.run(arrays, 0):
+                    break
+            spare.give_back(arrays, 0, 0)
 
     @exclusive
     def _fill(self) -> None:
@@ -242,8 +261,10 @@ class DeviceSteps:
                 counts[:] = part.steps.table.info[rows, LENGTH] < self._limits
                 part.steps.free_past(part.arrays, len(rows), 0)
                 counts[:] = 0
-        for supply in self._supplies:
-            supply.fill(rows, self._limits, self._num_steps * self.num_new_tokens)
+        num_tokens = self._num_steps * self.num_new_tokens
+        for supply, migration in zip(self._supplies, self._migrations, strict=True):
+            supply.fill(rows, self._limits, num_tokens)
+            migration.fill(rows, self._limits, num_tokens, supply)
 
     def _rows(self) -> Int32Array:
         """The rows of the block table."""
@@ -254,8 +275,8 @@ class DeviceSteps:
         step, rows, there = self._step, self._rows(), self._there
         assert step is not None
         num_rows, batch = len(rows), self._batch
-        if self._launch is None:
-            self._launch = self._make_launch()
+        if not self._launches:
+            self._launches = self._make_launches()
         is_padding = np.arange(batch) >= num_rows
         lengths = self._cache._group.table.info[rows, LENGTH].astype(np.int32)
         first = np.zeros((batch, self.num_new_tokens), np.int64)
@@ -264,8 +285,10 @@ class DeviceSteps:
             (first.ravel(), there["tokens"]), (is_padding, there["finished"]),
             (_padded(lengths, batch), self._lengths), (_padded(self._limits, batch), self._max_lens),
         ]  # fmt: skip
-        for supply, (tails, _, _) in zip(self._supplies, self._of_groups, strict=True):
+        for supply, (tails, _, _), moving in zip(self._supplies, self._of_groups, self._moving, strict=True):
             moves.append((supply.tails(rows), tails))
+            if moving is not None:
+                moves.append(moving.marks())
         moves += self._moves_of_supplies()
         moves += [(self._bounds, fixed.tables.cu_seqlens_q) for fixed in self._graph_step._fixed]
         from kvtoolkit.runtime.streams import cupy_on_current_stream
@@ -277,14 +300,22 @@ class DeviceSteps:
         self._graph_step._bring(step, moves)
         for fixed in self._graph_step._fixed:
             fixed.expect_growth(self._most_grants)
+        self._expect_cuts()
 
     def _moves_of_supplies(self) -> list[Move]:
         moves: list[Move] = []
-        for supply, (_, lists, held) in zip(self._supplies, self._of_groups, strict=True):
+        for supply, (_, lists, held), moving in zip(self._supplies, self._of_groups, self._moving, strict=True):
             listed, counts = supply.lists()
             used = max(1, int(counts[:4].max()))
             moves += [(listed[:, :used], lists), (counts, held)]
+            if moving is not None:
+                moves += moving.blocks()
         return moves
+
+    def _expect_cuts(self) -> None:
+        """A tile that becomes an entry of its own may cut two others."""
+        for fixed, migration in zip(self._graph_step._fixed, self._migrations, strict=True):
+            fixed.expect_growth(2 * migration.most_of_a_row)
 
     def refill(self, num_steps: int) -> None:
         """Take blocks for so many steps more, while the device goes on with those that it has.
@@ -307,11 +338,14 @@ class DeviceSteps:
 
         with cupy_on_current_stream(self._cache._arenas.device) as cupy:
             self._graph_step._ring.copy(cupy, self._moves_of_supplies())
+        self._expect_cuts()
 
     @exclusive
     def _extend(self, steps: int) -> None:
-        for supply in self._supplies:
-            supply.extend(self._rows(), self._limits, steps * self.num_new_tokens)
+        rows, each = self._rows(), self.num_new_tokens
+        for supply, migration in zip(self._supplies, self._migrations, strict=True):
+            supply.extend(rows, self._limits, steps * each)
+            migration.extend(rows, self._limits, (self._num_steps + steps) * each, supply)
 
     def poll(self) -> DeviceTurn | None:
         """How far the device was when this was called before; None if that is not known yet. Waits for nothing.
@@ -340,7 +374,7 @@ class DeviceSteps:
         self._is_asked = True
         return answer
 
-    def _make_launch(self) -> Any:
+    def _make_launches(self) -> list[Any]:
         there, cache = self._there, self._cache
         shared = (
             there["finished"], there["tokens"], there["kept"], there["pending"], self._max_lens, self._lengths,
@@ -358,17 +392,26 @@ class DeviceSteps:
             groups.append(GrowingGroup(places, width, blocks.num_hot, blocks.policy, offered, supply.most))
         rows = GrowingRows(*(array.data.ptr for array in shared))
         each, device = self.num_new_tokens, cache._arenas.device
-        return make_growth(rows, groups, self._batch, self.max_steps * each, self._most_grants, each, device)
+        most = self.max_steps * each
+        launches = []
+        for i, (fixed, moving) in enumerate(zip(self._graph_step._fixed, self._moving, strict=True)):
+            if moving is not None:
+                of_rows = rows.finished, rows.kept, rows.pending, rows.max_lens, rows.lengths, rows.num_new
+                tails, moved, journal = self._of_groups[i][0], there["moved"][i], there[f"journal{i}"]
+                launches += moving.make(of_rows, fixed.tables, tails, moved, journal, each, most, device)
+        return [*launches, make_growth(rows, groups, self._batch, most, self._most_grants, each, device)]
 
     def begin(self) -> GraphRun:
         """Begin a step, eager or captured: every row gets its place. Returns what serves the layers, as a `Step` does.
 
         Every run of the model needs a call of its own. Earlier runs end.
         """
-        if self._launch is None:
-            with using(self._cache._arenas.device):
-                self._launch = self._make_launch()
-        self._launch.run(current_stream(self._cache._arenas.device))
+        device = self._cache._arenas.device
+        if not self._launches:
+            with using(device):
+                self._launches = self._make_launches()
+        for i, launch in enumerate(self._launches):  # each of them waits for the one before it by itself
+            launch.run(current_stream(device), dependent=i > 0)
         return self._graph_step.begin()
 
     def finish(self) -> DeviceTurn:
@@ -390,7 +433,7 @@ class DeviceSteps:
             num_new, history, self._first(read["tokens"], num_rows), read["finished"][:num_rows].copy(),
             read["status"][:num_rows].copy(),
         )  # fmt: skip
-        ids, total = self._step.seq_ids.copy(), int(num_new.sum())
+        ids, rows, total = self._step.seq_ids.copy(), self._rows().copy(), int(num_new.sum())
         if total:
             require_all_layers(self._graph_step.layers, self._cache.config.num_layers)
         with self._calls.lock:  # the sequences are open for a moment, in which no other thread may take them
@@ -398,13 +441,14 @@ class DeviceSteps:
                 self.abort()
                 raise StepError("finish: expected all sequences of the turn, but `KVCache.end_orphans` has closed some")
             self._stop_rows()
-            self._settle(read["grants"][:, :, :num_rows], num_new)
+            self._settle(read, num_rows)
             self._end_hold()
             if total:
                 is_new = np.arange(history.shape[1]) < num_new[:, None]
                 step = self._cache.begin_step(ids, num_new)
                 step._graph_step = self._graph_step
                 self._cache.end_step(step, history[is_new])
+            self._take_back(rows)
         return turn
 
     def abort(self) -> None:
@@ -416,6 +460,7 @@ class DeviceSteps:
         if self._step is None:
             raise StepError("abort: expected a turn under way, after `load`")
         self._release_supplies()
+        self._take_back(self._rows().copy())
         self._end_hold()
         self._stop_rows()
 
@@ -463,22 +508,29 @@ class DeviceSteps:
         return found
 
     @exclusive
-    def _settle(self, grants: Int32Array, num_new: Int32Array) -> None:
-        rows = self._rows()
-        for supply, granted in zip(self._supplies, grants, strict=True):
-            supply.settle(rows, granted)
-            supply.merge(rows, num_new, self._cache.config.migrate_budget * int(num_new.max(initial=0)))
+    def _settle(self, read: dict[str, NDArray[Any]], num_rows: int) -> None:
+        rows, grants = self._rows(), read["grants"][:, :, :num_rows]
+        for i, (supply, migration) in enumerate(zip(self._supplies, self._migrations, strict=True)):
+            supply.settle(rows, grants[i])
+            migration.settle(rows, read["moved"][i], read[f"journal{i}"])
 
     @exclusive
     def _release_supplies(self) -> None:
         for supply in self._supplies:
             supply.release()
+        for migration in self._migrations:
+            migration.release()
+
+    @exclusive
+    def _take_back(self, rows: Int32Array) -> None:
+        for migration in self._migrations:
+            migration.take_back(rows)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError("DeviceSteps: expected no copy, because graphs have the addresses of this one")
 
 
-def _release_later(calls: Calls, supplies: list[Supply]) -> None:
+def _release_later(calls: Calls, supplies: list[Supply | Migration]) -> None:
     """Let the next call free what a lost turn has taken."""
     for supply in supplies:
         if len(supply.starts):

@@ -148,16 +148,6 @@ class Supply:
         if count:
             blocks.free_granules(np.sort(self._left[:count]))
 
-    def merge(self, rows: Int32Array, counts: Int32Array, budget: int) -> None:
-        """Merge small blocks that the next ``counts`` tokens of each row fill; their keys and values are there."""
-        group = self._group
-        if not group.blocks.policy.merges:
-            return
-        candidates, ends = np.empty(budget, np.int32), np.empty(budget, np.int32)
-        found = growing.list_merges(group.table, rows, counts, candidates, ends)
-        if found:
-            group.merge_blocks(candidates[:found], ends[:found])
-
     def tails(self, rows: Int32Array) -> NDArray[np.int32]:
         """``[batch, 4]`` int32: where each row ends, as ``GrowParams`` has it."""
         out = np.zeros((len(rows), 4), np.int32)

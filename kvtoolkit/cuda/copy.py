@@ -19,8 +19,12 @@ MAX_MOVES = 448  # as in move.cu
 _move_params = ParameterStruct("cache/move.cu", "kvt_move", until="sources")
 _UNROLL = 4
 
+_listed_move_params = ParameterStruct("cache/move.cu", "kvt_move_listed")
+
 MAX_CONVERSIONS = 48  # as in convert.cu
 _convert_params = ParameterStruct("cache/convert.cu", "kvt_convert", until="sources")
+_listed_convert_params = ParameterStruct("cache/convert.cu", "kvt_convert_listed")
+_CTAS_PER_SM = 2  # of launches that do not know how much there is to move
 
 
 class Append(NamedTuple):
@@ -163,3 +167,42 @@ def convert(
         grid = (count, num_kv_heads, hot.shape[0] // 2)
         kernel = load_spec(spec, hot.device)
         Launch(kernel, grid, spec.threads, spec.smem_nbytes, parameters + listed.tobytes()).run(stream)
+
+
+def make_listed_copy(arena: Operand, num_merges: int, merges: int) -> Launch:
+    """The launch that copies granules by a list on the device, which a launch before it makes.
+
+    Args:
+        arena: as `copy_granules` takes it.
+        num_merges: address of how many there are.
+        merges: address of ``[n, 16]`` int32: 8 granules to read, 8 to write.
+    """
+    size = ITEMSIZES[arena.dtype]
+    vectors = arena.shape[2] * arena.shape[3] * arena.shape[4] * size // 16
+    strides = arena.strides[0] * size, arena.strides[1] * size
+    parameters = _listed_move_params.pack(arena.address, *strides, vectors, 0, num_merges, merges)
+    spec, num_arrays = specs.MOVE_LISTED, arena.shape[0]
+    ctas = max(1, _CTAS_PER_SM * num_sms(arena.device) // num_arrays)
+    return Launch(load_spec(spec, arena.device), (ctas, num_arrays), spec.threads, 0, parameters)
+
+
+def make_listed_conversion(
+    hot: Operand, warm: Operand | None, cold: Operand | None, first_granules: tuple[int, int, int], num_moves: int,
+    moves: int,
+) -> Launch:  # fmt: skip
+    """The launch that converts tiles by a list on the device, which a launch before it makes.
+
+    Args:
+        hot, warm, cold, first_granules: as `convert` takes them.
+        num_moves: address of how many there are.
+        moves: address of ``[n, 16]`` int32: 8 sources, 8 targets.
+    """
+    _, _, num_kv_heads, _, head_dim = hot.shape
+    spec = specs.convert(head_dim, hot.dtype)._replace(name="kvt_convert_listed")
+    parameters = _listed_convert_params.pack(
+        hot.address, warm.address if warm else 0, cold.address if cold else 0, hot.strides[0], hot.strides[1],
+        warm.strides[0] if warm else 0, cold.strides[0] if cold else 0, num_kv_heads, *first_granules, num_moves,
+        moves, hot.shape[0] // 2,
+    )  # fmt: skip
+    kernel = load_spec(spec, hot.device)
+    return Launch(kernel, (_CTAS_PER_SM * num_sms(hot.device),), spec.threads, spec.smem_nbytes, parameters)

@@ -265,6 +265,8 @@ GATHER = Spec("attention/shared.cu", "kvt_gather", (), 256)
 EXPAND = Spec("attention/expand.cu", "kvt_expand", (), 256)
 UNITS = Spec("attention/units.cu", "kvt_units", (), 256)
 MOVE = Spec("cache/move.cu", "kvt_move", (), 256)
+MOVE_LISTED = MOVE._replace(name="kvt_move_listed")
+MIGRATE = Spec("cache/migrate.cu", "kvt_migrate", (), 1024)
 CHECK = Spec("cache/check.cu", "kvt_check", (), 256)
 CANARY = Spec("cache/canary.cu", "kvt_canary", (), 256)
 
@@ -312,11 +314,12 @@ def of_model(
     if masses:
         yield from (spec.with_masses() for spec in found)
     if tiers:
-        yield from (UNITS, convert(head_dim, dtype))
+        yield from (UNITS, convert(head_dim, dtype), convert(head_dim, dtype)._replace(name="kvt_convert_listed"))
     if arch == 90:
         kernel = prompt(head_dim, dtype, rules=0, tiers=tiers)
         yield from (kernel, plan_prompts(prompt_keys(head_dim)), merge_shared(dtype))
         yield from (FIND_SHARED, PLAN_SHARED, GATHER)
     kernel = prefill(head_dim, dtype, smem_limit, has_rules=False)
     yield from (kernel, plan_prompts(kernel.keys))
-    yield from (plan(1), EXPAND, append(16), MOVE, CHECK, CANARY, grow(1), merge_states(dtype))
+    yield from (plan(1), EXPAND, append(16), MOVE, MOVE_LISTED, MIGRATE, CHECK, CANARY, grow(1))
+    yield merge_states(dtype)

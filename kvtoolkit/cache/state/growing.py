@@ -4,7 +4,6 @@ from typing import Any, NamedTuple
 
 from allocators._jit import jit
 from kvtoolkit.arrays.types import Int32Array, Int64Array
-from kvtoolkit.cache.state.block_merging import mergeable
 from kvtoolkit.cache.state.block_table import (
     CAPACITY,
     LENGTH,
@@ -120,19 +119,3 @@ def settle(
         if counts[b] > 0:
             attach(table, granules, rows[b], starts[b, : counts[b]], sizes[b, : counts[b]])
     return take_back(granted, callers, loan, granules.refs, out)
-
-
-@jit
-def list_merges(table: BlockTable, rows: Int32Array, counts: Int32Array, out_rows: Int32Array, ends: Int32Array) -> Any:
-    """List the tiles in small blocks that ``counts`` new tokens of each row have filled; returns how many there are.
-
-    ``ends`` receives the logical granule at which each ends. It stops where ``ends`` is full.
-    """
-    count = 0
-    for b in range(len(rows)):
-        length = table.info[rows[b], LENGTH]
-        for tile in range((length >> 6) + 1, ((length + counts[b]) >> 6) + 1):
-            if count < len(ends) and mergeable(table, rows[b], 8 * tile) >= 0:
-                out_rows[count], ends[count] = rows[b], 8 * tile
-                count += 1
-    return count

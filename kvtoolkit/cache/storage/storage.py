@@ -12,6 +12,8 @@ from kvtoolkit.backends import BACKENDS
 from kvtoolkit.config.cache import CacheConfig
 from kvtoolkit.cpu.convert import all_finite
 from kvtoolkit.cuda import check
+from kvtoolkit.cuda.copy import make_listed_conversion, make_listed_copy
+from kvtoolkit.cuda.launching import Launch
 from kvtoolkit.errors import UnsupportedError
 from kvtoolkit.formats.entry import GRANULE, MAX_BLOCK_GRANULES, TIER_COLD, TIER_HOT, TIER_WARM
 
@@ -166,6 +168,19 @@ class DeviceStorage:
         if self.records is not None:
             with self._on_current_stream():
                 _forget_records(self.key_values, targets)
+
+    def listed_moves(self, num_moves: int, demotions: int, merges: int) -> list[Launch]:
+        """Launches that make the moves listed by ``cuda_src/cache/migrate.cu`` at these addresses.
+
+        Demotions are converted, merges are copied; an address of 0 means that there are none.
+        """
+        warm, cold = self._blocks
+        made = []
+        if demotions:
+            made.append(make_listed_conversion(self._arena, warm, cold, self.first, num_moves, demotions))
+        if merges:
+            made.append(make_listed_copy(self._arena, num_moves + 4, merges))
+        return made
 
     def all_finite(self, granules: Int32Array) -> bool:
         """Always True: to know, the host would have to wait. The conversion deals with such tokens instead."""

@@ -11,7 +11,8 @@ import numpy as np
 
 from kvtoolkit import CacheConfig, KVCache
 from kvtoolkit.cache import device_steps
-from kvtoolkit.cuda import grow
+from kvtoolkit.cache.storage.storage import HostStorage
+from kvtoolkit.cuda import grow, migrate
 from kvtoolkit.runtime import streams
 from tests.kvtoolkit.cuda.host_kernels import on_the_host
 
@@ -72,7 +73,27 @@ def use_host(monkeypatch):
     monkeypatch.setattr(device_steps, "current_stream", lambda device: 0)
     monkeypatch.setattr(device_steps, "using", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(device_steps, "_as_tensor", lambda array: array)
-    on_the_host(monkeypatch, grow)
+    on_the_host(monkeypatch, grow, migrate)
+    monkeypatch.setattr(HostStorage, "listed_moves", _listed_moves, raising=False)
+
+
+def _listed_moves(storage, num_moves, demotions, merges):
+    """What `DeviceStorage.listed_moves` returns, for a cache on the CPU."""
+
+    def run(stream, *, dependent):
+        counts = _array((2,), np.int32, Pointer(num_moves))
+        for address, count, move in zip(
+            (demotions, merges), counts, (storage.convert_tiles, storage.copy_granules), strict=True
+        ):
+            if address and count:
+                listed = np.asarray(_array((int(count), 2, 8), np.int32, Pointer(address)))
+                listed = listed[listed[:, 0, 0] >= 0]
+                sources, targets = (np.ascontiguousarray(listed[:, side]) for side in (0, 1))
+                if move == storage.copy_granules:
+                    sources, targets = sources.ravel(), targets.ravel()
+                move(sources, targets)
+
+    return [SimpleNamespace(run=run)]
 
 
 def make_cache(**options):

@@ -14,12 +14,14 @@ from kvtoolkit import ArgumentError, CacheFullError, DeviceSteps, SequenceError,
 from kvtoolkit.cache.state import growing
 from kvtoolkit.config.growth import names
 from kvtoolkit.formats.entry import unpack_entries
+from tests.kvtoolkit.cache.forms import cut, form_of
 from tests.kvtoolkit.cache.host_device import make_cache, use_host
 from tests.kvtoolkit.cache.test_interruptions import Interrupted, LineBreaker
 from tests.kvtoolkit.cuda.host_kernels import HostLaunch, needs_compiler
 
 pytestmark = needs_compiler
 LAYERS = 2
+TIERS = {"hot": 64, "pinned_tokens": 0, "warm": "int8", "warm_tokens": 64, "cold": "int4"}
 WINDOW = [{"layers": [0], "num_tokens": 2048}, {"layers": [1], "window": 24, "num_tokens": 2048}]
 
 
@@ -39,33 +41,35 @@ def prefill(cache, prompts, ids=None):
         assert step.ok.all()
         tokens = np.concatenate([np.asarray(prompt, np.int64) for prompt in prompts])
         for layer in range(LAYERS):
-            step.append(layer, *keys_of(tokens, layer))
+            step.append(layer, *keys_of(tokens, layer, cache.config.head_dim))
         cache.end_step(step, tokens)
     return ids
 
 
-def keys_of(tokens, layer):
-    grid = np.sin(tokens[:, None, None] * (1 + np.arange(8)) + layer)
+def keys_of(tokens, layer, head_dim=8):
+    grid = np.sin(tokens[:, None, None] * (1 + np.arange(head_dim)) + layer)
     return grid.astype(np.float32), np.cos(3 * grid).astype(np.float32)
 
 
-def run(step, tokens):
+def run(step, tokens, head_dim=8):
     """A model of two layers: results of the last one, and the next token of each row."""
-    x = keys_of(tokens, 7)[0]
+    x = keys_of(tokens, 7, head_dim)[0]
     for layer in range(LAYERS):
-        step.append(layer, *keys_of(tokens, layer))
+        step.append(layer, *keys_of(tokens, layer, head_dim))
         x = x + step.attend(layer, x, window_size=(23, 0) if layer else (-1, -1))
     return x, (np.abs(x[:, 0, 0]) * 1000).astype(np.int64) % 97
 
 
-def form_of(tables, rows):
-    """The lengths and starts of the entries of rows, and the lengths that attention reads."""
+def tails_of(tables, rows):
+    """Where rows end by their entries: granules, entries, first token of the last entry, its slot minus its number."""
     found = []
-    for row in range(rows):
-        entries = np.asarray(tables.block_table[row])
-        used = entries[entries >= 0]
-        _, lengths, tiers = unpack_entries(used)
-        found.append((lengths.tolist(), tiers.tolist(), np.asarray(tables.block_starts[row])[: len(used)].tolist()))
+    for row in rows:
+        entries, starts = np.asarray(tables.block_table[row]), np.asarray(tables.block_starts[row])
+        count = int((entries >= 0).sum())
+        assert (entries[count:] == -1).all()
+        granules, lengths, _ = unpack_entries(entries[count - 1 : count])
+        first = starts[count - 1]
+        found.append([first + lengths[0], count, 8 * first, 8 * (granules[0] - first)])
     return found
 
 
@@ -77,17 +81,19 @@ class Twins:
         self.ids = [prefill(cache, prompts) for cache in self.caches]
         self.steps = DeviceSteps(self.caches[1], len(prompts) + 1, max_steps)
         self.tokens = np.arange(len(prompts)) + 5
+        # the host uses what tiles have left again at once, so its free memory is in other places
+        self.may_join = "tiers" in options or options.get("allocator") == "paged"
 
     def turn(self, num_steps, stops, max_lens):
         """Run both; everything must be equal at every step."""
         by_host, by_device = self.caches
-        num = len(self.tokens)
+        num, head_dim = len(self.tokens), by_host.config.head_dim
         self.steps.load(self.ids[1], self.tokens, num_steps, max_lens=max_lens)
         tokens, finished, history = self.tokens.copy(), np.zeros(num, bool), [[] for _ in range(num)]
         for i in range(num_steps):
             run_of_device = self.steps.begin()
             padded = np.asarray(self.steps.tokens)
-            out, chosen = run(run_of_device, padded)
+            out, chosen = run(run_of_device, padded, head_dim)
             is_ok = np.asarray(self.steps.status) == 0
             assert not is_ok[num:].any()
             wanted = ~finished & (by_host.lengths(self.ids[0]) < max_lens)
@@ -96,16 +102,20 @@ class Twins:
             if len(some):
                 with by_host.begin_step(self.ids[0][some], 1) as step:
                     assert step.ok.all()
-                    expected, _ = run(step, tokens[some])
+                    expected, _ = run(step, tokens[some], head_dim)
                     assert (out[some] == expected).all()
                     fixed = [one.tables for one in self.steps._graph_step._fixed]
-                    for own, layer in zip(fixed, range(LAYERS), strict=False):
+                    for group, (own, layer) in enumerate(zip(fixed, range(LAYERS), strict=False)):
                         theirs = step.tables_of(layer)
                         assert np.asarray(own.seq_lens)[some].tolist() == theirs.seq_lens.tolist()
-                        if self.is_settled_by_turn():
+                        if by_host.config.is_grouped:  # the host lets go of what windows have passed in its turns
                             continue
-                        forms = form_of(own, num)
-                        assert [forms[row] for row in some] == form_of(theirs, len(some))
+                        assert np.asarray(self.steps._of_groups[group][0])[some].tolist() == tails_of(own, some)
+                        found, expected_forms = form_of(own, num), form_of(theirs, len(some))
+                        found = [found[row] for row in some]
+                        if self.may_join:
+                            found, expected_forms = map(cut, (found, expected_forms))
+                        assert found == expected_forms
                     by_host.end_step(step, tokens[some])
             for row in some:
                 history[row].append(int(tokens[row]))
@@ -127,11 +137,6 @@ class Twins:
         assert stats.callers == 0
         assert stats.num_tokens == by_host.stats().num_tokens
 
-    def is_settled_by_turn(self):
-        """Whether the host moves blocks only in its turns, and so later than it would in steps of its own."""
-        config = self.caches[0].config
-        return config.growth_policy.merges or config.tier_config is not None or config.is_grouped
-
 
 @pytest.mark.parametrize("growth", sorted(set(names()) & {"fixed8", "fixed16", "fixed64", "append", "proportional",
                                                           "lazy_merge", "adaptive"}))  # fmt: skip
@@ -150,6 +155,27 @@ def test_policies_grow_as_they_do_by_the_host(growth, allocator):
     assert max(found[0]) > 0
 
 
+@pytest.mark.parametrize("growth", ["fixed8", "fixed64", "proportional", "lazy_merge", "adaptive"])
+@pytest.mark.parametrize(
+    "tiers",
+    [
+        TIERS, TIERS | {"pinned_tokens": 64, "hot": 128}, TIERS | {"warm_tokens": 0},
+        {"hot": 64, "pinned_tokens": 0, "warm": "int8"}, {"hot": 64, "pinned_tokens": 64, "cold": "int4"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_tiles_move_at_the_steps_at_which_the_host_moves_them(growth, tiers):
+    """Old tiles of a long prompt a few at a time, those of several rows by age, and new ones when they are due."""
+    prompts = [[(7 * i + 3 * k) % 97 for k in range(n)] for i, n in enumerate((1, 63, 64, 900, 1400))]
+    twins = Twins(prompts, 64, num_tokens=1 << 15, head_dim=64, growth=growth, tiers=tiers, prefix_caching=False)
+    for i in range(4):
+        twins.turn(64, np.zeros((5, 64), bool), np.full(5, 1 << 20 if i < 3 else 1100))
+    by_host, by_device = (cache.stats() for cache in twins.caches)
+    assert by_device.converted_tokens == by_host.converted_tokens > 0
+    assert by_device.num_merges == by_host.num_merges
+    assert (by_device.num_merges > 0) == (growth == "lazy_merge")
+
+
 @settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_drawn_turns_equal_steps_of_the_host(data):
@@ -161,6 +187,8 @@ def test_drawn_turns_equal_steps_of_the_host(data):
                 {"growth": "fixed16", "num_tokens": 2048, "allocator": "paged", "block_sizes": [16]},
                 {"growth": "lazy_merge", "layer_groups": WINDOW},
                 {"growth": "fixed8", "layer_groups": WINDOW},
+                {"growth": "fixed8", "num_tokens": 8192, "head_dim": 64, "tiers": TIERS},
+                {"growth": "lazy_merge", "num_tokens": 8192, "head_dim": 64, "tiers": TIERS | {"pinned_tokens": 64}},
             ]
         )
     )
@@ -368,7 +396,7 @@ def test_rows_with_more_entries_than_the_tables_write_to_their_own_slots():
 def replay(steps, count):
     """Run the model some times, as replays of a graph do."""
     for _ in range(count):
-        _, chosen = run(steps.begin(), np.asarray(steps.tokens))
+        _, chosen = run(steps.begin(), np.asarray(steps.tokens), steps._cache.config.head_dim)
         steps.tokens[:] = np.where(np.asarray(steps.status) == 0, chosen, steps.tokens)
 
 
@@ -661,6 +689,83 @@ def test_turns_can_break_off_at_any_line(call, options):
         cache.check_integrity()
         assert cache.stats().used == cache.stats().callers == 0
     assert num_lines > 5
+
+
+@pytest.mark.parametrize("call", ["load", "refill", "finish", "abort"])
+def test_turns_that_move_tiles_can_break_off_at_any_line(call):
+    """Then they can be ended, or are over; no block is lost, and tables and index agree."""
+
+    def prepare():
+        cache = make_cache(num_tokens=8192, head_dim=64, growth="lazy_merge", tiers=TIERS)
+        ids = prefill(cache, [[i] * length for i, length in enumerate((200, 130, 60))])
+        steps = DeviceSteps(cache, 3, 48)
+        if call != "load":
+            steps.load(ids, [1, 2, 3], 40)
+            replay(steps, 40)
+        return cache, ids, steps
+
+    num_lines = 0
+    for n in itertools.count(1, 23):
+        cache, ids, steps = prepare()
+        breaker = LineBreaker(n)
+        arguments = {"load": (ids, [1, 2, 3]), "refill": (8,)}.get(call, ())
+        with contextlib.suppress(Interrupted), breaker:
+            getattr(steps, call)(*arguments)
+        if not breaker.fired:
+            break
+        num_lines += 1
+        cache.check_integrity()
+        if steps._step is not None:
+            steps.finish() if call == "finish" else steps.abort()
+        cache.check_integrity()
+        stats = cache.stats()
+        assert stats.callers == 0
+        assert cache.lengths(ids).tolist() in ([200, 130, 60], [240, 170, 100] if call == "finish" else [])
+        steps.load(ids, [3, 4, 5])
+        replay(steps, 48)
+        assert steps.finish().num_new.tolist() == [48] * 3
+        cache.check_integrity()
+        cache.close(ids)
+        cache.clear_prefixes()
+        stats = cache.stats()
+        assert stats.used == stats.callers == stats.cached == 0
+    assert num_lines > 5
+
+
+def test_tiles_of_several_rows_are_left_to_the_host():
+    """The device moves only what one row holds; the host moves the rest in its turns, for all that share it."""
+    cache = make_cache(num_tokens=8192, head_dim=64, growth="fixed8", tiers=TIERS)
+    (parent,) = prefill(cache, [[5] * 300])
+    ids = np.array([parent, *cache.fork([parent], 2)[0]])
+    steps, shared = DeviceSteps(cache, 3, 64), []
+    for _ in range(4):
+        steps.load(ids, [1, 2, 3])
+        before = cache.stats().converted_tokens
+        replay(steps, 64)
+        assert steps.finish().num_new.tolist() == [64] * 3
+        shared.append((before, cache.stats().converted_tokens))
+        cache.check_integrity()
+    entries = [cache._group.table.entries[row, :4] for row in range(3)]
+    assert (unpack_entries(np.array(entries))[2] > 0).all()  # shared, and moved once
+    assert (np.array(entries) == entries[0]).all()
+    assert shared[0][0] > 0  # by the host
+    assert shared[-1][1] > shared[-1][0]  # by the device
+    cache.close(ids)
+    cache.clear_prefixes()
+    assert cache.stats().used == cache.stats().callers == 0
+
+
+def test_a_full_tier_keeps_no_row_from_growing():
+    tiers = TIERS | {"tier_memory": {"hot": 0.98, "warm": 0.01, "cold": 0.01}}
+    cache = make_cache(num_tokens=8192, head_dim=64, growth="fixed8", tiers=tiers)
+    ids = prefill(cache, [[5] * 300, [6] * 200])
+    steps = DeviceSteps(cache, 2, 64)
+    for _ in range(10):
+        steps.load(ids, [1, 2])
+        replay(steps, 64)
+        assert steps.finish().num_new.tolist() == [64, 64]
+        cache.check_integrity()
+    assert cache.stats().tiers["cold"].free == 0
 
 
 def test_bad_input_is_refused():

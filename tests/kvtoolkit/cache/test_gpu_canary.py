@@ -7,7 +7,7 @@ from allocators import IntegrityError
 from kvtoolkit import CacheConfig, DeviceSteps, GraphStep, KVCache
 from kvtoolkit.cache.state.block_table import ID_BITS, granule_at
 from kvtoolkit.cuda import check
-from tests.kvtoolkit.cache.test_gpu_device_steps import Model, capture, prefill
+from tests.kvtoolkit.cache.test_gpu_device_steps import Model, prefill
 
 pytestmark = pytest.mark.gpu
 TIERS = {"hot": 64, "pinned_tokens": 0, "warm": "int8", "cold": "int4"}
@@ -47,6 +47,8 @@ class Captured:
         with self.cache.begin_step(ids, 1, tokens) as step:
             self.fixed.load(step)
             if self.graph is None:
+                from examples.steps import capture
+
                 self.graph = capture(self.compute)
             self.graph.replay()
             self.cache.end_step(step)
@@ -73,6 +75,8 @@ def test_replays_of_the_device_find_a_block_that_changed_hands_too_early():
     def compute():
         _, chosen = model(steps.tokens, steps.begin())
         steps.tokens.copy_(torch.where(steps.status == 0, chosen, steps.tokens))
+
+    from examples.steps import capture
 
     graph = capture(compute)
     ids = prefill(cache, model, [30, 70, 9], tell=True)

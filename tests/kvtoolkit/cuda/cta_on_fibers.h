@@ -177,6 +177,8 @@ bool run(Kernel kernel, Index grid, unsigned threads, unsigned smem_nbytes, unsi
 
 inline void __syncthreads() { fibers::meet(fibers::cta, threadIdx.x, 0); }
 
+inline void __syncwarp() { fibers::meet_warp(0xFFFFFFFFu, 0); }
+
 inline int __syncthreads_or(int mine) {
   const auto& all = fibers::meet(fibers::cta, threadIdx.x, mine != 0);
   return std::any_of(all.begin(), all.end(), [](fibers::Word word) { return word != 0; });

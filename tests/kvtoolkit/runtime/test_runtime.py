@@ -44,7 +44,7 @@ def test_a_source_is_compiled_once(own_sources):
     assert second.seconds == 0
     assert (first.cubin, first.usage, first.path) == (second.cubin, second.usage, second.path)
     assert first.cubin[:4] == b"\x7fELF"
-    assert [usage.name for usage in first.usage] == ["kvt_move"]
+    assert {usage.name for usage in first.usage} == {"kvt_move", "kvt_move_listed"}
     assert first.usage[0].registers > 0
 
 
@@ -232,7 +232,7 @@ def test_kernels_with_masses_are_asked_for_only_where_they_are_wanted():
 def test_a_choice_of_kernels_has_every_two_settings_that_one_of_them_has():
     every = every_kernel()
     chosen = covering(every)
-    assert len(chosen) < len(set(every)) / 2
+    assert len(chosen) < 0.6 * len(set(every))
     assert set(chosen) <= set(every)
     assert {(spec.name, arch) for spec, arch in chosen} == {(spec.name, arch) for spec, arch in every}
     assert {(spec.name, pair) for spec, arch in chosen for pair in pairs_of((spec, arch))} == {
