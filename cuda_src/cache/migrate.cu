@@ -70,9 +70,10 @@ struct Due {
   int count, tile;
   Tier goal;
 
-  __device__ __forceinline__ Due(const MigrateParams& p, const int4& marks, int length)
+  __device__ __forceinline__ Due(const MigrateParams& p, int row, const int4& marks)
       : count(0), tile(0), goal(Tier::kWarm) {
-    if (marks.x == kNever) return;
+    const int length = length_of(p, row);
+    if (marks.x == kNever || length > p.max_lens[row]) return;  // the latter after the host's turn
     const int warm_end = max(length - p.hot, 0) / (8 * kTile);
     const int cold_end = max(length - p.hot - p.warm, 0) / (8 * kTile);
     const int num_cooling = max(0, min(cold_end, marks.y) - marks.x);
@@ -114,7 +115,7 @@ __device__ __forceinline__ void note(const MigrateParams& p, int edit, int row, 
 __device__ __forceinline__ void choose_demotions(const MigrateParams& p, Shared& shared) {
   int num_due = 0;
   for (int row = threadIdx.x; row < p.batch; row += blockDim.x) {
-    num_due += Due(p, p.marks[row], length_of(p, row)).count;
+    num_due += Due(p, row, p.marks[row]).count;
   }
   if (num_due > 0) atomicAdd(&shared.num_due, num_due);
   __syncthreads();
@@ -124,10 +125,9 @@ __device__ __forceinline__ void choose_demotions(const MigrateParams& p, Shared&
     int my_row = 0;
     for (int row = threadIdx.x; row < p.batch; row += blockDim.x) {
       const int4 marks = p.marks[row];
-      const int length = length_of(p, row);
-      const Due due(p, marks, length);
+      const Due due(p, row, marks);
       if (due.count == 0) continue;
-      const unsigned age = length - due.tile * 8 * kTile;
+      const unsigned age = length_of(p, row) - due.tile * 8 * kTile;
       const unsigned long long key = static_cast<unsigned long long>(age) << 32 | ~static_cast<unsigned>(marks.w);
       if (key > mine) {
         mine = key;
@@ -138,7 +138,7 @@ __device__ __forceinline__ void choose_demotions(const MigrateParams& p, Shared&
     if (best == 0) break;
     if (mine == best) {  // only one, since no two rows have the same order
       int4 marks = p.marks[my_row];
-      const Due due(p, marks, length_of(p, my_row));
+      const Due due(p, my_row, marks);
       const int list = static_cast<int>(due.goal);
       const int place = p.taken[list];
       if (place < p.held[list]) {

@@ -4,6 +4,8 @@ On the device: nodes of a graph, one after the other, in us. "Few" is a step in 
 which every row does. The ring is one thread that does the same without policies, sizes, limits or checks. On the host:
 `begin_step`, the copy of the tables and `end_step`, by allocator; "rebuilt" also makes and copies the whole tables in
 every step. The host's turn is `DeviceSteps.load` and `finish`, without what the device does between them.
+
+Moves: what a step pays where tiles may move but none does, and where some do, of 32 layers with 8 kv heads of 128.
 """
 
 import argparse
@@ -56,20 +58,27 @@ def main(options: argparse.Namespace) -> int:
     for name, times in steps.items():
         for what, us in (("median", np.median(times, axis=0)), ("best", np.min(times, axis=0))):
             print(f"{f'{name}, {what} of {options.repeats} runs':<42}" + "".join(f"{one:>9.0f}" for one in us))
-    write_json(options.json, {"rows": rows, "steps": steps})
+    idle, moving = _idle(options.repeats), [_moving(name, options.repeats) for name in _MOVES]
+    print("\nus of a node in which no tile moves, 256 sequences")
+    for what, us in idle.items():
+        print(f"{what:<42}{us:>9.2f}")
+    print(f"\n{'a step in which tiles move':<26}{'tiles':>7}{'MB':>9}{'us':>9}{'us more':>9}{'GB/s':>9}")
+    for one in moving:
+        speed = 1e3 * one["mb"] / one["more"]
+        print(
+            f"{one['what']:<26}{one['tiles']:>7.1f}{one['mb']:>9.1f}{one['us']:>9.1f}{one['more']:>9.1f}{speed:>9.0f}"
+        )
+    write_json(options.json, {"rows": rows, "steps": steps, "idle": idle, "moving": moving})
     return 0
 
 
-def _growth(batch: int, growth: str, repeats: int) -> tuple[float, float]:
+def _growth(batch: int, growth: str, repeats: int, **options: Any) -> tuple[float, float]:
     """``(us of a node, us of the host's turn)``."""
     import torch
 
-    cache = KVCache(
-        CacheConfig(
-            num_layers=1, num_kv_heads=1, head_dim=16, num_tokens=batch * (_CONTEXT + 192), max_seqs=batch,
-            max_seq_len=_CONTEXT + 128, growth=growth, backend="cuda",
-        )
-    )  # fmt: skip
+    shape = {"num_layers": 1, "num_kv_heads": 1, "head_dim": 16, "num_tokens": 2 * batch * (_CONTEXT + 192)}
+    limits = {"max_seqs": batch, "max_seq_len": _CONTEXT + 128}
+    cache = KVCache(CacheConfig(**{**shape, **limits, "growth": growth, "backend": "cuda", **options}))
     seq_ids, _ = cache.open([[]] * batch)
     with cache.begin_step(seq_ids, _CONTEXT) as step:
         cache.end_step(step)
@@ -98,6 +107,56 @@ def _growth(batch: int, growth: str, repeats: int) -> tuple[float, float]:
         turns.append(1e6 * (time.perf_counter() - ran + loaded - begin))
         cache.truncate(seq_ids, np.full(batch, _CONTEXT))
     return float(np.median(times[2:])) / _NODES, float(np.median(turns[2:]))
+
+
+_MOVES = ("16 bit to int8", "16 bit to int4", "small blocks to one")
+
+
+def _idle(repeats: int) -> dict[str, float]:
+    """Microseconds of a node, by what might move in it."""
+    return {
+        "nothing can": _growth(256, "fixed64", repeats)[0],
+        "merges": _growth(256, "adaptive", repeats)[0],
+        "tiers": _growth(256, "fixed64", repeats, head_dim=64, tiers={"hot": 2048, "warm": "int8"})[0],
+    }
+
+
+def _moving(what: str, repeats: int) -> dict[str, Any]:
+    """Steps of 64 sequences whose old tiles go to another tier, or whose last ones are merged."""
+    import torch
+
+    batch, context, num_steps = 64, 1024, 16
+    options: dict[str, Any] = {"growth": "fixed64", "tiers": {"hot": 256, "warm": "int8"}}
+    nbytes = 64 * 128 * 2 * 8 * 32  # of a tile in 8 bits
+    if what == _MOVES[0]:
+        moved = 3 * nbytes
+    elif what == _MOVES[1]:
+        options["tiers"], moved = {"hot": 256, "cold": "int4"}, nbytes * 5 // 2
+    else:
+        options, context, num_steps, moved = {"growth": "lazy_merge"}, 1024 - 56, 64, 4 * nbytes
+    shape = {"num_layers": 32, "num_kv_heads": 8, "head_dim": 128, "max_seqs": batch, "max_seq_len": 1280}
+    cache = KVCache(CacheConfig(**{**shape, "num_tokens": batch * 5120, "backend": "cuda", **options}))
+    seq_ids, _ = cache.open([[]] * batch)
+    for count in (context, *([8] * 6 if "tiers" not in options else [])):
+        with cache.begin_step(seq_ids, count) as step:
+            cache.end_step(step)
+    steps, graph, stream = DeviceSteps(cache, batch, num_steps), torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        steps.begin()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        steps.begin()
+    before = cache.stats()
+    steps.load(seq_ids, np.zeros(batch, np.int64))
+    torch.cuda.synchronize()
+    times = np.array(event_times(graph.replay, num_steps))
+    steps.finish()
+    after = cache.stats()
+    tiles = (after.converted_tokens - before.converted_tokens) // 64 + after.num_merges - before.num_merges
+    idle = float(np.median(event_times(graph.replay, max(repeats, 3))))  # the turn is over: nothing moves
+    is_moving = np.argsort(times)[::-1][: num_steps if "tiers" in options else 1]
+    each, us = tiles / len(is_moving), float(times[is_moving].mean())
+    return {"what": what, "tiles": each, "mb": each * moved / 1e6, "us": us, "more": us - idle}
 
 
 def _ring(batch: int, repeats: int) -> tuple[float, float]:
