@@ -25,6 +25,8 @@ from kvtoolkit.cuda.pool import DevicePool
 from kvtoolkit.errors import BusyError
 from kvtoolkit.runtime.streams import current_stream
 
+_WORD = 64
+"""Granules in a word of the pool."""
 _AHEAD = 32
 """How many calls like the one that found the share too small it is filled for."""
 _PARTS = 8
@@ -179,6 +181,10 @@ class PoolWithShare(DevicePool):
         if ahead <= 0:
             return False
         left = missing = missing + ahead
+        if left >= _WORD:
+            left -= self._pop_words(left // _WORD)
+            if missing - left >= int(wanted.sum()):
+                return True
         for size in self._sizes_descending:
             if size < wanted[0] or left <= 0:  # smaller ones would be of no use to this call
                 break
@@ -202,6 +208,18 @@ class PoolWithShare(DevicePool):
             self._num_in_pool = in_pool - len(granules)
         self._mover = None
         return starts
+
+    def _pop_words(self, count: int) -> int:
+        """Move up to so many wholly free words from the pool to the share, by one atomic each; returns the granules."""
+        in_pool = self._num_in_pool
+        sizes = np.full(count, _WORD, np.int32)
+        self._begin_move()
+        found, (number, _) = self._run("kvt_pool_take_words", 1, 1024, sizes, sizes, count)
+        starts = found[:number][found[:number] >= 0]
+        self._note_moved(starts, sizes[: len(starts)], are_held=True)
+        self._num_in_pool = None if in_pool is None else in_pool - _WORD * len(starts)
+        self._mover = None
+        return _WORD * len(starts)
 
     def _push(self, count: int) -> None:
         """Free about so many granules in the pool itself, after all that was launched before the cache freed them."""
@@ -331,7 +349,7 @@ class PoolWithShare(DevicePool):
             require(not (held & words).any(), "device: a granule that the host holds is free in the pool")
 
 
-_MOVES = (PoolWithShare._pop.__code__, PoolWithShare._push.__code__)
+_MOVES = (PoolWithShare._pop.__code__, PoolWithShare._pop_words.__code__, PoolWithShare._push.__code__)
 
 
 @jit
