@@ -1,8 +1,10 @@
 // Migrate: choose the tiles (64 tokens) of a batch that move in a step of the device, and change the rows that have them.
 // Kernels after it copy what it lists. A tile may go to a colder tier, by age, or small blocks may become one of 64 tokens.
 //
-// It does what the host does at the begin of a step, and in the same order: of all tiles that are due, the oldest, one in
-// kSpread of them but no more than `most`; then tails that have just become full, `most` of them, in the order of the rows.
+// It does what the host does at the begin of a step, and in the same order: rows let go of what a window has passed; of all
+// tiles that are due, the oldest move, one in kSpread of them but no more than `most`; then tails that have just become
+// full, `most` of them, in the order of the rows.
+//
 // Blocks to move to come from lists that the host has filled. Granules that are left stay as they are until its next turn,
 // in which it reads the journal and makes the same changes. So nothing is lost if that turn never comes.
 //
@@ -10,7 +12,7 @@
 // them. If a list is empty, or a row has too few entries, the tile waits for the host, too.
 //
 // Launch:   one CTA of a multiple of 32 threads. Any architecture.
-// Source:   kvtoolkit/cache/tiering/ and kvtoolkit/cache/state/block_merging.py, whose rules this repeats.
+// Source:   kvtoolkit/cache/tiering/, state/group_passes.py and state/block_merging.py there, whose rules this repeats.
 #include <kvt/base/warp.cuh>
 #include <kvt/entry.cuh>
 #include <kvt/ptx/cluster.cuh>
@@ -52,6 +54,7 @@ struct MigrateParams {
   int batch, width, most_targets, most, most_new, max_steps;
   int hot, pinned, warm;   // tokens, see kvtoolkit/cache/tiering/rules.py
   int demotes, is_merged;  // whether the group has tiers; whether its growth policy merges
+  int window;              // tokens that a query sees, itself included; 0 = all
 };
 
 struct Shared {
@@ -155,14 +158,18 @@ __device__ __forceinline__ void choose_demotions(const MigrateParams& p, Shared&
   }
 }
 
+// Whether a row will have a new token if there is room for it.
+__device__ __forceinline__ bool goes_on(const MigrateParams& p, int row, int length) {
+  return !p.finished[row] && length + p.most_new <= p.max_lens[row] &&
+         p.num_new[row] + length - p.lengths[row] + p.most_new <= p.max_steps;
+}
+
 // Whether a row's last full tile has just become full, and several entries cover just that.
 __device__ __forceinline__ bool may_merge(const MigrateParams& p, int row, int length) {
   if (length == 0 || length % (8 * kTile) != 0) return false;
-  const bool goes_on = !p.finished[row] && length + p.most_new <= p.max_lens[row] &&
-                       p.num_new[row] + length - p.lengths[row] + p.most_new <= p.max_steps;
   const int tile = length / (8 * kTile) - 1;
   const int num_entries = p.tails[row].y;
-  if (!goes_on || tile < p.marks[row].z || num_entries > p.width) return false;
+  if (!goes_on(p, row, length) || tile < p.marks[row].z || num_entries > p.width) return false;
   const int* const starts = p.block_starts + static_cast<long long>(row) * p.width;
   const int first = find_entry(starts, num_entries, tile * kTile);
   const int last = find_entry(starts, num_entries, tile * kTile + kTile - 1);
@@ -214,6 +221,43 @@ __device__ __forceinline__ void shift_entries(int* entries, int* starts, int beg
       starts[i + shift] = start;
     }
     __syncwarp();
+  }
+}
+
+// Let the rows go of what no later query sees: entries before the window, and the first part of the one where it begins.
+__device__ __forceinline__ void drop_past(const MigrateParams& p) {
+  for (int begin = threadIdx.x - lane_id(); begin < p.batch; begin += blockDim.x) {
+    const int row = begin + lane_id();
+    int gone = 0;
+    int count = 0;
+    const int length = row < p.batch ? length_of(p, row) : 0;
+    const int first = max(length - p.window + 1, 0) / kGranule;
+    if (row < p.batch && goes_on(p, row, length) && p.tails[row].y <= p.width) {
+      int* const entries = p.block_table + static_cast<long long>(row) * p.width;
+      int* const starts = p.block_starts + static_cast<long long>(row) * p.width;
+      int4 tail = p.tails[row];
+      count = tail.y;
+      while (gone < count && starts[gone] + Entry{entries[gone]}.num_granules() <= first) ++gone;
+      if (gone < count && starts[gone] < first) {
+        const Entry entry{entries[gone]};
+        const int passed = first - starts[gone];
+        entries[gone] = Entry::pack(entry.granule() + passed, entry.num_granules() - passed, entry.tier()).bits;
+        starts[gone] = first;
+        if (gone == count - 1) tail.z = 8 * first;
+      }
+      tail.y = count - gone;
+      p.tails[row] = tail;
+    }
+    for (unsigned left = __ballot_sync(kAllLanes, gone > 0); left != 0; left &= left - 1) {
+      const int lane = 31 - __clz(left & -left);
+      const int shift = __shfl_sync(kAllLanes, gone, lane);
+      const int end = __shfl_sync(kAllLanes, count, lane);
+      int* const entries = p.block_table + static_cast<long long>(begin + lane) * p.width;
+      int* const starts = p.block_starts + static_cast<long long>(begin + lane) * p.width;
+      shift_entries(entries, starts, shift, end, -shift);
+      for (int e = end - shift + lane_id(); e < end; e += 32) entries[e] = starts[e] = kEmptyEntry;
+      __syncwarp();
+    }
   }
 }
 
@@ -280,6 +324,8 @@ extern "C" __global__ void __launch_bounds__(1024) kvt_migrate(const __grid_cons
   __shared__ Shared shared;
   ptx::wait_for_dependencies();
   if (threadIdx.x == 0) shared.num_edits = shared.num_due = 0;
+  __syncthreads();
+  if (p.window > 0) drop_past(p);
   __syncthreads();
   if (p.demotes) choose_demotions(p, shared);
   __syncthreads();

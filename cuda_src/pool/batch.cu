@@ -5,9 +5,6 @@
 // kvt_pool_allocate  one warp, so that the same batch on the same pool is always placed the same way. All or none,
 //                    largest first; or, if `partial`, in order until one does not fit. Sizes are 1, 2, 4 or 8.
 //                    result: the number of blocks granted, and 0 or a PoolCode.
-// kvt_pool_take_words  one CTA of 1024, buddies only: up to `count` words that are wholly free, the lowest first. starts:
-//                    their first granules, or -1 for one that another kernel was faster to take from. result[0]: how
-//                    many starts were written.
 // kvt_pool_free      one CTA of 1024. Checks all runs, which may span words, before it frees any. result[0]: the index
 //                    of a bad run, or -1.
 // kvt_pool_complete  any grid. Frees what was retired in an epoch.
@@ -94,34 +91,6 @@ extern "C" __global__ void __launch_bounds__(32) kvt_pool_allocate(const __grid_
   }
   if (lane == 0) p.result[0] = granted, p.result[1] = code;
 }
-
-#if !KVT_SLAB
-extern "C" __global__ void __launch_bounds__(1024) kvt_pool_take_words(const __grid_constant__ BatchParams p) {
-  __shared__ int found_by_warp[32];
-  const BatchPool pool{p.memory};
-  const int lane = threadIdx.x & 31;
-  const int warp = threadIdx.x >> 5;
-  int written = 0;
-  for (int first = 0; first < pool.num_words() && written < p.count; first += 1024) {
-    const int w = first + threadIdx.x;
-    Word* const word = pool.free_words() + w;
-    const bool is_whole = w < pool.num_words() && load_relaxed(word) == ~Word{0};
-    const unsigned finders = __ballot_sync(0xFFFFFFFFu, is_whole);
-    if (lane == 0) found_by_warp[warp] = __popc(finders);
-    __syncthreads();
-    int place = written + __popc(finders & ((1u << lane) - 1));
-    for (int i = 0; i < 32; ++i) {
-      if (i < warp) place += found_by_warp[i];
-      written += found_by_warp[i];
-    }
-    if (is_whole && place < p.count) {
-      p.starts[place] = compare_exchange_acquire(word, ~Word{0}, 0) == ~Word{0} ? w << BatchPool::Layout::kShift : -1;
-    }
-    __syncthreads();  // the counts have been read
-  }
-  if (threadIdx.x == 0) p.result[0] = min(written, p.count);
-}
-#endif
 
 // Call use(word, bits) for the part of a run in each word.
 template <typename Use>

@@ -109,6 +109,7 @@ def _growth(batch: int, growth: str, repeats: int, **options: Any) -> tuple[floa
     return float(np.median(times[2:])) / _NODES, float(np.median(turns[2:]))
 
 
+_ALL_HOT = {"hot": 2048, "warm": "int8", "tier_memory": {"hot": 0.9, "warm": 0.1}}
 _MOVES = ("16 bit to int8", "16 bit to int4", "small blocks to one")
 
 
@@ -117,7 +118,7 @@ def _idle(repeats: int) -> dict[str, float]:
     return {
         "nothing can": _growth(256, "fixed64", repeats)[0],
         "merges": _growth(256, "adaptive", repeats)[0],
-        "tiers": _growth(256, "fixed64", repeats, head_dim=64, tiers={"hot": 2048, "warm": "int8"})[0],
+        "tiers": _growth(256, "fixed64", repeats, head_dim=64, tiers=_ALL_HOT)[0],
     }
 
 

@@ -175,7 +175,7 @@ class DeviceSteps:
         ]
         groups = self._cache._state.groups
         self._moving = [
-            MigrationLaunches(one, group.storage, batch, cupy) if one.most_targets else None
+            MigrationLaunches(one, group.storage, batch, cupy) if one.is_needed else None
             for one, group in zip(self._migrations, groups, strict=True)
         ]
         self._bounds = np.arange(batch + 1, dtype=np.int32) * each

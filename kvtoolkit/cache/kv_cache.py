@@ -565,7 +565,7 @@ class KVCache:
 
         Blocks that a caller takes from it belong to the caller, who must free them. With ``lockfree`` on a GPU it is a
         `DevicePool`, and kernels can take blocks from ``allocator.memory``. They get granule numbers, which are indices
-        into `key_cache` and `value_cache`.
+        into `key_cache` and `value_cache`. See `DevicePool.return_share` for the blocks that the cache has taken ahead.
         """
         return self._allocator
 

@@ -1,4 +1,7 @@
-"""Tiles that steps of the device move, in one group of layers: to colder tiers, and out of small blocks into one."""
+"""What steps of the device do to tiles that rows have, in one group of layers, besides adding tokens to them.
+
+Old tiles move to colder tiers, small blocks become one, and windows leave their past behind.
+"""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +39,7 @@ class Migration:
         most: tiles of either kind that move in one step, at most.
         most_targets: blocks of each kind that are taken, at most; 0 if nothing ever moves.
         most_of_a_row: moves of one row in this turn, at most.
+        window: tokens that a query sees; 0 = all.
     """
 
     def __init__(self, group: CacheGroup, batch: int, max_steps: int, width: int, max_seq_len: int) -> None:
@@ -51,8 +55,14 @@ class Migration:
         self._flags = blocks.ledger.granted, blocks.ledger.callers
         sizes = np.full(3 * self.most_targets, MAX_BLOCK_GRANULES, np.int32)
         self._loan = Loan(np.empty_like(sizes), sizes, np.zeros(1, np.int64))
+        self.window = group.layers.window
         self.marks: Int32Array = np.empty((0, 4), np.int32)  # of the rows of this turn
         self.most_of_a_row = 0
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether steps of the device move anything at all, or let go of it."""
+        return self.most_targets > 0 or self.window > 0
 
     @property
     def starts(self) -> Int32Array:

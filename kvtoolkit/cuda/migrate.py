@@ -35,7 +35,7 @@ class MigrationArrays(NamedTuple):
 
 def make_migration(
     arrays: MigrationArrays, batch: int, width: int, most_targets: int, most: int, most_new: int, max_steps: int,
-    ages: tuple[int, int, int], demotes: bool, merges: bool, device: int,
+    ages: tuple[int, int, int], demotes: bool, merges: bool, window: int, device: int,
 ) -> Launch:  # fmt: skip
     """The launch for a group of layers; nothing is launched yet.
 
@@ -48,11 +48,12 @@ def make_migration(
         max_steps: tokens of a row in a turn.
         ages: tokens that are hot, pinned and warm, see `kvtoolkit.cache.tiering.rules.Rule`.
         demotes, merges: whether tiles go to colder tiers, and small blocks into one.
+        window: tokens that a query sees, itself included; 0 = all.
         device: the current one.
     """
     parameters = _params.pack(
         *arrays, batch, width, most_targets, most, most_new, max_steps, *(min(age, _FAR) for age in ages), demotes,
-        merges,
+        merges, window,
     )  # fmt: skip
     threads = min(1024, max(128, -(-batch // 32) * 32))
     return Launch(load_spec(specs.MIGRATE, device), (1,), threads, 0, parameters)

@@ -245,9 +245,8 @@ class DevicePool(AllocatorBase):
             cupy.cuda.runtime.deviceSynchronize()
             found: Int32Array = batch.get()
         starts = found[2 : 2 + len(sizes)]
-        if name in ("kvt_pool_allocate", "kvt_pool_take_words"):
-            is_granted = starts[: found[0]] >= 0
-            return starts[: found[0]][is_granted], sizes[: found[0]][is_granted], True
+        if name == "kvt_pool_allocate":
+            return starts[: found[0]], sizes[: found[0]], True
         return starts, sizes, int(found[0]) != -1
 
     def _cupy(self) -> contextlib.AbstractContextManager[Any]:

@@ -25,9 +25,7 @@ from kvtoolkit.cuda.pool import DevicePool
 from kvtoolkit.errors import BusyError
 from kvtoolkit.runtime.streams import current_stream
 
-_WORD = 64
-"""Granules in a word of the pool."""
-_AHEAD = 32
+_AHEAD = 128
 """How many calls like the one that found the share too small it is filled for."""
 _PARTS = 8
 """A share of more than one part in so many of the pool gives back half of that."""
@@ -118,7 +116,8 @@ class PoolWithShare(DevicePool):
         wanted = self._wanted(sizes)
         starts = np.empty(len(wanted), np.int32)
         with self._lock:
-            self._enter()
+            if self._mover is not None:
+                self._enter()
             count = self.share._allocate(wanted, starts, True)
             if count < len(wanted) and self._fetch(wanted[count:]):
                 count += self.share._allocate(wanted[count:], starts[count:], True)
@@ -136,7 +135,8 @@ class PoolWithShare(DevicePool):
             InvalidFreeError: a granule is free already.
         """
         with self._lock:
-            self._enter()
+            if self._mover is not None:
+                self._enter()
             self._streams.add(current_stream(self.device))
             bad = self.share._free(starts, sizes)
             if bad >= 0:
@@ -181,10 +181,6 @@ class PoolWithShare(DevicePool):
         if ahead <= 0:
             return False
         left = missing = missing + ahead
-        if left >= _WORD:
-            left -= self._pop_words(left // _WORD)
-            if missing - left >= int(wanted.sum()):
-                return True
         for size in self._sizes_descending:
             if size < wanted[0] or left <= 0:  # smaller ones would be of no use to this call
                 break
@@ -208,18 +204,6 @@ class PoolWithShare(DevicePool):
             self._num_in_pool = in_pool - len(granules)
         self._mover = None
         return starts
-
-    def _pop_words(self, count: int) -> int:
-        """Move up to so many wholly free words from the pool to the share, by one atomic each; returns the granules."""
-        in_pool = self._num_in_pool
-        sizes = np.full(count, _WORD, np.int32)
-        self._begin_move()
-        found, (number, _) = self._run("kvt_pool_take_words", 1, 1024, sizes, sizes, count)
-        starts = found[:number][found[:number] >= 0]
-        self._note_moved(starts, sizes[: len(starts)], are_held=True)
-        self._num_in_pool = None if in_pool is None else in_pool - _WORD * len(starts)
-        self._mover = None
-        return _WORD * len(starts)
 
     def _push(self, count: int) -> None:
         """Free about so many granules in the pool itself, after all that was launched before the cache freed them."""
@@ -349,7 +333,7 @@ class PoolWithShare(DevicePool):
             require(not (held & words).any(), "device: a granule that the host holds is free in the pool")
 
 
-_MOVES = (PoolWithShare._pop.__code__, PoolWithShare._pop_words.__code__, PoolWithShare._push.__code__)
+_MOVES = (PoolWithShare._pop.__code__, PoolWithShare._push.__code__)
 
 
 @jit

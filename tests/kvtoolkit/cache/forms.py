@@ -19,11 +19,10 @@ def form_of(tables, rows=None):
 
 
 def cut(forms):
-    """Entries, small ones in pieces of 8 tokens, because small blocks join where they happen to be neighbours."""
+    """Where rows begin, and their entries, those of less than 64 tokens in pieces of 8: neighbours happen to join."""
     found = []
-    for lengths, tiers, _ in forms:
-        pieces = [
-            ([length] if length == 8 else [1] * length, tier) for length, tier in zip(lengths, tiers, strict=True)
-        ]
-        found.append([(length, tier) for all_of_one, tier in pieces for length in all_of_one])
+    for lengths, tiers, starts in forms:
+        pieces = [[length] if length == 8 else [1] * length for length in lengths]
+        listed = [(piece, tier) for some, tier in zip(pieces, tiers, strict=True) for piece in some]
+        found.append((starts[:1], listed))
     return found

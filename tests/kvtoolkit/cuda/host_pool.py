@@ -137,10 +137,6 @@ def _run(kernel: str, parameters: bytes) -> None:
                 words.free[:], result[0] = before, i
                 return
         return
-    if kernel == "kvt_pool_take_words":
-        whole = np.flatnonzero(words.free == np.uint64(0xFFFFFFFFFFFFFFFF))[:count]
-        starts[: len(whole)], result[0], words.free[whole] = whole * 64, len(whole), 0
-        return
     starts[:], result[:] = -1, 0
     for i in range(count) if partial else np.argsort(-sizes, kind="stable"):
         starts[i] = words.take(int(sizes[i]))

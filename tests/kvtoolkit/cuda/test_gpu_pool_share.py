@@ -81,21 +81,6 @@ def test_kernels_get_all_that_is_free_once_the_share_is_returned(kernels):
     assert (run(kernels["take"], pool, np.zeros(2048)) >= 0).sum() == 1024 - 16
 
 
-def test_whole_words_are_taken_once_the_lowest_first_and_none_that_is_in_use(kernels):
-    pool = create("lockfree", 1 << 18, device=0)
-    rng = np.random.default_rng(0)
-    is_free = np.repeat(rng.random(1 << 12) < 0.3, 64)
-    is_free[rng.integers(0, 1 << 18, 500)] = False
-    for count in (1, 33, 700, 5000):
-        pool._reset(pool._words_with(is_free))
-        pool.hold(np.zeros(1 << 18, bool))
-        whole = np.flatnonzero(is_free.reshape(-1, 64).all(axis=1))[:count]
-        assert pool._pop_words(count) == 64 * len(whole)
-        assert np.array_equal(np.flatnonzero(pool.share.free_flags.reshape(-1, 64).all(axis=1)), whole)
-        assert np.array_equal(pool.taken(), ~is_free)
-        pool.check_integrity()
-
-
 def test_the_same_steps_get_the_same_blocks():
     tables = []
     for _ in range(2):

