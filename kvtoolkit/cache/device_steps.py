@@ -23,6 +23,8 @@ from kvtoolkit.errors import ArgumentError, StepError, UnsupportedError
 from kvtoolkit.runtime import current_stream
 from kvtoolkit.runtime.devices import using
 
+_MOST_ROWS = 1 << 16
+_MOST_HISTORY = 1 << 30  # bytes; there is a pinned copy of it
 STATUS_NAMES = ("ok", "out of blocks", "row full", "at max_len", "finished", "out of steps")
 
 
@@ -95,7 +97,8 @@ class DeviceSteps:
 
     Raises:
         UnsupportedError: the cache is not on a GPU, has chunks or more than four groups of layers, or demotes by mass.
-        ArgumentError: ``batch``, ``max_steps``, ``num_new_tokens`` or ``max_seq_len`` is no integer.
+        ArgumentError: ``batch``, ``max_steps``, ``num_new_tokens`` or ``max_seq_len`` is no integer, or more than
+            memory has room for.
         StepError: one of them is below 1.
 
     Source: prefix sums over rows in place of a free list, see ``cuda_src/cache/grow.cu``.
@@ -111,6 +114,12 @@ class DeviceSteps:
                 raise ArgumentError(f"{name}: expected a number, got {value!r:.80}")
         if max_steps < 1 or num_new_tokens < 1:
             raise StepError(f"max_steps, num_new_tokens: expected at least 1, got {max_steps} and {num_new_tokens}")
+        nbytes = 8 * batch * max_steps * num_new_tokens
+        if batch > _MOST_ROWS or nbytes > _MOST_HISTORY:
+            raise ArgumentError(
+                f"batch, max_steps: expected up to {_MOST_ROWS} rows, and 8 bytes for each token of a turn to be up to "
+                f"{_MOST_HISTORY >> 20} MiB, got {batch} rows and {nbytes / (1 << 20):.0f} MiB"
+            )
         groups = cache._state.groups
         if len(groups) > MAX_GROUPS or any(group.layers.chunk for group in groups):
             raise UnsupportedError(
@@ -132,7 +141,8 @@ class DeviceSteps:
             for group, one in zip(groups, fixed, strict=True)
         ]
         self._step: Step | None = None  # holds the rows
-        self._num_steps, self._limits, self._is_asked = 0, np.empty(0, np.int32), False  # of the turn
+        self._num_steps, self._limits = 0, np.empty(0, np.int32)  # of the turn
+        self._is_asked = self._is_collected = False
         self._release = weakref.finalize(self, _release_later, self._calls, [*self._supplies, *self._migrations])
         from kvtoolkit.runtime.streams import cupy_on_current_stream
 
@@ -167,6 +177,7 @@ class DeviceSteps:
             np.frombuffer(cupy.cuda.alloc_pinned_memory(size), np.uint8, size) for size in (end, self._places["kept"])
         )
         self._arrival = cupy.cuda.Event(disable_timing=True)  # of what was asked for last
+        self._collected = cupy.cuda.Event(disable_timing=True)
         self._lengths, self._max_lens = cupy.zeros((2, batch), np.int32)
         self._positions = cupy.zeros(batch * each, np.int64)
         self._of_groups = [  # tails of rows, the supply's lists, how many blocks they have
@@ -199,7 +210,8 @@ class DeviceSteps:
             tokens: ``[n]`` integers: the next token of each, which the first replay appends.
             num_steps: replays until the next turn, for which blocks are taken; default ``max_steps``. In later ones
                 rows that need a block stall.
-            max_lens: ``[n]`` tokens that each sequence may hold; default and upper bound: ``max_seq_len``.
+            max_lens: ``[n]`` tokens that each sequence may hold, at least as many as it does; default and upper bound:
+                ``max_seq_len``.
 
         Raises:
             SequenceError: an id is not that of an open sequence, or is given twice.
@@ -219,10 +231,15 @@ class DeviceSteps:
         first = as_vector(tokens, "tokens", len(ids))
         limits = np.full(len(ids), self._graph_step._max_seq_len, np.int64)
         if max_lens is not None:
-            limits = np.minimum(as_vector(max_lens, "max_lens", len(ids)), limits)
-        if (limits < 0).any():
-            raise ArgumentError(f"max_lens: expected 0 or more, got {limits.min()}")
-        self._num_steps, self._limits, self._is_asked = int(steps), limits.astype(np.int32), False
+            wanted, held = as_vector(max_lens, "max_lens", len(ids)), self._cache.lengths(ids)
+            if (wanted < held).any():
+                row = int((wanted < held).argmax())
+                raise ArgumentError(
+                    f"max_lens[{row}]: expected at least {held[row]}, the tokens of its sequence, got {wanted[row]}"
+                )
+            limits = np.minimum(wanted, limits)
+        self._num_steps, self._limits = int(steps), limits.astype(np.int32)
+        self._is_asked = self._is_collected = False
         self._move_others(ids)
         try:
             self._step = self._cache.begin_step(ids, 0)
@@ -329,6 +346,8 @@ class DeviceSteps:
         """
         if self._step is None:
             raise StepError("refill: expected a turn under way, after `load`")
+        if self._is_collected:
+            raise StepError("refill: expected a turn that goes on, but `collect` has ended it")
         left = self.max_steps - self._num_steps
         if isinstance(num_steps, bool) or not isinstance(num_steps, int | np.integer) or not 1 <= num_steps <= left:
             raise ArgumentError(f"num_steps: expected 1 to {left}, what is left of max_steps, got {num_steps!r}")
@@ -414,8 +433,25 @@ class DeviceSteps:
             launch.run(current_stream(device), dependent=i > 0)
         return self._graph_step.begin()
 
+    def collect(self) -> None:
+        """End the turn on the device, behind what is on the current stream by now; waits for nothing.
+
+        What happened is on its way to the host. Later replays change nothing, and `finish` waits for no work that was
+        launched after this. So the device can have other work, such as prompts of other sequences, during the host's
+        turn.
+
+        Raises:
+            StepError: no turn is under way.
+        """
+        if self._step is None:
+            raise StepError("collect: expected a turn under way, after `load`")
+        if not self._is_collected:
+            self._ask()
+            self._stop_rows()
+            self._is_collected = True
+
     def finish(self) -> DeviceTurn:
-        """Wait for the device; give the sequences the tokens and blocks that they have got, and free the other blocks.
+        """`collect`, and wait for it; give the sequences their tokens and blocks, and free the other blocks.
 
         Later prompts can find the new tokens. Returns what happened in this turn.
 
@@ -426,7 +462,10 @@ class DeviceSteps:
         """
         if self._step is None:
             raise StepError("finish: expected a turn under way, after `load`")
-        read, num_rows = self._read(), len(self._step.seq_ids)
+        if not self._is_collected:
+            self._ask()
+        self._collected.synchronize()
+        read, num_rows = self._parts(self._pinned), len(self._step.seq_ids)
         num_new = read["num_new"][:num_rows] + read["kept"][:num_rows].clip(0, read["pending"][:num_rows])
         history = read["history"][: num_new.max(initial=0), :num_rows].T.copy()
         turn = DeviceTurn(
@@ -479,14 +518,13 @@ class DeviceSteps:
             if step._is_open:
                 self._cache.abort_step(step)
 
-    def _read(self) -> dict[str, NDArray[Any]]:
-        """What is on the device, once it has finished."""
+    def _ask(self) -> None:
+        """Copy what happened to the host, asynchronously."""
         from kvtoolkit.runtime.streams import cupy_on_current_stream
 
         with cupy_on_current_stream(self._cache._arenas.device) as cupy:
             self._copy_back(cupy, self._pinned)
-            cupy.cuda.get_current_stream().synchronize()
-        return self._parts(self._pinned)
+            self._collected.record(cupy.cuda.get_current_stream())
 
     def _first(self, tokens: Int64Array, num_rows: int) -> Int64Array:
         """The first token of each row."""

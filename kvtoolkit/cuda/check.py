@@ -9,14 +9,18 @@ from kvtoolkit.arrays.host import Operand
 from kvtoolkit.arrays.types import Int32Array
 from kvtoolkit.cuda import specs
 from kvtoolkit.cuda.launching import Launch, load_spec
+from kvtoolkit.errors import ConfigError
 from kvtoolkit.findings import Finding, raise_finding
 from kvtoolkit.runtime import is_capturing
 from kvtoolkit.runtime.streams import on_stream
 from kvtoolkit.runtime.structs import ParameterStruct
 
-ENABLED = os.environ.get("KVTOOLKIT_CHECK", "") not in ("", "0")
+_wanted = os.environ.get("KVTOOLKIT_CHECK", "")
+if _wanted not in ("", "0", "1", "canary"):
+    raise ConfigError(f"KVTOOLKIT_CHECK: expected 0, 1 or canary, got {_wanted!r}")
+ENABLED = _wanted in ("1", "canary")
 """Whether every launch is preceded by a check. Read from the environment at import."""
-CANARY = os.environ.get("KVTOOLKIT_CHECK", "") == "canary"
+CANARY = _wanted == "canary"
 """Whether caches keep a record beside each slot, see `kvtoolkit.cache.layers.canary`."""
 
 _params = ParameterStruct("cache/check.cu", "kvt_check")

@@ -1,5 +1,9 @@
 """Canaries: each step checks what it is going to read, and finds slots that were written for somebody else."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -211,3 +215,10 @@ def test_the_kernel_does_what_the_host_does(monkeypatch, seed):
             keys[granule, 0, token % 8, 0] += 1
     assert (reports[0][0] > 0) == (reports[1][0] > 0)
     assert reports[0].tolist() == reports[1].tolist()
+
+
+def test_an_unknown_kind_of_check_is_refused():
+    environment = {**os.environ, "KVTOOLKIT_CHECK": "Canary"}
+    ran = subprocess.run([sys.executable, "-c", "import kvtoolkit"], env=environment, capture_output=True, text=True)
+    assert ran.returncode == 1
+    assert "ConfigError: KVTOOLKIT_CHECK: expected 0, 1 or canary, got 'Canary'" in ran.stderr

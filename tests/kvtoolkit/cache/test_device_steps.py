@@ -167,7 +167,8 @@ def test_tiles_move_at_the_steps_at_which_the_host_moves_them(growth, tiers):
     prompts = [[(7 * i + 3 * k) % 97 for k in range(n)] for i, n in enumerate((1, 63, 64, 900, 1400))]
     twins = Twins(prompts, 64, num_tokens=1 << 15, head_dim=64, growth=growth, tiers=tiers, prefix_caching=False)
     for i in range(4):
-        twins.turn(64, np.zeros((5, 64), bool), np.full(5, 1 << 20 if i < 3 else 1100))
+        held = twins.caches[0].lengths(twins.ids[0])
+        twins.turn(64, np.zeros((5, 64), bool), held + (1 << 20 if i < 3 else np.array([64, 64, 64, 9, 0])))
     by_host, by_device = (cache.stats() for cache in twins.caches)
     assert by_device.converted_tokens == by_host.converted_tokens > 0
     assert by_device.num_merges == by_host.num_merges
@@ -782,7 +783,7 @@ def test_bad_input_is_refused():
     ):
         with pytest.raises(error):
             steps.load(*arguments)
-    for max_lens in ([1], [9, -1], [9, 20 - 2**32], [1.5, 2], 9):
+    for max_lens in ([1], [9, -1], [9, 7], [9, 20 - 2**32], [1.5, 2], 9):
         with pytest.raises(ArgumentError, match="max_lens"):
             steps.load(ids, [1, 2], max_lens=max_lens)
     for call in (steps.finish, steps.abort):
@@ -805,6 +806,9 @@ def test_bad_input_is_refused():
             DeviceSteps(cache, *arguments)
     with pytest.raises(ArgumentError, match="max_seq_len"):
         DeviceSteps(cache, 2, 4, max_seq_len=1.5)
+    for arguments in ((1 << 40, 4), (2, 1 << 40), (60_000, 60_000)):
+        with pytest.raises(ArgumentError, match="rows, and 8 bytes"):
+            DeviceSteps(cache, *arguments)
     with pytest.raises(UnsupportedError, match="chunks"):
         DeviceSteps(make_cache(num_tokens=512, layer_groups=[{"layers": [0]}, {"layers": [1], "chunk": 64}]), 1)
     with pytest.raises(CacheFullError):
@@ -837,6 +841,32 @@ def test_windows_let_go_of_their_past_in_each_turn():
         assert held.used + held.callers <= 24 + 32 + 8 + 64
         steps.finish()
         cache.check_integrity()
+
+
+def test_a_collected_turn_can_be_ended_later():
+    found = []
+    for collects in (False, True):
+        cache = make_cache(num_tokens=2048, growth="lazy_merge")
+        ids = prefill(cache, [[1] * 20, [2] * 64, [3]])
+        steps = DeviceSteps(cache, 4, 16)
+        for call in (steps.collect, steps.finish):
+            with pytest.raises(StepError, match="load"):
+                call()
+        steps.load(ids, [1, 2, 3])
+        replay(steps, 11)
+        if collects:
+            steps.collect()
+            steps.collect()
+            with pytest.raises(StepError, match="collect"):
+                steps.refill(1)
+            other = prefill(cache, [[4] * 100])  # others may have work meanwhile
+            replay(steps, 5)
+            cache.close(other)
+        turn = steps.finish()
+        assert turn.num_new.tolist() == [11] * 3
+        found.append([part.tolist() for part in turn[:3]] + [cache.lengths(ids).tolist(), tokens_in(cache, ids)])
+        cache.check_integrity()
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("how", ["finish", "abort"])

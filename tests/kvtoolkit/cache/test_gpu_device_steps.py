@@ -217,6 +217,25 @@ def test_a_turn_needs_no_copies_and_waits_for_nothing():
     one.cache.check_integrity()
 
 
+def test_the_host_ends_a_turn_while_the_device_has_other_work():
+    import torch
+
+    model = Model()
+    one = ByDevice(make(), model, 8)
+    ids = prefill(one.cache, model, [30, 70, 9])
+    one.steps.load(ids, [1, 2, 3])
+    for _ in range(32):
+        one.graph.replay()
+    one.steps.collect()
+    torch.cuda._sleep(1 << 31)  # a second or so
+    done = torch.cuda.Event()
+    done.record()
+    assert one.steps.finish().num_new.tolist() == [32] * 3
+    assert not done.query()
+    torch.cuda.synchronize()
+    one.cache.check_integrity()
+
+
 def test_refilling_beside_replays_changes_nothing():
     model, found = Model(), []
     for piece in (512, 32):
