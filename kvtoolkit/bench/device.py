@@ -72,7 +72,7 @@ def main(options: argparse.Namespace) -> int:
     return 0
 
 
-def _growth(batch: int, growth: str, repeats: int, **options: Any) -> tuple[float, float]:
+def _growth(batch: int, growth: str, repeats: int, beams: int = 1, **options: Any) -> tuple[float, float]:
     """``(us of a node, us of the host's turn)``."""
     import torch
 
@@ -82,7 +82,7 @@ def _growth(batch: int, growth: str, repeats: int, **options: Any) -> tuple[floa
     seq_ids, _ = cache.open([[]] * batch)
     with cache.begin_step(seq_ids, _CONTEXT) as step:
         cache.end_step(step)
-    steps = DeviceSteps(cache, batch, 64)
+    steps = DeviceSteps(cache, batch, 64, beams=beams)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         steps.begin()
@@ -110,7 +110,7 @@ def _growth(batch: int, growth: str, repeats: int, **options: Any) -> tuple[floa
 
 
 _ALL_HOT = {"hot": 2048, "warm": "int8", "tier_memory": {"hot": 0.9, "warm": 0.1}}
-_MOVES = ("16 bit to int8", "16 bit to int4", "small blocks to one")
+_MOVES = ("16 bit to int8", "16 bit to int4", "small blocks to one", "beams of 8, 32 tokens each")
 
 
 def _idle(repeats: int) -> dict[str, float]:
@@ -118,6 +118,7 @@ def _idle(repeats: int) -> dict[str, float]:
     return {
         "nothing can": _growth(256, "fixed64", repeats)[0],
         "merges": _growth(256, "adaptive", repeats)[0],
+        "beams of 8": _growth(256, "fixed64", repeats, beams=8)[0],
         "tiers": _growth(256, "fixed64", repeats, head_dim=64, tiers=_ALL_HOT)[0],
     }
 
@@ -133,9 +134,12 @@ def _moving(what: str, repeats: int) -> dict[str, Any]:
         moved = 3 * nbytes
     elif what == _MOVES[1]:
         options["tiers"], moved = {"hot": 256, "cold": "int4"}, nbytes * 5 // 2
+    elif what == _MOVES[3]:
+        return _reordering(batch, repeats)
     else:
         options, context, num_steps, moved = {"growth": "lazy_merge"}, 1024 - 56, 64, 4 * nbytes
-    shape = {"num_layers": 32, "num_kv_heads": 8, "head_dim": 128, "max_seqs": batch, "max_seq_len": 1280}
+    shape: dict[str, Any] = {"num_layers": 32, "num_kv_heads": 8, "head_dim": 128}
+    shape |= {"max_seqs": batch, "max_seq_len": 1280}
     cache = KVCache(CacheConfig(**{**shape, "num_tokens": batch * 5120, "backend": "cuda", **options}))
     seq_ids, _ = cache.open([[]] * batch)
     for count in (context, *([8] * 6 if "tiers" not in options else [])):
@@ -158,6 +162,39 @@ def _moving(what: str, repeats: int) -> dict[str, Any]:
     is_moving = np.argsort(times)[::-1][: num_steps if "tiers" in options else 1]
     each, us = tiles / len(is_moving), float(times[is_moving].mean())
     return {"what": what, "tiles": each, "mb": each * moved / 1e6, "us": us, "more": us - idle}
+
+
+def _reordering(batch: int, repeats: int) -> dict[str, Any]:
+    """A step in which every row of a batch goes on from its neighbour, after 32 tokens of the turn."""
+    import torch
+
+    shape: dict[str, Any] = {"num_layers": 32, "num_kv_heads": 8, "head_dim": 128}
+    shape |= {"max_seqs": batch, "max_seq_len": 1280}
+    cache = KVCache(CacheConfig(**{**shape, "num_tokens": batch * 2048, "backend": "cuda"}))
+    seq_ids, _ = cache.open([[]] * batch)
+    with cache.begin_step(seq_ids, _CONTEXT) as step:
+        cache.end_step(step)
+    steps = DeviceSteps(cache, batch, 64, beams=8)
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        steps.begin()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        steps.begin()
+    steps.load(seq_ids, np.zeros(batch, np.int64))
+    idle = float(np.median(event_times(graph.replay, 32)))
+    others = torch.arange(batch, device="cuda", dtype=torch.int32).view(-1, 8).roll(1, 1).flatten()
+
+    def reordered() -> float:
+        parents: Any = steps.parents
+        parents.copy_(others)
+        torch.cuda.synchronize()
+        return event_times(graph.replay, 1)[0]
+
+    us = float(np.median([reordered() for _ in range(min(repeats, 8))]))
+    steps.abort()
+    mb = 2 * batch * 36 * 2 * 2 * 128 * 8 * 32 / 1e6  # 36 tokens by then, read and written
+    return {"what": _MOVES[3], "tiles": 0.0, "mb": mb, "us": us, "more": us - idle}
 
 
 def _ring(batch: int, repeats: int) -> tuple[float, float]:

@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 
 from allocators._calls import Calls, exclusive
 from kvtoolkit.arrays.types import ArrayLike, Int32Array, Int64Array, as_int
+from kvtoolkit.cache import sharing
+from kvtoolkit.cache.beams import ROOM, Beams, require_beams, require_equal
 from kvtoolkit.cache.fixed_tables import Move
 from kvtoolkit.cache.graph import GraphRun, GraphStep
 from kvtoolkit.cache.kv_cache import KVCache
@@ -18,6 +20,7 @@ from kvtoolkit.cache.state.arguments import as_ids, as_vector
 from kvtoolkit.cache.state.block_table import LENGTH, OPEN
 from kvtoolkit.cache.step import Step, require_all_layers
 from kvtoolkit.cache.supply import Supply, most_grants
+from kvtoolkit.cache.turn_memory import Shapes, TurnMemory
 from kvtoolkit.cuda.grow import MAX_GROUPS, GrowingGroup, GrowingRows, make_growth
 from kvtoolkit.errors import ArgumentError, StepError, UnsupportedError
 from kvtoolkit.runtime import current_stream
@@ -80,6 +83,9 @@ class DeviceSteps:
             ends there.
         max_seq_len: tokens of the longest sequence. Default: the cache's limit.
         shared_reads: as in `GraphStep`.
+        beams: 2 to 16: the rows are the beams of searches, so many of each one after the other, which may go on from
+            one another. All of a search have equally many tokens when a turn begins; a row whose parent has not as many
+            as it ends. For caches with one group of layers and without tiers; blocks are merged between turns only.
 
     Attributes:
         tokens: ``[batch * num_new_tokens]`` int64 on the device: the new tokens, row after row. The graph writes the
@@ -89,6 +95,8 @@ class DeviceSteps:
         status: ``[batch]`` int32, made by `begin`: 0 = the row has new tokens; else why it has none, a place in
             ``STATUS_NAMES`` of this module. Results of other rows mean nothing.
         kept: ``[batch]`` int32: with several new tokens, the graph writes here how many of them stay.
+        parents: ``[batch]`` int32, only with ``beams``: the graph writes here, before `begin`, from which row each goes
+            on. `begin` lets it, and makes every row its own parent again.
 
     These are tensors if torch has been imported, else CuPy arrays. Between `load` and `finish` the sequences are in
     a step, and so refused by all other calls. Memory that was taken ahead counts as ``callers`` in `KVCache.stats`. If
@@ -106,9 +114,11 @@ class DeviceSteps:
 
     def __init__(
         self, cache: KVCache, batch: int, max_steps: int = 32, *, num_new_tokens: int = 1,
-        max_seq_len: int | None = None, shared_reads: bool = False,
+        max_seq_len: int | None = None, shared_reads: bool = False, beams: int = 1,
     ) -> None:  # fmt: skip
-        sizes = (("batch", batch), ("max_steps", max_steps), ("num_new_tokens", num_new_tokens))
+        sizes = (
+            ("batch", batch), ("max_steps", max_steps), ("num_new_tokens", num_new_tokens), ("beams", beams)
+        )  # fmt: skip
         for name, value in (*sizes, ("max_seq_len", max_seq_len)):
             if as_int(value) is None and (value is not None or name != "max_seq_len"):
                 raise ArgumentError(f"{name}: expected a number, got {value!r:.80}")
@@ -129,20 +139,27 @@ class DeviceSteps:
             raise UnsupportedError(
                 "cache: expected tiles demoted by age, because graphs collect no masses, got by mass"
             )
+        if beams != 1:
+            require_beams(cache.config, batch, num_new_tokens, beams)
+        self.beams = beams
         self._graph_step = GraphStep(cache, batch, num_new_tokens, max_seq_len=max_seq_len, shared_reads=shared_reads)
         self._cache, self._batch, self.max_steps, self.num_new_tokens = cache, batch, max_steps, num_new_tokens
         self._calls: Calls = cache._calls
         most_tokens = max_steps * num_new_tokens
         self._most_grants = most_grants(most_tokens)
+        self._most_own = most_tokens // 8 + ROOM  # granules of a row from this turn on
         self._supplies = [Supply(group, batch, most_tokens) for group in groups]
         fixed = self._graph_step._fixed
         self._migrations = [
-            Migration(group, batch, max_steps, one.tables.block_table.shape[1], self._graph_step._max_seq_len)
+            Migration(
+                group, batch, max_steps, one.tables.block_table.shape[1], self._graph_step._max_seq_len, beams > 1
+            )
             for group, one in zip(groups, fixed, strict=True)
         ]
         self._step: Step | None = None  # holds the rows
         self._num_steps, self._limits = 0, np.empty(0, np.int32)  # of the turn
         self._is_asked = self._is_collected = False
+        self._is_grafted = np.zeros(1, np.bool_)
         self._release = weakref.finalize(self, _release_later, self._calls, [*self._supplies, *self._migrations])
         from kvtoolkit.runtime.streams import cupy_on_current_stream
 
@@ -154,28 +171,17 @@ class DeviceSteps:
         batch, each, num_groups = self._batch, self.num_new_tokens, len(self._supplies)
         steps = self.max_steps * each
         grants = (num_groups, self._most_grants + 1, batch)
-        # in one piece of memory, of which `poll` reads a part and `finish` all
-        self._back = {
+        shapes: Shapes = {
             "finished": ((batch,), np.bool_), "tokens": ((batch * each,), np.int64), "num_new": ((batch,), np.int32),
-            "status": ((batch,), np.int32), "kept": ((batch,), np.int32), "pending": ((batch,), np.int32),
-            "taken": ((num_groups, 5), np.int32), "moved": ((num_groups, 4), np.int32), "grants": (grants, np.int32),
-            "history": ((steps, batch), np.int64), **{
+            "status": ((batch,), np.int32), "ancestors": ((batch,), np.int32), "kept": ((batch,), np.int32),
+            "pending": ((batch,), np.int32), "taken": ((num_groups, 5), np.int32), "moved": ((num_groups, 4), np.int32),
+            "grants": (grants, np.int32), "history": ((steps, batch), np.int64), **{
                 f"journal{i}": ((3, one.most_targets, 4), np.int32) for i, one in enumerate(self._migrations)
             },
         }  # fmt: skip
-        self._places, end = {}, 0
-        for name, (shape, dtype) in self._back.items():
-            self._places[name] = end
-            end += -(-int(np.prod(shape)) * np.dtype(dtype).itemsize // 256) * 256
-        self._memory = cupy.zeros(end, np.uint8)
-        self._there = {
-            name: cupy.ndarray(shape, dtype, self._memory.data + self._places[name])
-            for name, (shape, dtype) in self._back.items()
-        }
-        self._there["finished"].fill(True)
-        self._pinned, self._polled = (
-            np.frombuffer(cupy.cuda.alloc_pinned_memory(size), np.uint8, size) for size in (end, self._places["kept"])
-        )
+        self._memory = TurnMemory(shapes, "num_new", "history", "kept", cupy)
+        there = self._there = self._memory.arrays
+        there["finished"].fill(True)
         self._arrival = cupy.cuda.Event(disable_timing=True)  # of what was asked for last
         self._collected = cupy.cuda.Event(disable_timing=True)
         self._lengths, self._max_lens = cupy.zeros((2, batch), np.int32)
@@ -189,14 +195,17 @@ class DeviceSteps:
             MigrationLaunches(one, group.storage, batch, cupy) if one.is_needed else None
             for one, group in zip(self._migrations, groups, strict=True)
         ]
+        self._beams: Beams | None = None
+        if self.beams > 1:
+            self._beams = Beams(batch, self.beams, self._most_own, self._graph_step._fixed[0].tables, cupy)
         self._bounds = np.arange(batch + 1, dtype=np.int32) * each
         for fixed in self._graph_step._fixed:
             fixed.tables.cu_seqlens_q[:] = cupy.asarray(self._bounds)
-        there = self._there
         if self._graph_step._tokens is not None:
             self._graph_step._tokens = there["tokens"]
         arrays = (there["tokens"], self._positions, there["finished"], there["status"], there["kept"])
         self.tokens, self.positions, self.finished, self.status, self.kept = map(_as_tensor, arrays)
+        self.parents = None if self._beams is None else _as_tensor(self._beams.parents)
 
     def load(
         self, seq_ids: ArrayLike, tokens: ArrayLike, num_steps: int | None = None, *, max_lens: ArrayLike | None = None
@@ -240,6 +249,7 @@ class DeviceSteps:
             limits = np.minimum(wanted, limits)
         self._num_steps, self._limits = int(steps), limits.astype(np.int32)
         self._is_asked = self._is_collected = False
+        self._is_grafted = np.zeros(1, np.bool_)
         self._move_others(ids)
         try:
             self._step = self._cache.begin_step(ids, 0)
@@ -279,6 +289,8 @@ class DeviceSteps:
                 part.steps.free_past(part.arrays, len(rows), 0)
                 counts[:] = 0
         num_tokens = self._num_steps * self.num_new_tokens
+        if self.beams > 1:
+            require_equal(self._cache._group.table.info[rows], self.beams)
         for supply, migration in zip(self._supplies, self._migrations, strict=True):
             supply.fill(rows, self._limits, num_tokens)
             migration.fill(rows, self._limits, num_tokens, supply)
@@ -308,13 +320,16 @@ class DeviceSteps:
                 moves.append(moving.marks())
         moves += self._moves_of_supplies()
         moves += [(self._bounds, fixed.tables.cu_seqlens_q) for fixed in self._graph_step._fixed]
+        if self._beams is not None:
+            moves += self._beams.bring(there["ancestors"])
         from kvtoolkit.runtime.streams import cupy_on_current_stream
 
         with cupy_on_current_stream(self._cache._arenas.device) as cupy:
-            stream = cupy.cuda.get_current_stream().ptr
-            begin, end = self._places["num_new"], self._places["history"]
-            cupy.cuda.runtime.memsetAsync(self._memory.data.ptr + begin, 0, end - begin, stream)
+            self._memory.clear(cupy)
         self._graph_step._bring(step, moves)
+        if self._beams is not None:
+            with cupy_on_current_stream(self._cache._arenas.device) as cupy:
+                self._beams.keep(self._of_groups[0][0], cupy)
         for fixed in self._graph_step._fixed:
             fixed.expect_growth(self._most_grants)
         self._expect_cuts()
@@ -381,15 +396,14 @@ class DeviceSteps:
             return None
         answer, num_rows = None, len(self._step.seq_ids)
         if self._is_asked:
-            read = {name: array.copy() for name, array in self._parts(self._polled, "kept").items()}
+            read = {name: array.copy() for name, array in self._memory.found(is_poll=True).items()}
             finished, num_new, status = (read[name][:num_rows] for name in ("finished", "num_new", "status"))
             nothing = np.empty((num_rows, 0), np.int64)
             answer = DeviceTurn(num_new, nothing, self._first(read["tokens"], num_rows), finished, status)
         from kvtoolkit.runtime.streams import cupy_on_current_stream
 
         with cupy_on_current_stream(self._cache._arenas.device) as cupy:
-            self._copy_back(cupy, self._polled)
-            self._arrival.record(cupy.cuda.get_current_stream())
+            self._memory.copy(cupy, self._arrival, is_poll=True)
         self._is_asked = True
         return answer
 
@@ -412,7 +426,12 @@ class DeviceSteps:
         rows = GrowingRows(*(array.data.ptr for array in shared))
         each, device = self.num_new_tokens, cache._arenas.device
         most = self.max_steps * each
-        launches = []
+        launches: list[Any] = []
+        if self._beams is not None:
+            limits = self._max_lens, self._lengths
+            of_beams = there["ancestors"], there["finished"], *limits, there["num_new"], there["history"]
+            storage = cache._state.group.storage
+            launches += self._beams.make(of_beams, self._of_groups[0][0], storage, most, device)
         for i, (fixed, moving) in enumerate(zip(self._graph_step._fixed, self._moving, strict=True)):
             if moving is not None:
                 of_rows = rows.finished, rows.kept, rows.pending, rows.max_lens, rows.lengths, rows.num_new
@@ -465,7 +484,7 @@ class DeviceSteps:
         if not self._is_collected:
             self._ask()
         self._collected.synchronize()
-        read, num_rows = self._parts(self._pinned), len(self._step.seq_ids)
+        read, num_rows = self._memory.found(is_poll=False), len(self._step.seq_ids)
         num_new = read["num_new"][:num_rows] + read["kept"][:num_rows].clip(0, read["pending"][:num_rows])
         history = read["history"][: num_new.max(initial=0), :num_rows].T.copy()
         turn = DeviceTurn(
@@ -482,6 +501,8 @@ class DeviceSteps:
             self._stop_rows()
             self._settle(read, num_rows)
             self._end_hold()
+            if self._beams is not None:
+                self._graft(rows, read["ancestors"][:num_rows])
             if total:
                 is_new = np.arange(history.shape[1]) < num_new[:, None]
                 step = self._cache.begin_step(ids, num_new)
@@ -523,27 +544,11 @@ class DeviceSteps:
         from kvtoolkit.runtime.streams import cupy_on_current_stream
 
         with cupy_on_current_stream(self._cache._arenas.device) as cupy:
-            self._copy_back(cupy, self._pinned)
-            self._collected.record(cupy.cuda.get_current_stream())
+            self._memory.copy(cupy, self._collected, is_poll=False)
 
     def _first(self, tokens: Int64Array, num_rows: int) -> Int64Array:
         """The first token of each row."""
         return tokens[:: self.num_new_tokens][:num_rows].copy()
-
-    def _copy_back(self, cupy: Any, to: NDArray[np.uint8]) -> None:
-        """Copy the first part of the memory to the host, asynchronously."""
-        runtime, stream = cupy.cuda.runtime, cupy.cuda.get_current_stream().ptr
-        runtime.memcpyAsync(to.ctypes.data, self._memory.data.ptr, to.nbytes, runtime.memcpyDeviceToHost, stream)
-
-    def _parts(self, memory: NDArray[np.uint8], end: str = "") -> dict[str, NDArray[Any]]:
-        """The arrays in a copy of the memory, before the one called ``end``."""
-        found: dict[str, NDArray[Any]] = {}
-        for name, (shape, dtype) in self._back.items():
-            if name == end:
-                break
-            place, nbytes = self._places[name], int(np.prod(shape)) * np.dtype(dtype).itemsize
-            found[name] = memory[place : place + nbytes].view(dtype).reshape(shape)
-        return found
 
     @exclusive
     def _settle(self, read: dict[str, NDArray[Any]], num_rows: int) -> None:
@@ -551,6 +556,10 @@ class DeviceSteps:
         for i, (supply, migration) in enumerate(zip(self._supplies, self._migrations, strict=True)):
             supply.settle(rows, grants[i])
             migration.settle(rows, read["moved"][i], read[f"journal{i}"])
+
+    @exclusive
+    def _graft(self, rows: Int32Array, ancestors: Int32Array) -> None:
+        sharing.graft(self._cache._state, rows, ancestors, self._is_grafted)
 
     @exclusive
     def _release_supplies(self) -> None:

@@ -32,6 +32,7 @@ class Migration:
         max_steps: of a turn.
         width: entries that a row has room for on the device.
         max_seq_len: tokens of the longest sequence.
+        is_off: nothing is to move.
 
     Attributes:
         rule: when tiles move to which tier.
@@ -42,12 +43,14 @@ class Migration:
         window: tokens that a query sees; 0 = all.
     """
 
-    def __init__(self, group: CacheGroup, batch: int, max_steps: int, width: int, max_seq_len: int) -> None:
+    def __init__(
+        self, group: CacheGroup, batch: int, max_steps: int, width: int, max_seq_len: int, is_off: bool
+    ) -> None:
         self._group, self._width = group, width
         config, blocks = group.config, group.blocks
         tiers = config.tier_config
         self.demotes = tiers is not None
-        self.merges = blocks.policy.merges and int(blocks.offered[-1]) < MAX_BLOCK_GRANULES
+        self.merges = blocks.policy.merges and int(blocks.offered[-1]) < MAX_BLOCK_GRANULES and not is_off
         self.rule = _NO_TIERS if tiers is None else make_rule(tiers)
         self.most = min(config.migrate_budget, MOST_IN_A_STEP) if self.demotes or self.merges else 0
         num_blocks = max(map(blocks.ledger.num_of, range(3))) // MAX_BLOCK_GRANULES

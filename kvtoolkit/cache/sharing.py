@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvtoolkit.arrays.types import Int32Array, Int64Array
 from kvtoolkit.cache.state import block_table, row_sharing
@@ -60,6 +61,25 @@ def reorder(state: CacheState, batch: Int32Array, origin: Int32Array) -> None:
         table, holdings = state.group.table, state.group.blocks.holdings
         num_freed = [row_sharing.reorder_all(before[0], sources, table, targets, keeps, made[0], holdings)]
     _free(state, num_freed)
+
+
+def graft(state: CacheState, batch: Int32Array, origin: Int32Array, is_done: NDArray[np.bool_]) -> None:
+    """Let row ``batch[i]`` have the full granules that ``batch[origin[i]]`` has, in front of its own ones after them.
+
+    All have equally many tokens, in one group of layers. ``is_done`` ``[1]`` keeps it from being done twice.
+    """
+    changed = np.flatnonzero(origin != np.arange(len(batch)))
+    if not len(changed):
+        return
+    table, blocks = state.group.table, state.group.blocks
+    before = _copy_of_rows(table, batch)
+    state.tick()
+    keeps = before.info[origin[changed], LENGTH] >> 3
+    scratch = np.empty((2, table.entries.shape[1]), np.int32)
+    num_freed = row_sharing.graft_all(
+        before, origin[changed], table, batch[changed], keeps, blocks.holdings, scratch, is_done
+    )
+    blocks.free_listed(int(num_freed))
 
 
 def require_past(state: CacheState, batch: Int32Array, lengths: Int64Array) -> None:

@@ -277,6 +277,11 @@ def grow(batch: int) -> Spec:
     return Spec("cache/grow.cu", "kvt_grow", (("KVT_THREADS", threads), ("KVT_EACH", each)), threads)
 
 
+def reorder(beams: int) -> Spec:
+    """The kernel that reorders rows in families of so many."""
+    return Spec("cache/reorder.cu", "kvt_reorder", (("KVT_BEAMS", beams),), 1024)
+
+
 def merge_states(dtype: str) -> Spec:
     """The kernel that merges states of a dtype."""
     code = {"float32": 0, "float16": 1, "bfloat16": 2}[dtype]
@@ -322,4 +327,4 @@ def of_model(
     kernel = prefill(head_dim, dtype, smem_limit, has_rules=False)
     yield from (kernel, plan_prompts(kernel.keys))
     yield from (plan(1), EXPAND, append(16), MOVE, MOVE_LISTED, MIGRATE, CHECK, CANARY, grow(1))
-    yield merge_states(dtype)
+    yield from (reorder(8), reorder(8)._replace(name="kvt_reorder_copy", threads=256), merge_states(dtype))

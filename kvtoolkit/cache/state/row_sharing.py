@@ -20,7 +20,7 @@ from kvtoolkit.cache.state.block_table import (
     shrink,
     touch,
 )
-from kvtoolkit.cache.state.prefix_index import BROKEN, ROOT, GranuleState, Holdings, Nodes, incref, withdraw
+from kvtoolkit.cache.state.prefix_index import BROKEN, ROOT, GranuleState, Holdings, Nodes, decref, incref, withdraw
 from kvtoolkit.formats.entry import entry_granule, entry_length, entry_tier, pack_entry
 
 
@@ -259,3 +259,49 @@ def truncate_groups(
     """`truncate_all` for all groups in one move; see `reorder_groups`. ``keeps`` has a line for each group."""
     for g in range(len(tables)):
         num_freed[g] = truncate_all(tables[g], which, lengths, keeps[g], tails[g], holdings[g])
+
+
+@jit
+def graft_all(
+    source_table: BlockTable, sources: Int32Array, table: BlockTable, targets: Int32Array, keeps: Int64Array,
+    holdings: Holdings, scratch: Int32Array, is_done: NDArray[np.bool_],
+) -> Any:  # fmt: skip
+    """Let each target hold the first ``keeps`` granules that its source held, in front of its own ones after them.
+
+    What is known of its tokens is what was known of the source's. The targets have entries enough.
+
+    Args:
+        scratch: ``[2, entries]``.
+        is_done: ``[1]``; if it is true, this was done before, in a call that broke off later: nothing happens.
+
+    Returns:
+        The number of ``freed`` granules.
+    """
+    granules, num_freed = holdings.granules, 0
+    if is_done[0]:
+        return 0
+    is_done[0] = True
+    incref_all(source_table, sources, keeps, granules)
+    for i in range(len(targets)):
+        row, keep = targets[i], keeps[i]
+        count, num_own, capacity = table.info[row, NUM_ENTRIES], 0, table.info[row, CAPACITY]
+        for e in range(count):
+            entry, start = table.entries[row, e], table.starts[row, e]
+            length = entry_length(entry)
+            passed = min(max(keep - start, 0), length)
+            for k in range(passed):
+                num_freed = decref(holdings, entry_granule(entry) + k, num_freed)
+            if passed < length:
+                scratch[0, num_own] = pack_entry(entry_granule(entry) + passed, length - passed, entry_tier(entry))
+                scratch[1, num_own] = start + passed
+                num_own += 1
+        copy_first(source_table, sources[i], table, row, keep)
+        before = table.info[row, NUM_ENTRIES]
+        for e in range(num_own):
+            table.entries[row, before + e], table.starts[row, before + e] = scratch[0, e], scratch[1, e]
+        for e in range(before + num_own, count):
+            table.entries[row, e] = table.starts[row, e] = -1
+        table.info[row, NUM_ENTRIES], table.info[row, CAPACITY] = before + num_own, capacity
+        copy_tokens(source_table, sources[i], table, row)
+        touch(table, row)
+    return num_freed

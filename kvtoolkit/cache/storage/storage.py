@@ -14,6 +14,7 @@ from kvtoolkit.cpu.convert import all_finite
 from kvtoolkit.cuda import check
 from kvtoolkit.cuda.copy import make_listed_conversion, make_listed_copy
 from kvtoolkit.cuda.launching import Launch
+from kvtoolkit.cuda.reorder import make_reorder_copy
 from kvtoolkit.errors import UnsupportedError
 from kvtoolkit.formats.entry import GRANULE, MAX_BLOCK_GRANULES, TIER_COLD, TIER_HOT, TIER_WARM
 
@@ -181,6 +182,10 @@ class DeviceStorage:
         if merges:
             made.append(make_listed_copy(self._arena, num_moves + 4, merges))
         return made
+
+    def reorder_copy(self, *places: int) -> Launch:
+        """The launch that copies what reordered rows have got; see `kvtoolkit.cuda.reorder.make_reorder_copy`."""
+        return make_reorder_copy(self._arena, *places)
 
     def all_finite(self, granules: Int32Array) -> bool:
         """Always True: to know, the host would have to wait. The conversion deals with such tokens instead."""

@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import numpy as np
 
 from kvtoolkit import CacheConfig, KVCache
+from kvtoolkit.arrays.host import operand
 from kvtoolkit.cache import device_steps
 from kvtoolkit.cache.storage.storage import HostStorage
-from kvtoolkit.cuda import grow, migrate
+from kvtoolkit.cuda import grow, migrate, reorder
 from kvtoolkit.runtime import streams
 from tests.kvtoolkit.cuda.host_kernels import on_the_host
 
@@ -61,6 +62,7 @@ CUPY = SimpleNamespace(
         alloc_pinned_memory=lambda size: bytearray(size),
         runtime=SimpleNamespace(
             memcpyAsync=_copy, memcpy2DAsync=_copy_rows, memcpyHostToDevice=1, memcpyDeviceToHost=2,
+            memcpyDeviceToDevice=3,
             memsetAsync=lambda address, value, nbytes, stream: ctypes.memset(address, value, nbytes),
         ),
     ),
@@ -73,8 +75,16 @@ def use_host(monkeypatch):
     monkeypatch.setattr(device_steps, "current_stream", lambda device: 0)
     monkeypatch.setattr(device_steps, "using", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(device_steps, "_as_tensor", lambda array: array)
-    on_the_host(monkeypatch, grow, migrate)
+    on_the_host(monkeypatch, grow, migrate, reorder)
+    monkeypatch.setattr(HostStorage, "reorder_copy", _reorder_copy, raising=False)
     monkeypatch.setattr(HostStorage, "listed_moves", _listed_moves, raising=False)
+
+
+def _reorder_copy(storage, *places):
+    """What `DeviceStorage.reorder_copy` returns, for a cache on the CPU."""
+    keys_and_values = storage.key_values
+    arena = operand(keys_and_values.reshape(-1, *keys_and_values.shape[2:]), "arena")
+    return reorder.make_reorder_copy(arena, *places)
 
 
 def _listed_moves(storage, num_moves, demotions, merges):

@@ -843,6 +843,111 @@ def test_windows_let_go_of_their_past_in_each_turn():
         cache.check_integrity()
 
 
+@pytest.mark.parametrize("growth", ["fixed8", "fixed64", "proportional", "lazy_merge", "adaptive"])
+@pytest.mark.parametrize("beams", [2, 5])
+def test_beams_that_the_device_reorders_equal_those_of_the_host(growth, beams):
+    """Whatever the beams were before the turn, and however often they change in it."""
+    rng = np.random.default_rng(beams)
+    caches = [make_cache(num_tokens=1 << 14, growth=growth) for _ in range(2)]
+    prompts = [rng.integers(0, 97, n).tolist() for n in (61, 8, 203)]
+    num = len(prompts) * beams
+    ids = []
+    for cache in caches:
+        first = prefill(cache, prompts)
+        ids.append(np.concatenate([[one, *cache.fork([one], beams - 1)[0]] for one in first]))
+    steps = DeviceSteps(caches[1], num + beams, 32, beams=beams)
+    tokens = rng.integers(0, 97, num)
+    for turn in range(4):
+        steps.load(ids[1], tokens)
+        history = np.empty((num, 0), np.int64)
+        for i in range(24):
+            parents = np.arange(num)
+            if i % 3 or turn == 1:
+                families = np.arange(num).reshape(-1, beams)
+                parents = np.concatenate([rng.choice(family, beams) for family in families])
+                if i % 5 == 0:
+                    parents[:beams] = families[0]
+            steps.parents[:num] = parents
+            caches[0].reorder(ids[0], parents)
+            history = np.concatenate([history[parents], tokens[:, None]], 1)
+            out, _ = run(steps.begin(), np.asarray(steps.tokens))
+            with caches[0].begin_step(ids[0], 1) as step:
+                expected, chosen = run(step, tokens)
+                caches[0].end_step(step, tokens)
+            assert (np.asarray(steps.status) == [0] * num + [4] * beams).all()
+            assert (out[:num] == expected).all()
+            tails = np.asarray(steps._of_groups[0][0])[:num]
+            assert tails.tolist() == tails_of(steps._graph_step.tables, range(num))
+            tokens = (chosen + np.arange(num)) % 97
+            steps.tokens[:num] = tokens
+        turn_of_device = steps.finish()
+        assert turn_of_device.num_new.tolist() == [24] * num
+        assert turn_of_device.history.tolist() == history.tolist()
+        for cache in caches:
+            cache.check_integrity()
+            assert cache.stats().callers == 0
+        assert tokens_in(caches[0], ids[0]) == tokens_in(caches[1], ids[1])
+    # and later prompts find the same
+    found = [cache.open([prompt + list(range(50)) for prompt in prompts])[1].tolist() for cache in caches]
+    assert found[0] == found[1]
+    for cache, own in zip(caches, ids, strict=True):
+        cache.close(own)
+        cache.check_integrity()
+
+
+@pytest.mark.parametrize("how", ["finish", "abort"])
+def test_reordering_after_a_turn_writes_to_nobody(how):
+    cache = make_cache(num_tokens=512, growth="fixed8", block_sizes=[8])
+    (first,) = prefill(cache, [[1] * 20])
+    steps, ids = DeviceSteps(cache, 2, 32, beams=2), [first, *cache.fork([first], 1)[0]]
+    steps.load(ids, [1, 2])
+    replay(steps, 12)
+    getattr(steps, how)()
+    cache.close(ids)
+    prefill(cache, [[5] * 400])
+    before, table = cache.key_cache(0).copy(), steps._graph_step.tables.block_table.copy()
+    steps.parents[:] = [1, 0]
+    replay(steps, 1)
+    assert (cache.key_cache(0) == before).all()
+    assert (steps._graph_step.tables.block_table == table).all()
+
+
+def test_a_row_whose_parent_has_other_tokens_ends():
+    cache = make_cache(num_tokens=1024, growth="fixed8")
+    (first,) = prefill(cache, [[1] * 20])
+    ids = np.array([first, *cache.fork([first], 3)[0]])
+    steps = DeviceSteps(cache, 4, 16, beams=2)
+    steps.load(ids, [1, 2, 3, 4], max_lens=[30, 30, 22, 30])
+    replay(steps, 3)
+    steps.parents[:] = [1, 0, 3, 2]  # the third has ended by now, and its neighbour has one token more
+    replay(steps, 1)
+    assert steps.status.tolist() == [0, 0, 4, 4]
+    steps.parents[:] = [2, 1, 2, 3]
+    replay(steps, 1)
+    assert steps.status.tolist() == [4, 0, 4, 4]
+    assert steps.finish().num_new.tolist() == [4, 5, 2, 3]
+    cache.check_integrity()
+
+
+def test_beams_are_refused_where_they_cannot_work():
+    cache = make_cache(num_tokens=1024)
+    for arguments in ({"beams": 3}, {"beams": 17}, {"beams": 0}, {"beams": 2, "num_new_tokens": 2}):
+        with pytest.raises(ArgumentError, match="beams"):
+            DeviceSteps(cache, 4, 8, **arguments)
+    with pytest.raises(UnsupportedError, match="beams"):
+        DeviceSteps(make_cache(layer_groups=WINDOW), 4, 8, beams=2)
+    steps, ids = DeviceSteps(cache, 4, 8, beams=2), prefill(cache, [[1] * 8, [2] * 9, [3] * 9])
+    for wrong in (ids[:2], ids[1:2], ids):
+        with pytest.raises(ArgumentError, match="beams"):
+            steps.load(wrong, [1] * len(wrong))
+    steps.load(ids[1:], [1, 2])
+    steps.abort()
+    cache.abort_step(cache.begin_step(ids, 300))
+    with pytest.raises(ArgumentError, match="room"):
+        steps.load(ids[1:], [1, 2])
+    cache.check_integrity()
+
+
 def test_a_collected_turn_can_be_ended_later():
     found = []
     for collects in (False, True):

@@ -69,10 +69,10 @@ class ByHost:
 
 
 class ByDevice:
-    def __init__(self, cache, model, batch, max_steps=32):
+    def __init__(self, cache, model, batch, max_steps=32, beams=1):
         from examples.steps import capture
 
-        self.cache, self.steps, self.model = cache, DeviceSteps(cache, batch, max_steps), model
+        self.cache, self.steps, self.model = cache, DeviceSteps(cache, batch, max_steps, beams=beams), model
         self.graph = capture(self.compute)
 
     def compute(self):
@@ -156,6 +156,35 @@ def compare(options, batch, num_turns):
     assert stats[0].converted_tokens == stats[1].converted_tokens
     assert stats[0].num_merges == stats[1].num_merges
     assert (stats[1].converted_tokens > 0) == ("tiers" in options)
+
+
+@pytest.mark.parametrize("options", [{}, {"allocator": "lockfree", "growth": "fixed8"}], ids=str)
+def test_beams_that_the_device_reorders_give_the_bits_of_the_host(options):
+    import torch
+
+    model, rng, num, beams = Model(), np.random.default_rng(0), 24, 8
+    by_host, by_device = ByHost(make(**options), model, num), ByDevice(make(**options), model, num, beams=beams)
+    ids = []
+    for one in (by_host, by_device):
+        first = prefill(one.cache, model, [61, 8, 203])
+        ids.append(np.concatenate([[root, *one.cache.fork([root], beams - 1)[0]] for root in first]))
+    tokens = np.arange(num)
+    for _ in range(4):
+        by_host.tokens[:] = torch.from_numpy(tokens)
+        by_device.steps.load(ids[1], tokens)
+        for _ in range(32):
+            parents = np.concatenate([rng.choice(family, beams) for family in np.arange(num).reshape(-1, beams)])
+            by_device.steps.parents[:] = torch.from_numpy(parents).cuda()
+            by_host.cache.reorder(ids[0], parents)
+            by_device.graph.replay()
+            expected, _ = by_host.step(ids[0])
+            assert torch.equal(by_device.out, expected)
+        turn = by_device.steps.finish()
+        assert turn.num_new.tolist() == [32] * num
+        tokens = turn.next_tokens
+        assert tokens.tolist() == by_host.tokens.tolist()
+        by_device.cache.check_integrity()
+    assert by_device.cache.stats().callers == 0
 
 
 def test_two_runs_are_equal_in_everything():
