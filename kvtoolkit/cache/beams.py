@@ -4,44 +4,110 @@ from typing import Any
 
 import numpy as np
 
-from kvtoolkit.arrays.types import Int64Array
+from kvtoolkit.arrays.types import Int32Array, Int64Array
 from kvtoolkit.cache.fixed_tables import Move
-from kvtoolkit.cache.state.block_table import CAPACITY, LENGTH
+from kvtoolkit.cache.sharing import copy_of_rows, copy_tails
+from kvtoolkit.cache.state import growing, row_sharing
+from kvtoolkit.cache.state.block_table import LENGTH, NUM_ENTRIES
+from kvtoolkit.cache.state.cache_group import CacheGroup
+from kvtoolkit.cache.state.growing import Loan, lend
+from kvtoolkit.cache.state.row_sharing import Tails
 from kvtoolkit.cache.storage.upload import DeviceTables
 from kvtoolkit.config.cache import CacheConfig
 from kvtoolkit.cuda.reorder import MAX_BEAMS, make_reorder
 from kvtoolkit.errors import ArgumentError, UnsupportedError
 
-ROOM = 20
-"""Granules that a beam may have beyond its last token: what it had when the turn began, and of its last block."""
+ROOM = 18
+"""Granules of a beam from its last full one on when a turn begins, besides those of its new tokens: two blocks."""
 _KEPT = ("block_table", "block_starts")
 
 
 class Beams:
-    """The device's side of reordered rows, see ``cuda_src/cache/reorder.cu``.
+    """Rows that go on from one another in a turn, see ``cuda_src/cache/reorder.cu``. Its callers hold the cache's lock.
+
+    In its tables the device has a copy of each row's last, partly filled granule, because the rows will write to it and
+    take it over from one another. So if a turn is given up, the rows are as they were.
 
     Args:
+        group: the only one.
         batch: rows.
         beams: rows of a family, of which each may go on from any other one.
-        most_own: granules that a row gets in a turn.
-        tables: of the only group of layers, at fixed addresses.
+        most_own: granules that a row gets in a turn, and has beyond its last token.
+        tables: of the group, at fixed addresses.
         cupy: with the device of the cache.
 
     Attributes:
         parents: ``[batch]`` int32 on the device.
+        ends: ``[n, 4]`` where each row of this turn ends, as ``GrowParams`` has it.
     """
 
-    def __init__(self, batch: int, beams: int, most_own: int, tables: DeviceTables, cupy: Any) -> None:
-        self._batch, self._beams, self._most_own, self._tables = batch, beams, most_own, tables
+    def __init__(
+        self, group: CacheGroup, batch: int, beams: int, most_own: int, tables: DeviceTables, cupy: Any
+    ) -> None:
+        self._group, self._batch, self._beams, self._most_own = group, batch, beams, most_own
+        self._tables, ledger = tables, group.blocks.ledger
         self.parents, self._sources, self._scratch = cupy.zeros((3, batch), np.int32)
         self._own = cupy.zeros((batch, most_own), np.int32)
         self._first = [cupy.zeros(getattr(tables, name).shape, np.int32) for name in _KEPT]
         self._first_tails = cupy.zeros((batch, 4), np.int32)
+        self._flags = ledger.granted, ledger.callers
+        self._loan = Loan(np.empty(batch, np.int32), np.empty(batch, np.int32), np.zeros(1, np.int64))
+        nothing = np.empty(0, np.int32)
+        self._tails = Tails(nothing, nothing, nothing)
+        self._is_done = np.ones(1, np.bool_)
+        self.ends = np.empty((0, 4), np.int32)
 
-    def bring(self, ancestors: Any) -> list[Move]:
-        """The copies after which every row is its own parent and ancestor."""
-        own = np.arange(self._batch, dtype=np.int32)
-        return [(own, self.parents), (own, ancestors)]
+    @property
+    def starts(self) -> Int32Array:
+        """``[n]`` first granules of the copies' blocks."""
+        return self._loan.starts[: self._loan.number[0]]
+
+    def fill(self, rows: Int32Array) -> None:
+        """Copy the partly filled granules of the rows of a turn; CacheFullError, with nothing done, without room."""
+        group = self._group
+        require_equal(group.table.info[rows, LENGTH], self._beams)
+        self._tails = copy_tails(group, group.table, rows, group.table.info[rows, LENGTH], "load")
+        lend(*self._flags, self._loan, self._tails.starts, self._tails.sizes)
+        self._is_done[0] = False
+        width = int(group.table.info[rows, NUM_ENTRIES].max(initial=0)) + 1
+        self._shown = np.full((2, len(rows), width), -1, np.int32)
+        self.ends = np.empty((len(rows), 4), np.int32)
+        keeps = group.table.info[rows, LENGTH] >> 3
+        entries, starts = self._shown
+        row_sharing.show_with_tails(group.table, rows, keeps, self._tails, entries, starts, self.ends)
+
+    def settle(self, rows: Int32Array, ancestors: Int32Array) -> None:
+        """Make the same changes in the tables of the host. Doing it again changes nothing.
+
+        Args:
+            rows: ``[batch]`` of the block table.
+            ancestors: ``[batch]`` whose full granules each row has, of those of the beginning of the turn.
+        """
+        table, blocks = self._group.table, self._group.blocks
+        before = copy_of_rows(table, rows)
+        keeps = before.info[:, LENGTH] >> 3
+        count = growing.settle_beams(
+            *self._flags, self._loan, before, ancestors, table, rows, keeps, self._tails, blocks.holdings, self._is_done
+        )
+        blocks.free_listed(int(count))
+
+    def release(self) -> None:
+        """Free the copies."""
+        blocks = self._group.blocks
+        left = np.empty(8 * self._batch, np.int32)
+        count = growing.take_back(*self._flags, self._loan, blocks.granules.refs, left)
+        self._is_done[0] = True
+        if count:
+            blocks.free_granules(np.sort(left[:count]))
+
+    def bring(self, ancestors: Any, tails: Any) -> list[Move]:
+        """The copies after which the rows end with the copied granules, and are their own parents and ancestors."""
+        own, width = np.arange(self._batch, dtype=np.int32), self._tables.block_table.shape[1]
+        entries, starts = (shown[:, :width] for shown in self._shown)
+        return [
+            (own, self.parents), (own, ancestors), (self.ends, tails[: len(self.ends)]),
+            (entries, self._tables.block_table), (starts, self._tables.block_starts),
+        ]  # fmt: skip
 
     def keep(self, tails: Any, cupy: Any) -> None:
         """Remember the tables as they are, asynchronously."""
@@ -87,17 +153,10 @@ def require_beams(config: CacheConfig, batch: int, num_new_tokens: int, beams: i
         raise UnsupportedError("beams: expected a cache with one group of layers and without tiers")
 
 
-def require_equal(info: Int64Array, beams: int) -> None:
-    """ArgumentError unless the beams of each search have equally many tokens, and little room beyond them.
-
-    Args:
-        info: of their rows, as `kvtoolkit.cache.state.block_table.BlockTable` has it.
-    """
-    lengths = info[:, LENGTH]
+def require_equal(lengths: Int64Array, beams: int) -> None:
+    """ArgumentError unless the beams of each search have equally many tokens."""
     if len(lengths) % beams or (lengths.reshape(-1, beams) != lengths[::beams, None]).any():
         raise ArgumentError(
             f"seq_ids: expected the {beams} beams of each search one after the other, of equal lengths, got lengths "
             f"{lengths.tolist()!r:.200}"
         )
-    if (info[:, CAPACITY] - lengths // 8 > ROOM - 9).any():
-        raise ArgumentError(f"seq_ids: expected beams with room for up to {8 * (ROOM - 9)} tokens more, got more")

@@ -9,8 +9,7 @@ from numpy.typing import NDArray
 
 from allocators._calls import Calls, exclusive
 from kvtoolkit.arrays.types import ArrayLike, Int32Array, Int64Array, as_int
-from kvtoolkit.cache import sharing
-from kvtoolkit.cache.beams import ROOM, Beams, require_beams, require_equal
+from kvtoolkit.cache.beams import ROOM, Beams, require_beams
 from kvtoolkit.cache.fixed_tables import Move
 from kvtoolkit.cache.graph import GraphRun, GraphStep
 from kvtoolkit.cache.kv_cache import KVCache
@@ -159,8 +158,8 @@ class DeviceSteps:
         self._step: Step | None = None  # holds the rows
         self._num_steps, self._limits = 0, np.empty(0, np.int32)  # of the turn
         self._is_asked = self._is_collected = False
-        self._is_grafted = np.zeros(1, np.bool_)
-        self._release = weakref.finalize(self, _release_later, self._calls, [*self._supplies, *self._migrations])
+        self._lent: list[Supply | Migration | Beams] = [*self._supplies, *self._migrations]
+        self._release = weakref.finalize(self, _release_later, self._calls, self._lent)
         from kvtoolkit.runtime.streams import cupy_on_current_stream
 
         with cupy_on_current_stream(cache._arenas.device) as cupy:
@@ -197,7 +196,9 @@ class DeviceSteps:
         ]
         self._beams: Beams | None = None
         if self.beams > 1:
-            self._beams = Beams(batch, self.beams, self._most_own, self._graph_step._fixed[0].tables, cupy)
+            tables = self._graph_step._fixed[0].tables
+            self._beams = Beams(groups[0], batch, self.beams, self._most_own, tables, cupy)
+            self._lent.append(self._beams)
         self._bounds = np.arange(batch + 1, dtype=np.int32) * each
         for fixed in self._graph_step._fixed:
             fixed.tables.cu_seqlens_q[:] = cupy.asarray(self._bounds)
@@ -249,7 +250,6 @@ class DeviceSteps:
             limits = np.minimum(wanted, limits)
         self._num_steps, self._limits = int(steps), limits.astype(np.int32)
         self._is_asked = self._is_collected = False
-        self._is_grafted = np.zeros(1, np.bool_)
         self._move_others(ids)
         try:
             self._step = self._cache.begin_step(ids, 0)
@@ -289,10 +289,12 @@ class DeviceSteps:
                 part.steps.free_past(part.arrays, len(rows), 0)
                 counts[:] = 0
         num_tokens = self._num_steps * self.num_new_tokens
-        if self.beams > 1:
-            require_equal(self._cache._group.table.info[rows], self.beams)
+        held = None
+        if self._beams is not None:
+            self._beams.fill(rows)
+            held = self._beams.ends[:, 0].astype(np.int64)
         for supply, migration in zip(self._supplies, self._migrations, strict=True):
-            supply.fill(rows, self._limits, num_tokens)
+            supply.fill(rows, self._limits, num_tokens, held)
             migration.fill(rows, self._limits, num_tokens, supply)
 
     def _rows(self) -> Int32Array:
@@ -321,7 +323,7 @@ class DeviceSteps:
         moves += self._moves_of_supplies()
         moves += [(self._bounds, fixed.tables.cu_seqlens_q) for fixed in self._graph_step._fixed]
         if self._beams is not None:
-            moves += self._beams.bring(there["ancestors"])
+            moves += self._beams.bring(there["ancestors"], self._of_groups[0][0])
         from kvtoolkit.runtime.streams import cupy_on_current_stream
 
         with cupy_on_current_stream(self._cache._arenas.device) as cupy:
@@ -501,8 +503,6 @@ class DeviceSteps:
             self._stop_rows()
             self._settle(read, num_rows)
             self._end_hold()
-            if self._beams is not None:
-                self._graft(rows, read["ancestors"][:num_rows])
             if total:
                 is_new = np.arange(history.shape[1]) < num_new[:, None]
                 step = self._cache.begin_step(ids, num_new)
@@ -553,20 +553,16 @@ class DeviceSteps:
     @exclusive
     def _settle(self, read: dict[str, NDArray[Any]], num_rows: int) -> None:
         rows, grants = self._rows(), read["grants"][:, :, :num_rows]
+        if self._beams is not None:
+            self._beams.settle(rows, read["ancestors"][:num_rows])
         for i, (supply, migration) in enumerate(zip(self._supplies, self._migrations, strict=True)):
             supply.settle(rows, grants[i])
             migration.settle(rows, read["moved"][i], read[f"journal{i}"])
 
     @exclusive
-    def _graft(self, rows: Int32Array, ancestors: Int32Array) -> None:
-        sharing.graft(self._cache._state, rows, ancestors, self._is_grafted)
-
-    @exclusive
     def _release_supplies(self) -> None:
-        for supply in self._supplies:
-            supply.release()
-        for migration in self._migrations:
-            migration.release()
+        for part in self._lent:
+            part.release()
 
     @exclusive
     def _take_back(self, rows: Int32Array) -> None:
@@ -577,7 +573,7 @@ class DeviceSteps:
         raise TypeError("DeviceSteps: expected no copy, because graphs have the addresses of this one")
 
 
-def _release_later(calls: Calls, supplies: list[Supply | Migration]) -> None:
+def _release_later(calls: Calls, supplies: list[Supply | Migration | Beams]) -> None:
     """Let the next call free what a lost turn has taken."""
     for supply in supplies:
         if len(supply.starts):

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvtoolkit.arrays.types import Int32Array, Int64Array
 from kvtoolkit.cache.state import block_table, row_sharing
@@ -27,7 +26,7 @@ def fork(state: CacheState, parents: Int32Array, what: str) -> Int32Array:
     """Open rows that hold what ``parents`` hold; CacheFullError, with nothing done, if there is no room."""
     state.require_closed_rows(len(parents), what)
     lengths = state.group.table.info[parents, LENGTH]
-    made = _in_all(state.groups, lambda group: _copy_tails(group, group.table, parents, lengths, what))
+    made = _in_all(state.groups, lambda group: copy_tails(group, group.table, parents, lengths, what))
     children = state.new_rows(len(parents), what)
     keeps = lengths >> 3
     for group, tails in zip(state.groups, made, strict=True):
@@ -45,11 +44,11 @@ def reorder(state: CacheState, batch: Int32Array, origin: Int32Array) -> None:
     if not len(changed):
         return
     # copies of the rows as they are now, because a parent may itself be overwritten
-    before = [_copy_of_rows(group.table, batch) for group in state.groups]
+    before = [copy_of_rows(group.table, batch) for group in state.groups]
     sources, targets = origin[changed], batch[changed]
     lengths = before[0].info[sources, LENGTH]
     tables = iter(before)
-    made = _in_all(state.groups, lambda group: _copy_tails(group, next(tables), sources, lengths, "reorder"))
+    made = _in_all(state.groups, lambda group: copy_tails(group, next(tables), sources, lengths, "reorder"))
     state.tick()
     keeps = lengths >> 3
     num_freed: Any
@@ -61,25 +60,6 @@ def reorder(state: CacheState, batch: Int32Array, origin: Int32Array) -> None:
         table, holdings = state.group.table, state.group.blocks.holdings
         num_freed = [row_sharing.reorder_all(before[0], sources, table, targets, keeps, made[0], holdings)]
     _free(state, num_freed)
-
-
-def graft(state: CacheState, batch: Int32Array, origin: Int32Array, is_done: NDArray[np.bool_]) -> None:
-    """Let row ``batch[i]`` have the full granules that ``batch[origin[i]]`` has, in front of its own ones after them.
-
-    All have equally many tokens, in one group of layers. ``is_done`` ``[1]`` keeps it from being done twice.
-    """
-    changed = np.flatnonzero(origin != np.arange(len(batch)))
-    if not len(changed):
-        return
-    table, blocks = state.group.table, state.group.blocks
-    before = _copy_of_rows(table, batch)
-    state.tick()
-    keeps = before.info[origin[changed], LENGTH] >> 3
-    scratch = np.empty((2, table.entries.shape[1]), np.int32)
-    num_freed = row_sharing.graft_all(
-        before, origin[changed], table, batch[changed], keeps, blocks.holdings, scratch, is_done
-    )
-    blocks.free_listed(int(num_freed))
 
 
 def require_past(state: CacheState, batch: Int32Array, lengths: Int64Array) -> None:
@@ -145,7 +125,7 @@ def _prepare_cut(group: CacheGroup, batch: Int32Array, lengths: Int64Array) -> _
     count = row_sharing.list_partial(table, batch, whole, positions, partial)
     shared = positions[:count][blocks.granules.refs[partial[:count]] > 1]
     try:
-        tails = _copy_tails(group, table, batch[shared], lengths[shared], "truncate")
+        tails = copy_tails(group, table, batch[shared], lengths[shared], "truncate")
     except CacheFullError:
         _give_back(group, hot)
         raise
@@ -218,7 +198,7 @@ def _dequantize(group: CacheGroup, batch: Int32Array, cut: Int64Array, lengths: 
     return Tails(np.array(positions, np.int32), starts, sizes)
 
 
-def _copy_tails(group: CacheGroup, source: BlockTable, parents: Int32Array, lengths: Int64Array, what: str) -> Tails:
+def copy_tails(group: CacheGroup, source: BlockTable, parents: Int32Array, lengths: Int64Array, what: str) -> Tails:
     """Copy the granule of each parent that would be partly filled at the given length, if there is one."""
     positions, partial = np.empty(len(parents), np.int32), np.empty(len(parents), np.int32)
     count = row_sharing.list_partial(source, parents, lengths, positions, partial)
@@ -242,7 +222,7 @@ def _require_entry(source: BlockTable, row: int, keep: int, most: int, what: str
         raise CacheFullError(f"{what}: expected rows of at most {most - 1} entries (max_entries is {most}), got {used}")
 
 
-def _copy_of_rows(table: BlockTable, which: Int32Array) -> BlockTable:
+def copy_of_rows(table: BlockTable, which: Int32Array) -> BlockTable:
     width = int(table.info[which, NUM_ENTRIES].max(initial=0))
     return BlockTable(
         table.info[which],

@@ -54,12 +54,19 @@ class Supply:
         """``[n]`` granules of the blocks."""
         return self._loan.sizes[: self._loan.number[0]]
 
-    def fill(self, rows: Int32Array, limits: Int32Array, steps: int) -> None:
+    def fill(self, rows: Int32Array, limits: Int32Array, steps: int, held: Int64Array | None = None) -> None:
         """Take the blocks that ``steps`` tokens more of each row will want, or as many as there are.
 
         It evicts what is cached where that is needed. Rows ask step by step, and in one step in their order.
+
+        Args:
+            rows: ``[batch]`` of the block table.
+            limits: ``[batch]`` tokens at which a row ends.
+            steps: tokens more of each row.
+            held: ``[batch]`` granules that each row has for the device; default: those of the block table.
         """
-        self._capacities, self._num_steps = self._group.table.info[rows, CAPACITY], 0
+        self._capacities = self._group.table.info[rows, CAPACITY] if held is None else held
+        self._num_steps = 0
         self.extend(rows, limits, steps)
 
     def extend(self, rows: Int32Array, limits: Int32Array, steps: int) -> None:

@@ -14,7 +14,8 @@ from kvtoolkit.cache.state.block_table import (
     attach,
 )
 from kvtoolkit.cache.state.ledger import Flags, move
-from kvtoolkit.cache.state.prefix_index import GranuleState
+from kvtoolkit.cache.state.prefix_index import GranuleState, Holdings
+from kvtoolkit.cache.state.row_sharing import Tails, reorder_all
 from kvtoolkit.config.growth import split_into_blocks, tail_size
 
 
@@ -119,3 +120,26 @@ def settle(
         if counts[b] > 0:
             attach(table, granules, rows[b], starts[b, : counts[b]], sizes[b, : counts[b]])
     return take_back(granted, callers, loan, granules.refs, out)
+
+
+@jit
+def settle_beams(
+    granted: Flags, callers: Flags, loan: Loan, before: BlockTable, ancestors: Int32Array, table: BlockTable,
+    rows: Int32Array, keeps: Int64Array, tails: Tails, holdings: Holdings, is_done: Flags,
+) -> Any:  # fmt: skip
+    """Let each row have the full granules of its ancestor, and then the copy that was lent for its last one.
+
+    Args:
+        before: copies of the rows, see `row_sharing.reorder_all`.
+        ancestors: ``[batch]`` rows in ``before``.
+        is_done: ``[1]``; if it is true, this was done before, in a call that broke off later: nothing happens.
+
+    Returns:
+        The number of ``freed`` granules.
+    """
+    if is_done[0]:
+        return 0
+    is_done[0] = True
+    move(callers, granted, loan.starts[: loan.number[0]], loan.sizes[: loan.number[0]])
+    loan.number[0] = 0
+    return reorder_all(before, ancestors, table, rows, keeps, tails, holdings)

@@ -20,7 +20,7 @@ from kvtoolkit.cache.state.block_table import (
     shrink,
     touch,
 )
-from kvtoolkit.cache.state.prefix_index import BROKEN, ROOT, GranuleState, Holdings, Nodes, decref, incref, withdraw
+from kvtoolkit.cache.state.prefix_index import BROKEN, ROOT, GranuleState, Holdings, Nodes, incref, withdraw
 from kvtoolkit.formats.entry import entry_granule, entry_length, entry_tier, pack_entry
 
 
@@ -262,46 +262,30 @@ def truncate_groups(
 
 
 @jit
-def graft_all(
-    source_table: BlockTable, sources: Int32Array, table: BlockTable, targets: Int32Array, keeps: Int64Array,
-    holdings: Holdings, scratch: Int32Array, is_done: NDArray[np.bool_],
-) -> Any:  # fmt: skip
-    """Let each target hold the first ``keeps`` granules that its source held, in front of its own ones after them.
-
-    What is known of its tokens is what was known of the source's. The targets have entries enough.
+def show_with_tails(
+    table: BlockTable, which: Int32Array, keeps: Int64Array, tails: Tails, entries: Int32Array, starts: Int32Array,
+    ends: Int32Array,
+) -> None:  # fmt: skip
+    """Write what rows would hold with their first ``keeps`` granules and the fresh blocks of ``tails``.
 
     Args:
-        scratch: ``[2, entries]``.
-        is_done: ``[1]``; if it is true, this was done before, in a call that broke off later: nothing happens.
-
-    Returns:
-        The number of ``freed`` granules.
+        entries, starts: ``[rows, width]``, with room for it, -1 everywhere.
+        ends: ``[rows, 4]`` receives where each row ends, as ``GrowParams`` has it.
     """
-    granules, num_freed = holdings.granules, 0
-    if is_done[0]:
-        return 0
-    is_done[0] = True
-    incref_all(source_table, sources, keeps, granules)
-    for i in range(len(targets)):
-        row, keep = targets[i], keeps[i]
-        count, num_own, capacity = table.info[row, NUM_ENTRIES], 0, table.info[row, CAPACITY]
-        for e in range(count):
-            entry, start = table.entries[row, e], table.starts[row, e]
-            length = entry_length(entry)
-            passed = min(max(keep - start, 0), length)
-            for k in range(passed):
-                num_freed = decref(holdings, entry_granule(entry) + k, num_freed)
-            if passed < length:
-                scratch[0, num_own] = pack_entry(entry_granule(entry) + passed, length - passed, entry_tier(entry))
-                scratch[1, num_own] = start + passed
-                num_own += 1
-        copy_first(source_table, sources[i], table, row, keep)
-        before = table.info[row, NUM_ENTRIES]
-        for e in range(num_own):
-            table.entries[row, before + e], table.starts[row, before + e] = scratch[0, e], scratch[1, e]
-        for e in range(before + num_own, count):
-            table.entries[row, e] = table.starts[row, e] = -1
-        table.info[row, NUM_ENTRIES], table.info[row, CAPACITY] = before + num_own, capacity
-        copy_tokens(source_table, sources[i], table, row)
-        touch(table, row)
-    return num_freed
+    block = 0
+    for i in range(len(which)):
+        row, e, keep = which[i], 0, keeps[i]
+        while e < table.info[row, NUM_ENTRIES] and table.starts[row, e] < keep:
+            entry, starts[i, e] = table.entries[row, e], table.starts[row, e]
+            length = min(entry_length(entry), keep - table.starts[row, e])
+            entries[i, e] = pack_entry(entry_granule(entry), length, entry_tier(entry))
+            e += 1
+        while block < len(tails.positions) and tails.positions[block] == i:
+            entries[i, e], starts[i, e] = pack_entry(tails.starts[block], tails.sizes[block], 0), keep
+            keep += tails.sizes[block]
+            block += 1
+            e += 1
+        ends[i, 0], ends[i, 1], ends[i, 2], ends[i, 3] = keep, e, 0, 0
+        if e > 0:
+            ends[i, 2] = 8 * starts[i, e - 1]
+            ends[i, 3] = 8 * (entry_granule(entries[i, e - 1]) - starts[i, e - 1])
