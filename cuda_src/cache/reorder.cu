@@ -112,7 +112,7 @@ __device__ __forceinline__ void rebuild(const ReorderParams& p, int group, int r
 extern "C" __global__ void __launch_bounds__(1024) kvt_reorder(const __grid_constant__ ReorderParams p) {
   __shared__ int most_new;
   ptx::wait_for_dependencies();
-  if (threadIdx.x == 0) most_new = 0;
+  if (threadIdx.x == 0) most_new = -1;
   __syncthreads();
   for (int row = threadIdx.x; row < p.batch; row += blockDim.x) {
     const int parent = p.parents[row];
@@ -127,6 +127,7 @@ extern "C" __global__ void __launch_bounds__(1024) kvt_reorder(const __grid_cons
     p.ancestors[row] = p.scratch[row];
     p.parents[row] = row;
   }
+  if (most_new < 0) return;  // no row goes on from another one
   for (int i = threadIdx.x; i < most_new * (p.batch / kBeams); i += blockDim.x) {
     const int row = i % (p.batch / kBeams) * kBeams;
     long long* const tokens = p.history + static_cast<long long>(i / (p.batch / kBeams)) * p.batch;

@@ -13,7 +13,7 @@ MAX_BEAMS = 16
 
 _params = ParameterStruct("cache/reorder.cu", "kvt_reorder")
 _copy_params = ParameterStruct("cache/reorder.cu", "kvt_reorder_copy")
-_CTAS = 264  # of all arrays, at most about twice the SMs of a GPU
+_CTAS = 1056  # of all arrays, at most about eight times the SMs of a GPU
 
 
 def make_reorder(

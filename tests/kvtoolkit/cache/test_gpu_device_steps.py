@@ -154,7 +154,8 @@ def compare(options, batch, num_turns):
     stats = [one.cache.stats() for one in (by_host, by_device)]
     assert stats[1].callers == 0
     assert stats[0].converted_tokens == stats[1].converted_tokens
-    assert stats[0].num_merges == stats[1].num_merges
+    if "layer_groups" not in options:  # when a turn begins, the host may merge what a window is about to pass
+        assert stats[0].num_merges == stats[1].num_merges
     assert (stats[1].converted_tokens > 0) == ("tiers" in options)
 
 
