@@ -87,7 +87,7 @@ class Migration:
             return
         lengths, held = group.table.info[rows, LENGTH], group.table.info[rows, CAPACITY]
         more = np.maximum(-(-np.minimum(lengths + steps, limits) // 8) - held, 0) + MAX_BLOCK_GRANULES
-        if more.sum() > blocks.allocator.num_free + blocks.num_cached + MAX_BLOCK_GRANULES * len(blocks.reserve):
+        if more.sum() > blocks.num_known_free + blocks.num_cached + MAX_BLOCK_GRANULES * len(blocks.reserve):
             return
         left = np.empty(len(rows), np.int32)
         count = device_moves.are_left(group.table, self.rule, rows, self._marks_of(rows), left)
@@ -130,13 +130,16 @@ class Migration:
     def _take(self, tier: int, wanted: int) -> None:
         """Take blocks of a quantized tier, evicting what is cached where that is needed."""
         blocks = self._group.blocks
-        allocator = blocks.allocators[tier]
-        assert allocator is not None
-        missing = wanted * MAX_BLOCK_GRANULES - allocator.num_free
-        while missing > 0 and not blocks.evict(missing, tier):
-            missing //= 2
-        starts = blocks.ledger.take(tier, np.full(wanted, MAX_BLOCK_GRANULES, np.int32))
-        self._lend(starts[starts >= 0])
+        while wanted > 0:
+            starts = blocks.ledger.take(tier, np.full(wanted, MAX_BLOCK_GRANULES, np.int32))
+            starts = starts[starts >= 0]
+            self._lend(starts)
+            wanted -= len(starts)
+            missing = wanted * MAX_BLOCK_GRANULES
+            while missing > 0 and not blocks.evict(missing, tier):
+                missing //= 2
+            if missing < MAX_BLOCK_GRANULES:
+                break
 
     def _lend(self, starts: Int32Array) -> None:
         lend(*self._flags, self._loan, starts, np.full(len(starts), MAX_BLOCK_GRANULES, np.int32))

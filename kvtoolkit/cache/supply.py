@@ -76,7 +76,9 @@ class Supply:
             blocks.replenish()
         if len(blocks.ledger.left):
             blocks.ledger.free_left()
-        policy, num_free, held = blocks.policy, blocks.allocator.num_free, int(self.sizes.sum())
+        policy, num_free, held = blocks.policy, blocks.num_known_free, int(self.sizes.sum())
+        if num_free < len(rows) * MAX_BLOCK_GRANULES * most_grants(steps):
+            num_free = blocks.allocator.num_free  # kernels may have freed some since the host last looked
         left, room = num_free + 8 * len(blocks.reserve) + blocks.num_cached, self.most - len(self.sizes)
         self.num_available = left + held
         first, self._num_steps = self._num_steps, self._num_steps + steps

@@ -41,8 +41,11 @@ class Demoter:
         table, blocks = self._group.table, self._group.blocks
         missing = 0
         if num_need:
-            missing = int(tile_moves.count_missing(table, arrays, num_need))
-            missing -= blocks.allocator.num_free + blocks.num_cached + 8 * len(blocks.reserve)
+            lacking = int(tile_moves.count_missing(table, arrays, num_need))
+            lacking -= blocks.num_cached + 8 * len(blocks.reserve)
+            missing = lacking - blocks.num_known_free
+            if missing > 0:  # kernels may have freed some since the host last looked
+                missing = lacking - blocks.allocator.num_free
         if missing <= 0 and not tile_moves.any_due(table.info, table.scanned):
             return False
         due = self._list_due(missing > 0)
