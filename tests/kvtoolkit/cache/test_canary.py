@@ -173,6 +173,39 @@ def test_steps_of_the_device_are_checked(monkeypatch):
 
 
 @needs_compiler
+@pytest.mark.parametrize("options", [{"beams": 4}, {"tiers": TIERS}], ids=str)
+def test_what_moves_in_steps_of_the_device_keeps_its_records(monkeypatch, options):
+    """No false alarm, and a fault is found after moves, too."""
+    use_host(monkeypatch)
+    cache = make_cache(num_tokens=8192, head_dim=64, growth="lazy_merge", tiers=options.get("tiers"))
+    rng = np.random.default_rng(0)
+    ids, _ = cache.open([[]] * 4)
+    with cache.begin_step(ids, 61, np.tile(np.arange(61), 4)) as step:
+        key = rng.standard_normal((244, 1, 64)).astype(np.float32)
+        for layer in range(2):
+            step.append(layer, key, key)
+        cache.end_step(step)
+    steps = DeviceSteps(cache, 4, 64, beams=options.get("beams", 1))
+    for turn in range(4):
+        steps.load(ids, [5] * 4)
+        for i in range(50):
+            steps.tokens[:] = rng.integers(0, 99, 4)
+            if "beams" in options:
+                steps.parents[:] = rng.integers(0, 4, 4)
+            run = steps.begin()
+            key = rng.standard_normal((4, 1, 64)).astype(np.float32)
+            for layer in range(2):
+                run.append(layer, key, key)
+            if (turn, i) == (3, 40):
+                slot = int(steps._graph_step.tables.slot_mapping[0])
+                cache.key_cache(0)[slot // 8, 0, slot % 8] = 0
+        if turn < 3:
+            assert steps.finish().num_new.tolist() == [50] * 4
+    with pytest.raises(IntegrityError, match="key has changed"):
+        steps.finish()
+
+
+@needs_compiler
 @pytest.mark.parametrize("seed", range(6))
 def test_the_kernel_does_what_the_host_does(monkeypatch, seed):
     """Drawn tables, lengths, tokens and damages: the same records, and the same first fault where there is one row."""
