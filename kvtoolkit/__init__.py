@@ -4,7 +4,8 @@ from allocators import BlockAllocator, create, register
 from kvtoolkit._version import __version__
 from kvtoolkit.attention.calls import append, merge_states, paged_attention, tiered_attention, variable_block_attention
 from kvtoolkit.attention.plan import AttentionPlan, plan_attention
-from kvtoolkit.cache.device_steps import DeviceSteps, DeviceTurn
+from kvtoolkit.cache.device_steps import DeviceSteps
+from kvtoolkit.cache.device_turn import DeviceTurn
 from kvtoolkit.cache.graph import GraphRun, GraphStep
 from kvtoolkit.cache.kv_cache import KVCache
 from kvtoolkit.cache.lease import Lease

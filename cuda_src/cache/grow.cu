@@ -41,7 +41,7 @@ struct RowTail {
 struct GrowParams {
   const unsigned char* finished;  // [batch] not 0: the row gets no more tokens
   const long long* tokens;        // [batch, most_new] the new tokens of each row
-  const int* kept;                // [batch] how many of the last step's tokens stay; not read where most_new is 1
+  int* kept;                      // [batch] how many of the last step's tokens stay, then 0; unused where most_new is 1
   int* pending;                   // [batch] tokens that the last step gave a row, if it had several; or 0
   const int* max_lens;            // [batch] tokens
   int* lengths;                   // [batch] tokens that stay; a single new one counts at once
@@ -64,6 +64,7 @@ struct GrowParams {
   int offered[kMaxGroups];  // bit i: blocks of 2^i granules
   int most_supply[kMaxGroups];
   int batch, num_groups, max_steps, most_grants, most_new;
+  int beams;  // rows of a family, of which all get a token or none; one launch takes all rows at once where it is above 1
 };
 
 // Blocks of one size.
@@ -289,6 +290,22 @@ __device__ __forceinline__ void give(const GrowParams& p, int group, int begin, 
   }
 }
 
+// Let a row that has room wait for one of its family that has none: beams of other lengths could not go on from one another.
+__device__ __forceinline__ void stall_families(const GrowParams& p, int begin, Shared& shared, Rows& rows) {
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) shared.chosen[rows.row[i] - begin] = rows.status[i];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int first = rows.row[i] / p.beams * p.beams;
+    if (rows.row[i] >= p.batch || rows.status[i] != kOk) continue;
+    for (int row = first; row < first + p.beams; ++row) {
+      const int status = shared.chosen[row - begin];
+      if (status == kOutOfBlocks || status == kRowFull) rows.status[i] = status;
+    }
+  }
+}
+
 // The rows from `begin` on; threads without rows take part in all barriers.
 __device__ __forceinline__ void grow_rows(const GrowParams& p, int begin, Shared& shared) {
   Rows rows;
@@ -306,6 +323,7 @@ __device__ __forceinline__ void grow_rows(const GrowParams& p, int begin, Shared
       const int stay = max(0, min(p.kept[row], p.pending[row]));
       rows.length[i] += stay;
       num_new[i] += stay;
+      p.kept[row] = 0;
     }
     const bool is_at_end = rows.length[i] + p.most_new > p.max_lens[row];
     const bool is_over = num_new[i] + p.most_new > p.max_steps;
@@ -344,6 +362,7 @@ __device__ __forceinline__ void grow_rows(const GrowParams& p, int begin, Shared
     }
     __syncthreads();  // all know what is left, before the next group's supply takes its place
   }
+  if (p.beams > 1) stall_families(p, begin, shared, rows);
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
     const int row = rows.row[i];

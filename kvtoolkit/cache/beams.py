@@ -17,6 +17,8 @@ from kvtoolkit.config.cache import CacheConfig
 from kvtoolkit.cuda.reorder import MAX_BEAMS, make_reorder
 from kvtoolkit.errors import ArgumentError, UnsupportedError
 
+MOST_ROWS = 4096
+"""Of one launch of ``cuda_src/cache/grow.cu`` that takes all rows at once."""
 ROOM = 18
 """Granules of a beam from its last full one on when a turn begins, besides those of its new tokens: two blocks."""
 _KEPT = ("block_table", "block_starts")
@@ -62,10 +64,16 @@ class Beams:
         """``[n]`` first granules of the copies' blocks."""
         return self._loan.starts[: self._loan.number[0]]
 
-    def fill(self, rows: Int32Array) -> None:
-        """Copy the partly filled granules of the rows of a turn; CacheFullError, with nothing done, without room."""
+    def fill(self, rows: Int32Array, limits: Int32Array) -> None:
+        """Copy the partly filled granules of the rows of a turn; CacheFullError, with nothing done, without room.
+
+        Args:
+            rows: of the block table.
+            limits: tokens at which each row ends.
+        """
         group = self._group
-        require_equal(group.table.info[rows, LENGTH], self._beams)
+        require_equal(group.table.info[rows, LENGTH], self._beams, "seq_ids", "lengths")
+        require_equal(limits, self._beams, "max_lens", "limits")
         self._tails = copy_tails(group, group.table, rows, group.table.info[rows, LENGTH], "load")
         lend(*self._flags, self._loan, self._tails.starts, self._tails.sizes)
         self._is_done[0] = False
@@ -149,14 +157,16 @@ def require_beams(config: CacheConfig, batch: int, num_new_tokens: int, beams: i
             f"beams: expected 1 to {MAX_BEAMS}, a divisor of batch, and one new token in a step, got {beams}, a batch "
             f"of {batch} and {num_new_tokens} new tokens"
         )
+    if batch > MOST_ROWS:
+        raise ArgumentError(f"batch: expected up to {MOST_ROWS} rows with beams, got {batch}")
     if config.is_grouped or config.tier_config is not None:
         raise UnsupportedError("beams: expected a cache with one group of layers and without tiers")
 
 
-def require_equal(lengths: Int64Array, beams: int) -> None:
-    """ArgumentError unless the beams of each search have equally many tokens."""
-    if len(lengths) % beams or (lengths.reshape(-1, beams) != lengths[::beams, None]).any():
+def require_equal(values: Int64Array | Int32Array, beams: int, name: str, what: str) -> None:
+    """ArgumentError unless there is the same value for all beams of each search."""
+    if len(values) % beams or (values.reshape(-1, beams) != values[::beams, None]).any():
         raise ArgumentError(
-            f"seq_ids: expected the {beams} beams of each search one after the other, of equal lengths, got lengths "
-            f"{lengths.tolist()!r:.200}"
+            f"{name}: expected the {beams} beams of each search one after the other, of equal {what}, got "
+            f"{values.tolist()!r:.200}"
         )

@@ -2,7 +2,7 @@
 
 import sys
 import weakref
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from allocators._calls import Calls, exclusive
 from kvtoolkit.arrays.types import ArrayLike, Int32Array, Int64Array, as_int
 from kvtoolkit.cache.beams import ROOM, Beams, require_beams
+from kvtoolkit.cache.device_turn import DeviceTurn
 from kvtoolkit.cache.fixed_tables import Move
 from kvtoolkit.cache.graph import GraphRun, GraphStep
 from kvtoolkit.cache.kv_cache import KVCache
@@ -27,29 +28,13 @@ from kvtoolkit.runtime.devices import using
 
 _MOST_ROWS = 1 << 16
 _MOST_HISTORY = 1 << 30  # bytes; there is a pinned copy of it
-STATUS_NAMES = ("ok", "out of blocks", "row full", "at max_len", "finished", "out of steps")
-
-
-class DeviceTurn(NamedTuple):
-    """What the device has done between two turns of the host; see `DeviceSteps.finish`."""
-
-    num_new: Int32Array
-    """``[batch]`` tokens that each sequence has got; from `poll` without those of the last step, if it had several."""
-    history: Int64Array
-    """``[batch, most]`` int64 these tokens, from the left; ``most`` is the largest of ``num_new``."""
-    next_tokens: Int64Array
-    """``[batch]`` int64 what the graph has chosen last: it is in no sequence yet."""
-    finished: NDArray[np.bool_]
-    """``[batch]`` the caller's mask."""
-    status: Int32Array
-    """``[batch]`` of the last step, see `kvtoolkit.cache.device_steps.STATUS_NAMES`."""
 
 
 class DeviceSteps:
     """Decode steps without the host: a captured graph gives each sequence a slot, and blocks where it needs some.
 
         steps = DeviceSteps(cache, batch=8, max_steps=32)
-        with torch.cuda.graph(graph):                         # after one eager run on another stream
+        with torch.cuda.graph(graph, stream=stream):          # after one eager run on the same stream
             logits = model(steps.tokens, steps.positions, steps.begin())
             chosen = logits.argmax(-1)
             steps.tokens.copy_(torch.where(steps.status == 0, chosen, steps.tokens))
@@ -82,9 +67,10 @@ class DeviceSteps:
             ends there.
         max_seq_len: tokens of the longest sequence. Default: the cache's limit.
         shared_reads: as in `GraphStep`.
-        beams: 2 to 16: the rows are the beams of searches, so many of each one after the other, which may go on from
-            one another. All of a search have equally many tokens when a turn begins; a row whose parent has not as many
-            as it ends. For caches with one group of layers and without tiers; blocks are merged between turns only.
+        beams: 2 to 16, a divisor of ``batch``: the rows are the beams of searches, so many of each one after the other,
+            which may go on from one another. All of a search have equally many tokens, and the same of ``max_lens``,
+            when a turn begins. If one of them stalls, all do. A row whose parent has not as many tokens as it ends. For
+            caches with one group of layers and without tiers; blocks are merged between turns only.
 
     Attributes:
         tokens: ``[batch * num_new_tokens]`` int64 on the device: the new tokens, row after row. The graph writes the
@@ -92,8 +78,8 @@ class DeviceSteps:
         positions: ``[batch * num_new_tokens]`` int64: the place of each in its sequence, made by `begin`.
         finished: ``[batch]`` bool: the graph sets it where a sequence has ended. `load` clears it but in padding rows.
         status: ``[batch]`` int32, made by `begin`: 0 = the row has new tokens; else why it has none, a place in
-            ``STATUS_NAMES`` of this module. Results of other rows mean nothing.
-        kept: ``[batch]`` int32: with several new tokens, the graph writes here how many of them stay.
+            ``STATUS_NAMES`` of `kvtoolkit.cache.device_turn`. Results of other rows mean nothing.
+        kept: ``[batch]`` int32: with several new tokens, the graph writes here in each step how many of them stay.
         parents: ``[batch]`` int32, only with ``beams``: the graph writes here, before `begin`, from which row each goes
             on. `begin` lets it, and makes every row its own parent again.
 
@@ -103,10 +89,10 @@ class DeviceSteps:
     `finish`.
 
     Raises:
-        UnsupportedError: the cache is not on a GPU, has chunks or more than four groups of layers, or demotes by mass.
-        ArgumentError: ``batch``, ``max_steps``, ``num_new_tokens`` or ``max_seq_len`` is no integer, or more than
-            memory has room for.
-        StepError: one of them is below 1.
+        UnsupportedError: the cache is not on a GPU, has chunks or more than four groups of layers, or demotes by mass;
+            with ``beams``, it has several groups or tiers.
+        ArgumentError: a number is no integer, or more than memory has room for; ``beams`` is not as above.
+        StepError: another number is below 1.
 
     Source: prefix sums over rows in place of a free list, see ``cuda_src/cache/grow.cu``.
     """
@@ -225,7 +211,8 @@ class DeviceSteps:
 
         Raises:
             SequenceError: an id is not that of an open sequence, or is given twice.
-            ArgumentError: an argument is not as above.
+            ArgumentError: an argument is not as above, or beams of a search differ in length or ``max_lens``.
+            CacheFullError: there is no room for copies of the last granules of beams.
             StepError: the last turn has not ended.
         """
         if self._step is not None:
@@ -291,7 +278,7 @@ class DeviceSteps:
         num_tokens = self._num_steps * self.num_new_tokens
         held = None
         if self._beams is not None:
-            self._beams.fill(rows)
+            self._beams.fill(rows, self._limits)
             held = self._beams.ends[:, 0].astype(np.int64)
         for supply, migration in zip(self._supplies, self._migrations, strict=True):
             supply.fill(rows, self._limits, num_tokens, held)
@@ -359,7 +346,7 @@ class DeviceSteps:
 
         Raises:
             ArgumentError: with those of before these are more than ``max_steps``.
-            StepError: no turn is under way.
+            StepError: no turn is under way, or `collect` has ended it.
         """
         if self._step is None:
             raise StepError("refill: expected a turn under way, after `load`")
@@ -439,7 +426,7 @@ class DeviceSteps:
                 of_rows = rows.finished, rows.kept, rows.pending, rows.max_lens, rows.lengths, rows.num_new
                 tails, moved, journal = self._of_groups[i][0], there["moved"][i], there[f"journal{i}"]
                 launches += moving.make(of_rows, fixed.tables, tails, moved, journal, each, most, device)
-        return [*launches, make_growth(rows, groups, self._batch, most, self._most_grants, each, device)]
+        return [*launches, make_growth(rows, groups, self._batch, most, self._most_grants, each, self.beams, device)]
 
     def begin(self) -> GraphRun:
         """Begin a step, eager or captured: every row gets its place. Returns what serves the layers, as a `Step` does.
@@ -543,6 +530,9 @@ class DeviceSteps:
         """Copy what happened to the host, asynchronously."""
         from kvtoolkit.runtime.streams import cupy_on_current_stream
 
+        if self._beams is not None:  # the tokens that were chosen last are of rows that go on from these parents
+            for launch in self._launches[:2]:
+                launch.run(current_stream(self._cache._arenas.device))
         with cupy_on_current_stream(self._cache._arenas.device) as cupy:
             self._memory.copy(cupy, self._collected, is_poll=False)
 

@@ -46,7 +46,7 @@ class GrowingGroup(NamedTuple):
 
 def make_growth(
     rows: GrowingRows, groups: Sequence[GrowingGroup], batch: int, max_steps: int, most_grants: int, most_new: int,
-    device: int,
+    beams: int, device: int,
 ) -> Launch:  # fmt: skip
     """The launch that gives each row places for its next tokens; nothing is launched yet.
 
@@ -56,11 +56,12 @@ def make_growth(
         max_steps: tokens of a row in the history.
         most_grants: blocks of a row that are noted.
         most_new: new tokens of a row.
+        beams: rows of a family, of which all get a token or none.
         device: the current one.
     """
     columns = list(zip(*(_fields(group) for group in groups), strict=True))
     by_group = [value for column in columns for value in (*column, *[0] * (MAX_GROUPS - len(groups)))]
-    parameters = _params.pack(*rows, *by_group, batch, len(groups), max_steps, most_grants, most_new)
+    parameters = _params.pack(*rows, *by_group, batch, len(groups), max_steps, most_grants, most_new, beams)
     spec = specs.grow(batch)
     threads = min(spec.threads, -(-batch // 32) * 32)
     return Launch(load_spec(spec, device), (1,), threads, 0, parameters)

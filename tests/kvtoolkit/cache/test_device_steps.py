@@ -299,6 +299,19 @@ def test_tokens_that_are_not_kept_are_as_truncated_ones(options, each):
         assert by_device.stats().callers == 0
 
 
+def test_what_is_kept_is_said_in_each_step():
+    cache = make_cache(num_tokens=512)
+    ids = prefill(cache, [[1] * 8])
+    steps = DeviceSteps(cache, 1, 8, num_new_tokens=4)
+    steps.load(ids, [1])
+    for kept in (3, None, 2):
+        run(steps.begin(), np.asarray(steps.tokens))
+        if kept is not None:
+            steps.kept[:] = kept
+    assert steps.finish().num_new.tolist() == [5]
+    cache.check_integrity()
+
+
 def test_a_row_without_room_for_all_its_tokens_ends():
     cache = make_cache(num_tokens=512)
     ids = prefill(cache, [[1] * 8, [2] * 8])
@@ -887,6 +900,11 @@ def test_beams_that_the_device_reorders_equal_those_of_the_host(growth, beams):
             assert tails.tolist() == tails_of(steps._graph_step.tables, range(num))
             tokens = (chosen + np.arange(num)) % 97
             steps.tokens[:num] = tokens
+        if turn != 2:  # the tokens that were chosen last may be of other rows, too
+            parents = np.concatenate([rng.choice(family, beams) for family in np.arange(num).reshape(-1, beams)])
+            steps.parents[:num] = parents
+            caches[0].reorder(ids[0], parents)
+            history = history[parents]
         turn_of_device = steps.finish()
         assert turn_of_device.num_new.tolist() == [24] * num
         assert turn_of_device.history.tolist() == history.tolist()
@@ -919,6 +937,29 @@ def test_reordering_after_a_turn_writes_to_nobody(how):
     assert (steps._graph_step.tables.block_table == table).all()
 
 
+def test_beams_of_a_search_stall_together_and_go_on_together():
+    cache = make_cache(num_tokens=128, growth="fixed8", block_sizes=[8])
+    ids = prefill(cache, [[1] * 16, [2] * 16, [3] * 16, [4] * 16, [5]])[:4]
+    steps = DeviceSteps(cache, 4, 32, beams=2)
+    steps.load(ids, [1, 2, 3, 4])  # there is room for 7 blocks more, so one of a search gets less
+    found = []
+    for _ in range(20):
+        steps.parents[:] = [1, 0, 3, 2]
+        replay(steps, 1)
+        found.append(steps.status.tolist())
+    assert [0, 0, 1, 1] in found
+    assert all(first == second and third == fourth for first, second, third, fourth in found)
+    assert not any(status in (2, 3, 4, 5) for one in found for status in one)
+    turn = steps.finish()
+    assert turn.num_new.tolist() == [16, 16, 8, 8]
+    cache.check_integrity()
+    cache.close(ids[:2])
+    steps.load(ids[2:], turn.next_tokens[2:])
+    replay(steps, 20)
+    assert steps.finish().num_new.tolist() == [20, 20]
+    cache.check_integrity()
+
+
 @pytest.mark.parametrize("how", ["abort", "drop"])
 def test_beams_of_a_turn_that_is_given_up_are_as_before(how):
     cache = make_cache(num_tokens=1024, growth="fixed16", block_sizes=[8, 16])
@@ -944,8 +985,12 @@ def test_a_row_whose_parent_has_other_tokens_ends():
     (first,) = prefill(cache, [[1] * 20])
     ids = np.array([first, *cache.fork([first], 3)[0]])
     steps = DeviceSteps(cache, 4, 16, beams=2)
-    steps.load(ids, [1, 2, 3, 4], max_lens=[30, 30, 22, 30])
-    replay(steps, 3)
+    with pytest.raises(ArgumentError, match="max_lens"):
+        steps.load(ids, [1, 2, 3, 4], max_lens=[30, 30, 22, 30])
+    steps.load(ids, [1, 2, 3, 4])
+    replay(steps, 2)
+    steps.finished[2] = True
+    replay(steps, 1)
     steps.parents[:] = [1, 0, 3, 2]  # the third has ended by now, and its neighbour has one token more
     replay(steps, 1)
     assert steps.status.tolist() == [0, 0, 4, 4]

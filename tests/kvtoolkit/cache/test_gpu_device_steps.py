@@ -180,6 +180,8 @@ def test_beams_that_the_device_reorders_give_the_bits_of_the_host(options):
             by_device.graph.replay()
             expected, _ = by_host.step(ids[0])
             assert torch.equal(by_device.out, expected)
+        by_device.steps.parents[:] = torch.from_numpy(parents).cuda()
+        by_host.cache.reorder(ids[0], parents)
         turn = by_device.steps.finish()
         assert turn.num_new.tolist() == [32] * num
         tokens = turn.next_tokens
