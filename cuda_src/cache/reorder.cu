@@ -30,13 +30,13 @@ struct ReorderParams {
   const int* num_new;       // [batch] of them since the host's turn
   long long* history;       // [max_steps, batch]
   // of each group of layers
-  int* block_table[kMaxGroups];         // [batch, width]
-  int* block_starts[kMaxGroups];        // [batch, width]
-  int4* tails[kMaxGroups];              // [batch] as in grow.cu
-  const int* first_table[kMaxGroups];   // the same as they were at the host's turn
+  int* block_table[kMaxGroups];        // [batch, width]
+  int* block_starts[kMaxGroups];       // [batch, width]
+  int4* tails[kMaxGroups];             // [batch] as in grow.cu
+  const int* first_table[kMaxGroups];  // the same as they were at the host's turn
   const int* first_starts[kMaxGroups];
   const int4* first_tails[kMaxGroups];
-  int* own[kMaxGroups];                 // [batch, most_own] receives the granules of each row from the host's turn on
+  int* own[kMaxGroups];  // [batch, most_own] receives the granules of each row from the host's turn on
   int width[kMaxGroups];
   int batch, num_groups, most_own, max_steps;
 };

@@ -34,6 +34,8 @@ class MigrationLaunches:
 
     def blocks(self) -> list[Move]:
         """The copies that bring the blocks."""
+        if not self._migration.most_targets:
+            return []
         listed, counts = self._migration.lists()
         used = max(1, int(counts.max()))
         return [(listed[:, :used], self._targets), (counts, self._held)]

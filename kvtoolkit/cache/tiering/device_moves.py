@@ -4,7 +4,7 @@ from typing import Any
 
 from allocators._jit import jit
 from kvtoolkit.arrays.types import Int32Array, Int64Array
-from kvtoolkit.cache.state.block_merging import merge_blocks
+from kvtoolkit.cache.state.block_merging import merge_blocks, mergeable
 from kvtoolkit.cache.state.block_table import CAPACITY, LENGTH, NUM_ENTRIES, TAIL_FIRST, BlockTable, granule_at
 from kvtoolkit.cache.state.growing import Loan
 from kvtoolkit.cache.state.ledger import Flags, move
@@ -154,7 +154,11 @@ def settle_moves(
         row, tile, tier, block = rows[moves[i, 0]], moves[i, 1], moves[i, 2], moves[i, 3]
         for k in range(8):
             sources[k] = granule_at(table, row, 8 * tile + k)
-        if tier == TIER_HOT:
+        if tier == TIER_HOT and mergeable(table, row, 8 * tile + 8) < 0:  # then the row goes on with its own granules
+            for k in range(8):
+                freed[num_freed] = block + k
+                num_freed += 1
+        elif tier == TIER_HOT:
             merge_blocks(table, row, 8 * tile + 8, block, nodes, granules)
             for k in range(8):
                 freed[num_freed] = sources[k]

@@ -108,6 +108,7 @@ def prefill(cache, model, lengths, ids=None, *, tell=False):
         {"growth": "fixed8"}, {"growth": "fixed64"}, {"growth": "append"}, {"growth": "proportional"},
         {"growth": "lazy_merge"}, {"growth": "adaptive"}, {"growth": "adaptive", "allocator": "slab"},
         {"allocator": "lockfree"}, {"layer_groups": WINDOW}, {"layer_groups": WINDOW, "growth": "lazy_merge"},
+        {"layer_groups": WINDOW, "growth": "fixed8"},
         {"tiers": TIERS}, {"tiers": TIERS, "growth": "fixed8"},
         {"tiers": PINNED, "growth": "lazy_merge", "allocator": "lockfree"},
     ],
