@@ -59,6 +59,8 @@ struct GrowParams {
   const int* held[kMaxGroups];  // [kNumSizes] blocks in the supply, then granules that were free at the host's turn
   int* taken[kMaxGroups];       // [kNumSizes] blocks of it that are gone, then granules of these
   int* grants[kMaxGroups];      // [most_grants + 1, batch] number of blocks of a row; first granule | size << 24
+  const int*
+      gone[kMaxGroups];  // [batch] entries that windows have passed, which the host's rows have until its turn; or null
   int width[kMaxGroups], num_granules[kMaxGroups];
   int rule[kMaxGroups], tail[kMaxGroups], largest[kMaxGroups];
   int offered[kMaxGroups];  // bit i: blocks of 2^i granules
@@ -102,7 +104,7 @@ __device__ __forceinline__ bool attach(
   // an entry stays inside one superblock of 8 granules; with an empty row nothing joins
   if (tail.num_entries > 0 && granule + length == start && granule >> 3 == (start + granules - 1) >> 3) {
     p.block_table[group][at - 1] = Entry::pack(granule, length + granules, Tier::kHot).bits;
-  } else if (tail.num_entries == p.width[group]) {
+  } else if (tail.num_entries + (p.gone[group] == nullptr ? 0 : p.gone[group][row]) >= p.width[group]) {
     return false;
   } else {
     p.block_table[group][at] = Entry::pack(start, granules, Tier::kHot).bits;

@@ -46,11 +46,14 @@ struct MigrateParams {
   const int* targets;  // [3, most_targets] first granules of free blocks of 64 tokens: hot, warm, cold
   const int* held;     // [3] how many there are
   int* taken;          // [4] how many of them are gone, then moves so far
-  int4* journal;       // [3, most_targets] of each block that is gone: row, tile, number of the move; row -1 = unused
-  int4* edits;         // [2 * most] scratch: row, tile, list | place << 2, first granule of the block
-  int* num_moves;      // [2] of this step: to colder tiers, merges
-  int* demotions;      // [most, 16] granules: 8 to read, 8 to write; -1 = none
-  int* merges;         // [most, 16]
+  int4* journal;  // [3, most_targets] of each block that is gone: row, tile, number of the move, blocks that the row
+                  // had been granted by then; row -1 = unused
+  const int* grants;  // [batch] as in grow.cu: how many blocks rows have been granted
+  int* gone;          // [batch] entries that rows have let go of since the host's turn
+  int4* edits;        // [2 * most] scratch: row, tile, list | place << 2, first granule of the block
+  int* num_moves;     // [2] of this step: to colder tiers, merges
+  int* demotions;     // [most, 16] granules: 8 to read, 8 to write; -1 = none
+  int* merges;        // [most, 16]
   int batch, width, most_targets, most, most_new, max_steps;
   int hot, pinned, warm;   // tokens, see kvtoolkit/cache/tiering/rules.py
   int demotes, is_merged;  // whether the group has tiers; whether its growth policy merges
@@ -111,7 +114,7 @@ __device__ __forceinline__ unsigned long long max_of_cta(unsigned long long x, S
 __device__ __forceinline__ void note(const MigrateParams& p, int edit, int row, int tile, int list, int place) {
   const long long at = static_cast<long long>(list) * p.most_targets + place;
   p.edits[edit] = {row, tile, list | place << 2, p.targets[at]};
-  p.journal[at] = {row, tile, p.taken[3] + edit, 0};
+  p.journal[at] = {row, tile, p.taken[3] + edit, p.grants[row]};
 }
 
 // Choose what goes to a colder tier.
@@ -247,6 +250,7 @@ __device__ __forceinline__ void drop_past(const MigrateParams& p) {
       }
       tail.y = count - gone;
       p.tails[row] = tail;
+      p.gone[row] += gone;
     }
     for (unsigned left = __ballot_sync(kAllLanes, gone > 0); left != 0; left &= left - 1) {
       const int lane = 31 - __clz(left & -left);

@@ -306,7 +306,7 @@ class DeviceSteps:
         for supply, (tails, _, _), moving in zip(self._supplies, self._of_groups, self._moving, strict=True):
             moves.append((supply.tails(rows), tails))
             if moving is not None:
-                moves.append(moving.marks())
+                moves += moving.marks()
         moves += self._moves_of_supplies()
         moves += [(self._bounds, fixed.tables.cu_seqlens_q) for fixed in self._graph_step._fixed]
         if self._beams is not None:
@@ -409,7 +409,8 @@ class DeviceSteps:
                 tables.block_table, tables.block_starts, tables.seq_lens, tables.slot_mapping, *self._of_groups[i],
                 there["taken"][i], there["grants"][i],
             )  # fmt: skip
-            places = [array.data.ptr for array in arrays]
+            moving = self._moving[i]
+            places = [*(array.data.ptr for array in arrays), 0 if moving is None else moving.gone.data.ptr]
             width, offered = tables.block_table.shape[1], blocks.offered.tolist()
             groups.append(GrowingGroup(places, width, blocks.num_hot, blocks.policy, offered, supply.most))
         rows = GrowingRows(*(array.data.ptr for array in shared))
@@ -425,7 +426,8 @@ class DeviceSteps:
             if moving is not None:
                 of_rows = rows.finished, rows.kept, rows.pending, rows.max_lens, rows.lengths, rows.num_new
                 tails, moved, journal = self._of_groups[i][0], there["moved"][i], there[f"journal{i}"]
-                launches += moving.make(of_rows, fixed.tables, tails, moved, journal, each, most, device)
+                grants = there["grants"][i]
+                launches += moving.make(of_rows, fixed.tables, tails, moved, journal, grants, each, most, device)
         return [*launches, make_growth(rows, groups, self._batch, most, self._most_grants, each, self.beams, device)]
 
     def begin(self) -> GraphRun:
@@ -546,8 +548,7 @@ class DeviceSteps:
         if self._beams is not None:
             self._beams.settle(rows, read["ancestors"][:num_rows])
         for i, (supply, migration) in enumerate(zip(self._supplies, self._migrations, strict=True)):
-            supply.settle(rows, grants[i])
-            migration.settle(rows, read["moved"][i], read[f"journal{i}"])
+            migration.settle(supply, rows, grants[i], read["moved"][i], read[f"journal{i}"])
 
     @exclusive
     def _release_supplies(self) -> None:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from kvtoolkit.arrays.types import Int32Array
 from kvtoolkit.cache.state.block_table import CAPACITY, LENGTH
 from kvtoolkit.cache.state.cache_group import CacheGroup
-from kvtoolkit.cache.state.growing import Loan, lend
+from kvtoolkit.cache.state.growing import Loan, lend, take_back
 from kvtoolkit.cache.supply import Supply
 from kvtoolkit.cache.tiering import device_moves
 from kvtoolkit.cache.tiering.rules import Rule, make_rule
@@ -163,29 +163,51 @@ class Migration:
             listed[tier, : len(starts)], counts[tier] = starts, len(starts)
         return listed, counts
 
-    def settle(self, rows: Int32Array, taken: Int32Array, journal: Int32Array) -> None:
-        """Make the moves that the device has made, and free what they left. Doing it again changes nothing.
+    def settle(
+        self, supply: Supply, rows: Int32Array, grants: Int32Array, taken: Int32Array, journal: Int32Array
+    ) -> None:
+        """Do to the rows what the device has done, and free what they have left and what was not used.
+
+        Doing it again changes nothing.
 
         Args:
+            supply: the blocks that rows were granted.
             rows: ``[batch]`` of the block table.
+            grants: ``[1 + most, batch]`` int32, the number of blocks of a row, then their first granule | code of the
+                size << 24.
             taken: ``[4]`` blocks of each list that are gone, then moves.
             journal: ``[3, most_targets, 4]``; see ``MigrateParams``.
         """
-        if not len(self.starts):
+        if not len(supply.starts) + len(self.starts):
             return
+        group, counts = self._group, grants[0].copy()
+        words = np.ascontiguousarray(grants[1 : 1 + counts.max(initial=0)].T)
+        blocks_of_rows = (words & 0xFFFFFF).astype(np.int32), (1 << (words >> 24 & 3)).astype(np.int32), counts
+        moves, is_used = self._moves(taken, journal)
+        scratch, blocks = np.empty(9 + len(rows), np.int32), group.blocks
+        count = device_moves.settle_turn(
+            *self._flags, (supply.loan, self._loan), group.table, blocks.holdings, rows, *blocks_of_rows, moves,
+            is_used, scratch,
+        )  # fmt: skip
+        if count:
+            blocks.free_granules(np.sort(blocks.freed[:count]))
+        for tier in range(3):
+            self._count(tier, int(np.count_nonzero(moves[:, 2] == tier)))
+        group.update_peak()
+
+    def _moves(self, taken: Int32Array, journal: Int32Array) -> tuple[Int32Array, NDArray[np.bool_]]:
+        """The moves in their order, as `device_moves.settle_turn` takes them, and which blocks they use."""
         tiers = self._group.blocks.tiers_of(self.starts)
-        is_used, moves = np.zeros(len(tiers), np.bool_), []
+        is_used, found = np.zeros(len(tiers), np.bool_), []
         for tier, starts in enumerate(self._by_tier()):
             noted = journal[tier, : taken[tier]]
             done = noted[:, 0] >= 0
             is_used[np.flatnonzero(tiers == tier)[: len(noted)][done]] = True
-            row, tile, number = noted[done, :3].T
-            moves.append(np.stack([number, row, tile, np.full_like(row, tier), starts[: len(noted)][done]], 1))
-        ordered = np.concatenate(moves)
-        ordered = np.ascontiguousarray(ordered[ordered[:, 0].argsort(kind="stable"), 1:])
-        self._end_loan(rows, ordered, is_used)
-        for tier, own in enumerate(moves):
-            self._count(tier, len(own))
+            row, tile, number, granted = noted[done].T
+            blocks = starts[: len(noted)][done]
+            found.append(np.stack([number, row, tile, np.full_like(row, tier), blocks, granted], 1))
+        moves = np.concatenate(found)
+        return np.ascontiguousarray(moves[moves[:, 0].argsort(kind="stable"), 1:]), is_used
 
     def _count(self, tier: int, number: int) -> None:
         counters = self._group.counters
@@ -201,13 +223,8 @@ class Migration:
 
     def release(self) -> None:
         """Free all blocks."""
-        self._end_loan(np.empty(0, np.int32), np.empty((0, 4), np.int32), np.zeros(len(self.starts), np.bool_))
-
-    def _end_loan(self, rows: Int32Array, moves: Int32Array, is_used: NDArray[np.bool_]) -> None:
-        table, blocks = self._group.table, self._group.blocks
-        scratch = np.empty(9, np.int32)
-        count = device_moves.settle_moves(
-            *self._flags, self._loan, table, blocks.holdings, rows, moves, is_used, scratch
-        )
+        blocks = self._group.blocks
+        left = np.empty(MAX_BLOCK_GRANULES * max(1, len(self.starts)), np.int32)
+        count = take_back(*self._flags, self._loan, blocks.granules.refs, left)
         if count:
-            blocks.free_granules(np.sort(blocks.freed[:count]))
+            blocks.free_granules(np.sort(left[:count]))

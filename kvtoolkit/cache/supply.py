@@ -30,6 +30,7 @@ class Supply:
 
     Attributes:
         most: blocks of each size, at most.
+        loan: the blocks.
         num_available: granules that were free or cached before they were taken; growth policies look at it.
     """
 
@@ -38,7 +39,7 @@ class Supply:
         self.most = min(group.blocks.num_hot, batch * most_grants(max_steps))
         blocks = group.blocks
         self._flags = blocks.ledger.granted, blocks.ledger.callers
-        self._loan = Loan(np.empty(self.most, np.int32), np.empty(self.most, np.int32), np.zeros(1, np.int64))
+        self.loan = Loan(np.empty(self.most, np.int32), np.empty(self.most, np.int32), np.zeros(1, np.int64))
         self._left = np.empty(blocks.num_hot, np.int32)  # scratch: granules to free
         self.num_available = 0
         self._capacities: Int64Array = np.empty(0, np.int64)  # of the rows, once they have taken all this
@@ -47,12 +48,12 @@ class Supply:
     @property
     def starts(self) -> Int32Array:
         """``[n]`` first granules of the blocks."""
-        return self._loan.starts[: self._loan.number[0]]
+        return self.loan.starts[: self.loan.number[0]]
 
     @property
     def sizes(self) -> Int32Array:
         """``[n]`` granules of the blocks."""
-        return self._loan.sizes[: self._loan.number[0]]
+        return self.loan.sizes[: self.loan.number[0]]
 
     def fill(self, rows: Int32Array, limits: Int32Array, steps: int, held: Int64Array | None = None) -> None:
         """Take the blocks that ``steps`` tokens more of each row will want, or as many as there are.
@@ -95,7 +96,7 @@ class Supply:
         pieces = self._take_pieces(int(wanted - sizes[has_got].sum()), len(rows), room - int(has_got.sum()))
         more = np.array(pieces, np.int32).reshape(-1, 2).T
         growing.lend(
-            *self._flags, self._loan, np.concatenate([starts[has_got], more[0]]),
+            *self._flags, self.loan, np.concatenate([starts[has_got], more[0]]),
             np.concatenate([sizes[has_got], more[1]]),
         )  # fmt: skip
 
@@ -131,29 +132,10 @@ class Supply:
         counts[4] = self.num_available
         return listed, counts
 
-    def settle(self, rows: Int32Array, grants: Int32Array) -> None:
-        """Give rows the blocks that the device has granted, and free all others. Doing it again changes nothing.
-
-        Args:
-            rows: ``[batch]`` of the block table.
-            grants: ``[1 + most, batch]`` int32, the number of blocks of a row, then their first granule | code of the
-                size << 24.
-        """
-        group, blocks = self._group, self._group.blocks
-        counts = grants[0].copy()
-        words = np.ascontiguousarray(grants[1 : 1 + counts.max(initial=0)].T)
-        starts, sizes = (words & 0xFFFFFF).astype(np.int32), (1 << (words >> 24 & 3)).astype(np.int32)
-        count = growing.settle(
-            *self._flags, self._loan, group.table, blocks.granules, rows, starts, sizes, counts, self._left
-        )
-        if count:
-            blocks.free_granules(np.sort(self._left[:count]))
-        group.update_peak()
-
     def release(self) -> None:
         """Free all blocks."""
         blocks = self._group.blocks
-        count = growing.take_back(*self._flags, self._loan, blocks.granules.refs, self._left)
+        count = growing.take_back(*self._flags, self.loan, blocks.granules.refs, self._left)
         if count:
             blocks.free_granules(np.sort(self._left[:count]))
 

@@ -32,7 +32,7 @@ class GrowingGroup(NamedTuple):
     """What a group of layers has, and how it grows; see ``GrowParams``."""
 
     addresses: Sequence[int]
-    """From ``block_table`` to ``grants``."""
+    """From ``block_table`` to ``gone``, which may be 0."""
     width: int
     """Entries of a row."""
     num_granules: int

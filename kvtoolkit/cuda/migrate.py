@@ -27,6 +27,8 @@ class MigrationArrays(NamedTuple):
     held: int
     taken: int
     journal: int
+    grants: int
+    gone: int
     edits: int
     num_moves: int
     demotions: int

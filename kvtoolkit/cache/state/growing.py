@@ -11,10 +11,9 @@ from kvtoolkit.cache.state.block_table import (
     TAIL_BASE,
     TAIL_FIRST,
     BlockTable,
-    attach,
 )
 from kvtoolkit.cache.state.ledger import Flags, move
-from kvtoolkit.cache.state.prefix_index import GranuleState, Holdings
+from kvtoolkit.cache.state.prefix_index import Holdings
 from kvtoolkit.cache.state.row_sharing import Tails, reorder_all
 from kvtoolkit.config.growth import split_into_blocks, tail_size
 
@@ -103,23 +102,6 @@ def take_back(granted: Flags, callers: Flags, loan: Loan, refs: Int32Array, out:
                 out[num_left] = granule
                 num_left += 1
     return num_left
-
-
-@jit
-def settle(
-    granted: Flags, callers: Flags, loan: Loan, table: BlockTable, granules: GranuleState, rows: Int32Array,
-    starts: Int32Array, sizes: Int32Array, counts: Int32Array, out: Int32Array,
-) -> Any:  # fmt: skip
-    """Append to each row the first ``counts`` of its blocks ``[batch, most]``, as the device has done in its tables.
-
-    Then `take_back` the loan. If there is none, this was done before, in a call that broke off later: nothing happens.
-    """
-    if loan.number[0] == 0:
-        return 0
-    for b in range(len(rows)):
-        if counts[b] > 0:
-            attach(table, granules, rows[b], starts[b, : counts[b]], sizes[b, : counts[b]])
-    return take_back(granted, callers, loan, granules.refs, out)
 
 
 @jit

@@ -4,14 +4,22 @@ from typing import Any
 
 from allocators._jit import jit
 from kvtoolkit.arrays.types import Int32Array, Int64Array
-from kvtoolkit.cache.state.block_merging import merge_blocks, mergeable
-from kvtoolkit.cache.state.block_table import CAPACITY, LENGTH, NUM_ENTRIES, TAIL_FIRST, BlockTable, granule_at
+from kvtoolkit.cache.state.block_table import (
+    CAPACITY,
+    LENGTH,
+    NUM_ENTRIES,
+    TAIL_FIRST,
+    BlockTable,
+    attach,
+    first_held,
+    granule_at,
+)
 from kvtoolkit.cache.state.growing import Loan
 from kvtoolkit.cache.state.ledger import Flags, move
 from kvtoolkit.cache.state.prefix_index import GranuleState, Holdings
 from kvtoolkit.cache.tiering.rules import Rule
-from kvtoolkit.cache.tiering.tile_moves import change_tier
-from kvtoolkit.formats.entry import MAX_BLOCK_GRANULES, TIER_COLD, TIER_HOT, TIER_WARM, entry_granule, entry_length
+from kvtoolkit.cache.tiering.tile_moves import change_tier, more_entries
+from kvtoolkit.formats.entry import TIER_COLD, TIER_HOT, TIER_WARM, entry_granule, entry_length
 from kvtoolkit.formats.entry import entry_tier as tier_of
 
 NEVER = 0x7FFFFFFF  # kNever of migrate.cu
@@ -34,8 +42,8 @@ def mark_rows(
         row = rows[b]
         tile = table.info[row, LENGTH] >> 6
         marks[b, MERGE_BEGIN], marks[b, ORDER] = tile, row
-        for k in range(8 * tile, table.info[row, CAPACITY]):
-            if k < 8 * tile + 8 and granules.refs[granule_at(table, row, k)] > 1:
+        for k in range(max(8 * tile, first_held(table, row)), min(8 * tile + 8, table.info[row, CAPACITY])):
+            if granules.refs[granule_at(table, row, k)] > 1:
                 marks[b, MERGE_BEGIN] = tile + 1
         marks[b, COLD_END] = marks[b, HOT_BEGIN] = NEVER
         if demotes and table.info[row, NUM_ENTRIES] <= width:
@@ -123,47 +131,96 @@ def count_targets(
 
 
 @jit
-def settle_moves(
-    granted: Flags, callers: Flags, loan: Loan, table: BlockTable, holdings: Holdings, rows: Int32Array,
-    moves: Int32Array, is_used: Flags, scratch: Int32Array,
+def settle_turn(
+    granted: Flags, callers: Flags, loans: tuple[Loan, Loan], table: BlockTable, holdings: Holdings, rows: Int32Array,
+    starts: Int32Array, sizes: Int32Array, counts: Int32Array, moves: Int32Array, is_used: Flags, scratch: Int32Array,
 ) -> Any:  # fmt: skip
-    """Make the moves that the device has made in its tables, and end the loan of their blocks.
+    """Do to the rows what the device has done in its tables, in its order, and end the loans of blocks.
+
+    A move that cannot be made is left out: what a tile would leave is still as it was.
 
     Args:
-        moves: ``[n, 4]`` in their order: row of the batch, tile, tier, first granule of the block.
-        is_used: ``[blocks of the loan]``.
-        scratch: ``[9]``.
+        loans: the supply that rows grow by, and the blocks that tiles move to.
+        starts, sizes: ``[batch, most]`` blocks that each row has been granted, of which there are ``counts[b]``.
+        moves: ``[n, 5]`` in their order: row of the batch, tile, tier, first granule of the block, blocks that the row
+            had been granted by then.
+        is_used: ``[blocks of the second loan]``.
+        scratch: ``[9 + batch]``.
 
     Returns:
         How many granules are in ``freed`` now, for the caller to free: what rows have left, and blocks not used. If
         there is no loan, this was done before, in a call that broke off later: nothing happens.
     """
-    nodes, granules, freed = holdings
-    count, num_freed = loan.number[0], 0
-    if count == 0:
+    freed = holdings.freed
+    if loans[0].number[0] + loans[1].number[0] == 0:
         return 0
-    loan.number[0] = 0
-    move(callers, granted, loan.starts[:count], loan.sizes[:count])
-    for i in range(count):
-        if not is_used[i]:
-            for granule in range(loan.starts[i], loan.starts[i] + MAX_BLOCK_GRANULES):
-                freed[num_freed] = granule
-                num_freed += 1
-    members, sources = scratch[:1], scratch[1:9]
+    num_freed = _end_loans(granted, callers, loans, holdings, starts, counts, is_used)
+    sources, members, done = scratch[:8], scratch[8:9], scratch[9:]
+    for b in range(len(rows)):
+        done[b] = 0
     for i in range(len(moves)):
-        row, tile, tier, block = rows[moves[i, 0]], moves[i, 1], moves[i, 2], moves[i, 3]
-        for k in range(8):
-            sources[k] = granule_at(table, row, 8 * tile + k)
-        if tier == TIER_HOT and mergeable(table, row, 8 * tile + 8) < 0:  # then the row goes on with its own granules
+        b, tile, tier, block = moves[i, 0], moves[i, 1], moves[i, 2], moves[i, 3]
+        num_freed = _attach_until(table, holdings, rows[b], starts[b], sizes[b], done[b], moves[i, 4], num_freed)
+        done[b] = max(done[b], moves[i, 4])
+        if not _can_move(table, rows[b], tile):
             for k in range(8):
                 freed[num_freed] = block + k
                 num_freed += 1
-        elif tier == TIER_HOT:
-            merge_blocks(table, row, 8 * tile + 8, block, nodes, granules)
-            for k in range(8):
-                freed[num_freed] = sources[k]
+            continue
+        for k in range(8):
+            sources[k] = granule_at(table, rows[b], 8 * tile + k)
+        members[0] = rows[b]
+        num_freed = change_tier(table, members, tile, block, tier, sources, holdings, num_freed)
+    for b in range(len(rows)):
+        num_freed = _attach_until(table, holdings, rows[b], starts[b], sizes[b], done[b], counts[b], num_freed)
+    return num_freed
+
+
+@jit
+def _can_move(table: BlockTable, row: int, tile: int) -> Any:
+    """Whether a row holds all of a tile, and has entries enough for one of its own."""
+    count = table.info[row, NUM_ENTRIES]
+    if count == 0 or table.starts[row, 0] > 8 * tile or table.info[row, CAPACITY] < 8 * tile + 8:
+        return False
+    return count + more_entries(table, row, tile) <= table.entries.shape[1]
+
+
+@jit
+def _end_loans(
+    granted: Flags, callers: Flags, loans: tuple[Loan, Loan], holdings: Holdings, starts: Int32Array,
+    counts: Int32Array, is_used: Flags,
+) -> Any:  # fmt: skip
+    """List what is not used of two loans in ``freed``; returns how many granules that are."""
+    granules, freed, num_freed = holdings.granules, holdings.freed, 0
+    for b in range(len(counts)):
+        for k in range(counts[b]):
+            granules.refs[starts[b, k]] = 1
+    for which in range(2):
+        loan = loans[which]
+        count = loan.number[0]
+        loan.number[0] = 0
+        move(callers, granted, loan.starts[:count], loan.sizes[:count])
+        for i in range(count):
+            if is_used[i] if which == 1 else granules.refs[loan.starts[i]] > 0:
+                continue
+            for granule in range(loan.starts[i], loan.starts[i] + loan.sizes[i]):
+                freed[num_freed] = granule
                 num_freed += 1
-        else:
-            members[0] = row
-            num_freed = change_tier(table, members, tile, block, tier, sources, holdings, num_freed)
+    for b in range(len(counts)):
+        for k in range(counts[b]):
+            granules.refs[starts[b, k]] = 0
+    return num_freed
+
+
+@jit
+def _attach_until(
+    table: BlockTable, holdings: Holdings, row: int, starts: Int32Array, sizes: Int32Array, first: int, end: int,
+    num_freed: int,
+) -> Any:  # fmt: skip
+    """Append blocks ``[first, end)`` to a row. It has entries for them, because it had on the device."""
+    for k in range(first, end):
+        if not attach(table, holdings.granules, row, starts[k : k + 1], sizes[k : k + 1]):
+            for granule in range(starts[k], starts[k] + sizes[k]):
+                holdings.freed[num_freed] = granule
+                num_freed += 1
     return num_freed

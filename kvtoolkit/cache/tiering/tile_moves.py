@@ -132,7 +132,7 @@ def find_sharers(
             count += 1
             wanted = min(wanted, wanted_tier(table, rule, other, tile))
     for i in range(count):
-        if table.info[members[i], NUM_ENTRIES] + _more_entries(table, members[i], tile) > table.entries.shape[1]:
+        if table.info[members[i], NUM_ENTRIES] + more_entries(table, members[i], tile) > table.entries.shape[1]:
             return 0, held, held
     return count, held, wanted
 
@@ -200,7 +200,7 @@ def change_tier(
 
 
 @jit
-def _more_entries(table: BlockTable, row: int, tile: int) -> Any:
+def more_entries(table: BlockTable, row: int, tile: int) -> Any:
     """How many entries a row gains when a tile becomes an entry of its own; may be negative."""
     first, last = find_entry(table, row, 8 * tile), find_entry(table, row, 8 * tile + 7)
     begins_before = table.starts[row, first] < 8 * tile
@@ -213,7 +213,7 @@ def _put_block(table: BlockTable, row: int, tile: int, block: int, tier: int) ->
     """Make a tile an entry of its own; entries that reach into it are cut."""
     begin, end = 8 * tile, 8 * tile + 8
     first, last = find_entry(table, row, begin), find_entry(table, row, end - 1)
-    more, count = _more_entries(table, row, tile), table.info[row, NUM_ENTRIES]
+    more, count = more_entries(table, row, tile), table.info[row, NUM_ENTRIES]
     before, after = table.entries[row, first], table.entries[row, last]
     left = begin - table.starts[row, first]
     right = table.starts[row, last] + entry_length(after) - end

@@ -51,12 +51,12 @@ def keys_of(tokens, layer, head_dim=8):
     return grid.astype(np.float32), np.cos(3 * grid).astype(np.float32)
 
 
-def run(step, tokens, head_dim=8):
+def run(step, tokens, head_dim=8, windows=(0, 24)):
     """A model of two layers: results of the last one, and the next token of each row."""
     x = keys_of(tokens, 7, head_dim)[0]
-    for layer in range(LAYERS):
+    for layer, window in enumerate(windows):
         step.append(layer, *keys_of(tokens, layer, head_dim))
-        x = x + step.attend(layer, x, window_size=(23, 0) if layer else (-1, -1))
+        x = x + step.attend(layer, x, window_size=(window - 1, 0) if window else (-1, -1))
     return x, (np.abs(x[:, 0, 0]) * 1000).astype(np.int64) % 97
 
 
@@ -76,13 +76,16 @@ def tails_of(tables, rows):
 class Twins:
     """Two equal caches, of which one is driven by the host and the other by the device."""
 
-    def __init__(self, prompts, max_steps=16, seed=0, **options):
+    def __init__(self, prompts, max_steps=16, window=24, **options):
+        groups = options.get("layer_groups", WINDOW)
+        self.windows = (groups[0].get("window", 0), window)
         self.caches = [make_cache(**options) for _ in range(2)]
         self.ids = [prefill(cache, prompts) for cache in self.caches]
         self.steps = DeviceSteps(self.caches[1], len(prompts) + 1, max_steps)
         self.tokens = np.arange(len(prompts)) + 5
         # the host uses what rows have left again at once, so its free memory is in other places
-        self.may_join = bool({"tiers", "layer_groups"} & set(options)) or options.get("allocator") == "paged"
+        has_moves = options.get("growth") == "lazy_merge" or {"tiers", "layer_groups"} & set(options)
+        self.may_join = bool(has_moves) or options.get("allocator") == "paged"
 
     def turn(self, num_steps, stops, max_lens):
         """Run both; everything must be equal at every step."""
@@ -93,7 +96,7 @@ class Twins:
         for i in range(num_steps):
             run_of_device = self.steps.begin()
             padded = np.asarray(self.steps.tokens)
-            out, chosen = run(run_of_device, padded, head_dim)
+            out, chosen = run(run_of_device, padded, head_dim, self.windows)
             is_ok = np.asarray(self.steps.status) == 0
             assert not is_ok[num:].any()
             wanted = ~finished & (by_host.lengths(self.ids[0]) < max_lens)
@@ -102,7 +105,7 @@ class Twins:
             if len(some):
                 with by_host.begin_step(self.ids[0][some], 1) as step:
                     assert step.ok.all()
-                    expected, _ = run(step, tokens[some], head_dim)
+                    expected, _ = run(step, tokens[some], head_dim, self.windows)
                     assert (out[some] == expected).all()
                     fixed = [one.tables for one in self.steps._graph_step._fixed]
                     for group, (own, layer) in enumerate(zip(fixed, range(LAYERS), strict=False)):
@@ -749,6 +752,105 @@ def test_turns_that_change_rows_can_break_off_at_any_line(call, beams):
         stats = cache.stats()
         assert stats.used == stats.callers == stats.cached == 0
     assert num_lines > 5
+
+
+@pytest.mark.parametrize("allocator", ["buddy", "slab"])
+@pytest.mark.parametrize("before", [0, 8, 40, 56])
+def test_a_tile_is_merged_whatever_follows_it(allocator, before):
+    """The next block may join the last small one of a tile, on the host, which gives blocks before it merges."""
+    prompts = [[7] * (before + 1), [1], [2, 3]]
+    twins = Twins(prompts, 128, num_tokens=4096, growth="lazy_merge", allocator=allocator)
+    for _ in range(2):
+        twins.turn(100, np.zeros((3, 100), bool), np.full(3, 1000))
+    stats = [cache.stats() for cache in twins.caches]
+    assert stats[0].num_merges == stats[1].num_merges > 0
+
+
+@pytest.mark.parametrize("window", [1, 7, 60, 72])
+def test_windows_of_any_width_and_merges(window):
+    groups = [{"layers": [0], "num_tokens": 2048}, {"layers": [1], "window": window, "num_tokens": 2048}]
+    twins = Twins([[3] * 8, [4] * 200, [5] * 61], 64, window=window, growth="lazy_merge", layer_groups=groups)
+    for _ in range(3):
+        twins.turn(50, np.zeros((3, 50), bool), np.full(3, 1000))
+
+
+@pytest.mark.parametrize("ends", ["before", "after"])
+def test_prompts_that_find_tiles_of_a_turn_keep_them(ends):
+    """A prefix hit may hold granules of a row while the device moves the row's tile."""
+    for options in ({"growth": "lazy_merge"}, {"growth": "fixed8", "tiers": TIERS}):
+        cache = make_cache(num_tokens=8192, head_dim=64, **options)
+        ids, _ = cache.open([[], []])
+        for i in range(120):  # in turn, so that each granule is an entry
+            tokens = np.array([i, i + 1]) % 50
+            with cache.begin_step(ids, 1) as step:
+                for layer in range(LAYERS):
+                    step.append(layer, *keys_of(tokens, layer, 64))
+                cache.end_step(step, tokens)
+        steps = DeviceSteps(cache, 2, 64)
+        steps.load(ids, [0, 1])
+        replay(steps, 2)
+        (found,), held = cache.open([[i % 50 for i in range(118)]])
+        assert held[0] == 112
+        replay(steps, 40)
+        if ends == "before":
+            cache.close([found])
+        assert steps.finish().num_new.tolist() == [42, 42]
+        cache.check_integrity()
+        if ends == "after":
+            with cache.begin_step([found], 0) as step:
+                _, _, tiers = unpack_entries(step.block_table[0])
+                assert (tiers <= 0).all()
+                cache.abort_step(step)
+            cache.close([found])
+        cache.close(ids)
+        cache.clear_prefixes()
+        cache.check_integrity()
+        assert cache.stats().used == cache.stats().callers == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_tokens": 4096, "growth": "lazy_merge", "max_entries": 12},
+        {"num_tokens": 8192, "growth": "fixed8", "max_entries": 20, "head_dim": 64, "tiers": TIERS},
+    ],
+    ids=["merges", "tiers"],
+)  # fmt: skip
+def test_entries_that_moves_make_free_are_used_as_by_the_host(options):
+    """Rows have fewer entries than all granules of a turn would need."""
+    twins = Twins([[3], [4] * 2, [5] * 5], 128, **options)
+    for _ in range(3):
+        twins.turn(90, np.zeros((3, 90), bool), np.full(3, 900))
+
+
+def test_entries_that_windows_make_free_are_used_after_the_turn():
+    """The host lets go of them then, so inside the turn a row that needs them is full."""
+    groups = [{"layers": [0], "window": 24, "num_tokens": 4096}, {"layers": [1], "window": 16, "num_tokens": 4096}]
+    options = {"growth": "fixed8", "max_entries": 8, "max_seq_len": 1000, "layer_groups": groups}
+    found = []
+    for by_device in (False, True):
+        cache = make_cache(**options)
+        ids = prefill(cache, [[3], [4] * 2])
+        tokens, steps = np.array([5, 6]), DeviceSteps(cache, 2, 128)
+        while by_device and (left := 150 - cache.lengths(ids)).any():
+            steps.load(ids, tokens, max_lens=cache.lengths(ids) + left)
+            for _ in range(90):
+                padded = np.asarray(steps.tokens)
+                _, chosen = run(steps.begin(), padded, windows=(24, 16))
+                steps.tokens[:] = np.where(np.asarray(steps.status) == 0, chosen, padded)
+            turn = steps.finish()
+            assert (turn.num_new > 0).any()
+            cache.check_integrity()
+            tokens = turn.next_tokens
+        while not by_device and (rows := np.flatnonzero(cache.lengths(ids) < 150)).size:
+            with cache.begin_step(ids[rows], 1) as step:
+                assert step.ok.all()
+                _, chosen = run(step, tokens[rows], windows=(24, 16))
+                cache.end_step(step, tokens[rows])
+            tokens[rows] = chosen
+        found.append(tokens.tolist())
+        cache.check_integrity()
+    assert found[0] == found[1]
 
 
 def test_tiles_of_several_rows_are_left_to_the_host():

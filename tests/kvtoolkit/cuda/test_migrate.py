@@ -114,11 +114,12 @@ def migrated(rows, warm_tokens, most, targets, held, finished):
     """Run the kernel: the journal, the numbers of moves, and what to copy."""
     zeros, limits = np.zeros(rows.batch, np.int32), np.full(rows.batch, 1 << 20, np.int32)
     taken, journal = np.zeros(4, np.int32), np.full((3, 50, 4), 7, np.int32)
+    grants = np.arange(rows.batch, dtype=np.int32)
     edits, num_moves = np.zeros((2 * most, 4), np.int32), np.zeros(2, np.int32)
     demotions, merges = np.full((2, most, 16), 7, np.int32)
     arrays = (
         finished, zeros, zeros, limits, rows.lengths, zeros, rows.table, rows.starts, rows.tails, rows.marks, targets,
-        held, taken, journal, edits, num_moves, demotions, merges,
+        held, taken, journal, grants, np.zeros(rows.batch, np.int32), edits, num_moves, demotions, merges,
     )  # fmt: skip
     places = migrate.MigrationArrays(*(array.ctypes.data for array in arrays))
     ages = HOT, PINNED, warm_tokens
@@ -175,7 +176,7 @@ def test_moves_are_those_of_the_host_in_its_order(data):
             continue
         assert listed[:8].tolist() == [granule for granule, _ in granules(*before, row, tile)]
         assert listed[8:].tolist() == list(range(TARGETS[goal, place], TARGETS[goal, place] + 8))
-        assert journal[goal, place].tolist() == [row, tile, i, 0]
+        assert journal[goal, place].tolist() == [row, tile, i, row]
     done = {  # a tile that moves twice is where it went last
         (row, tile): (TARGETS[goal, place], goal)
         for row, tile, goal, place in moves if journal[goal, place, 0] >= 0
