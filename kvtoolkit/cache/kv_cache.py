@@ -56,6 +56,7 @@ class KVCache:
 
     Args:
         config: see `CacheConfig`.
+        storage: False = without keys and values, for simulations; `Step.append` and `Step.attend` are refused then.
 
     Raises:
         ConfigError: the tables would not fit into this machine's memory; nothing of that size is allocated.
@@ -67,13 +68,13 @@ class KVCache:
     partly filled granule is copied when it would be shared, so kernels never have to copy on write.
     """
 
-    def __init__(self, config: CacheConfig) -> None:
+    def __init__(self, config: CacheConfig, *, storage: bool = True) -> None:
         if not isinstance(config, CacheConfig):
             raise ConfigError(f"config: expected a CacheConfig, got {type(config).__name__}")
         require_tables_fit(config)
         self.config = config
         self.dtype = config.dtype
-        self._state = CacheState(config)
+        self._state = CacheState(config, has_storage=storage)
         self._group = self._state.group
         self._calls = self._state.calls
         self._granter = BlockGranter(self._group)
@@ -587,8 +588,7 @@ class KVCache:
         layer = self._arenas.require_layer(layer)
         storage, index = self._state.storage_of(layer)
         warm, cold = (None if one is None else one[index] for one in (storage.warm, storage.cold))
-        hot = storage.key_values[index]
-        return TierCaches(hot[0], hot[1], warm, cold, storage.first)
+        return TierCaches(*storage.key_values[index], warm, cold, storage.first)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError(

@@ -23,7 +23,7 @@ class GraphNames:
     def of(self, owner: Any) -> tuple[Any, list[Any]] | None:
         """The handle of a step or run, and what each of its layers writes to; None while nothing can be compiled."""
         handle = handle_of(owner)
-        if handle is None:
+        if handle is None or not any(one.keys for one in self._arenas):  # the latter without storage
             return None
         if not self._tensors:
             layers = range(self._num_layers)

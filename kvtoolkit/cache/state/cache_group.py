@@ -23,6 +23,7 @@ class CacheGroup:
         config: of a cache that has only these layers.
         layers: their numbers in the model.
         counters: what happens here is counted there.
+        has_storage: whether there are keys and values.
 
     Attributes:
         layers: see above, and the window.
@@ -35,11 +36,13 @@ class CacheGroup:
         compacted: ``[2]`` int64 row and logical granule at which compaction goes on.
     """
 
-    def __init__(self, config: CacheConfig, layers: LayerGroup, counters: Counters) -> None:
+    def __init__(
+        self, config: CacheConfig, layers: LayerGroup, counters: Counters, *, has_storage: bool = True
+    ) -> None:
         self.config = config
         self.layers = layers
         self.counters = counters
-        self.storage = make_storage(config)
+        self.storage = make_storage(config, is_empty=not has_storage)
         self.blocks = BlockManager(config, counters, self.storage.device if self.storage.device >= 0 else None)
         self.collects_mass = config.tier_config is not None and config.tier_config.demote == "mass"
         num_tiles = -(-config.seq_len_limit // 64) if self.collects_mass else 0

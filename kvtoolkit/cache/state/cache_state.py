@@ -56,12 +56,15 @@ class Preempted:
 class CacheState:
     """The state of a `KVCache`."""
 
-    def __init__(self, config: CacheConfig) -> None:
+    def __init__(self, config: CacheConfig, *, has_storage: bool = True) -> None:
         self.config = config
         self.counters = Counters()
         kinds = list(zip(config.group_configs, config.groups, strict=True))
         kinds.insert(0, kinds.pop(lead_of(config.groups)))
-        self.groups = [CacheGroup(*kind, self.counters if i == 0 else Counters()) for i, kind in enumerate(kinds)]
+        self.groups = [
+            CacheGroup(*kind, self.counters if i == 0 else Counters(), has_storage=has_storage)
+            for i, kind in enumerate(kinds)
+        ]
         self.group = self.groups[0]
         """The first one, which leads: its rows say what sequences there are, in which state and how long, and its index
         names prefixes (`kvtoolkit.cache.state.prefix_windows`)."""

@@ -42,7 +42,8 @@ class Arenas:
         """What `Backend.attend_prepared` takes of them."""
         self.backend = BACKENDS[backend]
         self.dtype, self.device = dtype, storage.device
-        _, self.num_kv_heads, _, self.head_dim = self.keys[0].shape
+        *_, self.num_kv_heads, _, self.head_dim = storage.key_values.shape
+        self._is_empty = not self.keys
         held = [one for one in (storage.key_values, storage.warm, storage.cold) if one is not None]
         begins = [address_of(one) if isinstance(one, np.ndarray) else one.data.ptr for one in held]
         self.ranges = [(begin, begin + one.nbytes) for begin, one in zip(begins, held, strict=True)]
@@ -51,7 +52,7 @@ class Arenas:
         self.alignment = ITEMSIZES[dtype] if storage.device < 0 else 16
         self.raw_dtype = "bfloat16" if dtype == "bfloat16" else None
         """What 16-bit integers of callers stand for; see `Backend.describe`."""
-        if layers is not None:
+        if layers is not None and not self._is_empty:
             for name in ("keys", "values", "tiers", "tier_addresses"):
                 setattr(self, name, dict(zip(layers, getattr(self, name), strict=True)))
 
@@ -77,7 +78,11 @@ class Arenas:
         return layer in self.keys if isinstance(self.keys, dict) else layer < len(self.keys)
 
     def require_layer(self, layer: int) -> int:
-        """The layer as an int; ArgumentError unless there is such a layer."""
+        """The layer as an int; ArgumentError unless there is such a layer, UnsupportedError without storage."""
+        if self._is_empty:
+            raise UnsupportedError(
+                "expected a cache with storage, got one made with storage=False, which holds no keys"
+            )
         index = layer if type(layer) is int else as_int(layer)
         if index is None or not 0 <= index < self.num_layers:
             raise ArgumentError(f"layer: expected 0 to {self.num_layers - 1}, got {layer!r}")

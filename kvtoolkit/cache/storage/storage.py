@@ -47,15 +47,22 @@ class HostStorage:
 
     device = -1
 
-    def __init__(self, config: CacheConfig) -> None:
-        self._backend = BACKENDS[config.backend]
+    def __init__(self, config: CacheConfig, *, is_empty: bool = False) -> None:
+        """``is_empty``: the arrays have no layers, and so take no memory; all else works as with them."""
+        self._backend = BACKENDS["cpu" if is_empty else config.backend]
+        num_layers = 0 if is_empty else config.num_layers
+        shapes = [shape_of(config), *block_shapes(config)]
+        if is_empty:
+            shapes = [None if shape is None else (0, *shape[1:]) for shape in shapes]
+        hot, *quantized = shapes
+        assert hot is not None
         # zeros, not empty: the system hands out zeroed pages only when they are touched
-        self.key_values: NDArray[Any] = np.zeros(shape_of(config), DTYPES[config.dtype])
+        self.key_values: NDArray[Any] = np.zeros(hot, DTYPES[config.dtype])
         keys = [operand(layer[0], "k_cache", config.dtype) for layer in self.key_values]
-        self.keys, self.records = keys[: config.num_layers], keys[-1] if check.CANARY else None
-        self.values = [operand(layer[1], "v_cache", config.dtype) for layer in self.key_values[: config.num_layers]]
+        self.keys, self.records = keys[:num_layers], keys[-1] if check.CANARY and keys else None
+        self.values = [operand(layer[1], "v_cache", config.dtype) for layer in self.key_values[:num_layers]]
         self.first = config.first_granules
-        self.warm, self.cold = (None if shape is None else np.zeros(shape, np.uint8) for shape in block_shapes(config))
+        self.warm, self.cold = (None if shape is None else np.zeros(shape, np.uint8) for shape in quantized)
         self.quantized: list[QuantizedTiers] | None = None
         if config.tier_config is not None:
             self.quantized = [
@@ -64,15 +71,19 @@ class HostStorage:
                     None if self.cold is None else operand(self.cold[layer], "cold"),
                     self.first,
                 )
-                for layer in range(config.num_layers)
+                for layer in range(num_layers)
             ]
 
     def copy_granules(self, sources: ArrayLike, targets: ArrayLike) -> None:
         """Copy granules to others, all layers; none is in both lists."""
+        if not self.keys:
+            return
         self._backend.copy_granules(self.key_values, sources, targets)
 
     def convert_tiles(self, sources: Int32Array, targets: Int32Array) -> None:
         """Write the tokens of tiles to other tiers; see `kvtoolkit.arrays.call.Backend.convert`."""
+        if not self.keys:
+            return
         self._backend.convert(self.key_values, self.warm, self.cold, self.first, sources, targets)
         if self.records is not None:
             _forget_records(self.key_values, targets)
@@ -222,9 +233,12 @@ class DeviceStorage:
 Storage = HostStorage | DeviceStorage
 
 
-def make_storage(config: CacheConfig) -> Storage:
-    """The storage that a config asks for; UnsupportedError where its backend cannot work."""
-    return HostStorage(config) if config.backend == "cpu" else DeviceStorage(config)
+def make_storage(config: CacheConfig, *, is_empty: bool = False) -> Storage:
+    """The storage that a config asks for; UnsupportedError where its backend cannot work.
+
+    ``is_empty``: one that holds nothing, in host memory whatever the backend.
+    """
+    return HostStorage(config, is_empty=is_empty) if is_empty or config.backend == "cpu" else DeviceStorage(config)
 
 
 def shape_of(config: CacheConfig) -> tuple[int, ...]:
