@@ -588,7 +588,7 @@ class KVCache:
         layer = self._arenas.require_layer(layer)
         storage, index = self._state.storage_of(layer)
         warm, cold = (None if one is None else one[index] for one in (storage.warm, storage.cold))
-        return TierCaches(*storage.key_values[index], warm, cold, storage.first)
+        return TierCaches(storage.key_values[index][0], storage.key_values[index][1], warm, cold, storage.first)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError(
