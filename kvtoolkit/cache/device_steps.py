@@ -497,7 +497,7 @@ class DeviceSteps:
                 step = self._cache.begin_step(ids, num_new)
                 step._graph_step = self._graph_step
                 self._cache.end_step(step, history[is_new])
-            self._take_back(rows)
+            self._leave_to_host(rows)
         return turn
 
     def abort(self) -> None:
@@ -509,7 +509,7 @@ class DeviceSteps:
         if self._step is None:
             raise StepError("abort: expected a turn under way, after `load`")
         self._release_supplies()
-        self._take_back(self._rows().copy())
+        self._leave_to_host(self._rows().copy())
         self._end_hold()
         self._stop_rows()
 
@@ -556,9 +556,9 @@ class DeviceSteps:
             part.release()
 
     @exclusive
-    def _take_back(self, rows: Int32Array) -> None:
+    def _leave_to_host(self, rows: Int32Array) -> None:
         for migration in self._migrations:
-            migration.take_back(rows)
+            migration.leave_to_host(rows)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError("DeviceSteps: expected no copy, because graphs have the addresses of this one")

@@ -73,7 +73,7 @@ class Migration:
         return self._loan.starts[: self._loan.number[0]]
 
     def leave_to_device(self, rows: Int32Array, limits: Int32Array, steps: int) -> None:
-        """Keep the host's own passes from moving what the device will move, until `take_back`.
+        """Keep the host's own passes from moving what the device will move, until `leave_to_host`.
 
         Tiles that the device may not move are still theirs. All are if memory is short, because what the device moves
         makes room only afterwards.
@@ -94,7 +94,7 @@ class Migration:
         own = np.setdiff1d(rows, left[:count])
         group.table.scanned[own] = group.table.info[own, LENGTH] >> 6
 
-    def take_back(self, rows: Int32Array) -> None:
+    def leave_to_host(self, rows: Int32Array) -> None:
         """Let the host's own passes look at the rows again."""
         if self.demotes:
             self._group.table.scanned[rows] = -1
