@@ -18,7 +18,7 @@ from kvtoolkit.cuda.reorder import MAX_BEAMS, make_reorder
 from kvtoolkit.errors import ArgumentError, UnsupportedError
 
 MOST_ROWS = 4096
-"""Of one launch of ``cuda_src/cache/grow.cu`` that takes all rows at once."""
+"""Rows of a batch with beams: as many as ``cuda_src/cache/grow.cu`` can look at together."""
 ROOM = 18
 """Granules of a beam from its last full one on when a turn begins, besides those of its new tokens: two blocks."""
 _KEPT = ("block_table", "block_starts")
@@ -40,6 +40,7 @@ class Beams:
 
     Attributes:
         parents: ``[batch]`` int32 on the device.
+        launches: what lets rows go on from their parents, once `make` has made them.
         ends: ``[n, 4]`` where each row of this turn ends, as ``GrowParams`` has it.
     """
 
@@ -57,7 +58,9 @@ class Beams:
         nothing = np.empty(0, np.int32)
         self._tails = Tails(nothing, nothing, nothing)
         self._is_done = np.ones(1, np.bool_)
+        self._shown = np.empty((2, 0, 0), np.int32)  # entries and starts of the rows with their copied granules
         self.ends = np.empty((0, 4), np.int32)
+        self.launches: list[Any] = []
 
     @property
     def starts(self) -> Int32Array:
@@ -124,8 +127,8 @@ class Beams:
         for target, source in (*kept, (self._first_tails, tails)):
             runtime.memcpyAsync(target.data.ptr, source.data.ptr, source.nbytes, runtime.memcpyDeviceToDevice, stream)
 
-    def make(self, rows: tuple[Any, ...], tails: Any, storage: Any, max_steps: int, device: int) -> list[Any]:
-        """The launches, in their order; nothing is launched yet.
+    def make(self, rows: tuple[Any, ...], tails: Any, storage: Any, max_steps: int, device: int) -> None:
+        """Make `launches`; nothing is launched yet.
 
         Args:
             rows: arrays of each row: ``ancestors``, ``finished``, ``max_lens``, ``lengths``, ``num_new``, ``history``.
@@ -144,10 +147,8 @@ class Beams:
         width, places = tables.block_table.shape[1], [array.data.ptr for array in arrays]
         choice = make_reorder(of_rows, [places], [width], self._batch, self._most_own, max_steps, self._beams, device)
         lengths, num_new = rows[3].data.ptr, rows[4].data.ptr
-        return [
-            choice,
-            storage.reorder_copy(sources, own, lengths, num_new, self._batch, self._most_own, self._beams),
-        ]
+        copies = storage.reorder_copy(sources, own, lengths, num_new, self._batch, self._most_own, self._beams)
+        self.launches = [choice, copies]
 
 
 def require_beams(config: CacheConfig, batch: int, num_new_tokens: int, beams: int) -> None:

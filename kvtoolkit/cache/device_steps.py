@@ -421,7 +421,8 @@ class DeviceSteps:
             limits = self._max_lens, self._lengths
             of_beams = there["ancestors"], there["finished"], *limits, there["num_new"], there["history"]
             storage = cache._state.group.storage
-            launches += self._beams.make(of_beams, self._of_groups[0][0], storage, most, device)
+            self._beams.make(of_beams, self._of_groups[0][0], storage, most, device)
+            launches += self._beams.launches
         for i, (fixed, moving) in enumerate(zip(self._graph_step._fixed, self._moving, strict=True)):
             if moving is not None:
                 of_rows = rows.finished, rows.kept, rows.pending, rows.max_lens, rows.lengths, rows.num_new
@@ -533,7 +534,7 @@ class DeviceSteps:
         from kvtoolkit.runtime.streams import cupy_on_current_stream
 
         if self._beams is not None:  # the tokens that were chosen last are of rows that go on from these parents
-            for launch in self._launches[:2]:
+            for launch in self._beams.launches:
                 launch.run(current_stream(self._cache._arenas.device))
         with cupy_on_current_stream(self._cache._arenas.device) as cupy:
             self._memory.copy(cupy, self._collected, is_poll=False)
