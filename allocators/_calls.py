@@ -12,7 +12,7 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from types import CodeType, FrameType
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
@@ -106,12 +106,16 @@ class Calls:
 
     def is_inside(self) -> bool:
         """Whether a call of the object is on this thread's stack already."""
-        frame: FrameType | None = sys._getframe(2)
-        while frame is not None:
-            if frame.f_code in _CODES and frame.f_locals.get("calls") is self:
-                return True
-            frame = frame.f_back
-        return False
+        return is_on_stack(sys._getframe(2), _CODES, "calls", self)
+
+
+def is_on_stack(frame: FrameType | None, codes: Container[CodeType], name: str, value: Any) -> bool:
+    """Whether one of some functions runs in a frame or below it, and has a variable ``name`` that is ``value``."""
+    while frame is not None:
+        if frame.f_code in codes and frame.f_locals.get(name) is value:
+            return True
+        frame = frame.f_back
+    return False
 
 
 class _HasCalls(Protocol):

@@ -10,12 +10,12 @@ of callers and of kernels never pass through the share, because kernels may free
 import contextlib
 import sys
 import threading
-from types import FrameType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from allocators._calls import is_on_stack
 from allocators._jit import jit
 from allocators.buddy import BuddyAllocator, _set_mask
 from allocators.errors import ContendedError
@@ -253,12 +253,7 @@ class PoolWithShare(DevicePool):
 
     def _is_moving(self) -> bool:
         """Whether a move of this pool is on this thread's stack."""
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None:
-            if frame.f_code in _MOVES and frame.f_locals.get("self") is self:
-                return True
-            frame = frame.f_back
-        return False
+        return is_on_stack(sys._getframe(1), _MOVES, "self", self)
 
     # -- what callers and kernels see --------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from tests.kvtoolkit.cache.test_cache_machine import (
     tiered_fields,
 )
 from tests.kvtoolkit.cache.test_device_steps_machine import DeviceMachine
-from tests.kvtoolkit.cache.test_failing_parts import Trap, fail_everywhere
+from tests.kvtoolkit.cache.test_failing_parts import Trap, fail_everywhere, trapped
 from tests.kvtoolkit.cache.test_interruptions import Interrupted, break_everywhere
 from tests.kvtoolkit.cuda.host_kernels import needs_compiler
 from tests.kvtoolkit.cuda.host_pool import Words, use_host
@@ -111,15 +111,10 @@ def test_an_exception_at_any_line_of_any_call_leaves_a_whole_cache(name):
 
 class BreakingShare(PoolWithShare):
     def take(self, sizes):
-        Trap.passed("allocate", "before")
-        starts = super().take(sizes)
-        Trap.passed("allocate", "after")
-        return starts
+        return trapped(super().take, "allocate")(sizes)
 
     def give_back(self, starts, sizes):
-        Trap.passed("free", "before")
-        super().give_back(starts, sizes)
-        Trap.passed("free", "after")
+        trapped(super().give_back, "free")(starts, sizes)
 
 
 @pytest.mark.parametrize(("when", "error"), [("before", MemoryError), ("after", RuntimeError), ("after", Interrupted)])
