@@ -10,7 +10,7 @@ from kvtoolkit.cache.sharing import copy_of_rows, copy_tails
 from kvtoolkit.cache.state import growing, row_sharing
 from kvtoolkit.cache.state.block_table import LENGTH, NUM_ENTRIES
 from kvtoolkit.cache.state.cache_group import CacheGroup
-from kvtoolkit.cache.state.growing import Loan, lend
+from kvtoolkit.cache.state.lent_blocks import LentBlocks
 from kvtoolkit.cache.state.row_sharing import Tails
 from kvtoolkit.cache.storage.upload import DeviceTables
 from kvtoolkit.config.cache import CacheConfig
@@ -41,6 +41,7 @@ class Beams:
     Attributes:
         parents: ``[batch]`` int32 on the device.
         launches: what lets rows go on from their parents, once `make` has made them.
+        lent: the blocks of the copies.
         ends: ``[n, 4]`` where each row of this turn ends, as ``GrowParams`` has it.
     """
 
@@ -48,24 +49,18 @@ class Beams:
         self, group: CacheGroup, batch: int, beams: int, most_own: int, tables: DeviceTables, cupy: Any
     ) -> None:
         self._group, self._batch, self._beams, self._most_own = group, batch, beams, most_own
-        self._tables, ledger = tables, group.blocks.ledger
+        self._tables = tables
         self.parents, self._sources, self._scratch = cupy.zeros((3, batch), np.int32)
         self._own = cupy.zeros((batch, most_own), np.int32)
         self._first = [cupy.zeros(getattr(tables, name).shape, np.int32) for name in _KEPT]
         self._first_tails = cupy.zeros((batch, 4), np.int32)
-        self._flags = ledger.granted, ledger.callers
-        self._loan = Loan(np.empty(batch, np.int32), np.empty(batch, np.int32), np.zeros(1, np.int64))
+        self.lent = LentBlocks(group.blocks, batch)
         nothing = np.empty(0, np.int32)
         self._tails = Tails(nothing, nothing, nothing)
         self._is_done = np.ones(1, np.bool_)
         self._shown = np.empty((2, 0, 0), np.int32)  # entries and starts of the rows with their copied granules
         self.ends = np.empty((0, 4), np.int32)
         self.launches: list[Any] = []
-
-    @property
-    def starts(self) -> Int32Array:
-        """``[n]`` first granules of the copies' blocks."""
-        return self._loan.starts[: self._loan.number[0]]
 
     def fill(self, rows: Int32Array, limits: Int32Array) -> None:
         """Copy the partly filled granules of the rows of a turn; CacheFullError, with nothing done, without room.
@@ -78,7 +73,7 @@ class Beams:
         require_equal(group.table.info[rows, LENGTH], self._beams, "seq_ids", "lengths")
         require_equal(limits, self._beams, "max_lens", "limits")
         self._tails = copy_tails(group, group.table, rows, group.table.info[rows, LENGTH], "load")
-        lend(*self._flags, self._loan, self._tails.starts, self._tails.sizes)
+        self.lent.lend(self._tails.starts, self._tails.sizes)
         self._is_done[0] = False
         width = int(group.table.info[rows, NUM_ENTRIES].max(initial=0)) + 1
         self._shown = np.full((2, len(rows), width), -1, np.int32)
@@ -98,18 +93,10 @@ class Beams:
         before = copy_of_rows(table, rows)
         keeps = before.info[:, LENGTH] >> 3
         count = growing.settle_beams(
-            *self._flags, self._loan, before, ancestors, table, rows, keeps, self._tails, blocks.holdings, self._is_done
-        )
+            *self.lent.flags, self.lent.loan, before, ancestors, table, rows, keeps, self._tails, blocks.holdings,
+            self._is_done,
+        )  # fmt: skip
         blocks.free_listed(int(count))
-
-    def release(self) -> None:
-        """Free the copies."""
-        blocks = self._group.blocks
-        left = np.empty(8 * self._batch, np.int32)
-        count = growing.take_back(*self._flags, self._loan, blocks.granules.refs, left)
-        self._is_done[0] = True
-        if count:
-            blocks.free_granules(np.sort(left[:count]))
 
     def bring(self, ancestors: Any, tails: Any) -> list[Move]:
         """The copies after which the rows end with the copied granules, and are their own parents and ancestors."""

@@ -18,6 +18,7 @@ from kvtoolkit.cache.migration import Migration
 from kvtoolkit.cache.migration_launches import MigrationLaunches
 from kvtoolkit.cache.state.arguments import as_ids, as_vector
 from kvtoolkit.cache.state.block_table import LENGTH, OPEN
+from kvtoolkit.cache.state.lent_blocks import LentBlocks
 from kvtoolkit.cache.step import Step, require_all_layers
 from kvtoolkit.cache.supply import Supply, most_grants
 from kvtoolkit.cache.turn_memory import Shapes, TurnMemory
@@ -144,7 +145,7 @@ class DeviceSteps:
         self._step: Step | None = None  # holds the rows
         self._num_steps, self._limits = 0, np.empty(0, np.int32)  # of the turn
         self._is_asked = self._is_collected = False
-        self._lent: list[Supply | Migration | Beams] = [*self._supplies, *self._migrations]
+        self._lent = [one.lent for one in self._supplies] + [one.lent for one in self._migrations]
         self._release = weakref.finalize(self, _release_later, self._calls, self._lent)
         from kvtoolkit.runtime.streams import cupy_on_current_stream
 
@@ -184,7 +185,7 @@ class DeviceSteps:
         if self.beams > 1:
             tables = self._graph_step._fixed[0].tables
             self._beams = Beams(groups[0], batch, self.beams, self._most_own, tables, cupy)
-            self._lent.append(self._beams)
+            self._lent.append(self._beams.lent)
         self._bounds = np.arange(batch + 1, dtype=np.int32) * each
         for fixed in self._graph_step._fixed:
             fixed.tables.cu_seqlens_q[:] = cupy.asarray(self._bounds)
@@ -553,8 +554,8 @@ class DeviceSteps:
 
     @exclusive
     def _release_supplies(self) -> None:
-        for part in self._lent:
-            part.release()
+        for lent in self._lent:
+            lent.release()
 
     @exclusive
     def _leave_to_host(self, rows: Int32Array) -> None:
@@ -565,11 +566,11 @@ class DeviceSteps:
         raise TypeError("DeviceSteps: expected no copy, because graphs have the addresses of this one")
 
 
-def _release_later(calls: Calls, supplies: list[Supply | Migration | Beams]) -> None:
+def _release_later(calls: Calls, all_lent: list[LentBlocks]) -> None:
     """Let the next call free what a lost turn has taken."""
-    for supply in supplies:
-        if len(supply.starts):
-            calls.do_later(supply.release)
+    for lent in all_lent:
+        if len(lent.starts):
+            calls.do_later(lent.release)
 
 
 def _padded(array: NDArray[Any], length: int) -> NDArray[Any]:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from kvtoolkit.arrays.types import Int32Array
 from kvtoolkit.cache.state.block_table import CAPACITY, LENGTH
 from kvtoolkit.cache.state.cache_group import CacheGroup
-from kvtoolkit.cache.state.growing import Loan, lend, take_back
+from kvtoolkit.cache.state.lent_blocks import LentBlocks
 from kvtoolkit.cache.supply import Supply
 from kvtoolkit.cache.tiering import device_moves
 from kvtoolkit.cache.tiering.rules import Rule, make_rule
@@ -41,6 +41,7 @@ class Migration:
         most_targets: blocks of each kind that are taken, at most; 0 if nothing ever moves.
         most_of_a_row: moves of one row in this turn, at most.
         window: tokens that a query sees; 0 = all.
+        lent: the blocks.
     """
 
     def __init__(
@@ -55,9 +56,7 @@ class Migration:
         self.most = min(config.migrate_budget, MOST_IN_A_STEP) if self.demotes or self.merges else 0
         num_blocks = max(map(blocks.ledger.num_of, range(3))) // MAX_BLOCK_GRANULES
         self.most_targets = min(num_blocks, self.most * max_steps, batch * (max_seq_len // 64))
-        self._flags = blocks.ledger.granted, blocks.ledger.callers
-        sizes = np.full(3 * self.most_targets, MAX_BLOCK_GRANULES, np.int32)
-        self._loan = Loan(np.empty_like(sizes), sizes, np.zeros(1, np.int64))
+        self.lent = LentBlocks(blocks, 3 * self.most_targets)
         self.window = group.layers.window
         self.marks: Int32Array = np.empty((0, 4), np.int32)  # of the rows of this turn
         self.most_of_a_row = 0
@@ -66,11 +65,6 @@ class Migration:
     def is_needed(self) -> bool:
         """Whether steps of the device move anything at all, or let go of it."""
         return self.most_targets > 0 or self.window > 0
-
-    @property
-    def starts(self) -> Int32Array:
-        """``[n]`` first granules of the blocks."""
-        return self._loan.starts[: self._loan.number[0]]
 
     def leave_to_device(self, rows: Int32Array, limits: Int32Array, steps: int) -> None:
         """Keep the host's own passes from moving what the device will move, until `leave_to_host`.
@@ -113,7 +107,7 @@ class Migration:
         """Take what is missing where ``steps`` tokens in all are expected of each row in this turn."""
         if not self.most_targets:
             return
-        wanted, are_small = np.zeros(3, np.int64), bool((supply.sizes < MAX_BLOCK_GRANULES).any())
+        wanted, are_small = np.zeros(3, np.int64), bool((supply.lent.sizes < MAX_BLOCK_GRANULES).any())
         self.most_of_a_row = device_moves.count_targets(
             self._group.table, self.rule, self.demotes, rows, limits, steps, self.marks, are_small, wanted
         )
@@ -142,7 +136,7 @@ class Migration:
                 break
 
     def _lend(self, starts: Int32Array) -> None:
-        lend(*self._flags, self._loan, starts, np.full(len(starts), MAX_BLOCK_GRANULES, np.int32))
+        self.lent.lend(starts, np.full(len(starts), MAX_BLOCK_GRANULES, np.int32))
 
     def _marks_of(self, rows: Int32Array) -> Int32Array:
         marks = np.empty((len(rows), 4), np.int32)
@@ -152,7 +146,7 @@ class Migration:
         return marks
 
     def _by_tier(self) -> list[Int32Array]:
-        starts = self.starts
+        starts = self.lent.starts
         tiers = self._group.blocks.tiers_of(starts)
         return [starts[tiers == tier] for tier in range(3)]
 
@@ -178,7 +172,7 @@ class Migration:
             taken: ``[4]`` blocks of each list that are gone, then moves.
             journal: ``[3, most_targets, 4]``; see ``MigrateParams``.
         """
-        if not len(supply.starts) + len(self.starts):
+        if not len(supply.lent.starts) + len(self.lent.starts):
             return
         group, counts = self._group, grants[0].copy()
         words = np.ascontiguousarray(grants[1 : 1 + counts.max(initial=0)].T)
@@ -186,8 +180,8 @@ class Migration:
         moves, is_used = self._moves(taken, journal)
         scratch, blocks = np.empty(9 + len(rows), np.int32), group.blocks
         count = device_moves.settle_turn(
-            *self._flags, (supply.loan, self._loan), group.table, blocks.holdings, rows, *blocks_of_rows, moves,
-            is_used, scratch,
+            *self.lent.flags, (supply.lent.loan, self.lent.loan), group.table, blocks.holdings, rows, *blocks_of_rows,
+            moves, is_used, scratch,
         )  # fmt: skip
         if count:
             blocks.free_granules(np.sort(blocks.freed[:count]))
@@ -197,7 +191,7 @@ class Migration:
 
     def _moves(self, taken: Int32Array, journal: Int32Array) -> tuple[Int32Array, NDArray[np.bool_]]:
         """The moves in their order, as `device_moves.settle_turn` takes them, and which blocks they use."""
-        tiers = self._group.blocks.tiers_of(self.starts)
+        tiers = self._group.blocks.tiers_of(self.lent.starts)
         is_used, found = np.zeros(len(tiers), np.bool_), []
         for tier, starts in enumerate(self._by_tier()):
             noted = journal[tier, : taken[tier]]
@@ -220,11 +214,3 @@ class Migration:
             counters.num_demoted_warm += number
         else:
             counters.num_demoted_cold += number
-
-    def release(self) -> None:
-        """Free all blocks."""
-        blocks = self._group.blocks
-        left = np.empty(MAX_BLOCK_GRANULES * max(1, len(self.starts)), np.int32)
-        count = take_back(*self._flags, self._loan, blocks.granules.refs, left)
-        if count:
-            blocks.free_granules(np.sort(left[:count]))

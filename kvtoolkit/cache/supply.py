@@ -8,7 +8,7 @@ from kvtoolkit.cache.state import growing
 from kvtoolkit.cache.state.block_manager import Runs
 from kvtoolkit.cache.state.block_table import CAPACITY
 from kvtoolkit.cache.state.cache_group import CacheGroup
-from kvtoolkit.cache.state.growing import Loan
+from kvtoolkit.cache.state.lent_blocks import LentBlocks
 from kvtoolkit.formats.entry import MAX_BLOCK_GRANULES, TIER_HOT
 
 
@@ -30,7 +30,7 @@ class Supply:
 
     Attributes:
         most: blocks of each size, at most.
-        loan: the blocks.
+        lent: the blocks.
         num_available: granules that were free or cached before they were taken; growth policies look at it.
     """
 
@@ -38,22 +38,10 @@ class Supply:
         self._group = group
         self.most = min(group.blocks.num_hot, batch * most_grants(max_steps))
         blocks = group.blocks
-        self._flags = blocks.ledger.granted, blocks.ledger.callers
-        self.loan = Loan(np.empty(self.most, np.int32), np.empty(self.most, np.int32), np.zeros(1, np.int64))
-        self._left = np.empty(blocks.num_hot, np.int32)  # scratch: granules to free
+        self.lent = LentBlocks(blocks, self.most)
         self.num_available = 0
         self._capacities: Int64Array = np.empty(0, np.int64)  # of the rows, once they have taken all this
         self._num_steps = 0
-
-    @property
-    def starts(self) -> Int32Array:
-        """``[n]`` first granules of the blocks."""
-        return self.loan.starts[: self.loan.number[0]]
-
-    @property
-    def sizes(self) -> Int32Array:
-        """``[n]`` granules of the blocks."""
-        return self.loan.sizes[: self.loan.number[0]]
 
     def fill(self, rows: Int32Array, limits: Int32Array, steps: int, held: Int64Array | None = None) -> None:
         """Take the blocks that ``steps`` tokens more of each row will want, or as many as there are.
@@ -77,10 +65,10 @@ class Supply:
             blocks.replenish()
         if len(blocks.ledger.left):
             blocks.ledger.free_left()
-        policy, num_free, held = blocks.policy, blocks.num_known_free, int(self.sizes.sum())
+        policy, num_free, held = blocks.policy, blocks.num_known_free, int(self.lent.sizes.sum())
         if num_free < len(rows) * MAX_BLOCK_GRANULES * most_grants(steps):
             num_free = blocks.allocator.num_free  # kernels may have freed some since the host last looked
-        left, room = num_free + 8 * len(blocks.reserve) + blocks.num_cached, self.most - len(self.sizes)
+        left, room = num_free + 8 * len(blocks.reserve) + blocks.num_cached, self.most - len(self.lent.sizes)
         self.num_available = left + held
         first, self._num_steps = self._num_steps, self._num_steps + steps
         sizes = np.empty(room + MAX_BLOCK_GRANULES, np.int32)  # those of the row that gets no more are there, too
@@ -95,10 +83,7 @@ class Supply:
         has_got = starts >= 0
         pieces = self._take_pieces(int(wanted - sizes[has_got].sum()), len(rows), room - int(has_got.sum()))
         more = np.array(pieces, np.int32).reshape(-1, 2).T
-        growing.lend(
-            *self._flags, self.loan, np.concatenate([starts[has_got], more[0]]),
-            np.concatenate([sizes[has_got], more[1]]),
-        )  # fmt: skip
+        self.lent.lend(np.concatenate([starts[has_got], more[0]]), np.concatenate([sizes[has_got], more[1]]))
 
     def _take_pieces(self, missing: int, num_rows: int, most: int) -> Runs:
         """About so many granules in blocks of any sizes, the smallest first, so that many rows get some.
@@ -127,17 +112,10 @@ class Supply:
         """``([4, most], [5])``: for each size the first granules, and how many there are; then `num_available`."""
         listed, counts = np.zeros((4, self.most), np.int32), np.zeros(5, np.int32)
         for code in range(4):
-            starts = self.starts[self.sizes == 1 << code]
+            starts = self.lent.starts[self.lent.sizes == 1 << code]
             listed[code, : len(starts)], counts[code] = starts, len(starts)
         counts[4] = self.num_available
         return listed, counts
-
-    def release(self) -> None:
-        """Free all blocks."""
-        blocks = self._group.blocks
-        count = growing.take_back(*self._flags, self.loan, blocks.granules.refs, self._left)
-        if count:
-            blocks.free_granules(np.sort(self._left[:count]))
 
     def tails(self, rows: Int32Array) -> NDArray[np.int32]:
         """``[batch, 4]`` int32: where each row ends, as ``GrowParams`` has it."""

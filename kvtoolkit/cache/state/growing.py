@@ -114,12 +114,13 @@ def settle_beams(
     Args:
         before: copies of the rows, see `row_sharing.reorder_all`.
         ancestors: ``[batch]`` rows in ``before``.
-        is_done: ``[1]``; if it is true, this was done before, in a call that broke off later: nothing happens.
+        is_done: ``[1]``; if it is true, this was done before, in a call that broke off later: nothing happens. Nor
+            does it if the copies were freed.
 
     Returns:
         The number of ``freed`` granules.
     """
-    if is_done[0]:
+    if is_done[0] or loan.number[0] < len(tails.starts):
         return 0
     is_done[0] = True
     move(callers, granted, loan.starts[: loan.number[0]], loan.sizes[: loan.number[0]])
