@@ -69,7 +69,7 @@ class MigrationLaunches:
         rule, width = migration.rule, tables.block_table.shape[1]
         choice = make_migration(
             places, self._batch, width, migration.most_targets, migration.most, most_new, max_steps,
-            (rule.hot, rule.pinned, rule.warm), migration.demotes, migration.merges, migration.window, device,
+            (rule.hot, rule.warm), migration.demotes, migration.merges, migration.window, device,
         )  # fmt: skip
         moves = self._storage.listed_moves(
             places.num_moves, places.demotions if migration.demotes else 0, places.merges if migration.merges else 0

@@ -37,7 +37,7 @@ class MigrationArrays(NamedTuple):
 
 def make_migration(
     arrays: MigrationArrays, batch: int, width: int, most_targets: int, most: int, most_new: int, max_steps: int,
-    ages: tuple[int, int, int], demotes: bool, merges: bool, window: int, device: int,
+    ages: tuple[int, int], demotes: bool, merges: bool, window: int, device: int,
 ) -> Launch:  # fmt: skip
     """The launch for a group of layers; nothing is launched yet.
 
@@ -48,7 +48,7 @@ def make_migration(
         most: tiles of either kind that move, at most.
         most_new: new tokens of a row.
         max_steps: tokens of a row in a turn.
-        ages: tokens that are hot, pinned and warm, see `kvtoolkit.cache.tiering.rules.Rule`.
+        ages: tokens that are hot and warm, see `kvtoolkit.cache.tiering.rules.Rule`.
         demotes, merges: whether tiles go to colder tiers, and small blocks into one.
         window: tokens that a query sees, itself included; 0 = all.
         device: the current one.

@@ -11,7 +11,7 @@ from tests.kvtoolkit.cuda.host_kernels import HostLaunch, needs_compiler, on_the
 
 pytestmark = needs_compiler
 NEVER = 0x7FFFFFFF
-HOT, PINNED = 64, 0
+HOT = 64
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -122,7 +122,7 @@ def migrated(rows, warm_tokens, most, targets, held, finished):
         held, taken, journal, grants, np.zeros(rows.batch, np.int32), edits, num_moves, demotions, merges,
     )  # fmt: skip
     places = migrate.MigrationArrays(*(array.ctypes.data for array in arrays))
-    ages = HOT, PINNED, warm_tokens
+    ages = HOT, warm_tokens
     migrate.make_migration(places, rows.batch, rows.width, 50, most, 1, 1 << 20, ages, True, True, 0, 0).run()
     return journal, num_moves, demotions, merges
 
