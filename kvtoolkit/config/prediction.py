@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from allocators._plugins import PluginError, load_class
 from kvtoolkit.config import predictors
+from kvtoolkit.config.fields import require_one_of
 from kvtoolkit.errors import ConfigError, ShapeError
 
 Float32Array = NDArray[np.float32]
@@ -70,8 +71,8 @@ class Predictor(Protocol):
     def score(self, state: Float32Array, step: TileStep) -> Float32Array:
         """``[*lead, num_tiles]`` scores, none of them NaN; the highest are expected to be read most.
 
-        Scores are averaged where layers or heads share one choice, so they should be of one scale in all of them.
-        Tiles that the predictor has never seen read should get ``inf``: they are read once, and known then.
+        Where layers or heads share one choice, `shared_scores` makes one score of theirs, so they should be of one
+        scale. Tiles that the predictor has never seen read should get ``inf``: they are read once, and known then.
 
         Args:
             state: as `observe` left it after ``step``.
@@ -223,6 +224,30 @@ def with_revisits(scores: Float32Array, index: int, period: int = 64) -> Float32
     visited = scores.copy()
     visited[..., index % period :: period] = np.inf
     return visited
+
+
+def shared_scores(scores: Float32Array, axes: tuple[int, ...], by: str = "max") -> Float32Array:
+    """Give all layers, heads or both the same scores, because they read the same tiles.
+
+    The mean keeps most attention in total. The greatest score keeps a tile that one head alone needs, as for looking up
+    a fact; the mean of many heads hides it.
+
+    Args:
+        scores: ``[*lead, num_tiles]`` float32.
+        axes: those of ``lead`` that share; with none the scores are returned as they are.
+        by: ``max`` or ``mean``.
+
+    Returns:
+        Scores of the same shape, perhaps a read-only view.
+
+    Raises:
+        ConfigError: ``by`` is something else.
+    """
+    require_one_of("by", by, ("max", "mean"))
+    if not axes:
+        return scores
+    shared = scores.max(axes, keepdims=True) if by == "max" else scores.mean(axes, keepdims=True)
+    return np.broadcast_to(shared, scores.shape)
 
 
 def choose(scores: Float32Array, count: int) -> NDArray[np.bool_]:

@@ -50,6 +50,16 @@ class ExitsInScore(Fine):
         raise SystemExit(3)
 
 
+class LendsItsState(Fine):
+    state_size = 1
+
+    def observe(self, state, step):
+        state[0] = step.mass
+
+    def score(self, state, step):
+        return state[0]
+
+
 class NoScore:
     state_size, needs_keys = 0, False
 

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 
 from kvtoolkit.config import prediction
-from kvtoolkit.config.prediction import TileStep, choose, extend, new_state, predict, predictor, with_revisits
+from kvtoolkit.config.prediction import (
+    TileStep,
+    choose,
+    extend,
+    new_state,
+    predict,
+    predictor,
+    shared_scores,
+    with_revisits,
+)
 from kvtoolkit.config.predictors import Bound, Frequency, Last, Mass, Random, Recency
 from kvtoolkit.errors import ConfigError, ShapeError
 from tests.kvtoolkit.config import bad_predictors
@@ -182,6 +191,18 @@ def test_the_highest_are_chosen_and_among_equals_the_newest():
     assert choose(np.float32([1, 2]), 2).tolist() == [True, True]
 
 
+def test_a_shared_choice_follows_the_greatest_score_or_the_mean():
+    scores = np.float32([[[5, 1, 3], [0, 4, 3]], [[0, 0, 3], [0, 0, 0]]])
+    assert shared_scores(scores, (1,))[:, 0].tolist() == [[5, 4, 3], [0, 0, 3]]
+    assert shared_scores(scores, (1,), "mean")[:, 1].tolist() == [[2.5, 2.5, 3], [0, 0, 1.5]]
+    assert shared_scores(scores, (0, 1))[1, 1].tolist() == [5, 4, 3]
+    assert shared_scores(scores, (0, 1), by="mean")[0, 0].tolist() == [1.25, 1.25, 2.25]
+    assert shared_scores(scores, ()).tolist() == scores.tolist()
+    assert np.isposinf(shared_scores(np.float32([[np.inf, 0], [1, 1]]), (0,), "mean")[:, 0]).all()
+    with pytest.raises(ConfigError, match="by: expected one of max, mean"):
+        shared_scores(scores, (0,), "median")
+
+
 @pytest.mark.parametrize("num_tiles", [1, 15, 16, 17, 50])
 def test_revisits_reach_every_tile_in_each_period_a_few_at_a_time(num_tiles):
     scores = np.zeros((3, num_tiles), np.float32)
@@ -278,8 +299,8 @@ def test_nonsense_of_a_predictor_is_refused(name, message):
         predict(made, new_state(made, (2,), 5), random_step((2, 5))[0])
 
 
-def test_a_predictor_that_answers_with_its_state_does_not_lend_it():
-    made = predictor("last")
+def test_scores_are_not_the_state_even_if_a_predictor_answers_with_it():
+    made = predictor(f"{HERE}:LendsItsState")
     state = new_state(made, (2,), 3)
     scores = predict(made, state, step_of(np.ones((2, 3))))
     scores[...] = -1
