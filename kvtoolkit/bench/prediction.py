@@ -30,6 +30,7 @@ from kvtoolkit.bench.prediction_scores import (
     rate_demotion,
     replay,
     replay_sparse,
+    share_scores,
 )
 from kvtoolkit.commands.json_file import add_json, write_json
 from kvtoolkit.config import prediction
@@ -39,6 +40,7 @@ from kvtoolkit.integrations.smollm2 import load_smollm2
 
 SHARES = (0.125, 0.25, 0.5)
 _QUARTER = 0.25
+_SHARED = (("head", "mean"), ("layer", "mean"), ("layer", "max"), ("sequence", "mean"), ("sequence", "max"))
 STAYS = (0.99, 0.9, 0.5, 0.0)
 BETAS, WIDTHS, PERIODS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99), (0.0, 0.25, 0.5, 0.75, 1.0), (1, 4, 16, 64)
 REVISITS = (32, 64, 128, 256)
@@ -81,6 +83,8 @@ def main(options: argparse.Namespace) -> int:
             _print_recording(recording, figures)
     _print_walks([(walk, found[walk.name]) for walk in walks])
     everything = [(one.name, found[one.name]) for one in (*recordings, *walks)]
+    print("\nMass at 25 % over that of an oracle of each kv head, by who shares a choice and by which of their scores")
+    _print_lines("sharing", everything)
     print("\nRecall at 25 % for each kv head, by what a predictor can be tuned with")
     _print_lines("tuning", everything)
     print("\nRecall at 25 % for each kv head, if masses are seen and tiles chosen every so many steps only")
@@ -116,9 +120,9 @@ def measure(recording: Recording, warm_up: int) -> dict[str, dict[str, Any]]:
 
     Returns:
         ``at_stake``: share of the attention that falls on candidates. ``ratings``: of each predictor, a `Rating` as a
-        dict, by who shares a choice and by the share of the tiles that is chosen. ``tuning``, ``periods``, ``sparse``:
-        recall and ``Rating.wanted`` at a quarter of the tiles, by a label. ``demotion``: share of the later attention,
-        by a label.
+        dict, by who shares a choice and by the share of the tiles that is chosen. ``sharing``, ``tuning``, ``periods``,
+        ``sparse``: recall and ``Rating.wanted`` at a quarter of the tiles, by a label. ``demotion``: share of the later
+        attention, by a label.
     """
     first = recording.candidates(warm_up).start
     protecting = partial(Random, num_protected=recording.num_prompt_tiles - first)
@@ -145,6 +149,11 @@ def measure(recording: Recording, warm_up: int) -> dict[str, dict[str, Any]]:
     }
     possible = candidates(recording)[warm_up:, None, None]
     on_candidates = np.where(possible, recording.mass[warm_up:], 0).sum(-1).mean()
+    sharing = {
+        f"{name}, by {sharing}" + (f", {by}" if sharing != "head" else ""): share_scores(scores[name], sharing, by)
+        for name in ("oracle", "mass", "last")
+        for sharing, by in _SHARED
+    }
     return {
         "at_stake": {"candidates": float(on_candidates)},
         "ratings": {
@@ -154,6 +163,7 @@ def measure(recording: Recording, warm_up: int) -> dict[str, dict[str, Any]]:
             }
             for name, of_one in scores.items()
         },
+        "sharing": _rate_all(recording, sharing, warm_up),
         "tuning": _rate_all(recording, tuning, warm_up),
         "periods": _rate_all(recording, periods, warm_up),
         "sparse": _rate_all(recording, sparse, warm_up),
@@ -168,7 +178,7 @@ def _rate(recording: Recording, scores: Float32Array, sharing: str, warm_up: int
 def _rate_all(
     recording: Recording, replays: dict[str, Float32Array], warm_up: int
 ) -> dict[str, tuple[float, float | None]]:
-    """Recall of a quarter of the tiles for each kv head, and the share of the attention on wanted tiles."""
+    """Recall of a quarter of the tiles, as kv heads choose alone, and the share of the attention on wanted tiles."""
     ratings = {name: rate(recording, one, (_QUARTER,), "head", warm_up)[_QUARTER] for name, one in replays.items()}
     return {name: (rating.recall, rating.wanted) for name, rating in ratings.items()}
 

@@ -18,6 +18,7 @@ from kvtoolkit.config.prediction import (
     extend,
     new_state,
     predict,
+    shared_scores,
     with_revisits,
 )
 
@@ -120,12 +121,9 @@ def candidates(recording: Recording) -> NDArray[np.bool_]:
     return found
 
 
-def share_scores(scores: Float32Array, sharing: str) -> Float32Array:
-    """Give all heads, or all layers and heads, the mean of their scores; ``[num_steps, layers, heads, num_tiles]``."""
-    axes = _AXES[sharing]
-    if not axes:
-        return scores
-    return np.broadcast_to(scores.mean(axes, keepdims=True), scores.shape)
+def share_scores(scores: Float32Array, sharing: str, by: str = "mean") -> Float32Array:
+    """`shared_scores` of ``[num_steps, num_layers, num_kv_heads, num_tiles]`` for one of `SHARING`."""
+    return shared_scores(scores, _AXES[sharing], by)
 
 
 def chosen_tiles(scores: Float32Array, counts: NDArray[np.int64]) -> NDArray[np.bool_]:

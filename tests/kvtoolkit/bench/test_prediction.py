@@ -152,8 +152,9 @@ def test_a_sparse_replay_shows_only_what_was_chosen_and_revisits_all(sharing):
         assert (read == before[..., tiles]).all()
         # shares of the softmax over what was read
         whole = recording.mass[step, ..., tiles]
-        scale = shown[..., : read.shape[-1]][read] / whole[read]
-        assert (scale > 1).all()
+        left_out = np.where(read, 0, whole).sum(-1, keepdims=True)
+        expected = (whole / (1 - left_out))[read]
+        assert shown[..., : read.shape[-1]][read] == pytest.approx(expected, rel=1e-5)
     reads = np.array([~np.isnan(shown[..., :5]) for shown in spy.shown[8:]])
     assert all(reads[i : i + 8].any(0).all() for i in range(len(reads) - 8))
 
@@ -179,10 +180,16 @@ def figures_of(rating):
 
 def test_wanted_tiles_count_by_the_attention_on_them():
     mass = np.full((4, 1, 2, 4), 0.1)
-    mass[:, 0, 0, 1], mass[:, 0, 1, 1] = 0.3, 0.2  # of candidates 1 and 2, Recency chooses 2 only
+    mass[:, 0, 0, 1], mass[:, 0, 1, 1] = 0.3, 0.2
+    # the candidates are 1 and 2, of which Recency chooses 2; 0 is pinned and 3 hot
     recording = recording_of(mass)
     newest = scores.replay(recording, Recency())
-    for wanted, expected in (([-1, 1, -1, -1], 0.0), ([-1, 2, -1, 1], 0.2 / 0.7), ([2, -1, -1, -1], None)):
+    for wanted, expected in (
+        ([-1, 1, -1, -1], 0.0),
+        ([-1, 2, -1, 1], 0.2 / 0.7),
+        ([2, -1, -1, -1], None),
+        ([-1, 3, 0, -1], None),
+    ):
         asking = replace(recording, wanted=np.array(wanted))
         found = scores.rate(asking, newest, (0.5,), "head", 1)[0.5].wanted
         assert found == (None if expected is None else pytest.approx(expected))
@@ -208,6 +215,7 @@ def test_shared_choices_are_the_same_for_all_that_share():
     assert (layer[:, :1] != layer).any()
     assert (sequence[:, :1, :1] == sequence).all()
     assert (found[:, :, :1] != found).any()
+    assert (scores.share_scores(found, "layer", "max")[:, :, 0] == found.max(2)).all()
 
 
 def test_demotion_counts_what_falls_on_the_demoted_tiles_later():
@@ -301,7 +309,7 @@ def test_the_command_prints_and_writes_its_figures_without_a_model(capsys, tmp_p
     assert figures["ratings"]["mass"]["head"]["0.25"]["recall"] > figures["ratings"]["random"]["head"]["0.25"]["recall"]
     names = ("at_stake", "ratings", "tuning", "periods", "sparse", "demotion")
     assert all(figures[name] for name in names)
-    for part in ("tuning", "periods", "sparse"):
+    for part in ("sharing", "tuning", "periods", "sparse"):
         assert all(0 < recall <= 1 and wanted is None for recall, wanted in figures[part].values())
     assert all(0 < value < 1 for value in figures["demotion"].values())
 
