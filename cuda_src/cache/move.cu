@@ -5,7 +5,9 @@
 //           any number in a list on the device, which migrate.cu makes
 //
 // Launch:   grid = (CTAs of one array, num_arrays), CTA 256, 16 bytes per thread and step. Moves run in any order, so
-//           no granule may be both read and written. Any architecture.
+//           no granule may be both read and written. kvt_transfer, for moves between the device and pinned host memory,
+//           has grid = (CTAs), CTA 1024: few CTAs fill the link, and more would only keep others from running. Any
+//           architecture.
 #include <kvt/ptx/cluster.cuh>
 
 namespace kvt {
@@ -65,6 +67,39 @@ extern "C" __global__ void __launch_bounds__(256) kvt_move(const __grid_constant
   const auto source_of = [&](int i) -> long long { return p.sources[i]; };
   const auto target_of = [&](int i) -> long long { return p.targets[i]; };
   move_all(p, p.num_moves, source_of, target_of);
+}
+
+struct TransferParams : Arena {
+  long long num_arrays;
+  int sources[kMaxMoves];
+  int targets[kMaxMoves];
+};
+
+extern "C" __global__ void __launch_bounds__(1024) kvt_transfer(const __grid_constant__ TransferParams p) {
+  constexpr int kUnroll = 4;  // loads under way in a thread
+  const int of_array = p.num_moves * p.granule_vectors;
+  const long long total = static_cast<long long>(of_array) * p.num_arrays;
+  const long long step = gridDim.x * 1024ll * kUnroll;
+  for (long long base = blockIdx.x * 1024ll * kUnroll + threadIdx.x; base < total; base += step) {
+    uint4 words[kUnroll];
+    char* targets[kUnroll];
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+      const long long index = base + i * 1024;
+      if (index < total) {
+        const int array = index / of_array;
+        const int in_array = index - static_cast<long long>(array) * of_array;
+        const int move = in_array / p.granule_vectors;
+        char* const at = p.arena + array * p.array_stride + (in_array - move * p.granule_vectors) * 16ll;
+        words[i] = __ldcs(reinterpret_cast<const uint4*>(at + p.sources[move] * p.granule_stride));
+        targets[i] = at + p.targets[move] * p.granule_stride;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+      if (base + i * 1024 < total) __stcs(reinterpret_cast<uint4*>(targets[i]), words[i]);
+    }
+  }
 }
 
 extern "C" __global__ void __launch_bounds__(256) kvt_move_listed(const __grid_constant__ ListedMoveParams p) {

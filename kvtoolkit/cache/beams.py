@@ -147,7 +147,7 @@ def require_beams(config: CacheConfig, batch: int, num_new_tokens: int, beams: i
         )
     if batch > MOST_ROWS:
         raise ArgumentError(f"batch: expected up to {MOST_ROWS} rows with beams, got {batch}")
-    if config.is_grouped or config.tier_config is not None:
+    if config.is_grouped or config.quantization is not None:
         raise UnsupportedError("beams: expected a cache with one group of layers and without tiers")
 
 

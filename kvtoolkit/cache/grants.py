@@ -50,7 +50,7 @@ class BlockGranter:
             num_need,
             available,
             # evicting may free more than what is cached, or less; `BlockManager.fit` finds out
-            available if self._frees_singly else blocks.num_hot,
+            (available if self._frees_singly else blocks.num_hot) + blocks.num_in_reach,
             blocks.num_hot,
             policy.rule,
             policy.tail,

@@ -13,9 +13,9 @@ from kvtoolkit.arrays.types import Int64Array
 from kvtoolkit.cache.state.block_table import CAPACITY, LENGTH, NUM_ENTRIES, STATE, first_held, touch_all
 from kvtoolkit.cache.state.cache_group import CacheGroup
 from kvtoolkit.cache.state.host_copies import Copy, copy_tiers, sizes_of
-from kvtoolkit.cache.state.prefix_index import CLOCK, NEXT_UID, ROOT, ROOT_UID
+from kvtoolkit.cache.state.prefix_index import CLOCK, NEXT_UID, NUM_POOLS, ROOT, ROOT_UID, pools_of
 from kvtoolkit.cache.storage.storage import Contents, split_by_tier
-from kvtoolkit.config.tiers import TIER_NAMES
+from kvtoolkit.config.tiers import POOL_NAMES, firsts_of
 from kvtoolkit.errors import CacheSnapshotError
 from kvtoolkit.formats.entry import MAX_BLOCK_GRANULES, MAX_GRANULES
 
@@ -40,7 +40,7 @@ def pack_group(group: CacheGroup, rows: Int64Array, copies: dict[int, Copy]) -> 
     numbers = blocks.granules.copy[held].tolist()
     arrays = {
         "counters": np.array(list(vars(group.counters).values()), np.int64),
-        "tier_granules": np.array(group.config.tier_granules, np.int64),
+        "pool_granules": np.array(group.config.pool_granules, np.int64),
         "info": table.info[rows][:, [STATE, LENGTH, NUM_ENTRIES]],
         "entries": table.entries[rows, :width],
         "masses": table.masses[rows],
@@ -82,12 +82,12 @@ class GroupReader:
         self.renumbered: Int64Array = np.empty(0, np.int64)
         self._arrays, self._prefix = arrays, prefix_of(index)
         self._copies: list[Copy] = []
-        there = self.vector("tier_granules", "int64", 3)
-        self.within("tier_granules", there, 0, 1 << 25)
-        self._first = np.array([0, there[0], there[0] + there[1]])
-        self._shift = np.array(group.config.first_granules) - self._first
-        self._ends = self._first + there
-        self._is_another_pool = is_another_pool or there.tolist() != list(group.config.tier_granules)
+        there = self.vector("pool_granules", "int64", NUM_POOLS)
+        self.within("pool_granules", there, 0, 1 << 25)
+        self._first = np.array(firsts_of(there.tolist()))
+        self._shift = np.array(group.config.pool_firsts) - self._first
+        self._num_hot, self._num_granules = int(there[0]), int(there.sum())
+        self._is_another_pool = is_another_pool or there.tolist() != list(group.config.pool_granules)
 
     def has(self, name: str) -> bool:
         """Whether there is an array of this name."""
@@ -129,17 +129,17 @@ class GroupReader:
     def _granules(self, name: str, values: NDArray[Any]) -> Int64Array:
         """Granules of the snapshot as granules here; CacheSnapshotError if the pool here has no such granule."""
         values = values.astype(np.int64)
-        self.within(name, values, 0, int(self._ends[2]))
-        tiers = np.searchsorted(self._first[1:], values, side="right")
-        offsets = values - self._first[tiers]
-        sizes = np.array(self.group.config.tier_granules)
-        if (offsets >= sizes[tiers]).any():
-            tier = int(tiers[np.argmax(offsets >= sizes[tiers])])
+        self.within(name, values, 0, self._num_granules)
+        pools = pools_of(self._first, values)
+        offsets = values - self._first[pools]
+        sizes = np.array(self.group.config.pool_granules)
+        if (offsets >= sizes[pools]).any():
+            pool = int(pools[np.argmax(offsets >= sizes[pools])])
             raise CacheSnapshotError(
-                f"snapshot: expected a pool with granule {int(offsets[tiers == tier].max())} of the {TIER_NAMES[tier]} "
-                f"tier, which is in use, got one of {sizes[tier]}"
+                f"snapshot: expected a pool with granule {int(offsets[pools == pool].max())} of the {POOL_NAMES[pool]} "
+                f"tier, which is in use, got one of {sizes[pool]}"
             )
-        here: Int64Array = values + self._shift[tiers]
+        here: Int64Array = values + self._shift[pools]
         return here
 
     def read_nodes(self) -> None:
@@ -252,7 +252,7 @@ class GroupReader:
     def read_contents(self) -> None:
         """Read the keys and values of all that rows and index hold."""
         blocks = self.group.blocks
-        there = self.distinct("held", None, int(self._ends[2]))
+        there = self.distinct("held", None, self._num_granules)
         held = self._granules("held", there)
         owned = np.flatnonzero((blocks.granules.refs > 0) | (blocks.granules.node >= 0))
         if not np.array_equal(held, owned):
@@ -267,7 +267,7 @@ class GroupReader:
     def grant(self) -> None:
         """Bring the allocators to the state in which everything that is held, callers' blocks included, is granted."""
         blocks, ledger = self.group.blocks, self.group.blocks.ledger
-        there = self.distinct("callers", None, int(self._ends[0]))
+        there = self.distinct("callers", None, self._num_hot)
         callers = self._granules("callers", there)
         owned = (blocks.granules.refs > 0) | (blocks.granules.node >= 0)
         if owned[callers].any():

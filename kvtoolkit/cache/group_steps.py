@@ -54,7 +54,7 @@ class GroupSteps:
         self.table, self.blocks, self.span = group.table, group.blocks, group.layers.span
         self.plain_table = tuple(RowTable.of(group.table))
         self.plain_holdings = tuple(self.blocks.nodes), tuple(self.blocks.granules), self.blocks.freed
-        tiers = group.config.tier_config
+        tiers = group.config.quantization
         self.demoter = None if tiers is None else Demoter(group, tiers)
         self.merges, self.keeps = group.blocks.policy.merges, group.config.keep_prefix_windows
 

@@ -37,7 +37,7 @@ from kvtoolkit.cache.state.prefix_index import (
     tier_of,
 )
 from kvtoolkit.cache.state.step_passes import first_seen
-from kvtoolkit.config.tiers import TIER_NAMES
+from kvtoolkit.config.tiers import POOL_NAMES
 from kvtoolkit.cuda.pool import DevicePool
 from kvtoolkit.cuda.pool_share import PoolWithShare
 from kvtoolkit.formats.entry import MAX_BLOCK_GRANULES, TIER_HOT, entry_granule, entry_length, entry_tier
@@ -110,7 +110,7 @@ def require_well_formed(table: BlockTable, blocks: "BlockManager", span: int) ->
 
     ``span`` is that of `first_seen`: a row may have let go of what its next token does not see.
     """
-    ends = np.array([*blocks.first[1:], blocks.num_granules], np.int32)
+    ends = np.array([*blocks.first[1:3], blocks.num_granules], np.int32)
     fault, row = _check_rows(table, blocks.granules, ends, np.full(blocks.num_granules, -1, np.int32), span)
     require(not fault, f"cache: row {row} {_FAULTS[fault]}")
 
@@ -167,7 +167,7 @@ def require_identities(table: BlockTable, blocks: "BlockManager", identities: Id
 def _require_tier(blocks: "BlockManager", tier: int, allocator: BlockAllocator) -> None:
     """IntegrityError unless the allocator of a tier has granted exactly what is held, cached or in the reserve."""
     allocator.check_integrity()
-    own, name = slice(blocks.first[tier], blocks.first[tier] + allocator.num_granules), TIER_NAMES[tier]
+    own, name = slice(blocks.first[tier], blocks.first[tier] + allocator.num_granules), POOL_NAMES[tier]
     refs, node = blocks.granules.refs[own], blocks.granules.node[own]
     cached, counted = int(((refs == 0) & (node >= 0)).sum()), int(blocks.granules.cached[tier])
     require(cached == counted, f"cache: {counted} {name} granules counted as cached, found {cached}")
@@ -180,6 +180,11 @@ def _require_tier(blocks: "BlockManager", tier: int, allocator: BlockAllocator) 
                 not owned[start : start + MAX_BLOCK_GRANULES].any(), f"cache: block {start} is kept back and in use"
             )
             owned[start : start + MAX_BLOCK_GRANULES] = True
+    for start in blocks.arriving:
+        if own.start <= start < own.stop:
+            at = start - own.start
+            require(not owned[at : at + MAX_BLOCK_GRANULES].any(), f"cache: block {start} is on its way and in use")
+            owned[at : at + MAX_BLOCK_GRANULES] = True
     left = blocks.ledger.left - blocks.first[tier]
     owned[left[(left >= 0) & (left < len(owned))]] = True
     granted, callers = blocks.ledger.granted[own], blocks.ledger.callers[own]

@@ -15,6 +15,7 @@ from kvtoolkit.arrays.types import ArrayLike, Int32Array, Int64Array
 from kvtoolkit.cache import compaction, group_steps, integrity, preemption, prefix_hits, sharing, snapshot
 from kvtoolkit.cache.grants import BlockGranter
 from kvtoolkit.cache.group_steps import GroupSteps
+from kvtoolkit.cache.hints import Hints
 from kvtoolkit.cache.layers.graph_names import GraphNames
 from kvtoolkit.cache.lease import Lease
 from kvtoolkit.cache.shared_allocator import SharedAllocator
@@ -42,6 +43,7 @@ from kvtoolkit.cache.stats import CacheStats, collect
 from kvtoolkit.cache.step import Step
 from kvtoolkit.cache.storage.upload import make_upload
 from kvtoolkit.cache.tiering.demoter import Demoter
+from kvtoolkit.cache.tiering.places import Places
 from kvtoolkit.config.cache import CacheConfig
 from kvtoolkit.cuda.pool import DevicePool
 from kvtoolkit.errors import ArgumentError, ConfigError, StepError
@@ -51,7 +53,7 @@ _LEAST_TOKENS_REFUSED = 1 << 20
 """So many new tokens a step may always ask for, however small the pool is; rows without room just stall."""
 
 
-class KVCache:
+class KVCache(Hints):
     """The KV cache of one model, for a batch at a time: paged memory, prefix reuse, forks, preemption.
 
     Args:
@@ -78,9 +80,11 @@ class KVCache:
         self._group = self._state.group
         self._calls = self._state.calls
         self._granter = BlockGranter(self._group)
+        tiers = None if config.is_grouped else config.tier_config
+        self._places = Places(self._group, tiers) if tiers is not None and tiers.host is not None else None
         self._demoter = None  # of a cache with one group
-        if config.tier_config is not None and not config.is_grouped:
-            self._demoter = Demoter(self._group, config.tier_config)
+        if tiers is not None and tiers.quantized:
+            self._demoter = Demoter(self._group, tiers, self._places)
         self._arrays = SpareArrays()
         self._most_tokens_of_one = config.seq_len_limit
         self._most_new_tokens = max(_LEAST_TOKENS_REFUSED, 16 * 8 * config.num_granules)
@@ -229,6 +233,8 @@ class KVCache:
             self._arrays.give_back(arrays, batch, total)
             raise self._state.bad_id(code, int(ids[where]), (OPEN,))
         has_moved = self._demoter is not None and self._demoter.run(arrays, num_need)
+        if self._places is not None and self._places.run(arrays, batch, num_need):
+            has_moved = True
         if num_merge:
             self._granter.merge_tails(arrays, num_merge)
         if num_need:
@@ -537,6 +543,8 @@ class KVCache:
         Raises:
             StepError: a step or a lease is open.
         """
+        if self._places is not None:
+            self._places.settle_all()
         return snapshot.pack(self._state)
 
     @classmethod

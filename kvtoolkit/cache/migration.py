@@ -49,7 +49,7 @@ class Migration:
     ) -> None:
         self._group, self._width = group, width
         config, blocks = group.config, group.blocks
-        tiers = config.tier_config
+        tiers = config.quantization
         self.demotes = tiers is not None
         self.merges = blocks.policy.merges and int(blocks.offered[-1]) < MAX_BLOCK_GRANULES and not is_off
         self.rule = _NO_TIERS if tiers is None else make_rule(tiers)

@@ -17,7 +17,7 @@ from kvtoolkit.cache.state.block_table import CLOSED, LENGTH, NUM_ENTRIES, PREEM
 from kvtoolkit.cache.state.cache_group import CacheGroup
 from kvtoolkit.cache.state.cache_state import CacheState
 from kvtoolkit.cache.state.prefix_index import HELD
-from kvtoolkit.config.tiers import TIER_NAMES
+from kvtoolkit.config.tiers import POOL_NAMES, TIER_OF_POOL
 from kvtoolkit.cuda.pool import DevicePool
 from kvtoolkit.formats.entry import MAX_BLOCK_GRANULES, TIER_HOT
 
@@ -123,6 +123,8 @@ class CacheStats:
             each time such a tile is looked at. On a GPU these tokens become NaN instead.
         num_dequantized: tiles that became hot again because a sequence was cut inside them.
         converted_tokens: tokens in tiles that changed their tier; `copied_tokens` does not count them.
+        num_offloaded: blocks of 64 tokens that were moved to host memory.
+        num_prefetched: blocks of 64 tokens that were moved from host memory to the device.
     """
 
     num_seqs: int
@@ -161,6 +163,8 @@ class CacheStats:
     num_unquantizable: int
     num_dequantized: int
     converted_tokens: int
+    num_offloaded: int
+    num_prefetched: int
 
 
 def collect(state: CacheState) -> CacheStats:
@@ -173,7 +177,7 @@ def collect(state: CacheState) -> CacheStats:
     by_group = [_tiers_of(group) for group in state.groups]
     tiers = {
         name: _sum([one[name] for one in by_group if name in one])
-        for name in TIER_NAMES
+        for name in POOL_NAMES
         if any(name in one for one in by_group)
     }
     num_held, filled = 0, 0
@@ -236,7 +240,7 @@ def _sum(figures: list[TierStats]) -> TierStats:
 def _tiers_of(group: CacheGroup) -> dict[str, TierStats]:
     """The figures of a group's tiers by their names."""
     allocators = enumerate(group.blocks.allocators)
-    return {TIER_NAMES[i]: _tier(group, i, one.stats()) for i, one in allocators if one is not None}
+    return {POOL_NAMES[i]: _tier(group, i, one.stats()) for i, one in allocators if one is not None}
 
 
 def _tier(group: CacheGroup, tier: int, figures: AllocatorStats) -> TierStats:
@@ -248,7 +252,8 @@ def _tier(group: CacheGroup, tier: int, figures: AllocatorStats) -> TierStats:
     # live in the allocator but unknown here: a kernel's, or lost when the allocator broke off
     others = figures.num_live - granted - callers
     evictable = blocks.num_evictable(tier)
-    pinned = figures.pinned + num_left + blocks.granules.cached[tier] - evictable
+    num_arriving = MAX_BLOCK_GRANULES * sum(own.start <= start < own.stop for start in blocks.arriving)
+    pinned = figures.pinned + num_left + num_arriving + blocks.granules.cached[tier] - evictable
     if isinstance(blocks.allocators[tier], DevicePool):
         callers, others = callers + others, 0
     return TierStats(
@@ -259,5 +264,5 @@ def _tier(group: CacheGroup, tier: int, figures: AllocatorStats) -> TierStats:
         kept_back=8 * MAX_BLOCK_GRANULES * len(blocks.reserve) if tier == TIER_HOT else 0,
         callers=callers * 8,
         pinned=(int(pinned) + others) * 8,
-        nbytes=figures.num_granules // 8 * group.config.block_nbytes[TIER_NAMES[tier]],
+        nbytes=figures.num_granules // 8 * group.config.block_nbytes[POOL_NAMES[TIER_OF_POOL[tier]]],
     )

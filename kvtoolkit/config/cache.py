@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from allocators import AllocatorError, find
 from kvtoolkit.arrays.types import as_int
 from kvtoolkit.config.eviction import eviction_policy
-from kvtoolkit.config.fields import require_int, require_known, require_one_of, settle_int
+from kvtoolkit.config.fields import parse_nbytes, require_int, require_known, require_one_of, settle_int
 from kvtoolkit.config.groups import (
     TYPICAL_LEN,
     LayerGroup,
@@ -24,13 +23,12 @@ from kvtoolkit.config.groups import (
 from kvtoolkit.config.growth import FIXED, GrowthPolicy, growth_policy
 from kvtoolkit.config.model_config import MOST_LAYERS, read_model
 from kvtoolkit.config.split import Split, as_lengths, groups_of
-from kvtoolkit.config.tiers import TIER_NAMES, TierConfig
+from kvtoolkit.config.tiers import TIER_NAMES, TierConfig, firsts_of
 from kvtoolkit.errors import ConfigError, UnsupportedError
 from kvtoolkit.formats.entry import MAX_GRANULES
 from kvtoolkit.formats.quantized import check_head_dim
 
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
-_NBYTES = re.compile(r"\s*(\d{1,1000}(?:\.\d{1,1000})?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
 _BACKENDS = ("cpu", "cuda", "numba")
 _TOKENS_PER_SUPERBLOCK = 64
 _BLOCK_TABLE_NBYTES = 256 << 20
@@ -155,8 +153,10 @@ class CacheConfig:
                 raise ConfigError(f"allocator_options: expected no {name!r}, which the cache gives itself")
         eviction_policy(self.eviction)
         if self.tiers is not None:
-            object.__setattr__(self, "tiers", TierConfig.from_dict(self.tiers).to_dict())
-            check_head_dim(self.head_dim)
+            tiers = TierConfig.from_dict(self.tiers)
+            object.__setattr__(self, "tiers", tiers.to_dict())
+            if tiers.quantized:
+                check_head_dim(self.head_dim)
         if self.backend != "cpu":
             if self.dtype not in ("float16", "bfloat16"):
                 raise UnsupportedError(
@@ -192,9 +192,24 @@ class CacheConfig:
     def _check_tiers(self) -> None:
         """ConfigError unless each tier has room for what it must hold."""
         for name, count in zip(TIER_NAMES, self.tier_granules, strict=True):
-            if count <= 0 and (name == "hot" or (self.tiers and name in self.tiers)):
+            if count <= 0 and (name == "hot" or name in (self.quantization.quantized if self.quantization else ())):
                 raise ConfigError(f"num_tokens or memory: expected room for 64 tokens in the {name} tier, got none")
-        needed = self.tier_config.hot + self.tier_config.pinned_tokens + 64 if self.tier_config else 0
+        if self.tier_config is not None and self.tier_config.host is not None:
+            names = ("hot", *(self.tier_config.host_memory or {}))
+            assert self.block_sizes is not None
+            if 64 not in self.block_sizes:
+                raise ConfigError(
+                    "tiers.host: expected 64 among block_sizes, because tokens move in blocks of 64, got "
+                    f"{self.block_sizes}"
+                )
+            if any(
+                count == 0 and name in names for name, count in zip(("hot", "cold"), self.host_granules, strict=True)
+            ):
+                raise ConfigError(
+                    f"tiers.host: expected room for 64 tokens of each tier that it is for, got {self.tier_config.host} "
+                    "bytes"
+                )
+        needed = self.quantization.hot + self.quantization.pinned_tokens + 64 if self.quantization else 0
         if needed > 8 * self.tier_granules[0]:
             raise ConfigError(
                 f"tiers: expected room for hot + pinned_tokens + 64 = {needed} tokens of a sequence in the hot tier, "
@@ -225,7 +240,9 @@ class CacheConfig:
         return has_sizes
 
     def _check_groups(self) -> None:
-        """ConfigError unless each group has room for one sequence."""
+        """ConfigError unless each group has room for one sequence; UnsupportedError where one has host memory."""
+        if any((self._tiers_of(group) or {}).get("host") is not None for group in self.groups):
+            raise UnsupportedError("tiers.host: expected none with groups of layers that have a window or differ")
         for i, (group, config) in enumerate(zip(self.groups, self.group_configs, strict=True)):
             least = min(abs(group.span) + _TOKENS_PER_SUPERBLOCK, self.seq_len_limit) if group.span else 1
             if 8 * config.num_granules < least:
@@ -281,7 +298,8 @@ class CacheConfig:
     @property
     def has_tiers(self) -> bool:
         """Whether there are quantized tiers, in any group of layers."""
-        return any(self._tiers_of(group) is not None for group in self.groups)
+        tables = (self._tiers_of(group) for group in self.groups)
+        return any(TierConfig.from_dict(table).quantized for table in tables if table is not None)
 
     def _tiers_of(self, group: LayerGroup) -> Mapping[str, Any] | None:
         """The tiers of a group: its own, or those of the cache if it keeps all tokens."""
@@ -330,8 +348,8 @@ class CacheConfig:
 
     @property
     def num_granules(self) -> int:
-        """Granules (8 token slots) in the pool, all tiers; with several groups, of the largest."""
-        return sum(self.tier_granules)
+        """Granules (8 token slots) in the pool, all tiers, host memory too; with several groups, of the largest."""
+        return sum(self.tier_granules) + sum(self.host_granules)
 
     @functools.cached_property
     def tier_granules(self) -> tuple[int, int, int]:
@@ -343,24 +361,46 @@ class CacheConfig:
         blocks = self.block_nbytes
         if self.num_tokens is not None:
             count = -(-self.num_tokens // _TOKENS_PER_SUPERBLOCK)
-            shares = self.tier_config.blocks_of_tokens(count, blocks) if self.tier_config else (count, 0, 0)
+            shares = self.quantization.blocks_of_tokens(count, blocks) if self.quantization else (count, 0, 0)
         else:
             assert self.memory is not None
             memory = parse_nbytes(self.memory)
             hot_only = (memory // blocks["hot"], 0, 0)
-            shares = self.tier_config.blocks_of_memory(memory, blocks) if self.tier_config else hot_only
+            shares = self.quantization.blocks_of_memory(memory, blocks) if self.quantization else hot_only
         return shares[0] * 8, shares[1] * 8, shares[2] * 8
+
+    @functools.cached_property
+    def host_granules(self) -> tuple[int, int]:
+        """Granules of the hot and of the cold tier in host memory, see ``host`` of `TierConfig`."""
+        if self.tier_config is None:
+            return 0, 0
+        hot, cold = self.tier_config.host_blocks(self.block_nbytes)
+        return 8 * hot, 8 * cold
 
     @property
     def first_granules(self) -> tuple[int, int, int]:
-        """The first granule of each tier."""
-        hot, warm, _ = self.tier_granules
-        return 0, hot, hot + warm
+        """The first granule of each tier. Those in host memory are the last ones of their tier."""
+        return self.pool_firsts[:3]
+
+    @property
+    def pool_granules(self) -> tuple[int, int, int, int, int]:
+        """Granules of each pool, in the order of `kvtoolkit.config.tiers.POOL_NAMES`."""
+        return (*self.tier_granules, *self.host_granules)
+
+    @property
+    def pool_firsts(self) -> tuple[int, int, int, int, int]:
+        """The first granule of each pool, in the order of `kvtoolkit.config.tiers.POOL_NAMES`."""
+        return firsts_of(self.pool_granules)
 
     @functools.cached_property
     def tier_config(self) -> TierConfig | None:
         """`tiers`, checked and filled in."""
         return None if self.tiers is None else TierConfig.from_dict(self.tiers)
+
+    @property
+    def quantization(self) -> TierConfig | None:
+        """`tier_config` if there are quantized tiers."""
+        return self.tier_config if self.tier_config is not None and self.tier_config.quantized else None
 
     @property
     def nbytes_per_token(self) -> int:
@@ -412,7 +452,7 @@ class CacheConfig:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values, all groups of layers and all tiers."""
+        """Bytes of keys and values, all groups of layers and all tiers, without those in pinned host memory."""
         return sum(
             granules // 8 * one.block_nbytes.get(name, 0)
             for one in self.group_configs
@@ -529,23 +569,3 @@ class CacheConfig:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values["block_sizes"] = list(values["block_sizes"])
         return {name: value for name, value in values.items() if value is not None}
-
-
-def parse_nbytes(value: int | str) -> int:
-    """Bytes from an int or a text such as ``"512 MiB"`` or ``"1.5GB"`` (decimal units without the i)."""
-    if (nbytes := as_int(value)) is not None:
-        if nbytes <= 0:
-            raise ConfigError(f"memory: expected a positive number of bytes, got {value}")
-    else:
-        match = _NBYTES.fullmatch(value) if isinstance(value, str) else None
-        if match is None:
-            raise ConfigError(f"memory: expected bytes or a text such as '512 MiB', got {value!r:.80}")
-        from fractions import Fraction
-
-        number, prefix, binary = match.groups()
-        base = 1024 if binary else 1000
-        nbytes = int(Fraction(number) * base ** " KMGT".index(prefix.upper() or " "))
-    if nbytes >= 1 << 63:
-        # the number itself may be too long to be printed
-        raise ConfigError(f"memory: expected fewer than 2**63 bytes, got at least 2**{nbytes.bit_length() - 1}")
-    return nbytes

@@ -1,10 +1,13 @@
 """Checks of configuration fields. ConfigError says which field, what was expected and what it got."""
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from kvtoolkit.arrays.types import as_int
 from kvtoolkit.errors import ConfigError
+
+_NBYTES = re.compile(r"\s*(\d{1,1000}(?:\.\d{1,1000})?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
 
 
 def require_int(name: str, value: Any, low: int, high: int | None = None) -> int:
@@ -42,3 +45,23 @@ def did_you_mean(value: Any, expected: Iterable[str]) -> str:
 
     close = difflib.get_close_matches(value, list(expected), 1) if isinstance(value, str) else []
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def parse_nbytes(value: int | str, name: str = "memory") -> int:
+    """Bytes from an int or a text such as ``"512 MiB"`` or ``"1.5GB"`` (decimal units without the i)."""
+    if (nbytes := as_int(value)) is not None:
+        if nbytes <= 0:
+            raise ConfigError(f"{name}: expected a positive number of bytes, got {value}")
+    else:
+        match = _NBYTES.fullmatch(value) if isinstance(value, str) else None
+        if match is None:
+            raise ConfigError(f"{name}: expected bytes or a text such as '512 MiB', got {value!r:.80}")
+        from fractions import Fraction
+
+        number, prefix, binary = match.groups()
+        base = 1024 if binary else 1000
+        nbytes = int(Fraction(number) * base ** " KMGT".index(prefix.upper() or " "))
+    if nbytes >= 1 << 63:
+        # the number itself may be too long to be printed
+        raise ConfigError(f"{name}: expected fewer than 2**63 bytes, got at least 2**{nbytes.bit_length() - 1}")
+    return nbytes

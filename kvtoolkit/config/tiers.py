@@ -1,16 +1,29 @@
-"""The configuration of tiers: what is kept in which precision, for how long, and in how much memory."""
+"""The configuration of tiers: what is kept in which precision and where, for how long, and in how much memory."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from allocators import AllocatorError, find
-from kvtoolkit.config.fields import require_known, require_one_of, settle_int
+from kvtoolkit.config.fields import parse_nbytes, require_known, require_one_of, settle_int
 from kvtoolkit.errors import ConfigError
 from kvtoolkit.formats.quantized import BLOCK, FORMATS, Format
 
 TIER_NAMES = ("hot", "warm", "cold")
+POOL_NAMES = (*TIER_NAMES, "host16", "host_cold")
+"""A pool is the memory of one tier in one place. The last two are in host memory: of the hot and of the cold tier."""
+TIER_OF_POOL = (0, 1, 2, 0, 2)
+HOST_POOL_OF = {0: 3, 2: 4}
+"""The pools in host memory, by their tier."""
+
+
+def firsts_of(pool_granules: Sequence[int]) -> tuple[int, int, int, int, int]:
+    """The first granule of each pool: a tier's granules in host memory follow those that it has on the device."""
+    hot, warm, cold, host16, _ = pool_granules
+    return 0, hot + host16, hot + host16 + warm, hot, hot + host16 + warm + cold
+
+
 _SHARES: dict[tuple[str, ...], dict[str, float]] = {
     ("warm", "cold"): {"hot": 0.5, "warm": 0.25, "cold": 0.25},
     ("warm",): {"hot": 0.5, "warm": 0.5},
@@ -43,6 +56,11 @@ class TierConfig:
             quantized tiles too, which changes answers a little. Choose ``all`` for chats of many turns.
         warm_allocator: allocator of the warm tier, in the form of the cache's ``allocator``, which is the default.
         cold_allocator: allocator of the cold tier.
+        host: bytes of pinned host memory, or a text such as ``"64 GiB"``, for blocks that the device has no room for;
+            None: none. Kernels read and write such blocks in place. They keep their format, so where a block is changes
+            no result. ``num_tokens`` and ``memory`` of the cache do not count them.
+        host_memory: share of ``host`` for the hot and for the cold tier. Default: all of it is for the hot tier, or
+            half for each if there is a cold tier.
     """
 
     hot: int = 256
@@ -55,6 +73,8 @@ class TierConfig:
     prefix_reuse_tiers: str = "hot"
     warm_allocator: str | None = None
     cold_allocator: str | None = None
+    host: int | str | None = None
+    host_memory: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         for name, low in (("hot", BLOCK), ("warm_tokens", 0), ("pinned_tokens", 0)):
@@ -64,8 +84,8 @@ class TierConfig:
         for name, expected in (("warm", "int8"), ("cold", "int4")):
             if getattr(self, name) not in (None, expected):
                 raise ConfigError(f"tiers.{name}: expected {expected!r} or nothing, got {getattr(self, name)!r}")
-        if not self.quantized:
-            raise ConfigError("tiers: expected warm = 'int8', cold = 'int4', or both, got neither")
+        if not self.quantized and self.host is None:
+            raise ConfigError("tiers: expected some of warm = 'int8', cold = 'int4' and host = bytes, got none of them")
         require_one_of("tiers.demote", self.demote, ("age", "mass"))
         if self.demote == "mass" and len(self.quantized) < 2:
             raise ConfigError("tiers.demote: 'mass' chooses between warm and cold, expected both tiers")
@@ -74,21 +94,25 @@ class TierConfig:
             _check_allocator(f"tiers.{name}_allocator", getattr(self, f"{name}_allocator"))
             if getattr(self, name) is None and getattr(self, f"{name}_allocator") is not None:
                 raise ConfigError(f"tiers.{name}_allocator: expected nothing without a {name} tier")
-        object.__setattr__(self, "tier_memory", self._shares())
+        if self.quantized:
+            object.__setattr__(
+                self, "tier_memory", _as_shares("tier_memory", self.tier_memory, _SHARES[self.quantized])
+            )
+        elif self.tier_memory is not None:
+            raise ConfigError("tiers.tier_memory: expected nothing without a warm or cold tier")
+        self._settle_host()
 
-    def _shares(self) -> dict[str, float]:
-        shares, names = self.tier_memory, ("hot", *self.quantized)
-        if shares is None:
-            return dict(_SHARES[self.quantized])
-        if not isinstance(shares, Mapping) or set(shares) != set(names):
-            raise ConfigError(f"tiers.tier_memory: expected a table with {', '.join(names)}, got {shares!r}")
-        for name in names:
-            share = shares[name]
-            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
-                raise ConfigError(f"tiers.tier_memory.{name}: expected a number above 0 and below 1, got {share!r}")
-        if abs(sum(shares.values()) - 1) > 1e-6:
-            raise ConfigError(f"tiers.tier_memory: expected shares that sum to 1, got {sum(shares.values()):g}")
-        return {name: float(shares[name]) for name in names}
+    def _settle_host(self) -> None:
+        if self.host is None:
+            if self.host_memory is not None:
+                raise ConfigError("tiers.host_memory: expected nothing without host")
+            return
+        object.__setattr__(self, "host", parse_nbytes(self.host, "tiers.host"))
+        if self.cold is not None:
+            halves = {"hot": 0.5, "cold": 0.5}
+            object.__setattr__(self, "host_memory", _as_shares("host_memory", self.host_memory, halves))
+        elif self.host_memory is not None:
+            raise ConfigError("tiers.host_memory: expected nothing without a cold tier")
 
     @property
     def quantized(self) -> tuple[str, ...]:
@@ -114,6 +138,14 @@ class TierConfig:
         blocks = {name: max(1, round(num_blocks * weights[name] / total)) for name in self.quantized}
         return num_blocks - sum(blocks.values()), blocks.get("warm", 0), blocks.get("cold", 0)
 
+    def host_blocks(self, nbytes: Mapping[str, int]) -> tuple[int, int]:
+        """Blocks of 64 tokens in host memory, of the hot and of the cold tier; ``nbytes``: of a block of each tier."""
+        if self.host is None:
+            return 0, 0
+        total, shares = int(self.host), self.host_memory or {"hot": 1.0}
+        hot, cold = (int(total * shares.get(name, 0.0)) for name in ("hot", "cold"))
+        return hot // nbytes["hot"], cold // nbytes["cold"] if cold else 0
+
     def blocks_of_memory(self, memory: int, nbytes: Mapping[str, int]) -> tuple[int, int, int]:
         """Divide bytes among the tiers by ``tier_memory``; returns the blocks of each."""
         assert self.tier_memory is not None
@@ -133,6 +165,21 @@ class TierConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields that are not None, as `from_dict` takes them."""
         return {name: value for name, value in vars(self).items() if value is not None}
+
+
+def _as_shares(name: str, shares: Any, default: Mapping[str, float]) -> dict[str, float]:
+    """Checked shares of memory, for the tiers that ``default`` has; ConfigError if they are none."""
+    if shares is None:
+        return dict(default)
+    if not isinstance(shares, Mapping) or set(shares) != set(default):
+        raise ConfigError(f"tiers.{name}: expected a table with {', '.join(default)}, got {shares!r}")
+    for tier in default:
+        share = shares[tier]
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
+            raise ConfigError(f"tiers.{name}.{tier}: expected a number above 0 and below 1, got {share!r}")
+    if abs(sum(shares.values()) - 1) > 1e-6:
+        raise ConfigError(f"tiers.{name}: expected shares that sum to 1, got {sum(shares.values()):g}")
+    return {tier: float(shares[tier]) for tier in default}
 
 
 def _check_allocator(name: str, spec: Any) -> None:

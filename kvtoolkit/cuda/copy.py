@@ -19,6 +19,7 @@ MAX_MOVES = 448  # as in move.cu
 _move_params = ParameterStruct("cache/move.cu", "kvt_move", until="sources")
 _UNROLL = 4
 
+_transfer_params = ParameterStruct("cache/move.cu", "kvt_transfer", until="sources")
 _listed_move_params = ParameterStruct("cache/move.cu", "kvt_move_listed")
 
 MAX_CONVERSIONS = 48  # as in convert.cu
@@ -167,6 +168,36 @@ def convert(
         grid = (count, num_kv_heads, hot.shape[0] // 2)
         kernel = load_spec(spec, hot.device)
         Launch(kernel, grid, spec.threads, spec.smem_nbytes, parameters + listed.tobytes()).run(stream)
+
+
+class Superblocks(NamedTuple):
+    """The superblocks of a tier: in each of some arrays at equal distances, one after another."""
+
+    address: int
+    num_arrays: int
+    stride: int
+    """Bytes from one array to the next."""
+    nbytes: int
+    """Of a superblock in one array; a multiple of 16."""
+
+
+def transfer(
+    held: Superblocks, sources: NDArray[np.int32], targets: NDArray[np.int32], *, ctas: int, stream: int, device: int
+) -> None:
+    """Copy superblocks between a device and pinned host memory by a kernel, asynchronously on ``stream``.
+
+    Args:
+        sources, targets: numbers of superblocks, at most `MAX_MOVES`. None is in both.
+        ctas: that the kernel has, each of 1024 threads: what it takes from others that run beside it.
+    """
+    count = len(sources)
+    listed = np.zeros((2, MAX_MOVES), np.int32)
+    listed[0, :count], listed[1, :count] = sources, targets
+    parameters = _transfer_params.pack(
+        held.address, held.stride, held.nbytes, held.nbytes // 16, count, held.num_arrays
+    )
+    spec = specs.TRANSFER
+    Launch(load_spec(spec, device), (ctas,), spec.threads, 0, parameters + listed.tobytes()).run(stream)
 
 
 def make_listed_copy(arena: Operand, num_merges: int, merges: int) -> Launch:

@@ -16,9 +16,10 @@ from allocators import BlockAllocator, InvalidSizeError, UnknownAllocatorError, 
 from kvtoolkit.arrays.types import Int32Array
 from kvtoolkit.cache.state.evictor import Evictor, count_evictable
 from kvtoolkit.cache.state.ledger import Ledger, require_allocator
-from kvtoolkit.cache.state.prefix_index import HELD, make_holdings
+from kvtoolkit.cache.state.prefix_index import HELD, NUM_POOLS, make_holdings, tiers_of
 from kvtoolkit.config.cache import CacheConfig
 from kvtoolkit.config.eviction import eviction_policy
+from kvtoolkit.config.tiers import HOST_POOL_OF
 from kvtoolkit.cuda.pool_share import PoolWithShare
 from kvtoolkit.errors import CacheFullError, ConfigError
 from kvtoolkit.formats.entry import MAX_BLOCK_GRANULES, TIER_HOT
@@ -48,6 +49,8 @@ class Counters:
     num_failed_demotions: int = 0
     num_unquantizable: int = 0
     num_dequantized: int = 0
+    num_offloaded: int = 0
+    num_prefetched: int = 0
     converted_tokens: int = 0
 
 
@@ -71,15 +74,20 @@ def _make_allocator(name: str, num_granules: int, options: dict[str, Any], devic
     return allocator
 
 
-def _quantized_allocators(config: CacheConfig, device: int | None) -> list[BlockAllocator | None]:
-    """The allocators of the warm and the cold tier, which have only blocks of 64 tokens."""
-    tiers = config.tier_config
+def _further_allocators(config: CacheConfig, device: int | None) -> list[BlockAllocator | None]:
+    """The allocators of the other pools. Quantized tiers have only blocks of 64 tokens."""
+    tiers = config.quantization
     names = (None, None) if tiers is None else (tiers.warm_allocator, tiers.cold_allocator)
     made: list[BlockAllocator | None] = []
     for name, num_granules in zip(names, config.tier_granules[1:], strict=True):
         is_same = name in (None, config.allocator)
         options = {"block_sizes": (64,), **(config.allocator_options if is_same else {})}
         made.append(_make_allocator(name or config.allocator, num_granules, options, device) if num_granules else None)
+    hot, cold = config.host_granules
+    options = {"block_sizes": config.block_sizes, **config.allocator_options}
+    made.append(_make_allocator(config.allocator, hot, options, None) if hot else None)
+    options = {"block_sizes": (64,)}
+    made.append(_make_allocator(names[1] or config.allocator, cold, options, None) if cold else None)
     return made
 
 
@@ -106,13 +114,14 @@ class BlockManager:
         self.policy = config.growth_policy
         self.num_granules = config.num_granules
         self.num_hot = config.tier_granules[0]
-        self.first = config.first_granules
+        """Hot granules on the device."""
+        self.first = config.pool_firsts
         options = {"block_sizes": config.block_sizes, **config.allocator_options}
         self.allocators: list[BlockAllocator | None] = [
             _make_allocator(config.allocator, self.num_hot, options, device),
-            *_quantized_allocators(config, device),
+            *_further_allocators(config, device),
         ]
-        """Allocators of the hot, the warm and the cold tier; None if there is no such tier."""
+        """Allocators of the pools, in the order of `kvtoolkit.config.tiers.POOL_NAMES`; None: no such pool."""
         hot = self.allocators[0]
         assert hot is not None
         self.allocator = hot
@@ -121,8 +130,10 @@ class BlockManager:
         self.offered = np.array(sorted((size // 8 for size in self.allocator.block_sizes), reverse=True), np.int32)
         self.holdings = make_holdings(self.num_granules, self.first)
         self.nodes, self.granules, self.freed = self.holdings
-        smallest = [int(self.offered[-1]), MAX_BLOCK_GRANULES, MAX_BLOCK_GRANULES]
+        smallest = [int(self.offered[-1]), *[MAX_BLOCK_GRANULES] * 2, int(self.offered[-1]), MAX_BLOCK_GRANULES]
         self.evictor = Evictor(eviction_policy(config.eviction), self.holdings, self.ledger, smallest)
+        self.arriving: set[int] = set()
+        """First granules of the blocks of 64 tokens to which tokens are being moved from another place."""
         self.wanted_reserve = int(self.policy.reserve * (self.num_hot // MAX_BLOCK_GRANULES))
         """Blocks of 64 tokens that the reserve should have."""
         self.reserve: list[int] = []
@@ -138,6 +149,12 @@ class BlockManager:
         """
         hot = self.allocator
         return hot.num_known_free if isinstance(hot, PoolWithShare) else hot.num_free
+
+    @property
+    def num_in_reach(self) -> int:
+        """Hot granules that rows could get in host memory: those that are free, or cached there."""
+        host = self.allocators[HOST_POOL_OF[TIER_HOT]]
+        return 0 if host is None else host.num_free + int(self.granules.cached[HOST_POOL_OF[TIER_HOT]])
 
     @property
     def num_cached(self) -> int:
@@ -162,7 +179,7 @@ class BlockManager:
     @property
     def num_used(self) -> int:
         """Granules that rows hold; a shared one counts once."""
-        return int(self.granules.cached[HELD : HELD + 3].sum())
+        return int(self.granules.cached[HELD : HELD + NUM_POOLS].sum())
 
     def allocate_some(self, sizes: ArrayLike) -> Int32Array:
         """Hot blocks in the order asked for, -1 from the first that does not fit."""
@@ -187,8 +204,30 @@ class BlockManager:
     def fit(self, needed: int) -> Runs | None:
         """Runs of at least ``needed`` hot granules, in blocks of any sizes; None if that cannot be.
 
-        It evicts no more than necessary, and takes the reserve for merging last.
+        It evicts no more than necessary, and takes the reserve for merging last. Where the device has no room, all of
+        them are in host memory.
         """
+        runs = self._fit_on_device(needed)
+        return self._fit_in_host_memory(needed) if runs is None else runs
+
+    def _fit_in_host_memory(self, needed: int) -> Runs | None:
+        """`fit` in host memory: blocks of 64 tokens, and smaller ones for the rest."""
+        if self.allocators[HOST_POOL_OF[TIER_HOT]] is None or not self.can_have(needed, HOST_POOL_OF[TIER_HOT]):
+            return None
+        runs: Runs = []
+        while (left := needed - sum(size for _, size in runs)) > 0:
+            for size in self._sizes_to_try(left):
+                starts = self.ledger.take(HOST_POOL_OF[TIER_HOT], np.full(max(1, left // size), size, np.int32))
+                if found := [(start, size) for start in starts.tolist() if start >= 0]:
+                    runs += found
+                    break
+            else:
+                if not self.evict(left, HOST_POOL_OF[TIER_HOT]):
+                    self.free_runs(runs)
+                    return None
+        return runs
+
+    def _fit_on_device(self, needed: int) -> Runs | None:
         if not self.can_have(needed):
             return None
         runs: Runs = []
@@ -253,7 +292,7 @@ class BlockManager:
 
     def tiers_of(self, granules: Int32Array) -> NDArray[np.int64]:
         """The tier of each granule number."""
-        return np.searchsorted(self.first[1:], granules, side="right")
+        return tiers_of(self.granules, granules)
 
     def free_listed(self, count: int) -> None:
         """Free the first ``count`` granules of `freed`."""

@@ -29,6 +29,7 @@ from kvtoolkit.cache.state.prefix_index import (
     Nodes,
     decref,
     incref,
+    pool_of,
     tier_of,
 )
 from kvtoolkit.formats.entry import entry_granule, entry_length, entry_tier, pack_entry
@@ -151,7 +152,7 @@ def attach(table: BlockTable, granules: GranuleState, row: int, starts: Int32Arr
         for granule in range(starts[k], starts[k] + sizes[k]):
             granules.refs[granule], granules.copy[granule] = 1, 0
         tier = tier_of(granules, starts[k])
-        granules.cached[HELD + tier] += sizes[k]
+        granules.cached[HELD + pool_of(granules, starts[k])] += sizes[k]
         count = _append_run(table, row, count, capacity, starts[k], sizes[k], tier)
         capacity += sizes[k]
     table.info[row, NUM_ENTRIES], table.info[row, CAPACITY] = count, capacity

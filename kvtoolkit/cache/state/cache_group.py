@@ -1,5 +1,7 @@
 """The memory of one kind of layers, with the moves on it that several operations need."""
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -11,6 +13,8 @@ from kvtoolkit.cache.state.shared_reads import make_shared_reads
 from kvtoolkit.cache.storage.storage import make_storage
 from kvtoolkit.config.cache import CacheConfig
 from kvtoolkit.config.groups import LayerGroup
+
+NOT_ASLEEP = -1.0
 
 
 class CacheGroup:
@@ -34,6 +38,9 @@ class CacheGroup:
         shared_reads: finds what the rows of a step have in common; None if that is never used, as with a window or
             chunks, whose rows let go of their beginnings.
         compacted: ``[2]`` int64 row and logical granule at which compaction goes on.
+        asleep: ``[max_seqs]`` when each row fell asleep, by the clock of the index, or `NOT_ASLEEP`; see
+            `KVCache.offload`.
+        forgets: called after a call broke off, before anything is put in order: what was planned is not done.
     """
 
     def __init__(
@@ -44,12 +51,14 @@ class CacheGroup:
         self.counters = counters
         self.storage = make_storage(config, is_empty=not has_storage)
         self.blocks = BlockManager(config, counters, self.storage.device if self.storage.device >= 0 else None)
-        self.collects_mass = config.tier_config is not None and config.tier_config.demote == "mass"
+        self.collects_mass = config.quantization is not None and config.quantization.demote == "mass"
         num_tiles = -(-config.seq_len_limit // 64) if self.collects_mass else 0
         self.table = block_table.make_block_table(config.max_seqs, config.entries_limit, num_tiles)
         self.shared_reads = None if layers.span else make_shared_reads(config, self.table)
         self.copies = HostCopies(self.storage, self.blocks.granules)
         self.compacted = np.zeros(2, np.int64)
+        self.asleep = np.full(config.max_seqs, NOT_ASLEEP)
+        self.forgets: list[Callable[[], None]] = []
 
     def attach(self, row: int, runs: Runs) -> bool:
         """Append freshly allocated runs to a row; False, and nothing done, if it has too few entries."""

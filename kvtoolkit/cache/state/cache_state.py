@@ -11,7 +11,9 @@ and index in one compiled move, and frees what became free last. At any moment t
 call or after it, and `kvtoolkit.cache.state.repair` derives everything else from them.
 """
 
+import time
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +26,7 @@ from kvtoolkit.cache.state import block_table, prefix_windows, repair
 from kvtoolkit.cache.state.arguments import as_ids
 from kvtoolkit.cache.state.block_manager import Counters
 from kvtoolkit.cache.state.block_table import GENERATION, ID_BITS, LENGTH, OPEN, STATE, STATE_NAMES
-from kvtoolkit.cache.state.cache_group import CacheGroup
+from kvtoolkit.cache.state.cache_group import NOT_ASLEEP, CacheGroup
 from kvtoolkit.cache.state.host_copies import Copy
 from kvtoolkit.cache.state.identity import Identities
 from kvtoolkit.cache.state.prefix_index import CLOCK, NUM_SPARE, ROOT, ROOT_UID
@@ -73,13 +75,18 @@ class CacheState:
             group.blocks.evictor.evict_whole_blocks()
         self.tables = tuple(group.table for group in self.groups)
         self.holdings = tuple(group.blocks.holdings for group in self.groups)
-        tiers = self.group.config.tier_config
+        tiers = self.group.config.quantization
         self.takes_quantized = tiers is not None and tiers.prefix_reuse_tiers == "all"
         self.identities = Identities(self.group.table, self.group.blocks.nodes)
         self.closed_rows = list(range(config.max_seqs))[::-1]
         self.repairs = repair.Repairs()
         """What was put in order since the last call of `KVCache.repair`."""
         self.preempted: dict[int, Preempted] = {}
+        self.now: Callable[[], float] = time.monotonic
+        """Seconds; simulations have a clock of their own."""
+        self.made_at = self.now()
+        self.retained: dict[int, float] = {}
+        """Until when later prompts will want what rows hold; see `KVCache.retain`."""
         self.opened = 0, np.empty(0, np.int32)
         """Serial of a call, and the rows that it has opened. If it breaks off, nobody has their ids."""
         self.handles: dict[int, weakref.ref[Any]] = {}
@@ -150,6 +157,7 @@ class CacheState:
         for table in self.tables:
             table.scanned[opened] = -1
             table.masses[opened] = 0
+        self.group.asleep[opened] = NOT_ASLEEP
         self.follow(opened)
         return opened
 
@@ -162,13 +170,38 @@ class CacheState:
         """Close rows: let go of everything that they hold, and end their ids."""
         blocks = self.group.blocks
         self.tick()
+        retained = [row for row in closing.tolist() if row in self.retained]
+        kept = {row: self._chain_of(row) for row in retained}
         num_freed = block_table.close_rows(self.group.table, closing, blocks.holdings)
+        for row, nodes in kept.items():
+            self._use_later(nodes, self.retained.pop(row))
         for row in closing.tolist():
             self.preempted.pop(row, None)
             self.closed_rows.append(row)
         blocks.free_listed(num_freed)
         for group in self.others:
             group.blocks.free_listed(block_table.close_rows(group.table, closing, group.blocks.holdings))
+
+    def retain(self, which: Int32Array, seconds: float) -> None:
+        """See `KVCache.retain`."""
+        for row in which.tolist():
+            if seconds:
+                self.retained[row] = self.now() + seconds
+            else:
+                self.retained.pop(row, None)
+
+    def _chain_of(self, row: int) -> Int32Array:
+        """The nodes of a row's full granules in the first group's index."""
+        most = int(self.group.table.info[row, LENGTH]) // 8
+        chain, uids = np.empty(most, np.int32), np.empty(most, np.int64)
+        return chain[: block_table.list_chain(self.group.table, row, self.group.blocks.nodes, chain, uids)]
+
+    def _use_later(self, nodes: Int32Array, until: float) -> None:
+        """Let nodes count as used at a later time, which is turned into ticks at the mean rate so far."""
+        index, now = self.group.blocks.nodes, self.now()
+        ticks = int(index.counts[CLOCK])
+        later = ticks + max(0.0, until - now) * ticks / max(now - self.made_at, 1e-3)
+        index.last_used[nodes] = min(later, float(1 << 60))
 
     def update_peaks(self) -> None:
         """See `CacheGroup.update_peak`."""

@@ -32,11 +32,12 @@ from kvtoolkit.cache.state.prefix_index import (
     GranuleState,
     Holdings,
     Nodes,
-    tier_of,
+    pool_of,
+    pools_of,
     unpublish,
 )
 from kvtoolkit.config.eviction import CachedGranules, EvictionPolicy
-from kvtoolkit.config.tiers import TIER_NAMES
+from kvtoolkit.config.tiers import POOL_NAMES
 from kvtoolkit.errors import ConfigError
 from kvtoolkit.formats.entry import MAX_BLOCK_GRANULES, TIER_HOT
 
@@ -77,8 +78,8 @@ class Evictor:
         self._holdings = holdings
         self._nodes, self._granules = holdings.nodes, holdings.granules
         self._ledger = ledger
-        self.smallest = np.array(smallest, np.int32)  # smallest block that the cache asks of each tier, in granules
-        self.is_single = [size == 1 and ledger.frees_singly(tier) for tier, size in enumerate(smallest)]
+        self.smallest = np.array(smallest, np.int32)  # smallest block that the cache asks of each pool, in granules
+        self.is_single = [size == 1 and ledger.frees_singly(pool) for pool, size in enumerate(smallest)]
         self._widens = False
         self.forget()
 
@@ -86,10 +87,10 @@ class Evictor:
         """Start afresh, after `reindex` has listed everything that is cached."""
         num_nodes = len(self._nodes.uid)
         self._scores = _Scores(np.zeros(num_nodes), np.zeros(num_nodes, np.int32), np.zeros(num_nodes, np.int64))
-        self._heaps = [_make_heap(64) for _ in TIER_NAMES]
+        self._heaps = [_make_heap(64) for _ in POOL_NAMES]
         self._highest = -np.inf
         self._serial = 0
-        self._known = [(-1, 0) for _ in TIER_NAMES]  # a change number, and how much could be freed then
+        self._known = [(-1, 0) for _ in POOL_NAMES]  # a change number, and how much could be freed then
 
     def evict_whole_blocks(self) -> None:
         """From now on evict with a granule all that is cached of its 64 tokens; for an index without parents.
@@ -153,16 +154,16 @@ class Evictor:
     def _push(self, touched: Int32Array, num_cached: int) -> None:
         """Push the units of ``touched`` granules, of which the first ``num_cached`` are cached."""
         granules = self._granules
-        tiers = np.searchsorted(granules.first[1:], touched, side="right")
+        pools = pools_of(granules.first, touched)
         if len(touched) > num_cached:  # the others matter only if a cached one can be freed just with them
-            is_of_use = ~np.array(self.is_single)[tiers] | (np.arange(len(touched)) < num_cached)
-            touched, tiers = touched[is_of_use], tiers[is_of_use]
-        sizes = np.maximum(self._ledger.unit_sizes(touched), self.smallest[tiers])
+            is_of_use = ~np.array(self.is_single)[pools] | (np.arange(len(touched)) < num_cached)
+            touched, pools = touched[is_of_use], pools[is_of_use]
+        sizes = np.maximum(self._ledger.unit_sizes(touched), self.smallest[pools])
         self._serial += 1
-        for tier in range(len(TIER_NAMES)):
-            own = tiers == tier
+        for pool in range(len(POOL_NAMES)):
+            own = pools == pool
             if own.any():
-                self._heaps[tier] = heap = self._with_room(self._heaps[tier], int(np.count_nonzero(own)))
+                self._heaps[pool] = heap = self._with_room(self._heaps[pool], int(np.count_nonzero(own)))
                 _push_units(heap, self._serial, touched[own], sizes[own], self._nodes, granules, self._scores)
 
     def _with_room(self, heap: _Heap, more: int) -> _Heap:
@@ -262,7 +263,7 @@ def _push_units(
 ) -> None:
     """Push each unit that has one of the granules, once, if something in it is cached."""
     for i in range(len(touched)):
-        first = granules.first[tier_of(granules, touched[i])]
+        first = granules.first[pool_of(granules, touched[i])]
         start = first + (touched[i] - first) // sizes[i] * sizes[i]
         if scores.latest[start] == serial:
             continue

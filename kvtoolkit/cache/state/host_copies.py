@@ -43,7 +43,8 @@ class HostCopies:
         self._storage = storage
         self._granules = granules
         self._made: weakref.WeakValueDictionary[int, Copy] = weakref.WeakValueDictionary()
-        self._next = 1
+        self.next_number = 1
+        """A number that no copy has, and that no granule is marked with."""
 
     def save(self, held: Int32Array, num_full: int) -> tuple[Copy, ...]:
         """The copies of a row's granules, in order; makes those that do not exist yet.
@@ -71,8 +72,8 @@ class HostCopies:
             at = places[tier]
             places[tier] += 1
             part = contents.key_values[:, :, at] if tier == TIER_HOT else contents[tier][:, at]
-            self._next += 1
-            copy = Copy(self._next - 1, tier, part.copy())
+            self.next_number += 1
+            copy = Copy(self.next_number - 1, tier, part.copy())
             self._made[copy.number] = copy
             made.append(copy)
         return made

@@ -18,7 +18,8 @@ from allocators import BlockAllocator, EpochPool, InvalidFreeError
 from allocators._jit import jit
 from allocators.protocol import AllocatorBase, runs_of
 from kvtoolkit.arrays.types import Int32Array
-from kvtoolkit.config.tiers import TIER_NAMES
+from kvtoolkit.cache.state.prefix_index import pools_of
+from kvtoolkit.config.tiers import POOL_NAMES
 from kvtoolkit.cuda.pool import DevicePool
 from kvtoolkit.cuda.pool_share import PoolWithShare
 from kvtoolkit.errors import CacheSnapshotError, ConfigError
@@ -31,40 +32,40 @@ _OK, _OUTSIDE, _MISALIGNED, _HELD, _TWICE, _AFTER_REFUSAL = range(6)
 
 
 class Ledger:
-    """The record of what the allocators of all tiers have granted.
+    """The record of what the allocators of all pools have granted.
 
-    Granule numbers count through the tiers; inside an allocator they begin at 0.
+    Granule numbers count through the pools; inside an allocator they begin at 0.
 
     Attributes:
-        allocators: of the hot, the warm and the cold tier; None if there is no such tier.
+        allocators: of each pool, in the order of `kvtoolkit.config.tiers.POOL_NAMES`; None if there is no such pool.
         left: granules that a call which broke off has left, and that an allocator has refused to free so far.
         unresolved: a sentence for each call that broke off inside an allocator which cannot be rebuilt.
     """
 
-    def __init__(self, allocators: list[BlockAllocator | None], first: tuple[int, int, int], num_granules: int) -> None:
+    def __init__(self, allocators: list[BlockAllocator | None], first: tuple[int, ...], num_granules: int) -> None:
         self.allocators = allocators
         self.first = first
         self.granted = np.zeros(num_granules, np.bool_)
         self.callers = np.zeros(num_granules, np.bool_)
         self.left = np.empty(0, np.int32)
         self.unresolved: list[str] = []
-        self._asked = _NOBODY  # the tier whose allocator a call is in, or broke off in
+        self._asked = _NOBODY  # the pool whose allocator a call is in, or broke off in
         self._asked_by = 0  # the thread that called it
         self._kept_its_word = False  # whether it raised an Exception, which by its protocol changes nothing
         self._freeing: tuple[Int32Array, Int32Array] | None = None
         self._run_starts = np.empty(num_granules, np.int32)
         self._run_sizes = np.empty(num_granules, np.int32)
 
-    def take(self, tier: int, sizes: ArrayLike, *, partial: bool = True) -> Int32Array:
-        """Take blocks of a tier, numbered through the tiers; with ``partial``, -1 from the first that does not fit.
+    def take(self, pool: int, sizes: ArrayLike, *, partial: bool = True) -> Int32Array:
+        """Take blocks of a pool, numbered through the pools; with ``partial``, -1 from the first that does not fit.
 
         Raises:
             ConfigError: the allocator has granted something that it must not.
             OutOfBlocksError: not ``partial``, and they do not all fit.
         """
-        allocator, wanted = self._of(tier), np.array(sizes, np.int32)
+        allocator, wanted = self._of(pool), np.array(sizes, np.int32)
         self._freeing, self._kept_its_word = None, False
-        self._ask(tier, allocator)
+        self._ask(pool, allocator)
         try:
             if isinstance(allocator, PoolWithShare) and partial:
                 answer = allocator.take(wanted)
@@ -73,25 +74,25 @@ class Ledger:
         except Exception:
             self._kept_its_word = True
             raise
-        starts = self._note(tier, allocator, wanted, answer)
+        starts = self._note(pool, allocator, wanted, answer)
         self._asked = _NOBODY
         return starts
 
-    def _ask(self, tier: int, allocator: BlockAllocator) -> None:
+    def _ask(self, pool: int, allocator: BlockAllocator) -> None:
         """Note that a call enters an allocator: if it breaks off, that may have happened inside."""
         if isinstance(allocator, DevicePool):
             allocator.forget_receipt()
         self._asked_by = threading.get_ident()
-        self._asked = tier
+        self._asked = pool
 
-    def _note(self, tier: int, allocator: BlockAllocator, sizes: Int32Array, answer: Int32Array) -> Int32Array:
-        """Note what an allocator has granted; returns it numbered through the tiers. ConfigError if that cannot be."""
+    def _note(self, pool: int, allocator: BlockAllocator, sizes: Int32Array, answer: Int32Array) -> Int32Array:
+        """Note what an allocator has granted; returns it numbered through the pools. ConfigError if that cannot be."""
         name = type(allocator).__name__
         if not (isinstance(answer, np.ndarray) and answer.dtype == np.int32 and answer.shape == sizes.shape):
             raise ConfigError(
                 f"allocator: expected {name}.allocate to return [{sizes.size}] int32 starts, got {answer!r:.80}"
             )
-        first = self.first[tier]
+        first = self.first[pool]
         # a copy, because a plug-in may keep and change its answer
         starts = np.where(answer == -1, answer, answer + np.int32(first)).astype(np.int32)
         code, i = _note_granted(self.granted, self.callers, first, allocator.num_granules, starts, sizes)
@@ -110,22 +111,22 @@ class Ledger:
         return starts
 
     def give_back(self, listed: Int32Array) -> None:
-        """Free granules of any tiers."""
+        """Free granules of any pools."""
         if len(self.granted) == self.num_of(0):
             self._give_back(0, listed)
             return
-        tiers = np.searchsorted(self.first[1:], listed, side="right")
-        for tier, allocator in enumerate(self.allocators):
-            if allocator is not None and len(own := listed[tiers == tier]):
-                self._give_back(tier, own)
+        pools = pools_of(self.first, listed)
+        for pool, allocator in enumerate(self.allocators):
+            if allocator is not None and len(own := listed[pools == pool]):
+                self._give_back(pool, own)
 
-    def _give_back(self, tier: int, listed: Int32Array) -> None:
+    def _give_back(self, pool: int, listed: Int32Array) -> None:
         count = coalesce(listed, len(listed), self._run_starts, self._run_sizes)
         starts, sizes = self._run_starts[:count], self._run_sizes[:count]
-        own = starts - np.int32(self.first[tier]) if tier else starts
-        allocator = self._of(tier)
+        own = starts - np.int32(self.first[pool]) if pool else starts
+        allocator = self._of(pool)
         self._freeing, self._kept_its_word = (starts, sizes), False
-        self._ask(tier, allocator)
+        self._ask(pool, allocator)
         try:
             if isinstance(allocator, PoolWithShare):
                 allocator.give_back(own, sizes)
@@ -146,15 +147,15 @@ class Ledger:
         return int(move(self.callers, self.granted, starts, sizes))
 
     def unit_sizes(self, granules: Int32Array) -> Int32Array:
-        """`BlockAllocator.unit_sizes` for granules of any tiers that the cache has."""
+        """`BlockAllocator.unit_sizes` for granules of any pools that the cache has."""
         sizes = np.ones(len(granules), np.int32)
-        tiers = np.searchsorted(self.first[1:], granules, side="right")
-        for tier, allocator in enumerate(self.allocators):
-            own = tiers == tier
-            if self.frees_singly(tier) or allocator is None or not own.any():
+        pools = pools_of(self.first, granules)
+        for pool, allocator in enumerate(self.allocators):
+            own = pools == pool
+            if self.frees_singly(pool) or allocator is None or not own.any():
                 continue
             count = int(np.count_nonzero(own))
-            answer = allocator.unit_sizes(granules[own] - np.int32(self.first[tier]))
+            answer = allocator.unit_sizes(granules[own] - np.int32(self.first[pool]))
             fits = isinstance(answer, np.ndarray) and answer.shape == (count,) and np.isin(answer, (1, 2, 4, 8)).all()
             if not fits:
                 raise ConfigError(
@@ -164,9 +165,9 @@ class Ledger:
             sizes[own] = answer
         return sizes
 
-    def frees_singly(self, tier: int) -> bool:
-        """Whether the allocator of a tier can grant each freed granule again, whatever else of its block is free."""
-        method = getattr(type(self.allocators[tier]), "unit_sizes", BlockAllocator.unit_sizes)
+    def frees_singly(self, pool: int) -> bool:
+        """Whether the allocator of a pool can grant each freed granule again, whatever else of its block is free."""
+        method = getattr(type(self.allocators[pool]), "unit_sizes", BlockAllocator.unit_sizes)
         return method is BlockAllocator.unit_sizes
 
     def settle(self, owned: Flags) -> int:
@@ -184,19 +185,19 @@ class Ledger:
     def free_left(self) -> int:
         """Free what calls that broke off have left, as far as the allocators accept it."""
         left, num_freed = self.left, 0
-        for tier, allocator in enumerate(self.allocators):
+        for pool, allocator in enumerate(self.allocators):
             if allocator is not None:
-                mine = left[(left >= self.first[tier]) & (left < self.first[tier] + allocator.num_granules)]
-                num_freed += self._free_left(tier, mine)
+                mine = left[(left >= self.first[pool]) & (left < self.first[pool] + allocator.num_granules)]
+                num_freed += self._free_left(pool, mine)
         self.left = left[self.granted[left]]
         return num_freed
 
-    def _settle_asked(self, tier: int, owned: Flags) -> int:
+    def _settle_asked(self, pool: int, owned: Flags) -> int:
         """Rebuild an allocator in which a call broke off, if that is possible, so that just what is owned is granted.
 
         Returns how many more granules are free afterwards.
         """
-        allocator, own = self._of(tier), self._slice(tier)
+        allocator, own = self._of(pool), self._slice(pool)
         if isinstance(allocator, PoolWithShare):
             num_freed = allocator.settle(owned[own] | self.callers[own])
             self.granted[own] = owned[own]
@@ -205,7 +206,7 @@ class Ledger:
             receipt = allocator.receipt(self._asked_by)
             if receipt is not None:
                 starts, sizes, are_live = receipt
-                _set(self.granted, starts + np.int32(self.first[tier]), sizes, are_live)
+                _set(self.granted, starts + np.int32(self.first[pool]), sizes, are_live)
             return 0
         try:
             starts, sizes = runs_of(owned[own] | self.callers[own])
@@ -215,10 +216,10 @@ class Ledger:
             return max(0, allocator.num_free - num_free)
         except Exception:  # it cannot, or fails to
             if not self._kept_its_word:
-                self._give_up(tier, allocator, owned)
+                self._give_up(pool, allocator, owned)
             return 0
 
-    def _give_up(self, tier: int, allocator: BlockAllocator, owned: Flags) -> None:
+    def _give_up(self, pool: int, allocator: BlockAllocator, owned: Flags) -> None:
         """Record that nobody can know what an allocator did in the call that broke off."""
         what = "allocate: blocks that it granted may be lost"
         if self._freeing is not None:
@@ -227,25 +228,25 @@ class Ledger:
             self.granted |= owned
             what = f"free: {int(sizes.sum())} granules may be lost"
         self.unresolved.append(
-            f"{type(allocator).__name__} of the {TIER_NAMES[tier]} tier cannot be rebuilt and was interrupted inside "
+            f"{type(allocator).__name__} of the {POOL_NAMES[pool]} tier cannot be rebuilt and was interrupted inside "
             f"{what}"
         )
 
-    def _free_left(self, tier: int, left: Int32Array) -> int:
+    def _free_left(self, pool: int, left: Int32Array) -> int:
         if not len(left):
             return 0
         try:
-            self._give_back(tier, left)
+            self._give_back(pool, left)
         except InvalidFreeError:  # some are free already, so free each run by itself
-            return sum(self._free_run(tier, start, size) for start, size in zip(*runs_of_list(left), strict=True))
+            return sum(self._free_run(pool, start, size) for start, size in zip(*runs_of_list(left), strict=True))
         except Exception:
             return 0
         return len(left)
 
-    def _free_run(self, tier: int, start: int, size: int) -> int:
+    def _free_run(self, pool: int, start: int, size: int) -> int:
         run = np.arange(start, start + size, dtype=np.int32)
         try:
-            self._give_back(tier, run)
+            self._give_back(pool, run)
         except InvalidFreeError:
             _set(self.granted, run[:1], np.array([size], np.int32), False)
         except Exception:
@@ -255,13 +256,13 @@ class Ledger:
     def snapshots(self) -> dict[str, NDArray[Any]]:
         """What a snapshot needs besides ``granted`` and ``callers`` to restore the allocators."""
         arrays: dict[str, NDArray[Any]] = {}
-        for tier, allocator in enumerate(self.allocators):
+        for pool, allocator in enumerate(self.allocators):
             if allocator is None or _is_rebuilt(allocator):
                 continue
-            arrays[f"allocator.{tier}"] = np.frombuffer(allocator.snapshot(), np.uint8)
+            arrays[f"allocator.{pool}"] = np.frombuffer(allocator.snapshot(), np.uint8)
             if isinstance(allocator, DevicePool):
-                own = self._slice(tier)
-                arrays[f"kernels.{tier}"] = np.flatnonzero(
+                own = self._slice(pool)
+                arrays[f"kernels.{pool}"] = np.flatnonzero(
                     allocator.taken() & ~self.granted[own] & ~self.callers[own]
                 ).astype(np.int64)
         return arrays
@@ -273,12 +274,12 @@ class Ledger:
             CacheSnapshotError: an allocator can neither be rebuilt nor restored from what `snapshots` returned, or
                 kernels held blocks when the snapshot was taken and this is no pool on a device.
         """
-        for tier, allocator in enumerate(self.allocators):
+        for pool, allocator in enumerate(self.allocators):
             if allocator is None:
                 continue
-            own = self._slice(tier)
+            own = self._slice(pool)
             live = owned[own] | self.callers[own]
-            state, held = arrays.get(f"allocator.{tier}"), arrays.get(f"kernels.{tier}")
+            state, held = arrays.get(f"allocator.{pool}"), arrays.get(f"kernels.{pool}")
             num_held = 0 if held is None else len(held)
             if num_held and not isinstance(allocator, DevicePool):
                 raise CacheSnapshotError(
@@ -289,10 +290,10 @@ class Ledger:
             elif isinstance(allocator, DevicePool) and not num_held:
                 allocator.resume(live)
             else:
-                self._restore(tier, allocator, state, live)
+                self._restore(pool, allocator, state, live)
             self.granted[own] = owned[own]
 
-    def _restore(self, tier: int, allocator: BlockAllocator, state: NDArray[Any] | None, live: Flags) -> None:
+    def _restore(self, pool: int, allocator: BlockAllocator, state: NDArray[Any] | None, live: Flags) -> None:
         if state is None:
             raise CacheSnapshotError(
                 f"snapshot: expected one taken with {type(allocator).__name__}, since it cannot be rebuilt"
@@ -307,19 +308,19 @@ class Ledger:
             allocator.hold(live)
         if not fits:
             raise CacheSnapshotError(
-                f"snapshot: expected the {TIER_NAMES[tier]} allocator to have granted what is held"
+                f"snapshot: expected the {POOL_NAMES[pool]} allocator to have granted what is held"
             )
 
-    def num_of(self, tier: int) -> int:
-        """Granules of a tier."""
-        allocator = self.allocators[tier]
+    def num_of(self, pool: int) -> int:
+        """Granules of a pool."""
+        allocator = self.allocators[pool]
         return 0 if allocator is None else allocator.num_granules
 
-    def _slice(self, tier: int) -> slice:
-        return slice(self.first[tier], self.first[tier] + self.num_of(tier))
+    def _slice(self, pool: int) -> slice:
+        return slice(self.first[pool], self.first[pool] + self.num_of(pool))
 
-    def _of(self, tier: int) -> BlockAllocator:
-        allocator = self.allocators[tier]
+    def _of(self, pool: int) -> BlockAllocator:
+        allocator = self.allocators[pool]
         assert allocator is not None
         return allocator
 

@@ -8,9 +8,11 @@ remembers its last node can tell whether that node is still there. Every salt ha
 (`kvtoolkit.cache.state.identity`).
 
     granules.node[nodes.granule[n]] == n for every node in use
-    granules.cached[t] == number of published granules of tier t that no row holds; `open` finds them, and they are
+    granules.cached[p] == number of published granules of pool p that no row holds; `open` finds them, and they are
                           evicted when memory is needed
-    granules.cached[HELD + t] == number of granules of tier t that rows hold
+    granules.cached[HELD + p] == number of granules of pool p that rows hold
+
+A pool is the memory of one tier in one place: on the device, or in host memory.
 
 Rows that compute the same tokens at the same time hold them in different granules, called twins. Only one of the twins
 is published; a ring links it to the others. When no row holds the published twin any more, another one is published in
@@ -31,6 +33,7 @@ from numpy.typing import NDArray
 
 from allocators._jit import jit
 from kvtoolkit.arrays.types import Int32Array, Int64Array, Uint64Array
+from kvtoolkit.config.tiers import POOL_NAMES
 
 ROOT, BROKEN = -1, -2
 """Values of a row's `chain` that are no node: nothing is published yet; not all of its tokens are known."""
@@ -40,11 +43,12 @@ NO_EXTRA = 0
 """Number that means: no extra keys."""
 EXTRA = 8
 """Column of `Nodes.tokens` that has the number of the extra keys."""
-HELD = 3
+NUM_POOLS = len(POOL_NAMES)
+HELD = NUM_POOLS
 """Index into `GranuleState.cached` from which the counts of held granules begin."""
 NEXT_UID, CLOCK, NUM_SPARE = range(3)
 # further entries of `GranuleState.cached`
-NUM_LISTED, NUM_CHANGES = 6, 7
+NUM_LISTED, NUM_CHANGES = 2 * NUM_POOLS, 2 * NUM_POOLS + 1
 # columns of `GranuleState.links`
 NEXT, PREVIOUS, IS_LISTED, LISTED = range(4)
 
@@ -62,10 +66,11 @@ class GranuleState(NamedTuple):
     copy: Int64Array
     """Number of the host copy made of it since it was filled, or 0. Without meaning for a granule that nobody holds."""
     first: Int32Array
-    """``[3]`` first granule of the hot, the warm and the cold tier."""
+    """``[5]`` first granule of each pool, in the order of `kvtoolkit.config.tiers.POOL_NAMES`. A tier's granules in
+    host memory follow those on the device, so a tier is a range of numbers, too."""
     cached: Int64Array
-    """``[8]`` counts: cached granules of each tier; granules of each tier that rows hold (from HELD on, see above); how
-    many granules are listed in `links`; how often something has changed what eviction could free."""
+    """``[12]`` counts: cached granules of each pool; granules of each pool that rows hold (from HELD on, see above);
+    how many granules are listed in `links`; how often something has changed what eviction could free."""
     links: Int32Array
     """``[num_granules, 4]``, columns above: its neighbours in the ring of twins (itself if it has none); whether its
     last row has let go of it since the evictor last looked. The LISTED column is a list of all those granules."""
@@ -107,19 +112,19 @@ class Holdings(NamedTuple):
     it take ``num_freed``, its present length, and return the new one."""
 
 
-def make_holdings(num_granules: int, first: tuple[int, int, int]) -> Holdings:
+def make_holdings(num_granules: int, first: tuple[int, ...]) -> Holdings:
     """Nothing held, nothing published."""
     return Holdings(make_nodes(num_granules), make_granule_state(num_granules, first), np.empty(num_granules, np.int32))
 
 
-def make_granule_state(num_granules: int, first: tuple[int, int, int]) -> GranuleState:
+def make_granule_state(num_granules: int, first: tuple[int, ...]) -> GranuleState:
     """Nothing held, nothing published."""
     return GranuleState(
         refs=np.zeros(num_granules, np.int32),
         node=np.full(num_granules, -1, np.int32),
         copy=np.zeros(num_granules, np.int64),
         first=np.array(first, np.int32),
-        cached=np.zeros(8, np.int64),
+        cached=np.zeros(2 * NUM_POOLS + 2, np.int64),
         links=np.arange(num_granules, dtype=np.int32)[:, None] * np.array([1, 1, 0, 0], np.int32),
     )
 
@@ -155,7 +160,14 @@ def make_nodes(num_granules: int) -> Nodes:
 
 def tiers_of(granules: GranuleState, listed: NDArray[np.integer[Any]]) -> Int64Array:
     """The tier of each granule number."""
-    return np.searchsorted(granules.first[1:], listed, side="right")
+    return np.searchsorted(granules.first[1:3], listed, side="right")
+
+
+def pools_of(first: NDArray[np.integer[Any]] | tuple[int, ...], listed: NDArray[np.integer[Any]]) -> Int64Array:
+    """The pool of each granule number; ``first``: see `GranuleState`."""
+    tiers = np.searchsorted(first[1:3], listed, side="right")
+    pools: Int64Array = np.where((tiers == 0) & (listed >= first[3]), 3, tiers)
+    return np.where((tiers == 2) & (listed >= first[4]), 4, pools)
 
 
 @jit
@@ -166,6 +178,17 @@ def tier_of(granules: GranuleState, granule: int) -> Any:
         tier = 1
     if granule >= granules.first[2]:
         tier = 2
+    return tier
+
+
+@jit
+def pool_of(granules: GranuleState, granule: int) -> Any:
+    """The pool that a granule belongs to."""
+    tier = tier_of(granules, granule)
+    if tier == 0 and granule >= granules.first[3]:
+        return 3
+    if tier == 2 and granule >= granules.first[4]:
+        return 4
     return tier
 
 
@@ -291,7 +314,7 @@ def unpublish(holdings: Holdings, node: int, num_freed: int) -> Any:
             _leave_ring(granules, granules.links[granule, NEXT])
         if granules.refs[granule] == 0:
             granules.cached[NUM_CHANGES] += 1
-            granules.cached[tier_of(granules, granule)] -= 1
+            granules.cached[pool_of(granules, granule)] -= 1
             freed[num_freed] = granule
             num_freed += 1
         if current == node:
@@ -303,11 +326,11 @@ def unpublish(holdings: Holdings, node: int, num_freed: int) -> Any:
 def incref(granules: GranuleState, granule: int) -> None:
     """Count one more row that holds the granule."""
     if granules.refs[granule] == 0:
-        tier = tier_of(granules, granule)
-        granules.cached[HELD + tier] += 1
+        pool = pool_of(granules, granule)
+        granules.cached[HELD + pool] += 1
         if granules.node[granule] >= 0:
             granules.cached[NUM_CHANGES] += 1
-            granules.cached[tier] -= 1
+            granules.cached[pool] -= 1
     granules.refs[granule] += 1
 
 
@@ -322,14 +345,14 @@ def decref(holdings: Holdings, granule: int, num_freed: int) -> Any:
     granules.refs[granule] -= 1
     if granules.refs[granule] > 0:
         return num_freed
-    tier = tier_of(granules, granule)
-    granules.cached[HELD + tier] -= 1
+    pool = pool_of(granules, granule)
+    granules.cached[HELD + pool] -= 1
     note_let_go(granules, granule)
     if granules.links[granule, NEXT] != granule:
         hand_over(nodes, granules, granule)
     node = granules.node[granule]
     if node >= 0:
-        granules.cached[tier] += 1
+        granules.cached[pool] += 1
         nodes.last_used[node] = nodes.counts[CLOCK]
         return num_freed
     freed[num_freed] = granule
@@ -386,9 +409,21 @@ def withdraw(holdings: Holdings, granule: int, num_freed: int) -> Any:
 
 
 @jit
+def count_move(granules: GranuleState, source: int, target: int) -> None:
+    """Count a granule that rows hold, or that is cached, in the pool of the granule that takes its place."""
+    before, after = pool_of(granules, source), pool_of(granules, target)
+    if before != after:
+        kind = HELD if granules.refs[source] > 0 else 0
+        granules.cached[kind + before] -= 1
+        granules.cached[kind + after] += 1
+        granules.cached[NUM_CHANGES] += 1
+
+
+@jit
 def move_granule(nodes: Nodes, granules: GranuleState, source: int, target: int) -> None:
     """Let ``target``, a granule that nobody holds, take the place of ``source`` in counts, index and ring."""
     note_let_go(granules, source)
+    count_move(granules, source, target)
     granules.refs[target] = granules.refs[source]
     granules.refs[source] = 0
     granules.copy[target] = granules.copy[source]
@@ -415,7 +450,7 @@ def reindex(nodes: Nodes, granules: GranuleState) -> None:
     for granule in range(len(granules.refs)):
         granules.links[granule, NEXT] = granules.links[granule, PREVIOUS] = granule
         if granules.refs[granule] > 0:
-            granules.cached[HELD + tier_of(granules, granule)] += 1
+            granules.cached[HELD + pool_of(granules, granule)] += 1
     nodes.counts[NUM_SPARE] = 0
     for node in range(len(nodes.uid) - 1, -1, -1):  # the lowest is used first, as in a fresh index
         nodes.first_child[node] = nodes.next_sibling[node] = nodes.previous_sibling[node] = -1
@@ -428,7 +463,7 @@ def reindex(nodes: Nodes, granules: GranuleState) -> None:
         granule, parent = nodes.granule[node], nodes.parent[node]
         granules.node[granule] = node
         if granules.refs[granule] == 0:
-            granules.cached[tier_of(granules, granule)] += 1
+            granules.cached[pool_of(granules, granule)] += 1
             note_let_go(granules, granule)
         if parent >= 0:
             _add_child(nodes, parent, node)
@@ -506,7 +541,7 @@ def repoint(holdings: Holdings, node: int, granule: int, num_freed: int) -> Any:
     nodes.granule[node] = granule
     if granules.refs[old] == 0:
         granules.cached[NUM_CHANGES] += 1
-        granules.cached[tier_of(granules, old)] -= 1
+        granules.cached[pool_of(granules, old)] -= 1
         freed[num_freed] = old
         num_freed += 1
     return num_freed

@@ -78,6 +78,7 @@ def settle(state: "CacheState") -> None:
         if kept.copies is None:
             table.info[row, LENGTH] = 0
     state.closed_rows = np.flatnonzero(states == CLOSED)[::-1].tolist()
+    state.retained = {row: until for row, until in state.retained.items() if states[row] != CLOSED}
     for group in state.others:
         follow_all(table, group.table)
     num_freed = sum(_settle_group(group, state.group) for group in state.groups)
@@ -93,6 +94,9 @@ def settle(state: "CacheState") -> None:
 def _settle_group(group: "CacheGroup", lead: "CacheGroup") -> int:
     """Derive from its rows what a group knows of its granules; returns how many granules were freed."""
     blocks = group.blocks
+    for forget in group.forgets:
+        forget()
+    blocks.arriving = set()
     rebuild_index(group, lead)
     owned = (blocks.granules.refs > 0) | (blocks.granules.node >= 0)
     blocks.reserve = [

@@ -30,6 +30,7 @@ from kvtoolkit.cache.state.prefix_index import (
     find_node,
     incref,
     note_let_go,
+    pool_of,
     publish,
     tier_of,
 )
@@ -69,10 +70,10 @@ def decref_listed(granules: GranuleState, listed: Int32Array, freed: Int32Array)
     for granule in listed:
         granules.refs[granule] -= 1
         if granules.refs[granule] == 0:
-            granules.cached[HELD + tier_of(granules, granule)] -= 1
+            granules.cached[HELD + pool_of(granules, granule)] -= 1
             note_let_go(granules, granule)
             if granules.node[granule] >= 0:
-                granules.cached[tier_of(granules, granule)] += 1
+                granules.cached[pool_of(granules, granule)] += 1
             else:  # unpublished meanwhile, together with what it followed
                 freed[num_freed] = granule
                 num_freed += 1
@@ -117,7 +118,7 @@ def bring_back(
         granule = listed[i]
         if is_fresh[i]:
             granules.refs[granule] = 1
-            granules.cached[HELD + tier_of(granules, granule)] += 1
+            granules.cached[HELD + pool_of(granules, granule)] += 1
             granules.copy[granule] = numbers[i]
         count = _append_run(table, row, count, first + i, granule, 1, tier_of(granules, granule))
     table.info[row, NUM_ENTRIES], table.info[row, CAPACITY] = count, first + len(listed)

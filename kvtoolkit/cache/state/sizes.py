@@ -33,9 +33,9 @@ def table_nbytes(config: "CacheConfig") -> tuple[int, int]:
 
     empty = row(0, 0)
     entry, tile = row(1, 0) - empty, row(0, 1) - empty
-    collects_mass = config.tier_config is not None and config.tier_config.demote == "mass"
+    collects_mass = config.quantization is not None and config.quantization.demote == "mass"
     num_tiles = -(-config.seq_len_limit // 64) if collects_mass else 0
-    granule = (_nbytes(make_nodes(64)) + _nbytes(make_granule_state(64, (0, 64, 64)))) // 64
+    granule = (_nbytes(make_nodes(64)) + _nbytes(make_granule_state(64, (0, 64, 64, 64, 64)))) // 64
     return config.max_seqs * (empty + entry * config.entries_limit + tile * num_tiles), granule * config.num_granules
 
 

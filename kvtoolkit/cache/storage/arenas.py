@@ -46,7 +46,7 @@ class Arenas:
         self._is_empty = not self.keys
         held = [one for one in (storage.key_values, storage.warm, storage.cold) if one is not None]
         begins = [address_of(one) if isinstance(one, np.ndarray) else one.data.ptr for one in held]
-        self.ranges = [(begin, begin + one.nbytes) for begin, one in zip(begins, held, strict=True)]
+        self.ranges = [(begin, begin + _extent(one)) for begin, one in zip(begins, held, strict=True)]
         """Addresses of the hot tier, first to one past the last, then of the quantized ones."""
         # an element on the host; the kernels of a device load rows 16 bytes at a time
         self.alignment = ITEMSIZES[dtype] if storage.device < 0 else 16
@@ -105,3 +105,9 @@ class Arenas:
     def are_aligned(self, one: Operand, other: Operand) -> bool:
         """Whether both begin where the kernels can load them, which strides in elements do not tell."""
         return not (one.address | other.address) & (self.alignment - 1)
+
+
+def _extent(array: Any) -> int:
+    """Bytes from the first to the last of an array, with those between its parts."""
+    last = sum((size - 1) * stride for size, stride in zip(array.shape, array.strides, strict=True) if size)
+    return int(last + array.itemsize) if array.size else 0

@@ -1,5 +1,6 @@
 """The keys and values of a cache, in host memory or on a CUDA device: one array per tier for all layers."""
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,14 +10,17 @@ from kvtoolkit.arrays.call import QuantizedTiers
 from kvtoolkit.arrays.host import Operand, operand
 from kvtoolkit.arrays.types import Int32Array, Int64Array
 from kvtoolkit.backends import BACKENDS
+from kvtoolkit.cache.storage.device_transfers import DeviceTransfers
+from kvtoolkit.cache.storage.transfers import HostTransfers
 from kvtoolkit.config.cache import CacheConfig
 from kvtoolkit.cpu.convert import all_finite
 from kvtoolkit.cuda import check
-from kvtoolkit.cuda.copy import make_listed_conversion, make_listed_copy
+from kvtoolkit.cuda.copy import Superblocks, make_listed_conversion, make_listed_copy
 from kvtoolkit.cuda.launching import Launch
 from kvtoolkit.cuda.reorder import make_reorder_copy
 from kvtoolkit.errors import UnsupportedError
 from kvtoolkit.formats.entry import GRANULE, MAX_BLOCK_GRANULES, TIER_COLD, TIER_HOT, TIER_WARM
+from kvtoolkit.runtime.mapped_memory import MappedMemory
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 """NumPy dtypes of the arrays; bfloat16 is stored as its bits."""
@@ -42,6 +46,7 @@ class HostStorage:
         keys, values: an `Operand` for each layer.
         quantized: the `QuantizedTiers` of each layer; None: no quantized tiers.
         records: keys of one layer more, for `kvtoolkit.cache.layers.canary`; None: there is no such layer.
+        transfers: copies superblocks between places.
         device: CUDA ordinal; -1 = host.
     """
 
@@ -63,8 +68,9 @@ class HostStorage:
         self.values = [operand(layer[1], "v_cache", config.dtype) for layer in self.key_values[:num_layers]]
         self.first = config.first_granules
         self.warm, self.cold = (None if shape is None else np.zeros(shape, np.uint8) for shape in quantized)
+        self.transfers = HostTransfers(self.key_values, self.cold, self.first)
         self.quantized: list[QuantizedTiers] | None = None
-        if config.tier_config is not None:
+        if config.quantization is not None:
             self.quantized = [
                 QuantizedTiers(
                     None if self.warm is None else operand(self.warm[layer], "warm"),
@@ -134,8 +140,13 @@ class DeviceStorage:
         if self.device >= count:
             raise UnsupportedError(f"device: expected 0 to {count - 1}, got {self.device}")
         shape = shape_of(config)
+        tiers: dict[int, tuple[Superblocks, int]] = {}
         with cupy.cuda.Device(self.device):
-            self.key_values: Any = cupy.zeros(shape, DTYPES[config.dtype])
+            if config.host_granules[0]:
+                self.key_values, held = _mapped(cupy, shape, 2, config.tier_granules[0], DTYPES[config.dtype])
+                tiers[TIER_HOT] = held._replace(nbytes=held.nbytes * MAX_BLOCK_GRANULES), 0
+            else:
+                self.key_values = cupy.zeros(shape, DTYPES[config.dtype])
             cupy.cuda.runtime.deviceSynchronize()  # because other streams may use it from now on
         strides = tuple(stride // self.key_values.itemsize for stride in self.key_values.strides)
         base, half = self.key_values.data.ptr, self.key_values.strides[1]
@@ -149,19 +160,28 @@ class DeviceStorage:
         self.values = [described(layer, 1) for layer in range(config.num_layers)]
         arrays = (2 * shape[0], *shape[2:])
         self._arena = Operand(base, arrays, strides[1:], config.dtype, self.key_values, True, self.device)
-        self._make_quantized(config)
+        self._make_quantized(config, tiers)
+        self.transfers = DeviceTransfers(self.device, tiers) if tiers else None
+        """Copies superblocks between places; None: all of them are on the device."""
 
-    def _make_quantized(self, config: CacheConfig) -> None:
+    def _make_quantized(self, config: CacheConfig, tiers: dict[int, tuple[Superblocks, int]]) -> None:
         import cupy
 
         self.first = config.first_granules
         with cupy.cuda.Device(self.device):
-            made = [None if shape is None else cupy.zeros(shape, np.uint8) for shape in block_shapes(config)]
+            made: list[Any] = [None, None]
+            for i, shape in enumerate(block_shapes(config)):
+                if shape is not None and i == 1 and config.host_granules[1]:
+                    blocks = config.tier_granules[2] // MAX_BLOCK_GRANULES
+                    made[i], held = _mapped(cupy, shape, 1, blocks, np.uint8)
+                    tiers[TIER_COLD] = held, self.first[TIER_COLD] // MAX_BLOCK_GRANULES
+                elif shape is not None:
+                    made[i] = cupy.zeros(shape, np.uint8)
             cupy.cuda.runtime.deviceSynchronize()
         self.warm, self.cold = made
         self._blocks = [None if one is None else self._described(one) for one in made]
         self.quantized: list[QuantizedTiers] | None = None
-        if config.tier_config is not None:
+        if config.quantization is not None:
             layers = range(config.num_layers)
             warm, cold = ([None if one is None else self._described(one[layer]) for layer in layers] for one in made)
             self.quantized = [QuantizedTiers(warm[layer], cold[layer], self.first) for layer in layers]
@@ -241,9 +261,25 @@ def make_storage(config: CacheConfig, *, is_empty: bool = False) -> Storage:
     return HostStorage(config, is_empty=is_empty) if is_empty or config.backend == "cpu" else DeviceStorage(config)
 
 
+def _mapped(cupy: Any, shape: tuple[int, ...], axis: int, on_device: int, dtype: Any) -> tuple[Any, Superblocks]:
+    """An array whose elements along an axis are on the device up to ``on_device``, and in host memory from there on.
+
+    Returns:
+        The array, and its elements along that axis, each as large as it is in the array.
+    """
+    count, nbytes = math.prod(shape[:axis]), math.prod(shape[axis + 1 :]) * np.dtype(dtype).itemsize
+    memory = MappedMemory(cupy.cuda.runtime.getDevice(), count, on_device * nbytes, (shape[axis] - on_device) * nbytes)
+    owned = cupy.cuda.UnownedMemory(memory.address, memory.nbytes, memory)
+    inner = cupy.ndarray(shape[axis:], dtype, cupy.cuda.MemoryPointer(owned, 0)).strides
+    outer = [memory.stride * math.prod(shape[i + 1 : axis]) for i in range(axis)]
+    array = cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(owned, 0), strides=(*outer, *inner))
+    return array, Superblocks(memory.address, count, memory.stride, nbytes)
+
+
 def shape_of(config: CacheConfig) -> tuple[int, ...]:
     """The shape of ``key_values``."""
-    return (_num_layers(config), 2, config.tier_granules[0], config.num_kv_heads, GRANULE, config.head_dim)
+    num_granules = config.tier_granules[0] + config.host_granules[0]
+    return (_num_layers(config), 2, num_granules, config.num_kv_heads, GRANULE, config.head_dim)
 
 
 def _num_layers(config: CacheConfig) -> int:
@@ -261,12 +297,13 @@ def _forget_records(key_values: Any, targets: Int32Array) -> None:
 
 def block_shapes(config: CacheConfig) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
     """The shapes of the warm and the cold array; None: no such tier."""
-    formats = (None, None) if config.tier_config is None else config.tier_config.formats
+    _, warm_granules, cold_granules = config.tier_granules
+    formats = (None, None) if config.quantization is None else config.quantization.formats
     warm, cold = (
         None
         if one is None
         else (_num_layers(config), count // MAX_BLOCK_GRANULES, config.num_kv_heads, one.nbytes(config.head_dim))
-        for one, count in zip(formats, config.tier_granules[1:], strict=True)
+        for one, count in zip(formats, (warm_granules, cold_granules + config.host_granules[1]), strict=True)
     )
     return warm, cold
 

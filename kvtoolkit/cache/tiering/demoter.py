@@ -10,6 +10,7 @@ from kvtoolkit.cache.state.block_table import LENGTH, NUM_ENTRIES
 from kvtoolkit.cache.state.cache_group import CacheGroup
 from kvtoolkit.cache.state.step_passes import StepArrays
 from kvtoolkit.cache.tiering import tile_moves
+from kvtoolkit.cache.tiering.places import Places
 from kvtoolkit.cache.tiering.rules import make_rule, set_bar
 from kvtoolkit.cache.tiering.tile_moves import AGE, ROW, TILE
 from kvtoolkit.config.tiers import TierConfig
@@ -23,8 +24,8 @@ _MOST_AT_ONCE = 64  # tiles that one call converts, all layers of each
 class Demoter:
     """Moves the tiles of one group. The caller holds the lock."""
 
-    def __init__(self, group: CacheGroup, config: TierConfig) -> None:
-        self._group = group
+    def __init__(self, group: CacheGroup, config: TierConfig, places: Places | None = None) -> None:
+        self._group, self._places = group, places
         self._rule = make_rule(config)
         self._has_cold = config.cold is not None
         self._has_warm = config.warm is not None
@@ -140,7 +141,10 @@ class Demoter:
         block = self._group.blocks.take_block(tier)
         if block < 0:
             self._flush()  # which frees what moves out of the tier
-            block = self._group.blocks.allocate_block(tier)
+            if tier == TIER_COLD and self._places is not None and self._places.make_cold_room():
+                block = self._group.blocks.take_block(tier)
+            if block < 0:
+                block = self._group.blocks.allocate_block(tier)
         return block
 
     def _plan(self, sharers: "_Sharers", tile: int, block: int, tier: int) -> None:

@@ -24,7 +24,7 @@ from kvtoolkit.cache.state.block_table import (
     granule_at,
     touch,
 )
-from kvtoolkit.cache.state.prefix_index import HELD, NEXT, GranuleState, Holdings, hand_over, note_let_go, tier_of
+from kvtoolkit.cache.state.prefix_index import HELD, NEXT, GranuleState, Holdings, hand_over, note_let_go, pool_of
 from kvtoolkit.cache.state.step_passes import StepArrays
 from kvtoolkit.cache.tiering.rules import Rule, wanted_tier
 from kvtoolkit.formats.entry import TIER_HOT, TIER_WARM, entry_granule, entry_length, entry_tier, pack_entry
@@ -178,7 +178,7 @@ def change_tier(
     """
     nodes, granules, freed = holdings
     count = len(members)
-    granules.cached[HELD + tier] += 8
+    granules.cached[HELD + pool_of(granules, block)] += 8
     for k in range(8):
         old, new = sources[k], block + k
         granules.refs[new], granules.copy[new] = count, 0
@@ -190,7 +190,7 @@ def change_tier(
             nodes.granule[node] = new
         granules.refs[old] -= count
         if granules.refs[old] == 0:
-            granules.cached[HELD + tier_of(granules, old)] -= 1
+            granules.cached[HELD + pool_of(granules, old)] -= 1
             note_let_go(granules, old)
             freed[num_freed] = old
             num_freed += 1

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from kvtoolkit import CacheConfig, ConfigError, KVCache, UnsupportedError
-from kvtoolkit.config.cache import parse_nbytes
+from kvtoolkit.config.fields import parse_nbytes
 from kvtoolkit.config.tiers import TierConfig
 
 SHAPE = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 16}
@@ -74,7 +74,7 @@ def test_a_wrong_field_is_named_with_what_was_expected(fields, message):
 @pytest.mark.parametrize(
     ("tiers", "message"),
     [
-        ({}, "tiers: expected warm = 'int8', cold = 'int4', or both, got neither"),
+        ({}, "tiers: expected some of warm = 'int8', cold = 'int4' and host = bytes, got none of them"),
         ([], r"tiers: expected a table, got \[\]"),
         ({"warm": "int4"}, "tiers.warm: expected 'int8' or nothing, got 'int4'"),
         ({"warn": "int8"}, "tiers: 'warn': expected one of hot, warm, .*did you mean 'warm'"),

@@ -138,7 +138,7 @@ def test_tiers_of_a_single_group_are_those_of_the_cache(size):
         ({"tiers": WARM, "window": 64}, {}, r"layer_groups\[0\].tiers: expected none in a group with a window"),
         ({"tiers": WARM, "chunk": 64}, {}, r"layer_groups\[0\].tiers: expected none in a group with a window"),
         ({"tiers": 5}, {}, r"layer_groups\[0\].tiers: expected a table, got 5"),
-        ({"tiers": {"hot": 64}}, {}, r"layer_groups\[0\].tiers: expected warm = 'int8', cold = 'int4', or both"),
+        ({"tiers": {"hot": 64}}, {}, r"layer_groups\[0\].tiers: expected some of warm = 'int8', cold = "),
         ({"tiers": {**WARM, "hot": 65}}, {}, r"layer_groups\[0\].tiers.hot: expected a multiple of 64, got 65"),
         ({"tiers": {**WARM, "wrm": 1}}, {}, r"layer_groups\[0\].tiers: 'wrm': .*did you mean 'warm'"),
         ({"tiers": {**WARM, "hot": 8192}}, {}, r"layer_groups\[0\]: tiers: expected room for hot .* = 8256 tokens"),

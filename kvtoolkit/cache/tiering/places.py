@@ -1,0 +1,102 @@
+"""Where a cache with host memory keeps what: on the device while there is room, the coldest in host memory."""
+
+from kvtoolkit.arrays.types import Int32Array
+from kvtoolkit.cache.state.block_table import LAST_STAMP
+from kvtoolkit.cache.state.cache_group import NOT_ASLEEP, CacheGroup
+from kvtoolkit.cache.state.prefix_index import CLOCK
+from kvtoolkit.cache.state.step_passes import StepArrays
+from kvtoolkit.cache.tiering import tile_moves
+from kvtoolkit.cache.tiering.offloader import Offloader
+from kvtoolkit.config.tiers import HOST_POOL_OF, TierConfig
+from kvtoolkit.formats.entry import MAX_BLOCK_GRANULES, TIER_COLD, TIER_HOT
+
+_SHARE_LEFT = 16
+"""What comes back unasked leaves this part of the device's blocks free, or it would soon have to go again."""
+
+
+class Places:
+    """The places of a group's blocks. The caller holds the cache's lock.
+
+    Args:
+        group: of layers; its storage has host memory.
+        config: of the tiers.
+
+    Attributes:
+        hot, cold: move the blocks of a tier; None: no host memory for it.
+    """
+
+    def __init__(self, group: CacheGroup, config: TierConfig) -> None:
+        self._group = group
+        pools = group.blocks.allocators
+        self.hot, self.cold = (
+            None if pools[HOST_POOL_OF[tier]] is None else Offloader(group, tier, config)
+            for tier in (TIER_HOT, TIER_COLD)
+        )
+        self._movers = [one for one in (self.hot, self.cold) if one is not None]
+        self._most_at_once = group.config.migrate_budget
+        self._num_asleep = 0
+
+    def run(self, arrays: StepArrays, batch: int, num_need: int) -> bool:
+        """Finish and make the moves that a step which begins needs; returns whether a row has changed.
+
+        Args:
+            arrays: of the step, of which ``work[0]`` has the ``num_need`` rows that need blocks.
+        """
+        table = self._group.table
+        before, rows = int(table.clock[LAST_STAMP]), arrays.rows[:batch]
+        if self._num_asleep:
+            self.wake(rows)
+        for mover in self._movers:
+            mover.settle()
+        if num_need:
+            self.make_room(int(tile_moves.count_missing(table, arrays, num_need)))
+        self._bring_back(rows)
+        return int(table.clock[LAST_STAMP]) != before
+
+    def make_room(self, wanted: int) -> None:
+        """Move the coldest hot blocks to host memory until so many granules are free, as far as some may move."""
+        blocks = self._group.blocks
+        if (
+            self.hot is not None
+            and wanted > blocks.num_known_free
+            and (lacking := wanted - blocks.allocator.num_free) > 0
+        ):
+            self.hot.make_room(lacking)
+
+    def make_cold_room(self) -> bool:
+        """Make room for a block in the cold tier; False if that cannot be."""
+        return self.cold is not None and self.cold.make_room(MAX_BLOCK_GRANULES) >= MAX_BLOCK_GRANULES
+
+    def _bring_back(self, rows: Int32Array) -> None:
+        """Begin to move what the rows of a step hold in host memory to the device, if there is room to spare."""
+        blocks = self._group.blocks
+        if self.hot is not None and self.hot.num_away and not self.hot.num_moves:
+            spare = blocks.num_known_free - max(blocks.num_hot // _SHARE_LEFT, MAX_BLOCK_GRANULES * len(rows))
+            if spare >= MAX_BLOCK_GRANULES:
+                self.hot.prefetch(rows, min(spare // MAX_BLOCK_GRANULES, self._most_at_once), evicts=False)
+
+    # -- what callers say --------------------------------------------------------------------------------------------
+
+    def offload(self, rows: Int32Array) -> int:
+        """Let rows fall asleep, and begin to move what they hold to host memory; returns how many superblocks."""
+        asleep = self._group.asleep
+        asleep[rows] = float(self._group.blocks.nodes.counts[CLOCK])
+        self._num_asleep = int((asleep != NOT_ASLEEP).sum())
+        return sum(mover.offload(rows) for mover in self._movers)
+
+    def prefetch(self, rows: Int32Array) -> int:
+        """Wake rows, and begin to move what they hold to the device; returns how many superblocks."""
+        self.wake(rows)
+        num_blocks = len(self._group.blocks.granules.refs) // MAX_BLOCK_GRANULES
+        return sum(mover.prefetch(rows, num_blocks, evicts=True) for mover in self._movers)
+
+    def wake(self, rows: Int32Array) -> None:
+        """Let rows be awake."""
+        asleep = self._group.asleep
+        asleep[rows] = NOT_ASLEEP
+        self._num_asleep = int((asleep != NOT_ASLEEP).sum())
+
+    def settle_all(self) -> None:
+        """Finish all moves; the current stream waits for their copies."""
+        for mover in self._movers:
+            mover.settle_all()

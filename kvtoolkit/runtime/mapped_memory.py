@@ -1,0 +1,153 @@
+"""Arrays that lie partly in the memory of a device and partly in pinned host memory, at addresses one after another.
+
+Kernels address both parts alike; what is in host memory is read and written over the link. So no kernel needs to know
+what is where. CUDA C++ Programming Guide, "Virtual Memory Management"; host memory in such a range needs a driver of
+CUDA 12.6 or later.
+"""
+
+import ctypes
+import weakref
+from typing import Any
+
+from kvtoolkit.errors import DeviceError, UnsupportedError
+from kvtoolkit.runtime.driver import library
+
+_PINNED, _ON_DEVICE, _ON_HOST = 1, 1, 3  # CU_MEM_ALLOCATION_TYPE_PINNED, CU_MEM_LOCATION_TYPE_DEVICE and _HOST_NUMA
+_READ_AND_WRITE = 3
+_SUPPORTED, _HOST_SUPPORTED = 102, 141  # attributes of a device: virtual memory, also in the host's
+_HOST_NODE = 134  # CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID
+
+
+class _Location(ctypes.Structure):
+    _fields_ = (("type", ctypes.c_int), ("id", ctypes.c_int))
+
+
+class _Properties(ctypes.Structure):
+    _fields_ = (
+        ("type", ctypes.c_int), ("handle_types", ctypes.c_int), ("location", _Location), ("metadata", ctypes.c_void_p),
+        ("flags", ctypes.c_ubyte * 8),
+    )  # fmt: skip
+
+
+class _Access(ctypes.Structure):
+    _fields_ = (("location", _Location), ("flags", ctypes.c_int))
+
+
+class MappedMemory:
+    """``count`` arrays of equal size, each with a beginning on a device and the rest in pinned host memory.
+
+    The memory is zero. It is given back when nothing refers to this object any more, after all work of the device that
+    may use it.
+
+    Args:
+        device: CUDA ordinal; it must be the current one.
+        count: arrays.
+        device_nbytes: of each array on the device, rounded up to whole pages.
+        host_nbytes: of each array after these; pages that hold both kinds are on the device.
+
+    Attributes:
+        address: of the first array.
+        stride: bytes from one array to the next.
+        nbytes: of all addresses, from the first to the last.
+
+    Raises:
+        UnsupportedError: the device or its driver has no such memory.
+        DeviceError: there is not enough memory; says which.
+    """
+
+    def __init__(self, device: int, count: int, device_nbytes: int, host_nbytes: int) -> None:
+        self._require_support(device)
+        page = _page(device)
+        first = -(-device_nbytes // page) * page
+        rest = max(0, -(-(device_nbytes + host_nbytes) // page) * page - first)
+        self.stride = first + rest
+        self.nbytes = count * self.stride
+        address = ctypes.c_uint64()
+        _call("cuMemAddressReserve", ctypes.byref(address), _size(self.nbytes), _size(0), _u64(0), _u64(0))
+        self.address = address.value
+        pieces: list[tuple[int, int, int]] = []  # address, bytes, handle
+        self._finalizer = weakref.finalize(self, _release, device, self.address, self.nbytes, pieces)
+        self._finalizer.atexit = False  # the driver gives everything back
+        try:
+            for i in range(count):
+                at = self.address + i * self.stride
+                _map(pieces, at, first, _Location(_ON_DEVICE, device), f"{count * first} bytes of device memory")
+                if rest:
+                    host = _Location(_ON_HOST, _host_node(device))
+                    _map(pieces, at + first, rest, host, f"{count * rest} bytes of pinned host memory")
+            access = _Access(_Location(_ON_DEVICE, device), _READ_AND_WRITE)
+            _call("cuMemSetAccess", _u64(self.address), _size(self.nbytes), ctypes.byref(access), _size(1))
+            _call("cuMemsetD8_v2", _u64(self.address), ctypes.c_ubyte(0), _size(self.nbytes))
+            _call("cuCtxSynchronize")
+        except BaseException:
+            self._finalizer()
+            raise
+
+    @staticmethod
+    def _require_support(device: int) -> None:
+        for attribute, what in ((_SUPPORTED, "virtual memory"), (_HOST_SUPPORTED, "virtual memory of the host")):
+            if not _attribute(attribute, device):
+                raise UnsupportedError(
+                    f"tiers.host: expected a device and driver with {what} (CUDA 12.6 or later), got device {device} "
+                    "without"
+                )
+
+
+def _map(pieces: list[tuple[int, int, int]], at: int, nbytes: int, location: _Location, what: str) -> None:
+    """Make memory at an address, and note it."""
+    properties, handle = _Properties(_PINNED, 0, location), ctypes.c_uint64()
+    status = library().cuMemCreate(ctypes.byref(handle), _size(nbytes), ctypes.byref(properties), _u64(0))
+    if status:
+        raise DeviceError(f"expected {what} to be free, got none ({_name_of(status)})")
+    try:
+        _call("cuMemMap", _u64(at), _size(nbytes), _size(0), handle, _u64(0))
+    except BaseException:
+        library().cuMemRelease(handle)
+        raise
+    pieces.append((at, nbytes, handle.value))
+
+
+def _release(device: int, address: int, nbytes: int, pieces: list[tuple[int, int, int]]) -> None:
+    """Give memory and addresses back, once nothing uses them."""
+    import cupy
+
+    with cupy.cuda.Device(device):
+        library().cuCtxSynchronize()
+        for at, size, handle in pieces:
+            library().cuMemUnmap(_u64(at), _size(size))
+            library().cuMemRelease(_u64(handle))
+        library().cuMemAddressFree(_u64(address), _size(nbytes))
+
+
+def _page(device: int) -> int:
+    """Bytes of the smallest piece of memory."""
+    properties, found = _Properties(_PINNED, 0, _Location(_ON_DEVICE, device)), ctypes.c_size_t()
+    _call("cuMemGetAllocationGranularity", ctypes.byref(found), ctypes.byref(properties), 0)
+    return found.value
+
+
+def _host_node(device: int) -> int:
+    """The NUMA node of the host that is closest to a device."""
+    return max(0, _attribute(_HOST_NODE, device))
+
+
+def _attribute(attribute: int, device: int) -> int:
+    found = ctypes.c_int()
+    _call("cuDeviceGetAttribute", ctypes.byref(found), attribute, device)
+    return found.value
+
+
+def _call(name: str, *arguments: Any) -> None:
+    """Call a function of the driver; DeviceError if it fails."""
+    status = getattr(library(), name)(*arguments)
+    if status:
+        raise DeviceError(f"{name}: expected success, got {_name_of(status)}")
+
+
+def _name_of(status: int) -> str:
+    text = ctypes.c_char_p()
+    library().cuGetErrorName(status, ctypes.byref(text))
+    return (text.value or str(status).encode()).decode()
+
+
+_size, _u64 = ctypes.c_size_t, ctypes.c_uint64
