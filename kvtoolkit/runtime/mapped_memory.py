@@ -56,6 +56,9 @@ class MappedMemory:
     """
 
     def __init__(self, device: int, count: int, device_nbytes: int, host_nbytes: int) -> None:
+        import cupy
+
+        cupy.cuda.runtime.setDevice(device)  # in a thread that has not used CUDA yet
         self._require_support(device)
         page = _page(device)
         first = -(-device_nbytes // page) * page
@@ -77,8 +80,8 @@ class MappedMemory:
                     _map(pieces, at + first, rest, host, f"{count * rest} bytes of pinned host memory")
             access = _Access(_Location(_ON_DEVICE, device), _READ_AND_WRITE)
             _call("cuMemSetAccess", _u64(self.address), _size(self.nbytes), ctypes.byref(access), _size(1))
-            _call("cuMemsetD8_v2", _u64(self.address), ctypes.c_ubyte(0), _size(self.nbytes))
-            _call("cuCtxSynchronize")
+            cupy.cuda.runtime.memset(self.address, 0, self.nbytes)
+            cupy.cuda.runtime.deviceSynchronize()
         except BaseException:
             self._finalizer()
             raise
@@ -112,7 +115,7 @@ def _release(device: int, address: int, nbytes: int, pieces: list[tuple[int, int
     import cupy
 
     with cupy.cuda.Device(device):
-        library().cuCtxSynchronize()
+        cupy.cuda.runtime.deviceSynchronize()
         for at, size, handle in pieces:
             library().cuMemUnmap(_u64(at), _size(size))
             library().cuMemRelease(_u64(handle))

@@ -192,9 +192,11 @@ class CacheState:
 
     def _chain_of(self, row: int) -> Int32Array:
         """The nodes of a row's full granules in the first group's index."""
-        most = int(self.group.table.info[row, LENGTH]) // 8
+        table, nodes = self.group.table, self.group.blocks.nodes
+        last = int(table.chain[row])
+        most = int(nodes.depth[last]) + 1 if last >= 0 else 0  # its length is 0 if it was preempted by "drop"
         chain, uids = np.empty(most, np.int32), np.empty(most, np.int64)
-        return chain[: block_table.list_chain(self.group.table, row, self.group.blocks.nodes, chain, uids)]
+        return chain[: block_table.list_chain(table, row, nodes, chain, uids)]
 
     def _use_later(self, nodes: Int32Array, until: float) -> None:
         """Let nodes count as used at a later time, which is turned into ticks at the mean rate so far."""

@@ -69,7 +69,6 @@ class Hints:
 
     def teardown(self):
         if hasattr(self, "cache"):
-            self.cache.check_integrity()  # damaged tables would kill the process
             self.cache._places.settle_all()
         super().teardown()
 
