@@ -55,7 +55,7 @@ struct MigrateParams {
   int* demotions;     // [most, 16] granules: 8 to read, 8 to write; -1 = none
   int* merges;        // [most, 16]
   int batch, width, most_targets, most, most_new, max_steps;
-  int hot, warm;            // tokens, see kvtoolkit/cache/tiering/rules.py
+  int hot, warm;           // tokens, see kvtoolkit/cache/tiering/rules.py
   int demotes, is_merged;  // whether the group has tiers; whether its growth policy merges
   int window;              // tokens that a query sees, itself included; 0 = all
 };

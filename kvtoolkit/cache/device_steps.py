@@ -253,6 +253,8 @@ class DeviceSteps:
         """Move as many tiles as the steps would have, of those that the device will not move, as of other sequences."""
         cache = self._cache
         rows = cache._state.rows_of(ids, (OPEN,))
+        if cache._places is not None:
+            cache._places.prepare(rows, self._limits, self._num_steps * self.num_new_tokens)
         pairs = [(cache._demoter, cache._arrays)]
         if cache._group_steps is not None:
             pairs = [(part.demoter, part.arrays) for part in cache._group_steps]

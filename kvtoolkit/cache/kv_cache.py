@@ -44,16 +44,16 @@ from kvtoolkit.cache.step import Step
 from kvtoolkit.cache.storage.upload import make_upload
 from kvtoolkit.cache.tiering.demoter import Demoter
 from kvtoolkit.cache.tiering.places import Places
+from kvtoolkit.cache.views import Views
 from kvtoolkit.config.cache import CacheConfig
 from kvtoolkit.cuda.pool import DevicePool
 from kvtoolkit.errors import ArgumentError, ConfigError, StepError
-from kvtoolkit.formats.tier_caches import TierCaches
 
 _LEAST_TOKENS_REFUSED = 1 << 20
 """So many new tokens a step may always ask for, however small the pool is; rows without room just stall."""
 
 
-class KVCache(Hints):
+class KVCache(Hints, Views):
     """The KV cache of one model, for a batch at a time: paged memory, prefix reuse, forks, preemption.
 
     Args:
@@ -577,26 +577,6 @@ class KVCache(Hints):
         into `key_cache` and `value_cache`. See `DevicePool.return_share` for the blocks that the cache has taken ahead.
         """
         return self._allocator
-
-    def key_cache(self, layer: int) -> Any:
-        """``[num_granules, num_kv_heads, 8, head_dim]`` hot keys of a layer; uint16 for bfloat16. A view, not a copy.
-
-        It is a NumPy array, or on a GPU a CuPy array, of which ``torch.from_dlpack`` makes a tensor.
-        """
-        layer = self._arenas.require_layer(layer)
-        return self._state.key_values_of(layer)[0]
-
-    def value_cache(self, layer: int) -> Any:
-        """The hot values of a layer, in the form of `key_cache`."""
-        layer = self._arenas.require_layer(layer)
-        return self._state.key_values_of(layer)[1]
-
-    def tier_caches(self, layer: int) -> TierCaches:
-        """The arrays of a layer, all tiers, in the form that `kvtoolkit.tiered_attention` takes. Views, not copies."""
-        layer = self._arenas.require_layer(layer)
-        storage, index = self._state.storage_of(layer)
-        warm, cold = (None if one is None else one[index] for one in (storage.warm, storage.cold))
-        return TierCaches(storage.key_values[index][0], storage.key_values[index][1], warm, cold, storage.first)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError(

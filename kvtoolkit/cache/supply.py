@@ -36,7 +36,7 @@ class Supply:
 
     def __init__(self, group: CacheGroup, batch: int, max_steps: int) -> None:
         self._group = group
-        self.most = min(group.blocks.num_hot, batch * most_grants(max_steps))
+        self.most = min(group.blocks.num_hot + group.config.host_granules[0], batch * most_grants(max_steps))
         blocks = group.blocks
         self.lent = LentBlocks(blocks, self.most)
         self.num_available = 0
@@ -46,7 +46,8 @@ class Supply:
     def fill(self, rows: Int32Array, limits: Int32Array, steps: int, held: Int64Array | None = None) -> None:
         """Take the blocks that ``steps`` tokens more of each row will want, or as many as there are.
 
-        It evicts what is cached where that is needed. Rows ask step by step, and in one step in their order.
+        It evicts what is cached where that is needed, and takes blocks in host memory where the device has none. Rows
+        ask step by step, and in one step in their order.
 
         Args:
             rows: ``[batch]`` of the block table.
@@ -71,9 +72,10 @@ class Supply:
         left, room = num_free + 8 * len(blocks.reserve) + blocks.num_cached, self.most - len(self.lent.sizes)
         self.num_available = left + held
         first, self._num_steps = self._num_steps, self._num_steps + steps
+        most = min(left + blocks.num_in_reach, room)
         sizes = np.empty(room + MAX_BLOCK_GRANULES, np.int32)  # those of the row that gets no more are there, too
         count, wanted = growing.choose_ahead(
-            self._group.table.info, rows, limits, first, self._num_steps, left, min(left, room), blocks.num_hot,
+            self._group.table.info, rows, limits, first, self._num_steps, left, most, blocks.num_hot,
             policy.rule, policy.tail, policy.largest, blocks.offered, self._capacities, sizes,
         )  # fmt: skip
         if wanted > num_free:
@@ -106,6 +108,9 @@ class Supply:
                 part //= 2
             if part <= 0:
                 break
+        if missing > 0 and blocks.num_in_reach:
+            count = min(max(-(-missing // MAX_BLOCK_GRANULES), num_rows), most - len(runs))
+            runs += blocks.take_in_host_memory(count)
         return runs
 
     def lists(self) -> tuple[Int32Array, Int32Array]:

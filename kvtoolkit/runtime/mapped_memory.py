@@ -1,6 +1,6 @@
-"""Arrays that lie partly in the memory of a device and partly in pinned host memory, at addresses one after another.
+"""Arrays that are partly in the memory of a device and partly in pinned host memory, at addresses one after another.
 
-Kernels address both parts alike; what is in host memory is read and written over the link. So no kernel needs to know
+Kernels use the same addresses for both parts; what is in host memory is read and written over the link. So no kernel needs to know
 what is where. CUDA C++ Programming Guide, "Virtual Memory Management"; host memory in such a range needs a driver of
 CUDA 12.6 or later.
 """

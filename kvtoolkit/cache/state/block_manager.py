@@ -227,6 +227,15 @@ class BlockManager:
                     return None
         return runs
 
+    def take_in_host_memory(self, count: int) -> Runs:
+        """Up to so many blocks of 64 hot tokens in host memory."""
+        pool = HOST_POOL_OF[TIER_HOT]
+        starts = self.ledger.take(pool, np.full(count, MAX_BLOCK_GRANULES, np.int32))
+        found = [(start, MAX_BLOCK_GRANULES) for start in starts.tolist() if start >= 0]
+        while len(found) < count and (start := self.allocate_block(pool)) >= 0:
+            found.append((start, MAX_BLOCK_GRANULES))
+        return found
+
     def _fit_on_device(self, needed: int) -> Runs | None:
         if not self.can_have(needed):
             return None

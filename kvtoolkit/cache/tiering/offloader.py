@@ -36,6 +36,8 @@ class Move(NamedTuple):
     stamps: Int64Array
     """``[n, 8]`` see `place_moves.stamp`."""
     to_host: bool
+    below: float
+    """What is not colder than this when the copies are done stays where it is, as if its sleeper has woken."""
     transfer: Transfer
 
 
@@ -170,7 +172,8 @@ class Offloader:
             raise
         self._is_moving[sources] = True
         blocks.arriving |= set(starts.tolist())
-        self._moves.append(Move(sources, targets, stamps, to_host, transfer))
+        below = AWAKE if to_host and beside else FIXED
+        self._moves.append(Move(sources, targets, stamps, to_host, below, transfer))
         return len(sources)
 
     def _take(self, pool: int, count: int) -> Int32Array:
@@ -214,7 +217,7 @@ class Offloader:
         is_same = np.empty(len(move.sources), np.bool_)
         place_moves.are_unchanged(blocks.granules, move.sources, move.stamps, is_same)
         span = self._measure(self._device, self._protected) if move.to_host else self._measure(self._host, (0, 0))
-        is_same &= span.heat[move.sources - span.first] < FIXED
+        is_same &= span.heat[move.sources - span.first] < move.below
         sources, targets = move.sources[is_same], move.targets[is_same]
         freed = int(span.num_owned[sources - span.first].sum())
         blocks.arriving -= set((move.targets * MAX_BLOCK_GRANULES).tolist())

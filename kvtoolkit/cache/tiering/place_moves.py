@@ -2,12 +2,12 @@
 
 What moves is a superblock, 8 aligned granules, with all that is held or cached in it. Entries never reach over the end
 of a superblock, so a move changes the granule numbers in entries and nothing else: no entry is cut, and the rows that
-share a granule need not be looked for. The tokens keep their format, so where they lie changes no result.
+share a granule need not be looked for. The tokens keep their format, so where they are changes no result.
 
     heat of a superblock == the highest one of what it holds; the coldest moves first
     heat of a cached granule == when a row last let go of it, by the clock of the index
     heat of what a sleeping row holds == since when it sleeps, by the same clock
-    heat of what any other row holds == AWAKE - tokens between it and the row's end
+    heat of what any other row holds == 2 * AWAKE - tokens between it and the row's end
 """
 
 from typing import Any, NamedTuple
@@ -34,8 +34,8 @@ from kvtoolkit.cache.state.ledger import Flags
 from kvtoolkit.cache.state.prefix_index import GranuleState, Holdings, move_granule, note_let_go
 from kvtoolkit.formats.entry import entry_granule, entry_length, entry_tier, pack_entry
 
-AWAKE = 2.0**52
-"""Above every heat of what no row that is awake holds."""
+AWAKE = 2.0**51
+"""Above every heat of what no row that is awake holds, and below every other one."""
 EMPTY, FIXED = -np.inf, np.inf
 """Heats of a superblock in which there is nothing to move, and of one that must stay where it is."""
 
@@ -96,7 +96,7 @@ def _warm_up(table: BlockTable, row: int, asleep: float, pinned: int, hot: int, 
         elif begin < pinned or length - end < hot:
             heat = FIXED
         else:
-            heat = AWAKE - (length - end)
+            heat = 2 * AWAKE - (length - end)
         span.heat[i] = max(span.heat[i], heat)
 
 

@@ -1,7 +1,9 @@
 """Where a cache with host memory keeps what: on the device while there is room, the coldest in host memory."""
 
+import numpy as np
+
 from kvtoolkit.arrays.types import Int32Array
-from kvtoolkit.cache.state.block_table import LAST_STAMP
+from kvtoolkit.cache.state.block_table import CAPACITY, LAST_STAMP, LENGTH
 from kvtoolkit.cache.state.cache_group import NOT_ASLEEP, CacheGroup
 from kvtoolkit.cache.state.prefix_index import CLOCK
 from kvtoolkit.cache.state.step_passes import StepArrays
@@ -52,6 +54,17 @@ class Places:
             self.make_room(int(tile_moves.count_missing(table, arrays, num_need)))
         self._bring_back(rows)
         return int(table.clock[LAST_STAMP]) != before
+
+    def prepare(self, rows: Int32Array, limits: Int32Array, num_tokens: int) -> None:
+        """Make room for so many tokens more of each row, up to its limit, before steps that the device drives."""
+        info = self._group.table.info[rows]
+        ends = np.minimum(info[:, LENGTH] + num_tokens, np.maximum(limits, info[:, LENGTH]))
+        # each may get a block of 64 tokens for its last ones
+        wanted = np.maximum(0, -(-ends // 8) - info[:, CAPACITY]) + MAX_BLOCK_GRANULES
+        self.wake(rows)
+        for mover in self._movers:
+            mover.settle()
+        self.make_room(int(wanted.sum()))
 
     def make_room(self, wanted: int) -> None:
         """Move the coldest hot blocks to host memory until so many granules are free, as far as some may move."""

@@ -1,4 +1,4 @@
-"""Caches with host memory on a GPU: where blocks lie changes no bit, and moves are safe while kernels run."""
+"""Caches with host memory on a GPU: where blocks are changes no bit, and moves are safe while kernels run."""
 
 import gc
 from typing import ClassVar
@@ -62,12 +62,12 @@ def run(machine, examples):
 
 
 @pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[1], CONFIGS[3], CONFIGS[6]], ids=lambda c: c["allocator"])
-def test_tokens_are_the_same_wherever_they_lie(config):
+def test_tokens_are_the_same_wherever_they_are(config):
     run(type("Machine", (DeviceHostMachine,), {"config": {**config, "backend": "cuda"}}), 6)
 
 
 @pytest.mark.parametrize("config", TIERED[:2], ids=["cold", "small tiers"])
-def test_tokens_are_the_same_wherever_they_lie_and_in_whichever_tier(config):
+def test_tokens_are_the_same_wherever_they_are_and_in_whichever_tier(config):
     fields = tiered_fields(config)
     run(type("Machine", (DeviceTieredMachine,), {"config": {**fields, "backend": "cuda"}}), 4)
 

@@ -1,4 +1,4 @@
-"""Whole caches with host memory driven in any order: wherever tokens lie, they are those that were written."""
+"""Whole caches with host memory driven in any order: wherever tokens are, they are those that were written."""
 
 from typing import ClassVar
 
@@ -88,7 +88,7 @@ class TieredHostMachine(Hints, TierMachine):
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: "-".join([c["allocator"], c.get("growth", "adaptive")]))
-def test_tokens_are_the_same_wherever_they_lie(config):
+def test_tokens_are_the_same_wherever_they_are(config):
     machine = type("Machine", (HostMachine,), {"config": config})
     run_state_machine_as_test(
         machine,
@@ -99,7 +99,7 @@ def test_tokens_are_the_same_wherever_they_lie(config):
 
 
 @pytest.mark.parametrize("config", TIERED, ids=lambda c: "-".join([c["allocator"], *c["tiers"]]))
-def test_tokens_are_the_same_wherever_they_lie_and_in_whichever_tier(config):
+def test_tokens_are_the_same_wherever_they_are_and_in_whichever_tier(config):
     machine = type("Machine", (TieredHostMachine,), {"config": tiered_fields(config)})
     run_state_machine_as_test(
         machine,
