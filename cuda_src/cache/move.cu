@@ -75,10 +75,20 @@ struct TransferParams : Arena {
   int targets[kMaxMoves];
 };
 
-extern "C" __global__ void __launch_bounds__(1024) kvt_transfer(const __grid_constant__ TransferParams p) {
+struct ListedTransferParams : Arena {
+  long long num_arrays;
+  const int* num_pairs;
+  const int* pairs;  // [num_pairs, 2] the granule to read, the one to write
+};
+
+// Copy in every array granule source_of(i) to target_of(i), for each i below num_moves, by all threads of the grid.
+template <typename Source, typename Target>
+__device__ __forceinline__ void transfer_all(
+    const Arena& p, long long num_arrays, int num_moves, Source source_of, Target target_of
+) {
   constexpr int kUnroll = 4;  // loads under way in a thread
-  const int of_array = p.num_moves * p.granule_vectors;
-  const long long total = static_cast<long long>(of_array) * p.num_arrays;
+  const int of_array = num_moves * p.granule_vectors;
+  const long long total = of_array * num_arrays;
   const long long step = gridDim.x * 1024ll * kUnroll;
   for (long long base = blockIdx.x * 1024ll * kUnroll + threadIdx.x; base < total; base += step) {
     uint4 words[kUnroll];
@@ -91,8 +101,8 @@ extern "C" __global__ void __launch_bounds__(1024) kvt_transfer(const __grid_con
         const int in_array = index - static_cast<long long>(array) * of_array;
         const int move = in_array / p.granule_vectors;
         char* const at = p.arena + array * p.array_stride + (in_array - move * p.granule_vectors) * 16ll;
-        words[i] = __ldcs(reinterpret_cast<const uint4*>(at + p.sources[move] * p.granule_stride));
-        targets[i] = at + p.targets[move] * p.granule_stride;
+        words[i] = __ldcs(reinterpret_cast<const uint4*>(at + source_of(move) * p.granule_stride));
+        targets[i] = at + target_of(move) * p.granule_stride;
       }
     }
 #pragma unroll
@@ -100,6 +110,18 @@ extern "C" __global__ void __launch_bounds__(1024) kvt_transfer(const __grid_con
       if (base + i * 1024 < total) __stcs(reinterpret_cast<uint4*>(targets[i]), words[i]);
     }
   }
+}
+
+extern "C" __global__ void __launch_bounds__(1024) kvt_transfer(const __grid_constant__ TransferParams p) {
+  const auto source_of = [&](int i) { return p.sources[i]; };
+  const auto target_of = [&](int i) { return p.targets[i]; };
+  transfer_all(p, p.num_arrays, p.num_moves, source_of, target_of);
+}
+
+extern "C" __global__ void __launch_bounds__(1024) kvt_transfer_listed(const __grid_constant__ ListedTransferParams p) {
+  const auto source_of = [&](int i) { return p.pairs[2 * i]; };
+  const auto target_of = [&](int i) { return p.pairs[2 * i + 1]; };
+  transfer_all(p, p.num_arrays, *p.num_pairs, source_of, target_of);
 }
 
 extern "C" __global__ void __launch_bounds__(256) kvt_move_listed(const __grid_constant__ ListedMoveParams p) {

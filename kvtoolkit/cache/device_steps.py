@@ -128,7 +128,9 @@ class DeviceSteps:
         if beams != 1:
             require_beams(cache.config, batch, num_new_tokens, beams)
         self.beams = beams
-        self._graph_step = GraphStep(cache, batch, num_new_tokens, max_seq_len=max_seq_len, shared_reads=shared_reads)
+        self._graph_step = GraphStep(
+            cache, batch, num_new_tokens, max_seq_len=max_seq_len, shared_reads=shared_reads, _stages=False
+        )
         self._cache, self._batch, self.max_steps, self.num_new_tokens = cache, batch, max_steps, num_new_tokens
         self._calls: Calls = cache._calls
         most_tokens = max_steps * num_new_tokens

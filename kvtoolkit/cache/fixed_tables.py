@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from kvtoolkit.arrays.call import Hints, Sharing
 from kvtoolkit.arrays.types import Int32Array, Int64Array
 from kvtoolkit.cache.layers.layers import LayerCalls
+from kvtoolkit.cache.layers.staging import Staging
 from kvtoolkit.cache.state.cache_group import CacheGroup
 from kvtoolkit.cache.state.shared_reads import CommonBeginnings
 from kvtoolkit.cache.state.step_passes import StepArrays
@@ -45,6 +46,7 @@ class FixedTables:
         arenas: its keys and values.
         bounds: of the `GraphStep`.
         shares_reads: whether replays look for beginnings that rows have in common.
+        staging: chooses what a step copies to the device ahead of its kernels; None: it is read in place.
         cupy: with the device of the cache and its current stream.
 
     Attributes:
@@ -52,7 +54,10 @@ class FixedTables:
         is_cut: whether there is a row for each chunk, not for each row of the step.
     """
 
-    def __init__(self, group: CacheGroup, arenas: Arenas, bounds: Bounds, shares_reads: bool, cupy: Any) -> None:
+    def __init__(
+        self, group: CacheGroup, arenas: Arenas, bounds: Bounds, shares_reads: bool, cupy: Any,
+        staging: Staging | None = None,
+    ) -> None:  # fmt: skip
         self._arenas, self._bounds = arenas, bounds
         self._next: CommonBeginnings | None = None
         self.is_cut = group.layers.chunk > 0
@@ -77,6 +82,10 @@ class FixedTables:
         self._found: CommonBeginnings | None = None  # whose order is in `_order`
         self._width = 0  # of the widest table loaded so far; columns beyond it are empty
         self._kept: dict[Any, Any] = {}  # plans and lists, also at fixed addresses
+        self._staging = staging
+        if staging is not None:
+            self._staged_table = cupy.full((batch, width), -1, np.int32)
+            self._pairs = cupy.zeros(staging.words, np.int32)
 
     def load(self, tables: GroupTables, seq_ids: Int64Array, arrays: StepArrays) -> list[Move]:
         """The moves that bring the tables of a step here. After them `loaded` must be called."""
@@ -92,6 +101,14 @@ class FixedTables:
             (slots, self.tables.slot_mapping), (seq_lens, self.tables.seq_lens),
             (entries[0], self.tables.block_table), (entries[1], self.tables.block_starts),
         ]  # fmt: skip
+        if self._staging is not None:
+            counts = np.diff(tables.cu_seqlens_q)
+            staged = np.full_like(entries[0], -1)
+            chosen, pairs = self._staging.choose(
+                tables.block_table[:, :used], tables.block_starts[:, :used], tables.seq_lens, counts
+            )
+            staged[:, :used] = chosen
+            moves += [(staged, self._staged_table), (pairs, self._pairs)]
         if self._bounds.most > 1:
             moves.append((bounds_of(tables.cu_seqlens_q, batch, num_tokens), self.tables.cu_seqlens_q))
         self._next = None if self._reads is None else self._reads.find(seq_ids, arrays)
@@ -120,4 +137,8 @@ class FixedTables:
         most = self._bounds.most
         counts = (1, 1) if most == 1 else (0, most)
         hints = Hints(counts, self._max_seq_len, self._kept, sharing, counts_are_bounds=most > 1)
-        return LayerCalls(self._arenas, self.tables, hints, is_fixed=True, begin_late=self._begin_late, tokens=tokens)
+        tables, staged = self.tables, None
+        if self._staging is not None:
+            tables, staged = tables._replace(block_table=self._staged_table), self._staging.copies(self._pairs)
+        options = {"is_fixed": True, "begin_late": self._begin_late, "tokens": tokens, "staged": staged}
+        return LayerCalls(self._arenas, tables, hints, **options)

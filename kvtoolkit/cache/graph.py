@@ -73,7 +73,7 @@ class GraphStep:
 
     def __init__(
         self, cache: KVCache, batch: int, max_new_tokens: int = 1, max_tokens: int | None = None, *,
-        max_seq_len: int | None = None, shared_reads: bool = False,
+        max_seq_len: int | None = None, shared_reads: bool = False, _stages: bool = True,
     ) -> None:  # fmt: skip
         if cache.config.backend != "cuda":
             raise UnsupportedError(f"cache: expected one with backend 'cuda', got {cache.config.backend!r}")
@@ -102,7 +102,8 @@ class GraphStep:
 
         shares = shared_reads and batch <= MAX_ROWS
         with cupy_on_current_stream(cache._arenas.device) as cupy:
-            self._fixed = [FixedTables(group, arenas, bounds, shares, cupy) for group, arenas in groups]
+            staging = cache._staging if _stages else None
+            self._fixed = [FixedTables(group, arenas, bounds, shares, cupy, staging) for group, arenas in groups]
             whole = [fixed for fixed in self._fixed if not fixed.is_cut]
             self._own_bounds = None if whole else cupy.zeros(batch + 1, np.int32)
             self._tokens = None if cache._arenas.canary is None else cupy.zeros(tokens, np.int64)

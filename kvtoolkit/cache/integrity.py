@@ -91,6 +91,13 @@ def check(state: "CacheState") -> None:
         sorted(state.preempted) == np.flatnonzero(states == PREEMPTED).tolist(),
         "cache: what is kept of preempted sequences does not match their rows",
     )
+    stays = [row for row, saved in sorted(state.preempted.items()) if saved.stays and table.info[row, LENGTH] > 0]
+    for group in state.groups:
+        holds = (states == PREEMPTED) & (group.table.info[:, CAPACITY] > 0)
+        require(
+            np.flatnonzero(holds).tolist() == stays,
+            "cache: a preempted row holds memory although it was copied or dropped, or holds none although it stays",
+        )
 
 
 def require_rows(table: BlockTable, blocks: "BlockManager", span: int) -> None:
@@ -237,8 +244,8 @@ def _check_rows(table: BlockTable, granules: GranuleState, ends: Int32Array, see
         if table.info[row, CAPACITY] != expected:
             return 8, row
         state, length = table.info[row, STATE], table.info[row, LENGTH]
-        if state in (CLOSED, PREEMPTED):
-            if count > 0 or expected > 0:
+        if state == CLOSED or (state == PREEMPTED and count == 0):  # `check` knows which preempted rows hold memory
+            if expected > 0:
                 return 9, row
         elif length < 0 or length > 8 * expected:
             return 10, row
@@ -297,6 +304,7 @@ def _check_tails(table: BlockTable, granules: GranuleState) -> Any:
                         return 12, row
                     if granules.node[entry_granule(entry) + i] >= 0:
                         return 13, row
-                    if granules.copy[entry_granule(entry) + i] != 0:
+                    # a preempted row writes only after it is restored, which resets the number
+                    if granules.copy[entry_granule(entry) + i] != 0 and table.info[row, STATE] != PREEMPTED:
                         return 14, row
     return 0, 0

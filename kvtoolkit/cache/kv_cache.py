@@ -17,6 +17,7 @@ from kvtoolkit.cache.grants import BlockGranter
 from kvtoolkit.cache.group_steps import GroupSteps
 from kvtoolkit.cache.hints import Hints
 from kvtoolkit.cache.layers.graph_names import GraphNames
+from kvtoolkit.cache.layers.staging import make_staging
 from kvtoolkit.cache.lease import Lease
 from kvtoolkit.cache.shared_allocator import SharedAllocator
 from kvtoolkit.cache.state import repair, step_passes
@@ -82,6 +83,7 @@ class KVCache(Hints, Views):
         self._granter = BlockGranter(self._group)
         tiers = None if config.is_grouped else config.tier_config
         self._places = Places(self._group, tiers) if tiers is not None and tiers.host is not None else None
+        self._staging = make_staging(self._group.storage, config)
         self._demoter = None  # of a cache with one group
         if tiers is not None and tiers.quantized:
             self._demoter = Demoter(self._group, tiers, self._places)
@@ -405,7 +407,12 @@ class KVCache(Hints, Views):
             seq_ids: ``[batch]`` open sequences.
             to: ``"drop"``: keys and values are forgotten, except that full granules stay findable until their memory is
                 needed, as after `close`. ``"host"``: they are copied to host memory outside the pool, once if several
-                preempted sequences share them.
+                preempted sequences share them. In a cache with host memory (``tiers={"host": ...}``) they move there
+                instead, as `offload` moves them: the call returns at once, and the memory becomes free when the copies
+                are done, or at once when it is needed. Warm tiles, and what open sequences hold too, stay on the
+                device. So does what finds no place because host memory is full; it is among the first to go there when
+                memory is needed. Nothing is lost, but if device and host memory are both full, only ``"drop"`` and
+                `close` free any.
 
         Raises:
             ArgumentError: ``to`` is neither.
@@ -413,7 +420,7 @@ class KVCache(Hints, Views):
         """
         if not (isinstance(to, str) and to in ("drop", "host")):
             raise ArgumentError(f"to: expected 'drop' or 'host', got {to!r}")
-        preemption.preempt(self._state, self._state.rows_of(seq_ids, (OPEN,)), to)
+        preemption.preempt(self._state, self._state.rows_of(seq_ids, (OPEN,)), to, self._places)
 
     @exclusive
     def restore(self, seq_ids: ArrayLike, *, keep_free: int = 0) -> NDArray[np.bool_]:
@@ -421,7 +428,8 @@ class KVCache(Hints, Views):
 
         A sequence that was preempted to the host holds all its tokens again, and later prompts find them. It shares
         full granules that are still in the pool with whoever holds them. A dropped sequence holds the prefix that is
-        still cached, see `lengths`; its engine must compute the rest again.
+        still cached, see `lengths`; its engine must compute the rest again. One that was moved to host memory is open
+        at once, and what it holds begins to move back, as by `prefetch`.
 
         Args:
             seq_ids: ``[batch]`` preempted sequences, the most urgent first.
@@ -441,7 +449,7 @@ class KVCache(Hints, Views):
         if isinstance(keep_free, bool) or not isinstance(keep_free, int | np.integer) or keep_free < 0:
             raise ArgumentError(f"keep_free: expected a number of tokens, got {keep_free!r}")
         batch = self._state.rows_of(seq_ids, (PREEMPTED,))
-        return preemption.restore(self._state, batch, int(keep_free))
+        return preemption.restore(self._state, batch, int(keep_free), self._places)
 
     # -- maintenance -------------------------------------------------------------------------------------------------
 

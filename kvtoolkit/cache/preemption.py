@@ -1,7 +1,12 @@
-"""Preemption: free the memory of sequences, and bring the sequences back."""
+"""Preemption: free the memory of sequences, and bring the sequences back.
+
+In a cache with host memory, sequences that are preempted to the host keep their entries. What these name moves between
+the places as what open sequences hold does, so coming back changes nothing but a row's state.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +23,32 @@ from kvtoolkit.cache.state.prefix_index import BROKEN
 from kvtoolkit.formats.entry import MAX_BLOCK_GRANULES, TIER_HOT
 
 
-def preempt(state: CacheState, batch: Int32Array, to: str) -> None:
-    """Drop what rows hold, or copy it to the host; see `KVCache.preempt`."""
+class Movers(Protocol):
+    """What preemption needs of `kvtoolkit.cache.tiering.places.Places`."""
+
+    @property
+    def moves_hot(self) -> bool:
+        """Whether there is host memory for hot blocks."""
+        ...
+
+    def offload(self, rows: Int32Array) -> int:
+        """Let rows fall asleep, and begin to move what they hold to host memory."""
+        ...
+
+    def prefetch(self, rows: Int32Array) -> int:
+        """Wake rows, and begin to move what they hold to the device."""
+        ...
+
+    def has_room(self, wanted: int) -> bool:
+        """Whether rows can get so many hot granules, on the device or in host memory."""
+        ...
+
+
+def preempt(state: CacheState, batch: Int32Array, to: str, places: Movers | None) -> None:
+    """Drop what rows hold, or copy or move it to the host; see `KVCache.preempt`."""
+    if to == "host" and places is not None and places.moves_hot:
+        _put_to_sleep(state, batch, places)
+        return
     saved = {row: _save(state.group, row, to, state.others) for row in batch.tolist()}
     state.tick()
     state.preempted = state.preempted | saved
@@ -27,6 +56,19 @@ def preempt(state: CacheState, batch: Int32Array, to: str) -> None:
         num_freed = block_table.preempt_rows(group.table, batch, to == "drop", group.blocks.holdings)
         group.blocks.free_listed(num_freed)
     state.counters.num_preempted += len(batch)
+
+
+def _put_to_sleep(state: CacheState, batch: Int32Array, places: Movers) -> None:
+    """Let rows keep what they hold, and begin to move it to host memory."""
+    nothing = Preempted(np.empty(0, np.int32), np.empty(0, np.int64), None, np.empty((0, 9), np.int64), stays=True)
+    blocks, ledger = state.group.blocks, state.group.blocks.ledger
+    state.tick()
+    state.preempted = state.preempted | dict.fromkeys(batch.tolist(), nothing)
+    unit = int(blocks.offered[-1]) if ledger.frees_singly(TIER_HOT) else MAX_BLOCK_GRANULES
+    num_freed = block_table.sleep_rows(state.group.table, batch, unit, blocks.holdings)
+    blocks.free_listed(num_freed)
+    state.counters.num_preempted += len(batch)
+    places.offload(batch)
 
 
 def _save(group: CacheGroup, row: int, to: str, others: Sequence[CacheGroup] = ()) -> Preempted:
@@ -48,18 +90,23 @@ def _save(group: CacheGroup, row: int, to: str, others: Sequence[CacheGroup] = (
     return Preempted(chain[:0], uids[:0], copies, tokens, first, parts)
 
 
-def restore(state: CacheState, batch: Int32Array, keep_free: int) -> NDArray[np.bool_]:
+def restore(state: CacheState, batch: Int32Array, keep_free: int, places: Movers | None) -> NDArray[np.bool_]:
     """Bring rows back; returns for which of them there was memory."""
-    ok = np.array([_restore(state, row, keep_free) for row in batch.tolist()], np.bool_)
+    stays = np.array([state.preempted[row].stays for row in batch.tolist()], np.bool_)
+    ok = np.array([_restore(state, row, keep_free, places) for row in batch.tolist()], np.bool_)
     restored = set(batch[ok].tolist())
     # in one assignment, because `repair` takes rows that are both saved and open for those of a broken call
     state.preempted = {row: saved for row, saved in state.preempted.items() if row not in restored}
+    if places is not None:
+        places.prefetch(batch[ok & stays])
     return ok
 
 
-def _restore(state: CacheState, row: int, keep_free: int) -> bool:
+def _restore(state: CacheState, row: int, keep_free: int, places: Movers | None) -> bool:
     """Bring one row back; False if there is no memory for it."""
     saved = state.preempted[row]
+    if saved.stays:
+        return _wake(state, row, keep_free, places)
     # the first group comes last, because a row is open once it is back there
     for group, part in zip(state.others, saved.others, strict=False):
         if not _restore_copied(state, group, row, part, _keep_free_of(group, keep_free)):
@@ -77,6 +124,15 @@ def _restore(state: CacheState, row: int, keep_free: int) -> bool:
         num_freed = block_table.preempt_rows(group.table, np.array([row], np.int32), False, group.blocks.holdings)
         group.blocks.free_listed(num_freed)
     return False
+
+
+def _wake(state: CacheState, row: int, keep_free: int, places: Movers | None) -> bool:
+    """Open a row that has kept what it holds; False if ``keep_free`` leaves no room for it."""
+    blocks, wanted = state.group.blocks, -(-keep_free // 8)
+    if not (blocks.can_have(wanted) if places is None else places.has_room(wanted)):
+        return False
+    block_table.wake_rows(state.group.table, np.array([row], np.int32), blocks.granules)
+    return True
 
 
 def _follow(state: CacheState, which: Int32Array) -> None:

@@ -21,6 +21,7 @@ from kvtoolkit.cache import integrity
 from kvtoolkit.cache.array_file import pack_arrays, unpack_arrays
 from kvtoolkit.cache.group_snapshot import Arrays, GroupReader, pack_group, prefix_of
 from kvtoolkit.cache.state.block_table import (
+    CAPACITY,
     CHAIN_UID,
     CLOSED,
     GENERATION,
@@ -223,7 +224,11 @@ class _Unpacker:
                 others = [self._read_kept(reader, name, length) for reader in self._readers[1:]]
                 saved.others = tuple(replace(nothing, first=first, copies=copies) for first, copies in others)
             elif length:
-                raise CacheSnapshotError(f"snapshot: expected the contents of {name}, got none")
+                saved.stays = not state.others and bool(
+                    table.info[row, CAPACITY]
+                )  # `integrity` will see if all is there
+                if not saved.stays:
+                    raise CacheSnapshotError(f"snapshot: expected the contents of {name}, got none")
             state.preempted[row] = saved
 
     def _read_kept_nodes(self, name: str, root_uid: int) -> tuple[Int64Array, Int64Array]:

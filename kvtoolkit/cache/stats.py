@@ -83,7 +83,9 @@ class CacheStats:
 
     Attributes:
         num_seqs: open sequences, including those that leases hold, but not preempted ones.
-        num_preempted_seqs: sequences that wait for `KVCache.restore`.
+        num_preempted_seqs: sequences that wait for `KVCache.restore`. In a cache with host memory those that were
+            preempted to the host still hold their slots, most of them there: they count in ``used``, ``waste``,
+            ``blocks`` and ``entries_per_seq``.
         num_tokens: tokens that the open sequences hold; a shared token counts once for each.
         capacity: all slots of the pool.
         used: slots that sequences hold; a shared slot counts once.
@@ -172,6 +174,8 @@ def collect(state: CacheState) -> CacheStats:
     state.forget_lost()
     info = state.group.table.info
     live = np.flatnonzero((info[:, STATE] != CLOSED) & (info[:, STATE] != PREEMPTED)).astype(np.int32)
+    stays = [row for row, saved in state.preempted.items() if saved.stays]
+    holding = np.sort(np.concatenate([live, np.array(stays, np.int32)]))
     counters = {name: sum(getattr(group.counters, name) for group in state.groups) for name in vars(state.counters)}
     peak = counters.pop("peak_granules")
     by_group = [_tiers_of(group) for group in state.groups]
@@ -184,8 +188,8 @@ def collect(state: CacheState) -> CacheStats:
     sizes: list[NDArray[np.int64]] = []
     for group in state.groups:
         num_held += group.blocks.num_used
-        filled += _num_filled(group, live)
-        sizes.append(_entry_sizes(group, live))
+        filled += _num_filled(group, holding)
+        sizes.append(_entry_sizes(group, holding))
     everywhere = np.concatenate(sizes)
     given = [group.layers for group in state.config.groups]
     figures = [_group(*pair) for pair in zip(state.groups, by_group, strict=True)]
@@ -196,7 +200,7 @@ def collect(state: CacheState) -> CacheStats:
         **{name: sum(getattr(tier, name) for tier in tiers.values()) for name in ("capacity", *_PLACES, "nbytes")},
         waste=1 - filled / (8 * num_held) if num_held else 0.0,
         blocks={int(size): int(count) for size, count in zip(*np.unique(everywhere, return_counts=True), strict=True)},
-        entries_per_seq=len(everywhere) / len(live) if len(live) else 0.0,
+        entries_per_seq=len(everywhere) / len(holding) if len(holding) else 0.0,
         peak_used=peak * 8,
         **counters,
         metadata_nbytes=sum(_metadata_nbytes(group) for group in state.groups),

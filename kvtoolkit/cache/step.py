@@ -13,6 +13,7 @@ from kvtoolkit.cache.layers import traced
 from kvtoolkit.cache.layers.group_calls import GroupCalls
 from kvtoolkit.cache.layers.layers import LayerCalls
 from kvtoolkit.cache.layers.masses import MassSum
+from kvtoolkit.cache.layers.staging import StagedCopies, Staging
 from kvtoolkit.cache.state.cache_group import CacheGroup
 from kvtoolkit.cache.state.shared_reads import MAX_ROWS, SharedReads
 from kvtoolkit.cache.state.step_passes import OK, OUT_OF_BLOCKS, STATUS_NAMES, StepArrays
@@ -258,9 +259,19 @@ class Step:
             return self._calls
         sharing = self._find_sharing(self._cache._group.shared_reads, self._arrays)
         hints = _hints_of(self.num_new_tokens, self.seq_lens, sharing)
-        tables = self._tables_on_device(self._all_tables())[0]
-        self._calls = LayerCalls(arenas, tables, hints, mass=self._mass, tokens=self._tokens_on_device())
+        tables, staged = self._tables_on_device(self._all_tables())[0], None
+        if self._cache._staging is not None and self._cache._places is not None and self._cache._places.is_away:
+            tables, staged = self._stage(self._cache._staging, tables)
+        tokens = self._tokens_on_device()
+        self._calls = LayerCalls(arenas, tables, hints, mass=self._mass, tokens=tokens, staged=staged)
         return self._calls
+
+    def _stage(self, staging: Staging, tables: DeviceTables) -> tuple[DeviceTables, StagedCopies]:
+        """The tables for kernels that read the stage, and the copies to it."""
+        upload = self._cache._upload
+        assert upload is not None
+        table, pairs = staging.choose(self.block_table, self.block_starts, self.seq_lens, self.num_new_tokens)
+        return tables._replace(block_table=upload.one(table)), staging.copies(upload.one(pairs))
 
     def _calls_of_groups(self) -> list[LayerCalls]:
         """The calls of each group on the CPU."""

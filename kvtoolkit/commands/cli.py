@@ -86,6 +86,12 @@ def _parser() -> argparse.ArgumentParser:
     _add(benches, "cache", "kvtoolkit.bench.cache", "append, and the moves of forks and merges, on a GPU")
     _add(benches, "groups", "kvtoolkit.bench.groups", "a captured step of layers in groups on a GPU, beside one group")
     _add(benches, "device", "kvtoolkit.bench.device", "what growing sequences costs, on a GPU and on the host")
+    _add(
+        benches,
+        "transfers",
+        "kvtoolkit.bench.transfers",
+        "moves to and from host memory on a GPU, and steps that need it",
+    )
     _add(benches, "prediction", "kvtoolkit.bench.prediction", "how well predictors tell which tiles are read next")
     _add(benches, "generate", "kvtoolkit.bench.generate", "a real model on the CPU, beside transformers' own cache")
     _add(

@@ -378,6 +378,11 @@ class CacheConfig:
         return 8 * hot, 8 * cold
 
     @property
+    def staged_granules(self) -> int:
+        """Granules of `TierConfig.staging`."""
+        return 0 if self.tier_config is None else self.tier_config.staging // 8
+
+    @property
     def first_granules(self) -> tuple[int, int, int]:
         """The first granule of each tier. Those in host memory are the last ones of their tier."""
         return self.pool_firsts[:3]

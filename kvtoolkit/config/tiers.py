@@ -59,6 +59,10 @@ class TierConfig:
         host: bytes of pinned host memory, or a text such as ``"64 GiB"``, for blocks that the device has no room for;
             None: none. Kernels read and write such blocks in place. They keep their format, so where a block is changes
             no result. ``num_tokens`` and ``memory`` of the cache do not count them.
+        staging: tokens of host memory for which there is room on the device, a multiple of 64. A step copies what its
+            rows hold in host memory there, as much as there is room for, one layer ahead and beside the kernels of the
+            layers before. Kernels read the rest in place. It takes the memory of so many tokens of two layers. Only on
+            a GPU, without quantized tiers; steps that the device drives read in place.
         host_memory: share of ``host`` for the hot and for the cold tier. Default: all of it is for the hot tier, or
             half for each if there is a cold tier.
     """
@@ -74,10 +78,11 @@ class TierConfig:
     warm_allocator: str | None = None
     cold_allocator: str | None = None
     host: int | str | None = None
+    staging: int = 0
     host_memory: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
-        for name, low in (("hot", BLOCK), ("warm_tokens", 0), ("pinned_tokens", 0)):
+        for name, low in (("hot", BLOCK), ("warm_tokens", 0), ("pinned_tokens", 0), ("staging", 0)):
             settle_int(self, name, low, 1 << 40, prefix="tiers.")
             if getattr(self, name) % BLOCK:
                 raise ConfigError(f"tiers.{name}: expected a multiple of {BLOCK}, got {getattr(self, name)}")
@@ -104,9 +109,12 @@ class TierConfig:
 
     def _settle_host(self) -> None:
         if self.host is None:
-            if self.host_memory is not None:
-                raise ConfigError("tiers.host_memory: expected nothing without host")
+            for name in ("host_memory", "staging"):
+                if getattr(self, name):
+                    raise ConfigError(f"tiers.{name}: expected nothing without host")
             return
+        if self.staging and self.quantized:
+            raise ConfigError("tiers.staging: expected nothing with a warm or cold tier")
         object.__setattr__(self, "host", parse_nbytes(self.host, "tiers.host"))
         if self.cold is not None:
             halves = {"hot": 0.5, "cold": 0.5}

@@ -20,6 +20,7 @@ _move_params = ParameterStruct("cache/move.cu", "kvt_move", until="sources")
 _UNROLL = 4
 
 _transfer_params = ParameterStruct("cache/move.cu", "kvt_transfer", until="sources")
+_listed_transfer_params = ParameterStruct("cache/move.cu", "kvt_transfer_listed")
 _listed_move_params = ParameterStruct("cache/move.cu", "kvt_move_listed")
 
 MAX_CONVERSIONS = 48  # as in convert.cu
@@ -198,6 +199,27 @@ def transfer(
     )
     spec = specs.TRANSFER
     Launch(load_spec(spec, device), (ctas,), spec.threads, 0, parameters + listed.tobytes()).run(stream)
+
+
+def make_listed_transfer(held: Superblocks, pairs: int, *, ctas: int, device: int) -> Launch:
+    """The launch that copies superblocks by a list on the device.
+
+    Args:
+        held: in all arrays that one launch copies.
+        pairs: address of int32 numbers: how many pairs there are, a word that is not used, then ``[n, 2]`` superblocks
+            to read and to write.
+        ctas: see `transfer`.
+    """
+    parameters = _listed_transfer_params.pack(
+        held.address, held.stride, held.nbytes, held.nbytes // 16, 0, held.num_arrays, pairs, pairs + 8
+    )
+    spec = specs.TRANSFER_LISTED
+    return Launch(load_spec(spec, device), (ctas,), spec.threads, 0, parameters)
+
+
+def set_arrays(launch: Launch, address: int) -> None:
+    """Let a launch of `make_listed_transfer` copy in other arrays, at the same distance from one another."""
+    launch.set_addresses(_listed_transfer_params.word("arena"), address)
 
 
 def make_listed_copy(arena: Operand, num_merges: int, merges: int) -> Launch:

@@ -267,6 +267,7 @@ UNITS = Spec("attention/units.cu", "kvt_units", (), 256)
 MOVE = Spec("cache/move.cu", "kvt_move", (), 256)
 MOVE_LISTED = MOVE._replace(name="kvt_move_listed")
 TRANSFER = MOVE._replace(name="kvt_transfer", threads=1024)
+TRANSFER_LISTED = TRANSFER._replace(name="kvt_transfer_listed")
 MIGRATE = Spec("cache/migrate.cu", "kvt_migrate", (), 1024)
 CHECK = Spec("cache/check.cu", "kvt_check", (), 256)
 CANARY = Spec("cache/canary.cu", "kvt_canary", (), 256)
@@ -327,5 +328,17 @@ def of_model(
         yield from (FIND_SHARED, PLAN_SHARED, GATHER)
     kernel = prefill(head_dim, dtype, smem_limit, has_rules=False)
     yield from (kernel, plan_prompts(kernel.keys))
-    yield from (plan(1), EXPAND, append(16), MOVE, MOVE_LISTED, TRANSFER, MIGRATE, CHECK, CANARY, grow(1))
+    yield from (
+        plan(1),
+        EXPAND,
+        append(16),
+        MOVE,
+        MOVE_LISTED,
+        TRANSFER,
+        TRANSFER_LISTED,
+        MIGRATE,
+        CHECK,
+        CANARY,
+        grow(1),
+    )
     yield from (reorder(8), reorder(8)._replace(name="kvt_reorder_copy", threads=256), merge_states(dtype))

@@ -1,8 +1,8 @@
 """Arrays that are partly in the memory of a device and partly in pinned host memory, at addresses one after another.
 
-Kernels use the same addresses for both parts; what is in host memory is read and written over the link. So no kernel needs to know
-what is where. CUDA C++ Programming Guide, "Virtual Memory Management"; host memory in such a range needs a driver of
-CUDA 12.6 or later.
+Kernels use the same addresses for both parts; what is in host memory is read and written over the link. So no kernel
+needs to know what is where. CUDA C++ Programming Guide, "Virtual Memory Management"; host memory in such a range needs
+a driver of CUDA 12.6 or later.
 """
 
 import ctypes
@@ -36,6 +36,9 @@ class _Access(ctypes.Structure):
 class MappedMemory:
     """``count`` arrays of equal size, each with a beginning on a device and the rest in pinned host memory.
 
+    After these, each array may have room that it shares with others: array ``i`` with all ``j`` for which
+    ``i % ring == j % ring``. What is written there through one of them is read through the others.
+
     The memory is zero. It is given back when nothing refers to this object any more, after all work of the device that
     may use it.
 
@@ -44,10 +47,13 @@ class MappedMemory:
         count: arrays.
         device_nbytes: of each array on the device, rounded up to whole pages.
         host_nbytes: of each array after these; pages that hold both kinds are on the device.
+        shared_nbytes: of the room at the end of each array, on the device.
+        ring: how many such rooms there are.
 
     Attributes:
         address: of the first array.
         stride: bytes from one array to the next.
+        shared_at: bytes from the beginning of an array to the room that it shares.
         nbytes: of all addresses, from the first to the last.
 
     Raises:
@@ -55,7 +61,9 @@ class MappedMemory:
         DeviceError: there is not enough memory; says which.
     """
 
-    def __init__(self, device: int, count: int, device_nbytes: int, host_nbytes: int) -> None:
+    def __init__(
+        self, device: int, count: int, device_nbytes: int, host_nbytes: int, shared_nbytes: int = 0, ring: int = 1
+    ) -> None:  # fmt: skip
         import cupy
 
         cupy.cuda.runtime.setDevice(device)  # in a thread that has not used CUDA yet
@@ -63,7 +71,8 @@ class MappedMemory:
         page = _page(device)
         first = -(-device_nbytes // page) * page
         rest = max(0, -(-(device_nbytes + host_nbytes) // page) * page - first)
-        self.stride = first + rest
+        shared = -(-shared_nbytes // page) * page
+        self.shared_at, self.stride = first + rest, first + rest + shared
         self.nbytes = count * self.stride
         address = ctypes.c_uint64()
         _call("cuMemAddressReserve", ctypes.byref(address), _size(self.nbytes), _size(0), _u64(0), _u64(0))
@@ -78,6 +87,11 @@ class MappedMemory:
                 if rest:
                     host = _Location(_ON_HOST, _host_node(device))
                     _map(pieces, at + first, rest, host, f"{count * rest} bytes of pinned host memory")
+                if shared and i < ring:
+                    what = f"{ring * shared} bytes of device memory"
+                    _map(pieces, at + first + rest, shared, _Location(_ON_DEVICE, device), what)
+                elif shared:
+                    _map_again(pieces, at + first + rest, shared, self.address + i % ring * self.stride + first + rest)
             access = _Access(_Location(_ON_DEVICE, device), _READ_AND_WRITE)
             _call("cuMemSetAccess", _u64(self.address), _size(self.nbytes), ctypes.byref(access), _size(1))
             cupy.cuda.runtime.memset(self.address, 0, self.nbytes)
@@ -110,6 +124,13 @@ def _map(pieces: list[tuple[int, int, int]], at: int, nbytes: int, location: _Lo
     pieces.append((at, nbytes, handle.value))
 
 
+def _map_again(pieces: list[tuple[int, int, int]], at: int, nbytes: int, other: int) -> None:
+    """Give memory that is mapped at an address another one, too."""
+    (handle,) = (handle for address, _, handle in pieces if address == other)
+    _call("cuMemMap", _u64(at), _size(nbytes), _size(0), _u64(handle), _u64(0))
+    pieces.append((at, nbytes, 0))
+
+
 def _release(device: int, address: int, nbytes: int, pieces: list[tuple[int, int, int]]) -> None:
     """Give memory and addresses back, once nothing uses them."""
     import cupy
@@ -118,7 +139,8 @@ def _release(device: int, address: int, nbytes: int, pieces: list[tuple[int, int
         cupy.cuda.runtime.deviceSynchronize()
         for at, size, handle in pieces:
             library().cuMemUnmap(_u64(at), _size(size))
-            library().cuMemRelease(_u64(handle))
+            if handle:
+                library().cuMemRelease(_u64(handle))
         library().cuMemAddressFree(_u64(address), _size(nbytes))
 
 

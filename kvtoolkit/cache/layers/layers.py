@@ -22,6 +22,7 @@ from kvtoolkit.attention.arguments import (
     check_rows,
 )
 from kvtoolkit.cache.layers.masses import MassSum
+from kvtoolkit.cache.layers.staging import StagedCopies
 from kvtoolkit.cache.storage.arenas import Arenas
 from kvtoolkit.errors import ShapeError, StepError, UnsupportedError
 from kvtoolkit.runtime import current_stream, is_capturing
@@ -45,6 +46,7 @@ class LayerCalls:
         hints: what the host knows of the step; on a device ``kept`` is given.
         is_fixed: whether ``hints.max_seq_len`` holds for all replays of a graph that captures the calls, too.
         begin_late: whether rows may begin after token 0, so that the size of the table says nothing of their lengths.
+        staged: copies what the layers read of host memory to the device; None = it is read in place.
         mass: where attention masses are summed up; None = none are wanted.
         tokens: the new tokens, where the backend works, for canaries; None = not known.
 
@@ -54,12 +56,12 @@ class LayerCalls:
 
     __slots__ = (
         "_appended", "_appended_keys", "_arenas", "_attended", "_backend", "_begin_late", "_hints", "_is_fixed",
-        "_mass", "_num_tokens", "_overlaps", "_seen", "_slots", "_tables", "_watch", "_watched", "layers",
+        "_mass", "_num_tokens", "_overlaps", "_seen", "_slots", "_staged", "_tables", "_watch", "_watched", "layers",
     )  # fmt: skip
 
     def __init__(
         self, arenas: Arenas, tables: StepTables, hints: Hints = NO_HINTS, *, is_fixed: bool = False,
-        begin_late: bool = False, mass: MassSum | None = None, tokens: Any = None,
+        begin_late: bool = False, mass: MassSum | None = None, tokens: Any = None, staged: StagedCopies | None = None,
     ) -> None:  # fmt: skip
         self._arenas, self._backend, self._hints, self._is_fixed = arenas, arenas.backend, hints, is_fixed
         self._begin_late = begin_late
@@ -73,7 +75,8 @@ class LayerCalls:
         )
         self._slots = describe(slot_mapping, "slot_mapping")
         self._num_tokens = len(slot_mapping)
-        self._overlaps = arenas.backend.can_overlap(arenas.device)
+        self._staged = staged
+        self._overlaps = staged is None and arenas.backend.can_overlap(arenas.device)
         self._appended_keys = 0  # address of the keys that were appended to last
         self._appended: tuple[Any, Any] | None = None
         self._attended: list[tuple[Any, Any]] = []  # forms and prepared calls, the one used last first
@@ -210,7 +213,11 @@ class LayerCalls:
             block_mass=None if self._mass is None else self._mass.operand, softmax_scale=softmax_scale, causal=causal,
             window_size=window, softcap=softcap, num_splits=num_splits,
         )  # fmt: skip
+        if self._staged is not None:
+            self._staged.before(layer)
         prepared = backend_of.attend(call, self._hints_now())
+        if self._staged is not None:
+            self._staged.after(layer)
         if self._mass is not None:
             self._mass.add()
         if is_plain and prepared is not None:
@@ -289,10 +296,14 @@ class LayerCalls:
         keys, mass = arenas.keys[layer].address, self._mass
         # the append of this layer wrote nothing but the new tokens, and it waited for everything before it
         overlaps = self._overlaps and self._appended_keys == keys
+        if self._staged is not None:
+            self._staged.before(layer)
         self._backend.attend_prepared(
             self._attended[0][1], q, keys, arenas.values[layer].address, out, **arenas.tier_addresses[layer],
             block_mass=0 if mass is None else mass.operand.address, overlaps=overlaps,
         )  # fmt: skip
+        if self._staged is not None:
+            self._staged.after(layer)
         if mass is not None:
             mass.add()
 

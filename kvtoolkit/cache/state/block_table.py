@@ -404,6 +404,39 @@ def preempt_rows(table: BlockTable, batch: Int32Array, forgets: bool, holdings: 
 
 
 @jit
+def sleep_rows(table: BlockTable, batch: Int32Array, unit: int, holdings: Holdings) -> Any:
+    """Let rows be preempted that keep what they hold, except room to grow; returns the number of ``freed`` granules.
+
+    They keep the rest of the ``unit`` aligned granules in which they end, as far as one entry has them.
+    """
+    num_freed = 0
+    for row in batch:
+        keep = (table.info[row, LENGTH] + 7) >> 3
+        if keep > 0:
+            e = find_entry(table, row, keep - 1)
+            end = entry_granule(table.entries[row, e]) - table.starts[row, e] + keep
+            room = (end + unit - 1) // unit * unit - end
+            keep = min(keep + room, table.starts[row, e] + entry_length(table.entries[row, e]))
+        num_freed = shrink(table, row, keep, holdings, num_freed)
+        table.info[row, STATE] = PREEMPTED
+    return num_freed
+
+
+@jit
+def wake_rows(table: BlockTable, batch: Int32Array, granules: GranuleState) -> None:
+    """Open preempted rows that have kept what they hold.
+
+    They will write their last granules again, so nothing is a copy of these any more, and no move of them that is under
+    way may be finished.
+    """
+    for row in batch:
+        for index in range(table.info[row, LENGTH] >> 3, table.info[row, CAPACITY]):
+            granules.copy[granule_at(table, row, index)] = 0
+        table.info[row, STATE] = OPEN
+        table.scanned[row] = -1
+
+
+@jit
 def pin(table: BlockTable, which: Int32Array) -> Any:
     """Let a lease hold rows; returns the mark of the lease."""
     table.clock[LAST_MARK] += 1

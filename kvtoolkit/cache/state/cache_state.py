@@ -45,6 +45,7 @@ class Preempted:
         tokens: for ``to="host"``, ``[n, 9]`` what `Nodes.tokens` has for each full granule; empty if that is not known.
         first: the first logical granule that it held.
         others: what is kept of it in the other groups of layers.
+        stays: for ``to="host"`` in a cache with host memory: its row keeps its entries, and nothing else is kept.
     """
 
     nodes: Int32Array
@@ -53,6 +54,7 @@ class Preempted:
     tokens: Int64Array
     first: int = 0
     others: tuple["Preempted", ...] = ()
+    stays: bool = False
 
 
 class CacheState:

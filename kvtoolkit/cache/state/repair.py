@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from allocators._jit import jit
 from kvtoolkit.arrays.types import Int32Array, Int64Array
@@ -69,13 +70,15 @@ def settle(state: "CacheState") -> None:
     held = np.array(sorted(state.handles), np.int64)
     restores = state.calls.name == "restore"
     saved = np.array(sorted(state.preempted), np.int32)
+    stays = np.zeros(len(table.info), np.bool_)
+    stays[[row for row, kept in state.preempted.items() if kept.stays]] = True
     serial, opened = state.opened
     opened = opened if serial == state.calls.serial else opened[:0]
-    num_closed, num_reopened = settle_rows(table, opened, held, saved, restores)
+    num_closed, num_reopened = settle_rows(table, opened, held, saved, stays, restores)
     states = table.info[:, STATE]
     state.preempted = {row: kept for row, kept in state.preempted.items() if states[row] == PREEMPTED}
     for row, kept in state.preempted.items():
-        if kept.copies is None:
+        if kept.copies is None and not kept.stays:
             table.info[row, LENGTH] = 0
     state.closed_rows = np.flatnonzero(states == CLOSED)[::-1].tolist()
     state.retained = {row: until for row, until in state.retained.items() if states[row] != CLOSED}
@@ -173,13 +176,16 @@ def end_orphans(state: "CacheState", known: Int64Array) -> Int64Array:
 
 
 @jit
-def settle_rows(table: BlockTable, opened: Int32Array, held: Int64Array, saved: Int32Array, restores: bool) -> Any:
+def settle_rows(
+    table: BlockTable, opened: Int32Array, held: Int64Array, saved: Int32Array, stays: NDArray[np.bool_], restores: bool
+) -> Any:
     """Bring the states of rows in line with what is known of them.
 
     Args:
         opened: rows whose ids nobody has.
         held: marks of the steps and leases that go on, ascending.
         saved: rows for which `CacheState.preempted` has something.
+        stays: ``[max_seqs]`` which of them keep their entries while they are preempted.
         restores: whether the call that broke off was `restore`. Then open rows among ``saved`` become preempted again;
             otherwise they were being preempted, and stay open.
 
@@ -206,7 +212,8 @@ def settle_rows(table: BlockTable, opened: Int32Array, held: Int64Array, saved: 
                 num_closed += state == PINNED
                 num_back += state == IN_STEP
         state = table.info[row, STATE]
-        if state in (CLOSED, PREEMPTED) and table.info[row, CAPACITY] > 0:
+        is_empty = state == CLOSED or (state == PREEMPTED and not stays[row])
+        if is_empty and table.info[row, CAPACITY] > 0:
             _empty(table, row)
     return num_closed, num_back
 

@@ -1,8 +1,12 @@
 """Copies of superblocks between a device and pinned host memory, on a stream of their own."""
 
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from kvtoolkit.arrays.types import Int32Array
+from kvtoolkit.cache.storage.calibration import ENGINES, calibrate
 from kvtoolkit.cache.storage.transfers import Transfer
 from kvtoolkit.cuda import copy, copy_engine
 from kvtoolkit.cuda.copy import Superblocks
@@ -31,37 +35,43 @@ class DeviceTransfers:
 
     Args:
         device: CUDA ordinal.
-        tiers: the superblocks of the tiers that have host memory, and the number of the first one.
+        tiers: for each tier that has host memory, its superblocks, the number of the first one, and how many of them
+            are on the device.
 
     Attributes:
-        ctas: of the kernel that copies beside the caller's kernels; 0: the copy engines copy.
+        ways: how blocks of each tier are copied beside the caller's kernels.
     """
 
-    def __init__(self, device: int, tiers: dict[int, tuple[Superblocks, int]]) -> None:
+    def __init__(self, device: int, tiers: Mapping[int, tuple[Superblocks, int, int, int]]) -> None:
         self._device, self._tiers = device, tiers
+        self._last: Any = None
         with _cupy().cuda.Device(device):
             self._stream = _cupy().cuda.Stream(non_blocking=True)
-        self._last: Any = None
-        self.ctas = max((_ctas_for(held.nbytes) for held, _ in tiers.values()), default=1)
+            self.ways = {
+                tier: calibrate(held, on_device, min(on_device, in_host), device, self._stream)
+                for tier, (held, _, on_device, in_host) in tiers.items()
+            }
+            self._stream.synchronize()
 
     def start(self, tier: int, sources: Int32Array, targets: Int32Array, *, beside: bool = True) -> Transfer:
         """See `Transfers`."""
-        held, first = self._tiers[tier]
+        held, first, on_device, _ = self._tiers[tier]
+        pair = sources - np.int32(first), targets - np.int32(first)
         cupy, current = _cupy(), current_stream(self._device)
         with cupy.cuda.Device(self._device):
             done = cupy.cuda.Event(disable_timing=True)
             if not beside:
-                arguments = {"ctas": _URGENT_CTAS, "stream": current, "device": self._device}
-                copy.transfer(held, sources - first, targets - first, **arguments)
+                copy.transfer(held, *pair, ctas=_URGENT_CTAS, stream=current, device=self._device)
                 with on_stream(current):
                     done.record(cupy.cuda.get_current_stream())
                 return _UnderWay(self._device, done)
             self._follow(current)
-            if self.ctas:
-                arguments = {"ctas": self.ctas, "stream": self._stream.ptr, "device": self._device}
-                copy.transfer(held, sources - first, targets - first, **arguments)
+            ways = self.ways[tier]
+            ctas = ways.to_device if pair[0][0] >= on_device else ways.to_host
+            if ctas == ENGINES:
+                copy_engine.transfer(held, *pair, stream=self._stream.ptr)
             else:
-                copy_engine.transfer(held, sources - first, targets - first, stream=self._stream.ptr)
+                copy.transfer(held, *pair, ctas=ctas, stream=self._stream.ptr, device=self._device)
             done.record(self._stream)
             self._last = done
         return _UnderWay(self._device, done)
@@ -77,11 +87,6 @@ class DeviceTransfers:
         """See `Transfers`."""
         if self._last is not None:
             _UnderWay(self._device, self._last).join()
-
-
-def _ctas_for(nbytes: int) -> int:
-    """CTAs that fill the link with pieces of so many bytes; measured, see docs/results/gpu_transfers.md."""
-    return 4 if nbytes >= 1 << 16 else 8 if nbytes >= 1 << 14 else 16
 
 
 def _cupy() -> Any:

@@ -140,20 +140,34 @@ class DeviceStorage:
         if self.device >= count:
             raise UnsupportedError(f"device: expected 0 to {count - 1}, got {self.device}")
         shape = shape_of(config)
-        tiers: dict[int, tuple[Superblocks, int]] = {}
+        tiers: dict[int, tuple[Superblocks, int, int, int]] = {}
+        self.stage: Stage | None = None
+        self.superblocks: Superblocks | None = None
+        """Those of the hot tier, keys and values of all layers, if some are in host memory."""
         with cupy.cuda.Device(self.device):
             if config.host_granules[0]:
-                self.key_values, held = _mapped(cupy, shape, 2, config.tier_granules[0], DTYPES[config.dtype])
-                tiers[TIER_HOT] = held._replace(nbytes=held.nbytes * MAX_BLOCK_GRANULES), 0
+                staged = config.staged_granules
+                self.key_values, held, first = _mapped(
+                    cupy, shape, 2, config.tier_granules[0], DTYPES[config.dtype], staged
+                )
+                counts = config.tier_granules[0] // MAX_BLOCK_GRANULES, config.host_granules[0] // MAX_BLOCK_GRANULES
+                tiers[TIER_HOT] = held._replace(nbytes=held.nbytes * MAX_BLOCK_GRANULES), 0, *counts
+                self.superblocks = tiers[TIER_HOT][0]
+                if staged:
+                    self.stage = Stage(first // MAX_BLOCK_GRANULES, staged // MAX_BLOCK_GRANULES)
             else:
                 self.key_values = cupy.zeros(shape, DTYPES[config.dtype])
             cupy.cuda.runtime.deviceSynchronize()  # because other streams may use it from now on
+        stage = self.stage
+        num_granules = shape[2] if stage is None else MAX_BLOCK_GRANULES * (stage.first + stage.num)
         strides = tuple(stride // self.key_values.itemsize for stride in self.key_values.strides)
         base, half = self.key_values.data.ptr, self.key_values.strides[1]
 
         def described(layer: int, which: int) -> Operand:
             address = base + (2 * layer + which) * half
-            return Operand(address, shape[2:], strides[2:], config.dtype, self.key_values, True, self.device)
+            return Operand(
+                address, (num_granules, *shape[3:]), strides[2:], config.dtype, self.key_values, True, self.device
+            )
 
         self.records = described(config.num_layers, 0) if check.CANARY else None
         self.keys = [described(layer, 0) for layer in range(config.num_layers)]
@@ -164,7 +178,7 @@ class DeviceStorage:
         self.transfers = DeviceTransfers(self.device, tiers) if tiers else None
         """Copies superblocks between places; None: all of them are on the device."""
 
-    def _make_quantized(self, config: CacheConfig, tiers: dict[int, tuple[Superblocks, int]]) -> None:
+    def _make_quantized(self, config: CacheConfig, tiers: dict[int, tuple[Superblocks, int, int, int]]) -> None:
         import cupy
 
         self.first = config.first_granules
@@ -173,8 +187,9 @@ class DeviceStorage:
             for i, shape in enumerate(block_shapes(config)):
                 if shape is not None and i == 1 and config.host_granules[1]:
                     blocks = config.tier_granules[2] // MAX_BLOCK_GRANULES
-                    made[i], held = _mapped(cupy, shape, 1, blocks, np.uint8)
-                    tiers[TIER_COLD] = held, self.first[TIER_COLD] // MAX_BLOCK_GRANULES
+                    made[i], held, _ = _mapped(cupy, shape, 1, blocks, np.uint8)
+                    first, in_host = self.first[TIER_COLD], config.host_granules[1]
+                    tiers[TIER_COLD] = held, first // MAX_BLOCK_GRANULES, blocks, in_host // MAX_BLOCK_GRANULES
                 elif shape is not None:
                     made[i] = cupy.zeros(shape, np.uint8)
             cupy.cuda.runtime.deviceSynchronize()
@@ -261,19 +276,41 @@ def make_storage(config: CacheConfig, *, is_empty: bool = False) -> Storage:
     return HostStorage(config, is_empty=is_empty) if is_empty or config.backend == "cpu" else DeviceStorage(config)
 
 
-def _mapped(cupy: Any, shape: tuple[int, ...], axis: int, on_device: int, dtype: Any) -> tuple[Any, Superblocks]:
+class Stage(NamedTuple):
+    """Room on the device for what the next layers read of host memory: superblocks that layers take turns to use."""
+
+    first: int
+    """Its first superblock, in the array of any layer."""
+    num: int
+
+
+RING = 2
+"""Layers that have a stage of their own at a time: one that is read, and one that is filled."""
+
+
+def _mapped(
+    cupy: Any, shape: tuple[int, ...], axis: int, on_device: int, dtype: Any, staged: int = 0
+) -> tuple[Any, Superblocks, int]:
     """An array whose elements along an axis are on the device up to ``on_device``, and in host memory from there on.
 
+    Args:
+        staged: elements that follow in every array, at places that it shares with every fourth one.
+
     Returns:
-        The array, and its elements along that axis, each as large as it is in the array.
+        The array; its elements along that axis, each as large as it is in the array; the first of those that follow.
     """
     count, nbytes = math.prod(shape[:axis]), math.prod(shape[axis + 1 :]) * np.dtype(dtype).itemsize
-    memory = MappedMemory(cupy.cuda.runtime.getDevice(), count, on_device * nbytes, (shape[axis] - on_device) * nbytes)
+    unit = MAX_BLOCK_GRANULES * nbytes
+    memory = MappedMemory(
+        cupy.cuda.runtime.getDevice(), count, on_device * nbytes, (shape[axis] - on_device) * nbytes,
+        staged * nbytes + unit if staged else 0, 2 * RING,
+    )  # fmt: skip
     owned = cupy.cuda.UnownedMemory(memory.address, memory.nbytes, memory)
     inner = cupy.ndarray(shape[axis:], dtype, cupy.cuda.MemoryPointer(owned, 0)).strides
     outer = [memory.stride * math.prod(shape[i + 1 : axis]) for i in range(axis)]
     array = cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(owned, 0), strides=(*outer, *inner))
-    return array, Superblocks(memory.address, count, memory.stride, nbytes)
+    first_staged = -(-memory.shared_at // unit) * MAX_BLOCK_GRANULES
+    return array, Superblocks(memory.address, count, memory.stride, nbytes), first_staged
 
 
 def shape_of(config: CacheConfig) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """Copies of superblocks between places that run beside the caller's kernels, and when they are done."""
 
+import math
 from typing import Any, Protocol
 
 import numpy as np
@@ -62,8 +63,10 @@ class HostTransfers:
     def __init__(
         self, key_values: NDArray[Any], cold: NDArray[np.uint8] | None, first: tuple[int, int, int]
     ) -> None:  # fmt: skip
-        self._hot = key_values.reshape(*key_values.shape[:2], key_values.shape[2] // MAX_BLOCK_GRANULES, -1)
-        self._cold = None if cold is None else cold.reshape(*cold.shape[:2], -1)
+        layers, two, granules, *inner = key_values.shape
+        size = MAX_BLOCK_GRANULES * math.prod(inner)
+        self._hot = key_values.reshape(layers, two, granules // MAX_BLOCK_GRANULES, size)  # there may be no layer
+        self._cold = None if cold is None else cold.reshape(*cold.shape[:2], math.prod(cold.shape[2:]))
         self._first = first
 
     def arrays(self, tier: int) -> list[NDArray[Any]]:

@@ -6,7 +6,7 @@ share a granule need not be looked for. The tokens keep their format, so where t
 
     heat of a superblock == the highest one of what it holds; the coldest moves first
     heat of a cached granule == when a row last let go of it, by the clock of the index
-    heat of what a sleeping row holds == since when it sleeps, by the same clock
+    heat of what a sleeping or preempted row holds == since when it sleeps, by the same clock
     heat of what any other row holds == 2 * AWAKE - tokens between it and the row's end
 """
 
@@ -83,15 +83,16 @@ def measure(
 def _warm_up(table: BlockTable, row: int, asleep: float, pinned: int, hot: int, span: Span) -> None:
     """Raise the heat of the superblocks that a row holds to what it needs."""
     length, may_move = table.info[row, LENGTH], may_be_moved(table, row)
+    is_preempted = table.info[row, STATE] == PREEMPTED
     for e in range(table.info[row, NUM_ENTRIES]):
         i = (entry_granule(table.entries[row, e]) >> 3) - span.first
         if i < 0 or i >= len(span.heat):
             continue
         begin = 8 * table.starts[row, e]
         end = begin + 8 * entry_length(table.entries[row, e])
-        if not may_move or end > length:  # what is not full will be written
+        if not may_move or (end > length and not is_preempted):  # what is not full will be written
             heat = FIXED
-        elif asleep >= 0:
+        elif asleep >= 0 or is_preempted:  # if it does not sleep, its preemption broke off: it is colder than all
             heat = asleep
         elif begin < pinned or length - end < hot:
             heat = FIXED

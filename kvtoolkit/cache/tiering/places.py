@@ -38,6 +38,16 @@ class Places:
         self._most_at_once = group.config.migrate_budget
         self._num_asleep = 0
 
+    @property
+    def is_away(self) -> bool:
+        """Whether rows hold hot blocks in host memory."""
+        return self.hot is not None and self.hot.num_away > 0
+
+    @property
+    def moves_hot(self) -> bool:
+        """Whether there is host memory for hot blocks."""
+        return self.hot is not None
+
     def run(self, arrays: StepArrays, batch: int, num_need: int) -> bool:
         """Finish and make the moves that a step which begins needs; returns whether a row has changed.
 
@@ -75,6 +85,13 @@ class Places:
             and (lacking := wanted - blocks.allocator.num_free) > 0
         ):
             self.hot.make_room(lacking)
+
+    def has_room(self, wanted: int) -> bool:
+        """Whether rows can get so many hot granules, on the device or in host memory. Finishes moves if need be."""
+        blocks = self._group.blocks
+        if self.hot is not None and wanted > blocks.num_known_free:
+            self.hot.settle(wanted - blocks.num_known_free)
+        return blocks.can_have(wanted - blocks.num_in_reach)
 
     def make_cold_room(self) -> bool:
         """Make room for a block in the cold tier; False if that cannot be."""

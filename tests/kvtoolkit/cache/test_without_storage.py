@@ -11,6 +11,7 @@ CONFIGS = {
     "adaptive": {"num_tokens": 2048},
     "slab that merges": {"num_tokens": 2048, "allocator": "slab", "growth": "lazy_merge"},
     "tiers": {"num_tokens": 8192, "tiers": TIERS},
+    "host": {"num_tokens": 1024, "tiers": {"host": 1 << 20, "hot": 64, "pinned_tokens": 0}},
     "windows": {
         "layer_groups": [{"layers": [0], "num_tokens": 2048}, {"layers": [1], "window": 40, "num_tokens": 1024}]
     },
@@ -61,6 +62,9 @@ class Program:
                     (one,), (held,) = found
                     self.open.append(one)
                     self.step([one], [len(prompt) - held])
+            elif kind == 1 and "host" in (self.caches[0].config.tiers or {}):
+                some = rng.permutation(self.open)[: int(rng.integers(1, 5))]
+                self.both(lambda cache, some=some: cache.offload(some))
             elif kind in (1, 2, 3):
                 some = rng.permutation(self.open)[: int(rng.integers(1, 5))]
                 self.step(some, np.ones(len(some), np.int64))
