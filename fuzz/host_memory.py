@@ -58,7 +58,8 @@ class Program:
     def step(self, which: np.ndarray, counts: Any) -> None:
         """Append and attend in both; rows for which the small one has no room are left out of the next one."""
         counts = np.broadcast_to(np.asarray(counts, np.int64), (len(which),))
-        total, tokens = int(counts.sum()), self.rng.integers(0, 3, int(counts.sum()))
+        total = int(counts.sum())
+        tokens = self.rng.integers(0, 1 << 60, total)  # keys are drawn, so no two rows may find each other's prefixes
         words, outs = [self.words(total) for _ in range(LAYERS)], []
         for cache, ids in zip(self.caches, self.ids, strict=True):
             with cache.begin_step(ids[which], counts) as step:
