@@ -26,17 +26,12 @@ from kvtoolkit.formats.entry import MAX_BLOCK_GRANULES, TIER_HOT
 class Movers(Protocol):
     """What preemption needs of `kvtoolkit.cache.tiering.places.Places`."""
 
-    @property
-    def moves_hot(self) -> bool:
-        """Whether there is host memory for hot blocks."""
-        ...
-
     def offload(self, rows: Int32Array) -> int:
         """Let rows fall asleep, and begin to move what they hold to host memory."""
         ...
 
-    def prefetch(self, rows: Int32Array) -> int:
-        """Wake rows, and begin to move what they hold to the device."""
+    def prefetch(self, rows: Int32Array, keep_free: int = 0) -> int:
+        """Wake rows, and begin to move what they hold to the device, as far as so many hot granules are left."""
         ...
 
     def has_room(self, wanted: int) -> bool:
@@ -46,7 +41,7 @@ class Movers(Protocol):
 
 def preempt(state: CacheState, batch: Int32Array, to: str, places: Movers | None) -> None:
     """Drop what rows hold, or copy or move it to the host; see `KVCache.preempt`."""
-    if to == "host" and places is not None and places.moves_hot:
+    if to == "host" and places is not None:
         _put_to_sleep(state, batch, places)
         return
     saved = {row: _save(state.group, row, to, state.others) for row in batch.tolist()}
@@ -97,8 +92,8 @@ def restore(state: CacheState, batch: Int32Array, keep_free: int, places: Movers
     restored = set(batch[ok].tolist())
     # in one assignment, because `repair` takes rows that are both saved and open for those of a broken call
     state.preempted = {row: saved for row, saved in state.preempted.items() if row not in restored}
-    if places is not None:
-        places.prefetch(batch[ok & stays])
+    if places is not None and (ok & stays).any():
+        places.prefetch(batch[ok & stays], -(-keep_free // 8))
     return ok
 
 

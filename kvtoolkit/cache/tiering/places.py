@@ -43,11 +43,6 @@ class Places:
         """Whether rows hold hot blocks in host memory."""
         return self.hot is not None and self.hot.num_away > 0
 
-    @property
-    def moves_hot(self) -> bool:
-        """Whether there is host memory for hot blocks."""
-        return self.hot is not None
-
     def run(self, arrays: StepArrays, batch: int, num_need: int) -> bool:
         """Finish and make the moves that a step which begins needs; returns whether a row has changed.
 
@@ -60,9 +55,9 @@ class Places:
             self.wake(rows)
         for mover in self._movers:
             mover.settle()
-        if num_need:
-            self.make_room(int(tile_moves.count_missing(table, arrays, num_need)))
-        self._bring_back(rows)
+        missing = int(tile_moves.count_missing(table, arrays, num_need)) if num_need else 0
+        self.make_room(missing)
+        self._bring_back(rows, missing)
         return int(table.clock[LAST_STAMP]) != before
 
     def prepare(self, rows: Int32Array, limits: Int32Array, num_tokens: int) -> None:
@@ -97,11 +92,15 @@ class Places:
         """Make room for a block in the cold tier; False if that cannot be."""
         return self.cold is not None and self.cold.make_room(MAX_BLOCK_GRANULES) >= MAX_BLOCK_GRANULES
 
-    def _bring_back(self, rows: Int32Array) -> None:
-        """Begin to move what the rows of a step hold in host memory to the device, if there is room to spare."""
+    def _bring_back(self, rows: Int32Array, missing: int) -> None:
+        """Begin to move what the rows of a step hold in host memory to the device, if there is room to spare.
+
+        Args:
+            missing: granules that the rows will take for their new tokens.
+        """
         blocks = self._group.blocks
         if self.hot is not None and self.hot.num_away and not self.hot.num_moves:
-            spare = blocks.num_known_free - max(blocks.num_hot // _SHARE_LEFT, MAX_BLOCK_GRANULES * len(rows))
+            spare = blocks.num_known_free - missing - max(blocks.num_hot // _SHARE_LEFT, MAX_BLOCK_GRANULES * len(rows))
             if spare >= MAX_BLOCK_GRANULES:
                 self.hot.prefetch(rows, min(spare // MAX_BLOCK_GRANULES, self._most_at_once), evicts=False)
 
@@ -114,11 +113,20 @@ class Places:
         self._num_asleep = int((asleep != NOT_ASLEEP).sum())
         return sum(mover.offload(rows) for mover in self._movers)
 
-    def prefetch(self, rows: Int32Array) -> int:
-        """Wake rows, and begin to move what they hold to the device; returns how many superblocks."""
+    def prefetch(self, rows: Int32Array, keep_free: int = 0) -> int:
+        """Wake rows, and begin to move what they hold to the device; returns how many superblocks.
+
+        A superblock on its way takes memory in both places. If ``keep_free`` is given, only so many set out that this
+        many hot granules can still be had meanwhile.
+        """
         self.wake(rows)
-        num_blocks = len(self._group.blocks.granules.refs) // MAX_BLOCK_GRANULES
-        return sum(mover.prefetch(rows, num_blocks, evicts=True) for mover in self._movers)
+        blocks = self._group.blocks
+        most = len(blocks.granules.refs) // MAX_BLOCK_GRANULES
+        mosts = [most] * len(self._movers)
+        if keep_free and self.hot is not None:
+            left = blocks.num_known_free + MAX_BLOCK_GRANULES * len(blocks.reserve) + blocks.num_evictable(TIER_HOT)
+            mosts[0] = max(0, (left + blocks.num_in_reach - keep_free) // MAX_BLOCK_GRANULES)
+        return sum(one.prefetch(rows, most, evicts=True) for one, most in zip(self._movers, mosts, strict=True))
 
     def wake(self, rows: Int32Array) -> None:
         """Let rows be awake."""

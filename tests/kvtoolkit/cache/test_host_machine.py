@@ -5,8 +5,9 @@ from typing import ClassVar
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import invariant, precondition, rule, run_state_machine_as_test
 
+from kvtoolkit.cache.state.block_table import PREEMPTED
 from tests.kvtoolkit.cache.late_transfers import LateTransfers
 from tests.kvtoolkit.cache.test_cache_machine import TIERS, CacheMachine, TierMachine, tiered_fields
 
@@ -56,6 +57,55 @@ class Hints:
     @rule(data=st.data(), seconds=st.sampled_from([0, 1, 1e6]))
     def retain(self, data, seconds):
         self.cache.retain(self.some(data), seconds)
+
+    @precondition(lambda self: self.preempted)
+    @rule(data=st.data(), keep_free=st.sampled_from([0, 0, 8, 200]))
+    def restore(self, data, keep_free):
+        ids = self.some(data, self.preempted)
+        for seq, ok in zip(ids, self.cache.restore(ids, keep_free=keep_free).tolist(), strict=True):
+            to, tokens = self.preempted[seq]
+            if not ok:
+                assert to == "drop" or keep_free
+                continue
+            held = int(self.cache.lengths([seq])[0])
+            assert held == len(tokens) if to == "host" else held % 8 == 0
+            self.tokens[seq] = tokens[:held]
+            del self.preempted[seq]
+
+    @precondition(lambda self: len(self.tokens) > 0)
+    @rule(data=st.data(), rounds=st.integers(1, 4), count=st.sampled_from([1, 7, 30]))
+    def preempt_and_go_on(self, data, rounds, count):
+        """What a row writes while the move of its preemption is still under way is not lost."""
+        ids = self.some(data, most=2)
+        for _ in range(rounds):
+            self.cache.preempt(ids, "host")
+            assert self.cache.restore(ids).all()
+            self.run_step(ids, [[1] * count for _ in ids])
+
+    @precondition(lambda self: self.preempted)
+    @rule(data=st.data())
+    def close_preempted(self, data):
+        ids = self.some(data, self.preempted, most=2)
+        self.cache.close(ids)
+        for seq in ids:
+            del self.preempted[seq]
+
+    @rule(salt=st.sampled_from([None, "other"]))
+    def clear_prefixes(self, salt):
+        self.cache.clear_prefixes(salt)
+
+    @invariant()
+    def preempted_rows_keep_what_they_hold(self):
+        """Entries of preempted rows name the right tokens all the time, not only when they come back."""
+        kept = {seq: tokens for seq, (to, tokens) in self.preempted.items() if to == "host"}
+        readers = self.readers() if kept else []
+        table = self.cache._group.table
+        for seq, tokens in kept.items():
+            (row,) = self.cache._state.rows_of([seq], (PREEMPTED,))
+            for layer, read in enumerate(readers):
+                keys, values = (held[: len(tokens)] for held in read(table.entries[row]))
+                self.compare(keys, self.key_of(tokens, layer))
+                self.compare(-values, self.key_of(tokens, layer))
 
     @rule()
     def repair(self):

@@ -1,14 +1,22 @@
 """Host memory of a cache: what moves there, when it comes back, and what callers may say and do."""
 
+import contextlib
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from allocators import IntegrityError
 from kvtoolkit import ArgumentError, CacheConfig, ConfigError, DeviceSteps, KVCache, SequenceError, UnsupportedError
-from kvtoolkit.cache.state.block_table import OPEN
+from kvtoolkit.cache import preemption
+from kvtoolkit.cache.state.block_table import LENGTH, OPEN, PREEMPTED
 from kvtoolkit.cache.tiering.offloader import Offloader
+from kvtoolkit.formats.entry import unpack_entries
+from tests.kvtoolkit.cache.broken_calls import check, make_world, outcome, put
 from tests.kvtoolkit.cache.host_device import make_cache, use_host
 from tests.kvtoolkit.cache.late_transfers import LateTransfers
 from tests.kvtoolkit.cache.test_device_steps import prefill, run
+from tests.kvtoolkit.cache.test_interruptions import Interrupted, LineBreaker
 from tests.kvtoolkit.cuda.host_kernels import needs_compiler
 
 BLOCK = 64 * 2 * 2 * 2 * 8 * 4
@@ -256,3 +264,397 @@ def test_steps_of_the_device_take_blocks_in_host_memory_where_the_device_has_non
         found.append(outs)
     assert all(np.array_equal(one, other) for one, other in zip(*found, strict=True))
     assert small.stats().tiers["host16"].used > 256
+
+
+def make_late(cache):
+    """Let copies be under way until somebody waits for them, or asks often."""
+    cache._group.storage.transfers = LateTransfers(cache._group.storage.transfers)
+
+
+def held(cache, seq, state=OPEN):
+    """The tokens that a sequence holds, as `extend` has written them, in both layers."""
+    (row,) = cache._state.rows_of([seq], (state,))
+    entries, length = cache._group.table.entries[row], int(cache.lengths([seq])[0])
+    granules, sizes, _ = unpack_entries(entries[entries >= 0])
+    listed = np.concatenate([[], *(np.arange(g, g + n) for g, n in zip(granules, sizes, strict=True))]).astype(int)
+    found = [cache.key_cache(layer)[listed, 0, :, 0].ravel()[:length] - layer for layer in range(2)]
+    assert np.array_equal(*found)
+    return found[0].tolist()
+
+
+def test_preemption_to_the_host_begins_to_move_and_returns():
+    cache = make()
+    ids, _ = cache.open([[], []])
+    extend(cache, ids, 150)
+    make_late(cache)
+    cache.preempt(ids[:1], to="host")
+    stats = cache.stats()
+    assert (stats.num_preempted_seqs, stats.num_preempted, stats.num_offloaded) == (1, 1, 0)
+    assert stats.tiers["host16"].used == 0
+    assert not cache._group.copies._made
+    cache._places.settle_all()  # three blocks, of which the last is not full
+    stats = cache.stats()
+    assert stats.num_offloaded == 3
+    assert stats.tiers["host16"].used == 152
+    assert stats.tiers["hot"].used == 192
+    assert held(cache, ids[0], PREEMPTED) == list(range(150))
+    cache.check_integrity()
+
+
+def test_a_restored_sequence_begins_to_move_back_and_its_end_follows_when_it_is_full():
+    cache = make()
+    (seq,), _ = cache.open([[]])
+    extend(cache, [seq], 150)
+    cache.preempt([seq], to="host")
+    cache._places.settle_all()
+    make_late(cache)
+    assert cache.restore([seq]).all()
+    assert cache.stats().num_prefetched == 0
+    assert places(cache, seq) == [False, False, True]
+    for i in range(8):
+        extend(cache, [seq], 1, 150 + i)
+    assert not any(places(cache, seq))
+    assert held(cache, seq) == list(range(158))
+
+
+def test_what_is_on_its_way_is_free_at_once_when_it_is_needed():
+    cache = make(256)
+    ids, _ = cache.open([[], []])
+    extend(cache, ids, 120)
+    make_late(cache)
+    cache.preempt(ids[:1], to="host")
+    extend(cache, ids[1:], 100, 120)
+    assert not any(places(cache, ids[1]))
+    assert held(cache, ids[0], PREEMPTED) == list(range(120))
+    assert cache.restore(ids[:1]).all()
+    extend(cache, ids[:1], 3, 120)
+    assert held(cache, ids[0]) == list(range(123))
+
+
+@pytest.mark.parametrize("length", [0, 1, 8, 64, 100, 128])
+def test_a_sequence_comes_back_while_it_still_moves_and_writes_on(length):
+    cache = make()
+    ids, _ = cache.open([[], []])
+    extend(cache, ids, length)
+    make_late(cache)
+    for i in range(20):  # so that copies end at every moment
+        cache.preempt(ids[:1], to="host")
+        cache.check_integrity()
+        assert cache.restore(ids[:1]).tolist() == [True]
+        extend(cache, ids[:1], 3, length + 3 * i)
+        cache.check_integrity()
+        assert held(cache, ids[0]) == list(range(length + 3 * i + 3))
+    cache._places.settle_all()
+    assert held(cache, ids[0]) == list(range(length + 60))
+    assert held(cache, ids[1]) == list(range(length))
+
+
+def test_a_move_back_is_given_up_where_its_row_writes_meanwhile():
+    cache = make()
+    (seq,), _ = cache.open([[]])
+    extend(cache, [seq], 100)
+    ((child,),) = cache.fork([seq], 1)
+    cache.preempt([seq, child], to="host")
+    cache._places.settle_all()
+    make_late(cache)
+    assert cache.restore([child]).all()
+    cache.prefetch([child])  # what the two share, and what else is there
+    assert cache.restore([seq]).all()
+    extend(cache, [seq], 20, 100)
+    cache._places.settle_all()
+    assert held(cache, seq) == list(range(120))
+    assert held(cache, child) == list(range(100))
+    cache.check_integrity()
+
+
+def test_a_row_keeps_no_room_to_grow_while_it_is_preempted():
+    cache = make()
+    (seq,), _ = cache.open([[]])
+    extend(cache, [seq], 70)
+    with cache.begin_step([seq], 200):
+        pass  # aborted: it keeps the blocks
+    assert cache.stats().used >= 264
+    cache.preempt([seq], to="host")
+    assert cache.stats().used == 72
+    assert cache.stats().waste == pytest.approx(1 - 70 / 72)
+
+
+def test_a_row_keeps_the_rest_of_a_block_that_nobody_else_can_have():
+    cache = make(growth="fixed64", allocator="paged")
+    (seq,), _ = cache.open([[]])
+    extend(cache, [seq], 70)
+    cache.preempt([seq], to="host")
+    cache._places.settle_all()
+    assert (cache.stats().used, cache.stats().pinned) == (128, 0)
+    for i in range(20):
+        assert cache.restore([seq]).all()
+        extend(cache, [seq], 1, 70 + i)
+        cache.preempt([seq], to="host")
+    assert cache.stats().used == 128
+
+
+def test_figures_count_what_preempted_sequences_hold():
+    cache = make()
+    ids, _ = cache.open([[], []])
+    extend(cache, ids, 100)
+    cache.preempt(ids[:1], to="host")
+    cache._places.settle_all()
+    stats = cache.stats()
+    assert (stats.num_seqs, stats.num_preempted_seqs, stats.num_tokens) == (1, 1, 100)
+    assert stats.used == sum(size * count for size, count in stats.blocks.items())
+    assert stats.waste == pytest.approx(1 - 200 / stats.used)
+    assert stats.entries_per_seq == sum(stats.blocks.values()) / 2
+    cache.preempt(ids[1:], to="drop")
+    stats = cache.stats()
+    assert (stats.num_seqs, stats.num_preempted_seqs, stats.used) == (0, 2, 104)
+    assert stats.waste == pytest.approx(1 - 100 / 104)
+    assert stats.entries_per_seq == sum(stats.blocks.values()) == 2
+    cache.close(ids)
+    assert (cache.stats().used, cache.stats().num_preempted_seqs, cache.stats().entries_per_seq) == (0, 0, 0)
+
+
+def test_what_finds_no_place_in_host_memory_stays_and_goes_when_there_is_room():
+    cache = make(512, {**HOST, "host": 2 * BLOCK})
+    ids, _ = cache.open([[], []])
+    extend(cache, ids, 192)
+    cache.preempt(ids[:1], to="host")
+    cache.preempt(ids[1:], to="host")
+    cache._places.settle_all()
+    assert cache.stats().tiers["host16"].used == 128
+    assert cache.stats().tiers["hot"].used == 256
+    assert held(cache, ids[0], PREEMPTED) == held(cache, ids[1], PREEMPTED) == list(range(192))
+    (third,), _ = cache.open([[9]])
+    extend(cache, [third], 256, 1000)
+    with cache.begin_step([third], 8) as step:  # device and host memory are full
+        assert not step.ok.any()
+    assert held(cache, ids[0], PREEMPTED) == held(cache, ids[1], PREEMPTED) == list(range(192))
+    cache.close(ids[:1])
+    extend(cache, [third], 128, 1256)
+    assert not any(places(cache, third))
+    assert cache.restore(ids[1:]).all()
+    assert held(cache, ids[1]) == list(range(192))
+    cache.check_integrity()
+
+
+def test_room_that_is_asked_for_beside_a_restored_sequence_may_be_anywhere():
+    cache = make(256, {**HOST, "host": 2 * BLOCK})
+    ids, _ = cache.open([[], []])
+    extend(cache, ids, 120)
+    make_late(cache)
+    cache.preempt(ids[:1], to="host")
+    cache.close(ids[1:])
+    cache.clear_prefixes()  # 15 granules are on their way to 16
+    assert cache.restore(ids[:1], keep_free=265).tolist() == [False]
+    assert cache.stats().num_preempted_seqs == 1
+    cache.check_integrity()
+    assert cache.restore(ids[:1], keep_free=256).tolist() == [True]
+    extend(cache, ids[:1], 256, 120)  # which asserts that there is room: nothing has begun to come back and takes it
+    assert held(cache, ids[0]) == list(range(376))
+    cache.check_integrity()
+
+
+def test_prompts_find_what_a_preempted_sequence_holds():
+    cache = make()
+    (seq,), _ = cache.open([[]])
+    extend(cache, [seq], 150)
+    make_late(cache)
+    cache.preempt([seq], to="host")
+    (other,), hit = cache.open([[*range(150), 7]])
+    assert hit.tolist() == [144]
+    assert held(cache, other) == list(range(144))
+    assert not any(places(cache, other)[:2])  # it is awake, so the move is given up
+    assert held(cache, seq, PREEMPTED) == list(range(150))
+    cache.close([seq])
+    assert held(cache, other) == list(range(144))
+    cache.check_integrity()
+
+
+def test_a_lease_keeps_what_a_preempted_sequence_holds_where_it_is():
+    cache = make()
+    (seq,), _ = cache.open([[]])
+    extend(cache, [seq], 128)
+    with cache.pin([seq]) as lease:
+        before = lease.starts.copy()
+        cache.preempt([seq], to="host")
+        cache._places.settle_all()
+        entries = cache._group.table.entries[cache._state.rows_of([seq], (PREEMPTED,))[0]]
+        assert unpack_entries(entries[entries >= 0])[0].tolist() == before.tolist()
+        cache.check_integrity()
+    assert cache.restore([seq]).all()
+    assert held(cache, seq) == list(range(128))
+
+
+def test_cleared_prefixes_are_not_found_again_when_a_sequence_comes_back():
+    cache = make()
+    (seq,), _ = cache.open([[]])
+    extend(cache, [seq], 100)
+    cache.preempt([seq], to="host")
+    cache.clear_prefixes()
+    assert cache.restore([seq]).all()
+    extend(cache, [seq], 50, 100)
+    assert held(cache, seq) == list(range(150))
+    assert cache.open([[*range(150), 7]])[1].tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "tiers"), [(512, HOST), (1024, {**HOST, "host": 40 * BLOCK}), (384, {**HOST, "host": 5 * BLOCK})]
+)
+def test_preempted_sequences_come_back_from_a_snapshot(num_tokens, tiers):
+    cache = make()
+    ids, _ = cache.open([[]] * 4)
+    extend(cache, ids[:2], 100)
+    extend(cache, ids[2:3], 40)
+    make_late(cache)
+    cache.preempt(ids[[0, 3]], to="host")
+    cache.preempt(ids[2:3], to="drop")
+    data = cache.snapshot()
+    fields = {**cache.config.to_dict(), "num_tokens": num_tokens, "tiers": {**cache.config.to_dict()["tiers"], **tiers}}
+    again = KVCache.from_snapshot(CacheConfig.from_dict(fields), data)
+    assert again.stats().num_preempted_seqs == 3
+    assert held(again, ids[0], PREEMPTED) == list(range(100))
+    with pytest.raises(SequenceError, match="is preempted"):
+        again.begin_step(ids[:1], 1)
+    assert again.restore(ids[[0, 2, 3]]).all()
+    assert again.lengths(ids).tolist() == [100, 100, 40, 0]
+    extend(again, ids[:1], 50, 100)
+    assert held(again, ids[0]) == list(range(150))
+    again.check_integrity()
+
+
+def test_a_snapshot_with_preempted_rows_on_the_device_needs_no_host_memory():
+    cache = make(512, {**HOST, "host": BLOCK})
+    ids, _ = cache.open([[], []])
+    extend(cache, ids, 60)
+    cache.offload(ids[1:])
+    cache._group.storage.transfers = NoRoom()
+    cache.preempt(ids[:1], to="host")
+    fields = {**cache.config.to_dict(), "tiers": None}
+    again = KVCache.from_snapshot(CacheConfig.from_dict(fields), cache.snapshot())
+    assert again.restore(ids[:1], keep_free=10_000).tolist() == [False]
+    assert again.restore(ids[:1], keep_free=100).tolist() == [True]
+    extend(again, ids[:1], 9, 60)
+    assert held(again, ids[0]) == list(range(69))
+    again.check_integrity()
+
+
+def test_copies_of_a_cache_without_host_memory_come_back_in_one_that_has_some():
+    cache = make(tiers=None)
+    (seq,), _ = cache.open([[]])
+    extend(cache, [seq], 100)
+    cache.preempt([seq], to="host")
+    fields = {**cache.config.to_dict(), "tiers": HOST}
+    again = KVCache.from_snapshot(CacheConfig.from_dict(fields), cache.snapshot())
+    assert again.restore([seq]).all()
+    assert held(again, seq) == list(range(100))
+    again.preempt([seq], to="host")
+    assert not again._state.preempted[int(cache._state.rows_of([seq], (PREEMPTED,))[0])].copies
+
+
+def test_checks_know_which_preempted_rows_hold_memory():
+    cache = make()
+    ids, _ = cache.open([[], []])
+    extend(cache, ids, 100)
+    cache.preempt(ids[:1], to="host")
+    state, row = cache._state, int(cache._state.rows_of(ids[:1], (PREEMPTED,))[0])
+    kept = state.preempted[row]
+    state.preempted[row] = replace(kept, stays=False)
+    with pytest.raises(IntegrityError, match="a preempted row holds memory although it was copied or dropped"):
+        cache.check_integrity()
+    state.preempted[row] = kept
+    cache.preempt(ids[1:], to="drop")
+    other = int(cache._state.rows_of(ids[1:], (PREEMPTED,))[0])
+    dropped = state.preempted[other]
+    state.preempted[other] = replace(dropped, stays=True)
+    cache.check_integrity()  # one without tokens
+    state.group.table.info[other, LENGTH] = 8
+    with pytest.raises(IntegrityError, match="or holds none although it stays"):
+        cache.check_integrity()
+
+
+BROKEN = {
+    "num_tokens": 2048,
+    "growth": "append",
+    "tiers": {"hot": 64, "pinned_tokens": 0, "host": 24 * 4096},
+}
+"""A cache for worlds of `broken_calls`, with host memory of 24 blocks."""
+
+
+def make_late_world():
+    world = make_world(**BROKEN)
+    make_late(world.cache)
+    world.cache.preempt(world.open[1:2], "host")
+    world.preempted.append(world.open.pop(1))
+    return world
+
+
+def clean(call):
+    world = make_late_world()
+    before = outcome(world)
+    world = make_late_world()
+    call(world)
+    return before, outcome(world)
+
+
+MOVING = {
+    "preempt": lambda world: world.cache.preempt(world.open, "host"),
+    "restore": lambda world: world.cache.restore(world.preempted),
+    "close": lambda world: world.cache.close(world.preempted),
+    "step": lambda world: put(world.cache, world.open, [[7] * 300, [8] * 9]),
+}
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_a_call_that_breaks_off_anywhere_leaves_preempted_rows_as_before_or_as_after_it(name):
+    call, count = MOVING[name], 0
+    before, after = clean(call)
+    assert before != after
+    while True:
+        world, breaker = make_late_world(), LineBreaker(1 + 5 * count)
+        with contextlib.suppress(Interrupted), breaker:
+            call(world)
+        if not breaker.fired:
+            break
+        check(world, before, after)
+        count += 1
+    assert count > 10
+
+
+@pytest.mark.parametrize("name", ["preempt", "restore"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_copy_that_fails_leaves_preempted_rows_as_before_or_as_after_the_call(name, when, monkeypatch):
+    before, after = clean(MOVING[name])
+    world = make_late_world()
+    world.cache._places.settle_all()
+    start = LateTransfers.start
+
+    def fail(self, *arguments, **options):
+        if when == "after":
+            start(self, *arguments, **options)
+        raise OSError("no copy today")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LateTransfers, "start", fail)
+        with pytest.raises(OSError, match="no copy today"):
+            MOVING[name](world)
+    world.cache.check_integrity()
+    assert outcome(world) == after  # all but the moves had been done
+    check(world, before, after)
+
+
+def test_a_restore_that_breaks_off_leaves_rows_preempted_with_all_that_they_hold(monkeypatch):
+    cache = make()
+    ids, _ = cache.open([[], []])
+    extend(cache, ids, 100)
+    cache.preempt(ids, to="host")
+    with monkeypatch.context() as patch:
+        count = iter(range(2))
+        wake = preemption._wake
+        patch.setattr(preemption, "_wake", lambda *args: wake(*args) if next(count) == 0 else 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            cache.restore(ids)
+    cache.check_integrity()
+    assert cache.stats().num_preempted_seqs == 2
+    assert held(cache, ids[0], PREEMPTED) == held(cache, ids[1], PREEMPTED) == list(range(100))
+    assert cache.repair().num_reopened == 1
+    assert cache.restore(ids).all()
+    assert held(cache, ids[0]) == list(range(100))
