@@ -9,6 +9,8 @@ both together, so that 1 is all of it.
 
 Steps that need it: the same step where a part of what it reads is in host memory: read in place, and copied ahead of
 the layers, beside a cache that has all of it on the device.
+
+Also: how long calibration takes and what it picks, and what host memory costs the host in a step.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from kvtoolkit.bench.timing import device_line, event_times, require_device
 from kvtoolkit.cache.graph import GraphStep
 from kvtoolkit.cache.kv_cache import KVCache
 from kvtoolkit.cache.storage.calibration import Ways
+from kvtoolkit.cache.storage.device_transfers import DeviceTransfers
 from kvtoolkit.commands.json_file import add_json, write_json
 from kvtoolkit.config.cache import CacheConfig
 from kvtoolkit.cuda import copy, copy_engine
@@ -32,6 +35,7 @@ from kvtoolkit.formats.entry import TIER_HOT
 _LLAMA: dict[str, Any] = {"num_layers": 32, "num_kv_heads": 8, "head_dim": 128, "dtype": "bfloat16"}
 _SMALL: dict[str, Any] = {"num_layers": 30, "num_kv_heads": 3, "head_dim": 64, "dtype": "bfloat16"}
 _CTAS = (1, 2, 4, 8, 12, 16, 32)
+_HOST: dict[str, Any] = {"host": "1 GiB", "hot": 64}
 _HIDDEN, _INNER, _Q_HEADS = 4096, 14336, 32
 
 
@@ -52,6 +56,8 @@ def main(options: argparse.Namespace) -> int:
     rows: list[dict[str, Any]] = []
     for name, shape in (("8B model, 128 KiB a piece", _LLAMA), ("SmolLM2-135M, 24 KiB a piece", _SMALL)):
         rows += _link(name, shape)
+    print()
+    rows.append(_host(options.batch, options.tokens))
     model = _Model()
     rows += _beside(model, options.batch, options.tokens, options.repeats)
     _forget()
@@ -71,7 +77,7 @@ def _link(name: str, shape: dict[str, Any]) -> list[dict[str, Any]]:
     cache = KVCache(CacheConfig(**shape, num_tokens=1 << 14, tiers={"host": "4 GiB"}, backend="cuda"))
     held: Any = cache._group.storage.superblocks  # type: ignore[union-attr]
     first, count = cache.config.pool_firsts[3] // 8, cache.config.host_granules[0] // 8
-    rng, rows = np.random.default_rng(0), []
+    rng, rows = np.random.default_rng(0), [_calibration(cache, name)]
     nbytes = held.nbytes * held.num_arrays
     print(
         f"\n{name + ', GB/s':<32}" + "".join(f"{f'{ctas} CTAs':>9}" for ctas in _CTAS) + f"{'engines':>9}{'driver':>9}"
@@ -96,6 +102,46 @@ def _link(name: str, shape: dict[str, Any]) -> list[dict[str, Any]]:
             line = "".join(f"{one:>9.1f}" for one in (*found, engines, driver))
             print(f"{f'{way}, {number} blocks':<32}{line}", flush=True)
     return rows
+
+
+def _calibration(cache: KVCache, name: str) -> dict[str, Any]:
+    """How long the calibration of a cache takes, and what it picks."""
+    storage: Any = cache._group.storage
+    tiers, times = storage.transfers._tiers, []
+    for _ in range(5):
+        begin = time.perf_counter()
+        made = DeviceTransfers(0, tiers)
+        times.append((time.perf_counter() - begin) * 1e3)
+    ways = made.ways[TIER_HOT]
+    print(f"\n{name}: calibrated in {np.median(times):.0f} ms, CTAs (0 = engines) {ways._asdict()}")
+    return {"what": name, "calibration_ms": float(np.median(times)), **ways._asdict()}
+
+
+def _host(batch: int, tokens: int) -> dict[str, Any]:
+    """Host time of a decode step: without host memory, with some that is not used, and with a part away."""
+    total, found = batch * (tokens + 256), {}
+    for name, pool, tiers in (
+        ("without", total, None), ("with, all on the device", total, _HOST),
+        ("with, a tenth away", total - batch * tokens // 10, _HOST),
+        ("and copied ahead", total - batch * tokens // 10, {**_HOST, "staging": 32768}),
+    ):  # fmt: skip
+        shape = {**_LLAMA, "num_layers": 1, "max_seqs": batch, "max_seq_len": tokens + 256}
+        cache = KVCache(CacheConfig(**shape, num_tokens=pool, backend="cuda", tiers=tiers, growth="fixed64"))
+        ids, _ = cache.open([[]] * batch)
+        for seq in ids:
+            with cache.begin_step([seq], tokens) as step:
+                cache.end_step(step)
+        times, fixed = [], GraphStep(cache, batch)
+        for _ in range(60):
+            begin = time.perf_counter()
+            step = cache.begin_step(ids, 1)
+            fixed.load(step)
+            cache.end_step(step)
+            times.append((time.perf_counter() - begin) * 1e6)
+            cache.sync()
+        found[name] = float(np.min(times[5:]))
+        print(f"host time of a step of {batch}, {name}: {found[name]:.0f} us", flush=True)
+    return {"what": "host time of a step", "batch": batch, **found}
 
 
 def _gbps(stream: Any, call: Callable[[], Any], nbytes: int) -> float:

@@ -15,6 +15,7 @@ from kvtoolkit.cache.state.step_passes import StepArrays
 from kvtoolkit.cache.step import GroupTables
 from kvtoolkit.cache.storage.arenas import Arenas
 from kvtoolkit.cache.storage.upload import DeviceTables
+from kvtoolkit.cache.tiering.sparse import ShortTables, SparseReads
 
 Move = tuple[NDArray[Any], Any]
 """A host array, and the array on the device that it is copied to."""
@@ -47,6 +48,7 @@ class FixedTables:
         bounds: of the `GraphStep`.
         shares_reads: whether replays look for beginnings that rows have in common.
         staging: chooses what a step copies to the device ahead of its kernels; None: it is read in place.
+        sparse: what steps leave out; None: they read everything.
         cupy: with the device of the cache and its current stream.
 
     Attributes:
@@ -56,7 +58,7 @@ class FixedTables:
 
     def __init__(
         self, group: CacheGroup, arenas: Arenas, bounds: Bounds, shares_reads: bool, cupy: Any,
-        staging: Staging | None = None,
+        staging: Staging | None = None, sparse: SparseReads | None = None,
     ) -> None:  # fmt: skip
         self._arenas, self._bounds = arenas, bounds
         self._next: CommonBeginnings | None = None
@@ -82,10 +84,16 @@ class FixedTables:
         self._found: CommonBeginnings | None = None  # whose order is in `_order`
         self._width = 0  # of the widest table loaded so far; columns beyond it are empty
         self._kept: dict[Any, Any] = {}  # plans and lists, also at fixed addresses
-        self._staging = staging
-        if staging is not None:
-            self._staged_table = cupy.full((batch, width), -1, np.int32)
-            self._pairs = cupy.zeros(staging.words, np.int32)
+        self._staging, self._sparse = staging, sparse
+        self._pairs = None if staging is None else cupy.zeros(staging.words, np.int32)
+        self._read = self.tables
+        """Where graphs read what attention reads; other places if that may be less, or staged."""
+        if staging is not None or sparse is not None:
+            self._read = self.tables._replace(
+                block_table=cupy.full((batch, width), -1, np.int32),
+                block_starts=cupy.full((batch, width), -1, np.int32),
+                seq_lens=cupy.zeros(batch, np.int32),
+            )
 
     def load(self, tables: GroupTables, seq_ids: Int64Array, arrays: StepArrays) -> list[Move]:
         """The moves that bring the tables of a step here. After them `loaded` must be called."""
@@ -101,14 +109,8 @@ class FixedTables:
             (slots, self.tables.slot_mapping), (seq_lens, self.tables.seq_lens),
             (entries[0], self.tables.block_table), (entries[1], self.tables.block_starts),
         ]  # fmt: skip
-        if self._staging is not None:
-            counts = np.diff(tables.cu_seqlens_q)
-            staged = np.full_like(entries[0], -1)
-            chosen, pairs = self._staging.choose(
-                tables.block_table[:, :used], tables.block_starts[:, :used], tables.seq_lens, counts
-            )
-            staged[:, :used] = chosen
-            moves += [(staged, self._staged_table), (pairs, self._pairs)]
+        if self._read is not self.tables:
+            moves += self._read_moves(tables, arrays, used)
         if self._bounds.most > 1:
             moves.append((bounds_of(tables.cu_seqlens_q, batch, num_tokens), self.tables.cu_seqlens_q))
         self._next = None if self._reads is None else self._reads.find(seq_ids, arrays)
@@ -118,6 +120,22 @@ class FixedTables:
             moves.append((order, self._order))
             self._found = None
         return moves
+
+    def _read_moves(self, tables: GroupTables, arrays: StepArrays, used: int) -> list[Move]:
+        """The moves that bring what attention reads to its places."""
+        batch, rows = len(self.tables.seq_lens), len(tables.seq_lens)
+        read = ShortTables(tables.block_table[:, :used], tables.block_starts[:, :used], tables.seq_lens)
+        counts, moves = arrays.counts[:rows], list[Move]()
+        if self._sparse is not None and not self._sparse.is_prompt(counts):
+            read = self._sparse.shorten(arrays, rows, used)
+        if self._staging is not None:
+            table, pairs = self._staging.choose(*read, counts)
+            read = read._replace(block_table=table)
+            moves.append((pairs, self._pairs))
+        entries, seq_lens = np.full((2, rows, self._width), -1, np.int32), np.zeros(batch, np.int32)
+        entries[0, :, :used], entries[1, :, :used], seq_lens[:rows] = read
+        there = self._read.block_table, self._read.block_starts, self._read.seq_lens
+        return [*moves, *zip((entries[0], entries[1], seq_lens), there, strict=True)]
 
     def loaded(self) -> None:
         """The moves are made, in the order of the stream."""
@@ -137,8 +155,6 @@ class FixedTables:
         most = self._bounds.most
         counts = (1, 1) if most == 1 else (0, most)
         hints = Hints(counts, self._max_seq_len, self._kept, sharing, counts_are_bounds=most > 1)
-        tables, staged = self.tables, None
-        if self._staging is not None:
-            tables, staged = tables._replace(block_table=self._staged_table), self._staging.copies(self._pairs)
+        staged = None if self._staging is None else self._staging.copies(self._pairs)
         options = {"is_fixed": True, "begin_late": self._begin_late, "tokens": tokens, "staged": staged}
-        return LayerCalls(self._arenas, tables, hints, **options)
+        return LayerCalls(self._arenas, self._read, hints, is_short=self._sparse is not None, **options)

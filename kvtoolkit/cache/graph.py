@@ -102,8 +102,8 @@ class GraphStep:
 
         shares = shared_reads and batch <= MAX_ROWS
         with cupy_on_current_stream(cache._arenas.device) as cupy:
-            staging = cache._staging if _stages else None
-            self._fixed = [FixedTables(group, arenas, bounds, shares, cupy, staging) for group, arenas in groups]
+            options = (cache._staging, cache._sparse) if _stages else ()
+            self._fixed = [FixedTables(group, arenas, bounds, shares, cupy, *options) for group, arenas in groups]
             whole = [fixed for fixed in self._fixed if not fixed.is_cut]
             self._own_bounds = None if whole else cupy.zeros(batch + 1, np.int32)
             self._tokens = None if cache._arenas.canary is None else cupy.zeros(tokens, np.int64)

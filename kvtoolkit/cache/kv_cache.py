@@ -45,6 +45,7 @@ from kvtoolkit.cache.step import Step
 from kvtoolkit.cache.storage.upload import make_upload
 from kvtoolkit.cache.tiering.demoter import Demoter
 from kvtoolkit.cache.tiering.places import Places
+from kvtoolkit.cache.tiering.sparse import SparseReads
 from kvtoolkit.cache.views import Views
 from kvtoolkit.config.cache import CacheConfig
 from kvtoolkit.cuda.pool import DevicePool
@@ -84,6 +85,7 @@ class KVCache(Hints, Views):
         tiers = None if config.is_grouped else config.tier_config
         self._places = Places(self._group, tiers) if tiers is not None and tiers.host is not None else None
         self._staging = make_staging(self._group.storage, config)
+        self._sparse = None if tiers is None or tiers.sparse is None else SparseReads(self._group, tiers)
         self._demoter = None  # of a cache with one group
         if tiers is not None and tiers.quantized:
             self._demoter = Demoter(self._group, tiers, self._places)
@@ -498,7 +500,7 @@ class KVCache(Hints, Views):
     @exclusive
     def stats(self) -> CacheStats:
         """The present figures of the cache."""
-        return collect(self._state)
+        return collect(self._state, None if self._sparse is None else self._sparse.skipped_mass)
 
     @exclusive
     def seq_ids(self) -> Int64Array:

@@ -127,6 +127,8 @@ class CacheStats:
         converted_tokens: tokens in tiles that changed their tier; `copied_tokens` does not count them.
         num_offloaded: blocks of 64 tokens that were moved to host memory.
         num_prefetched: blocks of 64 tokens that were moved from host memory to the device.
+        skipped_mass: with ``sparse``, the mean share of the attention that sequences gave, in the last step that read
+            everything, to tokens which the steps before it had left out; else None.
     """
 
     num_seqs: int
@@ -167,9 +169,10 @@ class CacheStats:
     converted_tokens: int
     num_offloaded: int
     num_prefetched: int
+    skipped_mass: float | None
 
 
-def collect(state: CacheState) -> CacheStats:
+def collect(state: CacheState, skipped_mass: float | None = None) -> CacheStats:
     """Collect all figures."""
     state.forget_lost()
     info = state.group.table.info
@@ -203,6 +206,7 @@ def collect(state: CacheState) -> CacheStats:
         entries_per_seq=len(everywhere) / len(holding) if len(holding) else 0.0,
         peak_used=peak * 8,
         **counters,
+        skipped_mass=skipped_mass,
         metadata_nbytes=sum(_metadata_nbytes(group) for group in state.groups),
         tiers=tiers,
         groups=tuple(sorted(figures, key=lambda one: given.index(one.layers))),

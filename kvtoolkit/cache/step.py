@@ -13,12 +13,13 @@ from kvtoolkit.cache.layers import traced
 from kvtoolkit.cache.layers.group_calls import GroupCalls
 from kvtoolkit.cache.layers.layers import LayerCalls
 from kvtoolkit.cache.layers.masses import MassSum
-from kvtoolkit.cache.layers.staging import StagedCopies, Staging
+from kvtoolkit.cache.layers.staging import StagedCopies
 from kvtoolkit.cache.state.cache_group import CacheGroup
 from kvtoolkit.cache.state.shared_reads import MAX_ROWS, SharedReads
 from kvtoolkit.cache.state.step_passes import OK, OUT_OF_BLOCKS, STATUS_NAMES, StepArrays
 from kvtoolkit.cache.storage.upload import DeviceTables
 from kvtoolkit.cache.tiering.rules import DEVICE_PERIOD, MOST_QUERIES, note_masses
+from kvtoolkit.cache.tiering.sparse import ShortTables
 from kvtoolkit.errors import StepError, UnsupportedError
 from kvtoolkit.runtime import current_stream, is_capturing
 from kvtoolkit.tracing import is_traced, traceable
@@ -253,25 +254,46 @@ class Step:
             self._calls = GroupCalls(arenas, calls, groups, self._num_tokens)
             return self._calls
         self._mass = self._make_mass(self._cache._group)
+        short = self._short_tables()
         if arenas.device < 0:
             tables = self.block_table, self.block_starts, self.seq_lens, self.cu_seqlens_q, self.slot_mapping
-            self._calls = LayerCalls(arenas, tables, mass=self._mass, tokens=self._tokens)
+            if short is not None:
+                tables = *short, *tables[3:]
+            is_short = short is not None
+            self._calls = LayerCalls(arenas, tables, mass=self._mass, tokens=self._tokens, is_short=is_short)
             return self._calls
         sharing = self._find_sharing(self._cache._group.shared_reads, self._arrays)
-        hints = _hints_of(self.num_new_tokens, self.seq_lens, sharing)
+        hints = _hints_of(self.num_new_tokens, self.seq_lens, None if short is not None else sharing)
         tables, staged = self._tables_on_device(self._all_tables())[0], None
-        if self._cache._staging is not None and self._cache._places is not None and self._cache._places.is_away:
-            tables, staged = self._stage(self._cache._staging, tables)
-        tokens = self._tokens_on_device()
-        self._calls = LayerCalls(arenas, tables, hints, mass=self._mass, tokens=tokens, staged=staged)
+        if self._cache._places is not None and self._cache._places.is_away:
+            tables, staged = self._changed_tables(tables, short)
+        tokens, is_short = self._tokens_on_device(), short is not None
+        self._calls = LayerCalls(
+            arenas, tables, hints, mass=self._mass, tokens=tokens, staged=staged, is_short=is_short
+        )  # fmt: skip
         return self._calls
 
-    def _stage(self, staging: Staging, tables: DeviceTables) -> tuple[DeviceTables, StagedCopies]:
-        """The tables for kernels that read the stage, and the copies to it."""
-        upload = self._cache._upload
+    def _short_tables(self) -> ShortTables | None:
+        """The tables without what this step leaves out; None if it reads everything."""
+        sparse, state = self._cache._sparse, self._cache._state
+        if sparse is None or sparse.is_full(state.counters.num_steps, self.num_new_tokens):
+            return None
+        return sparse.shorten(self._arrays, len(self.seq_ids), self.block_table.shape[1])
+
+    def _changed_tables(
+        self, tables: DeviceTables, short: ShortTables | None
+    ) -> tuple[DeviceTables, StagedCopies | None]:  # fmt: skip
+        """The tables for kernels that leave out tokens or read the stage, and the copies to it."""
+        upload, staging, staged = self._cache._upload, self._cache._staging, None
         assert upload is not None
-        table, pairs = staging.choose(self.block_table, self.block_starts, self.seq_lens, self.num_new_tokens)
-        return tables._replace(block_table=upload.one(table)), staging.copies(upload.one(pairs))
+        read = short or ShortTables(self.block_table, self.block_starts, self.seq_lens)
+        if staging is not None:
+            table, pairs = staging.choose(*read, self.num_new_tokens)
+            read, staged = read._replace(block_table=table), staging.copies(upload.one(pairs))
+        if short is None and staging is None:
+            return tables, None
+        changed = {name: upload.one(np.ascontiguousarray(one)) for name, one in read._asdict().items()}
+        return tables._replace(**changed), staged
 
     def _calls_of_groups(self) -> list[LayerCalls]:
         """The calls of each group on the CPU."""
@@ -343,21 +365,27 @@ class Step:
             collected = [(self._cache._group.table, self._arrays, self._mass)]
         else:
             collected = [(part.steps.table, part.arrays, part.mass) for part in self._parts]
+        sparse = self._cache._sparse
         for table, arrays, mass in collected:
             if mass is not None and (masses := mass.mean) is not None:
-                note_masses(table, arrays, len(self.seq_ids), masses, period)
+                if sparse is not None:
+                    sparse.observe(arrays, len(self.seq_ids), masses, mass.peaks)
+                else:
+                    note_masses(table, arrays, len(self.seq_ids), masses, period)
 
     def _make_mass(self, group: CacheGroup) -> MassSum | None:
         """Where the masses of this step are summed up in a group; None if it collects none."""
         state, arenas = self._cache._state, self._cache._arenas
-        if not group.collects_mass:
+        sparse = self._cache._sparse
+        if not group.collects_mass and sparse is None:
             return None
-        if arenas.device >= 0:
+        if arenas.device >= 0 or sparse is not None:
             is_due = state.counters.num_steps % DEVICE_PERIOD == 0
             if not is_due or self.num_new_tokens.max(initial=0) > MOST_QUERIES:
                 return None
         num_tiles = -(-int(self.seq_lens.max(initial=1)) // 64)
-        return MassSum(len(self.seq_ids), num_tiles, arenas.num_kv_heads, arenas.backend.name, arenas.device)
+        shape = len(self.seq_ids), num_tiles, arenas.num_kv_heads
+        return MassSum(*shape, arenas.backend.name, arenas.device, keeps_peaks=sparse is not None)
 
     @property
     def on_device(self) -> DeviceTables:

@@ -7,6 +7,7 @@ from typing import Any
 
 from allocators import AllocatorError, find
 from kvtoolkit.config.fields import parse_nbytes, require_known, require_one_of, settle_int
+from kvtoolkit.config.prediction import predictor
 from kvtoolkit.errors import ConfigError
 from kvtoolkit.formats.quantized import BLOCK, FORMATS, Format
 
@@ -63,6 +64,13 @@ class TierConfig:
             rows hold in host memory there, as much as there is room for, one layer ahead and beside the kernels of the
             layers before. Kernels read the rest in place. It takes the memory of so many tokens of two layers. Only on
             a GPU, without quantized tiers; steps that the device drives read in place.
+        sparse: tokens in host memory that a decode step reads of each sequence, a multiple of 64; None: all of them.
+            With a number, steps leave out the rest: faster, and approximate. Every 16th step still reads everything.
+            It costs little where attention is on few and the same tokens, and much where an answer needs many places of
+            the context, or one that nothing has asked for before; see ``CacheStats.skipped_mass``. Only without
+            quantized tiers.
+        prefetch: which of them: a predictor of `kvtoolkit.config.prediction` that needs no queries, or
+            ``"package.module:Class"``. Used only with ``sparse``.
         host_memory: share of ``host`` for the hot and for the cold tier. Default: all of it is for the hot tier, or
             half for each if there is a cold tier.
     """
@@ -79,6 +87,8 @@ class TierConfig:
     cold_allocator: str | None = None
     host: int | str | None = None
     staging: int = 0
+    sparse: int | None = None
+    prefetch: str = "mass"
     host_memory: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
@@ -109,12 +119,19 @@ class TierConfig:
 
     def _settle_host(self) -> None:
         if self.host is None:
-            for name in ("host_memory", "staging"):
+            for name in ("host_memory", "staging", "sparse"):
                 if getattr(self, name):
                     raise ConfigError(f"tiers.{name}: expected nothing without host")
             return
-        if self.staging and self.quantized:
-            raise ConfigError("tiers.staging: expected nothing with a warm or cold tier")
+        for name in ("staging", "sparse"):
+            if getattr(self, name) and self.quantized:
+                raise ConfigError(f"tiers.{name}: expected nothing with a warm or cold tier")
+        if self.sparse is not None:
+            settle_int(self, "sparse", 0, 1 << 40, prefix="tiers.")
+            if self.sparse % BLOCK:
+                raise ConfigError(f"tiers.sparse: expected a multiple of {BLOCK}, got {self.sparse}")
+            if predictor(self.prefetch).needs_keys:
+                raise ConfigError(f"tiers.prefetch: expected a predictor that needs no queries, got {self.prefetch!r}")
         object.__setattr__(self, "host", parse_nbytes(self.host, "tiers.host"))
         if self.cold is not None:
             halves = {"hot": 0.5, "cold": 0.5}

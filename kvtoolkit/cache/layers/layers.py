@@ -46,6 +46,7 @@ class LayerCalls:
         hints: what the host knows of the step; on a device ``kept`` is given.
         is_fixed: whether ``hints.max_seq_len`` holds for all replays of a graph that captures the calls, too.
         begin_late: whether rows may begin after token 0, so that the size of the table says nothing of their lengths.
+        is_short: whether the tables leave out tokens, so that positions are not those of the sequences.
         staged: copies what the layers read of host memory to the device; None = it is read in place.
         mass: where attention masses are summed up; None = none are wanted.
         tokens: the new tokens, where the backend works, for canaries; None = not known.
@@ -56,15 +57,17 @@ class LayerCalls:
 
     __slots__ = (
         "_appended", "_appended_keys", "_arenas", "_attended", "_backend", "_begin_late", "_hints", "_is_fixed",
+        "_is_short",
         "_mass", "_num_tokens", "_overlaps", "_seen", "_slots", "_staged", "_tables", "_watch", "_watched", "layers",
     )  # fmt: skip
 
     def __init__(
         self, arenas: Arenas, tables: StepTables, hints: Hints = NO_HINTS, *, is_fixed: bool = False,
-        begin_late: bool = False, mass: MassSum | None = None, tokens: Any = None, staged: StagedCopies | None = None,
+        begin_late: bool = False, mass: MassSum | None = None, tokens: Any = None,
+        staged: StagedCopies | None = None, is_short: bool = False,
     ) -> None:  # fmt: skip
         self._arenas, self._backend, self._hints, self._is_fixed = arenas, arenas.backend, hints, is_fixed
-        self._begin_late = begin_late
+        self._begin_late, self._is_short = begin_late, is_short
         block_table, block_starts, seq_lens, cu_seqlens_q, slot_mapping = tables
         describe = arenas.backend.describe
         self._tables = (
@@ -197,6 +200,11 @@ class LayerCalls:
         arenas.check_backend(backend)
         check_flags(causal=causal, return_lse=return_lse)
         window = check_options(softmax_scale, window_size, softcap, num_splits)
+        if self._is_short and (window != (-1, -1) or alibi_slopes is not None or causal is False):
+            raise UnsupportedError(
+                "attend: expected no window_size, alibi_slopes or causal=False in a step that leaves out tokens "
+                "(tiers.sparse), since kernels do not see their positions"
+            )
         self._check_queries(queries)
         check_output(target, "out", queries.shape, arenas.dtype)
         if not is_own:

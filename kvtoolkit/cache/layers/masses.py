@@ -21,9 +21,12 @@ class MassSum:
         num_kv_heads: of the cache.
         backend: name of the cache's backend.
         device: CUDA ordinal; -1 = host memory.
+        keeps_peaks: whether `peaks` are wanted, too.
     """
 
-    def __init__(self, batch: int, num_tiles: int, num_kv_heads: int, backend: str, device: int) -> None:
+    def __init__(
+        self, batch: int, num_tiles: int, num_kv_heads: int, backend: str, device: int, *, keeps_peaks: bool = False
+    ) -> None:  # fmt: skip
         self._device = device
         self._count = 0
         shape = (batch, num_tiles, num_kv_heads)
@@ -31,13 +34,16 @@ class MassSum:
             self._last: Any = library.zeros(shape, np.float32)
             # on a device the heads are averaged at the end, because a kernel for each layer would cost more
             self._sum: Any = library.zeros(shape, np.float32) if device >= 0 else np.zeros(shape[:2])
+            self._peaks: Any = library.zeros(shape, np.float32) if keeps_peaks else None
         self.operand = BACKENDS[backend].describe(self._last, "block_mass")
         """Where the next layer writes its masses; `add` has them counted."""
 
     def add(self) -> None:
         """Count what a layer has written."""
-        with self._library():
+        with self._library() as library:
             self._sum += self._last if self._device >= 0 else self._last.mean(axis=2)
+            if self._peaks is not None:
+                library.maximum(self._peaks, self._last, out=self._peaks)
         self._count += 1
 
     @property
@@ -50,6 +56,14 @@ class MassSum:
             with self._library():
                 summed = summed.mean(axis=2).get().astype(np.float64)
         found: NDArray[np.float64] = summed / self._count
+        return found
+
+    @property
+    def peaks(self) -> NDArray[np.float64]:
+        """``[batch, num_tiles]`` the greatest of all layers and kv heads; waits."""
+        with self._library():
+            greatest = self._peaks.max(axis=2)
+            found: NDArray[np.float64] = (greatest.get() if self._device >= 0 else greatest).astype(np.float64)
         return found
 
     def _library(self) -> contextlib.AbstractContextManager[Any]:

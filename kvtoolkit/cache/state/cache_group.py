@@ -52,6 +52,7 @@ class CacheGroup:
         self.storage = make_storage(config, is_empty=not has_storage)
         self.blocks = BlockManager(config, counters, self.storage.device if self.storage.device >= 0 else None)
         self.collects_mass = config.quantization is not None and config.quantization.demote == "mass"
+        """Whether the masses of tiles are noted in `table`."""
         num_tiles = -(-config.seq_len_limit // 64) if self.collects_mass else 0
         self.table = block_table.make_block_table(config.max_seqs, config.entries_limit, num_tiles)
         self.shared_reads = None if layers.span else make_shared_reads(config, self.table)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from kvtoolkit import CacheConfig, GraphStep, KVCache
+from kvtoolkit import CacheConfig, GraphStep, KVCache, variable_block_attention
 from kvtoolkit.cache.storage import device_transfers
 from kvtoolkit.cache.storage.calibration import ENGINES, Ways
 from kvtoolkit.errors import DeviceError
@@ -186,6 +186,62 @@ def test_captured_steps_copy_ahead_what_each_replay_reads_of_host_memory():
             pair.caches[0].offload(rng.permutation(ids)[:1])
             pair.caches[0]._places.settle_all()
     assert pair.caches[0].stats().num_offloaded > 50
+
+
+SPARSE = {**HOST, "sparse": 256}
+
+
+def test_steps_that_leave_out_tokens_read_the_rest_eager_captured_and_copied_ahead():
+    import torch
+
+    caches = [
+        KVCache(CacheConfig(**SHAPE, num_tokens=1024, max_seq_len=2048, tiers=tiers, backend="cuda"))
+        for tiers in (SPARSE, {**SPARSE, "staging": 512})
+    ]
+    torch.manual_seed(0)
+    ids = [cache.open([[]] * 3)[0] for cache in caches]
+    counts = [900, 700, 1200]
+    words = [[torch.randn(sum(counts), heads, 64, device="cuda").half() for heads in (2, 2, 8)] for _ in range(2)]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for at in range(0, 1200, 60):  # in pieces, so that the oldest goes to host memory
+            for cache, own in zip(caches, ids, strict=True):
+                some = [seq for seq, count in zip(own, counts, strict=True) if at < count]
+                with cache.begin_step(some, 60) as step:
+                    assert step.ok.all()
+                    for layer, (key, value, _) in enumerate(words):
+                        step.append(layer, key[: 60 * len(some)], value[: 60 * len(some)])
+                    cache.end_step(step, np.arange(60 * len(some)))
+        left_out = []
+        for i in range(40):
+            outs = []
+            for cache, own in zip(caches, ids, strict=True):
+                fixed = GraphStep(cache, 3) if i % 16 == 15 else None
+                is_full = cache._state.counters.num_steps % 16 == 0
+                with cache.begin_step(own, 1) as step:
+                    for layer, (key, value, q) in enumerate(words):
+                        place = slice(3 * i, 3 * i + 3)
+                        step.append(layer, key[place], value[place])
+                        outs.append(step.attend(layer, q[place]))
+                    if fixed is not None and not is_full:
+                        fixed.load(step)
+                        run = fixed.begin()
+                        for layer, (key, value, q) in enumerate(words):
+                            run.append(layer, key[place], value[place])
+                            assert torch.equal(run.attend(layer, q[place]), outs[layer - 2])
+                    if not is_full:
+                        short = step._short_tables()
+                        tables = [torch.from_numpy(np.ascontiguousarray(one)).cuda() for one in short]
+                        keys, values = (torch.from_dlpack(one(1)) for one in (cache.key_cache, cache.value_cache))
+                        expected = variable_block_attention(words[1][2][place], keys, values, *tables)
+                        torch.testing.assert_close(outs[-1], expected, rtol=2e-3, atol=2e-3)
+                        left_out.append(int((step.seq_lens - short.seq_lens).sum()))
+                    cache.end_step(step, np.arange(3))
+            for one, other in zip(outs[:2], outs[2:], strict=True):
+                assert torch.equal(one, other)
+    assert max(left_out) > 500
+    assert 0 < caches[0].stats().skipped_mass < 1
 
 
 def test_a_prompt_larger_than_the_device_pool_goes_to_host_memory():
