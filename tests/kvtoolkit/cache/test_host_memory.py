@@ -453,6 +453,20 @@ def test_room_that_is_asked_for_beside_a_restored_sequence_may_be_anywhere():
     cache.check_integrity()
 
 
+def test_a_sequence_comes_back_to_a_full_device_if_its_next_tokens_have_room_in_host_memory():
+    cache = make(256, {**HOST, "host": 5 * BLOCK})
+    ids, _ = cache.open([[], []])
+    extend(cache, ids, 120)
+    cache.preempt(ids[:1], to="host")
+    extend(cache, ids[1:], 136, 120)
+    assert cache.stats().tiers["hot"].free == 0
+    assert cache.restore(ids[:1], keep_free=1000).tolist() == [False]
+    assert cache.restore(ids[:1], keep_free=100).tolist() == [True]
+    extend(cache, ids[:1], 100, 120)
+    assert (held(cache, ids[0]), held(cache, ids[1])) == (list(range(220)), list(range(256)))
+    cache.check_integrity()
+
+
 def test_prompts_find_what_a_preempted_sequence_holds():
     cache = make()
     (seq,), _ = cache.open([[]])
@@ -534,6 +548,20 @@ def test_a_snapshot_with_preempted_rows_on_the_device_needs_no_host_memory():
     assert again.restore(ids[:1], keep_free=100).tolist() == [True]
     extend(again, ids[:1], 9, 60)
     assert held(again, ids[0]) == list(range(69))
+    again.check_integrity()
+
+
+def test_preempted_rows_of_a_snapshot_go_to_host_memory_before_what_is_awake():
+    cache = make()
+    ids, _ = cache.open([[], []])
+    extend(cache, ids, 180)
+    cache._group.storage.transfers = NoRoom()
+    cache.preempt(ids[1:], to="host")
+    again = KVCache.from_snapshot(cache.config, cache.snapshot())
+    extend(again, ids[:1], 300, 180)
+    assert not any(places(again, ids[0]))
+    assert again.stats().tiers["host16"].used == 184  # with its newest tokens, and a block that is not full
+    assert held(again, ids[1], PREEMPTED) == list(range(180))
     again.check_integrity()
 
 
