@@ -93,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         "moves to and from host memory on a GPU, and steps that need it",
     )
     _add(benches, "prediction", "kvtoolkit.bench.prediction", "how well predictors tell which tiles are read next")
+    _add(benches, "sessions", "kvtoolkit.bench.sessions", "what hints are worth when sessions of agents pause")
     _add(benches, "generate", "kvtoolkit.bench.generate", "a real model on the CPU, beside transformers' own cache")
     _add(
         benches,
