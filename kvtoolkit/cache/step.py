@@ -370,6 +370,8 @@ class Step:
             if mass is not None and (masses := mass.mean) is not None:
                 if sparse is not None:
                     sparse.observe(arrays, len(self.seq_ids), masses, mass.peaks)
+                    if self._cache._places is not None:
+                        self._cache._places.may_exchange = True
                 else:
                     note_masses(table, arrays, len(self.seq_ids), masses, period)
 

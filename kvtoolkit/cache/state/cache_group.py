@@ -40,6 +40,8 @@ class CacheGroup:
         compacted: ``[2]`` int64 row and logical granule at which compaction goes on.
         asleep: ``[max_seqs]`` when each row fell asleep, by the clock of the index, or `NOT_ASLEEP`; see
             `KVCache.offload`.
+        scores: ``[max_seqs, num_tiles]`` what a predictor expects of each tile, NaN where it knows nothing; ``[0, 0]``
+            where there is none.
         forgets: called after a call broke off, before anything is put in order: what was planned is not done.
     """
 
@@ -59,6 +61,7 @@ class CacheGroup:
         self.copies = HostCopies(self.storage, self.blocks.granules)
         self.compacted = np.zeros(2, np.int64)
         self.asleep = np.full(config.max_seqs, NOT_ASLEEP)
+        self.scores = np.empty((0, 0), np.float32)
         self.forgets: list[Callable[[], None]] = []
 
     def attach(self, row: int, runs: Runs) -> bool:

@@ -28,6 +28,10 @@ MOST_AT_ONCE = 448
 """Superblocks of one move."""
 
 
+_MARGIN = 0.01
+"""So much more of the attention must be worth an exchange of two superblocks."""
+
+
 class Move(NamedTuple):
     """Superblocks on their way."""
 
@@ -111,22 +115,49 @@ class Offloader:
         """Begin to move to the device what rows hold in host memory; returns how many superblocks.
 
         Args:
-            rows: the first ones come first, each with its oldest tokens first.
+            rows: the first ones come first, each with its oldest tokens first; where there are scores, the hottest do.
             most: superblocks.
             evicts: whether what no row that is awake holds may leave the device for it.
         """
         wanted, span = self._held_by(rows, self._host), self._measure(self._host, (0, 0))
-        wanted = wanted[(span.heat[wanted - span.first] < FIXED) & ~self._is_moving[wanted]][:most]
+        wanted = wanted[(span.heat[wanted - span.first] < FIXED) & ~self._is_moving[wanted]]
+        if len(self._group.scores):
+            wanted = wanted[np.argsort(-span.heat[wanted - span.first], kind="stable")]
+        wanted = wanted[:most]
         lacking = MAX_BLOCK_GRANULES * len(wanted) - self._group.blocks.num_known_free
         if evicts and len(wanted) and lacking > 0:
             self.make_room(lacking, below=AWAKE)
         return self._begin(wanted, to_host=False)
 
+    def exchange(self, rows: Int32Array, most: int) -> int:
+        """Begin to move to host memory what is read less than what rows hold there, as much as could take its place.
+
+        Returns how many superblocks; as many of what the rows hold are worth a `prefetch` when they have gone.
+        """
+        span = self._measure(self._host, (0, 0))
+        held = self._held_by(rows, self._host) - span.first
+        away = np.sort(span.heat[held][span.heat[held] < FIXED])[::-1]
+        span = self._measure(self._device, self._protected)
+        may_move = (span.heat >= AWAKE) & (span.heat < FIXED)
+        may_move &= ~self._is_moving[span.first : span.first + len(span.heat)]
+        here = np.flatnonzero(may_move)
+        here = here[np.argsort(span.heat[here], kind="stable")][:most]
+        count = min(len(here), len(away))
+        count = int(np.count_nonzero(away[:count] > span.heat[here[:count]] + _MARGIN * AWAKE))
+        return self._begin((here[:count] + span.first).astype(np.int32), to_host=True, below=FIXED)
+
     def _measure(self, pool: int, protected: tuple[int, int]) -> Span:
         span, group = self._spans[pool], self._group
         ledger = group.blocks.ledger
         place_moves.measure(
-            group.table, group.blocks.holdings, ledger.granted, ledger.callers, group.asleep, *protected, span
+            group.table,
+            group.blocks.holdings,
+            ledger.granted,
+            ledger.callers,
+            group.asleep,
+            group.scores,
+            *protected,
+            span,
         )
         return span
 
@@ -147,15 +178,15 @@ class Offloader:
 
     # -- moving ------------------------------------------------------------------------------------------------------
 
-    def _begin(self, sources: Int32Array, *, to_host: bool) -> int:
+    def _begin(self, sources: Int32Array, *, to_host: bool, below: float = AWAKE) -> int:
         """Begin moves; returns how many superblocks are on their way because of it."""
         sources = sources[~self._is_moving[sources]]
         return sum(
-            self._start(sources[at : at + MOST_AT_ONCE], to_host=to_host, beside=True)
+            self._start(sources[at : at + MOST_AT_ONCE], to_host=to_host, beside=True, below=below)
             for at in range(0, len(sources), MOST_AT_ONCE)
         )
 
-    def _start(self, sources: Int32Array, *, to_host: bool, beside: bool) -> int:
+    def _start(self, sources: Int32Array, *, to_host: bool, beside: bool, below: float = FIXED) -> int:
         """Take places for superblocks and begin to copy; returns for how many there were places."""
         group, blocks = self._group, self._group.blocks
         starts = self._take(self._host if to_host else self._device, len(sources))
@@ -172,8 +203,7 @@ class Offloader:
             raise
         self._is_moving[sources] = True
         blocks.arriving |= set(starts.tolist())
-        below = AWAKE if to_host and beside else FIXED
-        self._moves.append(Move(sources, targets, stamps, to_host, below, transfer))
+        self._moves.append(Move(sources, targets, stamps, to_host, below if to_host else FIXED, transfer))
         return len(sources)
 
     def _take(self, pool: int, count: int) -> Int32Array:

@@ -7,7 +7,8 @@ share a granule need not be looked for. The tokens keep their format, so where t
     heat of a superblock == the highest one of what it holds; the coldest moves first
     heat of a cached granule == when a row last let go of it, by the clock of the index
     heat of what a sleeping or preempted row holds == since when it sleeps, by the same clock
-    heat of what any other row holds == 2 * AWAKE - tokens between it and the row's end
+    heat of what any other row holds == 2 * AWAKE - tokens between it and the row's end, or where a predictor has scored
+                                        its tile, AWAKE * (1 + score), the score cut to [0, 1]
 """
 
 from typing import Any, NamedTuple
@@ -53,13 +54,14 @@ class Span(NamedTuple):
 
 @jit
 def measure(
-    table: BlockTable, holdings: Holdings, granted: Flags, callers: Flags, asleep: NDArray[np.float64], pinned: int,
-    hot: int, span: Span,
+    table: BlockTable, holdings: Holdings, granted: Flags, callers: Flags, asleep: NDArray[np.float64],
+    scores: NDArray[np.float32], pinned: int, hot: int, span: Span,
 ) -> None:  # fmt: skip
     """Fill in the heat of every superblock of a pool.
 
     Args:
         asleep: ``[max_seqs]`` when each row fell asleep, by the clock of the index; negative: it is awake.
+        scores: ``[max_seqs, num_tiles]`` of a predictor, NaN where it knows nothing; or ``[0, 0]``.
         pinned, hot: tokens at the beginning and at the end of a row that is awake which stay where they are.
     """
     nodes, granules, _ = holdings
@@ -76,11 +78,13 @@ def measure(
         span.heat[i], span.num_owned[i] = heat, count
     for row in range(len(table.info)):
         if table.info[row, STATE] != CLOSED:
-            _warm_up(table, row, asleep[row], pinned, hot, span)
+            _warm_up(table, row, asleep[row], scores, pinned, hot, span)
 
 
 @jit
-def _warm_up(table: BlockTable, row: int, asleep: float, pinned: int, hot: int, span: Span) -> None:
+def _warm_up(
+    table: BlockTable, row: int, asleep: float, scores: NDArray[np.float32], pinned: int, hot: int, span: Span
+) -> None:  # fmt: skip
     """Raise the heat of the superblocks that a row holds to what it needs."""
     length, may_move = table.info[row, LENGTH], may_be_moved(table, row)
     is_preempted = table.info[row, STATE] == PREEMPTED
@@ -96,6 +100,8 @@ def _warm_up(table: BlockTable, row: int, asleep: float, pinned: int, hot: int, 
             heat = asleep
         elif begin < pinned or length - end < hot:
             heat = FIXED
+        elif len(scores) > 0 and not np.isnan(scores[row, begin >> 6]):
+            heat = AWAKE * (1 + min(max(float(scores[row, begin >> 6]), 0.0), 1.0))
         else:
             heat = 2 * AWAKE - (length - end)
         span.heat[i] = max(span.heat[i], heat)

@@ -37,6 +37,9 @@ class Places:
         self._movers = [one for one in (self.hot, self.cold) if one is not None]
         self._most_at_once = group.config.migrate_budget
         self._num_asleep = 0
+        self.may_exchange = False
+        """Set when there are new scores: the next step may exchange what is read little for what is read more."""
+        self._num_owed = 0  # superblocks that have made room for others
 
     @property
     def is_away(self) -> bool:
@@ -57,6 +60,8 @@ class Places:
             mover.settle()
         missing = int(tile_moves.count_missing(table, arrays, num_need)) if num_need else 0
         self.make_room(missing)
+        if self.hot is not None and (self.may_exchange or self._num_owed):
+            self._exchange(self.hot, rows)
         self._bring_back(rows, missing)
         return int(table.clock[LAST_STAMP]) != before
 
@@ -91,6 +96,18 @@ class Places:
     def make_cold_room(self) -> bool:
         """Make room for a block in the cold tier; False if that cannot be."""
         return self.cold is not None and self.cold.make_room(MAX_BLOCK_GRANULES) >= MAX_BLOCK_GRANULES
+
+    def _exchange(self, hot: Offloader, rows: Int32Array) -> None:
+        """Bring back what has room now, or make room by what is read less."""
+        if hot.num_moves:
+            return
+        if self._num_owed:
+            free = self._group.blocks.num_known_free // MAX_BLOCK_GRANULES
+            hot.prefetch(rows, min(self._num_owed, free), evicts=False)
+            self._num_owed = 0
+        elif self.may_exchange:
+            self._num_owed = hot.exchange(rows, self._most_at_once)
+            self.may_exchange = False
 
     def _bring_back(self, rows: Int32Array, missing: int) -> None:
         """Begin to move what the rows of a step hold in host memory to the device, if there is room to spare.

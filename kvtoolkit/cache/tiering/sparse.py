@@ -54,6 +54,7 @@ class SparseReads:
         num_rows, num_tiles = group.config.max_seqs, -(-group.config.seq_len_limit // 64)
         self._left_out = np.zeros((num_rows, num_tiles), np.bool_)
         self._states = new_state(self._predictor, (num_rows,), num_tiles)
+        group.scores = np.full((num_rows, num_tiles), np.nan, np.float32)
         self._known: Int64Array = np.zeros((num_rows, 3), np.int64)  # generation, length, full steps of each row
         self.skipped_mass: float | None = None
 
@@ -88,8 +89,11 @@ class SparseReads:
         at = np.flatnonzero((arrays.status[:batch] == OK) & (arrays.counts[:batch] > 0))
         self._forget_others(rows)
         chosen = [self._choose(int(row), peaks[b]) for row, b in zip(rows, at, strict=True)]
+        scores = self._group.scores
         skipped = [masses[b][self._left_out[row, : masses.shape[1]]].sum() for row, b in zip(rows, at, strict=True)]
-        for row, (left_out, state) in zip(rows.tolist(), chosen, strict=True):
+        for row, (left_out, state, score) in zip(rows.tolist(), chosen, strict=True):
+            scores[row] = np.nan
+            scores[row, self._bounds[0] : self._bounds[0] + len(score)] = score
             self._left_out[row] = False
             self._left_out[row, : len(left_out)] = left_out
             self._states[:, row, : state.shape[1]] = state
@@ -97,22 +101,23 @@ class SparseReads:
         if skipped:
             self.skipped_mass = float(np.mean(skipped))
 
-    def _choose(self, row: int, peaks: NDArray[np.float64]) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
-        """Which tiles a row leaves out from now on, and what the predictor knows of its tiles."""
+    def _choose(
+        self, row: int, peaks: NDArray[np.float64]
+    ) -> tuple[NDArray[np.bool_], NDArray[np.float32], NDArray[np.float32]]:
+        """Which tiles a row leaves out from now on, what is known of its tiles, and the scores of those not pinned."""
         length = int(self._group.table.info[row, LENGTH])
         first, end = self._bounds[0], max(0, length - self._bounds[1]) // 64
         left_out, state = np.zeros(max(end, 0), np.bool_), self._states[:, row, : max(end, 0)].copy()
         if end <= first:
-            return left_out, state
+            return left_out, state, np.empty(0, np.float32)
         shown = state[:, first:end].copy()
         mass = np.nan_to_num(peaks[first:end]).astype(np.float32)
         scores = predict(self._predictor, shown, TileStep(int(self._known[row, 2]), mass))
         state[:, first:end] = shown
         is_away = _tiles_away(self._group, row, self._first)[first:end]
-        scores = np.where(is_away, scores, -np.inf)
-        kept = choose(scores, min(self._budget, end - first))
+        kept = choose(np.where(is_away, scores, -np.inf).astype(np.float32), min(self._budget, end - first))
         left_out[first:end] = np.logical_and(is_away, ~kept)
-        return left_out, state
+        return left_out, state, scores
 
     def _forget_others(self, rows: Int32Array) -> None:
         """Forget what is known of the sequences that had these rows before, or that were longer."""
@@ -120,6 +125,7 @@ class SparseReads:
         is_other = (self._known[rows, 0] != info[rows, GENERATION]) | (self._known[rows, 1] > info[rows, LENGTH])
         others = rows[is_other]
         self._left_out[others] = False
+        self._group.scores[others] = np.nan
         self._states[:, others] = np.nan
         self._known[others, 2] = 0
         self._known[rows, 0], self._known[rows, 1] = info[rows, GENERATION], info[rows, LENGTH]

@@ -154,6 +154,27 @@ def test_a_budget_for_everything_leaves_out_nothing():
         np.testing.assert_array_equal(*outs)
 
 
+def test_tiles_that_are_read_more_take_the_places_of_those_that_are_read_less():
+    cache = make(sparse=256, num_tokens=768)
+    one = looked_up(cache, [1, 2, 3], length=1024)
+    first = cache.config.pool_firsts[3]
+
+    def are_away():
+        entries, starts = cache._group.table.entries[0], cache._group.table.starts[0]
+        return [
+            int(start) // 8
+            for entry, start in zip(entries, starts, strict=True)
+            if entry & 0xFFFFFF >= first and entry >= 0
+        ]
+
+    assert {1, 2, 3} <= set(are_away())
+    for _ in range(48):
+        one.decode([1, 2, 3])
+    assert not {1, 2, 3} & set(are_away())
+    assert cache.stats().num_prefetched >= 3
+    cache.check_integrity()
+
+
 def test_what_was_known_of_a_row_is_forgotten_with_its_sequence():
     cache = make(sparse=0)
     one = looked_up(cache, [3])
