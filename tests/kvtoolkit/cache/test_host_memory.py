@@ -686,3 +686,45 @@ def test_a_restore_that_breaks_off_leaves_rows_preempted_with_all_that_they_hold
     assert cache.repair().num_reopened == 1
     assert cache.restore(ids).all()
     assert held(cache, ids[0]) == list(range(100))
+
+
+def test_a_superblock_is_in_one_move_at_a_time():
+    cache = make()
+    cache._group.storage.transfers = LateTransfers(cache._group.storage.transfers)
+    ids, _ = cache.open([[], []])
+    extend(cache, ids, 192)
+    assert cache.offload(ids[:1]) == 3
+    assert cache.offload(ids[:1]) == 0
+    extend(cache, ids[1:], 192, 192)  # for which what is on its way already makes room
+    cache._places.settle_all()
+    cache.check_integrity()
+    assert cache.stats().num_offloaded == 3
+
+
+def test_a_sequence_that_is_in_a_step_is_awake():
+    cache = make()
+    cache._group.storage.transfers = LateTransfers(cache._group.storage.transfers)
+    ids, _ = cache.open([[], []])
+    extend(cache, ids, 150)
+    assert cache.offload(ids[:1]) == 2
+    extend(cache, ids[:1], 1, 150)
+    assert places(cache, ids[0]) == [False, False, False]
+
+
+def test_copies_of_a_move_that_was_forgotten_write_over_nobody(monkeypatch):
+    cache = make()
+    transfers = cache._group.storage.transfers = LateTransfers(cache._group.storage.transfers)
+    ids, _ = cache.open([[], []])
+    extend(cache, ids, 192)
+    assert cache.offload(ids) == 6
+    with monkeypatch.context() as patch:
+        patch.setattr(Offloader, "settle", lambda self, wanted=0: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            cache.begin_step(ids, 1)
+    extend(cache, ids[:1], 320, 192)  # what was to be moved gets other places
+    assert sum(places(cache, ids[0])) + sum(places(cache, ids[1])) > 2
+    transfers.join()
+    with cache.begin_step(ids, 0) as step:
+        for entries, length in zip(step.block_table, (512, 192), strict=True):
+            keys = [cache.key_cache(0)[entry & 0xFFFFFF :][:8, 0, :, 0].ravel() for entry in entries if entry >= 0]
+            assert np.concatenate(keys)[:length].tolist() == list(range(length))
