@@ -76,6 +76,7 @@ def test_a_trace_is_read_as_it_is(name, tmp_path):
         ([HEAD, [0, 0, -64, 1, 0, 0, 0, [1, 1]]], "line 2: expected stream, in, out and keep"),
         ([HEAD, [0, "now", 64, 1, 0, 0, 0, [1, 1]]], "line 2: expected t, think_s and api_s"),
         ([HEAD, "[0, NaN, 64, 1, 0, 0, 0, [1, 1]]"], "line 2: expected t, think_s and api_s"),
+        ([HEAD, "[0, Infinity, 64, 1, 0, 0, 0, [1, 1]]"], "line 2: expected t, think_s and api_s"),
         ([HEAD, [0, 0, 64, 1, 0, 0, 0, [1]]], "line 2: expected new to be pairs"),
         ([HEAD, [0, 0, 64, 1, 0, 0, 0, [1, 2]]], "line 2: expected 1 ids for 64 tokens, got 2"),
         ([HEAD, [0, 0, 64, 1, 0, 0, 1, []]], "line 2: expected keep to be at most 0"),
@@ -151,12 +152,14 @@ def test_answers_take_room_until_something_else_needs_it():
 
 
 def test_what_a_session_does_not_use_again_goes_first_if_pauses_are_known():
-    short = Arrival(3.0, 0, np.array([0], np.int32), 0, 0.0, 4)
+    whole, beginning, other = (np.array(ids, np.int32) for ids in ([0, 1, 2], [0], [3, 4]))
     arrivals = [
-        Arrival(1.0, 0, np.array([0, 1, 2], np.int32), 0, 0.0, 1), short,
-        Arrival(4.0, 1, np.array([3, 4], np.int32), 0, 0.0, 3), Arrival(5.0, 1, np.array([3, 4], np.int32), 0, 0.0, LAST),
-        Arrival(6.0, 0, np.array([0], np.int32), 0, 0.0, LAST),
-    ]  # fmt: skip
+        Arrival(1.0, 0, whole, 0, 0.0, 1),
+        Arrival(3.0, 0, beginning, 0, 0.0, 4),
+        Arrival(4.0, 1, other, 0, 0.0, 3),
+        Arrival(5.0, 1, other, 0, 0.0, LAST),
+        Arrival(6.0, 0, beginning, 0, 0.0, LAST),
+    ]
     assert known_pauses(Schedule(tuple(arrivals), 5, 0), 4).tolist() == [0, 1, 0, 2, 1]
 
 
