@@ -22,7 +22,7 @@ KERNELS = [
 def test_every_kernel_takes_a_struct_that_can_be_read():
     kernels = sum(path.read_text().count('extern "C" __global__') for path in source_folder().rglob("*.cu"))
     assert len(KERNELS) == kernels >= 20
-    assert len({ParameterStruct(*kernel).name for kernel in KERNELS}) == 29
+    assert len({ParameterStruct(*kernel).name for kernel in KERNELS}) == 31
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -48,7 +48,7 @@ def test_sizes_and_offsets_are_those_of_a_compiler(tmp_path):
             size = {"q": 8, "Q": 8, "i": 4, "I": 4, "f": 4}[field.code] * (field.length or 1)
             checks.append(f"static_assert(sizeof({read.name}::{field.name}) == {size});")
     most = {"MoveParams": copy.MAX_MOVES, "ConvertParams": copy.MAX_CONVERSIONS, "GrowParams": grow.MAX_GROUPS}
-    most["ReorderParams"] = grow.MAX_GROUPS
+    most |= {"ReorderParams": grow.MAX_GROUPS, "TransferParams": copy.MAX_MOVES}
     assert constants == most
     head = "struct int2 { int x, y; }; struct alignas(16) int4 { int x, y, z, w; }; struct uint4 {};\n"
     head += "using Word = unsigned long long;\n"
