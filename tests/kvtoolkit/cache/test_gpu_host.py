@@ -11,6 +11,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from kvtoolkit import CacheConfig, GraphStep, KVCache, variable_block_attention
 from kvtoolkit.cache.storage import device_transfers
 from kvtoolkit.cache.storage.calibration import ENGINES, Ways
+from kvtoolkit.cache.storage.upload import PinnedRing, make_upload
 from kvtoolkit.errors import DeviceError
 from kvtoolkit.formats.entry import TIER_HOT, unpack_entries
 from tests.kvtoolkit.attention.gpu_cases import to_device, to_host
@@ -353,7 +354,22 @@ def read_in_new_places():
     return read(cache, seq)
 
 
+def uploaded_in_turn():
+    """What arrives on the device of tables that were given to a slow stream one after the other."""
+    import torch
+
+    upload = make_upload("cuda", 0)
+    slow()
+    held = [torch.from_dlpack(upload.one(np.full(1 << 12, 2 + i, np.int32))) for i in range(12)]
+    torch.cuda.synchronize()
+    return torch.stack([one - i for i, one in enumerate(held)])
+
+
 RULES = {
+    "nobody writes to a pinned buffer before it is copied": (
+        uploaded_in_turn, PinnedRing, "_give_back",
+        lambda self, stream: setattr(self, "_turn", (self._turn + 1) % len(self._done)),
+    ),
     "copies wait for the kernels that write the source": (
         written_then_offloaded, device_transfers.DeviceTransfers, "_follow", lambda self, current: None
     ),
