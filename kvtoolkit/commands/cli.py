@@ -82,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     _add(benches, "attention", "kvtoolkit.bench.attention", "decode attention on a GPU, beside other people's kernels")
     _add(benches, "tiers", "kvtoolkit.bench.tiers", "attention over quantized tiers on a GPU, beside 16 bit")
     _add(benches, "demotion", "kvtoolkit.bench.demotion", "what moving tokens to colder tiers costs on a GPU")
+    _add(benches, "promotion", "kvtoolkit.bench.promotion", "what writing old tokens back to 16 bit costs and brings")
     _add(benches, "blocks", "kvtoolkit.bench.blocks", "what block sizes, planning and calls cost on a GPU")
     _add(benches, "cache", "kvtoolkit.bench.cache", "append, and the moves of forks and merges, on a GPU")
     _add(benches, "groups", "kvtoolkit.bench.groups", "a captured step of layers in groups on a GPU, beside one group")
