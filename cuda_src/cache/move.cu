@@ -84,8 +84,7 @@ struct ListedTransferParams : Arena {
 // Copy in every array granule source_of(i) to target_of(i), for each i below num_moves, by all threads of the grid.
 template <typename Source, typename Target>
 __device__ __forceinline__ void transfer_all(
-    const Arena& p, long long num_arrays, int num_moves, Source source_of, Target target_of
-) {
+    const Arena& p, long long num_arrays, int num_moves, Source source_of, Target target_of) {
   constexpr int kUnroll = 4;  // loads under way in a thread
   const int of_array = num_moves * p.granule_vectors;
   const long long total = of_array * num_arrays;

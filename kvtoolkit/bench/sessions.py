@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from allocators._command_line import integer
+from allocators._command_line import integer, number
 from kvtoolkit._version import __version__
 from kvtoolkit.arrays.types import Int32Array
 from kvtoolkit.bench.session_blocks import belady, known_pauses, lru
@@ -23,6 +23,7 @@ from kvtoolkit.commands.json_file import add_json, write_json
 from kvtoolkit.errors import ArgumentError
 from kvtoolkit.formats.entry import MAX_BLOCK_GRANULES
 
+_POSITIVE = number(1e-6)
 _LONGEST = 0.95
 """Requests with more blocks than this share of the smallest device are left out, for every device."""
 _QUICK: dict[str, Any] = {"sessions": 30, "capacity": [0.5], "host": [2.0]}
@@ -96,16 +97,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``kvtoolkit bench sessions``."""
     parser.add_argument("--trace", required=True, metavar="FILE", help="sessions of agents, JSON lines, .gz or not")
     parser.add_argument("--sessions", type=integer(1), default=120, help="so many of them, by a fixed seed")
-    parser.add_argument("--spread", type=_positive, default=1.0, metavar="HOURS", help="they begin within this time")
-    parser.add_argument("--capacity", type=_positive, nargs="+", default=[0.5, 1.0, 2.0], metavar="M",
+    parser.add_argument("--spread", type=_POSITIVE, default=1.0, metavar="HOURS", help="they begin within this time")
+    parser.add_argument("--capacity", type=_POSITIVE, nargs="+", default=[0.5, 1.0, 2.0], metavar="M",
                         help="tokens of the device, in units of 2**20")  # fmt: skip
-    parser.add_argument("--host", type=_positive, nargs="+", default=[2.0], metavar="TIMES",
+    parser.add_argument("--host", type=_POSITIVE, nargs="+", default=[2.0], metavar="TIMES",
                         help="host memory, in times the device")  # fmt: skip
     parser.add_argument("--policy", nargs="+", choices=list(POLICIES), metavar="POLICY",
                         help=f"only these of {', '.join(POLICIES)}")  # fmt: skip
-    parser.add_argument("--prefill", type=_positive, default=10_000.0, help="tokens that a second computes")
-    parser.add_argument("--link", type=_positive, default=50.0, help="GB/s between host memory and the device")
-    parser.add_argument("--token-kib", type=_positive, default=128.0, help="KiB of a token's keys and values")
+    parser.add_argument("--prefill", type=_POSITIVE, default=10_000.0, help="tokens that a second computes")
+    parser.add_argument("--link", type=_POSITIVE, default=50.0, help="GB/s between host memory and the device")
+    parser.add_argument("--token-kib", type=_POSITIVE, default=128.0, help="KiB of a token's keys and values")
     parser.add_argument("--quick", action="store_true", help="30 sessions, one device: about a minute")
     add_json(parser)
 
@@ -187,11 +188,3 @@ def _print(row: Row) -> None:
 
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
-
-
-def _positive(text: str) -> float:
-    """The ``type`` of an option: a number above 0."""
-    value = float(text)
-    if not 0 < value < 1e12:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
-    return value

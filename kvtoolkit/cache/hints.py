@@ -12,8 +12,9 @@ class Hints:
     """The calls of a `kvtoolkit.KVCache` by which its engine says what it knows. None of them changes a result.
 
     An agent's session sleeps while a tool runs or its user reads. Only the engine knows when a pause begins, and often
-    also when it ends; moving memory then is worth more than any guess from the past. (RFC vllm#57103 found that
-    prefetching at such hints keeps 95 to 100 % of what perfect knowledge would gain, and timing predictors 5 to 50 %.)
+    also when it ends. On a trace of agents `prefetch` in time kept 74 to 95 % of what perfect knowledge would gain, and
+    guessed times 5 % at most; `offload` at every pause paid only where host memory had room for all that sleep
+    (``docs/results/sessions.md``).
     """
 
     _calls: Calls
@@ -26,8 +27,8 @@ class Hints:
 
         They stay open, and can be used like any others; a sequence wakes when it is in a step, or by `prefetch`. What
         other sequences that are awake hold too stays where it is, and so does a last block that is not full. The call
-        returns at once: copies run beside the caller's kernels, and the memory becomes free when a later call finds
-        them done, or at once when it is needed.
+        returns at once: copies run beside the caller's kernels, and the memory becomes free when a later `begin_step`,
+        `open` or hint finds them done, or at once when it is needed. A sequence that wakes before stays where it is.
 
         Args:
             seq_ids: ``[batch]`` open sequences.
@@ -65,11 +66,14 @@ class Hints:
 
     @exclusive
     def retain(self, seq_ids: ArrayLike, seconds: float) -> None:
-        """Say for how long later prompts will probably want what sequences leave behind when they are closed.
+        """Say that what sequences leave behind when they are closed shall stay longer than what others do.
 
         What a sequence leaves cached then counts as used ``seconds`` later than it was. So it stays longer than what
         else is cached, but its lead melts away, and when memory is needed it goes like everything else. Policies that
         look at something else than ``last_used`` do not see it. The call is also of use without host memory.
+
+        It is for what is wanted soon: sessions that will be back within seconds. To retain each session for as long as
+        its pause lasts keeps those longest that come back last, which is the worst order there is.
 
         Args:
             seq_ids: ``[batch]`` open sequences.

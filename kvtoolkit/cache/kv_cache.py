@@ -141,6 +141,8 @@ class KVCache(Hints, Views):
         salts, extras = as_salts(salt, len(tokens)), as_extras(extra_keys, len(tokens))
         state, counters = self._state, self._state.counters
         state.require_closed_rows(len(tokens), "open")
+        if self._places is not None:
+            self._places.settle()
         origins = state.identities.origins(salts, extras)
         opened = state.new_rows(len(tokens), "open", origins)
         state.tick()
@@ -412,9 +414,7 @@ class KVCache(Hints, Views):
                 preempted sequences share them. In a cache with host memory (``tiers={"host": ...}``) they move there
                 instead, as `offload` moves them: the call returns at once, and the memory becomes free when the copies
                 are done, or at once when it is needed. Warm tiles, and what open sequences hold too, stay on the
-                device. So does what finds no place because host memory is full; it is among the first to go there when
-                memory is needed. Nothing is lost, but if device and host memory are both full, only ``"drop"`` and
-                `close` free any.
+                device. A sequence for which host memory has no room is copied outside the pool.
 
         Raises:
             ArgumentError: ``to`` is neither.

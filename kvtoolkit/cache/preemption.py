@@ -1,7 +1,7 @@
 """Preemption: free the memory of sequences, and bring the sequences back.
 
-In a cache with host memory, sequences that are preempted to the host keep their entries. What these name moves between
-the places as what open sequences hold does, so coming back changes nothing but a row's state.
+In a cache with host memory, sequences that are preempted to the host keep their entries, if there is room. What these
+name moves between the places as what open sequences hold does, so coming back changes nothing but a row's state.
 """
 
 from collections.abc import Sequence
@@ -26,6 +26,10 @@ from kvtoolkit.formats.entry import MAX_BLOCK_GRANULES, TIER_HOT
 class Movers(Protocol):
     """What preemption needs of `kvtoolkit.cache.tiering.places.Places`."""
 
+    def can_stay(self, rows: Int32Array) -> NDArray[np.bool_]:
+        """Which rows host memory has room for, one after the other."""
+        ...
+
     def offload(self, rows: Int32Array) -> int:
         """Let rows fall asleep, and begin to move what they hold to host memory."""
         ...
@@ -42,8 +46,12 @@ class Movers(Protocol):
 def preempt(state: CacheState, batch: Int32Array, to: str, places: Movers | None) -> None:
     """Drop what rows hold, or copy or move it to the host; see `KVCache.preempt`."""
     if to == "host" and places is not None:
-        _put_to_sleep(state, batch, places)
-        return
+        stays = places.can_stay(batch)
+        if stays.any():
+            _put_to_sleep(state, batch[stays], places)
+        batch = batch[~stays]  # is copied, so that preempting always frees memory
+        if not len(batch):
+            return
     saved = {row: _save(state.group, row, to, state.others) for row in batch.tolist()}
     state.tick()
     state.preempted = state.preempted | saved

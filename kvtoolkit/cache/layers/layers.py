@@ -7,7 +7,7 @@ checked; the step's tables on the host are read-only to callers.
 from collections.abc import Callable
 from typing import Any
 
-from kvtoolkit.arrays.call import NO_HINTS, Hints, attention_call
+from kvtoolkit.arrays.call import NO_HINTS, AttentionCall, Hints, attention_call
 from kvtoolkit.arrays.extents import extent
 from kvtoolkit.arrays.host import Operand, mark_written
 from kvtoolkit.arrays.types import ITEMSIZES
@@ -31,6 +31,10 @@ StepTables = tuple[Any, Any, Any, Any, Any]
 """``block_table, block_starts, seq_lens, cu_seqlens_q, slot_mapping``; see `kvtoolkit.Step`."""
 
 _MOST_FORMS = 4
+_NO_POSITIONS = (
+    "attend: expected no window_size, alibi_slopes or causal=False in a step that leaves out tokens (tiers.sparse), "
+    "since kernels do not see their positions"
+)
 _IN_PLACE = 0  # of a form: whether the output is written over the queries
 
 
@@ -201,10 +205,7 @@ class LayerCalls:
         check_flags(causal=causal, return_lse=return_lse)
         window = check_options(softmax_scale, window_size, softcap, num_splits)
         if self._is_short and (window != (-1, -1) or alibi_slopes is not None or causal is False):
-            raise UnsupportedError(
-                "attend: expected no window_size, alibi_slopes or causal=False in a step that leaves out tokens "
-                "(tiers.sparse), since kernels do not see their positions"
-            )
+            raise UnsupportedError(_NO_POSITIONS)
         self._check_queries(queries)
         check_output(target, "out", queries.shape, arenas.dtype)
         if not is_own:
@@ -221,18 +222,23 @@ class LayerCalls:
             block_mass=None if self._mass is None else self._mass.operand, softmax_scale=softmax_scale, causal=causal,
             window_size=window, softcap=softcap, num_splits=num_splits,
         )  # fmt: skip
-        if self._staged is not None:
-            self._staged.before(layer)
-        prepared = backend_of.attend(call, self._hints_now())
-        if self._staged is not None:
-            self._staged.after(layer)
-        if self._mass is not None:
-            self._mass.add()
+        prepared = self._run(layer, call)
         if is_plain and prepared is not None:
             self._attended = [(form, prepared), *self._attended[: _MOST_FORMS - 1]]
         if not is_own:
             mark_written(out)
         return (out, lse) if return_lse else out
+
+    def _run(self, layer: int, call: AttentionCall) -> Any:
+        """Attend; returns what `Backend.attend` returns."""
+        if self._staged is not None:
+            self._staged.before(layer)
+        prepared = self._backend.attend(call, self._hints_now())
+        if self._staged is not None:
+            self._staged.after(layer)
+        if self._mass is not None:
+            self._mass.add()
+        return prepared
 
     def _hints_now(self) -> Hints:
         """The hints, without those that a graph which is being captured will outlive."""

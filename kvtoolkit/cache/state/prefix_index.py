@@ -353,7 +353,7 @@ def decref(holdings: Holdings, granule: int, num_freed: int) -> Any:
     node = granules.node[granule]
     if node >= 0:
         granules.cached[pool] += 1
-        nodes.last_used[node] = nodes.counts[CLOCK]
+        nodes.last_used[node] = max(nodes.last_used[node], nodes.counts[CLOCK])  # it may be dated into the future
         return num_freed
     freed[num_freed] = granule
     return num_freed + 1

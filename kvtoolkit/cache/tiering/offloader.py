@@ -213,7 +213,9 @@ class Offloader:
         starts = blocks.ledger.take(pool, sizes)
         found = starts[starts >= 0]
         if len(found) < count and pool == self._host:
-            while len(found) < count and blocks.evict(MAX_BLOCK_GRANULES, pool):
+            while len(found) < count and (
+                blocks.evict(MAX_BLOCK_GRANULES * (count - len(found)), pool) or blocks.evict(MAX_BLOCK_GRANULES, pool)
+            ):
                 starts = blocks.ledger.take(pool, sizes[len(found) :])
                 found = np.concatenate([found, starts[starts >= 0]])
         return found

@@ -1,9 +1,10 @@
 """Where a cache with host memory keeps what: on the device while there is room, the coldest in host memory."""
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvtoolkit.arrays.types import Int32Array
-from kvtoolkit.cache.state.block_table import CAPACITY, LAST_STAMP, LENGTH
+from kvtoolkit.cache.state.block_table import CAPACITY, LAST_STAMP, LENGTH, NUM_ENTRIES
 from kvtoolkit.cache.state.cache_group import NOT_ASLEEP, CacheGroup
 from kvtoolkit.cache.state.prefix_index import CLOCK
 from kvtoolkit.cache.state.step_passes import StepArrays
@@ -56,8 +57,7 @@ class Places:
         before, rows = int(table.clock[LAST_STAMP]), arrays.rows[:batch]
         if self._num_asleep:
             self.wake(rows)
-        for mover in self._movers:
-            mover.settle()
+        self.settle()
         missing = int(tile_moves.count_missing(table, arrays, num_need)) if num_need else 0
         self.make_room(missing)
         if self.hot is not None and (self.may_exchange or self._num_owed):
@@ -72,8 +72,7 @@ class Places:
         # each may get a block of 64 tokens for its last ones
         wanted = np.maximum(0, -(-ends // 8) - info[:, CAPACITY]) + MAX_BLOCK_GRANULES
         self.wake(rows)
-        for mover in self._movers:
-            mover.settle()
+        self.settle()
         self.make_room(int(wanted.sum()))
 
     def make_room(self, wanted: int) -> None:
@@ -125,10 +124,23 @@ class Places:
 
     def offload(self, rows: Int32Array) -> int:
         """Let rows fall asleep, and begin to move what they hold to host memory; returns how many superblocks."""
+        self.settle()
         asleep = self._group.asleep
         asleep[rows] = float(self._group.blocks.nodes.counts[CLOCK])
         self._num_asleep = int((asleep != NOT_ASLEEP).sum())
         return sum(mover.offload(rows) for mover in self._movers)
+
+    def can_stay(self, rows: Int32Array) -> NDArray[np.bool_]:
+        """Which rows host memory has room for, one after the other; none once it is full."""
+        blocks, table = self._group.blocks, self._group.table
+        room, fits = blocks.num_in_reach if self.hot is not None else 0, np.zeros(len(rows), np.bool_)
+        for i, row in enumerate(rows.tolist()):
+            entries = table.entries[row, : table.info[row, NUM_ENTRIES]]
+            here = np.unique((entries & 0xFFFFFF)[entries & 0xFFFFFF < blocks.num_hot] >> 3)
+            needed = MAX_BLOCK_GRANULES * len(here)
+            fits[i] = room >= max(needed, MAX_BLOCK_GRANULES)
+            room -= needed if fits[i] else 0
+        return fits
 
     def prefetch(self, rows: Int32Array, keep_free: int = 0) -> int:
         """Wake rows, and begin to move what they hold to the device; returns how many superblocks.
@@ -136,6 +148,7 @@ class Places:
         A superblock on its way takes memory in both places. If ``keep_free`` is given, only so many set out that this
         many hot granules can still be had meanwhile.
         """
+        self.settle()
         self.wake(rows)
         blocks = self._group.blocks
         most = len(blocks.granules.refs) // MAX_BLOCK_GRANULES
@@ -150,6 +163,11 @@ class Places:
         asleep = self._group.asleep
         asleep[rows] = NOT_ASLEEP
         self._num_asleep = int((asleep != NOT_ASLEEP).sum())
+
+    def settle(self) -> None:
+        """Finish the moves whose copies are done."""
+        for mover in self._movers:
+            mover.settle()
 
     def settle_all(self) -> None:
         """Finish all moves; the current stream waits for their copies."""

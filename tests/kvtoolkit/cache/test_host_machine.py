@@ -102,6 +102,8 @@ class Hints:
         table = self.cache._group.table
         for seq, tokens in kept.items():
             (row,) = self.cache._state.rows_of([seq], (PREEMPTED,))
+            if not self.cache._state.preempted[row].stays:  # host memory had no room for it, so it was copied
+                continue
             for layer, read in enumerate(readers):
                 keys, values = (held[: len(tokens)] for held in read(table.entries[row]))
                 self.compare(keys, self.key_of(tokens, layer))

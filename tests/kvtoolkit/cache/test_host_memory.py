@@ -189,6 +189,33 @@ def test_retained_prefixes_outlive_others_and_their_lead_melts_away():
     assert not is_found(50_000)
 
 
+def test_looking_at_a_retained_prefix_does_not_shorten_its_stay():
+    cache, now = make(tiers=None), [1.0]
+    cache._state.now, cache._state.made_at = lambda: now[0], 0.0
+    (seq,), _ = cache.open([[]])
+    extend(cache, [seq], 128)
+    cache.retain([seq], 1000)
+    cache.close([seq])
+    cache.close(cache.open([[*range(128), 9]])[0])
+    for i in range(1, 7):
+        (seq,), _ = cache.open([[]])
+        extend(cache, [seq], 128, 1000 * i)
+        cache.close([seq])
+    assert cache.open([[*range(128), 9]])[1].tolist() == [128]
+
+
+@pytest.mark.parametrize("call", ["open", "offload", "prefetch", "begin_step"])
+def test_calls_finish_the_moves_whose_copies_are_done(call):
+    cache = make()
+    ids, _ = cache.open([[], []])
+    extend(cache, ids, 150)
+    assert cache.offload(ids[:1]) == 2
+    assert cache.stats().num_offloaded == 0
+    argument = {"open": ([[1, 2]],), "begin_step": (ids[1:], 0)}.get(call, (ids[1:],))
+    getattr(cache, call)(*argument)
+    assert cache.stats().num_offloaded == 2
+
+
 @pytest.mark.parametrize("what", ["offload", "prefetch"])
 def test_hints_need_host_memory_and_open_sequences(what):
     cache = make(tiers=None)
@@ -413,27 +440,36 @@ def test_figures_count_what_preempted_sequences_hold():
     assert (cache.stats().used, cache.stats().num_preempted_seqs, cache.stats().entries_per_seq) == (0, 0, 0)
 
 
-def test_what_finds_no_place_in_host_memory_stays_and_goes_when_there_is_room():
-    cache = make(512, {**HOST, "host": 2 * BLOCK})
-    ids, _ = cache.open([[], []])
-    extend(cache, ids, 192)
-    cache.preempt(ids[:1], to="host")
-    cache.preempt(ids[1:], to="host")
+def test_what_finds_no_place_in_host_memory_is_copied_so_that_preempting_always_frees_memory():
+    cache = make(512, {**HOST, "host": 4 * BLOCK})
+    ids, _ = cache.open([[], [], []])
+    extend(cache, ids[:2], 192)
+    cache.preempt(ids[:2], to="host")  # three blocks each, of which four find a place
     cache._places.settle_all()
-    assert cache.stats().tiers["host16"].used == 128
-    assert cache.stats().tiers["hot"].used == 256
-    assert held(cache, ids[0], PREEMPTED) == held(cache, ids[1], PREEMPTED) == list(range(192))
-    (third,), _ = cache.open([[9]])
-    extend(cache, [third], 256, 1000)
-    with cache.begin_step([third], 8) as step:  # device and host memory are full
-        assert not step.ok.any()
-    assert held(cache, ids[0], PREEMPTED) == held(cache, ids[1], PREEMPTED) == list(range(192))
-    cache.close(ids[:1])
-    extend(cache, [third], 128, 1256)
-    assert not any(places(cache, third))
-    assert cache.restore(ids[1:]).all()
-    assert held(cache, ids[1]) == list(range(192))
+    assert cache.stats().tiers["host16"].used == 192
+    assert cache.stats().tiers["hot"].used == 0
+    extend(cache, ids[2:], 512, 1000)
+    cache.preempt(ids[2:], to="host")
+    assert cache.stats().tiers["hot"].used == 0
+    for seq, first, count in zip(ids, (0, 0, 1000), (192, 192, 512), strict=True):
+        assert cache.restore([seq]).all()
+        assert held(cache, seq) == list(range(first, first + count))
+        cache.close([seq])
     cache.check_integrity()
+
+
+def test_preempting_goes_on_freeing_memory_when_host_memory_is_full_of_preempted_sequences():
+    cache = make(512, {**HOST, "host": 8 * BLOCK})
+    kept = []
+    for i in range(6):
+        (seq,), _ = cache.open([[]])
+        extend(cache, [seq], 512, 1000 * i)
+        kept.append(seq)
+        cache.preempt([seq], to="host")
+    for i, seq in enumerate(kept):
+        assert cache.restore([seq]).all()
+        assert held(cache, seq) == list(range(1000 * i, 1000 * i + 512))
+        cache.close([seq])
 
 
 def test_room_that_is_asked_for_beside_a_restored_sequence_may_be_anywhere():

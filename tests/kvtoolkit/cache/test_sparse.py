@@ -48,7 +48,7 @@ class Sequence:
         return query, self.run(keys, values, query)
 
     def mark(self, tiles):
-        """Let a key of each of these tiles stand out; before they are appended nobody has read them."""
+        """Choose a key for each of these tiles that queries can look for."""
         self.marks = {}
         for tile in tiles:
             mark = self.rng.standard_normal((2, 2, 8)).astype(np.float32)

@@ -44,7 +44,8 @@ def test_a_source_is_compiled_once(own_sources):
     assert second.seconds == 0
     assert (first.cubin, first.usage, first.path) == (second.cubin, second.usage, second.path)
     assert first.cubin[:4] == b"\x7fELF"
-    assert {usage.name for usage in first.usage} == {"kvt_move", "kvt_move_listed", "kvt_transfer", "kvt_transfer_listed"}
+    names = {"kvt_move", "kvt_move_listed", "kvt_transfer", "kvt_transfer_listed"}
+    assert {usage.name for usage in first.usage} == names
     assert first.usage[0].registers > 0
 
 
