@@ -392,9 +392,10 @@ def test_each_rule_is_kept_and_without_its_barrier_something_else_is_read(rule, 
         scenario()  # everything is compiled and loaded
         if not has_barrier:
             monkeypatch.setattr(owner, name, nothing)
-        found = scenario()
+        # on a busy device something else may keep the order now and then, but not each time
+        found = [scenario() for _ in range(2 if has_barrier else 6)]
     torch.cuda.synchronize()
-    assert bool((found == 2).all()) == has_barrier
+    assert all(bool((one == 2).all()) for one in found) == has_barrier
 
 
 def test_host_memory_that_is_not_there_is_a_clear_error_and_nothing_is_lost():
