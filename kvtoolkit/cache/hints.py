@@ -69,7 +69,8 @@ class Hints:
         """Say that what sequences leave behind when they are closed shall stay longer than what others do.
 
         What a sequence leaves cached then counts as used ``seconds`` later than it was. So it stays longer than what
-        else is cached, but its lead melts away, and when memory is needed it goes like everything else. Policies that
+        else is cached, but its lead melts away, and when memory is needed it goes like everything else. The clock of a
+        cache counts calls, so seconds are turned into calls at the mean rate since the cache was made. Policies that
         look at something else than ``last_used`` do not see it. The call is also of use without host memory.
 
         It is for what is wanted soon: sessions that will be back within seconds. To retain each session for as long as

@@ -266,6 +266,8 @@ class KVCache(Hints, Views):
 
         Raises:
             ArgumentError: ``token_ids`` does not fit the step.
+            ConfigError: a predictor (``tiers.prefetch``) has failed. The step stays open, and the next call ends it
+                without asking the predictor.
             StepError: the step has ended, belongs to another cache, or has appended to some layers but not to all. In
                 the last case it stays open and no length advances: append to the layers named and end it again, or
                 abort it.
@@ -436,9 +438,9 @@ class KVCache(Hints, Views):
         Args:
             seq_ids: ``[batch]`` preempted sequences, the most urgent first.
             keep_free: tokens of the hot tier that must be free, or cached and so available, after a sequence has come
-                back. This is room for its next tokens, so that it is not preempted again at once. With an allocator
-                that gives a block size a whole slab (``slab``), a lack of room may show only after a slab was begun; a
-                sequence that is refused then may have evicted cached prefixes.
+                back; with host memory, in either place. This is room for its next tokens, so that it is not preempted
+                again at once. With an allocator that gives a block size a whole slab (``slab``), a lack of room may
+                show only after a slab was begun; a sequence that is refused then may have evicted cached prefixes.
 
         Returns:
             ``[batch]`` bool: which sequences are open again. There was too little memory for the others, which stay

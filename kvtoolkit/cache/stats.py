@@ -97,7 +97,8 @@ class CacheStats:
         kept_back: slots in the reserve for merging.
         callers: slots that callers took from `KVCache.allocator`, or kernels from a pool on a device.
         pinned: slots that nobody can use at the moment: cached or freed ones of a block of which a sequence holds a
-            part, and those lost in an allocator that broke off (`KVCache.repair`).
+            part, those to which tokens are on their way from another place, and those lost in an allocator that broke
+            off (`KVCache.repair`).
         waste: share of ``used`` that holds no token; this is room at the ends of sequences.
         blocks: number of entries of the block table for each length in tokens.
         entries_per_seq: mean number of entries in a row of the block table.

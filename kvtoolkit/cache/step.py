@@ -20,7 +20,9 @@ from kvtoolkit.cache.state.step_passes import OK, OUT_OF_BLOCKS, STATUS_NAMES, S
 from kvtoolkit.cache.storage.upload import DeviceTables
 from kvtoolkit.cache.tiering.rules import DEVICE_PERIOD, MOST_QUERIES, note_masses
 from kvtoolkit.cache.tiering.sparse import ShortTables
+from kvtoolkit.config.tiers import HOST_POOL_OF
 from kvtoolkit.errors import StepError, UnsupportedError
+from kvtoolkit.formats.entry import TIER_HOT
 from kvtoolkit.runtime import current_stream, is_capturing
 from kvtoolkit.tracing import is_traced, traceable
 
@@ -369,6 +371,7 @@ class Step:
         for table, arrays, mass in collected:
             if mass is not None and (masses := mass.mean) is not None:
                 if sparse is not None:
+                    self._mass = None  # if the predictor fails, the step can be ended without it
                     sparse.observe(arrays, len(self.seq_ids), masses, mass.peaks)
                     if self._cache._places is not None:
                         self._cache._places.may_exchange = True
@@ -431,6 +434,8 @@ class Step:
         kind = " 16-bit" if self._cache.config.has_tiers else ""
         slots = ", ".join(f"{one.num_free * 8} of {one.num_granules * 8}" for one in hot)
         where = " in the groups of layers" if len(hot) > 1 else ""
+        if (host := self._cache._group.blocks.allocators[HOST_POOL_OF[TIER_HOT]]) is not None:
+            where = f" on the device and {host.num_free * 8} of {host.num_granules * 8} in host memory"
         return f": {num_new_tokens} new tokens, {slots}{kind} slots free{where} beside what cached prefixes hold"
 
     def _require_all_layers(self) -> None:

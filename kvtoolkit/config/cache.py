@@ -51,8 +51,8 @@ class CacheConfig:
         num_kv_heads: of the model.
         head_dim: of the model; a multiple of 8.
         dtype: ``float32``, ``float16`` or ``bfloat16``.
-        num_tokens: token slots in the pool, all tiers together.
-        memory: bytes of keys and values, all layers and tiers; or a text such as ``"512 MiB"``.
+        num_tokens: token slots in the pool, all tiers together, without those in host memory.
+        memory: bytes of keys and values, all layers and tiers, without host memory; or a text such as ``"512 MiB"``.
         allocator: ``paged``, ``buddy``, ``slab``, ``lockfree``, an entry point's name, or ``"package.module:Class"``.
         allocator_options: further keyword arguments of the allocator's class, such as ``{"layout": "slab"}`` of
             ``lockfree``.
@@ -68,7 +68,7 @@ class CacheConfig:
         eviction: which cached prefix goes first when memory is needed: ``lru``, ``lfu``, a policy registered in
             `kvtoolkit.config.eviction`, or ``"package.module:Class"``.
         max_seqs: most sequences that can be open at once. Each has a row of ``max_entries`` entries in host memory.
-        max_seq_len: most tokens in one sequence. Default: the whole pool.
+        max_seq_len: most tokens in one sequence. Default: the whole pool, host memory included.
         max_entries: most entries in one row of the block table; a full row stalls. Default: enough for blocks of 8
             tokens, unless the block table would exceed 256 MiB. Then it has that size, but at least enough entries for
             twice a sequence's share of the pool, and for ``max_seq_len`` if that is given, in blocks of 64 tokens.
@@ -81,9 +81,9 @@ class CacheConfig:
             every row reads its own tokens in every step. Captured steps choose by themselves, see `GraphStep`. With
             ``tiers`` it is done only where 82 % of what a step reads are saved. Has no effect on other
             backends, and on GPUs that are not sm_90.
-        tiers: quantized tiers for older tokens: a table with the fields of `kvtoolkit.config.tiers.TierConfig`. With
-            ``layer_groups`` they are those of each group that keeps all tokens and has none of its own.
-            Default: all tokens are hot.
+        tiers: quantized tiers for older tokens, and pinned host memory: a table with the fields of
+            `kvtoolkit.config.tiers.TierConfig`. With ``layer_groups`` they are those of each group that keeps all
+            tokens and has none of its own. Default: all tokens are hot, and on the device.
         layer_groups: for models in which some layers see only the last tokens: a list of tables, such as
             ``[{"layers": [0, 1, 2], "window": 1024}, {"layers": range(3, 12)}]``. Layers are ints, ranges or lists of
             them; each layer is in exactly one group. ``window`` is the number of tokens that a query sees, itself

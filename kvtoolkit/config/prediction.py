@@ -35,7 +35,9 @@ class TileStep:
     """Number of the step, counted from 0."""
     mass: Float32Array
     """``[*lead, num_tiles]``: share of the attention that the tile received, the mean over the group's query heads; all
-    tiles of a sequence, those that are not shown included, sum to 1. NaN where the tile was not read."""
+    tiles of a sequence, those that are not shown included, sum to 1. NaN where the tile was not read. In a cache there
+    are no leading axes: a tile has the greatest share of all layers and kv heads, so the sum is more than 1, and only
+    steps that read everything are shown."""
     query: Float32Array | None = None
     """``[*lead, group_size, head_dim]``: the step's query after RoPE. Given if the predictor has ``needs_keys``."""
     key_low: Float32Array | None = None

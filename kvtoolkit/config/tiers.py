@@ -40,7 +40,9 @@ class TierConfig:
     Older tiles go to the warm tier, and later to the cold one.
 
     Attributes:
-        hot: tokens kept hot at the end of a sequence, a multiple of 64.
+        hot: tokens kept hot at the end of a sequence, a multiple of 64. With ``host``, and the first ``pinned_tokens``,
+            also what does not move to host memory while the sequence is awake. The device should have room for these,
+            and 64 more, of every running sequence; otherwise new tokens are written to host memory.
         warm: ``int8``; None: no warm tier.
         warm_tokens: tokens kept warm before they go to the cold tier, a multiple of 64. Used only if both tiers exist.
         cold: ``int4``; None: no cold tier.
@@ -62,15 +64,17 @@ class TierConfig:
             no result. ``num_tokens`` and ``memory`` of the cache do not count them.
         staging: tokens of host memory for which there is room on the device, a multiple of 64. A step copies what its
             rows hold in host memory there, as much as there is room for, one layer ahead and beside the kernels of the
-            layers before. Kernels read the rest in place. It takes the memory of so many tokens of two layers. Only on
-            a GPU, without quantized tiers; steps that the device drives read in place.
+            layers before. Kernels read the rest in place. It takes the memory of so many tokens of two layers, besides
+            ``memory``. Only on a GPU (a cache on the CPU ignores it) and without quantized tiers; steps that the device
+            drives read in place.
         sparse: tokens in host memory that a decode step reads of each sequence, a multiple of 64; None: all of them.
-            With a number, steps leave out the rest: faster, and approximate. Every 16th step still reads everything.
-            It costs little where attention is on few and the same tokens, and much where an answer needs many places of
-            the context, or one that nothing has asked for before; see ``CacheStats.skipped_mass``. Only without
-            quantized tiers.
+            With a number, steps leave out the rest: faster, and approximate. Every 16th step still reads everything, as
+            does a step with more than 8 new tokens in a row, from which nothing is learned, and a sequence until its
+            first full step. It costs little where attention is on few and the same tokens, and much where an answer
+            needs many places of the context, or one that nothing has asked for before; see
+            ``CacheStats.skipped_mass``. Only without quantized tiers.
         prefetch: which of them: a predictor of `kvtoolkit.config.prediction` that needs no queries, or
-            ``"package.module:Class"``. Used only with ``sparse``.
+            ``"package.module:Class"``; default ``mass``. Only with ``sparse``.
         host_memory: share of ``host`` for the hot and for the cold tier. Default: all of it is for the hot tier, or
             half for each if there is a cold tier.
     """
@@ -88,7 +92,7 @@ class TierConfig:
     host: int | str | None = None
     staging: int = 0
     sparse: int | None = None
-    prefetch: str = "mass"
+    prefetch: str | None = None
     host_memory: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
@@ -119,18 +123,27 @@ class TierConfig:
 
     def _settle_host(self) -> None:
         if self.host is None:
-            for name in ("host_memory", "staging", "sparse"):
+            for name in ("host_memory", "staging", "sparse", "prefetch"):
                 if getattr(self, name):
                     raise ConfigError(f"tiers.{name}: expected nothing without host")
             return
+        if self.prefetch is not None and self.sparse is None:
+            raise ConfigError(
+                "tiers.prefetch: expected nothing without sparse, which leaves out what it does not choose"
+            )
         for name in ("staging", "sparse"):
             if getattr(self, name) and self.quantized:
                 raise ConfigError(f"tiers.{name}: expected nothing with a warm or cold tier")
         if self.sparse is not None:
-            settle_int(self, "sparse", 0, 1 << 40, prefix="tiers.")
+            settle_int(self, "sparse", BLOCK, 1 << 40, prefix="tiers.")
+            object.__setattr__(self, "prefetch", "mass" if self.prefetch is None else self.prefetch)
             if self.sparse % BLOCK:
                 raise ConfigError(f"tiers.sparse: expected a multiple of {BLOCK}, got {self.sparse}")
-            if predictor(self.prefetch).needs_keys:
+            try:
+                needs_keys = predictor(self.prefetch or "mass").needs_keys
+            except ConfigError as error:
+                raise ConfigError(f"tiers.prefetch: {error}") from error
+            if needs_keys:
                 raise ConfigError(f"tiers.prefetch: expected a predictor that needs no queries, got {self.prefetch!r}")
         object.__setattr__(self, "host", parse_nbytes(self.host, "tiers.host"))
         if self.cold is not None:

@@ -129,6 +129,18 @@ class Offloader:
             self.make_room(lacking, below=AWAKE)
         return self._begin(wanted, to_host=False)
 
+    def displace(self, rows: Int32Array, most: int) -> int:
+        """Begin to move to host memory what no row that is awake holds, to make room for what rows hold there.
+
+        Returns how many superblocks; as many of what the rows hold are worth a `prefetch` when they have gone.
+        """
+        span = self._measure(self._host, (0, 0))
+        held = self._held_by(rows, self._host)
+        wanted = min(most, int(np.count_nonzero(span.heat[held - span.first] < FIXED)))
+        if not wanted:
+            return 0
+        return self._begin(self._coldest(MAX_BLOCK_GRANULES * wanted, AWAKE)[:wanted], to_host=True)
+
     def exchange(self, rows: Int32Array, most: int) -> int:
         """Begin to move to host memory what is read less than what rows hold there, as much as could take its place.
 

@@ -100,7 +100,7 @@ class Places:
         """Bring back what has room now, or make room by what is read less."""
         if hot.num_moves:
             return
-        if self._num_owed:
+        if self._num_owed:  # also where some have not moved after all
             free = self._group.blocks.num_known_free // MAX_BLOCK_GRANULES
             hot.prefetch(rows, min(self._num_owed, free), evicts=False)
             self._num_owed = 0
@@ -119,6 +119,8 @@ class Places:
             spare = blocks.num_known_free - missing - max(blocks.num_hot // _SHARE_LEFT, MAX_BLOCK_GRANULES * len(rows))
             if spare >= MAX_BLOCK_GRANULES:
                 self.hot.prefetch(rows, min(spare // MAX_BLOCK_GRANULES, self._most_at_once), evicts=False)
+            elif blocks.num_cached or self._num_asleep:  # which have no better claim to the device
+                self._num_owed = self.hot.displace(rows, self._most_at_once)
 
     # -- what callers say --------------------------------------------------------------------------------------------
 

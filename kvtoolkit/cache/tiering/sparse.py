@@ -47,6 +47,7 @@ class SparseReads:
 
     def __init__(self, group: CacheGroup, config: TierConfig) -> None:
         assert config.sparse is not None
+        assert config.prefetch is not None
         self._group, self._budget = group, config.sparse // 64
         self._bounds = config.pinned_tokens // 64, config.hot
         self._first = group.blocks.first[HOST_POOL_OF[TIER_HOT]]

@@ -105,6 +105,22 @@ def test_an_offloaded_sequence_stays_usable_and_comes_back_by_prefetch():
     cache.check_integrity()
 
 
+def test_what_an_awake_sequence_holds_comes_back_in_place_of_what_nobody_holds():
+    cache = make()
+    ids, _ = cache.open([[], []])
+    extend(cache, ids[:1], 192)
+    assert cache.offload(ids[:1]) == 3
+    extend(cache, ids[1:], 512, 1000)
+    cache.close(ids[1:])
+    assert cache.stats().tiers["hot"].free == 0
+    assert places(cache, ids[0]) == [True, True, True]
+    for i in range(8):
+        extend(cache, ids[:1], 1, 192 + i)
+    assert places(cache, ids[0])[:3] == [False, False, False]
+    assert cache.stats().num_evicted == 0
+    cache.check_integrity()
+
+
 def test_a_sequence_that_wakes_at_once_is_not_moved():
     cache = make()
     ids, _ = cache.open([[], []])

@@ -134,7 +134,7 @@ def test_the_mass_skipped_is_measured_by_the_next_full_step():
 
 
 def test_full_steps_and_prompts_give_exact_results():
-    cache, exact = make(sparse=0), make(sparse=None)
+    cache, exact = make(sparse=64), make(sparse=None)
     pair = [looked_up(one, [3, 7]) for one in (cache, exact)]
     assert (~kept(cache, pair[0])).any()
     for one in pair:
@@ -176,7 +176,7 @@ def test_tiles_that_are_read_more_take_the_places_of_those_that_are_read_less():
 
 
 def test_what_was_known_of_a_row_is_forgotten_with_its_sequence():
-    cache = make(sparse=0)
+    cache = make(sparse=64)
     one = looked_up(cache, [3])
     assert cache._sparse._left_out[0].any()
     cache.close([one.seq])
@@ -188,7 +188,7 @@ def test_what_was_known_of_a_row_is_forgotten_with_its_sequence():
 
 @pytest.mark.parametrize("options", [{"window_size": (10, 0)}, {"alibi_slopes": np.ones(4, np.float32)}])
 def test_options_that_need_positions_are_refused_where_tokens_are_left_out(options):
-    cache = make(sparse=0)
+    cache = make(sparse=64)
     one = looked_up(cache, [3])
     with cache.begin_step([one.seq], 1) as step:
         step.append(0, *np.zeros((2, 1, 2, 8), np.float32))
@@ -223,8 +223,7 @@ def test_a_predictor_that_fails_is_named_and_the_step_can_be_ended_again():
             step.attend(layer, np.ones((1, 4, 8), np.float32))
         with pytest.raises(ConfigError, match="Fails failed: RuntimeError: broken"):
             cache.end_step(step)
-        cache._sparse._predictor.is_broken = False
-        cache.end_step(step)
+        cache.end_step(step)  # without the predictor
     cache.check_integrity()
     assert cache.lengths([one.seq])[0] == one.keys.shape[1]
 
@@ -244,7 +243,9 @@ def test_all_predictors_that_need_no_queries_work(name):
         ({"sparse": 100}, "tiers.sparse: expected a multiple of 64"),
         ({"sparse": -64}, "tiers.sparse: expected an int"),
         ({"prefetch": "bound"}, "tiers.prefetch: expected a predictor that needs no queries"),
-        ({"prefetch": "luck"}, "predictor: expected one of mass"),
+        ({"prefetch": "luck"}, "tiers.prefetch: predictor: expected one of mass"),
+        ({"sparse": 0}, "tiers.sparse: expected an int from 64"),
+        ({"sparse": None, "prefetch": "last"}, "tiers.prefetch: expected nothing without sparse"),
         ({"warm": "int8"}, "tiers.sparse: expected nothing with a warm or cold tier"),
     ],
 )
